@@ -1,0 +1,45 @@
+# Every target can start from a fresh clone: Python 3.11, a C++ compiler and the package registry are all it needs.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CROPS ?=
+DEMO := demo
+
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: setup demo demo-clean test test-fast lint bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@echo "== setting up $(VENV): about 6 GB of packages, 2-5 minutes =="
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	@echo "== building DeepSpeed's communication op, once =="
+	$(BIN)/python -m training warm
+	@touch $(READY)
+
+demo: setup
+	$(BIN)/python -m cluster demo --out $(DEMO) $(if $(CROPS),--crops "$(CROPS)")
+
+demo-clean:
+	rm -rf $(DEMO)
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: setup
+	$(BIN)/ruff check datapipe training cluster tests
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m tests.bench
+
+clean:
+	rm -rf $(VENV) $(DEMO)

@@ -1,0 +1,1 @@
+"""The jobs a cluster runs. The only place that imports Ray."""

@@ -1,0 +1,114 @@
+"""Every setting of the data side. `training` nests StorageConfig, StreamConfig and ViewConfig in its own tree."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from datapipe.settings import settings
+
+Size = tuple[int, int]
+"""(height, width) in pixels, always in this order."""
+Range = tuple[float, float]
+"""(lowest, highest)."""
+
+
+@settings
+class StorageConfig:
+    endpoint_url: str = ""
+    """Address of an S3-compatible server, e.g. http://10.0.0.5:9000. Empty: AWS_ENDPOINT_URL or Amazon's own."""
+    checksums: Literal["when_supported", "when_required"] = "when_supported"
+    """Checksums boto3 adds to requests. "when_required" for older servers that answer 411 or store the framing."""
+    attempts: int = Field(6, ge=1)
+    """Tries per request before an error is final; waits grow from 0.2 s, doubled each time, with jitter."""
+    timeout_s: float = Field(60.0, gt=0)
+    """Seconds without an answer after which one try counts as failed."""
+
+
+@settings
+class ShardConfig:
+    samples_per_shard: int = Field(10_000, ge=1)
+    """Most crops in one tar."""
+    shard_mb: float = Field(128.0, gt=0)
+    """Most megabytes (10^6 bytes) in one tar, headers included; a single larger crop still gets a tar of its own."""
+    min_size: Size = (32, 12)
+    """Crops smaller than this (height, width), pixels, are quarantined as too small."""
+    max_aspect: float = Field(8.0, gt=1)
+    """Crops more than this many times as high as wide, or as wide as high, are quarantined."""
+    max_pixels: int = Field(40_000_000, ge=1)
+    """Images that claim more pixels are quarantined before they are decoded (decompression bombs)."""
+    jpeg_quality: int = Field(95, ge=1, le=100)
+    """Quality of the one re-encoding that images other than plain RGB JPEG get."""
+    max_bad: float = Field(0.05, ge=0, le=1)
+    """Share of quarantined crops above which the run fails; a look at quarantine.parquet tells why."""
+    seed: int = 0
+    """Key of the hash that orders the crops: shards come out shuffled, the same way every time."""
+    workers: int = Field(0, ge=0)
+    """Processes that read and decode. 0: one per core."""
+
+
+@settings
+class StreamConfig:
+    manifest: str = ""
+    """The data set: a folder or s3://bucket/prefix with a manifest (its newest version), or one manifest file."""
+    block: int = Field(256, ge=1)
+    """Consecutive crops read together, at a few kB each. Larger blocks suit object storage, smaller ones mix better."""
+    window: int = Field(2_048, ge=1)
+    """Blocks whose crops are shuffled among one another."""
+    threads: int = Field(0, ge=0)
+    """Threads that decode and make views, per rank. 0: the cores divided by the ranks on this machine."""
+    prefetch: int = Field(3, ge=1)
+    """Batches made ahead of the one being trained on."""
+    cache_mb: float = Field(512.0, ge=0)
+    """Memory per rank for blocks that are still to be used, in megabytes."""
+    max_bad: float = Field(0.001, ge=0, le=1)
+    """Share of crops found broken while training above which the run fails (each is replaced, counted, logged)."""
+
+
+@settings
+class JitterConfig:
+    probability: float = Field(0.8, ge=0, le=1)
+    """Share of views whose colours are jittered."""
+    brightness: float = Field(0.4, ge=0)
+    """Factor drawn from U(max(0, 1 - b), 1 + b), as torchvision's ColorJitter does."""
+    contrast: float = Field(0.4, ge=0)
+    """Likewise, about the mean grey of the view."""
+    saturation: float = Field(0.2, ge=0)
+    """Likewise, between the grey image and the view."""
+    hue: float = Field(0.1, ge=0, le=0.5)
+    """Shift of the hue drawn from U(-h, h), in turns of the colour circle."""
+    white_balance: float = Field(0.0, ge=0)
+    """Each channel is scaled by exp(N(0, w)). Not in the published recipes; mimics cameras (see the demo recipe)."""
+
+
+@settings
+class ViewConfig:
+    """How views are cut and coloured. Which views there are is the method's business."""
+
+    global_scale: Range = (0.4, 1.0)
+    """Area of a global crop as a share of the image."""
+    global_ratio: Range = (0.75, 4 / 3)
+    """Width over height of a global crop. The published DINO and PASS recipes leave torchvision's square-ish default,
+    which on slim person crops often falls back to the centre; (.375, .667) suits persons (PersonViT, HAP)."""
+    local_scale: Range = (0.05, 0.4)
+    """Area of a local crop as a share of the image, or of its band in PASS."""
+    local_ratio: Range = (0.75, 4 / 3)
+    """Width over height of a local crop."""
+    flip: float = Field(0.5, ge=0, le=1)
+    """Probability of a horizontal flip, drawn for each view."""
+    jitter: JitterConfig = JitterConfig()
+    """Colour jitter."""
+    grey: float = Field(0.2, ge=0, le=1)
+    """Probability that a view is made grey."""
+    blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    """Probability of Gaussian blur on the first global, the second global and the local views."""
+    blur_sigma: Range = (0.1, 2.0)
+    """Standard deviation of the blur, pixels of the view."""
+    solarise: tuple[float, float, float] = (0.0, 0.2, 0.0)
+    """Probability of solarising (threshold 128) on the first global, the second global and the local views."""
+    erase: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Probability of random erasing on the first global, the second global and the local views."""
+    erase_area: Range = (0.02, 0.3)
+    """Erased area as a share of the view."""
+    interpolation: Literal["bicubic", "linear"] = "bicubic"
+    """"bicubic": antialiased, as PIL does and the published recipes use. "linear": area when shrinking, linear when
+    enlarging; several times faster."""

@@ -1,0 +1,45 @@
+"""What went wrong, where, and what to try: the only exceptions a user ever meets."""
+
+
+class UserError(Exception):
+    """A mistake or a fault the user can act on. Printed without a stack trace; the process exits with 1."""
+
+    def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
+        super().__init__(what, where, hint)
+        self.what, self.where, self.hint = what, where, hint
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Survive the trip between processes with all three parts."""
+        return _rebuild, (type(self), self.what, self.where, self.hint)
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.hint:
+            lines.append(f"  try:   {self.hint}")
+        return "\n".join(lines)
+
+
+def _rebuild(kind: type[UserError], what: str, where: str, hint: str) -> UserError:
+    return kind(what, where=where, hint=hint)
+
+
+class ConfigError(UserError):
+    """A setting is wrong, unknown or does not go with another one."""
+
+
+class DataError(UserError):
+    """Crops, shards, manifests or checkpoints are missing, broken or of another data set."""
+
+
+class StorageError(UserError):
+    """A file system or an object store refused, or did not answer in time."""
+
+
+class NotFoundError(StorageError):
+    """The file or object is not there."""
+
+
+class ClusterError(UserError):
+    """Processes, nodes or the scheduler failed in a way that a retry does not mend."""

@@ -1,0 +1,1 @@
+"""Self-supervised pre-training and evaluation for person re-identification. Imports no Ray."""

@@ -1,0 +1,1 @@
+"""Is the backbone any good at re-identification? Data sets, features, retrieval metrics, pictures, scores."""

@@ -1,0 +1,138 @@
+"""Pure: (rows, seed, position) -> which sample. A keyed permutation per epoch in constant memory.
+
+Blocks of consecutive rows are permuted, the sequence of blocks is cut into windows, and the rows of each window are
+permuted again: what is read from storage stays in blocks of megabytes, what a batch sees is mixed over a window.
+The cipher is our own, on 64-bit integer arithmetic and Philox words only, so that no library release can change it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from datapipe.randomness import Ints, UInts, words
+
+ORDER_VERSION = 1
+"""Part of every key; raised whenever the same arguments would give another order. Checkpoints record it."""
+
+_ROUNDS = 8
+_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # the finaliser of splitmix64
+
+
+@dataclass(frozen=True)
+class Order:
+    """The sample at each place of the endless stream: every epoch is another permutation of range(rows).
+
+    `block` is the number of consecutive rows that move together, `window` the number of blocks whose rows are mixed.
+    A short last block and a short last window are permuted like the others: nothing is dropped, repeated or pinned
+    to the end of the epoch.
+    """
+
+    rows: int
+    seed: int
+    block: int
+    window: int
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "block", "window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Order: {name} must be at least 1, not {getattr(self, name)}")
+
+    def samples(self, positions: Ints) -> Ints:
+        """The sample ids at these places of the stream (from 0, any order, any epoch), int64 [n]."""
+        positions = np.asarray(positions, dtype=np.int64)
+        samples = np.empty_like(positions)
+        epochs = positions // self.rows
+        for epoch in np.unique(epochs):
+            mine = epochs == epoch
+            samples[mine] = self._in_epoch(int(epoch), positions[mine] - epoch * self.rows)
+        return samples
+
+    def _in_epoch(self, epoch: int, place: Ints) -> Ints:
+        blocks = -(-self.rows // self.block)
+        missing = blocks * self.block - self.rows  # rows that the last block lacks
+        keys = words(self.seed, f"order/{ORDER_VERSION}/blocks", np.array([epoch]), _ROUNDS)
+        short = int(_decrypt(np.array([blocks - 1]), np.array([blocks]), keys)[0]) if missing else blocks
+        place = self._mix_windows(epoch, place, blocks, missing, short)
+        # every block before the short one starts at a multiple of `block`, every later one `missing` rows earlier
+        behind = place >= (short + 1) * self.block - missing
+        slot, within = np.divmod(place + missing * behind, self.block)
+        return _encrypt(slot, np.array([blocks]), keys) * self.block + within
+
+    def _mix_windows(self, epoch: int, place: Ints, blocks: int, missing: int, short: int) -> Ints:
+        """Permute the places of each window among themselves; `short` is the slot of the short block."""
+        full = self.window * self.block
+        holds_short = short // self.window
+        windows = -(-blocks // self.window)
+
+        def start(window: Ints) -> Ints:
+            return np.minimum(window * full, blocks * self.block) - missing * (window > holds_short)
+
+        behind = place >= start(np.array([holds_short + 1]))
+        window = (place + missing * behind) // full
+        first, size = start(window), start(window + 1) - start(window)
+        seen, which = np.unique(window, return_inverse=True)
+        keys = words(self.seed, f"order/{ORDER_VERSION}/windows", epoch * windows + seen, _ROUNDS)[which]
+        return first + _encrypt(place - first, size, keys)
+
+
+def _encrypt(value: Ints, size: Ints, keys: UInts) -> Ints:
+    """A keyed bijection of range(size), per element; `keys` [n or 1, rounds], `size` [n or 1].
+
+    A Feistel network over mixed radices: value = left * columns + right, left < rows, and rows * columns is at most
+    sqrt(size) above `size`; what falls outside is encrypted again until it is inside (cycle walking).
+    """
+    return _walk(value, size, keys, forward=True)
+
+
+def _decrypt(value: Ints, size: Ints, keys: UInts) -> Ints:
+    """The inverse of `_encrypt`."""
+    return _walk(value, size, keys, forward=False)
+
+
+def _walk(value: Ints, size: Ints, keys: UInts, *, forward: bool) -> Ints:
+    size = np.broadcast_to(size, value.shape)
+    keys = np.broadcast_to(keys, (len(value), _ROUNDS))
+    columns = _ceil_sqrt(size)
+    result = _permute(value, columns, -(-size // columns), keys, forward)
+    outside = np.flatnonzero(result >= size)
+    while len(outside):
+        rows = -(-size[outside] // columns[outside])
+        result[outside] = _permute(result[outside], columns[outside], rows, keys[outside], forward)
+        outside = outside[result[outside] >= size[outside]]
+    return result
+
+
+def _permute(value: Ints, columns: Ints, rows: Ints, keys: UInts, forward: bool) -> Ints:
+    """One pass of the network; both halves are moved by turns, modulo their own radix."""
+    left, right = np.divmod(value, columns)
+    for turn in range(_ROUNDS) if forward else reversed(range(_ROUNDS)):
+        if turn % 2 == 0:
+            left = _turn(left, _scramble(right, keys[:, turn], rows), rows, forward)
+        else:
+            right = _turn(right, _scramble(left, keys[:, turn], columns), columns, forward)
+    return left * columns + right
+
+
+def _turn(value: Ints, by: Ints, radix: Ints, forward: bool) -> Ints:
+    """value + by or value - by modulo radix; both are in range(radix), so that no division is needed."""
+    moved = value + by if forward else value - by + radix
+    return moved - radix * (moved >= radix)
+
+
+def _scramble(value: Ints, key: UInts, radix: Ints) -> Ints:
+    """A pseudo-random number in range(radix) for each value and key."""
+    mixed = value.astype(np.uint64) + key
+    mixed ^= mixed >> np.uint64(30)
+    mixed *= _FACTORS[0]
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= _FACTORS[1]
+    return ((mixed >> np.uint64(33)).astype(np.int64) * radix) >> 31  # 31 bits scaled to the radix, below 2^31
+
+
+def _ceil_sqrt(size: Ints) -> Ints:
+    """The smallest integer whose square reaches `size`, exact for any int64 (floats round above 2^52)."""
+    root = np.sqrt(size.astype(np.float64)).astype(np.int64)
+    root -= root * root >= size
+    root += root * root < size
+    root += root * root < size
+    return np.maximum(root, 1)

@@ -1,0 +1,263 @@
+"""The vision transformer on rectangles: timm's patch embedding, blocks and norm under tokens and positions of our own.
+
+Tokens and position tables are separate parameters, named as in the reference repositories (PASS
+`PASS/vision_transformer.py`, TransReID-SSL `dino/vision_transformer.py`): clipping per tensor makes the split part of
+the algorithm. Without parts `pos_embed` is [1, 1 + N, C], its first row for CLS; with parts it is [1, N, C] and every
+token has a position of its own.
+
+Shapes: B images, H x W pixels, N patches (row-major), P part tokens, T tokens, C channels, D depth.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from timm.layers import LayerNorm, PatchEmbed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from datapipe.config import Size
+from datapipe.randomness import uniform
+from datapipe.settings import settings
+
+
+class Shape(NamedTuple):
+    """Size of a transformer."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float
+
+
+ARCHITECTURES = {
+    "vit_tiny": Shape(192, 12, 3, 4.0),
+    "vit_small": Shape(384, 12, 6, 4.0),
+    "vit_base": Shape(768, 12, 12, 4.0),
+    "vit_large": Shape(1024, 24, 16, 4.0),
+}
+
+
+@settings
+class BackboneConfig:
+    """The vision transformer."""
+
+    arch: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "custom"] = "vit_small"
+    """Published sizes, or "custom" with `width`, `depth` and `heads` given."""
+    size: Size = (256, 128)
+    """Native image size (height, width), pixels: the size of the global views and of the position table."""
+    patch: int = Field(16, ge=1)
+    """Side of a patch, pixels; must divide both sides of every view."""
+    width: int = Field(0, ge=0)
+    """Channels of a token. Only with arch = "custom"; 0: that of `arch`."""
+    depth: int = Field(0, ge=0)
+    """Number of blocks. Only with arch = "custom"; 0: that of `arch`."""
+    heads: int = Field(0, ge=0)
+    """Attention heads; must divide the width. Only with arch = "custom"; 0: that of `arch`."""
+    mlp_ratio: float = Field(4.0, gt=0)
+    """Hidden width of the MLPs over `width`. Only with arch = "custom"."""
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """Share of images whose last branch is dropped in the student; rises linearly from 0 over the blocks. Published
+    runs: 0.1."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of the initial Linear weights. 0.05 speeds up runs of a few hundred steps."""
+    resize_positions_at_native_size: bool = False
+    """Also resize the position table where nothing is to be resized, as the PASS code does on a CPU (on a GPU it ends up
+    with the stored table). For parity runs only."""
+    attention: Literal["auto", "plain", "fused"] = "auto"
+    """Attention kernel. "auto": PyTorch's fused one on a GPU, plain matrix products on a CPU, where they are faster."""
+    checkpoint_blocks: bool = False
+    """Keep only the inputs of blocks and compute the rest again in the backward pass: less memory, a third more time."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "BackboneConfig":
+        given = (self.width, self.depth, self.heads)
+        if self.arch == "custom" and 0 in given:
+            raise ValueError('arch = "custom" needs width, depth and heads')
+        if self.arch != "custom" and (any(given) or self.mlp_ratio != ARCHITECTURES[self.arch].mlp_ratio):
+            raise ValueError(f'width, depth, heads and mlp_ratio go with arch = "custom", not with "{self.arch}"')
+        if self.shape.width % self.shape.heads:
+            raise ValueError(f"heads = {self.shape.heads} does not divide width = {self.shape.width}")
+        if self.size[0] % self.patch or self.size[1] % self.patch:
+            raise ValueError(f"patch = {self.patch} does not divide size = {self.size}")
+        return self
+
+    @property
+    def shape(self) -> Shape:
+        if self.arch == "custom":
+            return Shape(self.width, self.depth, self.heads, self.mlp_ratio)
+        return ARCHITECTURES[self.arch]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches at the native size."""
+        return self.size[0] // self.patch, self.size[1] // self.patch
+
+    @property
+    def drop_rates(self) -> list[float]:
+        """Drop-path rate of each block: 0 for the first, `drop_path` for the last."""
+        last = max(self.shape.depth - 1, 1)
+        return [self.drop_path * block / last for block in range(self.shape.depth)]
+
+
+class Features(NamedTuple):
+    """Tokens after the final norm."""
+
+    cls: Tensor
+    """[B, C]"""
+    parts: Tensor
+    """[B, P, C]: all parts, the one asked for, or none (P = 0)."""
+    patches: Tensor
+    """[B, N, C], row-major"""
+
+
+class DroppableBlock(Block):
+    """timm's block whose two branches are scaled per image from outside: 0 drops, 1 / (1 - rate) keeps."""
+
+    def forward(self, tokens: Tensor, keep_2B: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        attended = self.ls1(self.attn(self.norm1(tokens)))
+        tokens = tokens + (attended if keep_2B is None else _scaled(attended, keep_2B[0]))
+        mixed = self.ls2(self.mlp(self.norm2(tokens)))
+        return tokens + (mixed if keep_2B is None else _scaled(mixed, keep_2B[1]))
+
+
+def _scaled(branch_BTC: Tensor, keep_B: Tensor) -> Tensor:
+    return branch_BTC * keep_B.to(branch_BTC.dtype)[:, None, None]
+
+
+Part = int | Literal["all"] | Sequence[int] | None
+"""Which part tokens go in. A number: that one, 1-based. "all": P1..PP. A sequence: the rows are that many equal
+consecutive chunks, each with the part token of its number. None: no part token."""
+
+
+class VisionTransformer(nn.Module):
+    """Images of any size that the patch divides -> CLS, part and patch tokens."""
+
+    def __init__(self, config: BackboneConfig, parts: int = 0) -> None:
+        super().__init__()
+        self.config, self.parts = config, parts
+        shape, (rows, columns) = config.shape, config.grid
+        self.cls_token = _table(1, shape.width)
+        for part in range(1, parts + 1):
+            self.register_parameter(f"part_token{part}", _table(1, shape.width))
+        if parts:
+            self.cls_pos = nn.Parameter(torch.zeros(1, 1, shape.width))  # starts at zero, as in PASS
+        for part in range(1, parts + 1):
+            self.register_parameter(f"part{part}_pos", _table(1, shape.width))
+        self.pos_embed = _table(rows * columns + (0 if parts else 1), shape.width)
+        self.patch_embed = PatchEmbed(config.size, config.patch, embed_dim=shape.width, strict_img_size=False)
+        self.blocks = nn.ModuleList(
+            DroppableBlock(shape.width, shape.heads, shape.mlp_ratio, qkv_bias=True, norm_layer=LayerNorm)
+            for _ in range(shape.depth)
+        )
+        self.norm = LayerNorm(shape.width)  # eps 1e-6
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=self.config.init_std)
+            nn.init.zeros_(module.bias)
+
+    @property
+    def width(self) -> int:
+        return self.config.shape.width
+
+    def forward(self, images: Tensor, *, part: Part = "all", keep: Tensor | None = None) -> Features:
+        """images [B, 3, H, W] -> tokens after the final norm. `keep` [2 * D, B] from `keep_masks`; None: drop nothing.
+
+        The sequence is CLS, the part tokens asked for, the patches; every token attends to every other.
+        """
+        rows, columns = images.shape[-2] // self.config.patch, images.shape[-1] // self.config.patch
+        patches = self.patch_embed(images) + self.patch_positions(rows, columns)
+        prefix = self._prefix(part, len(images))
+        tokens = torch.cat([prefix, patches.to(torch.promote_types(patches.dtype, prefix.dtype))], dim=1)
+        fused = images.is_cuda if self.config.attention == "auto" else self.config.attention == "fused"
+        for index, block in enumerate(self.blocks):
+            block.attn.fused_attn = fused
+            keep_2B = None if keep is None else keep[2 * index : 2 * index + 2]
+            if self.config.checkpoint_blocks and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, keep_2B, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = block(tokens, keep_2B)
+        tokens = self.norm(tokens)
+        parts = prefix.shape[1] - 1
+        return Features(tokens[:, 0], tokens[:, 1 : 1 + parts], tokens[:, 1 + parts :])
+
+    def features(self, images: Tensor) -> Features:
+        """What evaluation uses: all tokens, nothing dropped."""
+        return self(images, part="all")
+
+    def patch_positions(self, rows: int, columns: int) -> Tensor:
+        """[1, rows * columns, C]: the position table, resized where the grid is not the native one.
+
+        Bicubic with the scale factors (rows + .1) / native rows, (columns + .1) / native columns, whose sampling grid
+        is not that of a resize to a target size. TransReID-SSL `dino/vision_transformer.py` interpolate_pos_encoding.
+        """
+        table = self.pos_embed if self.parts else self.pos_embed[:, 1:]
+        native = self.config.grid
+        if (rows, columns) == native and not self.config.resize_positions_at_native_size:
+            return table
+        grid = table.reshape(1, *native, -1).permute(0, 3, 1, 2)
+        factors = ((rows + 0.1) / native[0], (columns + 0.1) / native[1])
+        resized = F.interpolate(grid, scale_factor=factors, mode="bicubic", align_corners=False)
+        assert resized.shape[-2:] == (rows, columns), (resized.shape, rows, columns)
+        return resized.flatten(2).transpose(1, 2)
+
+    def _prefix(self, part: Part, images: int) -> Tensor:
+        """CLS and the part tokens asked for, with their positions: [B, 1 + parts, C]."""
+        position = self.cls_pos if self.parts else self.pos_embed[:, :1]
+        cls = (self.cls_token + position).expand(images, -1, -1)
+        if part is None or self.parts == 0:
+            return cls
+        if part == "all":
+            chosen = torch.cat([self._part(number) for number in range(1, self.parts + 1)], dim=1)
+            return torch.cat([cls, chosen.expand(images, -1, -1)], dim=1)
+        numbers = [part] if isinstance(part, int) else [int(number) for number in part]
+        each = images // len(numbers)
+        assert each * len(numbers) == images, f"{images} images do not fall into {len(numbers)} equal chunks"
+        chosen = torch.cat([self._part(number).expand(each, -1, -1) for number in numbers])
+        return torch.cat([cls, chosen], dim=1)
+
+    def _part(self, number: int) -> Tensor:
+        token: Tensor = getattr(self, f"part_token{number}")
+        position: Tensor = getattr(self, f"part{number}_pos")
+        return token + position
+
+    def depth_of(self, parameter: str) -> int:
+        """For layer decay: 0 for tokens, positions and patch embedding, i + 1 for block i, D + 1 for the final norm."""
+        first, _, rest = parameter.partition(".")
+        if first == "blocks":
+            return int(rest.partition(".")[0]) + 1
+        return len(self.blocks) + 1 if first == "norm" else 0
+
+
+def _table(rows: int, width: int) -> nn.Parameter:
+    """[1, rows, C], truncated normal of standard deviation .02: every token and position but `cls_pos`."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, rows, width), std=0.02))
+
+
+def keep_masks(rates: Sequence[float], *, seed: int, purpose: str, position: Tensor, views: int) -> Tensor | None:
+    """What drop path scales the branches of every block by: [2 * D, views * B] float64, or None if nothing is dropped.
+
+    `position` [B] is the images' place in the stream: the same image at the same place drops the same branches on any
+    rank, in any micro-batch and after any restart.
+
+        keep[2 * d + branch, v * B + b] = 0 with probability rates[d], else 1 / (1 - rates[d])
+    """
+    if not any(rates):
+        return None
+    branches = 2 * len(rates)
+    place = position.detach().cpu().clamp(min=0).numpy()  # padding has position -1
+    draws = torch.from_numpy(uniform(seed, purpose, place, views * branches))
+    draws = draws.reshape(-1, views, branches).permute(2, 1, 0).reshape(branches, -1)
+    rate = torch.tensor(rates, dtype=torch.float64).repeat_interleave(2)[:, None]
+    return ((draws >= rate) / (1 - rate)).to(position.device)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Numbers in all parameters."""
+    return sum(math.prod(parameter.shape) for parameter in module.parameters())

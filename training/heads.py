@@ -1,0 +1,98 @@
+"""Projection heads: a small MLP, a unit vector, and its cosines with K prototypes.
+
+Reference: DINO head of TransReID-SSL `dino/vision_transformer.py`, four-fold head of PASS
+`PASS/vision_transformer.py`. Key names are theirs. The weight norm is computed in our own forward: the library's hooks
+rename keys and break where parameters are partitioned.
+
+Shapes: R rows (any leading axes), C channels, K prototypes.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from datapipe.settings import settings
+
+
+@settings
+class HeadConfig:
+    """A projection head."""
+
+    out_dim: int = Field(65_536, ge=2)
+    """K, the number of prototypes. Published: 65536; short runs on little data learn with a few hundred."""
+    hidden: int = Field(2_048, ge=1)
+    """Width of the hidden layers."""
+    bottleneck: int = Field(256, ge=1)
+    """Width of the unit vector that is compared with the prototypes."""
+    layers: int = Field(3, ge=1)
+    """Linear layers before the prototypes."""
+    norm_last_layer: bool = True
+    """Keep the length of every prototype at its start value 1; only directions learn. Steadier."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of the initial weights of the MLP (prototypes start as PyTorch's Linear does)."""
+
+
+class Prototypes(nn.Module):
+    """Bias-free linear layer with rows of learned direction and separate length.
+
+    out[r, k] = sum over c of x[r, c] * weight_g[k] * weight_v[k, c] / |weight_v[k]|
+    """
+
+    def __init__(self, channels: int, out_dim: int, *, norm_last_layer: bool) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not norm_last_layer)
+        self.weight_v = nn.Parameter(nn.Linear(channels, out_dim, bias=False).weight.detach())
+
+    def forward(self, rows_RC: Tensor) -> Tensor:
+        direction_KC = self.weight_v / torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
+        return F.linear(rows_RC, self.weight_g * direction_KC)
+
+
+class DinoHead(nn.Module):
+    """MLP, L2 norm, prototypes: [..., C] -> logits [..., K]."""
+
+    def __init__(self, channels: int, config: HeadConfig) -> None:
+        super().__init__()
+        self.mlp = projector(channels, config)
+        self.last_layer = Prototypes(config.bottleneck, config.out_dim, norm_last_layer=config.norm_last_layer)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        logits: Tensor = self.last_layer(F.normalize(self.mlp(rows), dim=-1))
+        return logits
+
+
+class TokenHeads(nn.Module):
+    """One independent head per token, nothing shared: mlp_cls, last_layer_cls, mlp_pt1, last_layer_pt1, ..."""
+
+    def __init__(self, channels: int, config: HeadConfig, tokens: tuple[str, ...]) -> None:
+        super().__init__()
+        for token in tokens:
+            self.add_module(f"mlp_{token}", projector(channels, config))
+        for token in tokens:
+            last = Prototypes(config.bottleneck, config.out_dim, norm_last_layer=config.norm_last_layer)
+            self.add_module(f"last_layer_{token}", last)
+
+    def forward(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Token name -> [..., C] in, token name -> logits [..., K] out."""
+        return {token: self._head(token, values) for token, values in rows.items()}
+
+    def _head(self, token: str, rows: Tensor) -> Tensor:
+        mlp, last = self.get_submodule(f"mlp_{token}"), self.get_submodule(f"last_layer_{token}")
+        logits: Tensor = last(F.normalize(mlp(rows), dim=-1))
+        return logits
+
+
+def projector(channels: int, config: HeadConfig) -> nn.Module:
+    """The MLP of a head, GELU between its layers; a single Linear when there is but one layer."""
+    widths = [channels, *[config.hidden] * (config.layers - 1), config.bottleneck]
+    layers: list[nn.Module] = []
+    for before, after in zip(widths[:-1], widths[1:], strict=True):
+        linear = nn.Linear(before, after)
+        nn.init.trunc_normal_(linear.weight, std=config.init_std)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.GELU()]
+    layers.pop()
+    return layers[0] if len(layers) == 1 else nn.Sequential(*layers)

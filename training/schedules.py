@@ -1,0 +1,35 @@
+"""Values that change over a run, as pure functions of how far it has come.
+
+A step may be a fraction: schedules hang on samples seen, so that another batch size or world size changes nothing but
+the number of points at which they are read. Reference: cosine_scheduler in TransReID-SSL `dino/utils.py` and the
+temperature schedule in `dino/main_dino.py`.
+"""
+
+import math
+
+
+def warmup_cosine(
+    step: float, *, base: float, final: float, total_steps: float, warmup_steps: float = 0.0, start: float = 0.0
+) -> float:
+    """Linear from `start` to `base`, then half a cosine towards `final`.
+
+    The warm-up's last step and the cosine's first both have the value `base`; the last step of all stays slightly
+    above `final`, as in the reference:
+
+        step < warmup_steps:   start + (base - start) * min(1, step / (warmup_steps - 1))
+        otherwise:             final + (base - final) * (1 + cos(pi * (step - warmup_steps) / (total_steps - warmup_steps))) / 2
+    """  # noqa: E501
+    if step < warmup_steps:
+        last = warmup_steps - 1
+        share = min(step / last, 1.0) if last > 0 else 0.0
+        return start + (base - start) * share
+    cosine_steps = total_steps - warmup_steps
+    share = min((step - warmup_steps) / cosine_steps, 1.0) if cosine_steps > 0 else 1.0
+    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * share))
+
+
+def teacher_temperature(epoch: int, *, warmup: float, final: float, warmup_epochs: int) -> float:
+    """Linear over `warmup_epochs` points from `warmup` to `final`, one per epoch; then `final`."""
+    if epoch >= warmup_epochs:
+        return final
+    return warmup + (final - warmup) * (epoch / (warmup_epochs - 1) if warmup_epochs > 1 else 0.0)

@@ -1,0 +1,60 @@
+"""From teacher logits to targets: centring (DINO) or Sinkhorn (SwAV). No gradient flows here.
+
+Shapes: T teacher views, B images, K prototypes.
+"""
+
+import torch
+from torch import Tensor, distributed
+
+
+def centred(teacher_TBK: Tensor, centre_1K: Tensor, *, temperature: float) -> Tensor:
+    """softmax((teacher - centre) / temperature) over K. TransReID-SSL `dino/main_dino.py` DINOLoss.forward."""
+    return torch.softmax((teacher_TBK - centre_1K) / temperature, dim=-1)
+
+
+def centre_sum(teacher_TBK: Tensor, weight_B: Tensor) -> Tensor:
+    """This micro-batch's share of the mean of the raw logits over all views and real images of the global batch: [1, K].
+
+        sum over b of weight[b] * (1 / T) * sum over t of teacher[t, b]
+
+    The weights of the global batch add up to one, so the shares of micro-batches and ranks just add.
+    """
+    return torch.einsum("tbk,b->k", teacher_TBK, weight_B.to(teacher_TBK.dtype))[None] / len(teacher_TBK)
+
+
+def moved_centre(centre_1K: Tensor, mean_1K: Tensor, momentum: float) -> Tensor:
+    """The centre for the next step. It changes after the loss, so step n uses the logits of the steps before n."""
+    return centre_1K * momentum + mean_1K.to(centre_1K) * (1 - momentum)
+
+
+def sinkhorn(teacher_TBK: Tensor, weight_B: Tensor, *, temperature: float, iterations: int = 3) -> Tensor:
+    """Targets that use every prototype about equally often over the teacher rows of all ranks (SwAV, algorithm 1).
+
+        Q = exp(teacher / temperature)
+        iterations times:
+            Q[:, :, k] /= sum of Q[:, :, k] over all rows (views, images, ranks; padding left out)
+            Q[t, b, :] /= sum of Q[t, b, :] over k
+
+    Computed on logarithms, so that low temperatures neither overflow nor leave a prototype without mass. Two small
+    collectives per iteration; every rank must call it.
+    """
+    log_q_TBK = teacher_TBK / temperature
+    padding_1B1 = (weight_B == 0)[None, :, None]
+    for _ in range(iterations):
+        log_q_TBK = log_q_TBK - _log_sum_over_rows(log_q_TBK.masked_fill(padding_1B1, -torch.inf))
+        log_q_TBK = log_q_TBK - log_q_TBK.logsumexp(dim=-1, keepdim=True)
+    return log_q_TBK.exp()
+
+
+def _log_sum_over_rows(log_q_TBK: Tensor) -> Tensor:
+    """log of the sum of exp over the rows of all ranks: [K]."""
+    largest_K = log_q_TBK.amax(dim=(0, 1))
+    _all_reduce(largest_K, distributed.ReduceOp.MAX)
+    sum_K = (log_q_TBK - largest_K).exp().sum(dim=(0, 1))
+    _all_reduce(sum_K, distributed.ReduceOp.SUM)
+    return largest_K + sum_K.log()
+
+
+def _all_reduce(values: Tensor, operation: distributed.ReduceOp.RedOpType) -> None:
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(values, op=operation)

@@ -174,7 +174,7 @@ class VisionTransformer(nn.Module):
         rows, columns = images.shape[-2] // self.config.patch, images.shape[-1] // self.config.patch
         patches = self.patch_embed(images) + self.patch_positions(rows, columns)
         prefix = self._prefix(part, len(images))
-        tokens = torch.cat([prefix, patches.to(torch.promote_types(patches.dtype, prefix.dtype))], dim=1)
+        tokens = torch.cat([prefix, patches], dim=1)
         fused = images.is_cuda if self.config.attention == "auto" else self.config.attention == "fused"
         for index, block in enumerate(self.blocks):
             block.attn.fused_attn = fused

@@ -1,0 +1,247 @@
+"""One frozen tree configures a run: read from one TOML recipe, overridden by dotted flags, saved resolved."""
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from pydantic import Field, TypeAdapter, ValidationError
+
+from datapipe.config import Range, StorageConfig, StreamConfig, ViewConfig
+from datapipe.errors import ConfigError
+from datapipe.settings import settings
+from training.backbone import BackboneConfig
+from training.methods import DEFAULT_METHOD, MethodConfig
+
+
+@settings
+class OptimisationConfig:
+    epochs: float = Field(100.0, gt=0)
+    """Passes over the data set. The run is as many whole global batches as fit in."""
+    batch: int = Field(512, ge=1)
+    """Images in one optimizer step, over all ranks and micro-batches."""
+    micro_batch: int = Field(64, ge=1)
+    """Most images that one rank takes through forward and backward at once; the memory dial. Changes no result
+    beyond rounding: gradients, centres and metrics are sums over the global batch."""
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate, for this very batch. The published recipes use 5e-4 * batch / 256."""
+    final_lr: float = Field(1e-6, ge=0)
+    """Learning rate that the cosine falls to."""
+    warmup_epochs: float = Field(10.0, ge=0)
+    """Epochs in which the learning rate rises linearly from zero."""
+    betas: Range = (0.9, 0.999)
+    """AdamW's decay of the first and second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(0.04, ge=0)
+    """Decoupled weight decay at the start; biases and norms are exempt."""
+    final_weight_decay: float = Field(0.4, ge=0)
+    """Weight decay at the end, along a cosine."""
+    clip: Literal["tensor", "global", "none"] = "tensor"
+    """"tensor": every parameter's gradient to norm clip_norm by itself, as the DINO family does; "global": all
+    together; "none"."""
+    clip_norm: float = Field(3.0, gt=0)
+    """Largest gradient norm."""
+    ema: float = Field(0.996, ge=0, le=1)
+    """Teacher momentum at the start. Short runs need a shorter memory: .9 for a few hundred steps."""
+    final_ema: float = Field(1.0, ge=0, le=1)
+    """Teacher momentum at the end, along a half cosine."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Autocast of the backbone; parameters, heads, losses and teacher are fp32 always. On CPUs measure first."""
+
+
+@settings
+class EngineConfig:
+    stepper: Literal["deepspeed", "plain"] = "deepspeed"
+    """"plain": PyTorch alone, gradients by one all-reduce; the yardstick, any precision, one process or a few."""
+    zero_stage: Literal[0, 1, 2] = 1
+    """DeepSpeed ZeRO stage: 0 nothing, 1 optimizer state, 2 also gradients are split over the ranks."""
+    bucket: int = Field(50_000_000, ge=1)
+    """Parameters reduced together by DeepSpeed. Smaller saves memory. Changes the last bits of sums."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """"auto": the GPU of the local rank where there is one."""
+    threads: int = Field(0, ge=0)
+    """CPU threads of PyTorch per rank. 0: the cores divided by the ranks on this machine."""
+
+
+@settings
+class CheckpointConfig:
+    every_steps: int = Field(1_000, ge=1)
+    """Optimizer steps between checkpoints: at most this much is redone after a crash."""
+    keep_last: int = Field(2, ge=2)
+    """Newest checkpoints that stay. At least two: a damaged one falls back to the one before."""
+    keep_every_steps: int = Field(0, ge=0)
+    """Checkpoints at multiples of this stay for evaluation. 0: none besides the newest."""
+
+
+@settings
+class ClusterConfig:
+    workers: int = Field(1, ge=1)
+    """Processes, one per GPU (or per CPU share)."""
+    cpus_per_worker: float = Field(1.0, gt=0)
+    """CPU cores that Ray sets aside for each."""
+    max_failures: int = Field(8, ge=0)
+    """Crashes after which the run gives up; it stays resumable."""
+    start_timeout_s: int = Field(600, ge=1)
+    """Seconds for all workers to start; imports and a first compilation are slow."""
+    hang_timeout_s: int = Field(600, ge=1)
+    """Seconds without a sign of life after which a worker counts as hung."""
+    collective_timeout_s: int = Field(1_800, ge=1)
+    """Seconds after which a collective with a dead peer gives up."""
+
+
+@settings
+class RunConfig:
+    out: str = "runs/pretraining"
+    """Run folder, local or s3://bucket/prefix. Started again with the same folder, a run goes on."""
+    seed: int = Field(0, ge=0)
+    """Fixes initial weights, sample order, crops, colours and dropped paths."""
+    samples_per_epoch: int = Field(0, ge=0)
+    """Length of an epoch in samples; schedules hang on it. 0: the rows of the data set."""
+    stream: StreamConfig = StreamConfig()
+    """Where samples come from."""
+    storage: StorageConfig = StorageConfig()
+    """How object stores are reached."""
+    views: ViewConfig = ViewConfig()
+    """How views are cut and coloured."""
+    backbone: BackboneConfig = BackboneConfig()
+    """The vision transformer."""
+    method: MethodConfig = DEFAULT_METHOD
+    """The objective and its own settings; `name` chooses it."""
+    optimisation: OptimisationConfig = OptimisationConfig()
+    """Optimizer, schedules, precision."""
+    engine: EngineConfig = EngineConfig()
+    """How a step is carried out."""
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    """What is saved, when, and how long it stays."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Workers and restarts under Ray."""
+
+
+_SCHEMA: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), *, prog: str | None = None) -> RunConfig:
+    """Read a recipe and apply dotted flags such as `--optimisation.lr 1e-3`.
+
+    All mistakes of the file are reported at once; a misspelt key is refused with the nearest right one.
+
+    Raises:
+        ConfigError: no such file, no TOML, or wrong keys or values.
+        SystemExit: a flag is wrong (exit code 2, with a suggestion) or asks for help.
+    """
+    recipe = Path(path)
+    if not recipe.is_file():
+        known = ", ".join(sorted(file.stem for file in (Path(__file__).parent / "recipes").glob("*.toml")))
+        raise ConfigError("no such recipe", where=str(path), hint=f"a TOML file; recipes that come along: {known}")
+    try:
+        tree = tomllib.loads(recipe.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"not a TOML file: {error}", where=str(path), hint="check quotes and brackets") from error
+    return override(validate(tree, where=str(path)), overrides, prog=prog)
+
+
+def validate(tree: Mapping[str, Any], *, where: str) -> RunConfig:
+    """Turn a nested mapping into a checked RunConfig. Raises ConfigError with every mistake in `tree`."""
+    try:
+        return _SCHEMA.validate_python(tree)
+    except ValidationError as error:
+        mistakes = [_mistake(item) for item in error.errors()]
+        noun = "mistake" if len(mistakes) == 1 else "mistakes"
+        raise ConfigError(
+            f"{len(mistakes)} {noun} in the recipe:\n" + "\n".join(f"    {line}" for line in mistakes),
+            where=where,
+            hint="`python -m training pretrain RECIPE --help` documents every key",
+        ) from None
+
+
+def override(config: RunConfig, flags: Sequence[str], *, prog: str | None = None) -> RunConfig:
+    """Apply dotted flags with help, types and suggestions from the tree itself."""
+    return tyro.cli(
+        RunConfig,
+        default=config,
+        args=list(flags),
+        prog=prog,
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+    )
+
+
+def to_tree(config: Any) -> dict[str, Any]:
+    """The settings as nested plain values, ready for TOML or JSON."""
+    return _SCHEMA.dump_python(config, mode="json")
+
+
+def to_toml(config: RunConfig) -> str:
+    """The resolved recipe, complete: reading it back gives an equal RunConfig."""
+    lines: list[str] = []
+    _write_table(lines, (), to_tree(config))
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def differences(old: RunConfig, new: RunConfig, *, ignore: Sequence[str] = ()) -> list[str]:
+    """Dotted keys whose values differ, as `key: old -> new`, but for keys that start with a name in `ignore`."""
+    before, after = dict(_leaves((), to_tree(old))), dict(_leaves((), to_tree(new)))
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if not key.startswith(tuple(ignore))]
+
+
+def _mistake(item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    name = ".".join(location)
+    if item["type"] == "unexpected_keyword_argument":
+        near = difflib.get_close_matches(location[-1], _keys_at(location[:-1]), n=1, cutoff=0.5)
+        known = f"; did you mean `{near[0]}`?" if near else ""
+        return f"unknown key `{_without_tag(location)}`{known}"
+    if item["type"].startswith("union_tag"):
+        return f"`{name}`: {item['msg']}"
+    return f"`{_without_tag(location)}` = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _without_tag(location: Sequence[str]) -> str:
+    """`method.pass.part` -> `method.part`: the union's tag is no key of the file."""
+    parts = list(location)
+    if len(parts) > 2 and parts[0] == "method":
+        del parts[1]
+    return ".".join(parts)
+
+
+def _keys_at(location: Sequence[str]) -> list[str]:
+    """The keys of the settings class at this place of the tree."""
+    kind: Any = RunConfig
+    for part in location:
+        if dataclasses.is_dataclass(kind):
+            kind = {field.name: field.type for field in dataclasses.fields(kind)}.get(part, kind)
+        arguments = [arg for arg in getattr(kind, "__args__", ()) if dataclasses.is_dataclass(arg)]
+        kind = next((arg for arg in arguments if getattr(arg, "name", None) == part), kind)
+    return [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+
+
+def _leaves(path: tuple[str, ...], node: Any) -> Any:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _leaves((*path, key), value)
+    else:
+        yield ".".join(path), node
+
+
+def _write_table(lines: list[str], path: tuple[str, ...], table: Mapping[str, Any]) -> None:
+    if path:
+        lines.append(f"\n[{'.'.join(path)}]")
+    nested = {key: value for key, value in table.items() if isinstance(value, dict)}
+    lines.extend(f"{key} = {_toml_value(value)}" for key, value in table.items() if key not in nested)
+    for key, value in nested.items():
+        _write_table(lines, (*path, key), value)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
+        return f'"{escaped}"'
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    return repr(value)

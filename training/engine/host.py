@@ -1,0 +1,70 @@
+"""What a run asks of the place it runs in, and tells it. Ray's host lives in `cluster/`."""
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Protocol
+
+from datapipe.command import COMPLETE, INTERRUPTED, STOPPED
+
+
+class Host(Protocol):
+    """The scheduler's side of a run."""
+
+    def preempted(self) -> bool:
+        """True when this process was told to save and end. Cheap; asked at every step, may differ between ranks."""
+        ...
+
+    def saved(self, step: int) -> None:
+        """A checkpoint of `step` exists. Called on every rank, equally often."""
+        ...
+
+    def say(self, line: str) -> None:
+        """One line for the person who watches. Called on the leading rank only."""
+        ...
+
+
+class LocalHost:
+    """Listens to SIGTERM and Ctrl-C as a context manager; prints to the terminal.
+
+    The first signal asks for a clean end after the step and a save; a second one ends the process at once.
+    Signal handlers can only be set in the main thread; elsewhere it just never is preempted.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "LocalHost":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._before.clear()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            os.write(2, b"second signal: stopping at once; the last checkpoint stays\n")
+            os._exit(exit_code(number))
+        self.received = number
+        os.write(2, b"stopping: the step is finished and saved first; a second signal stops at once\n")
+
+    def preempted(self) -> bool:
+        return self.received is not None
+
+    def saved(self, step: int) -> None:
+        """Nobody else needs to know."""
+
+    def say(self, line: str) -> None:
+        print(line, file=sys.stdout, flush=True)
+
+
+def exit_code(received: int | None) -> int:
+    """The process's exit code after a clean end caused by signal `received` (None: it ran to its end)."""
+    return {None: COMPLETE, signal.SIGINT: INTERRUPTED}.get(received, STOPPED)

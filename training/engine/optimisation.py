@@ -1,0 +1,65 @@
+"""Which parameters are treated alike, and what their settings are at each step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from training import schedules
+from training.config import OptimisationConfig
+from training.methods.base import Method, Progress
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share decay, learning-rate factor and release epoch."""
+
+    names: tuple[str, ...]
+    decay: bool
+    lr_factor: float
+    release_epoch: int
+
+    def frozen(self, progress: Progress) -> bool:
+        """Before its release a group has no gradient: no step, no decay, no moments, no step count."""
+        return progress.epoch < self.release_epoch
+
+
+class StepSettings(NamedTuple):
+    """What the schedules say for one step."""
+
+    lr: float
+    weight_decay: float
+    ema: float
+
+
+def group_parameters(method: Method) -> tuple[ParameterGroup, ...]:
+    """Group the trainable parameters by role, in the order of their first appearance."""
+    members: dict[tuple[bool, float, int], list[str]] = {}
+    for name, role in method.roles().items():
+        members.setdefault((role.decay, role.lr_factor, role.release_epoch), []).append(name)
+    return tuple(
+        ParameterGroup(tuple(names), decay, lr_factor, release_epoch)
+        for (decay, lr_factor, release_epoch), names in members.items()
+    )
+
+
+def settings_at(config: OptimisationConfig, progress: Progress) -> StepSettings:
+    """Learning rate, weight decay and teacher momentum of a step (DINO's schedules, one value per iteration)."""
+    total = progress.total_steps
+    warmup = config.warmup_epochs * progress.epoch_steps
+    lr = schedules.warmup_cosine(
+        progress.step, base=config.lr, final=config.final_lr, total_steps=total, warmup_steps=warmup
+    )
+    decay = schedules.warmup_cosine(
+        progress.step, base=config.weight_decay, final=config.final_weight_decay, total_steps=total, warmup_steps=0
+    )
+    ema = schedules.warmup_cosine(
+        progress.step, base=config.ema, final=config.final_ema, total_steps=total, warmup_steps=0
+    )
+    return StepSettings(lr, decay, ema)
+
+
+def apply(groups: Sequence[ParameterGroup], targets: Sequence[dict], now: StepSettings, progress: Progress) -> None:
+    """Write the settings of a step into the optimizer's parameter groups, which are in the order of `groups`."""
+    for group, target in zip(groups, targets, strict=True):
+        target["lr"] = 0.0 if group.frozen(progress) else now.lr * group.lr_factor
+        target["weight_decay"] = now.weight_decay if group.decay else 0.0

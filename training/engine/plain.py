@@ -1,0 +1,92 @@
+"""The yardstick: PyTorch's AdamW, gradients of all ranks summed by one all-reduce, no DeepSpeed."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from training.config import OptimisationConfig
+from training.engine.optimisation import ParameterGroup
+from training.engine.stepper import AdamState, Stepper
+from training.engine.world import World
+from training.methods.base import Method, Outcome, Progress, Views
+
+
+class PlainStepper(Stepper):
+    """Whole parameters, gradients and moments on every rank, in the precision of the module (float64 too)."""
+
+    def __init__(
+        self, method: Method, groups: Sequence[ParameterGroup], config: OptimisationConfig, world: World
+    ) -> None:
+        super().__init__(method, groups, config, world)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": [self.parameters[name] for name in group.names]} for group in self.groups],
+            betas=config.betas,
+            eps=config.eps,
+        )
+        self._summed = False
+
+    def _call(self, views: Views, progress: Progress) -> Outcome:
+        return self.method(views, progress)
+
+    def backward(self, outcome: Outcome, *, last: bool) -> None:
+        outcome.loss.backward()
+        if last:
+            self._sum_over_ranks()
+
+    def _sum_over_ranks(self) -> None:
+        if self.world.size == 1:
+            return
+        gradients = [self._gradient(value) for value in self.parameters.values()]
+        flat = self.world.add(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    @staticmethod
+    def _gradient(parameter: Tensor) -> Tensor:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        return parameter.grad
+
+    def _optimizer_groups(self) -> list[dict]:
+        return self.optimizer.param_groups
+
+    def _norms(self) -> Tensor:
+        return torch.stack([torch.linalg.vector_norm(self._gradient(value)) for value in self.parameters.values()])
+
+    def _scale(self, factors: Mapping[str, Tensor | float]) -> None:
+        for name, factor in factors.items():
+            self._gradient(self.parameters[name]).mul_(factor)
+
+    def _advance(self) -> None:
+        for name in self._frozen:
+            self.parameters[name].grad = None
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def optimizer_state(self) -> dict[str, AdamState]:
+        if not self.world.leads:
+            return {}
+        return {name: self._state_of(value) for name, value in self.parameters.items()}
+
+    def _state_of(self, parameter: Tensor) -> AdamState:
+        state = self.optimizer.state.get(parameter)
+        if not state:
+            nothing = torch.zeros_like(parameter, device="cpu", requires_grad=False)
+            return AdamState(nothing, nothing.clone(), 0.0)
+        return AdamState(state["exp_avg"].cpu(), state["exp_avg_sq"].cpu(), float(state["step"]))
+
+    def load_optimizer_state(self, state: Mapping[str, AdamState]) -> None:
+        self.optimizer.state.clear()
+        for name, parameter in self.parameters.items():
+            saved = state[name]
+            if saved.step == 0:
+                continue  # as fresh: PyTorch makes the state at the first step
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(saved.step, dtype=torch.float32),
+                "exp_avg": saved.exp_avg.to(parameter),
+                "exp_avg_sq": saved.exp_avg_sq.to(parameter),
+            }

@@ -1,0 +1,86 @@
+"""Which process this is among how many, and the few things they do together."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """A value: rank among `size` processes, and among those of its machine.
+
+    With `size` 1 nothing is communicated and no process group is needed.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def leads(self) -> bool:
+        """True on the one rank that writes what exists once."""
+        return self.rank == 0
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place. The order of additions is fixed for a given size (gloo and NCCL rings)."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def tell(self, value: Any) -> Any:
+        """Rank 0's picklable value on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
+        return box[0]
+
+    def wait(self) -> None:
+        """Return once every rank has come here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """`"auto"`: the local rank's GPU where there is one, else the CPU."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank % max(torch.cuda.device_count(), 1))
+
+
+def free_port() -> int:
+    """A TCP port on loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def alone(device: str = "auto", *, group: bool = False, timeout_s: float = 1_800) -> Iterator[World]:
+    """A world of one. `group` also opens a process group, which DeepSpeed insists on."""
+    world = World(device=choose_device(device, 0))
+    if not group or dist.is_initialized():
+        yield world
+        return
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    os.environ.setdefault("LOCAL_RANK", "0")
+    dist.init_process_group(
+        backend,
+        init_method=f"tcp://127.0.0.1:{free_port()}",
+        rank=0,
+        world_size=1,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()

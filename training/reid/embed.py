@@ -1,0 +1,164 @@
+"""Image files in, one feature vector per image out.
+
+Preparation as in the validation of TransReID: the whole image is resized to (height, width) by PIL, bilinear and
+antialiased. Normalised with the statistics of pre-training (ImageNet); TransReID's fine-tuned models want .5 / .5.
+Shapes: B images of one batch, N images in all, C channels.
+"""
+
+import io
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal, Protocol
+
+import numpy as np
+import simplejpeg
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from pydantic import Field
+from torch import Tensor
+
+from datapipe.config import Size
+from datapipe.errors import DataError
+from datapipe.settings import settings
+
+Features = dict[str, NDArray[np.float32]]
+"""Name -> float32 [N, C]."""
+
+AHEAD = 3
+"""Batches being prepared while one is embedded."""
+
+
+@settings
+class EmbedConfig:
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How images are resized, by PIL, antialiased. TransReID validates with bilinear, cluster-contrast with bicubic."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Subtracted from R, G, B in 0..1. ImageNet's, as in pre-training; (.5, .5, .5) for TransReID's fine-tuned models."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Divisor of R, G, B after the mean is subtracted."""
+    batch: int = Field(64, ge=1)
+    """Images embedded at once. Lower it when memory runs out; the features stay the same up to rounding."""
+    threads: int = Field(2, ge=1)
+    """Threads that read, decode and resize."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast of the forward pass; parameters stay as they are. bf16 or fp16 on a GPU with many images."""
+
+
+class TokenFeatures(Protocol):
+    """What a backbone returns: after its final norm."""
+
+    @property
+    def cls(self) -> Tensor: ...  # [B, C]
+
+    @property
+    def parts(self) -> Tensor: ...  # [B, P, C]; P may be 0
+
+    @property
+    def patches(self) -> Tensor: ...  # [B, patches, C]
+
+
+class Backbone(Protocol):
+    """A `torch.nn.Module` with `features`."""
+
+    training: bool
+
+    def features(self, images: Tensor) -> TokenFeatures: ...  # images [B, 3, H, W], normalised
+
+    def parameters(self) -> Iterator[Tensor]: ...
+
+    def train(self, mode: bool = True) -> object: ...
+
+
+def embed(
+    backbone: Backbone,
+    paths: Sequence[str],
+    read: Callable[[str], bytes],
+    *,
+    size: Size,
+    device: torch.device | str = "cpu",
+    config: EmbedConfig | None = None,
+) -> Features:
+    """Features of every image, in the order of `paths`, not normalised; no gradient, no drop path.
+
+    "cls", "mean" (of the patches) and, where the backbone has part tokens, "cls+parts" ([CLS ; mean of the parts]).
+    `size` is (height, width). The backbone must be on `device`; it is left in the mode it came in.
+    Errors: `DataError` that names the image which cannot be decoded.
+    """
+    config = config or EmbedConfig()
+    if not len(paths):
+        raise DataError("no images to embed")
+    dtype = next(iter(backbone.parameters())).dtype
+    was_training = backbone.training
+    backbone.train(False)
+    try:
+        collected = [
+            _embed_batch(backbone, normalise(pixels, dtype, device, config), config)
+            for pixels in _batches(paths, read, size, config)
+        ]
+    finally:
+        backbone.train(was_training)
+    return {name: np.concatenate([batch[name] for batch in collected]) for name in collected[0]}
+
+
+def normalise(pixels: NDArray[np.uint8], dtype: torch.dtype, device: torch.device | str, config: EmbedConfig) -> Tensor:
+    """uint8 [B, H, W, 3] -> (x / 255 - mean) / std as [B, 3, H, W] on the device."""
+    images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).to(dtype).div(255)
+    mean, std = (torch.tensor(values, dtype=dtype, device=device)[:, None, None] for values in (config.mean, config.std))
+    return (images - mean) / std
+
+
+def decode(data: bytes, name: str = "") -> NDArray[np.uint8]:
+    """RGB [height, width, 3]. JPEG by libjpeg-turbo; everything else, and odd JPEGs, by PIL."""
+    try:
+        return simplejpeg.decode_jpeg(data, colorspace="RGB")
+    except ValueError:
+        return _decode_with_pil(data, name)
+
+
+def resize(image: NDArray[np.uint8], size: Size, interpolation: Literal["bilinear", "bicubic"]) -> NDArray[np.uint8]:
+    """To (height, width), antialiased."""
+    method = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
+    height, width = size
+    return np.asarray(Image.fromarray(image).resize((width, height), method))
+
+
+@torch.inference_mode()
+def _embed_batch(backbone: Backbone, images: Tensor, config: EmbedConfig) -> Features:
+    low = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    with torch.autocast(images.device.type, dtype=low, enabled=low is not None):
+        tokens = backbone.features(images)
+    found = {"cls": tokens.cls, "mean": tokens.patches.mean(dim=1)}
+    if tokens.parts.shape[1]:
+        found["cls+parts"] = torch.cat([tokens.cls, tokens.parts.mean(dim=1)], dim=1)
+    return {name: values.to(torch.float32).cpu().numpy() for name, values in found.items()}
+
+
+def _batches(
+    paths: Sequence[str], read: Callable[[str], bytes], size: Size, config: EmbedConfig
+) -> Iterator[NDArray[np.uint8]]:
+    """uint8 [B, H, W, 3], in order; a few batches are prepared ahead."""
+
+    def prepare(path: str) -> NDArray[np.uint8]:
+        return resize(decode(read(path), path), size, config.interpolation)
+
+    waiting: deque[list[Future[NDArray[np.uint8]]]] = deque()
+    with ThreadPoolExecutor(max_workers=config.threads) as pool:
+        try:
+            for start in range(0, len(paths), config.batch):
+                waiting.append([pool.submit(prepare, path) for path in paths[start : start + config.batch]])
+                if len(waiting) > AHEAD:
+                    yield np.stack([image.result() for image in waiting.popleft()])
+            while waiting:
+                yield np.stack([image.result() for image in waiting.popleft()])
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _decode_with_pil(data: bytes, name: str) -> NDArray[np.uint8]:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"an image cannot be decoded: {error}", where=name, hint="replace or remove this file") from error

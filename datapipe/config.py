@@ -112,3 +112,41 @@ class ViewConfig:
     interpolation: Literal["bicubic", "linear"] = "bicubic"
     """"bicubic": antialiased, as PIL does and the published recipes use. "linear": area when shrinking, linear when
     enlarging; several times faster."""
+
+
+@settings
+class SynthConfig:
+    """Rendered pedestrians: how many, how varied, how hard."""
+
+    train_identities: int = Field(180, ge=0, le=9_000)
+    """People in bounding_box_train."""
+    test_identities: int = Field(60, ge=0, le=900)
+    """People in query and bounding_box_test; none of them is in bounding_box_train."""
+    cameras: int = Field(4, ge=2, le=9)
+    """Cameras; everybody is seen by all of them."""
+    images: int = Field(5, ge=2, le=999)
+    """Images of each person by each camera. The first one of a test identity is a query, the others are the gallery."""
+    seed: int = Field(0, ge=0)
+    """Every image is a function of (seed, person, camera, number of the image)."""
+    height: tuple[int, int] = (150, 320)
+    """Lowest and highest image, pixels."""
+    width: tuple[int, int] = (60, 130)
+    """Narrowest and widest image, pixels."""
+    quality: tuple[int, int] = (75, 95)
+    """Lowest and highest JPEG quality."""
+    camera_strength: float = Field(0.3, ge=0)
+    """How much cameras differ in white balance, brightness, gamma, saturation and haze. 0: not at all; 1: so much that
+    colour is no help."""
+    light: float = Field(0.1, ge=0)
+    """Spread of the brightness from image to image of one camera, as the sigma of its logarithm."""
+    backgrounds: int = Field(16, ge=1)
+    """Places, shared by all cameras. (Places of one camera each would give the camera away: a colour histogram then falls
+    below chance.)"""
+    occluder: float = Field(0.15, ge=0, le=1)
+    """Share of images in which something stands in front of the person."""
+    second_person: float = Field(0.09, ge=0, le=1)
+    """Share of images in which somebody else stands behind."""
+    box_jitter: float = Field(0.08, ge=0, le=0.5)
+    """How far the box misses the person, as a share of its height and width."""
+    workers: int = Field(0, ge=0)
+    """Processes that render; the images do not depend on it. 0: one per core."""

@@ -1,0 +1,182 @@
+"""Weights in and out: a backbone as safetensors that timm loads, with a card that says what it is and where from."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import safetensors.torch
+import torch
+from pydantic import ValidationError
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from datapipe.errors import DataError
+from datapipe.storage import Store, open_store
+from training.backbone import BackboneConfig, VisionTransformer
+
+WEIGHTS, CARD = "backbone.safetensors", "card.json"
+CARD_FORMAT = 1
+Triple = tuple[float, float, float]
+
+
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in ("torch", "timm", "safetensors")}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What a card says beside the architecture. The caller knows it."""
+
+    method: str = ""
+    recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The resolved configuration of the run."""
+    manifest: str = ""
+    """Id of the data set."""
+    licence: str = ""
+    """Licence of the data, as its manifest has it: it binds the weights too."""
+    samples: int = 0
+    """Images seen."""
+    step: int = 0
+    """Optimizer steps done."""
+    mean: Triple = IMAGENET_DEFAULT_MEAN
+    """Subtracted from RGB values in 0..1 before the backbone."""
+    std: Triple = IMAGENET_DEFAULT_STD
+    """Divides after that."""
+    versions: dict[str, str] = dataclasses.field(default_factory=_versions)
+
+
+def export(backbone: VisionTransformer, out: Store, provenance: Provenance) -> dict[str, Any]:
+    """Write `backbone.safetensors`, then `card.json`, and return the card.
+
+    The weights are in timm's layout, float32. `timm.create_model(**card["timm"])` loads them with no key missing or
+    left over and gives the same features (with the stored position table, the default).
+    """
+    state = to_timm(backbone)
+    data = safetensors.torch.save(state, metadata={"format": "pt"})
+    card = {
+        "format": CARD_FORMAT,
+        "timm": timm_arguments(backbone),
+        "tokens": ["cls", *(f"part{part}" for part in range(1, backbone.parts + 1)), "patches"],
+        "input": {"size": backbone.config.size, "mean": provenance.mean, "std": provenance.std},
+        "backbone": dataclasses.asdict(backbone.config),
+        "parts": backbone.parts,
+        "file": {"name": WEIGHTS, "bytes": len(data), "sha256": _digest(data), "tensors": len(state)},
+    }
+    card |= {key: value for key, value in dataclasses.asdict(provenance).items() if key not in ("mean", "std")}
+    out.replace(WEIGHTS, data)
+    out.replace(CARD, json.dumps(card, indent=2).encode())
+    return card
+
+
+def load_backbone(folder: Store | str) -> VisionTransformer:
+    """An exported backbone, verified, in eval mode on the CPU. DataError where anything does not fit."""
+    store = open_store(folder) if isinstance(folder, str) else folder
+    card, where = load_card(store), store.address(WEIGHTS)
+    data = store.read(WEIGHTS)
+    if _digest(data) != card["file"]["sha256"]:
+        raise DataError("the weights are not those the card describes", where=where, hint="export them again")
+    try:
+        config, parts = BackboneConfig(**card["backbone"]), int(card["parts"])
+    except ValidationError as error:
+        raise DataError(f"the card describes no backbone of this version:\n{error}", where=store.address(CARD),
+                        hint="load it with the versions the card names") from error  # fmt: skip
+    backbone = VisionTransformer(config, parts=parts)
+    load_counted(backbone, from_timm(safetensors.torch.load(data), parts), where=where)
+    return backbone.eval()
+
+
+def load_card(store: Store) -> dict[str, Any]:
+    """The card of an export, with all it must have."""
+    where, hint = store.address(CARD), "point at the folder that `python -m training export` wrote"
+    try:
+        card: dict[str, Any] = json.loads(store.read(CARD))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError("the card is not JSON", where=where, hint=hint) from error
+    missing = {"format", "timm", "backbone", "parts", "file"} - card.keys()
+    if missing or card["format"] != CARD_FORMAT:
+        lacking = f"lacks {sorted(missing)}" if missing else f"has format {card['format']}, not {CARD_FORMAT}"
+        raise DataError(f"the card {lacking}", where=where, hint=hint)
+    return card
+
+
+def load_counted(
+    module: nn.Module, state: Mapping[str, Tensor], *, leave_out: Collection[str] = (), where: str = ""
+) -> int:
+    """Load every tensor of `state` but those named in `leave_out`, and fill every one of the module's. Their number.
+
+    What is missing, left over or of another shape is a DataError that names the keys; nothing is loaded then.
+    """
+    own = module.state_dict()
+    given = {name: tensor for name, tensor in state.items() if name not in leave_out}
+    shapes = [
+        f"{name} {tuple(given[name].shape)} for {tuple(own[name].shape)}"
+        for name in own.keys() & given.keys()
+        if own[name].shape != given[name].shape
+    ]
+    faults = {
+        "missing": sorted(own.keys() - given.keys()),
+        "left over": sorted(given.keys() - own.keys()),
+        "of another shape": sorted(shapes),
+        "to leave out, but absent": sorted(set(leave_out) - state.keys()),
+    }
+    if any(faults.values()):
+        told = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in faults.items() if keys)
+        raise DataError(f"the weights do not fit ({len(given)} for {len(own)}); {told}", where=where,
+                        hint="check that file and architecture belong together")  # fmt: skip
+    module.load_state_dict(given)
+    return len(given)
+
+
+def timm_arguments(backbone: VisionTransformer) -> dict[str, Any]:
+    """What `timm.create_model` needs to build this architecture."""
+    config, shape = backbone.config, backbone.config.shape
+    family = "vit_small" if config.arch == "custom" else config.arch
+    return {
+        "model_name": f"{family}_patch16_224",
+        "img_size": config.size,
+        "patch_size": config.patch,
+        "embed_dim": shape.width,
+        "depth": shape.depth,
+        "num_heads": shape.heads,
+        "mlp_ratio": shape.mlp_ratio,
+        "reg_tokens": backbone.parts,
+        "num_classes": 0,
+    }
+
+
+def create_model_call(card: Mapping[str, Any]) -> str:
+    """The Python expression that builds the exported model, to be printed."""
+    arguments = dict(card["timm"])
+    name = arguments.pop("model_name")
+    return ", ".join([f'timm.create_model("{name}"', *(f"{key}={value}" for key, value in arguments.items())]) + ")"
+
+
+@torch.no_grad()
+def to_timm(backbone: VisionTransformer) -> dict[str, Tensor]:
+    """timm's layout: part tokens are its register tokens, all positions one table in the order of the tokens."""
+    state = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in backbone.state_dict().items()}
+    if backbone.parts:
+        numbers = range(1, backbone.parts + 1)
+        positions = [state.pop("cls_pos"), *(state.pop(f"part{number}_pos") for number in numbers)]
+        state["pos_embed"] = torch.cat([*positions, state["pos_embed"]], dim=1)
+        state["reg_token"] = torch.cat([state.pop(f"part_token{number}") for number in numbers], dim=1)
+    return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+def from_timm(state: Mapping[str, Tensor], parts: int) -> dict[str, Tensor]:
+    """The inverse of `to_timm`."""
+    ours = dict(state)
+    if parts and {"pos_embed", "reg_token"} <= ours.keys():
+        tokens, positions = ours.pop("reg_token"), ours["pos_embed"]
+        ours["cls_pos"], ours["pos_embed"] = positions[:, :1], positions[:, 1 + parts :]
+        for number in range(1, parts + 1):
+            ours[f"part_token{number}"] = tokens[:, number - 1 : number]
+            ours[f"part{number}_pos"] = positions[:, number : number + 1]
+    return ours
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

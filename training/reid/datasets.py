@@ -76,19 +76,23 @@ def market_folder(root: str | Path, name: str = "", storage: StorageConfig | Non
 
 def read_market(store: Store, layout: MarketLayout) -> ReIDSet:
     """Read and check the set that `layout` describes; errors as `market_folder`."""
-    query, gallery = (_labelled(store, folder) for folder in (layout.query, layout.gallery))
-    for folder, part in ((layout.query, query), (layout.gallery, gallery)):
-        if not len(part):
-            raise DataError(
-                f"no labelled images in {folder!r}",
-                where=store.url,
-                hint=f"a Market-1501 folder has {layout.query}/ and {layout.gallery}/ with names like 0002_c1s1_1.jpg",
-            )
-    train = _labelled(store, layout.train)
+    query, gallery = (_required(store, folder, layout) for folder in (layout.query, layout.gallery))
     _check_matches(store, query, gallery)
+    train = _labelled(store, layout.train)
     found = ReIDSet(layout.name, store, query, gallery, train if len(train) else None)
     _check_counts(found, layout)
     return found
+
+
+def _required(store: Store, folder: str, layout: MarketLayout) -> Labelled:
+    part = _labelled(store, folder)
+    if not len(part):
+        raise DataError(
+            f"no images of people in {folder}/, or no such folder",
+            where=store.url,
+            hint=f"expected {layout.query}/ and {layout.gallery}/ with names like 0002_c1s1_000451_03.jpg",
+        )
+    return part
 
 
 def _labelled(store: Store, folder: str) -> Labelled:
@@ -103,7 +107,8 @@ def _labelled(store: Store, folder: str) -> Labelled:
             hint="name them <identity>_c<camera>..., for example 0002_c1s1_000451_03.jpg",
         )
     _check_names(store.at(folder), names)
-    rows = [(f"{folder}/{name}", *label) for name, label in zip(names, labels, strict=True) if label and label[0] != JUNK]
+    pairs = zip(names, labels, strict=True)
+    rows = [(f"{folder}/{name}", *label) for name, label in pairs if label is not None and label[0] != JUNK]
     paths, pids, cameras = zip(*rows, strict=True) if rows else ((), (), ())
     return Labelled(np.array(paths, np.str_), np.array(pids, np.int64), np.array(cameras, np.int64) - 1)
 

@@ -35,12 +35,12 @@ class EmbedConfig:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """How images are resized, by PIL, antialiased. TransReID validates with bilinear, cluster-contrast with bicubic."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Subtracted from R, G, B in 0..1. ImageNet's, as in pre-training; (.5, .5, .5) for TransReID's fine-tuned models."""
+    """Subtracted from R, G, B in 0..1. ImageNet's, as in pre-training; .5 for TransReID's fine-tuned models."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Divisor of R, G, B after the mean is subtracted."""
-    batch: int = Field(64, ge=1)
+    batch: int = Field(default=64, ge=1)
     """Images embedded at once. Lower it when memory runs out; the features stay the same up to rounding."""
-    threads: int = Field(2, ge=1)
+    threads: int = Field(default=2, ge=1)
     """Threads that read, decode and resize."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast of the forward pass; parameters stay as they are. bf16 or fp16 on a GPU with many images."""
@@ -105,8 +105,8 @@ def embed(
 def normalise(pixels: NDArray[np.uint8], dtype: torch.dtype, device: torch.device | str, config: EmbedConfig) -> Tensor:
     """uint8 [B, H, W, 3] -> (x / 255 - mean) / std as [B, 3, H, W] on the device."""
     images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).to(dtype).div(255)
-    mean, std = (torch.tensor(values, dtype=dtype, device=device)[:, None, None] for values in (config.mean, config.std))
-    return (images - mean) / std
+    mean, std = (torch.tensor(values, dtype=dtype, device=device) for values in (config.mean, config.std))
+    return (images - mean[:, None, None]) / std[:, None, None]
 
 
 def decode(data: bytes, name: str = "") -> NDArray[np.uint8]:
@@ -161,4 +161,4 @@ def _decode_with_pil(data: bytes, name: str) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(data)) as image:
             return np.asarray(image.convert("RGB"))
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"an image cannot be decoded: {error}", where=name, hint="replace or remove this file") from error
+        raise DataError(f"an image cannot be decoded: {error}", where=name, hint="replace or remove it") from error

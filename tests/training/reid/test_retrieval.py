@@ -1,0 +1,170 @@
+"""The Market-1501 protocol against a naive loop, scikit-learn, and by hand."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from sklearn.metrics import average_precision_score
+
+from datapipe.errors import DataError
+from training.reid.retrieval import RetrievalResult, evaluate, evaluate_distances
+
+Case = tuple[NDArray, NDArray, NDArray, NDArray, NDArray, NDArray]
+
+
+def random_case(seed: int, *, queries: int = 40, gallery: int = 170, levels: int = 0, distractors: int = 20) -> Case:
+    """Features and labels; `levels` > 0 makes coarse features with many equal distances; some junk, one lonely query."""
+    random = np.random.default_rng(seed)
+    features = random.standard_normal((queries + gallery, 16)).astype(np.float32)
+    if levels:
+        features = np.sign(features[:, :levels])
+    pids = random.integers(1, 12, queries + gallery)
+    pids[queries : queries + distractors] = 0
+    pids[queries + distractors : queries + distractors + 5] = -1
+    pids[3] = 999
+    cameras = random.integers(0, 3, queries + gallery)
+    return (
+        features[:queries],
+        features[queries:],
+        pids[:queries],
+        pids[queries:],
+        cameras[:queries],
+        cameras[queries:],
+    )
+
+
+def distances_of(case: Case) -> NDArray:
+    """Squared Euclidean distances between normalised features, in float64, as a full matrix."""
+    query, gallery = (part.astype(np.float64) for part in case[:2])
+    query /= np.linalg.norm(query, axis=1, keepdims=True)
+    gallery /= np.linalg.norm(gallery, axis=1, keepdims=True)
+    return ((query[:, None] - gallery[None]) ** 2).sum(-1)
+
+
+def naive(distances: NDArray, case: Case, ranks: int = 50) -> tuple[NDArray, list[float], list[float], list[int]]:
+    """The protocol read aloud: (cmc, AP, INP, scored queries)."""
+    _, _, q_pids, g_pids, q_cams, g_cams = case
+    curves, precisions, penalties, scored = [], [], [], []
+    for query in range(len(distances)):
+        ranking = sorted(range(len(g_pids)), key=lambda row: (distances[query][row], row))
+        ranking = [row for row in ranking if g_pids[row] != -1]
+        ranking = [row for row in ranking if (g_pids[row], g_cams[row]) != (q_pids[query], q_cams[query])]
+        hits = [g_pids[row] == q_pids[query] for row in ranking]
+        if not any(hits):
+            continue
+        scored.append(query)
+        places = [place for place, hit in enumerate(hits, start=1) if hit]
+        precisions.append(float(np.mean([count / place for count, place in enumerate(places, start=1)])))
+        penalties.append(len(places) / places[-1])
+        curves.append([any(hits[:rank]) for rank in range(1, ranks + 1)])
+    return np.mean(curves, axis=0), precisions, penalties, scored
+
+
+def assert_equals_naive(result: RetrievalResult, distances: NDArray, case: Case) -> None:
+    cmc, precisions, penalties, scored = naive(distances, case)
+    np.testing.assert_array_equal(result.queries, scored)
+    np.testing.assert_allclose(result.average_precision, precisions, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(result.inverse_negative_penalty, penalties, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(result.cmc, cmc, rtol=0, atol=1e-12)
+    assert result.mAP == pytest.approx(np.mean(precisions), abs=1e-12)
+    assert result.mINP == pytest.approx(np.mean(penalties), abs=1e-12)
+    assert result.skipped == len(distances) - len(scored) >= 1
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_evaluate__equals_the_naive_loop(seed: int) -> None:
+    case = random_case(seed)
+    assert_equals_naive(evaluate(*case), distances_of(case), case)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_evaluate_distances__ties_keep_the_order_of_the_gallery(seed: int) -> None:
+    case = random_case(seed)
+    distances = np.round(distances_of(case), 1)  # about twenty different values
+    assert_equals_naive(evaluate_distances(distances, *case[2:]), distances, case)
+
+
+def test_evaluate__equal_features_keep_the_order_of_the_gallery() -> None:
+    case = random_case(5, levels=4)
+    cosines = case[0] @ case[1].T  # products of signs: exact
+    assert_equals_naive(evaluate(*case), -cosines, case)
+
+
+def test_evaluate__does_not_depend_on_chunks_and_threads() -> None:
+    case = random_case(1)
+    whole = evaluate(*case, keep=7)
+    for chunk_mb, threads in ((1e-6, 1), (0.003, 3)):
+        other = evaluate(*case, keep=7, chunk_mb=chunk_mb, threads=threads)
+        assert other.mAP == pytest.approx(whole.mAP, abs=1e-12)
+        np.testing.assert_array_equal(other.nearest, whole.nearest)
+
+
+def test_average_precision__equals_scikit_learn_without_ties() -> None:
+    case = random_case(7)
+    _, _, q_pids, g_pids, q_cams, g_cams = case
+    distances, result = distances_of(case), evaluate(*case)
+    for position, query in enumerate(result.queries):
+        kept = (g_pids != -1) & ~((g_pids == q_pids[query]) & (g_cams == q_cams[query]))
+        expected = average_precision_score(g_pids[kept] == q_pids[query], -distances[query][kept])
+        assert result.average_precision[position] == pytest.approx(expected, abs=1e-12)
+
+
+def test_evaluate__three_images_by_hand() -> None:
+    angles = np.radians([0, 5, 10, 20, 30])
+    features = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    # nearest to the query: same camera (left out), a distractor, a match, another person, a match
+    gallery = np.concatenate([features[1:], features[4:] * [1, -1]])[[0, 1, 2, 3]]
+    result = evaluate(
+        features[:1], gallery, np.array([7]), np.array([7, 0, 7, 7]), np.array([0]), np.array([0, 2, 1, 2]), keep=5
+    )
+    assert result.average_precision.tolist() == pytest.approx([(1 / 2 + 2 / 3) / 2])
+    assert result.mINP == pytest.approx(2 / 3)
+    assert result.cmc[:3].tolist() == [0, 1, 1]
+    assert result.first_match.tolist() == [2]
+    assert result.nearest.tolist() == [[1, 2, 3, -1, -1]]
+
+
+def test_nearest__is_the_ranking_that_was_scored() -> None:
+    case = random_case(3, levels=5)
+    _, _, q_pids, g_pids, q_cams, g_cams = case
+    result = evaluate(*case, keep=len(g_pids))
+    for position, query in enumerate(result.queries):
+        ranking = result.nearest[query][result.nearest[query] >= 0]
+        assert not ((g_pids[ranking] == q_pids[query]) & (g_cams[ranking] == q_cams[query])).any()
+        places = np.flatnonzero(g_pids[ranking] == q_pids[query]) + 1
+        precision = np.mean(np.arange(1, len(places) + 1) / places)
+        assert precision == pytest.approx(result.average_precision[position], abs=1e-12)
+
+
+def test_evaluate__half_precision_features_are_ranked_in_float32() -> None:
+    case = random_case(2)
+    half = tuple(part.astype(np.float16) for part in case[:2])
+    raised = tuple(part.astype(np.float32) for part in half)
+    assert evaluate(*half, *case[2:]).mAP == evaluate(*raised, *case[2:]).mAP
+
+
+def test_evaluate__leaves_its_inputs_alone() -> None:
+    case = random_case(0)
+    distances = distances_of(case)
+    before = distances.copy()
+    evaluate_distances(distances, *case[2:])
+    np.testing.assert_array_equal(distances, before)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_evaluate__refuses_features_that_are_not_finite(value: float) -> None:
+    case = random_case(0)
+    case[1][17, 3] = value
+    with pytest.raises(DataError, match="1 of 170 gallery features are not finite .*row 17"):
+        evaluate(*case)
+
+
+def test_evaluate__refuses_what_does_not_fit() -> None:
+    query, gallery, *labels = random_case(0)
+    with pytest.raises(DataError, match="16 channels, gallery features 15"):
+        evaluate(query, gallery[:, :15], *labels)
+    with pytest.raises(DataError, match="169 features for 170 labels"):
+        evaluate(query, gallery[:-1], *labels)
+    with pytest.raises(DataError, match="none of the 40 queries"):
+        evaluate(query, gallery, labels[0] + 5_000, *labels[1:])
+    with pytest.raises(DataError, match="NaN"):
+        evaluate_distances(np.full((40, 170), np.nan), *labels)

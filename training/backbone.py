@@ -50,28 +50,29 @@ class BackboneConfig:
     """Published sizes, or "custom" with `width`, `depth` and `heads` given."""
     size: Size = (256, 128)
     """Native image size (height, width), pixels: the size of the global views and of the position table."""
-    patch: int = Field(16, ge=1)
+    patch: int = Field(default=16, ge=1)
     """Side of a patch, pixels; must divide both sides of every view."""
-    width: int = Field(0, ge=0)
+    width: int = Field(default=0, ge=0)
     """Channels of a token. Only with arch = "custom"; 0: that of `arch`."""
-    depth: int = Field(0, ge=0)
+    depth: int = Field(default=0, ge=0)
     """Number of blocks. Only with arch = "custom"; 0: that of `arch`."""
-    heads: int = Field(0, ge=0)
+    heads: int = Field(default=0, ge=0)
     """Attention heads; must divide the width. Only with arch = "custom"; 0: that of `arch`."""
-    mlp_ratio: float = Field(4.0, gt=0)
+    mlp_ratio: float = Field(default=4.0, gt=0)
     """Hidden width of the MLPs over `width`. Only with arch = "custom"."""
-    drop_path: float = Field(0.0, ge=0, lt=1)
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
     """Share of images whose last branch is dropped in the student; rises linearly from 0 over the blocks. Published
     runs: 0.1."""
-    init_std: float = Field(0.02, gt=0)
+    init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial Linear weights. 0.05 speeds up runs of a few hundred steps."""
     resize_positions_at_native_size: bool = False
-    """Also resize the position table where nothing is to be resized, as the PASS code does on a CPU (on a GPU it ends up
-    with the stored table). For parity runs only."""
+    """Also resize the position table where nothing is to be resized, as the PASS code does on a CPU (on a GPU it ends
+    up with the stored table). For parity runs only."""
     attention: Literal["auto", "plain", "fused"] = "auto"
     """Attention kernel. "auto": PyTorch's fused one on a GPU, plain matrix products on a CPU, where they are faster."""
     checkpoint_blocks: bool = False
-    """Keep only the inputs of blocks and compute the rest again in the backward pass: less memory, a third more time."""
+    """Keep only the inputs of blocks and compute the rest again in the backward pass: less memory, a third more
+    time."""
 
     @model_validator(mode="after")
     def _fits(self) -> "BackboneConfig":
@@ -177,6 +178,7 @@ class VisionTransformer(nn.Module):
         tokens = torch.cat([prefix, patches], dim=1)
         fused = images.is_cuda if self.config.attention == "auto" else self.config.attention == "fused"
         for index, block in enumerate(self.blocks):
+            assert isinstance(block, DroppableBlock)
             block.attn.fused_attn = fused
             keep_2B = None if keep is None else keep[2 * index : 2 * index + 2]
             if self.config.checkpoint_blocks and torch.is_grad_enabled():

@@ -21,17 +21,17 @@ from datapipe.settings import settings
 class HeadConfig:
     """A projection head."""
 
-    out_dim: int = Field(65_536, ge=2)
+    out_dim: int = Field(default=65_536, ge=2)
     """K, the number of prototypes. Published: 65536; short runs on little data learn with a few hundred."""
-    hidden: int = Field(2_048, ge=1)
+    hidden: int = Field(default=2_048, ge=1)
     """Width of the hidden layers."""
-    bottleneck: int = Field(256, ge=1)
+    bottleneck: int = Field(default=256, ge=1)
     """Width of the unit vector that is compared with the prototypes."""
-    layers: int = Field(3, ge=1)
+    layers: int = Field(default=3, ge=1)
     """Linear layers before the prototypes."""
     norm_last_layer: bool = True
     """Keep the length of every prototype at its start value 1; only directions learn. Steadier."""
-    init_std: float = Field(0.02, gt=0)
+    init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights of the MLP (prototypes start as PyTorch's Linear does)."""
 
 

@@ -13,7 +13,7 @@ def centred(teacher_TBK: Tensor, centre_1K: Tensor, *, temperature: float) -> Te
 
 
 def centre_sum(teacher_TBK: Tensor, weight_B: Tensor) -> Tensor:
-    """This micro-batch's share of the mean of the raw logits over all views and real images of the global batch: [1, K].
+    """This micro-batch's share of the mean raw logits over all views and real images of the global batch: [1, K].
 
         sum over b of weight[b] * (1 / T) * sum over t of teacher[t, b]
 

@@ -73,7 +73,7 @@ class Role(NamedTuple):
     decay: bool
     """Does weight decay apply?"""
     depth: int
-    """0: tokens, positions and patch embedding; i + 1: block i; number of blocks + 1: everything after. For layer decay."""
+    """For layer decay. 0: tokens, positions, patch embedding; i + 1: block i; number of blocks + 1: all after them."""
     lr_factor: float = 1.0
     release_epoch: int = 0
     """Before this epoch the parameter has no gradient: no step, no decay, no moments."""

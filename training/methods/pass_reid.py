@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from datapipe.config import Range, Size, ViewConfig
+from datapipe.errors import ConfigError
 from datapipe.settings import settings
 from datapipe.views import ViewSpec, multi_crop
 from training import targets
@@ -29,31 +30,31 @@ class PassConfig:
 
     name: Literal["pass"] = "pass"
     """The method."""
-    parts: int = Field(3, ge=1)
+    parts: int = Field(default=3, ge=1)
     """P, number of bands and of part tokens."""
-    part_overlap: float = Field(0.5, ge=0, lt=1)
+    part_overlap: float = Field(default=0.5, ge=0, lt=1)
     """Share of its height that a band has in common with the next one. All bands are equally high and together cover
     the image: 3 bands at 0.5 are half the height each, starting at 0, 1/4 and 1/2."""
-    locals_per_part: int = Field(3, ge=1)
+    locals_per_part: int = Field(default=3, ge=1)
     """Local views cut from each band."""
     local_size: Size = (128, 64)
     """Size of a local view (height, width), pixels; both sides must be multiples of the patch."""
     head: HeadConfig = HeadConfig()
     """Shape of the heads: one for CLS and one for each part token, nothing shared."""
-    student_temp: float = Field(0.1, gt=0)
+    student_temp: float = Field(default=0.1, gt=0)
     """Temperature of the student's softmax."""
-    warmup_teacher_temp: float = Field(0.04, gt=0)
+    warmup_teacher_temp: float = Field(default=0.04, gt=0)
     """Temperature of the teacher's softmax in the first epoch."""
-    teacher_temp: float = Field(0.04, gt=0)
+    teacher_temp: float = Field(default=0.04, gt=0)
     """The same after the warm-up. Lower: sharper targets; under Sinkhorn 0.025 learns faster in short runs."""
-    teacher_temp_warmup_epochs: int = Field(0, ge=0)
+    teacher_temp_warmup_epochs: int = Field(default=0, ge=0)
     """Epochs over which the teacher's temperature changes linearly from one to the other."""
     targets: Literal["centring", "sinkhorn"] = "centring"
     """How targets are kept from collapsing. "centring": as published. "sinkhorn": equal use of the prototypes in every
     batch, steadier in short runs; an alternative to the paper, and not to be combined with gradient accumulation."""
-    centre_momentum: float = Field(0.9, ge=0, le=1)
+    centre_momentum: float = Field(default=0.9, ge=0, le=1)
     """Share of the old centre that stays at each step (centring only)."""
-    freeze_last_layer_epochs: int = Field(1, ge=0)
+    freeze_last_layer_epochs: int = Field(default=1, ge=0)
     """Epochs in which the prototypes do not move. Helps at the start; 0 for runs of few epochs."""
 
     @property
@@ -127,6 +128,9 @@ class Pass(Method):
     def __init__(self, config: PassConfig, backbone: BackboneConfig) -> None:
         super().__init__(config, backbone)
         self.config: PassConfig = config
+        if config.local_size[0] % backbone.patch or config.local_size[1] % backbone.patch:
+            raise ConfigError(f"patch = {backbone.patch} does not divide local_size = {config.local_size}",
+                              where="method.local_size", hint="sizes are (height, width) in pixels")  # fmt: skip
         self.student = PassNetwork(config, backbone)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         if config.targets == "centring":

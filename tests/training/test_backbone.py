@@ -1,0 +1,137 @@
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from training.backbone import BackboneConfig, DroppableBlock, VisionTransformer, keep_masks, parameter_count
+
+TINY = BackboneConfig(arch="custom", size=(32, 16), patch=8, width=12, depth=3, heads=3)
+
+
+def tiny(parts: int = 0, **changes: object) -> VisionTransformer:
+    torch.manual_seed(0)
+    settings = {"arch": "custom", "size": (32, 16), "patch": 8, "width": 12, "depth": 3, "heads": 3, "init_std": 0.3}
+    return VisionTransformer(BackboneConfig(**{**settings, **changes}), parts=parts)  # type: ignore[arg-type]
+
+
+def images(count: int = 4, height: int = 32, width: int = 16) -> Tensor:
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("arch", "parts", "keys", "millions"), [
+    ("vit_small", 0, 150, 21.64), ("vit_small", 3, 157, 21.64), ("vit_base", 0, 150, 85.75),
+])  # fmt: skip
+def test_backbone__sizes_are_the_published_ones(arch: str, parts: int, keys: int, millions: float) -> None:
+    with torch.device("meta"):
+        backbone = VisionTransformer(BackboneConfig(arch=arch), parts=parts)  # type: ignore[arg-type]
+    assert len(backbone.state_dict()) == keys
+    assert parameter_count(backbone) / 1e6 == pytest.approx(millions, abs=0.006)
+
+
+def test_backbone__features_of_every_kind_and_size() -> None:
+    backbone = tiny(parts=3)
+    whole = backbone.features(images())
+    assert [tuple(kind.shape) for kind in whole] == [(4, 12), (4, 3, 12), (4, 8, 12)]
+    local = backbone(images(4, 16, 8), part=2)
+    assert [tuple(kind.shape) for kind in local] == [(4, 12), (4, 1, 12), (4, 2, 12)]
+    none = backbone(images(4, 48, 16), part=None)
+    assert [tuple(kind.shape) for kind in none] == [(4, 12), (4, 0, 12), (4, 12, 12)]
+    assert [tuple(kind.shape) for kind in tiny().features(images())] == [(4, 12), (4, 0, 12), (4, 8, 12)]
+
+
+def test_backbone__chunks_of_rows_have_their_own_part() -> None:
+    backbone = tiny(parts=3).double()
+    pictures = images(6, 16, 8).double()
+    together = backbone(pictures, part=[1, 3, 2])
+    for chunk, part in enumerate((1, 3, 2)):
+        alone = backbone(pictures[2 * chunk : 2 * chunk + 2], part=part)
+        for ours, theirs in zip(together, alone, strict=True):
+            torch.testing.assert_close(ours[2 * chunk : 2 * chunk + 2], theirs, rtol=0, atol=1e-12)
+
+
+def test_backbone__tokens_start_as_documented() -> None:
+    backbone = VisionTransformer(TINY, parts=2)
+    assert not backbone.cls_pos.any()
+    assert backbone.cls_token.any() and backbone.get_parameter("part2_pos").any()
+    assert backbone.pos_embed.shape == (1, 8, 12)
+    assert VisionTransformer(TINY).pos_embed.shape == (1, 9, 12)
+    assert backbone.norm.eps == 1e-6
+    linear = tiny(width=96, heads=3, init_std=0.05).blocks[0].attn.qkv.weight  # type: ignore[union-attr]
+    assert float(linear.detach().std()) == pytest.approx(0.05, rel=0.1)
+
+
+def test_positions__stored_table_at_native_size_unless_switched() -> None:
+    stored, resized = tiny(parts=1), tiny(parts=1, resize_positions_at_native_size=True)
+    assert stored.patch_positions(4, 2) is stored.pos_embed
+    assert not torch.allclose(resized.patch_positions(4, 2), resized.pos_embed)
+
+
+def test_drop_path__block_equals_naive() -> None:
+    torch.manual_seed(0)
+    block = DroppableBlock(12, 3, qkv_bias=True).double()
+    tokens, keep = torch.randn(3, 5, 12, dtype=torch.float64), torch.tensor([[0, 2, 2.0], [2, 0, 2]])
+    ours = block(tokens, keep)
+    for image in range(3):
+        row = tokens[image : image + 1]
+        row = row + float(keep[0, image]) * block.attn(block.norm1(row))
+        row = row + float(keep[1, image]) * block.mlp(block.norm2(row))
+        torch.testing.assert_close(ours[image : image + 1], row, rtol=0, atol=1e-12)
+
+
+def test_keep_masks__hang_on_seed_and_position_alone() -> None:
+    rates = [0.0, 0.2, 0.5]
+    position = torch.tensor([7, 1000, 3, -1])
+    whole = keep_masks(rates, seed=1, purpose="drop_path/global", position=position, views=2)
+    assert whole is not None and whole.shape == (6, 8) and whole.dtype == torch.float64
+    alone = keep_masks(rates, seed=1, purpose="drop_path/global", position=position[1:2], views=2)
+    assert alone is not None
+    assert torch.equal(whole[:, [1, 5]], alone)  # rows are view-major
+    other = keep_masks(rates, seed=2, purpose="drop_path/global", position=position, views=2)
+    assert other is not None and not torch.equal(whole, other)
+    assert keep_masks([0.0, 0.0], seed=1, purpose="x", position=position, views=2) is None
+
+
+def test_keep_masks__values_and_rates() -> None:
+    rates = [0.0, 0.2, 0.5]
+    masks = keep_masks(rates, seed=0, purpose="drop_path/local", position=torch.arange(4000), views=3)
+    assert masks is not None
+    for row, rate in enumerate([0.0, 0.0, 0.2, 0.2, 0.5, 0.5]):
+        assert {float(value) for value in masks[row].unique()} <= {0.0, 1 / (1 - rate)}
+        assert float((masks[row] == 0).double().mean()) == pytest.approx(rate, abs=0.02)
+    assert abs(float(torch.corrcoef(masks[2:])[0, 1])) < 0.05  # the two branches of a block are independent
+
+
+def test_activation_checkpointing__same_loss_and_gradients_with_drop_path() -> None:
+    keep = keep_masks([0.0, 0.3, 0.6], seed=0, purpose="x", position=torch.arange(4), views=1)
+    results = []
+    for checkpointed in (False, True):
+        backbone = tiny(parts=2, checkpoint_blocks=checkpointed)
+        loss = backbone(images(), keep=keep).cls.square().sum()
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in backbone.parameters())])
+    for plain, again in zip(*results, strict=True):
+        torch.testing.assert_close(plain, again, rtol=1e-5, atol=1e-6)
+
+
+def test_attention__fused_equals_plain() -> None:
+    plain, fused = (tiny(parts=2, attention=kind).features(images()).cls for kind in ("plain", "fused"))
+    torch.testing.assert_close(plain, fused, rtol=1e-5, atol=1e-5)
+
+
+def test_depth_of__for_layer_decay() -> None:
+    backbone = tiny(parts=1)
+    depths = {name: backbone.depth_of(name) for name, _ in backbone.named_parameters()}
+    assert depths["cls_token"] == depths["part1_pos"] == depths["patch_embed.proj.weight"] == 0
+    assert depths["blocks.0.norm1.weight"] == 1 and depths["blocks.2.mlp.fc2.bias"] == 3
+    assert depths["norm.weight"] == 4
+
+
+@pytest.mark.parametrize(("changes", "told"), [
+    ({"arch": "vit_small", "width": 100, "depth": 2, "heads": 2}, "go with arch"),
+    ({"arch": "custom"}, "needs width, depth and heads"),
+    ({"arch": "custom", "width": 10, "depth": 1, "heads": 3}, "does not divide width"),
+    ({"size": (250, 128)}, "does not divide size"),
+])  # fmt: skip
+def test_config__mistakes_are_told(changes: dict[str, object], told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        BackboneConfig(**changes)  # type: ignore[arg-type]

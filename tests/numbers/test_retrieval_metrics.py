@@ -1,32 +1,23 @@
 """CMC, mAP, AP per query, INP and skipped queries equal those of the reference evaluation."""
 
-import json
-import os
-import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 
+from tests.golden import golden, tolerance
 from training.reid.retrieval import RetrievalResult, evaluate, evaluate_distances
-
-FOLDER = Path(os.environ.get("GOLDEN", Path(__file__).parents[2] / ".." / "shared" / "golden"))
 
 
 @pytest.fixture(scope="module")
 def item() -> dict[str, NDArray]:
-    path = FOLDER / "retrieval_metrics.safetensors"
-    if not path.is_file():
-        pytest.skip("golden vectors are not here")
-    return load_file(path)
+    return {name: tensor.numpy() for name, tensor in golden("retrieval_metrics")[1].items()}
 
 
 @pytest.fixture(scope="module")
-def card(item: dict[str, NDArray]) -> dict[str, Any]:
-    return json.loads((FOLDER / "retrieval_metrics.json").read_text())
+def card() -> dict[str, Any]:
+    return golden("retrieval_metrics")[0]
 
 
 def labels(item: dict[str, NDArray]) -> tuple[NDArray, ...]:
@@ -34,14 +25,14 @@ def labels(item: dict[str, NDArray]) -> tuple[NDArray, ...]:
 
 
 def assert_equal(result: RetrievalResult, item: dict[str, NDArray], card: dict[str, Any]) -> None:
-    tolerance = {name: float(re.split(" ", text)[0]) for name, text in card["tolerance"].items()}
-    assert abs(result.mAP - item["mAP"]) <= tolerance["mAP"]
-    assert abs(result.mINP - item["mINP"]) <= tolerance["mINP"]
-    np.testing.assert_allclose(result.cmc, item["cmc"], rtol=0, atol=tolerance["cmc"])
-    np.testing.assert_allclose(result.average_precision, item["average_precision"], rtol=0, atol=tolerance["mAP"])
-    np.testing.assert_allclose(
-        result.inverse_negative_penalty, item["inverse_negative_penalty"], rtol=0, atol=tolerance["mINP"]
-    )
+    for ours, name, kind in (
+        (result.mAP, "mAP", "mAP"),
+        (result.mINP, "mINP", "mINP"),
+        (result.cmc, "cmc", "cmc"),
+        (result.average_precision, "average_precision", "mAP"),
+        (result.inverse_negative_penalty, "inverse_negative_penalty", "mINP"),
+    ):
+        np.testing.assert_allclose(ours, item[name], rtol=0, atol=tolerance(card, kind), err_msg=name)
     np.testing.assert_array_equal(result.queries, np.flatnonzero(item["query_valid"]))
     assert result.skipped == (~item["query_valid"]).sum()
 
@@ -57,7 +48,7 @@ def test_evaluate__equals_the_reference_from_features(item: dict[str, NDArray], 
     clear = np.array([is_clear(item, query) for query in result.queries])
     assert clear.mean() > 0.5
     difference = np.abs(result.average_precision - item["average_precision"])
-    assert difference[clear].max() <= float(card["tolerance"]["mAP"])
+    assert difference[clear].max() <= tolerance(card, "mAP")
     assert difference.max() < 0.05
 
 

@@ -32,7 +32,7 @@ class Tile:
 
 
 def ranked_list(query: Picture, query_caption: str, gallery: Sequence[Tile], title: str) -> Picture:
-    """The query, then `gallery` in its order. Green frame and tick: the same person; red frame and cross: another one."""
+    """The query, then `gallery` in its order. Green frame and tick: same person; red frame and cross: another."""
     height, width = TILE
     step = width + 2 * FRAME + GAP
     top = GAP + TEXT + GAP

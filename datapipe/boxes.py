@@ -47,7 +47,7 @@ def _tries(
     target = share * (height * width)[:, None]
     tall = np.rint(np.sqrt(target / aspect)).astype(np.int64)
     wide = np.rint(np.sqrt(target * aspect)).astype(np.int64)
-    return tall, wide, (0 < tall) & (tall <= height[:, None]) & (0 < wide) & (wide <= width[:, None])
+    return tall, wide, (tall > 0) & (tall <= height[:, None]) & (wide > 0) & (wide <= width[:, None])
 
 
 def _place(unit: Floats, free_rows: Ints, free_columns: Ints) -> tuple[Ints, Ints]:

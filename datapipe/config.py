@@ -60,6 +60,8 @@ class StreamConfig:
     """Batches made ahead of the one being trained on."""
     cache_mb: float = Field(512.0, ge=0)
     """Memory per rank for blocks that are still to be used, in megabytes."""
+    reads: int = Field(8, ge=1)
+    """Requests in flight per rank to object storage; raise it where a single request is slow. Local disks: unused."""
     max_bad: float = Field(0.001, ge=0, le=1)
     """Share of crops found broken while training above which the run fails (each is replaced, counted, logged)."""
 

@@ -1,0 +1,208 @@
+"""Threads fill preallocated slots with whole batches of views, ahead of the training step; waiting is measured.
+
+Which samples, which rank and which pixels are pure functions of (seed, position): threads, prefetch and world size
+change only who makes them and when.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from datapipe.config import StreamConfig
+from datapipe.order import Order
+from datapipe.photometric import View
+from datapipe.randomness import Floats, Ints
+from datapipe.stream import Stream
+from datapipe.views import ViewSpec, make_views
+
+FEWEST_ROWS = 8
+"""Smallest piece of a batch that is handed to a thread."""
+
+
+@dataclass
+class Batch:
+    """This rank's rows of one global batch, which covers the stream positions [start, after).
+
+    `views[name]` is uint8 [V, n, H, W, 3]; the other arrays are [n]. Padding rows have sample, position, label and
+    camera -1, weight 0 and black views; real rows weigh 1 / (after - start). `label` and `camera` are those of the
+    crop that was really read; -1 where unknown. `waited_s`: seconds the consumer stood still for this batch.
+    """
+
+    views: dict[str, View]
+    sample: Ints
+    position: Ints
+    weight: Floats
+    label: Ints
+    camera: Ints
+    start: int
+    after: int
+    waited_s: float = 0.0
+
+    def micro_batches(self, rows: int) -> Iterator["Batch"]:
+        """The batch in pieces of `rows`, as views of its arrays: nothing is copied."""
+        for low in range(0, len(self.sample), rows):
+            yield self._part(slice(low, low + rows))
+
+    def _part(self, rows: slice) -> "Batch":
+        return replace(
+            self,
+            views={name: array[:, rows] for name, array in self.views.items()},
+            sample=self.sample[rows],
+            position=self.position[rows],
+            weight=self.weight[rows],
+            label=self.label[rows],
+            camera=self.camera[rows],
+        )
+
+
+class Loader:
+    """Global batches of a stream, one rank's share of each.
+
+    Rank r of w gets rows [r * per, (r + 1) * per) of the global batch, per = ceil(global_batch / w) rounded up to a
+    multiple of `micro_batch`; what is missing is padding, so that all ranks have equal micro-batches. `allocate(shape,
+    dtype)` makes the slots, prefetch + 2 of them (training passes pinned memory). `ranks_here`: ranks that share
+    this machine's cores. Use as a context manager, or close.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        order: Order,
+        spec: ViewSpec,
+        *,
+        seed: int,
+        global_batch: int,
+        rank: int,
+        world: int,
+        micro_batch: int,
+        config: StreamConfig,
+        allocate: Callable[..., Any] = np.empty,
+        ranks_here: int = 1,
+    ) -> None:
+        if order.rows != stream.rows:
+            raise ValueError(f"the order is for {order.rows} rows, the stream has {stream.rows}")
+        if min(global_batch, micro_batch) < 1 or not 0 <= rank < world:
+            raise ValueError(f"impossible: batch {global_batch}, micro-batch {micro_batch}, rank {rank} of {world}")
+        self.stream, self.order, self.spec, self.seed = stream, order, spec, seed
+        self.global_batch, self.rank, self.world, self.micro_batch = global_batch, rank, world, micro_batch
+        self.rows = -(-global_batch // (world * micro_batch)) * micro_batch
+        self.threads = config.threads or max(1, _cores() // ranks_here)
+        self._prefetch = config.prefetch
+        self._piece = min(micro_batch, max(FEWEST_ROWS, -(-self.rows // self.threads)))
+        self._pool = ThreadPoolExecutor(self.threads, "datapipe-views")
+        self._slots = [self._slot(allocate) for _ in range(config.prefetch + 2)]
+        self._running: Generator[Batch, None, None] | None = None
+
+    @property
+    def bad(self) -> int:
+        """Samples that were replaced because they were broken, so far."""
+        return self.stream.replaced
+
+    def after(self, position: int, until: int) -> Iterator[Batch]:
+        """The batches of the stream positions [position, until), the last one shorter where they do not divide.
+
+        A batch's arrays are overwritten once the batch after the next is asked for, or `after` is called again
+        (which ends the iteration before). An error in a thread is raised here.
+        """
+        if position < 0:
+            raise ValueError(f"the stream starts at 0, not {position}")
+        if self._running is not None:
+            self._running.close()
+        self._running = self._batches(range(position, until, self.global_batch), until)
+        return self._running
+
+    def close(self) -> None:
+        """Stop the threads, as soon as they have finished the pieces in their hands."""
+        if self._running is not None:
+            self._running.close()
+        self._pool.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _slot(self, allocate: Callable[..., Any]) -> dict[str, View]:
+        shapes = {group.name: self.spec.shape(group, self.rows) for group in self.spec.groups}
+        return {name: allocate(shape, np.uint8) for name, shape in shapes.items()}
+
+    def _batches(self, starts: range, until: int) -> Generator[Batch, None, None]:
+        coming: deque[tuple[Batch, list[Future[None]]]] = deque()
+        begun = 0
+        try:
+            for number in range(len(starts)):
+                # the slot of the batch before this one is still the consumer's: prefetch + 2 slots in all
+                while begun < min(number + self._prefetch + 1, len(starts)):
+                    batch = self._empty(starts[begun], until, self._slots[begun % len(self._slots)])
+                    coming.append((batch, self._begin(batch)))
+                    begun += 1
+                batch, pieces = coming[0]
+                before = perf_counter()
+                for piece in pieces:
+                    piece.result()
+                batch.waited_s = perf_counter() - before
+                coming.popleft()
+                yield batch
+        finally:
+            pending = [piece for _, pieces in coming for piece in pieces if not piece.cancel()]
+            wait(pending)  # nothing may still write into a slot that somebody else gets
+
+    def _empty(self, start: int, until: int, views: dict[str, View]) -> Batch:
+        """The batch from `start` on, all but its pixels and labels."""
+        after = min(start + self.global_batch, until)
+        position = start + self.rank * self.rows + np.arange(self.rows, dtype=np.int64)
+        real = position < after
+        position[~real] = -1
+        sample = np.full(self.rows, -1, dtype=np.int64)
+        sample[real] = self.order.samples(position[real])
+        return Batch(
+            views=views,
+            sample=sample,
+            position=position,
+            weight=real / (after - start),
+            label=np.full(self.rows, -1, dtype=np.int64),
+            camera=np.full(self.rows, -1, dtype=np.int64),
+            start=start,
+            after=after,
+        )
+
+    def _begin(self, batch: Batch) -> list[Future[None]]:
+        return [
+            self._pool.submit(self._make, part)
+            for micro_batch in batch.micro_batches(self.micro_batch)
+            for part in micro_batch.micro_batches(self._piece)
+        ]
+
+    def _make(self, part: Batch) -> None:
+        """Fill the views, labels and cameras of one piece; its padding comes last."""
+        real = int((part.position >= 0).sum())
+        for array in part.views.values():
+            array[:, real:] = 0
+        if not real:
+            return
+        part = part._part(slice(0, real))
+        rows, data = self.stream.fetch(part.sample)
+        for row in make_views(data, self.spec, self.seed, part.position, part.views):
+            rows[row] = self._substitute(part._part(slice(row, row + 1)), int(rows[row]))
+        part.label[:] = self.stream.pid[rows]
+        part.camera[:] = self.stream.camera[rows]
+
+    def _substitute(self, one: Batch, row: int) -> int:
+        """Other crops in place of one that does not decode, until one does; the stream counts, and ends it."""
+        while True:
+            rows, data = self.stream.replace(int(one.sample[0]), row, "does not decode")
+            row = int(rows[0])
+            if not make_views(data, self.spec, self.seed, one.position, one.views):
+                return row
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

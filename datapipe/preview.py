@@ -1,0 +1,116 @@
+"""Contact sheets: crops of a data set, and the very views that training will see of them."""
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from datapipe.config import StorageConfig, StreamConfig
+from datapipe.errors import ConfigError
+from datapipe.manifest import Manifest
+from datapipe.order import Order
+from datapipe.photometric import View
+from datapipe.stream import Stream
+from datapipe.views import ViewSpec, decode, make_views
+
+FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
+CROP_SIZE = 192, 96
+"""(height, width) in pixels of the frame in which a whole crop is shown."""
+GRID_COLUMNS = 10
+MARGIN, LINE = 4, 12
+"""Pixels between pictures, and of one line of text."""
+PAPER, INK = (255, 255, 255), (40, 40, 40)
+
+Picture = tuple[list[str], View]
+"""Lines of text and the picture below them."""
+
+
+def contact_sheet(
+    manifest_url: str,
+    out: Path,
+    *,
+    spec: ViewSpec | None = None,
+    seed: int = 0,
+    count: int = 20,
+    storage: StorageConfig = StorageConfig(),  # noqa: B008  (frozen)
+    stream: StreamConfig = StreamConfig(),  # noqa: B008  (frozen)
+) -> Path:
+    """Draw the first `count` crops of the stream with this seed into `out` (.jpg or .png), and return it.
+
+    With a spec, each crop has a row of its own with its views: exactly those that training makes of it at this place
+    of the stream. The caption names row, identity, camera (where known), height and width.
+    """
+    if out.suffix.lower() not in FORMATS:
+        raise ConfigError(f"a contact sheet is a .jpg or .png file, not {out.name!r}", hint="sheet.jpg")
+    crops = Stream(Manifest.load(manifest_url, storage), storage, stream)
+    order = Order(crops.rows, seed, stream.block, stream.window)
+    positions = np.arange(min(count, crops.rows), dtype=np.int64)
+    rows, data = crops.fetch(order.samples(positions))
+    pictures = [_whole(crops, row, jpeg) for row, jpeg in zip(rows.tolist(), data, strict=True)]
+    crops.close()
+    if spec is None:
+        lines = [pictures[low : low + GRID_COLUMNS] for low in range(0, len(pictures), GRID_COLUMNS)]
+    else:
+        views = {group.name: np.zeros(spec.shape(group, len(data)), np.uint8) for group in spec.groups}
+        make_views(data, spec, seed, positions, views)
+        lines = [[picture, *_row_of(views, row)] for row, picture in enumerate(pictures)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _draw(lines).save(out, FORMATS[out.suffix.lower()], quality=90)
+    return out
+
+
+def view_sheet(views: dict[str, View], out: Path | None = None, *, count: int = 8) -> bytes:
+    """A JPEG of the views (uint8 [V, B, H, W, 3] by name) of the first `count` images, one row each.
+
+    Also written to `out` if given.
+    """
+    rows = min(count, *(array.shape[1] for array in views.values()))
+    buffer = BytesIO()
+    _draw([_row_of(views, row) for row in range(rows)]).save(buffer, "JPEG", quality=90)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(buffer.getvalue())
+    return buffer.getvalue()
+
+
+def _row_of(views: dict[str, View], row: int) -> list[Picture]:
+    return [([f"{name} {view}"], stack[row]) for name, array in views.items() for view, stack in enumerate(array)]
+
+
+def _whole(crops: Stream, row: int, jpeg: bytes) -> Picture:
+    """The crop as it is stored; a black frame if it does not decode."""
+    pid, camera = int(crops.pid[row]), int(crops.camera[row])
+    known = " ".join([f"id {pid}"] * (pid != -1) + [f"cam {camera}"] * (camera != -1))
+    try:
+        image = decode(jpeg)
+    except ValueError:
+        return [f"crop {row}", known, "broken"], np.zeros((*CROP_SIZE, 3), np.uint8)
+    return [f"crop {row}", known, f"{image.shape[0]} x {image.shape[1]}"], _fit(image)
+
+
+def _fit(image: View) -> View:
+    """The whole crop, scaled into the frame."""
+    scale = min(CROP_SIZE[0] / image.shape[0], CROP_SIZE[1] / image.shape[1])
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _draw(lines: list[list[Picture]]) -> Image.Image:
+    """Pictures in lines, captions above, on paper just large enough; columns are as wide as their widest picture."""
+    columns = max(len(line) for line in lines)
+    wide = [max(max(line[at][1].shape[1] for line in lines if at < len(line)), 48) for at in range(columns)]
+    tall = [max(len(text) * LINE + picture.shape[0] for text, picture in line) for line in lines]
+    width = sum(wide) + MARGIN * (columns + 1)
+    sheet = Image.new("RGB", (width, sum(tall) + MARGIN * (len(lines) + 1)), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    top = MARGIN
+    for line, height in zip(lines, tall, strict=True):
+        left = MARGIN
+        for (text, picture), column in zip(line, wide, strict=False):
+            for number, words in enumerate(text):
+                pen.text((left, top + number * LINE - 1), words, fill=INK, font_size=10)
+            sheet.paste(Image.fromarray(picture), (left, top + len(text) * LINE))
+            left += column + MARGIN
+        top += height + MARGIN
+    return sheet

@@ -1,8 +1,9 @@
 """How each of the three command lines begins and ends: `--debug`, one clear message, an exit code."""
 
+import difflib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from datapipe.errors import UserError
 
@@ -34,3 +35,20 @@ def run(main: Callable[[list[str]], int], arguments: Sequence[str] | None = None
     except BrokenPipeError:  # the reader of our output went away: `... | head`
         sys.stderr.close()
         return FAILED
+
+
+def dispatch(commands: Mapping[str, Callable[[list[str]], int]], arguments: Sequence[str], *, prog: str) -> int:
+    """Call the command that the first word names with the rest of the line; `--help` lists them with their first line."""
+    if arguments and arguments[0] in commands:
+        return commands[arguments[0]](list(arguments[1:]))
+    width = max(map(len, commands))
+    listed = "\n".join(f"  {name:<{width}}  {(call.__doc__ or '').splitlines()[0]}" for name, call in commands.items())
+    usage = f"usage: {prog} COMMAND [--debug] ...\n{listed}\n`{prog} COMMAND --help` says more."
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(usage)
+        return COMPLETE
+    if arguments:
+        near = difflib.get_close_matches(arguments[0], list(commands), n=1)
+        print(f"error: no command `{arguments[0]}`" + (f"; did you mean `{near[0]}`?" if near else ""), file=sys.stderr)
+    print(usage, file=sys.stderr)
+    return USAGE

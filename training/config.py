@@ -14,7 +14,8 @@ from datapipe.config import Range, StorageConfig, StreamConfig, ViewConfig
 from datapipe.errors import ConfigError
 from datapipe.settings import settings
 from training.backbone import BackboneConfig
-from training.methods import DEFAULT_METHOD, MethodConfig
+from training.methods import METHODS, MethodConfig
+from training.methods.pass_reid import PassConfig
 
 
 @settings
@@ -65,6 +66,8 @@ class EngineConfig:
     """"auto": the GPU of the local rank where there is one."""
     threads: int = Field(0, ge=0)
     """CPU threads of PyTorch per rank. 0: the cores divided by the ranks on this machine."""
+    audit: bool = False
+    """Write the samples of every step and rank to ranks/audit_*.jsonl: proof that none is lost or doubled."""
 
 
 @settings
@@ -109,7 +112,7 @@ class RunConfig:
     """How views are cut and coloured."""
     backbone: BackboneConfig = BackboneConfig()
     """The vision transformer."""
-    method: MethodConfig = DEFAULT_METHOD
+    method: MethodConfig = PassConfig()
     """The objective and its own settings; `name` chooses it."""
     optimisation: OptimisationConfig = OptimisationConfig()
     """Optimizer, schedules, precision."""
@@ -203,7 +206,7 @@ def _mistake(item: Any) -> str:
 def _without_tag(location: Sequence[str]) -> str:
     """`method.pass.part` -> `method.part`: the union's tag is no key of the file."""
     parts = list(location)
-    if len(parts) > 2 and parts[0] == "method":
+    if len(parts) > 2 and parts[0] == "method" and parts[1] in METHODS:
         del parts[1]
     return ".".join(parts)
 

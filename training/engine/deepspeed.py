@@ -1,4 +1,4 @@
-"""DeepSpeed carries out the same steps as `plain.py`: ZeRO 0, 1, 2 in float32, clipping and freezing as the recipe says.
+"""DeepSpeed carries out the same steps as `plain.py`: ZeRO 0, 1, 2 in float32, clipping and freezing by the recipe.
 
 DeepSpeed is configured for fp32 and lower precision is autocast inside the method (parameters and teacher stay fp32);
 its own clipping is switched off (it is on at 1.0 unless set to 0); accumulation boundaries are set by hand. Gradients
@@ -22,9 +22,11 @@ from training.engine.world import World
 from training.methods.base import Method, Outcome, Progress, Views
 
 
-def derive_json(engine: EngineConfig, optimisation: OptimisationConfig, *, rows: int, world: int) -> dict[str, Any]:
-    """DeepSpeed's configuration, complete. `rows`: images of one rank in a global batch, padding included."""
-    micro = min(optimisation.micro_batch, rows)
+def derive_json(engine: EngineConfig, *, rows: int, micro: int, world: int) -> dict[str, Any]:
+    """DeepSpeed's configuration, complete.
+
+    `rows`: images of one rank in a global batch, padding included; `micro`: images of one micro-batch.
+    """
     return {
         "train_batch_size": rows * world,
         "train_micro_batch_size_per_gpu": micro,
@@ -65,6 +67,18 @@ def prepare_environment() -> None:
     if binaries not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = binaries + os.pathsep + os.environ.get("PATH", "")
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
+
+
+def warm_up(world: World) -> None:
+    """Make one engine of a tiny module, so that DeepSpeed compiles its communication op. Needs a process group."""
+    prepare_environment()
+    with _quiet():
+        import deepspeed
+
+        module = torch.nn.Linear(2, 2)
+        settings = derive_json(EngineConfig(), rows=1, micro=1, world=world.size)
+        optimizer = torch.optim.AdamW(module.parameters())
+        deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
 
 
 class DeepSpeedStepper(Stepper):

@@ -1,0 +1,69 @@
+"""Starting and joining Ray. The only file that calls `ray.init`."""
+
+import contextlib
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+
+from datapipe.errors import ClusterError
+
+OBJECT_STORE_BYTES = 200_000_000
+"""Shared memory of an embedded Ray. Samples never pass through it; Ray's default of 30 % of memory is not needed."""
+
+
+def prepare() -> None:
+    """Settings that Ray reads from the environment. Before the first import of ray."""
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
+    binaries = os.path.dirname(sys.executable)
+    if binaries not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = binaries + os.pathsep + os.environ.get("PATH", "")
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
+
+
+@contextlib.contextmanager
+def ray_session(address: str, *, cpus: int) -> Iterator[str]:
+    """An initialised Ray; yields a folder for its scratch files.
+
+    `address` "local" starts an embedded Ray with its own temporary folder, ports and no dashboard, and ends it
+    afterwards; anything else joins a running cluster. Raises ClusterError when it cannot be reached.
+    """
+    prepare()
+    import ray
+
+    scratch = tempfile.mkdtemp(prefix="reid_")
+    try:
+        if address == "local":
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=scratch,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        else:
+            _join(address)
+        yield scratch
+    finally:
+        ray.shutdown()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _join(address: str) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ClusterError(
+            f"no Ray cluster answers: {error}",
+            where=address,
+            hint="`ray start --head` on its first machine, or leave --address away for one inside this process",
+        ) from error

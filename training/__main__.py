@@ -1,0 +1,166 @@
+"""python -m training pretrain | checkpoints | evaluate | export | report | warm"""
+
+import sys
+import time
+
+import tyro
+
+from datapipe import command
+from datapipe.config import StorageConfig
+from datapipe.errors import DataError
+from datapipe.settings import settings
+from datapipe.storage import open_store
+from training import checkpoint, evaluation
+from training import config as recipes
+from training.engine.host import LocalHost, exit_code
+from training.engine.world import alone
+from training.pretrain import pretrain as run_recipe
+from training.reid.zero_shot import Weights
+from training.weights import Provenance
+from training.weights import export as export_backbone
+
+
+def pretrain(arguments: list[str]) -> int:
+    """Train a recipe in this one process, without Ray."""
+    config = read_recipe(arguments, prog="python -m training pretrain RECIPE")
+    with LocalHost() as host, alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world:
+        ending = run_recipe(config, world=world, host=host)
+    return exit_code(None if ending.complete else host.received)
+
+
+def read_recipe(arguments: list[str], *, prog: str) -> recipes.RunConfig:
+    """`RECIPE [--dotted.flag value ...]` as a resolved configuration. `--help` alone documents every key."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        return recipes.override(recipes.RunConfig(), arguments or ["--help"], prog=prog)
+    return recipes.load(arguments[0], arguments[1:], prog=prog)
+
+
+@settings
+class CheckpointsCommand:
+    run: tyro.conf.Positional[str]
+    """Run folder, local or s3://bucket/prefix."""
+    storage: StorageConfig = StorageConfig()
+    """How object stores are reached."""
+
+
+def checkpoints(arguments: list[str]) -> int:
+    """List a run's checkpoints and verify each."""
+    chosen = tyro.cli(CheckpointsCommand, args=arguments, prog="python -m training checkpoints")
+    store = open_store(chosen.run, chosen.storage).at("checkpoints")
+    lines = checkpoint.describe(store)
+    if not lines:
+        raise DataError("no complete checkpoint", where=store.url, hint="is this a run folder?")
+    print("\n".join(lines))
+    return command.FAILED if any("DAMAGED" in line for line in lines) else command.COMPLETE
+
+
+@settings
+class EvaluateCommand:
+    run: tyro.conf.Positional[str]
+    """Run folder, local or s3://bucket/prefix."""
+    data: str
+    """Test set in the Market-1501 layout (query, bounding_box_test), local or s3://bucket/prefix."""
+    storage: StorageConfig = StorageConfig()
+    """How object stores are reached."""
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Score random weights, every kept checkpoint and the colour histogram by zero-shot retrieval."""
+    chosen = tyro.cli(EvaluateCommand, args=arguments, prog="python -m training evaluate")
+    scores = []
+    for task in evaluation.tasks(chosen.run, chosen.data, chosen.storage):
+        scores.append(evaluation.score(task))
+        print(f"scored {task.weights.name}", flush=True)
+    print(evaluation.table(scores))
+    return command.COMPLETE
+
+
+@settings
+class ExportCommand:
+    run: tyro.conf.Positional[str]
+    """Run folder, local or s3://bucket/prefix."""
+    checkpoint: str = ""
+    """Which one, e.g. step_0012000. Empty: the newest that verifies."""
+    out: str = ""
+    """Folder for backbone.safetensors and card.json. Empty: exports/ of the run."""
+    storage: StorageConfig = StorageConfig()
+    """How object stores are reached."""
+
+
+def export(arguments: list[str]) -> int:
+    """Write a checkpoint's backbone for timm, with a card that says what it is."""
+    chosen = tyro.cli(ExportCommand, args=arguments, prog="python -m training export")
+    folder, config = evaluation.open_run(chosen.run, chosen.storage)
+    store = folder.at("checkpoints")
+    name = chosen.checkpoint or _newest(store)
+    marker = checkpoint.read_marker(store, name)
+    backbone = evaluation.load_backbone(Weights(name, marker.step, marker.samples), folder, config)
+    out = open_store(chosen.out, chosen.storage) if chosen.out else folder.at("exports")
+    card = export_backbone(backbone, out, Provenance(
+        method=config.method.name, recipe=recipes.to_tree(config), manifest=marker.manifest,
+        licence=evaluation.licence_of(folder), samples=marker.samples, step=marker.step,
+    ))  # fmt: skip
+    arguments_text = ", ".join(f"{key}={value!r}" for key, value in card["timm"].items())
+    print(f"exported {name} to {out.url}")
+    print(f"timm.create_model({arguments_text})")
+    return command.COMPLETE
+
+
+def _newest(store: checkpoint.Store) -> str:
+    found = checkpoint.newest_good(store, lambda line: print(line, file=sys.stderr))
+    if found is None:
+        raise DataError("the run has no good checkpoint", where=store.url, hint="let it reach its first save")
+    return found[0]
+
+
+@settings
+class ReportCommand:
+    run: tyro.conf.Positional[str]
+    """Run folder, local or s3://bucket/prefix."""
+    storage: StorageConfig = StorageConfig()
+    """How object stores are reached."""
+
+
+def report(arguments: list[str]) -> int:
+    """Write report.html, one self-contained file, from what the run folder holds."""
+    from training.report import write_report
+
+    chosen = tyro.cli(ReportCommand, args=arguments, prog="python -m training report")
+    print(write_report(chosen.run, chosen.storage))
+    return command.COMPLETE
+
+
+def warm(arguments: list[str]) -> int:
+    """Build DeepSpeed's communication op once; later starts find it in the virtual environment."""
+    tyro.cli(WarmCommand, args=arguments, prog="python -m training warm")
+    from training.engine.deepspeed import warm_up
+
+    began = time.monotonic()
+    with alone("auto", group=True) as world:
+        warm_up(world)
+    print(f"DeepSpeed is ready ({time.monotonic() - began:.0f} s)")
+    return command.COMPLETE
+
+
+@settings
+class WarmCommand:
+    pass
+
+
+COMMANDS = {
+    "pretrain": pretrain,
+    "checkpoints": checkpoints,
+    "evaluate": evaluate,
+    "export": export,
+    "report": report,
+    "warm": warm,
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Dispatch to a command."""
+    return command.dispatch(COMMANDS, arguments, prog="python -m training")
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main))

@@ -1,0 +1,127 @@
+"""The loop that every kind of training goes through."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from datapipe.errors import DataError
+from datapipe.loader import Batch
+from training import ema
+from training.checkpoint import Checkpoints
+from training.config import OptimisationConfig
+from training.engine import optimisation
+from training.engine.clock import Clock
+from training.engine.host import Host
+from training.engine.optimisation import StepSettings
+from training.engine.stepper import Result, Stepper
+from training.engine.stop import Stop
+from training.methods.base import Method, Progress, Views
+from training.metrics import Recorder
+
+
+class Source(Protocol):
+    """Where batches come from: a `datapipe.loader.Loader`, or fixed batches in a test."""
+
+    bad: int
+
+    def after(self, position: int, until: int) -> Iterator[Batch]:
+        """Global batches from a place in the stream, as this rank sees them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of the run: until so many samples have been seen."""
+
+    end: int
+
+
+@dataclass
+class Run:
+    """Everything the loop needs, made by `pretrain.py` or a test."""
+
+    method: Method
+    stepper: Stepper
+    loader: Source
+    place: Callable[[Batch], Views]
+    """Moves one micro-batch to the device and normalises it."""
+    clock: Clock
+    optimisation: OptimisationConfig
+    micro_batch: int
+    checkpoints: Checkpoints | None
+    stop: Stop
+    host: Host
+    recorder: Recorder | None = None
+    """On the leading rank."""
+    watch: Callable[[Progress, Batch, Result], None] | None = None
+    """Called after each step, on every rank: audit logs, heartbeats, tests."""
+
+
+def train(run: Run, segment: Segment, *, position: int = 0) -> tuple[int, bool]:
+    """Steps from `position` until the segment is done or the run is told to stop.
+
+    Returns (samples seen, segment complete). The state at the end is saved in both cases.
+    """
+    for batch in run.loader.after(position, until=segment.end):
+        progress = run.clock.at(batch.start)
+        now = optimisation.settings_at(run.optimisation, progress)
+        run.stepper.apply(now, progress)
+        parts = list(batch.micro_batches(run.micro_batch))
+        for index, part in enumerate(parts):
+            outcome = run.stepper.forward(run.place(part), progress)
+            run.stepper.backward(outcome, last=index == len(parts) - 1)
+        result = run.stepper.step()
+        if not result.finite:
+            raise _diverged(progress, result, run.stepper)
+        run.method.after_step(result.sums, progress)
+        _follow(run.method, now.ema)
+        _record(run, progress, now, batch, result)
+        position = batch.after
+        last = run.stop.agreed()
+        if run.checkpoints is not None and (
+            run.checkpoints.due(progress.step + 1) or last or position >= segment.end
+        ):
+            _save(run, run.checkpoints, progress.step + 1, position)
+        if last:
+            break
+    return position, position >= segment.end
+
+
+def rehearse(run: Run, batch: Batch) -> None:
+    """Forward and backward on one micro-batch without a step: faults show in the first minute. Leaves no trace."""
+    progress = run.clock.at(0)
+    run.stepper.apply(optimisation.settings_at(run.optimisation, progress), progress)
+    run.stepper.rehearse(run.place(next(batch.micro_batches(run.micro_batch))), progress)
+
+
+def _follow(method: Method, momentum: float) -> None:
+    """The teacher moves towards the student."""
+    if "teacher" in method._modules:
+        ema.update(dict(method.student.named_parameters()), dict(method.teacher.named_parameters()), momentum)
+
+
+def _record(run: Run, progress: Progress, now: StepSettings, batch: Batch, result: Result) -> None:
+    if run.recorder is not None:
+        images = batch.after - batch.start
+        run.recorder.record(progress, now, result, images=images, waited_s=batch.waited_s, bad=run.loader.bad)
+    if run.watch is not None:
+        run.watch(progress, batch, result)
+
+
+def _save(run: Run, checkpoints: Checkpoints, step: int, samples: int) -> None:
+    checkpoints.save(step, samples, run.method, run.stepper)
+    run.host.saved(step)
+    if run.recorder is not None:
+        run.recorder.folder.flush()
+        run.recorder.speed.pause()
+
+
+def _diverged(progress: Progress, result: Result, stepper: Stepper) -> DataError:
+    worst = [name for name, norm in zip(stepper.names, result.norms.tolist(), strict=True) if norm - norm != 0]
+    where = f"step {progress.step + 1}, stream positions from {progress.samples}"
+    detail = f"; gradients not finite: {', '.join(worst[:4])}" if worst else ""
+    return DataError(
+        f"the loss is {result.loss}{detail}: the step was not taken, weights and optimizer are as before",
+        where=where,
+        hint="a lower optimisation.lr, optimisation.precision fp32, or another seed; the last checkpoint stays",
+    )

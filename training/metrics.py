@@ -1,0 +1,117 @@
+"""What a run records: one JSON line per step and attempt, a status line now and then, TensorBoard as a view.
+
+Floats are written so that they read back exactly. Readers keep the last record of a step over all attempts.
+"""
+
+import json
+import re
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from training.engine.host import Host
+from training.engine.optimisation import StepSettings
+from training.engine.stepper import Result
+from training.methods.base import Progress
+from training.run_folder import RunFolder
+from training.speed import Speed, duration
+
+STATUS_S = 5.0
+"""Seconds between status lines."""
+_ATTEMPT = re.compile(r"metrics/attempt_(\d+)\.jsonl")
+
+
+class Recorder:
+    """Writes the metrics of one attempt. Made on the leading rank only."""
+
+    def __init__(self, folder: RunFolder, host: Host, *, about: Mapping[str, Any]) -> None:
+        """`about` goes into the attempt's first line: world, resumed_from, step, reason."""
+        self.folder, self.host = folder, host
+        self.attempt = 1 + max((int(match[1]) for match in map(_ATTEMPT.fullmatch, folder.names("metrics/")) if match),
+                               default=0)  # fmt: skip
+        self.name = f"metrics/attempt_{self.attempt:03d}.jsonl"
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        folder.append(self.name, json.dumps({"attempt": self.attempt, "time": now, **about}))
+        self.speed = Speed()
+        self._spoke = 0.0
+        self._board = _board(folder)
+
+    def record(
+        self, progress: Progress, now: StepSettings, result: Result, *, images: int, waited_s: float, bad: int
+    ) -> None:
+        """Note one step. `progress`: before the step; `images`: of the global batch."""
+        images_per_s, wait_share = self.speed.step(images, waited_s)
+        line = {
+            "step": progress.step + 1,
+            "samples": progress.samples + images,
+            "epoch": (progress.step + 1) / progress.epoch_steps,
+            "loss": result.loss,
+            **result.metrics,
+            "lr": now.lr,
+            "weight_decay": now.weight_decay,
+            "momentum": now.ema,
+            "grad_norm": float(result.norms.square().sum().sqrt()),
+            "images_per_s": images_per_s,
+            "wait_share": wait_share,
+            "replaced_samples": bad,
+            "time": time.time(),
+        }
+        self.folder.append(self.name, json.dumps(line))
+        if self._board is not None:
+            for key, value in line.items():
+                if key not in ("step", "time"):
+                    self._board.add_scalar(key, value, progress.step + 1)
+        last = progress.step + 1 == progress.total_steps
+        if last or time.monotonic() - self._spoke > STATUS_S:
+            self._spoke = time.monotonic()
+            self.say(self._status(progress, line, images))
+
+    def say(self, line: str) -> None:
+        """A line for the person who watches and for the run's log."""
+        self.host.say(line)
+        self.folder.append("log.txt", f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}")
+
+    def close(self) -> None:
+        """Write what is buffered."""
+        self.folder.flush()
+        if self._board is not None:
+            self._board.close()
+
+    def _status(self, progress: Progress, line: Mapping[str, float], images: int) -> str:
+        left = (progress.total_steps - progress.step - 1) * images
+        seconds = self.speed.remaining_s(left)
+        end = datetime.fromtimestamp(time.time() + seconds).strftime("%a %H:%M") if seconds == seconds else "?"
+        terms = "  ".join(f"{key.removeprefix('loss_')} {line[key]:.3f}" for key in line if key.startswith("loss_"))
+        return (
+            f"step {progress.step + 1:,}/{progress.total_steps:,} {100 * line['step'] / progress.total_steps:5.1f} %"
+            f"  loss {line['loss']:.4f}  {terms}  |g| {line['grad_norm']:.2f}  lr {line['lr']:.2e}"
+            f"  m {line['momentum']:.4f}  {line['images_per_s']:,.0f} img/s  wait {100 * line['wait_share']:.0f} %"
+            f"  ETA {duration(seconds)} ({end})"
+        )
+
+
+def read(folder: RunFolder) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(one record per step, sorted, the last attempt's where several have it; the attempts' first lines)."""
+    steps: dict[int, dict[str, Any]] = {}
+    attempts: list[dict[str, Any]] = []
+    for name in sorted(name for name in folder.names("metrics/") if _ATTEMPT.fullmatch(name)):
+        for text in (folder.read_text(name) or "").splitlines():
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                continue  # the process was killed while it wrote this line
+            if "step" in line and "attempt" not in line:
+                steps[line["step"]] = line
+            else:
+                attempts.append(line)
+    return [steps[step] for step in sorted(steps)], attempts
+
+
+def _board(folder: RunFolder) -> Any:
+    """TensorBoard's writer, for a local run folder."""
+    if folder.local is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder.local / "tensorboard"))

@@ -1,0 +1,39 @@
+"""From the loader's uint8 slots to normalised tensors on the device."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datapipe.loader import Batch
+from training.methods.base import Views
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Channel statistics (RGB, of values in 0..1) that all published pre-training recipes normalise with."""
+
+
+class Place:
+    """Copies one micro-batch to the device and normalises it there: (value / 255 - mean) / std."""
+
+    def __init__(self, device: torch.device, *, dtype: torch.dtype = torch.float32) -> None:
+        self.device, self.dtype = device, dtype
+        shape = (3, 1, 1)
+        scale = 255 * torch.tensor(IMAGENET_STD, dtype=torch.float64)
+        self._scale = (1 / scale).reshape(shape).to(device, dtype)
+        self._shift = (-255 * torch.tensor(IMAGENET_MEAN, dtype=torch.float64) / scale).reshape(shape).to(device, dtype)
+
+    def __call__(self, batch: Batch) -> Views:
+        views: Views = {
+            "sample": torch.from_numpy(batch.sample.copy()),
+            "position": torch.from_numpy(batch.position.copy()),  # stays on the host: it only keys random numbers
+            "label": torch.from_numpy(batch.label.copy()),
+            "camera": torch.from_numpy(batch.camera.copy()),
+            "weight": torch.from_numpy(batch.weight.copy()).to(self.device, self.dtype),
+        }
+        for name, pixels in batch.views.items():
+            views[name] = self._normalised(pixels)  # type: ignore[literal-required]
+        return views
+
+    def _normalised(self, pixels_VBHWI: np.ndarray) -> Tensor:
+        moved = torch.from_numpy(pixels_VBHWI).to(self.device).permute(0, 1, 4, 2, 3)
+        return torch.addcmul(self._shift, moved.to(self.dtype, memory_format=torch.contiguous_format), self._scale)

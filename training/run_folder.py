@@ -1,0 +1,76 @@
+"""The folder a run leaves behind: plain files, local or on object storage, that everything else only reads."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datapipe.config import StorageConfig
+from datapipe.errors import NotFoundError
+from datapipe.storage import Store, is_remote, open_store
+
+FLUSH_S = 20.0
+"""Object stores cannot append: a growing file is written anew this often."""
+
+
+class RunFolder:
+    """Writes and reads a run's files. Growing files are appended locally and rewritten at intervals elsewhere.
+
+    Layout: command.txt, config.toml, deepspeed.json, environment.json, log.txt, first_batch.jpg,
+    metrics/attempt_001.jsonl, ranks/rank_00.json, checkpoints/, exports/, evaluation/, tensorboard/, report.html.
+    """
+
+    def __init__(self, url: str, storage: StorageConfig) -> None:
+        self.url, self.storage = url, storage
+        self.store: Store = open_store(url, storage)
+        self.local: Path | None = None if is_remote(url) else Path(self.store.url)
+        self._growing: dict[str, list[str]] = {}
+        self._flushed = time.monotonic()
+
+    def at(self, *parts: str) -> Store:
+        """The store of a sub-folder."""
+        return self.store.at(*parts)
+
+    def append(self, name: str, line: str) -> None:
+        """Add a line to a file that only this process writes."""
+        if self.local is not None:
+            path = self.local / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            return
+        self._growing.setdefault(name, self._present(name)).append(line)
+        if time.monotonic() - self._flushed > FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write growing files to object storage now."""
+        for name, lines in self._growing.items():
+            self.store.replace(name, ("\n".join(lines) + "\n").encode())
+        self._flushed = time.monotonic()
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Write a whole file anew."""
+        self.store.replace(name, content.encode() if isinstance(content, str) else content)
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write(name, json.dumps(value, indent=2) + "\n")
+
+    def read_text(self, name: str) -> str | None:
+        """A file's text; None if it is not there."""
+        try:
+            return self.store.read(name).decode()
+        except NotFoundError:
+            return None
+
+    def names(self, prefix: str) -> Iterator[str]:
+        """Names below the folder that start with `prefix`; nothing where the folder is not there yet."""
+        try:
+            yield from (entry.name for entry in self.store.list(prefix))
+        except NotFoundError:
+            return
+
+    def _present(self, name: str) -> list[str]:
+        text = self.read_text(name)
+        return text.splitlines() if text else []

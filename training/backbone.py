@@ -10,7 +10,7 @@ Shapes: B images, H x W pixels, N patches (row-major), P part tokens, T tokens, 
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +118,8 @@ class Features(NamedTuple):
 
 class DroppableBlock(Block):
     """timm's block whose two branches are scaled per image from outside: 0 drops, 1 / (1 - rate) keeps."""
+
+    attn: Any
 
     def forward(self, tokens: Tensor, keep_2B: Tensor | None = None) -> Tensor:  # type: ignore[override]
         attended = self.ls1(self.attn(self.norm1(tokens)))

@@ -56,7 +56,7 @@ def test_backbone__tokens_start_as_documented() -> None:
     assert backbone.pos_embed.shape == (1, 8, 12)
     assert VisionTransformer(TINY).pos_embed.shape == (1, 9, 12)
     assert backbone.norm.eps == 1e-6
-    linear = tiny(width=96, heads=3, init_std=0.05).blocks[0].attn.qkv.weight  # type: ignore[union-attr]
+    linear = tiny(width=96, heads=3, init_std=0.05).get_parameter("blocks.0.attn.qkv.weight")
     assert float(linear.detach().std()) == pytest.approx(0.05, rel=0.1)
 
 

@@ -53,8 +53,9 @@ def test_sinkhorn__equals_naive_loops_without_padding(temperature: float) -> Non
     teacher[:, 3] = 50.0  # padding
     weight = torch.tensor([1 / 3, 1 / 3, 1 / 3, 0.0], dtype=torch.float64)
     ours = targets.sinkhorn(teacher, weight, temperature=temperature)
-    expected = naive_sinkhorn(teacher[:, :3].reshape(-1, 5).tolist(), temperature, 3)
-    torch.testing.assert_close(ours[:, :3].reshape(-1, 5), torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=0)
+    naive = naive_sinkhorn(teacher[:, :3].reshape(-1, 5).tolist(), temperature, 3)
+    expected = torch.tensor(naive, dtype=torch.float64)
+    torch.testing.assert_close(ours[:, :3].reshape(-1, 5), expected, rtol=1e-9, atol=0)
 
 
 def test_sinkhorn__low_temperatures_stay_finite_and_balanced() -> None:

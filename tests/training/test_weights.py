@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -29,7 +30,7 @@ def test_export__timm_loads_it_and_says_the_same(config: BackboneConfig, parts: 
     backbone = scrambled(config, parts)
     card = weights.export(backbone, open_store(str(tmp_path)), weights.Provenance(licence="research only"))
     assert json.loads((tmp_path / "card.json").read_text()) == json.loads(json.dumps(card))
-    model = timm.create_model(**card["timm"]).eval()
+    model: Any = timm.create_model(**card["timm"]).eval()
     report = model.load_state_dict(load_file(tmp_path / "backbone.safetensors"))
     assert not report.missing_keys and not report.unexpected_keys
     images = torch.randn(2, 3, *config.size)

@@ -237,7 +237,7 @@ class Pass(Method):
             "teacher_entropy": unsure.pop("cls"),
             "teacher_entropy_part": torch.stack(list(unsure.values())).mean(dim=0),
             "cosine": cosine_to_others(taught.cls_GBC[0], weight_B),
-            "agreement": F.cosine_similarity(learnt.cls_GBC[0], taught.cls_GBC[1], dim=-1),
+            "student_teacher_cosine": F.cosine_similarity(learnt.cls_GBC[0], taught.cls_GBC[1], dim=-1),
         }
 
 

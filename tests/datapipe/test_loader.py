@@ -1,0 +1,293 @@
+"""The same samples and pixels for every number of threads, ranks and restarts; errors reach the consumer."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from datapipe.config import JitterConfig, StorageConfig, StreamConfig, ViewConfig
+from datapipe.errors import DataError
+from datapipe.loader import Batch, Loader
+from datapipe.manifest import Manifest
+from datapipe.order import Order
+from datapipe.stream import Stream
+from datapipe.views import make_views, multi_crop
+from tests.datapipe import crop_set
+from tests.datapipe.crop_set import CropSet
+
+ROWS = 53
+CONFIG = StreamConfig(block=5, window=3, threads=2, max_bad=1.0)
+VIEWS = ViewConfig(interpolation="linear", jitter=JitterConfig(white_balance=0.1), erase=(0.3, 0.3, 0.3))
+SPEC = multi_crop(VIEWS, size=(32, 16), local_size=(16, 8), local_bands=((0.0, 0.5), (0.5, 1.0)))
+
+
+@pytest.fixture(scope="module")
+def crops(tmp_path_factory: pytest.TempPathFactory) -> CropSet:
+    return crop_set.write(tmp_path_factory.mktemp("crops") / "set", ROWS)
+
+
+def loader(crops: CropSet, *, batch: int = 12, rank: int = 0, world: int = 1, micro_batch: int = 4,
+           config: StreamConfig = CONFIG, **more: Any) -> Loader:
+    stream = Stream(Manifest.load(str(crops.folder)), StorageConfig(), config)
+    order = Order(stream.rows, 9, config.block, config.window)
+    return Loader(stream, order, SPEC, seed=4, global_batch=batch, rank=rank, world=world, micro_batch=micro_batch,
+                  config=config, **more)
+
+
+def copy(batch: Batch) -> Batch:
+    views = {name: array.copy() for name, array in batch.views.items()}
+    return Batch(views, batch.sample, batch.position, batch.weight, batch.label, batch.camera, batch.start, batch.after)
+
+
+def run(crops: CropSet, position: int, until: int, **more: Any) -> list[Batch]:
+    with loader(crops, **more) as running:
+        return [copy(batch) for batch in running.after(position, until)]
+
+
+def joined(ranks: list[list[Batch]]) -> list[Batch]:
+    """Global batches without padding, from those of all ranks."""
+    whole = []
+    for parts in zip(*ranks, strict=True):
+        real = [part.position >= 0 for part in parts]
+        pick = {name: np.concatenate([getattr(part, name)[mine] for part, mine in zip(parts, real, strict=True)])
+                for name in ("sample", "position", "weight", "label", "camera")}
+        views = {name: np.concatenate([part.views[name][:, mine] for part, mine in zip(parts, real, strict=True)], 1)
+                 for name in parts[0].views}
+        whole.append(Batch(views, **pick, start=parts[0].start, after=parts[0].after))
+    return whole
+
+
+def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
+    assert [(batch.start, batch.after) for batch in ours] == [(batch.start, batch.after) for batch in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        for name in ("sample", "position", "weight", "label", "camera"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+        for name in one.views:
+            np.testing.assert_array_equal(one.views[name], other.views[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def truth(crops: CropSet) -> list[Batch]:
+    """Two epochs and a bit, in a world of one."""
+    return joined([run(crops, 0, 120)])
+
+
+def test_after__batches_hold_what_order_and_views_say(crops: CropSet, truth: list[Batch]) -> None:
+    order = Order(ROWS, 9, 5, 3)
+    for batch in truth:
+        positions = np.arange(batch.start, batch.after)
+        np.testing.assert_array_equal(batch.position, positions)
+        np.testing.assert_array_equal(batch.sample, order.samples(positions))
+        np.testing.assert_array_equal(batch.label, batch.sample // 2)
+        np.testing.assert_array_equal(batch.camera, batch.sample % 3 + 1)
+        assert batch.weight.tolist() == [1 / 12] * 12
+        expected = {group.name: np.zeros(SPEC.shape(group, 12), np.uint8) for group in SPEC.groups}
+        assert make_views([crops.jpegs[row] for row in batch.sample], SPEC, 4, positions, expected) == []
+        for name in expected:
+            np.testing.assert_array_equal(batch.views[name], expected[name])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("micro_batch", [1, 4, 5])
+def test_after__any_world_makes_the_same_global_batches(
+    crops: CropSet, truth: list[Batch], world: int, micro_batch: int
+) -> None:
+    ranks = [run(crops, 0, 120, rank=rank, world=world, micro_batch=micro_batch) for rank in range(world)]
+    assert_same(joined(ranks), truth)
+    for batches in ranks:
+        for batch in batches:
+            assert len(batch.sample) == len(ranks[0][0].sample) and len(batch.sample) % micro_batch == 0
+            padding = batch.position < 0
+            assert (batch.sample[padding] == -1).all() and (batch.weight[padding] == 0).all()
+            assert (batch.label[padding] == -1).all() and (batch.camera[padding] == -1).all()
+            assert not any(array[:, padding].any() for array in batch.views.values())
+    assert np.isclose(sum(batch.weight.sum() for batch in (batches[0] for batches in ranks)), 1)
+
+
+@pytest.mark.parametrize(("threads", "prefetch"), [(1, 1), (1, 3), (3, 1), (3, 4)])
+def test_after__threads_and_prefetch_change_nothing(
+    crops: CropSet, truth: list[Batch], threads: int, prefetch: int
+) -> None:
+    config = StreamConfig(block=5, window=3, threads=threads, prefetch=prefetch, cache_mb=prefetch % 2)
+    assert_same(run(crops, 0, 120, config=config), truth)
+
+
+@pytest.mark.parametrize("skipped", [1, 4, 9])
+def test_after__a_resumed_run_sees_the_rest(crops: CropSet, truth: list[Batch], skipped: int) -> None:
+    ranks = [run(crops, 12 * skipped, 120, rank=rank, world=2, config=StreamConfig(block=5, window=3, threads=3))
+             for rank in range(2)]
+    assert_same(joined(ranks), truth[skipped:])
+
+
+def test_after__starts_anywhere_and_ends_where_it_is_told(crops: CropSet, truth: list[Batch]) -> None:
+    batches = joined([run(crops, 7, 38)])
+    assert [(batch.start, batch.after, len(batch.sample)) for batch in batches] == [(7, 19, 12), (19, 31, 12), (31, 38, 7)]
+    assert batches[-1].weight.tolist() == [1 / 7] * 7
+    np.testing.assert_array_equal(np.concatenate([batch.sample for batch in batches]),
+                                  np.concatenate([batch.sample for batch in truth])[7:38])
+    assert run(crops, 38, 38) == []
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 60), batch=st.integers(1, 40), world=st.integers(1, 4), micro_batch=st.integers(1, 9),
+       epoch=st.integers(0, 3))
+def test_audit__each_sample_exactly_once_per_epoch(
+    rows: int, batch: int, world: int, micro_batch: int, epoch: int
+) -> None:
+    """By the batches' own records, over all ranks, whether or not the batch divides the rows."""
+    order = Order(rows, 2, 4, 3)
+    seen: dict[int, int] = {}
+    for rank in range(world):
+        running = Loader(NoPixels(rows), order, SPEC, seed=0, global_batch=batch, rank=rank, world=world,  # type: ignore
+                         micro_batch=micro_batch, config=StreamConfig(threads=1))
+        first = epoch * rows
+        for start in range(first // batch * batch, first + rows, batch):
+            part = running._empty(start, start + batch, {})
+            real = part.position >= 0
+            assert not set(part.position[real].tolist()) & set(seen)
+            seen.update(zip(part.position[real].tolist(), part.sample[real].tolist(), strict=True))
+        running.close()
+    samples = [seen[position] for position in range(epoch * rows, (epoch + 1) * rows)]
+    assert sorted(samples) == list(range(rows))
+
+
+class NoPixels:
+    """A stream of which only the number of rows is asked."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_after__fewer_rows_than_the_batch_go_round(tmp_path: Path, rows: int) -> None:
+    few = crop_set.write(tmp_path / "few", rows)
+    batches = run(few, 0, 24)
+    samples = np.concatenate([batch.sample for batch in batches])
+    assert len(samples) == 24
+    for epoch in range(24 // rows):
+        assert sorted(samples[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
+    views = batches[0].views["global"]
+    assert (views[:, 0] != views[:, rows]).any()  # a sample that repeats gets other views
+
+
+def test_after__slots_stay_until_the_batch_after_the_next_is_asked_for(crops: CropSet) -> None:
+    with loader(crops, config=StreamConfig(block=5, window=3, threads=3, prefetch=1)) as running:
+        before: Batch | None = None
+        kept: Batch | None = None
+        for batch in running.after(0, 240):
+            if before is not None and kept is not None:
+                for name in before.views:
+                    np.testing.assert_array_equal(before.views[name], kept.views[name])
+            before, kept = batch, copy(batch)
+
+
+def test_after__slots_come_from_the_allocator_and_are_reused(crops: CropSet) -> None:
+    made: list[np.ndarray] = []
+
+    def allocate(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        made.append(np.empty(shape, dtype))
+        return made[-1]
+
+    with loader(crops, allocate=allocate, config=StreamConfig(block=5, window=3, threads=2, prefetch=2)) as running:
+        for batch in running.after(0, 120):
+            assert any(batch.views["global"] is array for array in made)
+    assert len(made) == 2 * (2 + 2)
+
+
+def test_micro_batches__are_views_of_the_batch(crops: CropSet) -> None:
+    with loader(crops) as running:
+        batch = next(iter(running.after(0, 12)))
+        parts = list(batch.micro_batches(5))
+        assert [len(part.sample) for part in parts] == [5, 5, 2]
+        assert all(np.shares_memory(part.views["local"], batch.views["local"]) for part in parts)
+        np.testing.assert_array_equal(np.concatenate([part.views["local"] for part in parts], 1), batch.views["local"])
+        assert {(part.start, part.after) for part in parts} == {(0, 12)}
+
+
+def test_after__called_again_ends_the_iteration_before(crops: CropSet, truth: list[Batch]) -> None:
+    with loader(crops) as running:
+        first = running.after(0, 120)
+        next(first)
+        assert_same([copy(batch) for batch in running.after(24, 60)], truth[2:5])
+        assert list(first) == []
+        assert_same([copy(batch) for batch in running.after(0, 12)], truth[:1])
+
+
+def test_after__reports_the_time_it_waited(crops: CropSet) -> None:
+    with loader(crops) as running:
+        assert all(batch.waited_s >= 0 for batch in running.after(0, 60))
+
+
+def test_after__a_crop_that_does_not_decode_is_replaced_by_the_next_of_its_block(tmp_path: Path) -> None:
+    crops = crop_set.write(tmp_path / "set", 20, no_images=(6, 7, 14))
+    order = Order(20, 9, 5, 3)
+    for threads in (1, 3):
+        config = StreamConfig(block=5, window=3, threads=threads, max_bad=1.0)
+        with loader(crops, batch=20, micro_batch=20, config=config) as running:
+            (batch,) = [copy(batch) for batch in running.after(0, 20)]
+            assert running.bad == 3
+        np.testing.assert_array_equal(batch.sample, order.samples(np.arange(20)))
+        served = np.array([{6: 8, 7: 8, 14: 10}.get(row, row) for row in batch.sample.tolist()])
+        np.testing.assert_array_equal(batch.label, served // 2)
+        expected = {group.name: np.zeros(SPEC.shape(group, 20), np.uint8) for group in SPEC.groups}
+        make_views([crops.jpegs[row] for row in served], SPEC, 4, np.arange(20), expected)
+        for name in expected:
+            np.testing.assert_array_equal(batch.views[name], expected[name])
+
+
+def test_after__too_many_broken_crops_end_the_run(tmp_path: Path) -> None:
+    crops = crop_set.write(tmp_path / "set", 20, no_images=(6, 7, 14))
+    with loader(crops, config=StreamConfig(block=5, window=3, threads=2)) as running:
+        with pytest.raises(DataError, match="crops read so far are broken"):
+            list(running.after(0, 40))
+
+
+def test_after__an_error_in_a_thread_reaches_the_consumer_and_leaves_the_loader_usable(
+    crops: CropSet, truth: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with loader(crops) as running:
+        fetch = running.stream.fetch
+
+        def fail(samples: np.ndarray) -> Any:
+            raise DataError("the disk is gone")
+
+        batches = running.after(0, 120)
+        next(batches)
+        monkeypatch.setattr(running.stream, "fetch", fail)
+        with pytest.raises(DataError, match="the disk is gone"):
+            list(batches)
+        monkeypatch.setattr(running.stream, "fetch", fetch)
+        assert_same([copy(batch) for batch in running.after(0, 24)], truth[:2])
+
+
+def test_close__ends_an_unfinished_iteration(crops: CropSet) -> None:
+    running = loader(crops)
+    batches = running.after(0, 10**9)
+    next(batches)
+    running.close()
+    assert list(batches) == []
+
+
+def test_loader__refuses_what_cannot_be(crops: CropSet) -> None:
+    for wrong in ({"batch": 0}, {"rank": 2, "world": 2}, {"micro_batch": 0}):
+        with pytest.raises(ValueError, match="impossible"):
+            loader(crops, **wrong)
+    with loader(crops) as running, pytest.raises(ValueError, match="starts at 0"):
+        running.after(-1, 5)
+    with pytest.raises(ValueError, match="order is for 5 rows"):
+        Loader(NoPixels(6), Order(5, 0, 1, 1), SPEC, seed=0, global_batch=1, rank=0, world=1,  # type: ignore[arg-type]
+               micro_batch=1, config=CONFIG)
+
+
+def test_threads__divide_the_cores_among_the_ranks_of_a_machine(crops: CropSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datapipe.loader._cores", lambda: 8)
+    shared = StreamConfig(block=5, window=3)
+    for ranks, expected in ((1, 8), (2, 4), (16, 1)):
+        with loader(crops, config=shared, ranks_here=ranks) as running:
+            assert running.threads == expected
+
+

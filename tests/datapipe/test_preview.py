@@ -1,0 +1,60 @@
+"""Contact sheets show the crops and the very views that training gets."""
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datapipe.config import StreamConfig, ViewConfig
+from datapipe.errors import ConfigError, NotFoundError
+from datapipe.order import Order
+from datapipe.preview import contact_sheet, view_sheet
+from datapipe.views import make_views, multi_crop
+from tests.datapipe import crop_set
+from tests.datapipe.crop_set import CropSet
+
+SPEC = multi_crop(ViewConfig(), size=(64, 32), local_size=(32, 16), local_bands=((0.0, 1.0),) * 2)
+
+
+@pytest.fixture(scope="module")
+def crops(tmp_path_factory: pytest.TempPathFactory) -> CropSet:
+    return crop_set.write(tmp_path_factory.mktemp("crops") / "set", 23, no_images=(4,))
+
+
+def test_contact_sheet__shows_the_views_of_training(crops: CropSet, tmp_path: Path) -> None:
+    stream = StreamConfig(block=5, window=2)
+    path = contact_sheet(str(crops.folder), tmp_path / "new" / "sheet.png", spec=SPEC, seed=3, count=6, stream=stream)
+    sheet = np.asarray(Image.open(path))
+    rows = Order(23, 3, 5, 2).samples(np.arange(6))
+    views = {group.name: np.zeros(SPEC.shape(group, 6), np.uint8) for group in SPEC.groups}
+    make_views([crops.jpegs[row] for row in rows], SPEC, 3, np.arange(6), views)
+    for view in (views["global"][0, 0], views["global"][1, 5], views["local"][1, 3]):
+        assert contains(sheet, view)
+
+
+def contains(sheet: np.ndarray, picture: np.ndarray) -> bool:
+    height, width = picture.shape[:2]
+    corners = np.argwhere((sheet[: 1 - height or None, : 1 - width or None] == picture[0, 0]).all(axis=2))
+    return any((sheet[top : top + height, left : left + width] == picture).all() for top, left in corners)
+
+
+@pytest.mark.parametrize("count", [1, 12, 100])
+def test_contact_sheet__shows_crops_alone_even_broken_ones(crops: CropSet, tmp_path: Path, count: int) -> None:
+    path = contact_sheet(str(crops.folder), tmp_path / "sheet.jpg", count=count)
+    assert Image.open(path).format == "JPEG"
+
+
+def test_contact_sheet__says_what_is_wrong(crops: CropSet, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\.jpg or \.png"):
+        contact_sheet(str(crops.folder), tmp_path / "sheet.gif")
+    with pytest.raises(NotFoundError):
+        contact_sheet(str(tmp_path / "nowhere"), tmp_path / "sheet.jpg")
+
+
+def test_view_sheet__is_a_jpeg_with_a_row_per_image(tmp_path: Path) -> None:
+    views = {"global": np.full((2, 20, 64, 32, 3), 90, np.uint8), "local": np.full((6, 20, 32, 16, 3), 200, np.uint8)}
+    data = view_sheet(views, tmp_path / "first_batch.jpg", count=3)
+    assert (tmp_path / "first_batch.jpg").read_bytes() == data == view_sheet(views, count=3)
+    assert Image.open(BytesIO(data)).height < Image.open(BytesIO(view_sheet(views, count=5))).height

@@ -1,0 +1,188 @@
+"""Bytes by sample id: right, checked, replaced where broken, never waited for in vain."""
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier, Event
+
+import numpy as np
+import pytest
+
+from datapipe.blocks import _Cache
+from datapipe.config import StorageConfig, StreamConfig
+from datapipe.errors import DataError
+from datapipe.manifest import Manifest
+from datapipe.storage import open_store
+from datapipe.stream import Stream
+from tests.datapipe import crop_set
+from tests.datapipe.crop_set import CropSet
+
+CACHED = StreamConfig(block=7, window=3, max_bad=1.0)
+DIRECT = StreamConfig(block=7, window=3, max_bad=1.0, cache_mb=0)
+
+
+@pytest.fixture
+def crops(tmp_path: Path) -> CropSet:
+    return crop_set.write(tmp_path / "set", 35)
+
+
+def stream(crops: CropSet, config: StreamConfig = CACHED) -> Stream:
+    return Stream(Manifest.load(str(crops.folder)), StorageConfig(), config)
+
+
+def everything(source: Stream) -> list[bytes]:
+    return source.fetch(np.arange(source.rows)).data
+
+
+@pytest.mark.parametrize("config", [CACHED, DIRECT])
+def test_fetch__gives_each_sample_its_bytes(crops: CropSet, config: StreamConfig) -> None:
+    asked = np.array([34, 0, 9, 10, 11, 0, 20, 19])
+    fetched = stream(crops, config).fetch(asked)
+    assert fetched.data == [crops.jpegs[row] for row in asked]
+    np.testing.assert_array_equal(fetched.rows, asked)
+    assert everything(stream(crops, config)) == crops.jpegs
+
+
+def test_fetch__reads_a_block_once(crops: CropSet) -> None:
+    source = stream(crops)
+    for _ in range(3):
+        everything(source)
+    assert source.bytes_read < sum((crops.folder / shard.name).stat().st_size for shard in crops.manifest.shards)
+
+
+def test_fetch__joins_neighbours_but_does_not_read_what_is_far_between(tmp_path: Path) -> None:
+    crops = crop_set.write(tmp_path / "set", 300, per_shard=300)
+    source = stream(crops, DIRECT)
+    source.fetch(np.array([0, 299]))
+    assert source.bytes_read == len(crops.jpegs[0]) + len(crops.jpegs[299])
+    source.fetch(np.array([0, 1, 2]))
+    assert source.bytes_read > len(crops.jpegs[299]) + sum(map(len, crops.jpegs[:3])) + len(crops.jpegs[0]) + 1024
+
+
+def test_fetch__keeps_no_more_than_the_cache_may_hold(tmp_path: Path) -> None:
+    crops = crop_set.write(tmp_path / "set", 60)
+    limit = sum(map(len, crops.jpegs[:30]))
+    source = stream(crops, StreamConfig(block=5, window=3, cache_mb=limit / 1e6))
+    assert everything(source) == crops.jpegs
+    cache = source._reader._cache
+    assert cache is not None
+    held = sum(len(data) for block in cache._blocks.values() for data in block.result().values())
+    assert 0 < held <= limit and held == cache._held
+
+
+def test_fetch__many_threads_get_the_right_bytes(crops: CropSet) -> None:
+    source = stream(crops, StreamConfig(block=7, window=1, cache_mb=sum(map(len, crops.jpegs[:20])) / 1e6))
+    asked = [np.random.default_rng(seed).integers(0, 35, 20) for seed in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        for samples, fetched in zip(asked, pool.map(source.fetch, asked), strict=True):
+            assert fetched.data == [crops.jpegs[row] for row in samples]
+
+
+@pytest.mark.parametrize("config", [CACHED, DIRECT])
+def test_fetch__reads_from_other_stores_in_parallel(
+    crops: CropSet, config: StreamConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(f"memory://{crops.folder.parent.name}")
+    for path in crops.folder.iterdir():
+        store.replace(path.name, path)
+    source = Stream(Manifest.load(store.url), StorageConfig(), config)
+    assert everything(source) == crops.jpegs
+    assert ("one by one" in caplog.text) == (config is DIRECT)
+    source.close()
+
+
+def test_labels__are_those_of_the_index(crops: CropSet) -> None:
+    source = stream(crops)
+    np.testing.assert_array_equal(source.pid, np.arange(35) // 2)
+    np.testing.assert_array_equal(source.camera, np.arange(35) % 3 + 1)
+
+
+@pytest.mark.parametrize("config", [CACHED, DIRECT])
+def test_fetch__replaces_a_damaged_crop_by_the_next_of_its_block(
+    crops: CropSet, config: StreamConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    crops.damage(3)
+    crops.damage(4)
+    crops.damage(13)  # the last of its block: the first takes its place
+    source = stream(crops, config)
+    with caplog.at_level(logging.WARNING):
+        fetched = source.fetch(np.array([2, 3, 4, 13]))
+    assert fetched.rows.tolist() == [2, 5, 5, 7]
+    assert fetched.data == [crops.jpegs[row] for row in (2, 5, 5, 7)]
+    assert source.replaced == 3
+    assert "crop 3 in" in caplog.text and "shard-000.tar" in caplog.text and "checksum" in caplog.text
+    assert source.fetch(np.array([13, 3])).rows.tolist() == [7, 5]
+    assert source.replaced == 5
+
+
+def test_fetch__a_tar_that_is_cut_counts_as_broken_crops(crops: CropSet) -> None:
+    crops.cut(25)
+    source = stream(crops, StreamConfig(block=7, window=3, max_bad=0.002))
+    assert source.fetch(np.arange(25)).data == crops.jpegs[:25]
+    with pytest.raises(DataError, match=r"5 of the 60 crops read so far are broken.*0\.20%") as caught:
+        everything(source)
+    assert "shard-002.tar" in caught.value.where and "verify" in caught.value.hint
+
+
+def test_fetch__one_broken_crop_does_not_end_a_run(crops: CropSet) -> None:
+    crops.damage(3)
+    source = stream(crops, StreamConfig(block=7, window=3))
+    assert source.config.max_bad == 0.001
+    everything(source)
+    assert source.replaced == 1
+    with pytest.raises(DataError, match="2 of the 70 crops"):
+        everything(source)
+
+
+def test_fetch__a_block_without_a_sound_crop_is_named(crops: CropSet) -> None:
+    for row in range(7, 14):
+        crops.damage(row)
+    with pytest.raises(DataError, match="none of the 7 crops from number 7 on"):
+        stream(crops).fetch(np.array([8]))
+
+
+@pytest.mark.parametrize("config", [CACHED, DIRECT])
+def test_fetch__a_missing_shard_is_named(crops: CropSet, config: StreamConfig) -> None:
+    (crops.folder / "shard-001.tar").unlink()
+    source = stream(crops, config)
+    assert source.fetch(np.array([1, 2])).data == crops.jpegs[1:3]
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"shard-001\.tar of the data set is missing") as caught:
+            source.fetch(np.array([12]))
+        assert str(crops.folder) in caught.value.where
+
+
+def test_replace__gives_another_crop_once_for_all_threads(crops: CropSet) -> None:
+    source = stream(crops)
+    first = source.replace(5, 5, "does not decode")
+    assert (first.rows.tolist(), first.data) == ([6], [crops.jpegs[6]])
+    again = source.replace(5, 5, "does not decode")  # another thread that had fetched row 5 as well
+    assert again.rows.tolist() == [6]
+    assert source.replace(5, 6, "does not decode").rows.tolist() == [0]
+    assert source.fetch(np.array([5, 4])).rows.tolist() == [0, 4]
+
+
+def test_stream__works_with_one_sample_and_refuses_none(tmp_path: Path) -> None:
+    one = crop_set.write(tmp_path / "one", 1)
+    assert everything(stream(one, StreamConfig())) == one.jpegs
+    none = crop_set.write(tmp_path / "none", 0)
+    with pytest.raises(DataError, match="no crops"):
+        stream(none, StreamConfig())
+
+
+def test_cache__a_failed_load_fails_all_who_wait_and_is_forgotten() -> None:
+    cache, started, release = _Cache(100), Barrier(2), Event()
+
+    def fail(number: int) -> dict[int, bytes]:
+        started.wait(10)
+        release.wait(10)
+        raise DataError("gone")
+
+    with ThreadPoolExecutor(2) as pool:
+        owner = pool.submit(cache.get, 1, fail)
+        started.wait(10)
+        waiter = pool.submit(cache.get, 1, lambda number: {1: b"late"})  # waits, or comes after the failure
+        release.set()
+        assert isinstance(owner.exception(10), DataError)
+        assert isinstance(waiter.exception(10), DataError) or waiter.result() == {1: b"late"}
+    assert cache.get(2, lambda number: {2: b"ok"}) == {2: b"ok"}

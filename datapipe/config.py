@@ -43,42 +43,46 @@ class ShardConfig:
     seed: int = 0
     """Key of the hash that orders the crops: shards come out shuffled, the same way every time."""
     workers: int = Field(0, ge=0)
-    """Processes that read and decode. 0: one per core."""
+    """Processes that read, decode and write. 0: one per core. Each needs memory for one shard."""
+    spool: str = ""
+    """Local folder for the screened crops until their shards are written; needs about the room of the data set. Empty:
+    inside a local output, in the temporary folder for a remote one. Removed at the end; what a killed run left in it
+    saves the next run the work."""
 
 
 @settings
 class StreamConfig:
     manifest: str = ""
     """The data set: a folder or s3://bucket/prefix with a manifest (its newest version), or one manifest file."""
-    block: int = Field(256, ge=1)
+    block: int = Field(default=256, ge=1)
     """Consecutive crops read together, at a few kB each. Larger blocks suit object storage, smaller ones mix better."""
-    window: int = Field(2_048, ge=1)
+    window: int = Field(default=2_048, ge=1)
     """Blocks whose crops are shuffled among one another."""
-    threads: int = Field(0, ge=0)
+    threads: int = Field(default=0, ge=0)
     """Threads that decode and make views, per rank. 0: the cores divided by the ranks on this machine."""
-    prefetch: int = Field(3, ge=1)
+    prefetch: int = Field(default=3, ge=1)
     """Batches made ahead of the one being trained on."""
-    cache_mb: float = Field(512.0, ge=0)
+    cache_mb: float = Field(default=512.0, ge=0)
     """Memory per rank for blocks that are still to be used, in megabytes."""
-    reads: int = Field(8, ge=1)
+    reads: int = Field(default=8, ge=1)
     """Requests in flight per rank to object storage; raise it where a single request is slow. Local disks: unused."""
-    max_bad: float = Field(0.001, ge=0, le=1)
+    max_bad: float = Field(default=0.001, ge=0, le=1)
     """Share of crops found broken while training above which the run fails (each is replaced, counted, logged)."""
 
 
 @settings
 class JitterConfig:
-    probability: float = Field(0.8, ge=0, le=1)
+    probability: float = Field(default=0.8, ge=0, le=1)
     """Share of views whose colours are jittered."""
-    brightness: float = Field(0.4, ge=0)
+    brightness: float = Field(default=0.4, ge=0)
     """Factor drawn from U(max(0, 1 - b), 1 + b), as torchvision's ColorJitter does."""
-    contrast: float = Field(0.4, ge=0)
+    contrast: float = Field(default=0.4, ge=0)
     """Likewise, about the mean grey of the view."""
-    saturation: float = Field(0.2, ge=0)
+    saturation: float = Field(default=0.2, ge=0)
     """Likewise, between the grey image and the view."""
-    hue: float = Field(0.1, ge=0, le=0.5)
+    hue: float = Field(default=0.1, ge=0, le=0.5)
     """Shift of the hue drawn from U(-h, h), in turns of the colour circle."""
-    white_balance: float = Field(0.0, ge=0)
+    white_balance: float = Field(default=0.0, ge=0)
     """Each channel is scaled by exp(N(0, w)). Not in the published recipes; mimics cameras (see the demo recipe)."""
 
 
@@ -95,11 +99,11 @@ class ViewConfig:
     """Area of a local crop as a share of the image, or of its band in PASS."""
     local_ratio: Range = (0.75, 4 / 3)
     """Width over height of a local crop."""
-    flip: float = Field(0.5, ge=0, le=1)
+    flip: float = Field(default=0.5, ge=0, le=1)
     """Probability of a horizontal flip, drawn for each view."""
     jitter: JitterConfig = JitterConfig()
     """Colour jitter."""
-    grey: float = Field(0.2, ge=0, le=1)
+    grey: float = Field(default=0.2, ge=0, le=1)
     """Probability that a view is made grey."""
     blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
     """Probability of Gaussian blur on the first global, the second global and the local views."""
@@ -120,15 +124,15 @@ class ViewConfig:
 class SynthConfig:
     """Rendered pedestrians: how many, how varied, how hard."""
 
-    train_identities: int = Field(180, ge=0, le=9_000)
+    train_identities: int = Field(default=180, ge=0, le=9_000)
     """People in bounding_box_train."""
-    test_identities: int = Field(60, ge=0, le=900)
+    test_identities: int = Field(default=60, ge=0, le=900)
     """People in query and bounding_box_test; none of them is in bounding_box_train."""
-    cameras: int = Field(4, ge=2, le=9)
+    cameras: int = Field(default=4, ge=2, le=9)
     """Cameras; everybody is seen by all of them."""
-    images: int = Field(5, ge=2, le=999)
+    images: int = Field(default=5, ge=2, le=999)
     """Images of each person by each camera. The first one of a test identity is a query, the others are the gallery."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Every image is a function of (seed, person, camera, number of the image)."""
     height: tuple[int, int] = (150, 320)
     """Lowest and highest image, pixels."""
@@ -136,19 +140,19 @@ class SynthConfig:
     """Narrowest and widest image, pixels."""
     quality: tuple[int, int] = (75, 95)
     """Lowest and highest JPEG quality."""
-    camera_strength: float = Field(0.3, ge=0)
+    camera_strength: float = Field(default=0.3, ge=0)
     """How much cameras differ in white balance, brightness, gamma, saturation and haze. 0: not at all; 1: so much that
     colour is no help."""
-    light: float = Field(0.1, ge=0)
+    light: float = Field(default=0.1, ge=0)
     """Spread of the brightness from image to image of one camera, as the sigma of its logarithm."""
-    backgrounds: int = Field(16, ge=1)
+    backgrounds: int = Field(default=16, ge=1)
     """Places, shared by all cameras. (Places of one camera each would give the camera away: a colour histogram then falls
     below chance.)"""
-    occluder: float = Field(0.15, ge=0, le=1)
+    occluder: float = Field(default=0.15, ge=0, le=1)
     """Share of images in which something stands in front of the person."""
-    second_person: float = Field(0.09, ge=0, le=1)
+    second_person: float = Field(default=0.09, ge=0, le=1)
     """Share of images in which somebody else stands behind."""
-    box_jitter: float = Field(0.08, ge=0, le=0.5)
+    box_jitter: float = Field(default=0.08, ge=0, le=0.5)
     """How far the box misses the person, as a share of its height and width."""
-    workers: int = Field(0, ge=0)
+    workers: int = Field(default=0, ge=0)
     """Processes that render; the images do not depend on it. 0: one per core."""

@@ -1,0 +1,54 @@
+"""How far a long command is: a bar on a terminal, one plain line per interval in a log; always on stderr."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+INTERVAL_S = 10.0
+"""Seconds between two lines in a log."""
+
+
+class Progress:
+    """`with Progress("scan", total) as progress: progress.advance(n, "312 crops, 1 quarantined")`."""
+
+    def __init__(self, label: str, total: float) -> None:
+        self.label, self.total, self.done, self.note = label, max(total, 1e-9), 0.0, ""
+        self.began = self.spoken = time.monotonic()
+        self._bar: Bar | None = None
+        self._task = TaskID(0)
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
+                       TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+            self._bar = Bar(*columns, console=Console(stderr=True))
+            self._bar.start()
+            self._task = self._bar.add_task(self.label, total=self.total, note="")
+        return self
+
+    def advance(self, amount: float, note: str) -> None:
+        """`amount` more of the total is done; `note` replaces the one before."""
+        self.done, self.note = self.done + amount, note
+        if self._bar:
+            self._bar.update(self._task, advance=amount, note=note)
+        elif time.monotonic() - self.spoken >= INTERVAL_S:
+            self._speak(f", {self._left_s():.0f} s left")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+        elif kind is None:
+            self._speak(f", {time.monotonic() - self.began:.1f} s")
+
+    def _left_s(self) -> float:
+        return (time.monotonic() - self.began) * (self.total / self.done - 1) if self.done else float("inf")
+
+    def _speak(self, time_note: str) -> None:
+        self.spoken = time.monotonic()
+        share = min(1.0, self.done / self.total)
+        print(f"{self.label}: {share:4.0%}, {self.note}{time_note}", file=sys.stderr, flush=True)

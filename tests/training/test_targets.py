@@ -69,7 +69,7 @@ def test_sinkhorn__low_temperatures_stay_finite_and_balanced() -> None:
 
 def test_sinkhorn__rows_of_all_ranks_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks as two threads whose collectives meet at a barrier: one with three real rows, one with one."""
-    meeting, waiting = threading.Barrier(2), []
+    meeting, waiting = threading.Barrier(2, timeout=30), []
 
     def all_reduce(values: Tensor, operation: distributed.ReduceOp.RedOpType) -> None:
         waiting.append(values.clone())

@@ -61,8 +61,9 @@ def _quiet() -> Iterator[None]:
             os.environ.pop("DS_ACCELERATOR", None)
 
 
-def prepare_environment() -> None:
-    """Let DeepSpeed find ninja and its compiled op, which `make setup` builds inside the virtual environment."""
+def prepare_environment(world: World) -> None:
+    """Let DeepSpeed find ninja, its compiled op (built by `make setup` in the virtual environment), and its rank."""
+    os.environ["LOCAL_RANK"] = str(world.local_rank)
     binaries = os.path.dirname(sys.executable)
     if binaries not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = binaries + os.pathsep + os.environ.get("PATH", "")
@@ -71,7 +72,7 @@ def prepare_environment() -> None:
 
 def warm_up(world: World) -> None:
     """Make one engine of a tiny module, so that DeepSpeed compiles its communication op. Needs a process group."""
-    prepare_environment()
+    prepare_environment(world)
     with _quiet():
         import deepspeed
 
@@ -94,7 +95,7 @@ class DeepSpeedStepper(Stepper):
         settings: dict[str, Any],
     ) -> None:
         super().__init__(method, groups, config, world)
-        prepare_environment()
+        prepare_environment(world)
         with _quiet():
             import deepspeed
 

@@ -1,7 +1,6 @@
 """Which process this is among how many, and the few things they do together."""
 
 import contextlib
-import os
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -72,7 +71,6 @@ def alone(device: str = "auto", *, group: bool = False, timeout_s: float = 1_800
         yield world
         return
     backend = "nccl" if world.device.type == "cuda" else "gloo"
-    os.environ.setdefault("LOCAL_RANK", "0")
     dist.init_process_group(
         backend,
         init_method=f"tcp://127.0.0.1:{free_port()}",

@@ -5,6 +5,7 @@ erasures, as in torchvision.
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
 from datapipe.randomness import Floats, Ints
 
@@ -23,7 +24,7 @@ def crops(unit: Floats, height: Ints, width: Ints, scale: tuple[float, float], r
     first = np.argmax(fits, axis=1)[:, None]
     tall, wide = np.take_along_axis(tall, first, axis=1)[:, 0], np.take_along_axis(wide, first, axis=1)[:, 0]
     drawn = np.stack([*_place(unit, height - tall, width - wide), tall, wide], axis=1)
-    return np.where(fits.any(axis=1)[:, None], drawn, _centre(height, width, ratio))
+    return np.where(fits.any(axis=1, keepdims=True), drawn, _centre(height, width, ratio))
 
 
 def erasures(unit: Floats, size: tuple[int, int], area: tuple[float, float], ratio: tuple[float, float]) -> Ints:
@@ -34,12 +35,12 @@ def erasures(unit: Floats, size: tuple[int, int], area: tuple[float, float], rat
     first = np.argmax(fits, axis=1)[:, None]
     tall, wide = np.take_along_axis(tall, first, axis=1)[:, 0], np.take_along_axis(wide, first, axis=1)[:, 0]
     boxes = np.stack([*_place(unit, height - tall, width - wide), tall, wide], axis=1)
-    return boxes * fits.any(axis=1)[:, None]
+    return boxes * fits.any(axis=1, keepdims=True)
 
 
 def _tries(
     unit: Floats, height: Ints, width: Ints, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[Ints, Ints, np.ndarray]:
+) -> tuple[Ints, Ints, NDArray[np.bool_]]:
     """Heights and widths of all tries [n, TRIES], and which of them lie inside the image."""
     share = scale[0] + (scale[1] - scale[0]) * unit[:, 0 : 2 * TRIES : 2]
     low, high = np.log(ratio[0]), np.log(ratio[1])

@@ -12,12 +12,13 @@ from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from datapipe import boxes
 from datapipe.config import JitterConfig, Range, Size
 from datapipe.randomness import Floats, to_normal
 
-View = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
+View = NDArray[np.uint8]
 Step = tuple[Callable[[View, Any], None], Any]
 """An operation and its argument."""
 
@@ -80,7 +81,9 @@ def plan(photometric: Photometric, unit: dict[str, Floats], size: Size, count: i
     return steps
 
 
-def _append(steps: list[list[Step]], chosen: np.ndarray, operation: Callable[..., None], arguments: list[Any]) -> None:
+def _append(
+    steps: list[list[Step]], chosen: NDArray[np.bool_], operation: Callable[..., None], arguments: list[Any]
+) -> None:
     for row in np.flatnonzero(chosen).tolist():
         steps[row].append((operation, arguments[row]))
 

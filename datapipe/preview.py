@@ -52,7 +52,7 @@ def contact_sheet(
     if spec is None:
         lines = [pictures[low : low + GRID_COLUMNS] for low in range(0, len(pictures), GRID_COLUMNS)]
     else:
-        views = {group.name: np.zeros(spec.shape(group, len(data)), np.uint8) for group in spec.groups}
+        views = _black(spec, len(data))
         make_views(data, spec, seed, positions, views)
         lines = [[picture, *_row_of(views, row)] for row, picture in enumerate(pictures)]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +72,10 @@ def view_sheet(views: dict[str, View], out: Path | None = None, *, count: int = 
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(buffer.getvalue())
     return buffer.getvalue()
+
+
+def _black(spec: ViewSpec, count: int) -> dict[str, View]:
+    return {group.name: np.zeros(spec.shape(group, count), np.uint8) for group in spec.groups}
 
 
 def _row_of(views: dict[str, View], row: int) -> list[Picture]:

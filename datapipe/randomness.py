@@ -11,10 +11,11 @@ from functools import lru_cache
 from hashlib import blake2b
 
 import numpy as np
+from numpy.typing import NDArray
 
-UInts = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
-Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
-Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+UInts = NDArray[np.uint64]
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
@@ -73,14 +74,15 @@ def to_normal(unit: Floats) -> Floats:
 
 
 def _to_unit(raw: UInts) -> Floats:
-    return (raw >> np.uint64(11)) * 2.0**-53
+    return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _philox(block: UInts, place: UInts, seed: int, second: UInts) -> UInts:
     """Philox4x64-10 of the counters (block, place, 0, 0) under the keys (seed, second), broadcast; [..., 4]."""
     shape = np.broadcast_shapes(block.shape, place.shape, second.shape)
     c0, c1 = np.broadcast_to(block, shape), np.broadcast_to(place, shape)
-    c2 = c3 = np.zeros(shape, dtype=np.uint64)
+    c2: UInts = np.zeros(shape, dtype=np.uint64)
+    c3 = c2
     first = seed
     for _ in range(_ROUNDS):
         high0, low0 = _multiply(c0, _MULTIPLIERS[0])

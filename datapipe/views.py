@@ -3,10 +3,11 @@
 This is the one implementation: what `preview` shows is what training sees. Normalisation is left to the device.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -145,8 +146,10 @@ def _numbers_needed(spec: ViewSpec) -> dict[str, int]:
 
 def _fill(images: list[View], spec: ViewSpec, unit: dict[str, Floats], targets: dict[str, list[list[View]]]) -> None:
     sizes = np.array([image.shape[:2] for image in images], dtype=np.int64)
-    sources = [Image.fromarray(image) for image in images] if spec.interpolation == "bicubic" else images
-    resize = _resize_bicubic if spec.interpolation == "bicubic" else _resize_linear
+    sources: list[Any] = images
+    resize: Callable[[Any, list[int], View], None] = _resize_linear
+    if spec.interpolation == "bicubic":
+        sources, resize = [Image.fromarray(image) for image in images], _resize_bicubic
     for group in spec.groups:
         for view, (band, colours) in enumerate(zip(group.bands, group.photometric, strict=True)):
             purpose = f"views/{group.name}/{view}"
@@ -187,4 +190,4 @@ def _resize_bicubic(image: Image.Image, box: list[int], target: View) -> None:
     """Torchvision's resized_crop on a PIL image: crop first, so that nothing beyond the box is seen."""
     top, left, height, width = box
     piece = image.crop((left, top, left + width, top + height))
-    target[...] = piece.resize((target.shape[1], target.shape[0]), Image.Resampling.BICUBIC)
+    target[...] = np.asarray(piece.resize((target.shape[1], target.shape[0]), Image.Resampling.BICUBIC))

@@ -1,6 +1,5 @@
 """The same samples and pixels for every number of threads, ranks and restarts; errors reach the consumer."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +124,8 @@ def test_after__a_resumed_run_sees_the_rest(crops: CropSet, truth: list[Batch], 
 
 def test_after__starts_anywhere_and_ends_where_it_is_told(crops: CropSet, truth: list[Batch]) -> None:
     batches = joined([run(crops, 7, 38)])
-    assert [(batch.start, batch.after, len(batch.sample)) for batch in batches] == [(7, 19, 12), (19, 31, 12), (31, 38, 7)]
+    assert [(batch.start, batch.after) for batch in batches] == [(7, 19), (19, 31), (31, 38)]
+    assert [len(batch.sample) for batch in batches] == [12, 12, 7]
     assert batches[-1].weight.tolist() == [1 / 7] * 7
     np.testing.assert_array_equal(np.concatenate([batch.sample for batch in batches]),
                                   np.concatenate([batch.sample for batch in truth])[7:38])
@@ -241,9 +241,9 @@ def test_after__a_crop_that_does_not_decode_is_replaced_by_the_next_of_its_block
 
 def test_after__too_many_broken_crops_end_the_run(tmp_path: Path) -> None:
     crops = crop_set.write(tmp_path / "set", 20, no_images=(6, 7, 14))
-    with loader(crops, config=StreamConfig(block=5, window=3, threads=2)) as running:
-        with pytest.raises(DataError, match="crops read so far are broken"):
-            list(running.after(0, 40))
+    config = StreamConfig(block=5, window=3, threads=2)
+    with loader(crops, config=config) as running, pytest.raises(DataError, match="crops read so far are broken"):
+        list(running.after(0, 40))
 
 
 def test_after__an_error_in_a_thread_reaches_the_consumer_and_leaves_the_loader_usable(
@@ -283,7 +283,9 @@ def test_loader__refuses_what_cannot_be(crops: CropSet) -> None:
                micro_batch=1, config=CONFIG)
 
 
-def test_threads__divide_the_cores_among_the_ranks_of_a_machine(crops: CropSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads__divide_the_cores_among_the_ranks_of_a_machine(
+    crops: CropSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("datapipe.loader._cores", lambda: 8)
     shared = StreamConfig(block=5, window=3)
     for ranks, expected in ((1, 8), (2, 4), (16, 1)):

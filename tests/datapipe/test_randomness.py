@@ -60,8 +60,8 @@ def test_uniform__more_numbers_begin_with_the_fewer() -> None:
 
 def test_uniform__purposes_seeds_and_positions_are_independent() -> None:
     base = uniform(1, "a", np.arange(2000), 4)
-    others = uniform(1, "b", np.arange(2000), 4), uniform(2, "a", np.arange(2000), 4), uniform(1, "a", np.arange(1, 2001), 4)
-    for other in others:
+    for seed, purpose, start in ((1, "b", 0), (2, "a", 0), (1, "a", 1)):
+        other = uniform(seed, purpose, np.arange(start, start + 2000), 4)
         assert abs(np.corrcoef(base.ravel(), other.ravel())[0, 1]) < 0.05
 
 

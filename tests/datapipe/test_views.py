@@ -89,7 +89,7 @@ def test_crops__follow_torchvisions_own_sampling(
     unit = draw(2, {"crop": boxes.NUMBERS}, np.arange(count))["crop"]
     ours = boxes.crops(unit, np.full(count, shape[0]), np.full(count, shape[1]), scale, ratio)
     for at, name in enumerate(("top", "left", "height", "width")):
-        assert stats.ks_2samp(ours[:, at], theirs[:, at]).pvalue > 0.001, name
+        assert stats.ks_2samp(ours[:, at], theirs[:, at], method="asymp").pvalue > 0.001, name
     assert (ours[:, :2] + ours[:, 2:] <= np.array(shape)).all() and (ours[:, :2] >= 0).all() and (ours[:, 2:] > 0).all()
 
 

@@ -1,0 +1,200 @@
+"""The report: self-contained, small, true to the last record of every step, and content with missing files."""
+
+import html.parser
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from datapipe.config import StorageConfig
+from datapipe.errors import DataError
+from tests.training.fake_run import ATTEMPTS, fake_run, picture, record, write_metrics
+from training import report_page
+from training.reid.figures import to_jpeg
+from training.report import write_report
+from training.report_data import RunFiles
+from training.report_page import duration
+from training.report_plots import MOST_POINTS, Curve, Plot, thinned, to_svg
+from training.run_folder import RunFolder
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would load, which elements stay open, and the text."""
+
+    VOID = ("meta", "img", "br", "link", "input")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.tags: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        addresses = ("src", "href", "xlink:href", "srcset", "data", "action", "poster")
+        self.loads += [value or "" for name, value in attrs if name in addresses]
+        self.loads += [found for name, value in attrs for found in re.findall(r"url\(([^)]*)\)", value or "")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "style":
+            self.loads += re.findall(r"url\(([^)]*)\)|@import", data)
+        self.text.append(data)
+
+
+def files_of(root: Path) -> RunFiles:
+    return RunFiles(RunFolder(str(root), StorageConfig()))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_run(tmp_path_factory.mktemp("runs") / "demo")
+
+
+@pytest.fixture(scope="module")
+def report(run: Path) -> str:
+    where = write_report(str(run))
+    assert where == str(run / "report.html")
+    return Path(where).read_text()
+
+
+def test_report__loads_nothing_from_anywhere(report: str) -> None:
+    page = Page(report)
+    assert page.loads and all(address.startswith(("data:image/", "#")) for address in page.loads)
+    assert not {"script", "link", "iframe", "object", "embed", "base"} & set(page.tags)
+    assert "@import" not in report and "url(http" not in report
+    assert report.count("http") == report.count("http://10.0.0.5:9000")  # the recipe's own text, nothing else
+
+
+def test_report__is_well_formed_and_small(report: str) -> None:
+    page = Page(report)
+    assert page.open == []
+    assert len(report.encode()) < 20e6
+    assert page.tags.count("img") == 4 and page.tags.count("svg") >= 9
+    assert "data:image/jpeg;base64," in report
+
+
+def test_report__says_what_was_run_and_what_it_is_worth(report: str) -> None:
+    text = " ".join("".join(Page(report).text).split())
+    for expected in (
+        "mAP 38.0 % on people after 350 steps, 22,400 images: 8.4 × random weights (4.5 %); "
+        "1.8 × colour histogram (20.9 %).",
+        "python -m cluster pretrain training/recipes/demo.toml --seed 3",
+        "pass",
+        "128 × 64 pixels",
+        "demo/shards",
+        "9f3c11",
+        "240 queries · 960 gallery images · 2 queries without a match, left out",
+        "worker 1 died (SIGKILL)",
+        "1 unfinished line of metrics",
+        "cpu <b>",
+    ):
+        assert expected in text, expected
+    assert "not in the run folder" not in text
+
+
+def test_report__marks_restarts_and_counts_what_was_redone(report: str) -> None:
+    table = report[report.index("<h2>Attempts") : report.index("<h2>First batch")]
+    rows = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in re.findall(r"<tr.*?</tr>", table)[1:]]
+    assert [(row[3], row[4], row[5]) for row in rows] == [
+        ("the beginning", "1 to 180", "0"),
+        ("step_0000100", "101 to 260", "80"),
+        ("step_0000200", "201 to 350", "60"),
+    ]
+
+
+def test_records__keep_the_last_attempt_of_a_step(tmp_path: Path) -> None:
+    write_metrics(tmp_path)
+    records = files_of(tmp_path).records
+    assert [found["step"] for found in records] == list(range(1, 351))
+    for step, attempt in ((100, 1), (150, 2), (230, 3), (350, 3)):
+        assert attempt == max(number for number, first, last, *_ in ATTEMPTS if first <= step <= last)
+        assert records[step - 1] == record(step, attempt)
+
+
+def test_report__without_scores(tmp_path: Path) -> None:
+    write_metrics(tmp_path)
+    text = Path(write_report(str(tmp_path))).read_text()
+    assert "No scores" in text and "Loss and its terms" in text
+    for name in ("command.txt", "config.toml", "environment.json", "first_batch.jpg", "evaluation/"):
+        assert f"{name} is not in the run folder" in text
+    assert Page(text).open == []
+
+
+def test_report__without_metrics(tmp_path: Path) -> None:
+    root = fake_run(tmp_path)
+    shutil.rmtree(root / "metrics")
+    page = Page(Path(write_report(str(root))).read_text())
+    missing = [text for text in page.text if "not in the run folder" in text]
+    assert len(missing) == 5 and all("metrics/attempt_001.jsonl" in text for text in missing)
+    assert page.open == []
+
+
+def test_report__of_a_worse_run_says_so(tmp_path: Path) -> None:
+    root = fake_run(tmp_path)
+    path = root / "evaluation" / "people" / "colour_histogram" / "metrics.json"
+    path.write_text(path.read_text().replace("0.209", "0.709"))
+    assert 'class="verdict bad"' in Path(write_report(str(root))).read_text()
+
+
+def test_report__survives_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    root = fake_run(tmp_path)
+    path = root / "metrics" / "attempt_003.jsonl"
+    path.write_text(re.sub(r'"loss": [\d.]+', '"loss": NaN', path.read_text()))
+    assert "Loss and its terms" in Path(write_report(str(root))).read_text()
+
+
+def test_report__can_be_written_again(run: Path, report: str) -> None:
+    again = Path(write_report(str(run))).read_text()
+    assert re.sub("report of .*? UTC", "", report) == re.sub("report of .*? UTC", "", again)
+
+
+def test_report__refuses_what_is_no_run_folder(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(DataError, match="no run folder"):
+            write_report(str(folder))
+
+
+def test_pictures__stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_page, "MOST_PICTURE_BYTES", 3_000_000)
+    large = to_jpeg(picture(1, 1_000, 2_400), 100)
+    assert len(large) > report_page.LARGE_PICTURE_BYTES
+    pictures = report_page.Pictures({"large.jpg": large}.get)
+    page = "".join(pictures.figure("large.jpg", "x") for _ in range(6))
+    assert 0 < page.count("<img") < 6 and len(page) < 4.1e6
+    assert "it would make this page too large" in page
+    assert "absent.jpg is not in the run folder" in pictures.figure("absent.jpg", "x")
+
+
+def test_thinned__keeps_the_mean_and_the_range() -> None:
+    x, y = np.arange(10_007.0), np.random.default_rng(0).normal(size=10_007)
+    thin, low, mean, high = thinned(x, y)
+    assert len(thin) == MOST_POINTS
+    assert low.min() == y.min() and high.max() == y.max()
+    assert (low <= mean).all() and (mean <= high).all()
+    assert abs(mean.mean() - y.mean()) < 1e-3
+    assert len(thinned(np.arange(3.0), np.array([1, np.nan, 2]))[0]) == 2
+
+
+def test_to_svg__is_inline_and_takes_the_colour_of_the_page() -> None:
+    svg = to_svg(Plot("A & <title>", [Curve("loss", [1, 2], [3, 4])], marks=[1.5], levels=[("random", 2)]))
+    assert svg.startswith('<svg viewBox="') and "currentColor" in svg and "http" not in svg
+    assert "A &amp; &lt;title&gt;" in svg
+    assert "<metadata" not in svg and "#123457" not in svg
+
+
+def test_duration__reads_well() -> None:
+    assert [duration(seconds) for seconds in (0.4, 59.6, 3_700)] == ["0 s", "1 min 00 s", "1 h 01 min"]

@@ -34,7 +34,7 @@ REPORT_EVERY_S = 5.0
 def render(out: Path, config: SynthConfig) -> None:
     """Fill `out`, or finish filling it; a folder that is complete is left as it is.
 
-    Every image is a pure function of (seed, identity, camera, index): the same bytes every time, for any number of
+    Every image is a pure function of (seed, identity, camera, image): the same bytes every time, for any number of
     workers, in whatever pieces the work is done. DataError if `out` holds something else or another configuration.
     """
     _check_ranges(config)
@@ -61,7 +61,7 @@ def shots(config: SynthConfig) -> Iterator[tuple[str, Shot]]:
 
 def file_name(shot: Shot) -> str:
     """As Market-1501 writes it: person, camera and sequence, frame, box."""
-    return f"{shot.identity:04d}_c{shot.camera}s1_{shot.index:06d}_00.jpg"
+    return f"{shot.identity:04d}_c{shot.camera}s1_{shot.image:06d}_00.jpg"
 
 
 def _check_ranges(config: SynthConfig) -> None:

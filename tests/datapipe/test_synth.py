@@ -1,12 +1,16 @@
 """Rendered pedestrians: the same bytes every time, a folder the Market protocol can use, neither easy nor hopeless."""
 
 import re
+import subprocess
+import sys
+import time
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 
 from datapipe import synth
@@ -14,6 +18,7 @@ from datapipe.config import SynthConfig
 from datapipe.errors import ConfigError, DataError
 from datapipe.synth_scenes import Shot, crop, person
 
+ROOT = Path(__file__).parents[2]
 SMALL = {"train_identities": 3, "test_identities": 4, "cameras": 3, "images": 3, "workers": 1}
 NAME = re.compile(r"(\d{4})_c(\d)s1_(\d{6})_00\.jpg")
 LUMINANCE_TABLE_START = 16  # first step of the standard luminance table at quality 50
@@ -110,6 +115,30 @@ def test_render__an_interrupted_run_is_completed_and_nothing_is_rendered_twice(f
     synth.render(out, SynthConfig(**SMALL))
     assert contents(out) == contents(folder)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+KILLED = """
+from pathlib import Path
+from datapipe import synth
+from datapipe.config import SynthConfig
+synth.render(Path({out!r}), SynthConfig(train_identities=400, test_identities=4, cameras=3, images=3, workers=2))
+"""
+
+
+@pytest.mark.slow
+def test_render__killed_leaves_whole_images_no_marker_and_no_processes(tmp_path: Path) -> None:
+    out = tmp_path / "people"
+    run = subprocess.Popen([sys.executable, "-c", KILLED.format(out=str(out))], cwd=ROOT, stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("*/*.jpg"))) < 20 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    workers = psutil.Process(run.pid).children(recursive=True)
+    run.kill()
+    run.communicate()
+    assert workers and psutil.wait_procs(workers, timeout=20)[1] == []
+    images = list(out.glob("*/*.jpg"))
+    assert images and all(cv2.imread(str(path)) is not None for path in images)
+    assert (out / synth.UNFINISHED).exists() and not (out / synth.FINISHED).exists()
 
 
 def test_render__a_finished_folder_is_left_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -165,7 +165,7 @@ def _scores_of(test_set: TestSet) -> str:
     counted = " · ".join(f"{about[key]:,} {name}" for key, name in _COUNTS if about.get(key) is not None)
     parts = [f"<h3>{escape(test_set.name)}</h3>", soft(f"{counted}. Scores in percent.")]
     if test_set.checkpoints:
-        parts.append(f"<figure>{to_svg(_map_plot(test_set))}</figure>")
+        parts.append(_wide(_map_plot(test_set)))
     parts.append(table(head, rows, numbers=_NUMBERS))
     if others:
         parts.append(details("Other features", table(head, others, numbers=_NUMBERS)))
@@ -226,8 +226,7 @@ def _loss(files: RunFiles) -> str:
     if not terms:
         return missing("metrics/attempt_001.jsonl")
     curves = [_curve(files.records, key, strong=key == "loss") for key in terms]
-    plot = Plot("Loss and its terms", curves, marks=_restarts(files), wide=True)
-    return f"<figure>{to_svg(plot)}</figure>"
+    return _wide(Plot("Loss and its terms", curves, marks=_restarts(files), wide=True))
 
 
 def _speed(files: RunFiles) -> str:
@@ -244,7 +243,7 @@ def _speed(files: RunFiles) -> str:
 def _attempts(files: RunFiles) -> str:
     if not files.attempts:
         return missing("metrics/attempt_001.jsonl")
-    head = ("attempt", "began", "workers", "went on from", "steps", "redone", "time", "images/s", "waiting", "why")
+    head = ("attempt", "began (UTC)", "workers", "went on from", "steps", "redone", "time", "images/s", "waits", "why")
     rows, done = [], 0
     for attempt in files.attempts:
         rows.append(_attempt_row(attempt, done))
@@ -261,7 +260,7 @@ def _attempt_row(attempt: Attempt, done: int) -> Row:
     return Row(
         [
             str(attempt.number),
-            str(header.get("time", "")).replace("T", " "),
+            str(header.get("time", "")).replace("T", " ").removesuffix("+00:00").removesuffix("Z"),
             count(header.get("world")),
             str(header.get("resumed_from") or "the beginning"),
             steps,
@@ -305,6 +304,10 @@ def _environment(files: RunFiles) -> str:
 
 def _grid(plots: Iterable[Plot]) -> str:
     return f'<div class="plots">{"".join(f"<figure>{to_svg(plot)}</figure>" for plot in plots)}</div>'
+
+
+def _wide(plot: Plot) -> str:
+    return f'<figure class="scroll wide">{to_svg(plot)}</figure>'
 
 
 def _curve(records: Sequence[Record], key: str, *, strong: bool = False, factor: float = 1) -> Curve:

@@ -35,7 +35,8 @@ p{margin:.4rem 0}.soft,figcaption,caption{color:var(--soft);font-size:.875rem}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;padding-bottom:.3rem}
 th,td{text-align:left;vertical-align:top;padding:.25rem .9rem .25rem 0;border-bottom:1px solid var(--line)}
-th{font-weight:600}td.n,th.n{text-align:right;white-space:nowrap}tr.main td{font-weight:600}
+th{font-weight:600}thead th{vertical-align:bottom}
+td.n,th.n{text-align:right;white-space:nowrap}tr.main td{font-weight:600}
 table.facts th{color:var(--soft);font-weight:400;white-space:nowrap}table.facts td{overflow-wrap:anywhere}
 pre{margin:.4rem 0;padding:.7rem .8rem;background:var(--box);overflow-x:auto;font-size:.8rem;line-height:1.45}
 pre.wrap{white-space:pre-wrap;overflow-wrap:anywhere}
@@ -43,10 +44,10 @@ summary{cursor:pointer;margin:.5rem 0}
 figure{margin:.8rem 0}img{display:block;max-width:100%;height:auto}
 .list img{min-width:44rem;max-width:none;width:100%}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(19rem,100%),1fr));gap:.8rem}
-svg{display:block;width:100%;height:auto}.plots svg{max-width:32rem}
+svg{display:block;width:100%;height:auto}.plots svg{max-width:32rem}.wide svg{min-width:32rem}
 @media print{body{max-width:none;padding:0;font-size:10pt;--paper:#fff;--ink:#000;--soft:#444;--line:#bbb;--box:#f3f3f3}
 h2{break-after:avoid}figure,svg,tr,.verdict{break-inside:avoid}.scroll,pre{overflow:visible}
-pre{white-space:pre-wrap}.list img{min-width:0}}
+pre{white-space:pre-wrap}.list img,.wide svg{min-width:0}}
 """
 
 

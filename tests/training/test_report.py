@@ -10,6 +10,7 @@ import pytest
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError
+from datapipe.storage import open_store
 from tests.training.fake_run import ATTEMPTS, fake_run, picture, record, write_metrics
 from training import report_page
 from training.reid.figures import to_jpeg
@@ -160,6 +161,15 @@ def test_report__survives_numbers_that_are_not_finite(tmp_path: Path) -> None:
 def test_report__can_be_written_again(run: Path, report: str) -> None:
     again = Path(write_report(str(run))).read_text()
     assert re.sub("report of .*? UTC", "", report) == re.sub("report of .*? UTC", "", again)
+
+
+def test_report__of_a_remote_run(tmp_path: Path) -> None:
+    write_metrics(tmp_path)
+    local, remote = open_store(str(tmp_path)), open_store("memory://runs/demo")
+    for name, _ in local.list():
+        remote.replace(name, local.read(name))
+    assert write_report("memory://runs/demo") == "memory://runs/demo/report.html"
+    assert b"Loss and its terms" in remote.read("report.html")
 
 
 def test_report__refuses_what_is_no_run_folder(tmp_path: Path) -> None:

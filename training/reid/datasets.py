@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from datapipe.sources.folder import parse_market_name
 from numpy.typing import NDArray
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError, NotFoundError
+from datapipe.sources.folder import parse_market_name
 from datapipe.storage import Store, open_store
 
 JUNK = -1

@@ -94,6 +94,16 @@ def test_read_market__compares_official_counts(tmp_path: Path) -> None:
         read_market(store, MarketLayout("ours", counts={"query": 18, "gallery": 38}))
 
 
+def test_market_folder__reads_any_store(tmp_path: Path) -> None:
+    local, remote = market_folder(market(tmp_path / "people")), open_store("memory://sets/people")
+    for part in (local.query, local.gallery, local.train):
+        for path in part.paths if part else ():
+            remote.create(path, local.read(path))
+    found = market_folder("memory://sets/people")
+    assert found.name == "people" and found.gallery.paths.tolist() == local.gallery.paths.tolist()
+    assert found.read(found.query.paths[0]) == crop(1, 1, 0)
+
+
 def test_labelled__holds_arrays(tmp_path: Path) -> None:
     gallery = market_folder(market(tmp_path)).gallery
     assert gallery.pids.dtype == gallery.cameras.dtype == np.int64

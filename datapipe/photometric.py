@@ -28,6 +28,7 @@ ERASE_FILL = (124, 116, 104)
 """ImageNet's mean colour: an erased box is zero once the view is normalised."""
 
 _LEVELS = np.arange(256, dtype=np.float32)
+_SIGMA_STEPS = 256  # kernels are kept for multiples of 1/256 pixel: to make one takes as long as to apply it
 _ORDERS = tuple(permutations(range(4)))
 _TRUNCATE = -0.499  # PIL cuts fractions off, cv2 rounds them: round(x - 0.499) is floor(x) but for the last thousandth
 
@@ -142,7 +143,7 @@ def grey(view: View, _: None = None) -> None:
 
 def blur(view: View, sigma: float) -> None:
     """PIL's GaussianBlur, which is three box blurs: its kernel, applied at once, costs half of a true Gaussian's."""
-    kernel = _pil_kernel(sigma)
+    kernel = _pil_kernel(round(sigma * _SIGMA_STEPS))
     cv2.sepFilter2D(view, -1, kernel, kernel, dst=view, borderType=cv2.BORDER_REPLICATE)
 
 
@@ -159,8 +160,13 @@ def erase(view: View, box: tuple[int, int, int, int]) -> None:
 
 def _blend_with(view: View, level: int, factor: float) -> None:
     """level + factor * (value - level) in single precision, clipped, fraction cut off: PIL's ImagingBlend."""
-    table = np.float32(level) + np.float32(factor) * (_LEVELS - np.float32(level))
-    cv2.LUT(view, np.clip(table, 0, 255).astype(np.uint8), dst=view)
+    table = _LEVELS - level
+    table *= factor
+    table += level
+    if factor > 1:
+        np.minimum(table, 255, out=table)
+        np.maximum(table, 0, out=table)
+    cv2.LUT(view, table.astype(np.uint8), dst=view)
 
 
 def _mean_grey(view: View) -> int:
@@ -181,13 +187,14 @@ def _solarised() -> View:
     return np.where(levels < 128, levels, 255 - levels).astype(np.uint8)
 
 
-def _pil_kernel(sigma: float) -> Floats:
-    """Three times PIL's extended box of this standard deviation, convolved; float32, odd length.
+@lru_cache(maxsize=4096)
+def _pil_kernel(steps: int) -> NDArray[np.float32]:
+    """Three times PIL's extended box of this standard deviation, convolved; odd length.
 
     The box is l whole pixels to each side and a share `edge` of the next (Gwosdek et al., SSVM 2011; Pillow's
     BoxBlur.c). Ends below a thousandth, a quarter of a grey level, are cut.
     """
-    variance = sigma * sigma / 3
+    variance = (steps / _SIGMA_STEPS) ** 2 / 3
     whole = int(((12 * variance + 1) ** 0.5 - 1) / 2)
     edge = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
     box = np.array([edge, *[1.0] * (2 * whole + 1), edge])

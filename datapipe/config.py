@@ -18,31 +18,31 @@ class StorageConfig:
     """Address of an S3-compatible server, e.g. http://10.0.0.5:9000. Empty: AWS_ENDPOINT_URL or Amazon's own."""
     checksums: Literal["when_supported", "when_required"] = "when_supported"
     """Checksums boto3 adds to requests. "when_required" for older servers that answer 411 or store the framing."""
-    attempts: int = Field(6, ge=1)
+    attempts: int = Field(default=6, ge=1)
     """Tries per request before an error is final; waits grow from 0.2 s, doubled each time, with jitter."""
-    timeout_s: float = Field(60.0, gt=0)
+    timeout_s: float = Field(default=60.0, gt=0)
     """Seconds without an answer after which one try counts as failed."""
 
 
 @settings
 class ShardConfig:
-    samples_per_shard: int = Field(10_000, ge=1)
+    samples_per_shard: int = Field(default=10_000, ge=1)
     """Most crops in one tar."""
-    shard_mb: float = Field(128.0, gt=0)
+    shard_mb: float = Field(default=128.0, gt=0)
     """Most megabytes (10^6 bytes) in one tar, headers included; a single larger crop still gets a tar of its own."""
     min_size: Size = (32, 12)
     """Crops smaller than this (height, width), pixels, are quarantined as too small."""
-    max_aspect: float = Field(8.0, gt=1)
+    max_aspect: float = Field(default=8.0, gt=1)
     """Crops more than this many times as high as wide, or as wide as high, are quarantined."""
-    max_pixels: int = Field(40_000_000, ge=1)
+    max_pixels: int = Field(default=40_000_000, ge=1)
     """Images that claim more pixels are quarantined before they are decoded (decompression bombs)."""
-    jpeg_quality: int = Field(95, ge=1, le=100)
+    jpeg_quality: int = Field(default=95, ge=1, le=100)
     """Quality of the one re-encoding that images other than plain RGB JPEG get."""
-    max_bad: float = Field(0.05, ge=0, le=1)
+    max_bad: float = Field(default=0.05, ge=0, le=1)
     """Share of quarantined crops above which the run fails; a look at quarantine.parquet tells why."""
     seed: int = 0
     """Key of the hash that orders the crops: shards come out shuffled, the same way every time."""
-    workers: int = Field(0, ge=0)
+    workers: int = Field(default=0, ge=0)
     """Processes that read, decode and write. 0: one per core. Each needs memory for one shard."""
     spool: str = ""
     """Local folder for the screened crops until their shards are written; needs about the room of the data set. Empty:

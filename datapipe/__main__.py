@@ -1,0 +1,160 @@
+"""python -m datapipe shard | verify | preview | synth"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import tyro
+from pydantic import ValidationError
+
+from datapipe import command
+from datapipe.config import ShardConfig, Size, StorageConfig, SynthConfig, ViewConfig
+from datapipe.errors import ConfigError
+from datapipe.settings import settings
+from datapipe.verify import Decode
+
+T = TypeVar("T")
+PROGRAM = "python -m datapipe"
+MOST_FINDINGS = 50
+"""Lines that `verify` prints at most."""
+
+
+def parse(kind: type[T], arguments: list[str], name: str) -> T:
+    """The command line as settings. Values out of range become one ConfigError that lists them all."""
+    try:
+        return tyro.cli(kind, args=arguments, prog=f"{PROGRAM} {name}")
+    except ValidationError as error:
+        wrong = [f"--{'.'.join(map(str, item['loc'])).replace('_', '-')}: {item['msg']}, not {item['input']!r}"
+                 for item in error.errors()]
+        raise ConfigError("\n  ".join(["settings out of range", *wrong]),
+                          hint=f"{PROGRAM} {name} --help says what they mean") from error
+
+
+@settings
+class ShardCommand:
+    sources: tyro.conf.Positional[tuple[str, ...]]
+    """Folders of images (any depth; Market-1501-style names give person and camera), folders of WebDataset tars, single
+    tars or brace patterns of tars; local or s3://bucket/prefix, as many as wanted."""
+    out: str
+    """Folder or s3://bucket/prefix for the data set."""
+    licence: str = ""
+    """What the images may be used for; noted in the manifest and in the card of what is trained on them."""
+    config: Annotated[ShardConfig, tyro.conf.arg(name="")] = ShardConfig()
+    """How crops are screened and shards are cut."""
+    storage: StorageConfig = StorageConfig()
+    """How object stores are reached."""
+
+
+def shard(arguments: list[str]) -> int:
+    """Turn crops into WebDataset tars with index and manifest; goes on where a killed run stopped."""
+    chosen = parse(ShardCommand, arguments, "shard")
+    from datapipe.ingest import QUARANTINE, ingest
+
+    done = ingest(chosen.sources, chosen.out, chosen.config, chosen.storage, licence=chosen.licence)
+    manifest = done.manifest
+    folder = manifest.url.rstrip("/")
+    if done.found_complete:
+        print("already complete: nothing was left to do")
+    print(f"{manifest.rows:,} crops in {len(manifest.shards):,} shards, {manifest.bytes / 1e6:,.1f} MB, "
+          f"{manifest.quarantined:,} quarantined")
+    if done.reasons:
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in done.reasons.items())
+        print(f"quarantined: {listed}; see {folder}/{QUARANTINE}")
+    print(f"id {manifest.id}")
+    print(f"{folder}/{manifest.file}")
+    return command.COMPLETE
+
+
+@settings
+class VerifyCommand:
+    url: tyro.conf.Positional[str]
+    """The data set: a folder or s3://bucket/prefix, or one manifest file."""
+    decode: Decode = "sample"
+    """Which crops are decoded as well: none, one in a hundred, or all."""
+    workers: int = 0
+    """Processes. 0: one per core."""
+    storage: StorageConfig = StorageConfig()
+    """How object stores are reached."""
+
+
+def verify(arguments: list[str]) -> int:
+    """Check a data set against its manifest and name what is wrong; exits with 1 if anything is."""
+    chosen = parse(VerifyCommand, arguments, "verify")
+    from datapipe.verify import verify as check
+
+    checked = check(chosen.url, chosen.decode, chosen.storage, workers=chosen.workers)
+    for finding in checked.findings[:MOST_FINDINGS]:
+        print(f"{finding.where}: {finding.what}")
+    if len(checked.findings) > MOST_FINDINGS:
+        print(f"and {len(checked.findings) - MOST_FINDINGS:,} more")
+    manifest = checked.manifest
+    print(f"{'FAILED' if checked.findings else 'good'}: {len(checked.findings)} findings in {manifest.rows:,} crops of "
+          f"{len(manifest.shards):,} shards, {checked.decoded:,} decoded")
+    return command.FAILED if checked.findings else command.COMPLETE
+
+
+@settings
+class PreviewCommand:
+    manifest: tyro.conf.Positional[str]
+    """The data set: a folder or s3://bucket/prefix, or one manifest file."""
+    out: Path = Path("preview.jpg")
+    """Picture to write, .jpg or .png."""
+    count: int = 20
+    """Crops to show: the first ones that training with this seed would see."""
+    seed: int = 0
+    """Seed of the order and of the views."""
+    draw_views: bool = True
+    """Show the views of each crop beside it; without, whole crops only."""
+    size: Size = (256, 128)
+    """Height and width of a global view, pixels."""
+    local_size: Size = (128, 64)
+    """Height and width of a local view, pixels."""
+    local_bands: tuple[tuple[float, float], ...] = ((0.0, 0.5), (0.25, 0.75), (0.5, 1.0))
+    """Top and bottom, as shares of the height, of the band each local view is cut from: three overlapping ones."""
+    views: ViewConfig = ViewConfig()
+    """How views are cut and coloured."""
+    storage: StorageConfig = StorageConfig()
+    """How object stores are reached."""
+
+
+def preview(arguments: list[str]) -> int:
+    """Draw a contact sheet of crops and of their views."""
+    chosen = parse(PreviewCommand, arguments, "preview")
+    from datapipe.preview import contact_sheet
+    from datapipe.views import multi_crop
+
+    spec = multi_crop(chosen.views, size=chosen.size, local_size=chosen.local_size, local_bands=chosen.local_bands)
+    print(contact_sheet(chosen.manifest, chosen.out, spec=spec if chosen.draw_views else None, seed=chosen.seed,
+                        count=chosen.count, storage=chosen.storage))
+    return command.COMPLETE
+
+
+@settings
+class SynthCommand:
+    out: Path
+    """Folder to fill, in the layout of Market-1501."""
+    config: Annotated[SynthConfig, tyro.conf.arg(name="")] = SynthConfig()
+    """What is rendered."""
+
+
+def synth(arguments: list[str]) -> int:
+    """Render pedestrians as a Market-1501-style folder, for demos and tests."""
+    chosen = parse(SynthCommand, arguments, "synth")
+    from datapipe.synth import render
+
+    render(chosen.out, chosen.config)
+    return command.COMPLETE
+
+
+COMMANDS = {"shard": shard, "verify": verify, "preview": preview, "synth": synth}
+
+
+def main(arguments: list[str]) -> int:
+    """Dispatch to a command."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    return command.dispatch(COMMANDS, arguments, prog=PROGRAM)
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main))

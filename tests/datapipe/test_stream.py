@@ -5,8 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier, Event
 
+import boto3
 import numpy as np
 import pytest
+from moto.server import ThreadedMotoServer
 
 from datapipe.blocks import _Cache
 from datapipe.config import StorageConfig, StreamConfig
@@ -89,6 +91,30 @@ def test_fetch__reads_from_other_stores_in_parallel(
     assert everything(source) == crops.jpegs
     assert ("one by one" in caplog.text) == (config is DIRECT)
     source.close()
+
+
+def test_fetch__reads_from_s3(crops: CropSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    try:
+        storage = StorageConfig(endpoint_url="http://{}:{}".format(*server.get_host_and_port()), attempts=2)
+        boto3.client("s3", endpoint_url=storage.endpoint_url, region_name="us-east-1").create_bucket(Bucket="crops")
+        store = open_store("s3://crops/set", storage)
+        for path in crops.folder.iterdir():
+            store.replace(path.name, path)
+        for config in (CACHED, DIRECT):
+            source = Stream(Manifest.load(store.url, storage), storage, config)
+            assert everything(source) == crops.jpegs
+            source.close()
+        store.delete("shard-001.tar")
+        source = Stream(Manifest.load(store.url, storage), storage, CACHED)
+        with pytest.raises(DataError, match=r"shard-001\.tar of the data set is missing"):
+            everything(source)
+        source.close()
+    finally:
+        server.stop()
 
 
 def test_labels__are_those_of_the_index(crops: CropSet) -> None:

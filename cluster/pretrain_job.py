@@ -124,8 +124,9 @@ def _trainer(config: RunConfig, board: str, scratch: str) -> Any:
         run_config=RayRunConfig(
             name=board,
             storage_path=scratch,
-            failure_config=FailureConfig(
-                max_failures=config.cluster.max_failures, controller_failure_limit=config.cluster.max_failures
+            failure_config=FailureConfig(  # mypy sees the fields of Ray Train's first version
+                max_failures=config.cluster.max_failures,
+                controller_failure_limit=config.cluster.max_failures,  # type: ignore[call-arg]
             ),
         ),
     )

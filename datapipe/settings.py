@@ -3,7 +3,7 @@
 A literal under each field says its meaning, unit and when to change it; it becomes the help of the command line.
 """
 
-from typing import TypeVar, dataclass_transform
+from typing import TypeVar, cast, dataclass_transform
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -14,4 +14,5 @@ T = TypeVar("T")
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
 def settings(cls: type[T]) -> type[T]:
     """Class decorator: `@settings class ShardConfig: ...`."""
-    return dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", validate_default=True))(cls)
+    made = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", validate_default=True))(cls)
+    return cast(type[T], made)

@@ -1,4 +1,4 @@
-"""python -m training pretrain | checkpoints | evaluate | export | report | warm"""
+"""python -m training pretrain | views | checkpoints | evaluate | export | report | warm"""
 
 import sys
 import time
@@ -10,11 +10,13 @@ from datapipe.config import StorageConfig
 from datapipe.errors import DataError
 from datapipe.settings import settings
 from datapipe.storage import open_store
+from datapipe.views import to_json
 from training import checkpoint, evaluation
 from training import config as recipes
 from training.engine.host import LocalHost, exit_code
 from training.engine.world import alone
 from training.pretrain import pretrain as run_recipe
+from training.pretrain import view_spec
 from training.reid.zero_shot import Weights
 from training.weights import Provenance
 from training.weights import export as export_backbone
@@ -33,6 +35,12 @@ def read_recipe(arguments: list[str], *, prog: str) -> recipes.RunConfig:
     if not arguments or arguments[0] in ("-h", "--help"):
         return recipes.override(recipes.RunConfig(), arguments or ["--help"], prog=prog)
     return recipes.load(arguments[0], arguments[1:], prog=prog)
+
+
+def views(arguments: list[str]) -> int:
+    """Print the views that a recipe trains on, as JSON for `python -m datapipe preview --views FILE`."""
+    print(to_json(view_spec(read_recipe(arguments, prog="python -m training views RECIPE"))))
+    return command.COMPLETE
 
 
 @settings
@@ -149,6 +157,7 @@ class WarmCommand:
 
 COMMANDS = {
     "pretrain": pretrain,
+    "views": views,
     "checkpoints": checkpoints,
     "evaluate": evaluate,
     "export": export,

@@ -215,7 +215,7 @@ def refuse_other_data(marker: Marker, manifest: str, rows: int, *, where: str) -
 
 def _optimizer_state(state: Mapping[str, Tensor], marker: Marker) -> dict[str, AdamState]:
     return {
-        name: AdamState(*(state[f"{key}/{name}"] for key in MOMENTS), step=count)  # type: ignore[misc]
+        name: AdamState(state[f"exp_avg/{name}"], state[f"exp_avg_sq/{name}"], count)
         for name, count in marker.steps.items()
     }
 

@@ -20,35 +20,35 @@ from training.methods.pass_reid import PassConfig
 
 @settings
 class OptimisationConfig:
-    epochs: float = Field(100.0, gt=0)
+    epochs: float = Field(default=100.0, gt=0)
     """Passes over the data set. The run is as many whole global batches as fit in."""
-    batch: int = Field(512, ge=1)
+    batch: int = Field(default=512, ge=1)
     """Images in one optimizer step, over all ranks and micro-batches."""
-    micro_batch: int = Field(64, ge=1)
+    micro_batch: int = Field(default=64, ge=1)
     """Most images that one rank takes through forward and backward at once; the memory dial. Changes no result
     beyond rounding: gradients, centres and metrics are sums over the global batch."""
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate, for this very batch. The published recipes use 5e-4 * batch / 256."""
-    final_lr: float = Field(1e-6, ge=0)
+    final_lr: float = Field(default=1e-6, ge=0)
     """Learning rate that the cosine falls to."""
-    warmup_epochs: float = Field(10.0, ge=0)
+    warmup_epochs: float = Field(default=10.0, ge=0)
     """Epochs in which the learning rate rises linearly from zero."""
     betas: Range = (0.9, 0.999)
     """AdamW's decay of the first and second moment."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """AdamW's epsilon."""
-    weight_decay: float = Field(0.04, ge=0)
+    weight_decay: float = Field(default=0.04, ge=0)
     """Decoupled weight decay at the start; biases and norms are exempt."""
-    final_weight_decay: float = Field(0.4, ge=0)
+    final_weight_decay: float = Field(default=0.4, ge=0)
     """Weight decay at the end, along a cosine."""
     clip: Literal["tensor", "global", "none"] = "tensor"
     """"tensor": every parameter's gradient to norm clip_norm by itself, as the DINO family does; "global": all
     together; "none"."""
-    clip_norm: float = Field(3.0, gt=0)
+    clip_norm: float = Field(default=3.0, gt=0)
     """Largest gradient norm."""
-    ema: float = Field(0.996, ge=0, le=1)
+    ema: float = Field(default=0.996, ge=0, le=1)
     """Teacher momentum at the start. Short runs need a shorter memory: .9 for a few hundred steps."""
-    final_ema: float = Field(1.0, ge=0, le=1)
+    final_ema: float = Field(default=1.0, ge=0, le=1)
     """Teacher momentum at the end, along a half cosine."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Autocast of the backbone; parameters, heads, losses and teacher are fp32 always. On CPUs measure first."""
@@ -60,11 +60,11 @@ class EngineConfig:
     """"plain": PyTorch alone, gradients by one all-reduce; the yardstick, any precision, one process or a few."""
     zero_stage: Literal[0, 1, 2] = 1
     """DeepSpeed ZeRO stage: 0 nothing, 1 optimizer state, 2 also gradients are split over the ranks."""
-    bucket: int = Field(50_000_000, ge=1)
+    bucket: int = Field(default=50_000_000, ge=1)
     """Parameters reduced together by DeepSpeed. Smaller saves memory. Changes the last bits of sums."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto": the GPU of the local rank where there is one."""
-    threads: int = Field(0, ge=0)
+    threads: int = Field(default=0, ge=0)
     """CPU threads of PyTorch per rank. 0: the cores divided by the ranks on this machine."""
     audit: bool = False
     """Write the samples of every step and rank to ranks/audit_*.jsonl: proof that none is lost or doubled."""
@@ -72,27 +72,27 @@ class EngineConfig:
 
 @settings
 class CheckpointConfig:
-    every_steps: int = Field(1_000, ge=1)
+    every_steps: int = Field(default=1_000, ge=1)
     """Optimizer steps between checkpoints: at most this much is redone after a crash."""
-    keep_last: int = Field(2, ge=2)
+    keep_last: int = Field(default=2, ge=2)
     """Newest checkpoints that stay. At least two: a damaged one falls back to the one before."""
-    keep_every_steps: int = Field(0, ge=0)
+    keep_every_steps: int = Field(default=0, ge=0)
     """Checkpoints at multiples of this stay for evaluation. 0: none besides the newest."""
 
 
 @settings
 class ClusterConfig:
-    workers: int = Field(1, ge=1)
+    workers: int = Field(default=1, ge=1)
     """Processes, one per GPU (or per CPU share)."""
-    cpus_per_worker: float = Field(1.0, gt=0)
+    cpus_per_worker: float = Field(default=1.0, gt=0)
     """CPU cores that Ray sets aside for each."""
-    max_failures: int = Field(8, ge=0)
+    max_failures: int = Field(default=8, ge=0)
     """Crashes after which the run gives up; it stays resumable."""
-    start_timeout_s: int = Field(600, ge=1)
+    start_timeout_s: int = Field(default=600, ge=1)
     """Seconds for all workers to start; imports and a first compilation are slow."""
-    hang_timeout_s: int = Field(600, ge=1)
+    hang_timeout_s: int = Field(default=600, ge=1)
     """Seconds without a sign of life after which a worker counts as hung."""
-    collective_timeout_s: int = Field(1_800, ge=1)
+    collective_timeout_s: int = Field(default=1_800, ge=1)
     """Seconds after which a collective with a dead peer gives up."""
 
 
@@ -100,9 +100,9 @@ class ClusterConfig:
 class RunConfig:
     out: str = "runs/pretraining"
     """Run folder, local or s3://bucket/prefix. Started again with the same folder, a run goes on."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Fixes initial weights, sample order, crops, colours and dropped paths."""
-    samples_per_epoch: int = Field(0, ge=0)
+    samples_per_epoch: int = Field(default=0, ge=0)
     """Length of an epoch in samples; schedules hang on it. 0: the rows of the data set."""
     stream: StreamConfig = StreamConfig()
     """Where samples come from."""

@@ -322,7 +322,8 @@ def first_views(config: RunConfig, manifest: Manifest, *, count: int) -> dict[st
     order = Order(manifest.rows, config.seed, config.stream.block, config.stream.window)
     stream, spec = Stream(manifest, config.storage, config.stream), view_spec(config)
     out = {group.name: np.zeros(spec.shape(group, count), np.uint8) for group in spec.groups}
-    make_views(stream.fetch(order.samples(positions)), spec, config.seed, positions, out)
+    make_views(stream.fetch(order.samples(positions)).data, spec, config.seed, positions, out)
+    stream.close()
     return out
 
 

@@ -2,6 +2,9 @@
 
 import time
 from collections import deque
+from typing import Literal
+
+import torch
 
 
 class Speed:
@@ -41,3 +44,21 @@ def duration(seconds: float) -> str:
     if whole < 172_800:
         return f"{whole // 3600} h {whole % 3600 // 60:02d}"
     return f"{whole // 86_400} d {whole % 86_400 // 3600} h"
+
+
+def faster_precision(seconds: float = 0.3) -> Literal["fp32", "bf16"]:
+    """Which of the two this machine multiplies faster, measured: CPUs differ, GPUs that matter prefer bf16."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        return "bf16"
+    inputs, layer = torch.randn(2_048, 192), torch.nn.Linear(192, 768)
+    counts: dict[Literal["fp32", "bf16"], int] = {}
+    for name in ("fp32", "bf16"):
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=name == "bf16"):
+            layer(inputs)
+            end, count = time.perf_counter() + seconds, 0
+            while time.perf_counter() < end:
+                layer(inputs)
+                count += 1
+        counts[name] = count
+    return "bf16" if counts["bf16"] > counts["fp32"] else "fp32"

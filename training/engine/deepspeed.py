@@ -17,7 +17,7 @@ from torch import Tensor
 
 from training.config import EngineConfig, OptimisationConfig
 from training.engine.optimisation import ParameterGroup, StepSettings
-from training.engine.stepper import MOMENTS, AdamState, Stepper
+from training.engine.stepper import MOMENTS, AdamState, Stepper, load_adam
 from training.engine.world import World
 from training.methods.base import Method, Outcome, Progress, Views
 
@@ -184,31 +184,43 @@ class DeepSpeedStepper(Stepper):
                     value.zero_()
 
     # -- state ---------------------------------------------------------------------------------------------------
+    # Stages 1, 2 keep the moments of a group in one flat partition per rank. They are reached through the fragment's
+    # address in it: DeepSpeed's own links (`get_full_hp_param("exp_avg")`) cover the first group only (0.19.8).
 
     def optimizer_state(self) -> dict[str, AdamState]:
         steps = self._steps()
         found: dict[str, AdamState] = {}
-        for group in self.groups:
+        for index, group in enumerate(self.groups):
             for name in group.names:
-                state = self._whole(name, 0.0 if name in self._frozen else steps[name])
+                moments = [self._whole(index, name, key).detach().cpu() for key in MOMENTS]
                 if self.world.leads:
-                    found[name] = state
+                    found[name] = AdamState(moments[0], moments[1], 0.0 if name in self._frozen else steps[name])
         return found
 
-    def _whole(self, name: str, step: float) -> AdamState:
-        """One parameter's moments. Stages 1, 2: a collective; before the first step there are none anywhere."""
+    def _whole(self, index: int, name: str, key: str) -> Tensor:
+        """One moment of a parameter, whole; zeros before the first step. Stages 1, 2: a collective."""
         parameter = self.parameters[name]
-        moments = []
-        for key in MOMENTS:
-            if self.stage == 0:
-                state = self._adam.state.get(parameter, {})
-                moment = state[key] if key in state else torch.zeros_like(parameter)
-            elif not self._adam.state:
-                moment = torch.zeros_like(parameter)
-            else:
-                moment = parameter.get_full_hp_param(key)  # type: ignore[attr-defined]
-            moments.append(moment.detach().cpu().clone())
-        return AdamState(moments[0], moments[1], step)
+        if self.stage == 0:
+            state = self._adam.state.get(parameter, {})
+            return state[key].clone() if key in state else torch.zeros_like(parameter)
+        whole = torch.zeros(parameter.numel(), dtype=parameter.dtype, device=parameter.device)
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        state = self._adam.state.get(self._flat(index), {})
+        if mapping is not None and key in state:
+            address = mapping.lp_fragment_address
+            whole.narrow(0, address.start, address.numel).copy_(self._held(mapping, state[key]))
+        return self.world.add(whole).view_as(parameter)
+
+    def _flat(self, index: int) -> Tensor:
+        """This rank's flat partition of a group (stages 1, 2)."""
+        (flat,) = self._adam.param_groups[index]["params"]
+        return flat
+
+    @staticmethod
+    def _held(mapping: Any, flat: Tensor) -> Tensor:
+        """A parameter's fragment of a flat partition, or of a moment in the same layout."""
+        address = mapping.hp_fragment_address
+        return flat.narrow(0, address.start, address.numel)
 
     def _steps(self) -> dict[str, float]:
         """AdamW's step count of every parameter: one per parameter (stage 0), one per flat group (1, 2)."""
@@ -223,50 +235,26 @@ class DeepSpeedStepper(Stepper):
     def load_optimizer_state(self, state: Mapping[str, AdamState]) -> None:
         self._adam.state.clear()
         self._released.clear()
-        if self.stage > 0:
-            self._load_masters()
-        if all(saved.step == 0 for saved in state.values()):
-            return
         if self.stage == 0:
-            self._load_whole(state)
-        else:
-            self._load_partitions(state)
+            load_adam(self._adam, self.parameters, state)
+            return
+        fresh = all(saved.step == 0 for saved in state.values())
+        for index, group in enumerate(self.groups):
+            flat = self._flat(index)
+            moments = {key: torch.zeros_like(flat) for key in MOMENTS}
+            for name in group.names:
+                self._fill(self.parameters[name], flat, moments, state[name])
+            if not fresh:
+                step = torch.tensor(state[group.names[0]].step, dtype=torch.float32)
+                self._adam.state[flat] = {"step": step, **moments}
 
-    def _load_whole(self, state: Mapping[str, AdamState]) -> None:
-        for name, parameter in self.parameters.items():
-            saved = state[name]
-            if saved.step:
-                self._adam.state[parameter] = {
-                    "step": torch.tensor(saved.step, dtype=torch.float32),
-                    "exp_avg": saved.exp_avg.to(parameter),
-                    "exp_avg_sq": saved.exp_avg_sq.to(parameter),
-                }
-
-    def _load_masters(self) -> None:
-        """The partitions hold copies of the parameters: refresh them from the module's own."""
-        for parameter in self.parameters.values():
-            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-            if mapping is not None:
-                mapping.get_hp_fragment().data.copy_(self._slice(mapping, parameter.detach()))
-
-    @staticmethod
-    def _slice(mapping: Any, whole: Tensor) -> Tensor:
+    def _fill(self, parameter: Tensor, flat: Tensor, moments: Mapping[str, Tensor], saved: AdamState) -> None:
+        """Copy one parameter, already in the module, and its moments into this rank's partition."""
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return
         address = mapping.lp_fragment_address
-        return whole.reshape(-1).narrow(0, address.start, address.numel)
-
-    def _load_partitions(self, state: Mapping[str, AdamState]) -> None:
-        for group, target in zip(self.groups, self._adam.param_groups, strict=True):
-            (flat,) = target["params"]
-            self._adam.state[flat] = {
-                "step": torch.tensor(state[group.names[0]].step, dtype=torch.float32),
-                "exp_avg": torch.zeros_like(flat),
-                "exp_avg_sq": torch.zeros_like(flat),
-            }
-        self.optimizer._lazy_init_hp_params_optimizer_state()
-        for name, parameter in self.parameters.items():
-            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-            if mapping is None:
-                continue
-            for key in MOMENTS:
-                whole: Tensor = getattr(state[name], key)
-                mapping.get_hp_fragment(optim_state_key=key).data.copy_(self._slice(mapping, whole))
+        wholes = [(flat.data, parameter.detach()), *((moments[key], getattr(saved, key)) for key in MOMENTS)]
+        for target, whole in wholes:
+            part = whole.reshape(-1).narrow(0, address.start, address.numel)
+            self._held(mapping, target).copy_(part)

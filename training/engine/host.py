@@ -67,4 +67,6 @@ class LocalHost:
 
 def exit_code(received: int | None) -> int:
     """The process's exit code after a clean end caused by signal `received` (None: it ran to its end)."""
-    return {None: COMPLETE, signal.SIGINT: INTERRUPTED}.get(received, STOPPED)
+    if received is None:
+        return COMPLETE
+    return INTERRUPTED if received == signal.SIGINT else STOPPED

@@ -22,7 +22,10 @@ from training.metrics import Recorder
 class Source(Protocol):
     """Where batches come from: a `datapipe.loader.Loader`, or fixed batches in a test."""
 
-    bad: int
+    @property
+    def bad(self) -> int:
+        """Samples replaced so far because they were broken."""
+        ...
 
     def after(self, position: int, until: int) -> Iterator[Batch]:
         """Global batches from a place in the stream, as this rank sees them."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from training.config import OptimisationConfig
 from training.engine.optimisation import ParameterGroup
-from training.engine.stepper import AdamState, Stepper
+from training.engine.stepper import AdamState, Stepper, load_adam
 from training.engine.world import World
 from training.methods.base import Method, Outcome, Progress, Views
 
@@ -81,12 +81,4 @@ class PlainStepper(Stepper):
 
     def load_optimizer_state(self, state: Mapping[str, AdamState]) -> None:
         self.optimizer.state.clear()
-        for name, parameter in self.parameters.items():
-            saved = state[name]
-            if saved.step == 0:
-                continue  # as fresh: PyTorch makes the state at the first step
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(saved.step, dtype=torch.float32),
-                "exp_avg": saved.exp_avg.to(parameter),
-                "exp_avg_sq": saved.exp_avg_sq.to(parameter),
-            }
+        load_adam(self.optimizer, self.parameters, state)

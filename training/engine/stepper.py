@@ -54,6 +54,7 @@ class Stepper(ABC):
             raise AssertionError(f"roles() and the trainable parameters differ: {sorted(wrong)}")
         self.names = list(self.parameters)
         self._totals: dict[str, Tensor] = {}
+        self._frozen: set[str] = set()
 
     # -- what the loop calls -------------------------------------------------------------------------------------
 
@@ -156,3 +157,17 @@ class Stepper(ABC):
             norms = whole.expand_as(norms)
         factors = (limit / (norms + 1e-6)).clamp(max=1.0)
         return {name: factor for name, factor in zip(self.names, factors, strict=True) if bool(factor < 1)}
+
+
+def load_adam(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], state: Mapping[str, AdamState]
+) -> None:
+    """Give PyTorch's AdamW over whole parameters its state; a parameter that never stepped stays without."""
+    for name, parameter in parameters.items():
+        saved = state[name]
+        if saved.step:
+            optimizer.state[parameter] = {
+                "step": torch.tensor(saved.step, dtype=torch.float32),
+                "exp_avg": saved.exp_avg.to(parameter),
+                "exp_avg_sq": saved.exp_avg_sq.to(parameter),
+            }

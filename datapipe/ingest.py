@@ -59,6 +59,7 @@ def ingest(sources: Sequence[str], out: str, config: ShardConfig, storage: Stora
     Raises DataError where a source is missing, empty or damaged, where too many crops are unusable, and where `out`
     holds another data set.
     """
+    _refuse_inside(sources, out)
     store = open_store(out, storage)
     found = _read_request(store)
     opened = open_sources(sources, storage)
@@ -153,6 +154,17 @@ def _request(work: Work, config: ShardConfig, licence: str) -> bytes:
     record = {"format": 1, "licence": licence, "settings": {name: getattr(config, name) for name in DECIDING},
               "sources": {label: digest.hexdigest() for label, digest in digests.items()}}
     return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _refuse_inside(sources: Sequence[str], out: str) -> None:
+    """The next run would take the shards for a part of the source."""
+    for source in sources:
+        if f"{_absolute(out)}/".startswith(f"{_absolute(source)}/"):
+            raise DataError("--out lies inside a source", where=out, hint="choose a folder beside the source")
+
+
+def _absolute(url: str) -> str:
+    return url.rstrip("/") if is_remote(url) else os.path.realpath(os.path.expanduser(url.removeprefix("file://")))
 
 
 def _read_request(store: Store) -> bytes | None:

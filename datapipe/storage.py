@@ -291,8 +291,9 @@ class S3Store(Store):
     """A prefix in a bucket of S3 or of any server that speaks its protocol, through boto3."""
 
     def __init__(self, url: str, config: StorageConfig) -> None:
-        self.url, self.config = url.rstrip("/"), config
-        self.bucket, _, self.prefix = self.url.removeprefix("s3://").partition("/")
+        path = url.removeprefix("s3://").rstrip("/")
+        self.url, self.config = f"s3://{path}", config
+        self.bucket, _, self.prefix = path.partition("/")
         if not self.bucket:
             raise StorageError("the address names no bucket", where=url, hint="s3://bucket/prefix")
 
@@ -351,7 +352,10 @@ class S3Store(Store):
 
     @property
     def _client(self) -> Any:
-        return _s3_client(self.config, os.getpid())
+        try:
+            return _s3_client(self.config, os.getpid())
+        except ValueError as error:  # botocore's way to refuse an endpoint
+            raise self._misuse(error, "") from error
 
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name
@@ -416,7 +420,7 @@ class S3Store(Store):
                 reason = str(error)
                 if attempt == self.config.attempts:
                     raise self._silence(error, name, attempt) from error
-            except (faults.BotoCoreError, ValueError) as error:
+            except faults.BotoCoreError as error:
                 raise self._misuse(error, name) from error
             wait = FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
             log.warning("%s: %s; try %d of %d follows in %.1f s", self.address(name), reason, attempt + 1,

@@ -1,0 +1,105 @@
+"""What tests share: an S3-compatible server, folders of crops, real crops where there are any, and an honest last line.
+
+GOLDEN and TEST_CROPS name the folders of golden vectors and of real crops (default: ../shared/golden, ../shared/crops).
+"""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from datapipe.config import StorageConfig
+from tests.datapipe.crop_set import jpegs
+from tests.golden import ABSENT, ROOT
+
+CROPS_ABSENT = "real crops absent"
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_DEFAULT_REGION": "us-east-1",
+               "AWS_EC2_METADATA_DISABLED": "true"}
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A server of this test run, and a client that is not ours."""
+
+    endpoint: str
+    client: Any
+
+    @property
+    def storage(self) -> StorageConfig:
+        """Our configuration for it; few tries, so that errors come soon."""
+        return StorageConfig(endpoint_url=self.endpoint, attempts=2, timeout_s=20)
+
+    def bucket(self) -> str:
+        """The name of a new bucket."""
+        name = f"bucket-{uuid4().hex[:12]}"
+        self.client.create_bucket(Bucket=name)
+        return name
+
+    def objects(self, bucket: str) -> dict[str, bytes]:
+        """Everything in a bucket."""
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket)
+        keys = [item["Key"] for page in pages for item in page.get("Contents", ())]
+        return {key: self.client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys}
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """An S3-compatible server on a free port of the loopback address; processes started by tests reach it too."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in CREDENTIALS.items():
+            patch.setenv(name, value)
+        for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE", "AWS_SESSION_TOKEN"):
+            patch.delenv(name, raising=False)
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        endpoint = "http://{}:{}".format(*server.get_host_and_port())
+        yield S3Server(endpoint, boto3.client("s3", endpoint_url=endpoint))
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def write_crops() -> Callable[..., dict[str, bytes]]:
+    """write_crops(folder, count, seed=0): Market-style JPEG crops of two cameras; returns name -> bytes."""
+
+    def write(folder: Path, count: int, seed: int = 0) -> dict[str, bytes]:
+        folder.mkdir(parents=True, exist_ok=True)
+        crops = {f"{row // 4 + 1:04d}_c{row % 2 + 1}s1_{row:06d}_00.jpg": data
+                 for row, data in enumerate(jpegs(count, seed))}
+        for name, data in crops.items():
+            (folder / name).write_bytes(data)
+        return crops
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def real_crops() -> Path:
+    """The folder of real crops in the Market-1501 layout; without it the check is left out, and counted."""
+    folder = Path(os.environ.get("TEST_CROPS") or ROOT.parent / "shared" / "crops") / "cuhk03"
+    if not folder.is_dir():
+        pytest.skip(f"{CROPS_ABSENT}: {folder.name}")
+    return folder
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The last line of every test run: how many checks were left out for want of golden vectors or real crops."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or config.option.collectonly:
+        return
+    reasons = [str(report.longrepr[2]) for report in reporter.stats.get("skipped", ())
+               if isinstance(report.longrepr, tuple)]
+    kinds = Counter(kind for reason in reasons for kind in (ABSENT, CROPS_ABSENT) if kind in reason)
+    for reason in reasons:
+        if ABSENT not in reason and CROPS_ABSENT not in reason:
+            reporter.write_line(f"left out: {reason}")
+    listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
+    reporter.write_line(f"checks left out for want of golden vectors or real crops: {kinds.total()} ({listed})")

@@ -1,0 +1,202 @@
+"""Stores hold what was written, whole or not at all, and say clearly why they cannot."""
+
+import pickle
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from datapipe import storage
+from datapipe.config import StorageConfig
+from datapipe.errors import NotFoundError, StorageError
+from datapipe.storage import Entry, Store, is_remote, open_store, open_stream, split_url
+from tests.conftest import S3Server
+
+
+@pytest.fixture(params=["local", "s3", "memory", "fsspec_disk"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, s3: S3Server) -> Store:
+    """An empty store of each kind; in the last one, fsspec's own folders, a put is not whole by itself."""
+    url = {"local": str(tmp_path / "folder"), "s3": f"s3://{s3.bucket()}/pre/fix", "memory": f"memory://{uuid4().hex}",
+           "fsspec_disk": f"local://{tmp_path}/folder"}[request.param]
+    return pickle.loads(pickle.dumps(open_store(url, s3.storage)))
+
+
+def test_store__reads_back_what_was_written(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"from a file")
+    assert store.create("a/b.txt", b"hello")
+    assert store.create("c", tmp_path / "file")
+    assert store.read("a/b.txt") == b"hello" and store.size("a/b.txt") == 5
+    assert store.read("c") == b"from a file"
+    assert store.at("a").read("b.txt") == b"hello"
+    assert store.read("a/b.txt", start=1, size=3) == b"ell"
+    assert store.read("a/b.txt", start=3, size=10) == b"lo"
+    assert store.read("a/b.txt", start=5, size=10) == b""
+    assert store.read("a/b.txt", size=0) == b""
+    assert store.read("a/b.txt", start=2) == b"llo"
+
+
+def test_store__creates_once_and_replaces(store: Store) -> None:
+    assert store.create("name", b"first")
+    assert not store.create("name", b"second")
+    assert store.read("name") == b"first"
+    store.replace("name", b"third")
+    assert store.read("name") == b"third"
+    store.delete("name")
+    store.delete("name")
+    assert not store.exists("name")
+    with pytest.raises(NotFoundError):
+        store.read("name")
+    with pytest.raises(NotFoundError):
+        store.size("name")
+
+
+def test_store__lists_sorted_by_full_name(store: Store) -> None:
+    names = ["a.jpg", "a/b.jpg", "a/c/d.jpg", "b", "a-b.jpg", "a0"]
+    for name in names:
+        store.create(name, name.encode())
+    assert list(store.list()) == [Entry(name, len(name)) for name in sorted(names)]
+    assert [entry.name for entry in store.list("a/")] == ["a/b.jpg", "a/c/d.jpg"]
+    assert [entry.name for entry in store.list("a")] == sorted(names)[:-1]
+    assert [entry.name for entry in store.list("a/c/x")] == []
+
+
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_create__has_one_winner_in_a_race(kind: str, tmp_path: Path, s3: S3Server) -> None:
+    store = open_store(str(tmp_path) if kind == "local" else f"s3://{s3.bucket()}", s3.storage)
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda writer: store.create("name", bytes([writer]) * 1000), range(8)))
+    assert sum(won) == 1
+    assert store.read("name") == bytes([won.index(True)]) * 1000
+
+
+def test_s3__sends_large_data_in_parts(s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(storage, "PART_BYTES", 5 << 20)
+    bucket = s3.bucket()
+    data = bytes(range(256)) * (86 << 10)
+    (tmp_path / "large").write_bytes(data)
+    store = open_store(f"s3://{bucket}", s3.storage)
+    assert store.create("large", tmp_path / "large")
+    answer = s3.client.get_object(Bucket=bucket, Key="large")
+    assert answer["ETag"].endswith('-5"') and answer["Body"].read() == data
+    assert not store.create("large", data)
+    assert open_stream(f"s3://{bucket}/large", config=s3.storage).read() == data
+    store.replace("large", data[:-1])
+    assert store.size("large") == len(data) - 1
+    assert not s3.client.list_multipart_uploads(Bucket=bucket).get("Uploads")
+
+
+def _without_condition(params: dict[str, Any], **_: object) -> None:
+    params["headers"].pop("If-None-Match", None)
+
+
+def test_s3__creates_once_where_conditions_are_ignored(s3: S3Server) -> None:
+    bucket = s3.bucket()
+    store = open_store(f"s3://{bucket}", StorageConfig(endpoint_url=s3.endpoint, attempts=1, timeout_s=19))
+    events = store._client.meta.events  # type: ignore[attr-defined]
+    events.register("before-call.s3.PutObject", _without_condition)
+    assert store.create("name", b"first")
+    assert not store.create("name", b"second")
+    assert s3.objects(bucket) == {"name": b"first"}
+
+
+def test_local__leaves_nothing_behind_when_writing_fails(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "folder"))
+    with pytest.raises(StorageError):
+        store.create("name", tmp_path / "missing")
+    assert list((tmp_path / "folder").iterdir()) == []
+
+
+def test_local__does_not_follow_a_link_to_a_folder_above(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").write_bytes(b"1")
+    (tmp_path / "a" / "b" / "up").symlink_to(tmp_path / "a")
+    (tmp_path / "other").symlink_to(tmp_path / "a" / "b" / "file")
+    assert [entry.name for entry in open_store(str(tmp_path)).list()] == ["a/b/file", "other"]
+
+
+@contextmanager
+def answering(*answers: int) -> Iterator[tuple[str, list[str]]]:
+    """(endpoint, requests): a server that gives these statuses one after the other, the last one for ever."""
+    left, seen = list(answers), []
+    codes = {403: "AccessDenied", 503: "SlowDown"}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.path)
+            status = left.pop(0) if len(left) > 1 else left[0]
+            body = b"content" if status == 200 else f"<Error><Code>{codes[status]}</Code></Error>".encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", seen
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 1e-4)
+
+
+@pytest.mark.usefixtures("s3", "no_waiting")
+def test_s3__tries_again_when_the_store_is_busy(caplog: pytest.LogCaptureFixture) -> None:
+    with answering(503, 503, 200) as (endpoint, seen):
+        assert open_store("s3://bucket", StorageConfig(endpoint_url=endpoint)).read("name") == b"content"
+    assert len(seen) == 3 and len(caplog.records) == 2 and "SlowDown" in caplog.text
+
+
+@pytest.mark.usefixtures("s3", "no_waiting")
+def test_s3__gives_up_after_its_tries() -> None:
+    with answering(503) as (endpoint, seen), pytest.raises(StorageError, match="503"):
+        open_store("s3://bucket", StorageConfig(endpoint_url=endpoint, attempts=4)).read("name")
+    assert len(seen) == 4
+
+
+@pytest.mark.usefixtures("s3")
+def test_s3__refusal_is_final_and_names_the_credentials() -> None:
+    with answering(403) as (endpoint, seen), pytest.raises(StorageError, match="AccessDenied") as caught:
+        open_store("s3://bucket/p", StorageConfig(endpoint_url=endpoint)).read("name")
+    assert len(seen) == 1
+    assert "s3://bucket/p/name" in caught.value.where and "AWS_ACCESS_KEY_ID" in caught.value.hint
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_s3__unreachable_endpoint_and_wrong_bucket_are_named(s3: S3Server) -> None:
+    with pytest.raises(StorageError, match="cannot be reached") as caught:
+        open_store("s3://bucket", StorageConfig(endpoint_url="http://127.0.0.1:9", attempts=2)).read("name")
+    assert "http://127.0.0.1:9" in caught.value.where
+    store = open_store("s3://no-such-bucket", s3.storage)
+    for attempt in (lambda: store.read("x"), lambda: list(store.list()), lambda: store.create("x", b"")):
+        with pytest.raises(StorageError, match="bucket 'no-such-bucket' does not exist"):
+            attempt()
+
+
+def test_open_store__refuses_what_it_does_not_know(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="nosuch"):
+        open_store("nosuch://x").read("name")
+    with pytest.raises(NotFoundError, match="does not exist"):
+        list(open_store(str(tmp_path / "missing")).list())
+    with pytest.raises(StorageError):
+        open_store("")
+    with pytest.raises(StorageError, match="no bucket"):
+        open_store("s3://")
+
+
+def test_urls__are_split_and_told_apart() -> None:
+    assert split_url("s3://b/p/x.tar") == ("s3://b/p", "x.tar")
+    assert split_url("x.tar") == (".", "x.tar")
+    assert split_url("/x.tar") == ("/", "x.tar")
+    assert is_remote("s3://b") and not is_remote("/a/b") and not is_remote("file:///a")

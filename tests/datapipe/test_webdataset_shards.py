@@ -1,0 +1,87 @@
+"""Tars that the webdataset library and GNU tar wrote are read completely, or refused."""
+
+import gzip
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from datapipe.config import StorageConfig
+from datapipe.errors import DataError, NotFoundError
+from datapipe.sources import Crop, open_sources
+from tests.conftest import S3Server
+
+WriteCrops = Callable[..., dict[str, bytes]]
+
+
+def read(url: str, storage: StorageConfig = StorageConfig()) -> list[Crop]:  # noqa: B008
+    (source,) = open_sources([url], storage)
+    return [crop for unit in source.units() for crop in source.read(unit)]
+
+
+@pytest.fixture
+def tar(tmp_path: Path) -> Path:
+    """Three samples as others write them: image, labels as JSON, class."""
+    path = tmp_path / "set" / "000.tar"
+    path.parent.mkdir()
+    with webdataset.TarWriter(str(path)) as writer:
+        writer.write({"__key__": "0007_c2s1_01", "jpg": b"one", "cls": 7})
+        writer.write({"__key__": "people/x", "jpg": b"two", "json": {"pid": 12, "camid": 3}})
+        writer.write({"__key__": "y", "left.PNG": b"three", "right.png": b"four", "json": ["no", "labels"]})
+    return path
+
+
+def test_shards__give_images_names_and_labels(tar: Path) -> None:
+    assert read(str(tar)) == [
+        Crop("000.tar", "0007_c2s1_01.jpg", b"one", 7, 2), Crop("000.tar", "people/x.jpg", b"two", 12, 3),
+        Crop("000.tar", "y.left.PNG", b"three"), Crop("000.tar", "y.right.png", b"four")]
+
+
+def test_shards__of_one_source_may_use_the_same_names(tar: Path, s3: S3Server) -> None:
+    (tar.parent / "001.tar").write_bytes(tar.read_bytes())
+    bucket = s3.bucket()
+    for path in tar.parent.iterdir():
+        s3.client.upload_file(str(path), bucket, f"set/{path.name}")
+    folder = read(str(tar.parent))
+    assert [crop.name for crop in folder][::4] == ["000.tar/0007_c2s1_01.jpg", "001.tar/0007_c2s1_01.jpg"]
+    assert len({crop.name for crop in folder}) == 8 and {crop.source for crop in folder} == {"set"}
+    assert [crop.name for crop in read(f"{tar.parent}/{{000..001}}.tar")] == [crop.name for crop in folder]
+    assert read(f"s3://{bucket}/set", s3.storage) == folder
+    with pytest.raises(NotFoundError):
+        read(f"{tar.parent}/{{000..002}}.tar")
+
+
+def test_shards__read_what_gnu_tar_wrote(tmp_path: Path, write_crops: WriteCrops) -> None:
+    crops = write_crops(tmp_path / "crops", 12)
+    for options, name in (("-cf", "plain.tar"), ("-czf", "packed.tar.gz")):
+        subprocess.run(["tar", options, str(tmp_path / name), "-C", str(tmp_path / "crops"), "."], check=True)
+        found = read(str(tmp_path / name))
+        assert {crop.name.removeprefix("./"): crop.data for crop in found} == crops
+
+
+@pytest.mark.parametrize("kept", [512 + 512, 512 + 100, 512 + 512 + 512 + 512, 700, 0])
+def test_shards__refuse_a_tar_that_was_cut(tar: Path, kept: int) -> None:
+    """Within a member, and between two: there the library itself sees nothing wrong."""
+    tar.write_bytes(tar.read_bytes()[:kept])
+    with pytest.raises(DataError, match="cut") as caught:
+        read(str(tar))
+    assert str(tar) in caught.value.where
+
+
+def test_shards__refuse_a_cut_or_broken_gzip(tar: Path) -> None:
+    packed = gzip.compress(tar.read_bytes())
+    for number, data in enumerate((packed[:-20], packed[:200], b"no gzip at all" * 100)):
+        path = tar.parent.parent / f"{number}.tgz"
+        path.write_bytes(data)
+        with pytest.raises(DataError, match="read to its end"):
+            read(str(path))
+
+
+def test_shards__refuse_a_broken_header(tar: Path) -> None:
+    data = bytearray(tar.read_bytes())
+    data[1024:1030] = b"\xff" * 6
+    tar.write_bytes(data)
+    with pytest.raises(DataError, match="read to its end"):
+        read(str(tar))

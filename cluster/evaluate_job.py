@@ -28,7 +28,8 @@ def run(run_folder: str, data: str, *, storage: StorageConfig, address: str = "l
             scores = _result(ray.get, done)
             found[task.weights.name] = scores
             best = scores["features"][scores["headline"]]
-            print(f"scored {task.weights.name}: mAP {100 * best['mAP']:.1f}  ({len(found)} of {len(tasks)})", flush=True)
+            counted = f"{len(found)} of {len(tasks)}"
+            print(f"scored {task.weights.name}: mAP {100 * best['mAP']:.1f}  ({counted})", flush=True)
     return [found[task.weights.name] for task in tasks]
 
 

@@ -9,7 +9,7 @@ import tyro
 from pydantic import ValidationError
 
 from datapipe import command
-from datapipe.config import ShardConfig, Size, StorageConfig, SynthConfig, ViewConfig
+from datapipe.config import ShardConfig, StorageConfig, StreamConfig, SynthConfig
 from datapipe.errors import ConfigError
 from datapipe.settings import settings
 from datapipe.verify import Decode
@@ -101,32 +101,27 @@ class PreviewCommand:
     out: Path = Path("preview.jpg")
     """Picture to write, .jpg or .png."""
     count: int = 20
-    """Crops to show: the first ones that training with this seed would see."""
-    seed: int = 0
-    """Seed of the order and of the views."""
-    draw_views: bool = True
-    """Show the views of each crop beside it; without, whole crops only."""
-    size: Size = (256, 128)
-    """Height and width of a global view, pixels."""
-    local_size: Size = (128, 64)
-    """Height and width of a local view, pixels."""
-    local_bands: tuple[tuple[float, float], ...] = ((0.0, 0.5), (0.25, 0.75), (0.5, 1.0))
-    """Top and bottom, as shares of the height, of the band each local view is cut from: three overlapping ones."""
-    views: ViewConfig = ViewConfig()
-    """How views are cut and coloured."""
+    """Crops to show: the first ones of the stream."""
+    views: Path | None = None
+    """File written by `python -m training views RECIPE`: beside each crop, exactly the views that training with that
+    recipe makes of it, in its order. Without: whole crops only."""
     storage: StorageConfig = StorageConfig()
     """How object stores are reached."""
 
 
 def preview(arguments: list[str]) -> int:
-    """Draw a contact sheet of crops and of their views."""
+    """Draw a contact sheet of crops and of the views that training will see of them."""
     chosen = parse(PreviewCommand, arguments, "preview")
-    from datapipe.preview import contact_sheet
-    from datapipe.views import multi_crop
+    from datapipe.preview import TrainingViews, contact_sheet
 
-    spec = multi_crop(chosen.views, size=chosen.size, local_size=chosen.local_size, local_bands=chosen.local_bands)
-    print(contact_sheet(chosen.manifest, chosen.out, spec=spec if chosen.draw_views else None, seed=chosen.seed,
-                        count=chosen.count, storage=chosen.storage))
+    if chosen.views is None:
+        print(contact_sheet(chosen.manifest, chosen.out, count=chosen.count, storage=chosen.storage))
+        return command.COMPLETE
+    if not chosen.views.is_file():
+        raise ConfigError("no such file", where=str(chosen.views), hint="python -m training views RECIPE > views.json")
+    seen = TrainingViews.from_json(chosen.views.read_text(), where=str(chosen.views))
+    print(contact_sheet(chosen.manifest, chosen.out, spec=seen.spec, seed=seen.seed, count=chosen.count,
+                        storage=chosen.storage, stream=StreamConfig(block=seen.block, window=seen.window)))
     return command.COMPLETE
 
 

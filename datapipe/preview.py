@@ -1,10 +1,12 @@
 """Contact sheets: crops of a data set, and the very views that training will see of them."""
 
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+from pydantic import TypeAdapter, ValidationError
 
 from datapipe.config import StorageConfig, StreamConfig
 from datapipe.errors import ConfigError
@@ -24,6 +26,29 @@ PAPER, INK = (255, 255, 255), (40, 40, 40)
 
 Picture = tuple[list[str], View]
 """Lines of text and the picture below them."""
+
+
+@dataclass(frozen=True)
+class TrainingViews:
+    """What a training recipe sees: `python -m training views RECIPE` writes it as JSON, `preview --views` draws it."""
+
+    spec: ViewSpec
+    seed: int
+    block: int
+    window: int
+
+    def to_json(self) -> str:
+        return TypeAdapter(TrainingViews).dump_json(self, indent=2).decode()
+
+    @staticmethod
+    def from_json(text: str, *, where: str) -> "TrainingViews":
+        """Raises ConfigError for anything that `to_json` did not write."""
+        try:
+            return TypeAdapter(TrainingViews).validate_json(text)
+        except ValidationError as error:
+            hint = "write the file with `python -m training views RECIPE > views.json`"
+            what = f"not a description of views: {error.errors()[0]['msg']}"
+            raise ConfigError(what, where=where, hint=hint) from None
 
 
 def contact_sheet(

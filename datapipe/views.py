@@ -13,11 +13,9 @@ import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image
-from pydantic import TypeAdapter, ValidationError
 
 from datapipe import boxes, photometric
 from datapipe.config import Range, Size, ViewConfig
-from datapipe.errors import ConfigError
 from datapipe.photometric import Photometric, View
 from datapipe.randomness import Floats, Ints, draw
 
@@ -58,20 +56,6 @@ class ViewSpec:
     def shape(self, group: ViewGroup, batch: int) -> tuple[int, int, int, int, int]:
         """[views, batch, height, width, 3]."""
         return len(group.bands), batch, *group.size, 3
-
-
-def to_json(spec: ViewSpec) -> str:
-    """The spec as JSON: how a training recipe tells `python -m datapipe preview --views FILE` what it will see."""
-    return TypeAdapter(ViewSpec).dump_json(spec, indent=2).decode()
-
-
-def from_json(text: str, *, where: str = "") -> ViewSpec:
-    """Read what `to_json` wrote. Raises ConfigError for anything else."""
-    try:
-        return TypeAdapter(ViewSpec).validate_json(text)
-    except ValidationError as error:
-        hint = "write the file with `python -m training views RECIPE > views.json`"
-        raise ConfigError(f"not a description of views: {error.errors()[0]['msg']}", where=where, hint=hint) from None
 
 
 def multi_crop(config: ViewConfig, *, size: Size, local_size: Size, local_bands: tuple[Band, ...]) -> ViewSpec:

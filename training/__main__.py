@@ -10,13 +10,12 @@ from datapipe.config import StorageConfig
 from datapipe.errors import DataError
 from datapipe.settings import settings
 from datapipe.storage import open_store
-from datapipe.views import to_json
 from training import checkpoint, evaluation
 from training import config as recipes
 from training.engine.host import LocalHost, exit_code
 from training.engine.world import alone
 from training.pretrain import pretrain as run_recipe
-from training.pretrain import view_spec
+from training.pretrain import training_views
 from training.reid.zero_shot import Weights
 from training.weights import Provenance
 from training.weights import export as export_backbone
@@ -39,7 +38,7 @@ def read_recipe(arguments: list[str], *, prog: str) -> recipes.RunConfig:
 
 def views(arguments: list[str]) -> int:
     """Print the views that a recipe trains on, as JSON for `python -m datapipe preview --views FILE`."""
-    print(to_json(view_spec(read_recipe(arguments, prog="python -m training views RECIPE"))))
+    print(training_views(read_recipe(arguments, prog="python -m training views RECIPE")).to_json())
     return command.COMPLETE
 
 

@@ -19,7 +19,7 @@ from datapipe.errors import ConfigError, DataError
 from datapipe.loader import Batch, Loader
 from datapipe.manifest import Manifest
 from datapipe.order import ORDER_VERSION, Order
-from datapipe.preview import view_sheet
+from datapipe.preview import TrainingViews, view_sheet
 from datapipe.randomness import words
 from datapipe.stream import Stream
 from datapipe.views import ViewSpec, make_views
@@ -94,6 +94,11 @@ def build_method(config: RunConfig) -> Method:
 def view_spec(config: RunConfig) -> ViewSpec:
     """What the loader must make for the recipe's method."""
     return methods.METHODS[config.method.name].views(config.method, config.views, config.backbone.size)
+
+
+def training_views(config: RunConfig) -> TrainingViews:
+    """The same with seed and order, for `python -m datapipe preview`."""
+    return TrainingViews(view_spec(config), config.seed, config.stream.block, config.stream.window)
 
 
 def check(config: RunConfig) -> Manifest:
@@ -313,6 +318,7 @@ def _describe(config: RunConfig, folder: RunFolder, manifest: Manifest, world: W
     if config.engine.stepper == "deepspeed":
         folder.write_json("deepspeed.json", deepspeed_json(config, world, share))
     folder.write_json("environment.json", environment(manifest, world))
+    folder.write("views.json", training_views(config).to_json() + "\n")
     folder.write("first_batch.jpg", view_sheet(first_views(config, manifest, count=8)))
 
 

@@ -17,7 +17,7 @@ FLUSH_S = 20.0
 class RunFolder:
     """Writes and reads a run's files. Growing files are appended locally and rewritten at intervals elsewhere.
 
-    Layout: command.txt, config.toml, deepspeed.json, environment.json, log.txt, first_batch.jpg,
+    Layout: command.txt, config.toml, deepspeed.json, environment.json, log.txt, views.json, first_batch.jpg,
     metrics/attempt_001.jsonl, ranks/rank_00.json, checkpoints/, exports/, evaluation/, tensorboard/, report.html.
     """
 

@@ -1,0 +1,80 @@
+"""python -m cluster demo | pretrain | evaluate"""
+
+import sys
+from pathlib import Path
+
+import tyro
+
+from datapipe import command
+from datapipe.config import StorageConfig
+from datapipe.settings import settings
+
+
+@settings
+class DemoCommand:
+    out: Path = Path("demo")
+    """Folder for crops, shards, run and report."""
+    crops: Path | None = None
+    """Your own crops: a Market-style folder (scored if it has query and bounding_box_test) or any folder of images."""
+    seed: int = 1
+    """Of the rendered people, of the sample order and of the initial weights."""
+
+
+def demo(arguments: list[str]) -> int:
+    """Crops to report on one machine, with a worker killed on the way."""
+    from cluster.demo import run
+
+    chosen = tyro.cli(DemoCommand, args=arguments, prog="python -m cluster demo")
+    return run(chosen.out, crops=chosen.crops, seed=chosen.seed)
+
+
+def pretrain(arguments: list[str]) -> int:
+    """Train a recipe with Ray Train and DeepSpeed; crashed workers are restarted from the last checkpoint."""
+    from cluster.pretrain_job import run
+    from training.__main__ import read_recipe
+
+    address, rest = _address(arguments)
+    config = read_recipe(rest, prog="python -m cluster pretrain RECIPE [--address ADDRESS]")
+    return run(config, address=address)
+
+
+def _address(arguments: list[str]) -> tuple[str, list[str]]:
+    """Take `--address ADDRESS` out of the line; the rest is recipe and overrides."""
+    if "--address" not in arguments[:-1]:
+        return "local", arguments
+    place = arguments.index("--address")
+    return arguments[place + 1], arguments[:place] + arguments[place + 2 :]
+
+
+@settings
+class EvaluateCommand:
+    run: tyro.conf.Positional[str]
+    """Run folder, local or s3://bucket/prefix."""
+    data: str
+    """Test set in the Market-1501 layout (query, bounding_box_test), local or s3://bucket/prefix."""
+    storage: StorageConfig = StorageConfig()
+    """How object stores are reached."""
+    address: str = "local"
+    """"local": a Ray inside this process; otherwise the address of a running cluster."""
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Score random weights, every kept checkpoint and the colour histogram; resumable."""
+    from cluster.evaluate_job import run
+    from training.evaluation import table
+
+    chosen = tyro.cli(EvaluateCommand, args=arguments, prog="python -m cluster evaluate")
+    print(table(run(chosen.run, chosen.data, storage=chosen.storage, address=chosen.address)))
+    return command.COMPLETE
+
+
+COMMANDS = {"demo": demo, "pretrain": pretrain, "evaluate": evaluate}
+
+
+def main(arguments: list[str]) -> int:
+    """Dispatch to a command."""
+    return command.dispatch(COMMANDS, arguments, prog="python -m cluster")
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main))

@@ -17,7 +17,9 @@ class DemoCommand:
     crops: Path | None = None
     """Your own crops: a Market-style folder (scored if it has query and bounding_box_test) or any folder of images."""
     seed: int = 1
-    """Of the rendered people, of the sample order and of the initial weights."""
+    """Of the sample order and of the initial weights."""
+    steps: int = 0
+    """Optimizer steps; 0: those of the recipe. For a quick look at the path; it learns nothing in a few."""
 
 
 def demo(arguments: list[str]) -> int:
@@ -25,7 +27,7 @@ def demo(arguments: list[str]) -> int:
     from cluster.demo import run
 
     chosen = tyro.cli(DemoCommand, args=arguments, prog="python -m cluster demo")
-    return run(chosen.out, crops=chosen.crops, seed=chosen.seed)
+    return run(chosen.out, crops=chosen.crops, seed=chosen.seed, steps=chosen.steps)
 
 
 def pretrain(arguments: list[str]) -> int:

@@ -19,11 +19,15 @@ from typing import Any
 
 from datapipe.command import COMPLETE, FAILED
 from datapipe.errors import ClusterError, DataError
+from datapipe.manifest import Manifest
 from training import config as recipes
+from training.pretrain import clock_of
 from training.reid.zero_shot import COLOUR_HISTOGRAM, RANDOM
 from training.speed import duration, faster_precision
 
 RECIPE = Path(recipes.__file__).parent / "recipes" / "demo.toml"
+DEMO_STEPS = 450
+"""Steps of the demo's recipe on the rendered crops; crops of your own get as many."""
 LIMIT = 3.0
 """Times the mAP of random weights that the last checkpoint must reach."""
 POLL_S = 0.5
@@ -39,6 +43,8 @@ class Demo:
     own: bool
     """True: the user's crops. Then the margin is reported, not demanded."""
     seed: int
+    steps: int
+    """Optimizer steps; 0: those of the recipe, or as many on crops of your own."""
 
     @property
     def run(self) -> Path:
@@ -60,10 +66,10 @@ class Demo:
         return not self.own or all((self.crops / name).is_dir() for name in ("query", "bounding_box_test"))
 
 
-def run(out: Path, *, crops: Path | None, seed: int) -> int:
+def run(out: Path, *, crops: Path | None, seed: int, steps: int) -> int:
     """All five steps; the exit code says whether pre-training learnt what it must. Started again, it goes on."""
     began = time.monotonic()
-    demo = Demo(out, crops or out / "crops", crops is not None, seed)
+    demo = Demo(out, crops or out / "crops", crops is not None, seed, steps)
     if demo.own and not demo.crops.is_dir():
         raise DataError("no such folder of crops", where=str(demo.crops), hint="make demo CROPS=<folder of images>")
     _make_data(demo, began)
@@ -88,7 +94,7 @@ def _make_data(demo: Demo, began: float) -> None:
         _heading(1, f"crops: {demo.crops}", began)
     else:
         _heading(1, "render labelled pedestrians", began)
-        _command("datapipe", "synth", "--out", str(demo.crops), "--seed", str(demo.seed))
+        _command("datapipe", "synth", "--out", str(demo.crops))
     _heading(2, "shard the training crops, verify, look at them", began)
     _command("datapipe", "shard", str(demo.training_crops), "--out", str(demo.shards))
     _command("datapipe", "verify", str(demo.shards))
@@ -110,25 +116,20 @@ def _recipe(demo: Demo) -> list[str]:
         return [str(demo.run / "config.toml")]
     flags = ["--out", str(demo.run), "--stream.manifest", str(demo.shards), "--seed", str(demo.seed)]
     flags += ["--optimisation.precision", faster_precision()]
-    if demo.own:
-        flags += _as_long_as_the_demo(demo)
+    if demo.own or demo.steps:
+        flags += _so_many_steps(demo)
     return [str(RECIPE), *flags]
 
 
-def _as_long_as_the_demo(demo: Demo) -> list[str]:
-    """Epochs so that any number of crops gives as many steps as the rendered ones; at least one batch of crops."""
-    from datapipe.manifest import Manifest
-
+def _so_many_steps(demo: Demo) -> list[str]:
+    """Epochs that give the wanted number of steps on any number of crops, with batches no larger than the set."""
     recipe = recipes.load(RECIPE)
     rows = Manifest.load(str(demo.shards)).rows
     batch = min(recipe.optimisation.batch, rows)
-    epochs = DEMO_STEPS * batch / rows
+    epochs = (demo.steps or DEMO_STEPS) * batch / rows
     warmup = epochs * recipe.optimisation.warmup_epochs / recipe.optimisation.epochs
     return ["--optimisation.epochs", repr(epochs), "--optimisation.warmup-epochs", repr(warmup),
             "--optimisation.batch", str(batch)]  # fmt: skip
-
-
-DEMO_STEPS = 450
 
 
 def _kill_halfway(demo: Demo) -> None:
@@ -149,9 +150,6 @@ def _kill_halfway(demo: Demo) -> None:
 
 def _half(demo: Demo) -> int | None:
     """Half the steps of the run; None before it has begun."""
-    from datapipe.manifest import Manifest
-    from training.pretrain import clock_of
-
     if not (demo.run / "config.toml").is_file():
         return None
     config = recipes.load(demo.run / "config.toml")

@@ -38,13 +38,14 @@ from training.engine.world import World
 from training.methods.base import Method, Progress
 from training.metrics import Recorder
 from training.placing import Place
-from training.run_folder import RunFolder
+from training.run_folder import FLUSH_S, RunFolder
 
 FREE_TO_CHANGE = ("out", "storage", "engine", "checkpoints", "cluster", "optimisation.micro_batch",
                   "stream.threads", "stream.prefetch", "stream.cache_mb", "stream.max_bad")  # fmt: skip
 """Settings that may differ when a run is continued: they change where, how fast and how often, not what is learnt.
 (stream.manifest is compared by its content, not by its address.)"""
-HEARTBEAT_S = 2.0
+HEARTBEAT_S = 0.5
+"""Seconds between signs of life on a local run folder; on object storage they come as seldom as other growing files."""
 
 
 class Ending(NamedTuple):
@@ -193,7 +194,7 @@ class Watch:
 
     def __init__(self, folder: RunFolder, world: World, config: RunConfig) -> None:
         self.folder, self.world, self.audit = folder, world, config.engine.audit
-        self._said = 0.0
+        self._every = HEARTBEAT_S if folder.local is not None else FLUSH_S
         self._beat(0)
 
     def __call__(self, progress: Progress, batch: Batch, result: Result) -> None:
@@ -202,7 +203,7 @@ class Watch:
             line = {"step": progress.step + 1, "samples": batch.sample[real].tolist(),
                     "positions": batch.position[real].tolist()}  # fmt: skip
             self.folder.append(f"ranks/audit_{self.world.rank:02d}.jsonl", json.dumps(line))
-        if time.monotonic() - self._said > HEARTBEAT_S:
+        if time.monotonic() - self._said > self._every:
             self._beat(progress.step + 1)
 
     def _beat(self, step: int) -> None:

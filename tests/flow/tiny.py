@@ -1,0 +1,100 @@
+"""A run so small that a test can afford several: a recipe, a data set, and runs in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from datapipe.config import ShardConfig, StorageConfig
+from datapipe.ingest import ingest
+from datapipe.manifest import Manifest
+from tests.golden import ROOT
+
+RECIPE = """
+out = "{out}"
+seed = 3
+[stream]
+manifest = "{manifest}"
+block = 4
+window = 3
+threads = 1
+[views]
+interpolation = "linear"
+[backbone]
+arch = "custom"
+size = [32, 16]
+patch = 8
+width = 24
+depth = 2
+heads = 2
+drop_path = 0.2
+[method]
+name = "pass"
+locals_per_part = 1
+local_size = [16, 8]
+[method.head]
+out_dim = 32
+hidden = 24
+bottleneck = 8
+[optimisation]
+epochs = {epochs}
+batch = 6
+micro_batch = 6
+lr = 2e-3
+warmup_epochs = 0.5
+clip_norm = 0.3
+ema = 0.9
+precision = "fp32"
+[engine]
+stepper = "plain"
+threads = 1
+audit = true
+[checkpoints]
+every_steps = 3
+keep_last = 3
+"""
+
+
+def recipe(folder: Path, manifest: str, out: str, *, epochs: float = 1.0) -> Path:
+    """Write the tiny recipe below `folder`."""
+    path = folder / "tiny.toml"
+    path.write_text(RECIPE.format(out=out, manifest=manifest, epochs=epochs))
+    return path
+
+
+def shards(crops: Path, out: str, storage: StorageConfig | None = None, *, each: int = 17) -> Manifest:
+    """Shards of a folder of crops, `each` crops in one."""
+    return ingest([str(crops)], out, ShardConfig(samples_per_shard=each, workers=1), storage or StorageConfig()).manifest
+
+
+def command(*words: str, **environment: str) -> subprocess.Popen[str]:
+    """Start one of our commands with this interpreter; output as text."""
+    return subprocess.Popen(
+        [sys.executable, "-m", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+
+
+def finished(process: subprocess.Popen[str], *, timeout_s: float = 300) -> tuple[int, str, str]:
+    """(exit code, output, errors) of a command."""
+    output, errors = process.communicate(timeout=timeout_s)
+    return process.returncode, output, errors
+
+
+def final_state(run: Path) -> dict[str, Tensor]:
+    """All tensors of a run's newest checkpoint."""
+    return load_file(max((run / "checkpoints").glob("step_*/state.safetensors")))
+
+
+def audited(run: Path) -> dict[int, list[int]]:
+    """Step -> samples, over all ranks; where a step was redone, the last record of each rank."""
+    steps: dict[int, list[int]] = {}
+    for log in sorted((run / "ranks").glob("audit_*.jsonl")):
+        own = {line["step"]: line["samples"] for line in map(json.loads, log.read_text().splitlines())}
+        for step, samples in own.items():
+            steps[step] = steps.get(step, []) + samples
+    return steps

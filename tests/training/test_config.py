@@ -1,0 +1,76 @@
+from pathlib import Path
+
+import pytest
+
+from datapipe.errors import ConfigError
+from training import config as recipes
+from training.config import RunConfig, load, override, to_toml, validate
+
+
+def _write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.toml"
+    path.write_text(text)
+    return path
+
+
+def test_load__all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
+    text = '[optimisation]\nlr = "fast"\nbatch = 0\n[strem]\nblock = 1\n[backbone]\npatchs = 8\n'
+    with pytest.raises(ConfigError) as caught:
+        load(_write(tmp_path, text))
+    said = str(caught.value)
+    assert "4 mistakes" in said and "recipe.toml" in said
+    assert "`optimisation.lr`" in said and "`optimisation.batch`" in said
+    assert "unknown key `strem`; did you mean `stream`?" in said
+    assert "unknown key `backbone.patchs`; did you mean `patch`?" in said
+
+
+def test_load__a_misspelt_key_of_the_method_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"unknown key `method.locals_per_parts`; did you mean `locals_per_part`"):
+        load(_write(tmp_path, '[method]\nname = "pass"\nlocals_per_parts = 2\n'))
+
+
+def test_load__missing_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such recipe"):
+        load(tmp_path / "absent.toml")
+    with pytest.raises(ConfigError, match="not a TOML file"):
+        load(_write(tmp_path, "lr = = 3"))
+
+
+def test_override__dotted_flags(tmp_path: Path) -> None:
+    path = _write(tmp_path, "[optimisation]\nlr = 1e-3\n")
+    found = load(path, ["--optimisation.lr", "2e-3", "--views.jitter.hue", "0.2", "--engine.audit", "True"])
+    assert (found.optimisation.lr, found.views.jitter.hue, found.engine.audit) == (2e-3, 0.2, True)
+
+
+def test_override__a_misspelt_flag_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        override(RunConfig(), ["--optimisation.lrr", "1"])
+    assert caught.value.code == 2
+    assert "optimisation.lr" in "".join(capsys.readouterr())
+
+
+def test_help__documents_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        override(RunConfig(), ["--help"])
+    assert caught.value.code == 0
+    said = "".join(capsys.readouterr())
+    for key, _ in recipes._leaves((), recipes.to_tree(RunConfig())):
+        assert f"--{key.replace('_', '-')}" in said, key
+
+
+def test_toml__reads_back_equal() -> None:
+    config = override(RunConfig(), ["--out", 'a "quoted" \\ folder', "--optimisation.lr", "1.1e-05"])
+    import tomllib
+
+    assert validate(tomllib.loads(to_toml(config)), where="") == config
+
+
+def test_differences__names_what_changed() -> None:
+    changed = override(RunConfig(), ["--optimisation.lr", "0.5", "--engine.threads", "3"])
+    found = recipes.differences(RunConfig(), changed, ignore=("engine",))
+    assert found == ["optimisation.lr: 0.001 -> 0.5"]
+
+
+@pytest.mark.parametrize("path", sorted((Path(recipes.__file__).parent / "recipes").glob("*.toml")), ids=lambda p: p.stem)
+def test_recipes__load(path: Path) -> None:
+    assert load(path).optimisation.batch > 0

@@ -9,7 +9,8 @@ Shapes: B images, H x W pixels, N patches (row-major), P part tokens, T tokens, 
 """
 
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -169,16 +170,33 @@ class VisionTransformer(nn.Module):
     def width(self) -> int:
         return self.config.shape.width
 
-    def forward(self, images: Tensor, *, part: Part = "all", keep: Tensor | None = None) -> Features:
-        """images [B, 3, H, W] -> tokens after the final norm. `keep` [2 * D, B] from `keep_masks`; None: drop nothing.
+    def forward(
+        self, images: Tensor, *, part: Part = "all", keep: Tensor | None = None, visible: Tensor | None = None
+    ) -> Features:
+        """images [B, 3, H, W] -> tokens after the final norm: `embed`, then the last of `outputs`, then the norm."""
+        tokens, parts = self.embed(images, part=part, visible=visible)
+        tokens = self.norm(self.last_output(tokens, keep=keep))
+        return Features(tokens[:, 0], tokens[:, 1 : 1 + parts], tokens[:, 1 + parts :])
 
-        The sequence is CLS, the part tokens asked for, the patches; every token attends to every other.
+    def embed(self, images: Tensor, *, part: Part = "all", visible: Tensor | None = None) -> tuple[Tensor, int]:
+        """The sequence that goes into the blocks, [B, T, C]: CLS, the part tokens asked for, the patches.
+
+        `visible` [B, kept] int64: numbers of the patches that stay, in this order; the others are dropped, so that
+        the blocks' cost falls with them. Also returns how many part tokens there are.
         """
         rows, columns = images.shape[-2] // self.config.patch, images.shape[-1] // self.config.patch
         patches = self.patch_embed(images) + self.patch_positions(rows, columns)
+        if visible is not None:
+            patches = patches.gather(1, visible[..., None].expand(-1, -1, patches.shape[-1]))
         prefix = self._prefix(part, len(images))
-        tokens = torch.cat([prefix, patches], dim=1)
-        fused = images.is_cuda if self.config.attention == "auto" else self.config.attention == "fused"
+        return torch.cat([prefix, patches], dim=1), prefix.shape[1] - 1
+
+    def outputs(self, tokens: Tensor, *, keep: Tensor | None = None) -> Iterator[Tensor]:
+        """What comes out of each block, before the final norm; every token attends to every other.
+
+        `keep` [2 * D, B] from `keep_masks`; None: drop nothing.
+        """
+        fused = tokens.is_cuda if self.config.attention == "auto" else self.config.attention == "fused"
         for index, block in enumerate(self.blocks):
             assert isinstance(block, DroppableBlock)
             block.attn.fused_attn = fused
@@ -187,9 +205,11 @@ class VisionTransformer(nn.Module):
                 tokens = checkpoint(block, tokens, keep_2B, use_reentrant=False, preserve_rng_state=False)
             else:
                 tokens = block(tokens, keep_2B)
-        tokens = self.norm(tokens)
-        parts = prefix.shape[1] - 1
-        return Features(tokens[:, 0], tokens[:, 1 : 1 + parts], tokens[:, 1 + parts :])
+            yield tokens
+
+    def last_output(self, tokens: Tensor, *, keep: Tensor | None = None) -> Tensor:
+        """What comes out of the last block; the others are not held."""
+        return deque(self.outputs(tokens, keep=keep), maxlen=1).pop()
 
     def features(self, images: Tensor) -> Features:
         """What evaluation uses: all tokens, nothing dropped."""

@@ -1,0 +1,158 @@
+"""Pure: which patches of a view are hidden, from (seed, position, view) alone.
+
+Two laws on a grid of rows x columns: rectangles that overlap until a share is covered (BEiT; here with the rules of
+iBOT `loader.py` ImageFolderMask), or single patches.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, count, islice
+from math import exp, log, sqrt
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from datapipe.config import Range, Size
+from datapipe.randomness import Floats, Ints, draw, uniform
+from datapipe.settings import settings
+
+Mask = NDArray[np.bool_]
+"""True: hidden."""
+
+TRIES = 10
+"""Rectangles that may be refused in a row before a mask is left as it is."""
+AT_ONCE = 24
+"""Rectangles whose numbers are drawn together; most masks need no more."""
+
+
+@settings
+class MaskConfig:
+    """How patches are hidden."""
+
+    kind: Literal["block", "random"] = "block"
+    """"block": overlapping rectangles, the shape of occlusions. "random": single patches."""
+    ratios: tuple[float, ...] = (0.0, 0.3)
+    """Shares of hidden patches; one of them is drawn for each view, all equally likely. 0: a view without mask."""
+    spreads: tuple[float, ...] = (0.0, 0.2)
+    """For each of `ratios`: the share is drawn from U(ratio - spread, ratio + spread)."""
+    aspect: Range = (0.3, 1 / 0.3)
+    """Height over width of a rectangle, drawn log-uniformly."""
+    least_area: int = Field(default=0, ge=0)
+    """Smallest area that a rectangle aims at, patches. 0: the square of a third of the grid's shorter side."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "MaskConfig":
+        if not self.ratios or len(self.ratios) != len(self.spreads):
+            raise ValueError(f"{len(self.ratios)} ratios need as many spreads, not {len(self.spreads)}")
+        if any(not 0 <= ratio - spread <= ratio + spread < 1 for ratio, spread in zip(self.ratios, self.spreads,
+                                                                                   strict=True)):
+            raise ValueError("ratio - spread must not fall below 0, ratio + spread not reach 1")
+        if not 0 < self.aspect[0] <= self.aspect[1]:
+            raise ValueError(f"aspect = {self.aspect} is not (lowest, highest)")
+        return self
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """Masks for all views of one group: [views, batch, rows, columns]."""
+
+    group: str
+    """Name of the views."""
+    grid: Size
+    """(rows, columns) of patches."""
+    law: MaskConfig
+    equal: bool = False
+    """Hide the same number of patches in every view: what rectangles leave open is made up patch by patch."""
+
+    def __post_init__(self) -> None:
+        if self.equal and (len(self.law.ratios) != 1 or any(self.law.spreads)):
+            raise ValueError("equally many patches need a single ratio without spread")
+
+
+def make_masks(spec: MaskSpec, seed: int, positions: Ints, out: Mask) -> None:
+    """Fill out[view, row] for the images at these places of the stream."""
+    for view, masks in enumerate(out):
+        purpose = f"views/{spec.group}/{view}/mask"
+        share = _shares(spec.law, uniform(seed, f"{purpose}/share", positions, 2))
+        if spec.law.kind == "random":
+            _hide_more(masks, np.floor(share * masks[0].size + 1e-9), seed, f"{purpose}/patches", positions)
+            continue
+        first = draw(seed, {f"{purpose}/0": 4 * AT_ONCE}, positions)[f"{purpose}/0"]
+        for row, position in enumerate(positions.tolist()):
+            numbers = chain(_by_four(first[row]), _later(seed, purpose, position))
+            masks[row] = block_mask(spec.grid, float(share[row]), numbers, spec.law)
+        if spec.equal:
+            _hide_more(masks, np.floor(share * masks[0].size + 1e-9), seed, f"{purpose}/patches", positions)
+
+
+def block_mask(grid: Size, share: float, numbers: Iterator[list[float]], law: MaskConfig) -> Mask:
+    """Rectangles until `share` of the grid is hidden, never more; [rows, columns].
+
+        while budget = share * rows * columns - hidden > 0:
+            at most ten times:
+                area   ~ U(least area, budget)                       (the other way round when less is left)
+                aspect ~ exp U(log lowest, log highest)
+                height, width = round(sqrt(area * aspect)), round(sqrt(area / aspect))
+                a place anywhere on the grid
+                hide it, if it is lower and narrower than the grid and hides between 1 and `budget` patches more
+            if none was hidden: stop
+
+    `numbers`: four uniform ones for each rectangle.
+    """
+    mask = np.zeros(grid, dtype=bool)
+    budget = share * mask.size
+    while budget > 0:
+        for four in islice(numbers, TRIES):
+            place = _rectangle(grid, budget, four, law)
+            fresh = 0 if place is None else mask[place].size - int(mask[place].sum())
+            if place is not None and 0 < fresh <= budget:
+                mask[place] = True
+                budget -= fresh
+                break
+        else:
+            break
+    return mask
+
+
+def _rectangle(grid: Size, budget: float, four: list[float], law: MaskConfig) -> tuple[slice, slice] | None:
+    """Where a rectangle would lie; None if it is as high or as wide as the grid."""
+    least = law.least_area or (min(grid) // 3) ** 2
+    area = least + (budget - least) * four[0]
+    low, high = log(law.aspect[0]), log(law.aspect[1])
+    aspect = exp(low + (high - low) * four[1])
+    height, width = round(sqrt(area * aspect)), round(sqrt(area / aspect))
+    if height >= grid[0] or width >= grid[1]:
+        return None
+    top, left = int(four[2] * (grid[0] - height + 1)), int(four[3] * (grid[1] - width + 1))
+    return slice(top, top + height), slice(left, left + width)
+
+
+def _shares(law: MaskConfig, unit: Floats) -> Floats:
+    """The share to hide of each image, from two uniform numbers: which ratio, and where in its spread."""
+    which = np.floor(unit[:, 0] * len(law.ratios)).astype(np.int64)
+    ratio, spread = np.array(law.ratios)[which], np.array(law.spreads)[which]
+    found: Floats = ratio + spread * (2 * unit[:, 1] - 1)
+    return found
+
+
+def _hide_more(masks: Mask, target: Floats, seed: int, purpose: str, positions: Ints) -> None:
+    """Hide single patches, drawn at random from the visible ones, until each mask has its number."""
+    flat = masks.reshape(len(masks), -1)
+    order = np.argsort(np.where(flat, 2.0, uniform(seed, purpose, positions, flat.shape[1])), axis=1)
+    missing = target - flat.sum(axis=1)
+    rank = np.empty_like(order)
+    np.put_along_axis(rank, order, np.arange(flat.shape[1])[None, :], axis=1)
+    masks |= (rank < missing[:, None]).reshape(masks.shape)
+
+
+def _by_four(unit: Floats) -> Iterator[list[float]]:
+    return iter(unit.reshape(-1, 4).tolist())
+
+
+def _later(seed: int, purpose: str, position: int) -> Iterator[list[float]]:
+    """The numbers beyond the first draw, for as long as somebody asks."""
+    place = np.array([position], dtype=np.int64)
+    for draws in count(1):
+        yield from _by_four(uniform(seed, f"{purpose}/{draws}", place, 4 * AT_ONCE)[0])

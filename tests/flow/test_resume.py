@@ -1,0 +1,165 @@
+"""A run that is stopped, killed, or moved to another world sees the samples and gets the weights it would have had."""
+
+import dataclasses
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from datapipe.manifest import Manifest
+from datapipe.order import Order
+from tests.flow.tiny import audited, command, final_state, finished, recipe, shards
+from tests.ranks import run_ranks
+from training import config as recipes
+from training.engine.host import LocalHost
+from training.engine.world import World
+from training.metrics import read
+from training.pretrain import pretrain
+from training.run_folder import RunFolder
+
+CROPS, BATCH, EPOCHS = 50, 6, 1.5
+STEPS = int(EPOCHS * CROPS) // BATCH
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, write_crops: Callable[..., dict[str, bytes]]) -> Manifest:
+    folder = tmp_path_factory.mktemp("data")
+    write_crops(folder / "crops", CROPS)
+    return shards(folder / "crops", str(folder / "shards"))
+
+
+def _start(folder: Path, data: Manifest, *flags: str) -> subprocess.Popen[str]:
+    path = recipe(folder, data.url, str(folder / "run"), epochs=EPOCHS)
+    return command("training", "pretrain", str(path), *flags)
+
+
+@pytest.fixture(scope="module", params=["plain", "deepspeed"])
+def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, data: Manifest) -> Path:
+    """The folder of a run that nobody touched."""
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "stepper").write_text(request.param)
+    code, _, errors = finished(_start(folder, data, "--engine.stepper", request.param))
+    assert code == 0, errors
+    return folder
+
+
+def _wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    """Return once the audit log tells of this step; a run that ends before is an error."""
+    log = run / "ranks" / "audit_00.jsonl"
+    while not log.exists() or f'"step": {step},' not in log.read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)  # nobody else writes this file: there is no event to wait for
+
+
+def _same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+def _enumerated(data: Manifest) -> dict[int, list[int]]:
+    """Step -> samples, from the manifest and the order alone."""
+    order = Order(data.rows, 3, 4, 3)
+    samples = order.samples(np.arange(STEPS * BATCH)).reshape(STEPS, BATCH)
+    return {step + 1: sorted(row) for step, row in enumerate(samples.tolist())}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_resume__gives_bit_identical_weights(
+    undisturbed: Path, data: Manifest, tmp_path: Path, stop: signal.Signals
+) -> None:
+    stepper = (undisturbed / "stepper").read_text()
+    process = _start(tmp_path, data, "--engine.stepper", stepper)
+    _wait_for_step(process, tmp_path / "run", 5)
+    process.send_signal(stop)
+    code, output, errors = finished(process)
+    assert code == {signal.SIGTERM: 75, signal.SIGINT: 130, signal.SIGKILL: -9}[stop], errors
+    if stop != signal.SIGKILL:
+        assert "go on with: python -m training pretrain" in output
+        assert "Traceback" not in errors
+    code, output, errors = finished(_start(tmp_path, data, "--engine.stepper", stepper))
+    assert code == 0, errors
+    assert "goes on from step_" in output
+    assert _same(final_state(undisturbed / "run"), final_state(tmp_path / "run"))
+    found = {step: sorted(samples) for step, samples in audited(tmp_path / "run").items()}
+    assert found == _enumerated(data)
+
+
+@pytest.mark.slow
+def test_resume__every_sample_exactly_once_in_an_epoch(undisturbed: Path, data: Manifest) -> None:
+    seen = [sample for _, samples in sorted(audited(undisturbed / "run").items()) for sample in samples]
+    positions = Order(data.rows, 3, 4, 3).samples(np.arange(CROPS))
+    assert sorted(positions.tolist()) == list(range(CROPS))
+    assert sorted(seen[:48]) == sorted(positions[:48].tolist())  # the batch after them straddles the epochs
+
+
+@pytest.mark.slow
+def test_resume__a_complete_run_ends_at_once(undisturbed: Path, data: Manifest) -> None:
+    before = final_state(undisturbed / "run")
+    flags = ("--engine.stepper", (undisturbed / "stepper").read_text())
+    code, output, errors = finished(_start(undisturbed, data, *flags))
+    assert code == 0, errors
+    assert "complete" in output
+    assert _same(before, final_state(undisturbed / "run"))
+
+
+def _losses(run: Path) -> dict[int, float]:
+    records, _ = read(RunFolder(str(run), recipes.StorageConfig()))
+    return {record["step"]: record["loss"] for record in records}
+
+
+def _until(world: World, path: str, out: str, stepper: str, stop_at: int) -> None:
+    """One rank of a run that is told to stop once it has come so far; 0: never."""
+    config = recipes.load(path, ["--out", out, "--engine.stepper", stepper])
+    with_pace = Pace(Path(out), stop_at)
+    pretrain(dataclasses.replace(config), world=world, host=with_pace)
+
+
+class Pace(LocalHost):
+    """A host that preempts its rank after a number of steps."""
+
+    def __init__(self, run: Path, stop_at: int) -> None:
+        super().__init__()
+        self.asked, self.stop_at = 0, stop_at
+
+    def preempted(self) -> bool:
+        self.asked += 1
+        return bool(self.stop_at) and self.asked >= self.stop_at
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2), (3, 2)])
+def test_resume__another_world_size(data: Manifest, tmp_path: Path, first: int, second: int) -> None:
+    """The same samples; losses and weights equal up to the rounding of sums in another order."""
+    path = str(recipe(tmp_path, data.url, "unused", epochs=EPOCHS))
+    undisturbed, moved = tmp_path / "undisturbed", tmp_path / "moved"
+    run_ranks(1, _until, path, str(undisturbed), "plain", 0)
+    run_ranks(first, _until, path, str(moved), "deepspeed", 5)
+    assert len(audited(moved)) in (5, 6)  # ranks agree one step late
+    run_ranks(second, _until, path, str(moved), "deepspeed", 0)
+    found = {step: sorted(samples) for step, samples in audited(moved).items()}
+    assert found == _enumerated(data)
+    before, after = _losses(undisturbed), _losses(moved)
+    assert before.keys() == after.keys()
+    assert max(abs(after[step] - loss) / loss for step, loss in before.items()) < 1e-5
+    for name, value in final_state(undisturbed).items():
+        if not name.endswith("attn.qkv.bias"):  # its key third has no gradient but round-off (golden/README.md)
+            torch.testing.assert_close(final_state(moved)[name], value, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_stop__all_ranks_after_the_same_step(data: Manifest, tmp_path: Path) -> None:
+    """Only one rank hears the signal."""
+    path = str(recipe(tmp_path, data.url, "unused", epochs=EPOCHS))
+    run_ranks(2, _one_hears, path, str(tmp_path / "run"))
+    logs = [(tmp_path / "run" / "ranks" / f"audit_{rank:02d}.jsonl").read_text().splitlines() for rank in (0, 1)]
+    assert len(logs[0]) == len(logs[1]) == 5  # heard at the fourth, agreed one step late
+
+
+def _one_hears(world: World, path: str, out: str) -> None:
+    _until(world, path, out, "plain", 4 if world.rank == 1 else 0)

@@ -32,7 +32,7 @@ from datapipe.scan import Scanned, read_rows, scan_unit
 from datapipe.shard import write_shard
 from datapipe.sources import Source, Unit, open_sources
 from datapipe.storage import Store, is_remote, open_store
-from datapipe.workers import available_cores, run_all
+from datapipe.workers import Workers
 
 REQUEST, QUARANTINE, SPOOL = "request.json", "quarantine.parquet", ".spool"
 DECIDING = ("samples_per_shard", "shard_mb", "min_size", "max_aspect", "max_pixels", "jpeg_quality", "seed")
@@ -70,27 +70,27 @@ def ingest(sources: Sequence[str], out: str, config: ShardConfig, storage: Stora
     if found and store.exists(Manifest(()).file):
         shutil.rmtree(spool, ignore_errors=True)
         return Ingested(Manifest.load(store.address(Manifest(()).file), storage), True, {})
-    with _locked(spool, out):
-        scan = _scan_all(work, spool, config)
+    with _locked(spool, out), Workers(config.workers) as workers:
+        scan = _scan_all(work, spool, config, workers)
         kept, reasons = _separate(scan, store, config)
         plan = plan_shards(kept, config)
         if not store.create(REQUEST, request):
             _refuse_other(store, _read_request(store), request)
-        shards = _write_all(plan, store, spool, config)
+        shards = _write_all(plan, store, spool, workers)
         manifest = Manifest(shards, name="+".join(sorted(source.label for source in opened)), plan=plan.id,
                             licence=licence, quarantined=sum(reasons.values()), made_by=libraries()).save(store)
     shutil.rmtree(spool, ignore_errors=True)
     return Ingested(manifest, False, reasons)
 
 
-def _scan_all(work: Work, spool: Path, config: ShardConfig) -> pyarrow.Table:
+def _scan_all(work: Work, spool: Path, config: ShardConfig, workers: Workers) -> pyarrow.Table:
     """Every crop of the sources as a row (scan.ROWS and `unit`)."""
     total = sum(unit.bytes for _, unit in work)
     _check_room(spool, total)
     tables, rows, refused = [], 0, 0
     with Progress("scan", total) as progress:
         tasks = ((source, unit, spool, config) for source, unit in work)
-        for done in run_all(scan_unit, tasks, workers=_workers(config, len(work))):
+        for done in workers.run(scan_unit, tasks, count=len(work)):
             rows, refused = rows + done.rows, refused + done.refused
             tables.append(_rows_of(done, spool))
             progress.advance(done.bytes, f"{rows:,} crops, {refused:,} quarantined")
@@ -122,11 +122,11 @@ def _separate(scan: pyarrow.Table, store: Store, config: ShardConfig) -> tuple[p
     return kept, reasons
 
 
-def _write_all(plan: Plan, store: Store, spool: Path, config: ShardConfig) -> tuple[Shard, ...]:
+def _write_all(plan: Plan, store: Store, spool: Path, workers: Workers) -> tuple[Shard, ...]:
     shards: list[Shard] = []
     with Progress("write", plan.shards) as progress:
         tasks = ((store, plan.name(number), _packed(plan.rows(number)), spool) for number in range(plan.shards))
-        for shard in run_all(write_shard, tasks, workers=_workers(config, plan.shards)):
+        for shard in workers.run(write_shard, tasks, count=plan.shards):
             shards.append(shard)
             progress.advance(1, f"{len(shards)} of {plan.shards} shards")
     return tuple(shards)
@@ -137,10 +137,6 @@ def _packed(rows: pyarrow.Table) -> bytes:
     with pyarrow.ipc.new_stream(sink, rows.schema) as stream:
         stream.write_table(rows)
     return sink.getvalue().to_pybytes()
-
-
-def _workers(config: ShardConfig, tasks: int) -> int:
-    return max(1, min(config.workers or available_cores(), tasks))
 
 
 # ------------------------------------------------------------------------------------------- whose folder is it

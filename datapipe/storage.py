@@ -126,7 +126,7 @@ def open_stream(url: str, mode: str = "rb", bufsize: int = STREAM_BYTES,
     """An object as a readable file, fetched in large blocks with the retries of this module.
 
     It has the signature of webdataset's openers, so that its library reads shards on S3:
-    `webdataset.gopen.gopen_schemes["s3"] = datapipe.storage.open_stream` (endpoint by AWS_ENDPOINT_URL, or
+    `from webdataset.gopen import gopen_schemes; gopen_schemes["s3"] = open_stream` (endpoint by AWS_ENDPOINT_URL, or
     `functools.partial(open_stream, config=StorageConfig(endpoint_url=...))`).
     """
     if mode != "rb":

@@ -17,7 +17,7 @@ from datapipe.plan_shards import BLOCK, END_BYTES
 from datapipe.progress import Progress
 from datapipe.shard import header
 from datapipe.storage import Store, open_store
-from datapipe.workers import available_cores, run_all
+from datapipe.workers import Workers
 
 Decode = Literal["none", "sample", "all"]
 SAMPLE = 100
@@ -56,10 +56,10 @@ def verify(url: str, decode: Decode, storage: StorageConfig, *, workers: int = 0
     store = open_store(manifest.url, storage)
     findings: list[Finding] = []
     keys, decoded = [], 0
-    count = max(1, min(workers or available_cores(), len(manifest.shards)))
-    with Progress("verify", manifest.bytes) as progress:
-        tasks = ((store, shard, decode) for shard in manifest.shards)
-        for shard, checked in zip(manifest.shards, run_all(check_shard, tasks, workers=count), strict=True):
+    tasks = ((store, shard, decode) for shard in manifest.shards)
+    with Progress("verify", manifest.bytes) as progress, Workers(workers) as pool:
+        results = pool.run(check_shard, tasks, count=len(manifest.shards))
+        for shard, checked in zip(manifest.shards, results, strict=True):
             findings += checked.findings
             keys.append(checked.keys)
             decoded += checked.decoded

@@ -22,31 +22,48 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_all(function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], *, workers: int) -> Iterator[T]:
-    """`function(*task)` for every task, in order; at most two tasks per worker are begun ahead of the reader.
+class Workers:
+    """Up to `limit` processes (0: one per core), started when there is work for them: `with Workers(8) as workers:`."""
 
-    One worker is this very process. Raises what a task raises, ClusterError where a worker was killed.
-    """
-    if workers == 1:
-        for task in tasks:
-            yield function(*task)
-        return
-    context = multiprocessing.get_context("spawn")  # threads of ours would not survive a fork
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
-    waiting: deque[Future[T]] = deque()
-    try:
-        for task in tasks:
-            waiting.append(pool.submit(function, *task))
-            if len(waiting) >= TASKS_PER_WORKER * workers:
+    def __init__(self, limit: int = 0) -> None:
+        self.limit = limit or available_cores()
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+    def run(self, function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], *, count: int) -> Iterator[T]:
+        """`function(*task)` for each of the `count` tasks, in order; two per worker at most are ahead of the reader.
+
+        A single task, or all with a limit of one, run in this very process. Raises what a task raises, ClusterError
+        where a worker was killed.
+        """
+        if min(self.limit, count) <= 1:
+            for task in tasks:
+                yield function(*task)
+            return
+        waiting: deque[Future[T]] = deque()
+        try:
+            for task in tasks:
+                waiting.append(self._submit(function, task))
+                if len(waiting) >= TASKS_PER_WORKER * self.limit:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise ClusterError("a worker process was killed, probably for want of memory",
-                           hint="run the same command again, it goes on where it stopped; --workers takes fewer"
-                           ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+        except BrokenProcessPool as error:
+            raise ClusterError("a worker process was killed, probably for want of memory",
+                               hint="run the same command again, it goes on where it stopped; --workers takes fewer"
+                               ) from error
+
+    def _submit(self, function: Callable[..., T], task: tuple[Any, ...]) -> "Future[T]":
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")  # threads of ours would not survive a fork
+            self._pool = ProcessPoolExecutor(self.limit, mp_context=context, initializer=_begin)
+        return self._pool.submit(function, *task)
 
 
 def _begin() -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 import braceexpand
-from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError
@@ -53,6 +52,9 @@ class ShardsSource:
             yield TarUnit(f"{folder}/{name}", prefix, size, digest)
 
     def read(self, unit: TarUnit) -> Iterator[Crop]:
+        # Imported here because webdataset loads torch where it finds it: seconds that other sources do without.
+        from webdataset.tariterators import group_by_keys, tar_file_iterator
+
         try:
             members = ({**member, "__url__": unit.url} for member in tar_file_iterator(self._open(unit)))
             for sample in group_by_keys(members, lcase=False):

@@ -4,10 +4,10 @@ Two laws on a grid of rows x columns: rectangles that overlap until a share is c
 iBOT `loader.py` ImageFolderMask), or single patches.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count, islice
-from math import exp, log, sqrt
+from math import exp, log, prod, sqrt
 from typing import Literal
 
 import numpy as np
@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from datapipe.config import Range, Size
-from datapipe.randomness import Floats, Ints, draw, uniform
+from datapipe.randomness import Floats, Ints, uniform
 from datapipe.settings import settings
 
-Mask = NDArray[np.bool_]
+Masks = NDArray[np.bool_]
 """True: hidden."""
 
 TRIES = 10
@@ -55,39 +55,41 @@ class MaskConfig:
 
 
 @dataclass(frozen=True)
-class MaskSpec:
-    """Masks for all views of one group: [views, batch, rows, columns]."""
+class MaskLaw:
+    """What the loader must draw for one masked view."""
 
-    group: str
-    """Name of the views."""
     grid: Size
     """(rows, columns) of patches."""
-    law: MaskConfig
+    config: MaskConfig = MaskConfig()
     equal: bool = False
-    """Hide the same number of patches in every view: what rectangles leave open is made up patch by patch."""
+    """Hide the same number of patches in every image: what rectangles leave open is made up patch by patch."""
 
     def __post_init__(self) -> None:
-        if self.equal and (len(self.law.ratios) != 1 or any(self.law.spreads)):
+        if self.equal and (len(self.config.ratios) != 1 or any(self.config.spreads)):
             raise ValueError("equally many patches need a single ratio without spread")
 
 
-def make_masks(spec: MaskSpec, seed: int, positions: Ints, out: Mask) -> None:
-    """Fill out[view, row] for the images at these places of the stream."""
-    for view, masks in enumerate(out):
-        purpose = f"views/{spec.group}/{view}/mask"
-        share = _shares(spec.law, uniform(seed, f"{purpose}/share", positions, 2))
-        if spec.law.kind == "random":
-            _hide_more(masks, np.floor(share * masks[0].size + 1e-9), seed, f"{purpose}/patches", positions)
-            continue
-        first = draw(seed, {f"{purpose}/0": 4 * AT_ONCE}, positions)[f"{purpose}/0"]
+def draw_masks(laws: Sequence[MaskLaw], seed: int, positions: Ints) -> Masks:
+    """The masks of the images at these places of the stream, one per law: [laws, images, rows, columns]."""
+    return np.stack([_drawn(law, f"mask/{view}", seed, positions) for view, law in enumerate(laws)])
+
+
+def _drawn(law: MaskLaw, purpose: str, seed: int, positions: Ints) -> Masks:
+    """[images, rows, columns]"""
+    masks = np.zeros((len(positions), *law.grid), dtype=np.bool_)
+    share = _shares(law.config, uniform(seed, f"{purpose}/share", positions, 2))
+    if law.config.kind == "block":
+        first = uniform(seed, f"{purpose}/0", positions, 4 * AT_ONCE)
         for row, position in enumerate(positions.tolist()):
             numbers = chain(_by_four(first[row]), _later(seed, purpose, position))
-            masks[row] = block_mask(spec.grid, float(share[row]), numbers, spec.law)
-        if spec.equal:
-            _hide_more(masks, np.floor(share * masks[0].size + 1e-9), seed, f"{purpose}/patches", positions)
+            masks[row] = block_mask(law.grid, float(share[row]), numbers, law.config)
+    if law.config.kind == "random" or law.equal:
+        target = np.floor(share * prod(law.grid) + 1e-9)
+        _hide_more(masks, target, uniform(seed, f"{purpose}/patches", positions, prod(law.grid)))
+    return masks
 
 
-def block_mask(grid: Size, share: float, numbers: Iterator[list[float]], law: MaskConfig) -> Mask:
+def block_mask(grid: Size, share: float, numbers: Iterator[list[float]], config: MaskConfig) -> Masks:
     """Rectangles until `share` of the grid is hidden, never more; [rows, columns].
 
         while budget = share * rows * columns - hidden > 0:
@@ -105,7 +107,7 @@ def block_mask(grid: Size, share: float, numbers: Iterator[list[float]], law: Ma
     budget = share * mask.size
     while budget > 0:
         for four in islice(numbers, TRIES):
-            place = _rectangle(grid, budget, four, law)
+            place = _rectangle(grid, budget, four, config)
             fresh = 0 if place is None else mask[place].size - int(mask[place].sum())
             if place is not None and 0 < fresh <= budget:
                 mask[place] = True
@@ -116,11 +118,11 @@ def block_mask(grid: Size, share: float, numbers: Iterator[list[float]], law: Ma
     return mask
 
 
-def _rectangle(grid: Size, budget: float, four: list[float], law: MaskConfig) -> tuple[slice, slice] | None:
+def _rectangle(grid: Size, budget: float, four: list[float], config: MaskConfig) -> tuple[slice, slice] | None:
     """Where a rectangle would lie; None if it is as high or as wide as the grid."""
-    least = law.least_area or (min(grid) // 3) ** 2
+    least = config.least_area or (min(grid) // 3) ** 2
     area = least + (budget - least) * four[0]
-    low, high = log(law.aspect[0]), log(law.aspect[1])
+    low, high = log(config.aspect[0]), log(config.aspect[1])
     aspect = exp(low + (high - low) * four[1])
     height, width = round(sqrt(area * aspect)), round(sqrt(area / aspect))
     if height >= grid[0] or width >= grid[1]:
@@ -129,21 +131,20 @@ def _rectangle(grid: Size, budget: float, four: list[float], law: MaskConfig) ->
     return slice(top, top + height), slice(left, left + width)
 
 
-def _shares(law: MaskConfig, unit: Floats) -> Floats:
+def _shares(config: MaskConfig, unit: Floats) -> Floats:
     """The share to hide of each image, from two uniform numbers: which ratio, and where in its spread."""
-    which = np.floor(unit[:, 0] * len(law.ratios)).astype(np.int64)
-    ratio, spread = np.array(law.ratios)[which], np.array(law.spreads)[which]
+    which = np.floor(unit[:, 0] * len(config.ratios)).astype(np.int64)
+    ratio, spread = np.array(config.ratios)[which], np.array(config.spreads)[which]
     found: Floats = ratio + spread * (2 * unit[:, 1] - 1)
     return found
 
 
-def _hide_more(masks: Mask, target: Floats, seed: int, purpose: str, positions: Ints) -> None:
-    """Hide single patches, drawn at random from the visible ones, until each mask has its number."""
+def _hide_more(masks: Masks, target: Floats, unit: Floats) -> None:
+    """Hide further patches, those with the smallest numbers, until each mask has as many as it should."""
     flat = masks.reshape(len(masks), -1)
-    order = np.argsort(np.where(flat, 2.0, uniform(seed, purpose, positions, flat.shape[1])), axis=1)
+    smallest_first = np.argsort(np.where(flat, 2.0, unit), axis=1)
+    rank = np.argsort(smallest_first, axis=1)
     missing = target - flat.sum(axis=1)
-    rank = np.empty_like(order)
-    np.put_along_axis(rank, order, np.arange(flat.shape[1])[None, :], axis=1)
     masks |= (rank < missing[:, None]).reshape(masks.shape)
 
 

@@ -1,0 +1,122 @@
+"""Masks: the references' statistics on any grid, the same for any batch that holds the image."""
+
+from itertools import cycle
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+from scipy.stats import ks_2samp
+
+from datapipe.masking import MaskConfig, MaskLaw, Masks, block_mask, draw_masks
+from tests.golden import golden
+
+GRID = (16, 8)
+FIXED = MaskConfig(ratios=(0.3,), spreads=(0.0,))
+
+
+def drawn(config: MaskConfig, count: int = 400, *, grid: tuple[int, int] = GRID, equal: bool = False) -> Masks:
+    return draw_masks([MaskLaw(grid, config, equal)], 3, np.arange(count))[0]
+
+
+def listed(value: object) -> tuple[float, ...]:
+    return tuple(value) if isinstance(value, list) else (float(str(value)),)
+
+
+def test_block_masks__have_the_statistics_of_the_reference() -> None:
+    about, tensors = golden("ibot_block_masks")
+    for name, setting in about["hyper_parameters"].items():
+        config = MaskConfig(ratios=listed(setting["pred_ratio"]), spreads=listed(setting["pred_ratio_var"]),
+                            aspect=tuple(setting["aspect_ratio"]))
+        theirs = tensors[f"{name}/achieved_ratio_many"].numpy()
+        masks = drawn(config, len(theirs), grid=tuple(setting["grid"]))
+        ours = masks.mean(axis=(1, 2))
+        error = np.sqrt((ours.var() + theirs.var()) / len(theirs))
+        assert abs(ours.mean() - theirs.mean()) <= 3 * error + 1e-12, name
+        assert ks_2samp(ours, theirs).pvalue > 0.001, name
+        assert ours.max() <= max(np.add(config.ratios, config.spreads))
+        assert abs((ours == 0).mean() - (theirs == 0).mean()) < 0.05
+        place_error = np.sqrt(masks.var(axis=0) * 2 / len(theirs))  # where patches are hidden, 128 comparisons
+        assert (np.abs(masks.mean(axis=0) - tensors[f"{name}/mean_mask"].numpy()) / place_error.clip(1e-9)).max() < 4.5
+
+
+def test_block_masks__block_sizes_are_those_of_the_reference() -> None:
+    """Masks of a single rectangle would have the histogram of the first; so compare the runs of hidden patches."""
+    about, tensors = golden("ibot_block_masks")
+    for name, setting in about["hyper_parameters"].items():
+        theirs = tensors[f"{name}/masks"].numpy()
+        config = MaskConfig(ratios=listed(setting["pred_ratio"]), spreads=listed(setting["pred_ratio_var"]),
+                            aspect=tuple(setting["aspect_ratio"]))
+        ours = drawn(config, 2000, grid=tuple(setting["grid"]))
+        for axis in (1, 2):
+            ours_edges, theirs_edges = (np.diff(masks.astype(int), axis=axis) != 0 for masks in (ours, theirs))
+            per_mask = [edges.sum(axis=(1, 2)) for edges in (ours_edges, theirs_edges)]
+            error = np.sqrt(per_mask[0].var() / len(ours) + per_mask[1].var() / len(theirs))
+            assert abs(per_mask[0].mean() - per_mask[1].mean()) < 4 * error, (name, axis)
+
+
+def test_draw_masks__hang_on_seed_and_position_alone() -> None:
+    laws = [MaskLaw(GRID), MaskLaw(GRID, MaskConfig(kind="random"))]
+    positions = np.array([7, 1_000_003, 3, 12])
+    whole = draw_masks(laws, 5, positions)
+    assert whole.shape == (2, 4, *GRID) and whole.dtype == np.bool_
+    for row in range(4):
+        np.testing.assert_array_equal(draw_masks(laws, 5, positions[row : row + 1])[:, 0], whole[:, row])
+    many = draw_masks([MaskLaw(GRID, FIXED)] * 2, 5, np.arange(50))
+    assert not np.array_equal(many[0], many[1])
+    assert not np.array_equal(many, draw_masks([MaskLaw(GRID, FIXED)] * 2, 6, np.arange(50)))
+
+
+@pytest.mark.parametrize("grid", [(16, 8), (24, 8), (4, 4), (14, 14), (8, 4), (3, 2)])
+def test_block_masks__of_any_grid_stay_below_their_share(grid: tuple[int, int]) -> None:
+    for ratio in (0.1, 0.3, 0.75):
+        config = MaskConfig(ratios=(ratio,), spreads=(0.0,))
+        hidden = drawn(config, 200, grid=grid).sum(axis=(1, 2))
+        assert (hidden <= ratio * grid[0] * grid[1]).all()
+        assert hidden.mean() >= 0.5 * np.floor(ratio * grid[0] * grid[1])
+
+
+@pytest.mark.parametrize("kind", ["block", "random"])
+def test_equal__hides_exactly_as_many_everywhere(kind: str) -> None:
+    config = MaskConfig(kind=kind, ratios=(0.75,), spreads=(0.0,))  # type: ignore[arg-type]
+    masks = drawn(config, equal=True)
+    assert set(masks.sum(axis=(1, 2)).tolist()) == {96}
+    assert masks.mean(axis=0).min() > 0.1  # rectangles reach the corners least
+    if kind == "block":  # what is made up patch by patch only adds
+        assert not (drawn(config) & ~masks).any()
+
+
+def test_random_masks__every_patch_alike() -> None:
+    masks = drawn(MaskConfig(kind="random", ratios=(0.25, 0.5), spreads=(0.0, 0.25)), 4000)
+    share = masks.mean(axis=(1, 2))
+    assert (share == 0.25).mean() == pytest.approx(0.5, abs=0.03)
+    assert share[share != 0.25].min() < 0.26 and share.max() > 0.73
+    assert abs(masks.mean(axis=0) - masks.mean()).max() < 0.04
+
+
+def test_block_mask__follows_its_numbers_by_hand() -> None:
+    config = MaskConfig(ratios=(0.5,), spreads=(0.0,), aspect=(1.0, 1.0), least_area=4)
+    refused = [1.0, 0.5, 0.0, 0.0]  # 32 patches: a square of 6, wider than 5 columns
+    square = [0.0, 0.5, 0.0, 0.99]  # 4 patches at the top right
+    numbers = iter([refused, square] + [refused] * 10 + [square])
+    mask = block_mask((8, 5), 0.9, numbers, config)
+    expected = np.zeros((8, 5), bool)
+    expected[:2, 3:] = True
+    np.testing.assert_array_equal(mask, expected)  # ten refusals end the mask
+    assert next(numbers) == square
+    again = block_mask((8, 5), 0.5, cycle([square]), config)  # adds nothing: refused ten times
+    np.testing.assert_array_equal(again, expected)
+
+
+@pytest.mark.parametrize(("changes", "told"), [
+    ({"ratios": (0.3,)}, "1 ratios need as many spreads"),
+    ({"ratios": (0.1, 0.3)}, "ratio - spread"),
+    ({"ratios": (0.3,), "spreads": (0.7,)}, "ratio - spread"),
+    ({"aspect": (2.0, 1.0)}, "aspect"),
+])  # fmt: skip
+def test_config__mistakes_are_told(changes: dict[str, object], told: str) -> None:
+    if changes.get("ratios") == (0.1, 0.3):
+        changes = {**changes, "spreads": (0.2, 0.2)}
+    with pytest.raises(ValidationError, match=told):
+        MaskConfig(**changes)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="single ratio"):
+        MaskLaw(GRID, MaskConfig(), equal=True)

@@ -27,6 +27,26 @@ def crops(unit: Floats, height: Ints, width: Ints, scale: tuple[float, float], r
     return np.where(fits.any(axis=1, keepdims=True), drawn, _centre(height, width, ratio))
 
 
+def nearest(tried: Ints, other: Ints, iou: tuple[float, float]) -> Ints:
+    """Of several boxes per image, [tries, n, 4], the first whose overlap with another box is within bounds: [n, 4].
+
+    Where none is, the one that comes nearest to the bounds.
+    """
+    overlap = intersection_over_union(tried, other)
+    miss = np.maximum(iou[0] - overlap, overlap - iou[1]).clip(min=0)
+    chosen = np.argmin(miss, axis=0)[None, :, None]
+    return np.take_along_axis(tried, chosen, axis=0)[0]
+
+
+def intersection_over_union(one: Ints, other: Ints) -> Floats:
+    """Area of the intersection over area of the union, box by box: [..., 4] -> [...]."""
+    low = np.maximum(one[..., :2], other[..., :2])
+    high = np.minimum(one[..., :2] + one[..., 2:], other[..., :2] + other[..., 2:])
+    shared = (high - low).clip(min=0).prod(axis=-1)
+    whole: Floats = one[..., 2:].prod(axis=-1) + other[..., 2:].prod(axis=-1) - shared
+    return shared / whole
+
+
 def erasures(unit: Floats, size: tuple[int, int], area: tuple[float, float], ratio: tuple[float, float]) -> Ints:
     """RandomErasing.get_params for n views of one size; unit [n, NUMBERS] -> int64 [n, 4], height 0 for none."""
     height, width = (np.full(len(unit), side, dtype=np.int64) for side in size)

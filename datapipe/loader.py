@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from datapipe.config import StreamConfig
+from datapipe.masking import Masks, draw_masks
 from datapipe.order import Order
 from datapipe.photometric import View
 from datapipe.randomness import Floats, Ints
@@ -32,6 +33,9 @@ class Batch:
     `views[name]` is uint8 [V, n, H, W, 3]; the other arrays are [n]. Padding rows have sample, position, label and
     camera -1, weight 0 and black views; real rows weigh 1 / (after - start). `label` and `camera` are those of the
     crop that was really read; -1 where unknown. `waited_s`: seconds the consumer stood still for this batch.
+
+    Where the method asks for them: `masks` bool [V, n, rows, columns], True where a patch is hidden (padding: False),
+    and `boxes` int64 [V, n, 5]: top, left, height, width in the source image and flipped (padding: 0).
     """
 
     views: dict[str, View]
@@ -43,6 +47,8 @@ class Batch:
     start: int
     after: int
     waited_s: float = 0.0
+    masks: Masks | None = None
+    boxes: Ints | None = None
 
     def micro_batches(self, rows: int) -> Iterator["Batch"]:
         """The batch in pieces of `rows`, as views of its arrays: nothing is copied."""
@@ -58,6 +64,8 @@ class Batch:
             weight=self.weight[rows],
             label=self.label[rows],
             camera=self.camera[rows],
+            masks=None if self.masks is None else self.masks[:, rows],
+            boxes=None if self.boxes is None else self.boxes[:, rows],
         )
 
 
@@ -162,6 +170,7 @@ class Loader:
         position[~real] = -1
         sample = np.full(self.rows, -1, dtype=np.int64)
         sample[real] = self.order.samples(position[real])
+        masks = self.spec.masks
         return Batch(
             views=views,
             sample=sample,
@@ -171,6 +180,8 @@ class Loader:
             camera=np.full(self.rows, -1, dtype=np.int64),
             start=start,
             after=after,
+            masks=np.zeros((len(masks), self.rows, *masks[0].grid), dtype=np.bool_) if masks else None,
+            boxes=np.zeros((self.spec.boxed, self.rows, 5), dtype=np.int64) if self.spec.boxed else None,
         )
 
     def _begin(self, batch: Batch) -> list[Future[None]]:
@@ -189,7 +200,9 @@ class Loader:
             return
         part = part._part(slice(0, real))
         rows, data = self.stream.fetch(part.sample)
-        for row in make_views(data, self.spec, self.seed, part.position, part.views):
+        if part.masks is not None:
+            part.masks[:] = draw_masks(self.spec.masks, self.seed, part.position)
+        for row in make_views(data, self.spec, self.seed, part.position, part.views, part.boxes):
             rows[row] = self._substitute(part._part(slice(row, row + 1)), int(rows[row]))
         part.label[:] = self.stream.pid[rows]
         part.camera[:] = self.stream.camera[rows]
@@ -199,7 +212,7 @@ class Loader:
         while True:
             rows, data = self.stream.replace(int(one.sample[0]), row, "does not decode")
             row = int(rows[0])
-            if not make_views(data, self.spec, self.seed, one.position, one.views):
+            if not make_views(data, self.spec, self.seed, one.position, one.views, one.boxes):
                 return row
 
 

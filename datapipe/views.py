@@ -4,7 +4,7 @@ This is the one implementation: what `preview` shows is what training sees. Norm
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import BytesIO
 from typing import Any, Literal
@@ -14,12 +14,17 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from datapipe import boxes, photometric
+from datapipe import boxes as cuts
+from datapipe import photometric
 from datapipe.config import Range, Size, ViewConfig
+from datapipe.masking import MaskLaw
 from datapipe.photometric import Photometric, View
 from datapipe.randomness import Floats, Ints, draw
 
 cv2.setNumThreads(0)  # the loader's threads are the parallelism; cv2's own pool would fight them
+
+REDRAWS = 8
+"""Crops drawn for a view that must lie near another one."""
 
 Band = tuple[float, float]
 """(top, bottom) as shares of the image's height; (0, 1) is the whole image."""
@@ -40,6 +45,14 @@ class ViewGroup:
     flip: float
     bands: tuple[Band, ...]
     photometric: tuple[Photometric, ...]
+    flip_with: str = ""
+    """Groups that give the same name here flip together: one draw per image. Empty: each view by itself."""
+    near: str = ""
+    """A group before this one: crops are drawn again, up to REDRAWS times, until their overlap (intersection over
+    union) with the first crop of that group is within `iou`. Empty: wherever they fall."""
+    iou: Range = (0.0, 1.0)
+    boxed: bool = False
+    """Report where the crops of this group were cut."""
 
     def __post_init__(self) -> None:
         if len(self.bands) != len(self.photometric):
@@ -52,10 +65,17 @@ class ViewSpec:
 
     groups: tuple[ViewGroup, ...]
     interpolation: Literal["bicubic", "linear"] = "bicubic"
+    masks: tuple[MaskLaw, ...] = ()
+    """One for each masked view: which of its patches are hidden from the student."""
 
     def shape(self, group: ViewGroup, batch: int) -> tuple[int, int, int, int, int]:
         """[views, batch, height, width, 3]."""
         return len(group.bands), batch, *group.size, 3
+
+    @property
+    def boxed(self) -> int:
+        """Views whose boxes are reported, in the order of the groups."""
+        return sum(len(group.bands) for group in self.groups if group.boxed)
 
 
 def multi_crop(config: ViewConfig, *, size: Size, local_size: Size, local_bands: tuple[Band, ...]) -> ViewSpec:
@@ -94,9 +114,44 @@ def multi_crop(config: ViewConfig, *, size: Size, local_size: Size, local_bands:
     return ViewSpec(groups=(pair, small) if local_bands else (pair,), interpolation=config.interpolation)
 
 
-def make_views(jpegs: list[bytes], spec: ViewSpec, seed: int, positions: Ints, out: dict[str, View]) -> list[int]:
+@dataclass(frozen=True)
+class RegionLaw:
+    """How regions of an image are cut: area as a share of it, width over height, bounds on the overlap of two."""
+
+    scale: Range
+    ratio: Range
+    iou: Range
+    share_flip: bool
+    """Both are mirrored or neither is; otherwise each by itself."""
+
+
+def regions(
+    config: ViewConfig, law: RegionLaw, *, size: Size, pair: bool, masks: tuple[MaskLaw, ...] = ()
+) -> ViewSpec:
+    """One crop of an image, "region_a", or two, "region_b" too, with their boxes; never recoloured (PersonMAE)."""
+    first = ViewGroup(
+        name="region_a",
+        size=size,
+        scale=law.scale,
+        ratio=law.ratio,
+        flip=config.flip,
+        bands=((0.0, 1.0),),
+        photometric=(Photometric(),),
+        flip_with="regions" if law.share_flip else "",
+        boxed=True,
+    )
+    bounded = law.iou != (0.0, 1.0)
+    second = replace(first, name="region_b", near="region_a" if bounded else "", iou=law.iou)
+    return ViewSpec((first, second) if pair else (first,), interpolation=config.interpolation, masks=masks)
+
+
+def make_views(
+    jpegs: list[bytes], spec: ViewSpec, seed: int, positions: Ints, out: dict[str, View], boxes: Ints | None = None
+) -> list[int]:
     """Fill out[group][view, row] for every image; returns the rows whose bytes are no image (left as they were).
 
+    `boxes` [spec.boxed, n, 5], if given, gets the boxed views' (top, left, height, width) in the image and whether they
+    are flipped.
     Everything random is a function of (seed, position, group, view, operation). Views of a bad row can be made
     later from a substitute, with the position of the row.
     """
@@ -106,7 +161,9 @@ def make_views(jpegs: list[bytes], spec: ViewSpec, seed: int, positions: Ints, o
     images = [image for image in decoded if image is not None]
     if images:
         targets = {name: [[stack[row] for row in good] for stack in array] for name, array in out.items()}
-        _fill(images, spec, draw(seed, _numbers_needed(spec), positions[good]), targets)
+        found = _fill(images, spec, draw(seed, _numbers_needed(spec), positions[good]), targets)
+        if boxes is not None:
+            boxes[:, good] = found
     return bad
 
 
@@ -137,44 +194,60 @@ def _numbers_needed(spec: ViewSpec) -> dict[str, int]:
     for group in spec.groups:
         for view, colours in enumerate(group.photometric):
             purpose = f"views/{group.name}/{view}"
-            needed[f"{purpose}/crop"] = boxes.NUMBERS
-            needed[f"{purpose}/flip"] = 1
+            needed[f"{purpose}/crop"] = cuts.NUMBERS * _draws(group)
+            needed[_flip_purpose(group, view)] = 1
             for operation, count in photometric.numbers_needed(colours).items():
                 needed[f"{purpose}/{operation}"] = count
     return needed
 
 
-def _fill(images: list[View], spec: ViewSpec, unit: dict[str, Floats], targets: dict[str, list[list[View]]]) -> None:
+def _draws(group: ViewGroup) -> int:
+    return REDRAWS if group.near else 1
+
+
+def _flip_purpose(group: ViewGroup, view: int) -> str:
+    return f"views/flip/{group.flip_with}" if group.flip_with else f"views/{group.name}/{view}/flip"
+
+
+def _fill(images: list[View], spec: ViewSpec, unit: dict[str, Floats], targets: dict[str, list[list[View]]]) -> Ints:
+    """Make the views in place; returns the boxes of the boxed ones, [spec.boxed, n, 5]."""
     sizes = np.array([image.shape[:2] for image in images], dtype=np.int64)
     sources: list[Any] = images
     resize: Callable[[Any, list[int], View], None] = _resize_linear
     if spec.interpolation == "bicubic":
         sources, resize = [Image.fromarray(image) for image in images], _resize_bicubic
+    cut: dict[str, Ints] = {}
+    found = [np.empty((0, len(images), 5), dtype=np.int64)]
     for group in spec.groups:
         for view, (band, colours) in enumerate(zip(group.bands, group.photometric, strict=True)):
             purpose = f"views/{group.name}/{view}"
-            crops = _crops(unit[f"{purpose}/crop"], sizes, band, group).tolist()
-            flips = (unit[f"{purpose}/flip"][:, 0] < group.flip).tolist()
+            crops = _crops(unit[f"{purpose}/crop"], sizes, band, group, cut.get(group.near))
+            flips = unit[_flip_purpose(group, view)][:, 0] < group.flip
+            cut.setdefault(group.name, crops)
+            if group.boxed:
+                found.append(np.concatenate([crops, flips[:, None]], axis=1)[None])
             mine = {name: unit[f"{purpose}/{name}"] for name in photometric.numbers_needed(colours)}
             steps = photometric.plan(colours, mine, group.size, len(images))
             for source, box, flip, todo, target in zip(
-                sources, crops, flips, steps, targets[group.name][view], strict=True
+                sources, crops.tolist(), flips.tolist(), steps, targets[group.name][view], strict=True
             ):
                 resize(source, box, target)
                 if flip:
                     cv2.flip(target, 1, dst=target)
                 for operation, argument in todo:
                     operation(target, argument)
+    return np.concatenate(found)
 
 
-def _crops(unit: Floats, sizes: Ints, band: Band, group: ViewGroup) -> Ints:
+def _crops(unit: Floats, sizes: Ints, band: Band, group: ViewGroup, other: Ints | None) -> Ints:
     """Boxes in the image; the band's rows are cut as the reference does (PASS/main_pass.py:575-589)."""
     height, width = sizes[:, 0], sizes[:, 1]
     top = np.minimum((height * band[0]).astype(np.int64), height - 1)
     bottom = np.maximum((height * band[1]).astype(np.int64), top + 1)
-    found = boxes.crops(unit, bottom - top, width, group.scale, group.ratio)
-    found[:, 0] += top
-    return found
+    tries = np.split(unit, _draws(group), axis=1)
+    tried = np.stack([cuts.crops(numbers, bottom - top, width, group.scale, group.ratio) for numbers in tries])
+    tried[..., 0] += top
+    return tried[0] if other is None else cuts.nearest(tried, other, group.iou)
 
 
 def _resize_linear(image: View, box: list[int], target: View) -> None:

@@ -30,6 +30,10 @@ class Place:
             "camera": torch.from_numpy(batch.camera.copy()),
             "weight": torch.from_numpy(batch.weight.copy()).to(self.device, self.dtype),
         }
+        if batch.masks is not None:
+            views["mask"] = torch.from_numpy(batch.masks).to(self.device)
+        if batch.boxes is not None:
+            views["boxes"] = torch.from_numpy(batch.boxes).to(self.device)
         for name, pixels in batch.views.items():
             views[name] = self._normalised(pixels)  # type: ignore[literal-required]
         return views

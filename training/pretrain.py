@@ -18,6 +18,7 @@ import torch
 from datapipe.errors import ConfigError, DataError
 from datapipe.loader import Batch, Loader
 from datapipe.manifest import Manifest
+from datapipe.masking import draw_masks
 from datapipe.order import ORDER_VERSION, Order
 from datapipe.preview import TrainingViews, view_sheet
 from datapipe.randomness import words
@@ -94,7 +95,7 @@ def build_method(config: RunConfig) -> Method:
 
 def view_spec(config: RunConfig) -> ViewSpec:
     """What the loader must make for the recipe's method."""
-    return methods.METHODS[config.method.name].views(config.method, config.views, config.backbone.size)
+    return methods.METHODS[config.method.name].views(config.method, config.views, config.backbone)
 
 
 def training_views(config: RunConfig) -> TrainingViews:
@@ -225,6 +226,8 @@ def fake_batch(spec: ViewSpec, share: Portion, config: RunConfig) -> Batch:
     return Batch(
         views=views, sample=rows, position=rows, weight=np.full(n, 1 / n), label=rows, camera=rows,
         start=0, after=n, waited_s=0.0,
+        masks=draw_masks(spec.masks, config.seed, rows) if spec.masks else None,
+        boxes=np.broadcast_to([0, 0, *config.backbone.size, 0], (spec.boxed, n, 5)).copy() if spec.boxed else None,
     )  # fmt: skip
 
 

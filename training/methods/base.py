@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypedDict
 import torch
 from torch import Tensor, nn
 
-from datapipe.config import Size, ViewConfig
+from datapipe.config import ViewConfig
 from datapipe.errors import ConfigError
 from datapipe.views import ViewSpec
 from training.backbone import BackboneConfig, VisionTransformer
@@ -27,7 +27,7 @@ Views = TypedDict(
         "region_a": Tensor,  # [V, B, 3, H, W]
         "region_b": Tensor,  # [V, B, 3, H, W]
         "mask": Tensor,  # [V, B, rows, columns] bool, True: hidden from the student
-        "boxes": Tensor,  # [V, B, 4]: top, left, height, width in the source image
+        "boxes": Tensor,  # [V, B, 5] int64: top, left, height, width in the source image, flipped; 0 for padding
         "sample": Tensor,  # [B] int64: row of the data set; -1 marks padding
         "position": Tensor,  # [B] int64: place in the stream, unique even where a sample repeats; best kept on the host
         "label": Tensor,  # [B] int64, where known
@@ -95,7 +95,7 @@ class Method(nn.Module, ABC):
 
     @staticmethod
     @abstractmethod
-    def views(config: Any, views: ViewConfig, size: Size) -> ViewSpec:
+    def views(config: Any, views: ViewConfig, backbone: BackboneConfig) -> ViewSpec:
         """What the loader must make; picklable."""
 
     @abstractmethod

@@ -138,9 +138,9 @@ class Pass(Method):
                 self.register_buffer(f"centre_{token}", torch.zeros(1, config.head.out_dim))
 
     @staticmethod
-    def views(config: PassConfig, views: ViewConfig, size: Size) -> ViewSpec:
+    def views(config: PassConfig, views: ViewConfig, backbone: BackboneConfig) -> ViewSpec:
         bands = tuple(config.bands[area - 1] for area in config.areas)
-        return multi_crop(views, size=size, local_size=config.local_size, local_bands=bands)
+        return multi_crop(views, size=backbone.size, local_size=config.local_size, local_bands=bands)
 
     def forward(self, views: Views, progress: Progress) -> Outcome:
         """One flat mean over the pairs of all tokens, image by image:

@@ -251,7 +251,7 @@ def test_bands__cover_the_image_and_overlap(parts: int, overlap: float, bands: l
 
 
 def test_views__two_globals_and_the_locals_of_each_band_in_order() -> None:
-    spec = pickle.loads(pickle.dumps(Pass.views(PassConfig(), ViewConfig(), (256, 128))))
+    spec = pickle.loads(pickle.dumps(Pass.views(PassConfig(), ViewConfig(), BackboneConfig(size=(256, 128)))))
     assert [group.name for group in spec.groups] == ["global", "local"]
     global_, local = spec.groups
     assert global_.size == (256, 128) and len(global_.bands) == 2

@@ -41,6 +41,12 @@ class MaskConfig:
     """Height over width of a rectangle, drawn log-uniformly."""
     least_area: int = Field(default=0, ge=0)
     """Smallest area that a rectangle aims at, patches. 0: the square of a third of the grid's shorter side."""
+    most_area: int = Field(default=0, ge=0)
+    """Largest area that a rectangle aims at, patches. 0: all that is still to be hidden."""
+    overhang: bool = False
+    """May rectangles reach beyond the edge of the grid? Those that may not, as published, hide its middle much more
+    often than its edge: at three quarters of 16 x 8, .98 of the time against .2 in the corners, so that what stays
+    visible of a person crop is mostly background. Those that may hide all patches about equally often."""
 
     @model_validator(mode="after")
     def _fits(self) -> "MaskConfig":
@@ -94,10 +100,10 @@ def block_mask(grid: Size, share: float, numbers: Iterator[list[float]], config:
 
         while budget = share * rows * columns - hidden > 0:
             at most ten times:
-                area   ~ U(least area, budget)                       (the other way round when less is left)
+                area   ~ U(least area, min(budget, most area))       (the other way round when less is left)
                 aspect ~ exp U(log lowest, log highest)
                 height, width = round(sqrt(area * aspect)), round(sqrt(area / aspect))
-                a place anywhere on the grid
+                a place anywhere on the grid                         (`overhang`: any that covers some of it)
                 hide it, if it is lower and narrower than the grid and hides between 1 and `budget` patches more
             if none was hidden: stop
 
@@ -121,14 +127,23 @@ def block_mask(grid: Size, share: float, numbers: Iterator[list[float]], config:
 def _rectangle(grid: Size, budget: float, four: list[float], config: MaskConfig) -> tuple[slice, slice] | None:
     """Where a rectangle would lie; None if it is as high or as wide as the grid."""
     least = config.least_area or (min(grid) // 3) ** 2
-    area = least + (budget - least) * four[0]
+    most = min(budget, config.most_area or budget)
+    area = least + (most - least) * four[0]
     low, high = log(config.aspect[0]), log(config.aspect[1])
     aspect = exp(low + (high - low) * four[1])
     height, width = round(sqrt(area * aspect)), round(sqrt(area / aspect))
     if height >= grid[0] or width >= grid[1]:
         return None
-    top, left = int(four[2] * (grid[0] - height + 1)), int(four[3] * (grid[1] - width + 1))
-    return slice(top, top + height), slice(left, left + width)
+    return _stretch(height, grid[0], four[2], config), _stretch(width, grid[1], four[3], config)
+
+
+def _stretch(length: int, cells: int, unit: float, config: MaskConfig) -> slice:
+    """So many neighbouring cells, or what lies on the grid of them."""
+    if not config.overhang:
+        start = int(unit * (cells - length + 1))
+        return slice(start, start + length)
+    start = int(unit * (cells + length - 1)) - length + 1
+    return slice(max(start, 0), start + length)
 
 
 def _shares(config: MaskConfig, unit: Floats) -> Floats:

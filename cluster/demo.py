@@ -26,7 +26,7 @@ from training.reid.zero_shot import COLOUR_HISTOGRAM, RANDOM
 from training.speed import duration, faster_precision
 
 RECIPE = Path(recipes.__file__).parent / "recipes" / "demo.toml"
-DEMO_STEPS = 450
+DEMO_STEPS = 360
 """Steps of the demo's recipe on the rendered crops; crops of your own get as many."""
 LIMIT = 3.0
 """Times the mAP of random weights that the last checkpoint must reach."""

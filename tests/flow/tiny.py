@@ -68,7 +68,8 @@ def recipe(folder: Path, manifest: str, out: str, *, epochs: float = 1.0) -> Pat
 
 def shards(crops: Path, out: str, storage: StorageConfig | None = None, *, each: int = 17) -> Manifest:
     """Shards of a folder of crops, `each` crops in one."""
-    return ingest([str(crops)], out, ShardConfig(samples_per_shard=each, workers=1), storage or StorageConfig()).manifest
+    config = ShardConfig(samples_per_shard=each, workers=1)
+    return ingest([str(crops)], out, config, storage or StorageConfig()).manifest
 
 
 def command(*words: str, **environment: str) -> subprocess.Popen[str]:

@@ -1,0 +1,106 @@
+"""Bad input ends in one clear message, a non-zero exit code, and no stack trace unless --debug asks for one."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from datapipe.manifest import Manifest
+from tests.conftest import S3Server
+from tests.flow.tiny import command, finished, recipe, shards
+
+Write = Callable[..., dict[str, bytes]]
+
+
+def _fails(code: int, errors: str, *words: str) -> None:
+    assert code == 1, errors
+    assert "Traceback" not in errors, errors
+    assert errors.startswith("error: ") or "\nerror: " in errors, errors
+    assert "  try:   " in errors, errors
+    for word in words:
+        assert word in errors, errors
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, write_crops: Write) -> Manifest:
+    folder = tmp_path_factory.mktemp("data")
+    write_crops(folder / "crops", 24)
+    return shards(folder / "crops", str(folder / "shards"), each=9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["training", "cluster"])
+def test_pretrain__no_data_set(tmp_path: Path, module: str) -> None:
+    path = recipe(tmp_path, str(tmp_path / "absent"), str(tmp_path / "run"))
+    code, _, errors = finished(command(module, "pretrain", str(path)))
+    _fails(code, errors, "absent")
+
+
+@pytest.mark.slow
+def test_pretrain__debug_shows_the_trace(tmp_path: Path) -> None:
+    path = recipe(tmp_path, str(tmp_path / "absent"), str(tmp_path / "run"))
+    code, _, errors = finished(command("training", "pretrain", str(path), "--debug"))
+    assert code == 1 and "Traceback" in errors
+
+
+@pytest.mark.slow
+def test_pretrain__fewer_crops_than_a_batch(tmp_path: Path, data: Manifest) -> None:
+    path = recipe(tmp_path, data.url, str(tmp_path / "run"))
+    code, _, errors = finished(command("training", "pretrain", str(path), "--optimisation.batch", "25"))
+    _fails(code, errors, "less than one batch of 25", "optimisation.batch")
+
+
+@pytest.mark.slow
+def test_pretrain__a_missing_shard_is_named(tmp_path: Path, write_crops: Write) -> None:
+    write_crops(tmp_path / "crops", 24)
+    data = shards(tmp_path / "crops", str(tmp_path / "shards"), each=9)
+    (tmp_path / "shards" / data.shards[1].name).unlink()
+    path = recipe(tmp_path, data.url, str(tmp_path / "run"))
+    code, _, errors = finished(command("training", "pretrain", str(path)))
+    _fails(code, errors, Path(data.shards[1].name).name)
+
+
+@pytest.mark.slow
+def test_pretrain__a_checkpoint_of_other_data(tmp_path: Path, data: Manifest, write_crops: Write) -> None:
+    path = recipe(tmp_path, data.url, str(tmp_path / "run"))
+    assert finished(command("training", "pretrain", str(path)))[0] == 0
+    write_crops(tmp_path / "others", 30, seed=9)
+    other = shards(tmp_path / "others", str(tmp_path / "shards"))
+    for module in ("training", "cluster"):
+        code, _, errors = finished(command(module, "pretrain", str(path), "--stream.manifest", other.url))
+        _fails(code, errors, "other data", data.id[:12], other.id[:12])
+
+
+@pytest.mark.slow
+def test_pretrain__other_settings_in_the_same_folder(tmp_path: Path, data: Manifest) -> None:
+    path = recipe(tmp_path, data.url, str(tmp_path / "run"))
+    assert finished(command("training", "pretrain", str(path)))[0] == 0
+    code, _, errors = finished(command("training", "pretrain", str(path), "--optimisation.lr", "0.5"))
+    _fails(code, errors, "optimisation.lr: 0.002 -> 0.5", "--out")
+
+
+@pytest.mark.slow
+def test_pretrain__a_wrong_bucket(tmp_path: Path, s3: S3Server) -> None:
+    path = recipe(tmp_path, "s3://no-such-bucket/shards", str(tmp_path / "run"))
+    flags = ("--storage.endpoint-url", s3.endpoint)
+    code, _, errors = finished(command("training", "pretrain", str(path), *flags))
+    _fails(code, errors, "no-such-bucket")
+
+
+@pytest.mark.slow
+def test_pretrain__an_impossible_loss_stops_with_the_run_resumable(tmp_path: Path, data: Manifest) -> None:
+    path = recipe(tmp_path, data.url, str(tmp_path / "run"))
+    code, _, errors = finished(command("training", "pretrain", str(path), "--optimisation.lr", "1e30"))
+    _fails(code, errors, "the step was not taken", "step ")
+
+
+@pytest.mark.slow
+def test_evaluate_export_report__no_run(tmp_path: Path) -> None:
+    for words in (("evaluate", "--data", str(tmp_path)), ("export",), ("checkpoints",)):
+        code, _, errors = finished(command("training", *words, str(tmp_path)))
+        _fails(code, errors, str(tmp_path))
+
+
+def test_commands__a_misspelt_one_is_a_usage_error() -> None:
+    code, _, errors = finished(command("datapipe", "shrad"))
+    assert code == 2 and "did you mean `shard`?" in errors

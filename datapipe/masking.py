@@ -7,7 +7,7 @@ iBOT `loader.py` ImageFolderMask), or single patches.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count, islice
-from math import exp, log, prod, sqrt
+from math import exp, floor, log, prod, sqrt
 from typing import Literal
 
 import numpy as np
@@ -73,6 +73,12 @@ class MaskLaw:
     def __post_init__(self) -> None:
         if self.equal and (len(self.config.ratios) != 1 or any(self.config.spreads)):
             raise ValueError("equally many patches need a single ratio without spread")
+
+    @property
+    def hidden(self) -> int:
+        """Hidden patches of every image, where they are equally many."""
+        assert self.equal
+        return floor(self.config.ratios[0] * prod(self.grid) + 1e-9)
 
 
 def draw_masks(laws: Sequence[MaskLaw], seed: int, positions: Ints) -> Masks:

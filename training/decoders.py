@@ -14,6 +14,7 @@ from timm.layers import LayerNorm, Mlp
 from torch import Tensor, nn
 
 from datapipe.settings import settings
+from training.backbone import BackboneConfig
 from training.positions import sincos
 
 
@@ -79,9 +80,9 @@ class Decoder(nn.Module):
     their place.
     """
 
-    def __init__(self, config: DecoderConfig, *, channels: int, heads: int, mlp_ratio: float, out: int,
-                 init_std: float) -> None:  # fmt: skip
+    def __init__(self, config: DecoderConfig, encoder: BackboneConfig, *, out: int) -> None:
         super().__init__()
+        channels, _, heads, mlp_ratio = encoder.shape
         width, heads = config.width or channels, config.heads or heads
         self.embed = nn.Linear(channels, width)
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02))
@@ -90,7 +91,7 @@ class Decoder(nn.Module):
         self.predict = nn.Linear(width, out)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=init_std)
+                nn.init.trunc_normal_(module.weight, std=encoder.init_std)
                 nn.init.zeros_(module.bias)
 
     def forward(self, seen_BSC: Tensor, memory_BMC: Tensor, places_BQ2: Tensor) -> Tensor:

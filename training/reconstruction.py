@@ -32,8 +32,8 @@ def patchify(images_BIHW: Tensor, patch: int) -> Tensor:
 def pixel_target(images_BIHW: Tensor, patch: int, norm: PixelNorm) -> Tensor:
     """The pixels to predict, patch by patch: [B, N, V].
 
-        "mae":      (x - mean) / sqrt(sum of (x - mean)^2 / (V - 1) + 1e-6), over the V values of a patch
-        "bootmae":  (x - mean) / sqrt(sum of (x - mean)^2 / (V / 3) + 1e-5), over the V / 3 values of a channel
+    "mae":      (x - mean) / sqrt(sum of (x - mean)^2 / (V - 1) + 1e-6), over the V values of a patch
+    "bootmae":  (x - mean) / sqrt(sum of (x - mean)^2 / (V / 3) + 1e-5), over the V / 3 values of a channel
     """
     patches_BNV = patchify(images_BIHW, patch)
     if norm == "none":

@@ -6,6 +6,8 @@ temperature schedule in `dino/main_dino.py`.
 """
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 
 
 def warmup_cosine(
@@ -33,3 +35,19 @@ def teacher_temperature(epoch: int, *, warmup: float, final: float, warmup_epoch
     if epoch >= warmup_epochs:
         return final
     return warmup + (final - warmup) * (epoch / (warmup_epochs - 1) if warmup_epochs > 1 else 0.0)
+
+
+def grown(epoch: int, *, epochs: float) -> float:
+    """Share that grows linearly over the first `epochs` epochs, one value per epoch, and stays 1.
+
+    min(1, (epoch + 1) / epochs); the factor of BootMAE's feature loss (`run_pretraining.py` train_one_epoch).
+    """
+    return min(1.0, (epoch + 1) / epochs) if epochs > 0 else 1.0
+
+
+def along(points: Sequence[tuple[float, float]], epoch: float) -> float:
+    """Linear between (epoch, value) points, which are in order; constant before the first and after the last."""
+    for (before, low), (after, high) in pairwise(points):
+        if before <= epoch < after:
+            return low + (high - low) * (epoch - before) / (after - before)
+    return points[0][1] if epoch < points[0][0] else points[-1][1]

@@ -19,6 +19,7 @@ from datapipe.views import ViewSpec, multi_crop
 from training import targets
 from training.backbone import BackboneConfig, VisionTransformer, keep_masks
 from training.heads import HeadConfig, TokenHeads
+from training.health import cosine_to_others
 from training.losses import entropy, pair_cross_entropies
 from training.methods.base import Method, Outcome, Precision, Progress, Role, Views, at_least_float32, full, lowered
 from training.schedules import teacher_temperature
@@ -239,14 +240,3 @@ class Pass(Method):
             "cosine": cosine_to_others(taught.cls_GBC[0], weight_B),
             "student_teacher_cosine": F.cosine_similarity(learnt.cls_GBC[0], taught.cls_GBC[1], dim=-1),
         }
-
-
-def cosine_to_others(features_BC: Tensor, weight_B: Tensor) -> Tensor:
-    """Mean cosine of each image with the other real images of its micro-batch: [B]; 0 where there is no other.
-
-    cosine[b] = (1 / (n - 1)) * sum over real b' != b of <f[b], f[b']> / (|f[b]| |f[b']|)
-    """
-    real_B1 = (weight_B > 0)[:, None]
-    unit_BC = F.normalize(at_least_float32(features_BC), dim=-1) * real_B1
-    others = (real_B1.sum() - 1).clamp(min=1)
-    return ((unit_BC @ unit_BC.sum(dim=0)) - real_B1[:, 0].to(unit_BC.dtype)) / others

@@ -11,9 +11,10 @@ from datapipe.config import ViewConfig
 from datapipe.errors import ConfigError
 from training.backbone import BackboneConfig
 from training.heads import HeadConfig
+from training.health import cosine_to_others
 from training.methods import METHODS, build
 from training.methods.base import Outcome, Progress, Views
-from training.methods.pass_reid import Pass, PassConfig, cosine_to_others
+from training.methods.pass_reid import Pass, PassConfig
 
 START = Progress(samples=0, step=0, epoch=0, fraction=0.0, total_steps=10, epoch_steps=5.0, seed=3)
 

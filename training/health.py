@@ -1,0 +1,38 @@
+"""Signs of collapse, as metrics: per image, though they compare the images of a micro-batch.
+
+Shapes: B images, C channels.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from training.methods.base import at_least_float32
+
+
+def cosine_to_others(features_BC: Tensor, weight_B: Tensor) -> Tensor:
+    """Mean cosine of each image with the other real images of its micro-batch: [B]; 0 where there is no other.
+
+    cosine[b] = (1 / (n - 1)) * sum over real b' != b of <f[b], f[b']> / (|f[b]| |f[b']|)
+    """
+    real_B1 = (weight_B > 0)[:, None]
+    unit_BC = F.normalize(at_least_float32(features_BC), dim=-1) * real_B1
+    others = (real_B1.sum() - 1).clamp(min=1)
+    return ((unit_BC @ unit_BC.sum(dim=0)) - real_B1[:, 0].to(unit_BC.dtype)) / others
+
+
+def participation(features_BC: Tensor, weight_B: Tensor) -> Tensor:
+    """In how many directions the real images of a micro-batch differ, the same number for each of them: [B].
+
+    The participation ratio of the eigenvalues e of their covariance, from 1 (one direction) to min(C, images - 1) (all
+    alike); 0 where the images do not differ at all. Needs no decomposition: with the Gram matrix G of the centred
+    features,
+
+        (sum of e)^2 / sum of e^2 = trace(G)^2 / sum over b, b' of G[b, b']^2
+    """
+    real_B1 = (weight_B > 0).to(features_BC.dtype)[:, None]
+    mean_C = (features_BC * real_B1).sum(dim=0) / real_B1.sum().clamp(min=1)
+    centred_BC = at_least_float32((features_BC - mean_C) * real_B1)
+    gram_BB = centred_BC @ centred_BC.T
+    tiny = 1e-30
+    ratio = gram_BB.trace().square() / gram_BB.square().sum().clamp(min=tiny)
+    return ratio.expand(len(features_BC))

@@ -1,0 +1,284 @@
+"""PersonMAE: a region of a person, mostly hidden, predicts another region (Hu et al., "PersonMAE: Person
+Re-Identification Pre-Training with Masked AutoEncoders", 2023).
+
+No code is public, and no more than the abstract could be read, so this is a reimplementation. Of the abstract: region A
+is masked by blocks, its visible patches enter the encoder, all of region B is predicted, as pixels and as features.
+Everything beyond is a choice, declared as a field of `PersonMaeConfig` with its source. Decoders, targets and losses
+are those of BootMAE (Dong et al., ECCV 2022), which has authors in common; `regions = "same"` is BootMAE on rectangles.
+
+Shapes: B images, H x W pixels, N patches (row-major) on a grid of R rows and G columns, S = 1 + K seen tokens (CLS and
+the K visible patches), Q places asked for, V = patch * patch * 3 values of a patch, C channels of the encoder.
+"""
+
+import copy
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from datapipe.config import Range, ViewConfig
+from datapipe.masking import MaskConfig, MaskLaw
+from datapipe.settings import settings
+from datapipe.views import RegionLaw, ViewSpec, regions
+from training import positions, reconstruction
+from training.backbone import BackboneConfig, VisionTransformer, keep_masks
+from training.decoders import Decoder, DecoderConfig
+from training.health import cosine_to_others, participation
+from training.methods.base import Method, Outcome, Precision, Progress, Role, Views, at_least_float32, full, lowered
+from training.reconstruction import PixelNorm
+from training.schedules import grown
+
+
+@settings
+class PersonMaeConfig:
+    """PersonMAE: the visible patches of one region predict all of another one. Regions are cut and mirrored, never
+    recoloured: of the settings under `views` only `flip` and `interpolation` apply."""
+
+    name: Literal["personmae"] = "personmae"
+    """The method."""
+    regions: Literal["pair", "same"] = "pair"
+    """"pair": B is another crop of the image than A (PersonMAE's abstract). "same": B is A (BootMAE)."""
+    region_scale: Range = (0.4, 1.0)
+    """Area of a region as a share of the image. Unknown for PersonMAE; MALE and BootMAE (.2, 1), HAP (.8, 1)."""
+    region_ratio: Range = (0.375, 0.667)
+    """Width over height of a region (HAP, MALE): half of the square-ish default, for persons are twice as high."""
+    region_iou: Range = (0.0, 1.0)
+    """Bounds on the overlap of A and B, intersection over union: B is drawn up to 8 times to meet them. Unknown for
+    PersonMAE; (0, 1): none."""
+    share_flip: bool = True
+    """Mirror both regions or neither. Otherwise each by itself; the decoders are told in either case."""
+    mask: MaskConfig = MaskConfig(ratios=(0.75,), spreads=(0.0,), least_area=10, most_area=39, overhang=True)
+    """How A is masked: one ratio without spread, so that equally many patches stay visible in every image. Blocks are
+    in the abstract; .75 and the areas (8 to 31 % of 16 x 8 patches) are BootMAE's; `overhang` is ours."""
+    positions: Literal["sincos", "learned"] = "sincos"
+    """Position table of the encoder: fixed sin-cos of row and column (MAE, BootMAE), or learned."""
+    pixel_norm: PixelNorm = "bootmae"
+    """How the pixels of a patch are standardised to be a target. "bootmae": each channel by itself; "mae": all values
+    together; "none": as they are."""
+    loss_on: Literal["all", "masked"] = "all"
+    """Patches of B that the loss is about. "all" is in the abstract; "masked", the hidden ones of A, as in MAE and
+    BootMAE, makes sense only with `regions = "same"`."""
+    weigh_centres: bool = False
+    """Let the middle of masked blocks count up to double, as BootMAE does. Only with `loss_on = "masked"`."""
+    feature_weight: float = Field(default=1.0, ge=0)
+    """Factor of the feature loss, after its growth (BootMAE: 1)."""
+    feature_growth: float = Field(default=0.25, ge=0, le=1)
+    """Share of the run in which that factor grows, linearly, epoch by epoch (BootMAE: a quarter)."""
+    pixel_decoder: DecoderConfig = DecoderConfig(width=512)
+    """Attends to what comes out of the encoder's first block (BootMAE: width 512, depth 2)."""
+    feature_decoder: DecoderConfig = DecoderConfig()
+    """Attends to what comes out of the encoder's last block (BootMAE: the encoder's width, depth 2)."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "PersonMaeConfig":
+        if self.loss_on == "masked" and self.regions == "pair":
+            raise ValueError('loss_on = "masked" needs regions = "same": no patch of another region is hidden')
+        if self.weigh_centres and self.loss_on == "all":
+            raise ValueError('weigh_centres needs loss_on = "masked"')
+        if len(self.mask.ratios) != 1 or any(self.mask.spreads):
+            raise ValueError("mask needs a single ratio without spread: equally many visible patches in every image")
+        for decoder in (self.pixel_decoder, self.feature_decoder):
+            if decoder.width % 4:
+                raise ValueError(f"width = {decoder.width} of a decoder is no multiple of 4, as its positions need")
+        return self
+
+    def law(self, backbone: BackboneConfig) -> MaskLaw:
+        """The mask of region A."""
+        return MaskLaw(backbone.grid, self.mask, equal=True)
+
+
+class Asked(NamedTuple):
+    """What the decoders are to predict."""
+
+    places_BQ2: Tensor
+    """Where mask tokens go: (row, column) in the frame of A."""
+    seen_too: bool
+    """Are predictions wanted also for the visible patches themselves?"""
+    patches_BQ: Tensor | None
+    """Which patches of B the predictions are for, row by row; None: all, in order."""
+    weight_BQ: Tensor
+    """What each counts in the loss."""
+
+
+class Predictions(NamedTuple):
+    """What the student says of the patches asked for."""
+
+    pixels_BQV: Tensor
+    features_BQC: Tensor
+
+
+class Decoders(nn.Module):
+    """The pixel decoder and the feature decoder."""
+
+    def __init__(self, config: PersonMaeConfig, backbone: BackboneConfig) -> None:
+        super().__init__()
+        self.pixel = Decoder(config.pixel_decoder, backbone, out=backbone.patch**2 * 3)
+        self.feature = Decoder(config.feature_decoder, backbone, out=backbone.shape.width)
+
+
+class PersonMaeStudent(nn.Module):
+    """Encoder of the visible patches of A, and decoders."""
+
+    def __init__(self, config: PersonMaeConfig, backbone: BackboneConfig) -> None:
+        super().__init__()
+        self.backbone = VisionTransformer(backbone)
+        if config.positions == "sincos":
+            _fix_positions(self.backbone)
+        self.head = Decoders(config, backbone)
+
+    def forward(
+        self, region_BIHW: Tensor, visible_BK: Tensor, asked: Asked, *, precision: Precision, keep: Tensor | None
+    ) -> Predictions:
+        """Both decoders see the encoder's normalised output. The pixel decoder attends to what came out of its first
+        block, the feature decoder to what came out of its last."""
+        with lowered(precision, region_BIHW.device):
+            tokens, _ = self.backbone.embed(region_BIHW, part=None, visible=visible_BK)
+            outputs_BSC = list(self.backbone.outputs(tokens, keep=keep))
+            seen_BSC = self.backbone.norm(outputs_BSC[-1])
+            pixel_BTW = self.head.pixel(seen_BSC, outputs_BSC[0], asked.places_BQ2)
+            feature_BTW = self.head.feature(seen_BSC, outputs_BSC[-1], asked.places_BQ2)
+        skipped = 1 if asked.seen_too else seen_BSC.shape[1]
+        with full(region_BIHW.device):
+            return Predictions(
+                self.head.pixel.predict(at_least_float32(pixel_BTW[:, skipped:])),
+                self.head.feature.predict(at_least_float32(feature_BTW[:, skipped:])),
+            )
+
+
+class PersonMaeTeacher(nn.Module):
+    """The encoder that the moving average makes; it sees all of B."""
+
+    def __init__(self, student: PersonMaeStudent) -> None:
+        super().__init__()
+        self.backbone = copy.deepcopy(student.backbone).requires_grad_(False)
+
+    def forward(self, region_BIHW: Tensor, *, precision: Precision) -> Tensor:
+        """What comes out of the last block, before the final norm and without CLS: [B, N, C]."""
+        with lowered(precision, region_BIHW.device):
+            tokens, _ = self.backbone.embed(region_BIHW, part=None)
+            return at_least_float32(self.backbone.last_output(tokens)[:, 1:])
+
+
+class PersonMae(Method):
+    """Masked image modelling across two regions of one image, of pixels and of a moving average's features."""
+
+    student: PersonMaeStudent
+    teacher: PersonMaeTeacher
+
+    def __init__(self, config: PersonMaeConfig, backbone: BackboneConfig) -> None:
+        super().__init__(config, backbone)
+        self.config: PersonMaeConfig = config
+        self.kept = backbone.grid[0] * backbone.grid[1] - config.law(backbone).hidden
+        self.student = PersonMaeStudent(config, backbone)
+        self.teacher = PersonMaeTeacher(self.student)
+
+    @staticmethod
+    def views(config: PersonMaeConfig, views: ViewConfig, backbone: BackboneConfig) -> ViewSpec:
+        law = RegionLaw(config.region_scale, config.region_ratio, config.region_iou, config.share_flip)
+        pair = config.regions == "pair"
+        return regions(views, law, size=backbone.size, pair=pair, masks=(config.law(backbone),))
+
+    def forward(self, views: Views, progress: Progress) -> Outcome:
+        """Pixels and, with a factor that grows over the first part of the run, features:
+
+        loss[b] = pixel loss[b] + a(epoch) * feature loss[b]
+        """
+        region_a, weight_B = views["region_a"][0], views["weight"]
+        region_b = views["region_b"][0] if self.config.regions == "pair" else region_a
+        # visible patches first, both kinds in their order on the grid; padding has no mask, and its first are taken
+        order_BN = views["mask"][0].flatten(1).to(torch.int8).argsort(dim=1, stable=True)
+        asked = self._asked(views, order_BN)
+        with torch.no_grad():
+            features_BNC = self.teacher(region_b, precision=self.precision)
+        said = self.student(
+            region_a, order_BN[:, : self.kept], asked, precision=self.precision, keep=self._keep(views, progress)
+        )
+        with full(region_a.device):
+            patch = self.student.backbone.config.patch
+            pixels_BNV = reconstruction.pixel_target(region_b, patch, self.config.pixel_norm)
+            wanted = Predictions(_taken(pixels_BNV, asked.patches_BQ), _taken(features_BNC, asked.patches_BQ))
+            pixel_B, feature_B = self._losses(said, wanted, asked.weight_BQ)
+            loss_B = pixel_B + self._feature_factor(progress) * feature_B
+            weight_B = weight_B.to(loss_B.dtype)
+            metrics = _metrics(pixel_B, feature_B, features_BNC, weight_B)
+        return Outcome((weight_B * loss_B).sum(), {}, metrics)
+
+    def roles(self) -> dict[str, Role]:
+        """What has two or more dimensions decays, but for CLS and positions, as in BootMAE. Decoders come after all."""
+        return {name: self._role(name, value) for name, value in self.named_parameters() if value.requires_grad}
+
+    def backbone(self) -> VisionTransformer:
+        """The student's encoder."""
+        return self.student.backbone
+
+    def _role(self, name: str, parameter: nn.Parameter) -> Role:
+        network, _, rest = name.removeprefix("student.").partition(".")
+        encoder = self.student.backbone
+        exempt = rest in ("cls_token", "pos_embed")
+        return Role(
+            decay=parameter.ndim > 1 and not exempt,
+            depth=encoder.depth_of(rest) if network == "backbone" else len(encoder.blocks) + 1,
+        )
+
+    def _asked(self, views: Views, order_BN: Tensor) -> Asked:
+        """Two regions: all of B, at its places in A's frame. One region: its hidden patches, or all patches, where the
+        visible ones are predicted from themselves."""
+        rows, columns = self.student.backbone.config.grid
+        dtype = views["region_a"].dtype
+        if self.config.regions == "pair":
+            box_a, box_b = views["boxes"].to(dtype)
+            places = positions.in_frame(box_b, box_a, rows, columns)
+            return Asked(places, False, None, torch.ones_like(places[..., 0]))
+        hidden_BQ = order_BN[:, self.kept :]
+        places = positions.grid(rows, columns).to(order_BN.device, dtype)[hidden_BQ]
+        if self.config.loss_on == "all":
+            return Asked(places, True, order_BN, torch.ones_like(order_BN, dtype=dtype))
+        mask_BRG = views["mask"][0].to(dtype)
+        weight_BRG = reconstruction.centre_weights(mask_BRG) if self.config.weigh_centres else mask_BRG
+        return Asked(places, False, hidden_BQ, weight_BRG.flatten(1).gather(1, hidden_BQ))
+
+    @staticmethod
+    def _losses(said: Predictions, wanted: Predictions, weight_BQ: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixel and feature loss of each image: [B] both. As many patches in every image, so Q is their number."""
+        count = weight_BQ.shape[1]
+        pixels = reconstruction.pixel_errors(said.pixels_BQV, wanted.pixels_BQV)
+        features = reconstruction.feature_errors(said.features_BQC, wanted.features_BQC)
+        pixel_B, feature_B = (reconstruction.over_patches(errors, weight_BQ, count) for errors in (pixels, features))
+        return pixel_B, feature_B
+
+    def _feature_factor(self, progress: Progress) -> float:
+        epochs = progress.total_steps / progress.epoch_steps
+        return self.config.feature_weight * grown(progress.epoch, epochs=self.config.feature_growth * epochs)
+
+    def _keep(self, views: Views, progress: Progress) -> Tensor | None:
+        rates = self.student.backbone.config.drop_rates
+        return keep_masks(rates, seed=progress.seed, purpose="drop_path/region_a", position=views["position"], views=1)
+
+
+def _fix_positions(backbone: VisionTransformer) -> None:
+    """A position table of fixed sin-cos codes, zero for CLS."""
+    table = positions.sincos(positions.grid(*backbone.config.grid), backbone.width)
+    with torch.no_grad():
+        backbone.pos_embed.zero_()[0, 1:] = table
+    backbone.pos_embed.requires_grad_(False)
+
+
+def _taken(values_BNX: Tensor, patches_BQ: Tensor | None) -> Tensor:
+    """The patches asked for; None: all."""
+    if patches_BQ is None:
+        return values_BNX
+    return values_BNX.gather(1, patches_BQ[..., None].expand(-1, -1, values_BNX.shape[-1]))
+
+
+@torch.no_grad()
+def _metrics(pixel_B: Tensor, feature_B: Tensor, features_BNC: Tensor, weight_B: Tensor) -> dict[str, Tensor]:
+    """Terms of the loss, and signs of collapse of the teacher's features: images that look alike (cosine near 1), few
+    directions used (rank near 1)."""
+    image_BC = reconstruction.standardised(features_BNC).mean(dim=1)
+    return {
+        "loss_pixel": pixel_B.detach(),
+        "loss_feature": feature_B.detach(),
+        "cosine": cosine_to_others(image_BC, weight_B),
+        "rank": participation(image_BC, weight_B),
+    }

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from datapipe.config import Size
 from datapipe.randomness import uniform
 from datapipe.settings import settings
+from training.stem import ConvStem
 
 
 class Shape(NamedTuple):
@@ -53,6 +54,9 @@ class BackboneConfig:
     """Native image size (height, width), pixels: the size of the global views and of the position table."""
     patch: int = Field(default=16, ge=1)
     """Side of a patch, pixels; must divide both sides of every view."""
+    stem: Literal["patch", "ics"] = "patch"
+    """"patch": one convolution per patch. "ics": TransReID-SSL's convolutions with instance and batch norm in front;
+    better in its tables, slower, and its batch statistics forbid gradient accumulation."""
     width: int = Field(default=0, ge=0)
     """Channels of a token. Only with arch = "custom"; 0: that of `arch`."""
     depth: int = Field(default=0, ge=0)
@@ -86,6 +90,8 @@ class BackboneConfig:
             raise ValueError(f"heads = {self.shape.heads} does not divide width = {self.shape.width}")
         if self.size[0] % self.patch or self.size[1] % self.patch:
             raise ValueError(f"patch = {self.patch} does not divide size = {self.size}")
+        if self.stem == "ics" and self.patch % 2:
+            raise ValueError(f'stem = "ics" halves the image before it is cut: patch = {self.patch} must be even')
         return self
 
     @property
@@ -141,7 +147,10 @@ consecutive chunks, each with the part token of its number. None: no part token.
 class VisionTransformer(nn.Module):
     """Images of any size that the patch divides -> CLS, part and patch tokens."""
 
-    def __init__(self, config: BackboneConfig, parts: int = 0) -> None:
+    masked_embed: nn.Parameter | None
+    """[1, C]: what stands for a hidden patch in front of its position; zero at the start. iBOT's student has it."""
+
+    def __init__(self, config: BackboneConfig, parts: int = 0, *, maskable: bool = False) -> None:
         super().__init__()
         self.config, self.parts = config, parts
         shape, (rows, columns) = config.shape, config.grid
@@ -153,7 +162,8 @@ class VisionTransformer(nn.Module):
         for part in range(1, parts + 1):
             self.register_parameter(f"part{part}_pos", _table(1, shape.width))
         self.pos_embed = _table(rows * columns + (0 if parts else 1), shape.width)
-        self.patch_embed = PatchEmbed(config.size, config.patch, embed_dim=shape.width, strict_img_size=False)
+        self.masked_embed = nn.Parameter(torch.zeros(1, shape.width)) if maskable else None
+        self.patch_embed = _stem(config)
         self.blocks = nn.ModuleList(
             DroppableBlock(shape.width, shape.heads, shape.mlp_ratio, qkv_bias=True, norm_layer=LayerNorm)
             for _ in range(shape.depth)
@@ -171,21 +181,42 @@ class VisionTransformer(nn.Module):
         return self.config.shape.width
 
     def forward(
-        self, images: Tensor, *, part: Part = "all", keep: Tensor | None = None, visible: Tensor | None = None
+        self,
+        images: Tensor,
+        *,
+        part: Part = "all",
+        keep: Tensor | None = None,
+        visible: Tensor | None = None,
+        mask: Tensor | None = None,
+        real: Tensor | None = None,
     ) -> Features:
         """images [B, 3, H, W] -> tokens after the final norm: `embed`, then the last of `outputs`, then the norm."""
-        tokens, parts = self.embed(images, part=part, visible=visible)
+        tokens, parts = self.embed(images, part=part, visible=visible, mask=mask, real=real)
         tokens = self.norm(self.last_output(tokens, keep=keep))
         return Features(tokens[:, 0], tokens[:, 1 : 1 + parts], tokens[:, 1 + parts :])
 
-    def embed(self, images: Tensor, *, part: Part = "all", visible: Tensor | None = None) -> tuple[Tensor, int]:
+    def embed(
+        self,
+        images: Tensor,
+        *,
+        part: Part = "all",
+        visible: Tensor | None = None,
+        mask: Tensor | None = None,
+        real: Tensor | None = None,
+    ) -> tuple[Tensor, int]:
         """The sequence that goes into the blocks, [B, T, C]: CLS, the part tokens asked for, the patches.
 
         `visible` [B, kept] int64: numbers of the patches that stay, in this order; the others are dropped, so that
-        the blocks' cost falls with them. Also returns how many part tokens there are.
+        the blocks' cost falls with them. `mask` [B, N] bool: patches that `masked_embed` stands in for, at their
+        positions. `real` [B] bool: False for padding, which a stem with batch norm leaves out of its statistics.
+        Also returns how many part tokens there are.
         """
         rows, columns = images.shape[-2] // self.config.patch, images.shape[-1] // self.config.patch
-        patches = self.patch_embed(images) + self.patch_positions(rows, columns)
+        patches = self.patch_embed(images, real) if self.config.stem == "ics" else self.patch_embed(images)
+        if mask is not None:
+            assert self.masked_embed is not None, "this backbone has no mask token"
+            patches = torch.where(mask[..., None], self.masked_embed, patches)
+        patches = patches + self.patch_positions(rows, columns)
         if visible is not None:
             patches = patches.gather(1, visible[..., None].expand(-1, -1, patches.shape[-1]))
         prefix = self._prefix(part, len(images))
@@ -257,6 +288,13 @@ class VisionTransformer(nn.Module):
         if first == "blocks":
             return int(rest.partition(".")[0]) + 1
         return len(self.blocks) + 1 if first == "norm" else 0
+
+
+def _stem(config: BackboneConfig) -> nn.Module:
+    """[B, 3, H, W] -> [B, N, C]; takes images of any size that the patch divides."""
+    if config.stem == "ics":
+        return ConvStem(config.patch, config.shape.width)
+    return PatchEmbed(config.size, config.patch, embed_dim=config.shape.width, strict_img_size=False)
 
 
 def _table(rows: int, width: int) -> nn.Parameter:

@@ -50,6 +50,9 @@ class OptimisationConfig:
     """Teacher momentum at the start. Short runs need a shorter memory: .9 for a few hundred steps."""
     final_ema: float = Field(default=1.0, ge=0, le=1)
     """Teacher momentum at the end, along a half cosine."""
+    ema_points: tuple[Range, ...] = ()
+    """(epoch, teacher momentum) corners of a piecewise linear course in place of that cosine, one value per epoch, as
+    BootMAE has it. Empty: the cosine."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Autocast of the backbone; parameters, heads, losses and teacher are fp32 always. On CPUs measure first."""
 

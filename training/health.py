@@ -3,10 +3,9 @@
 Shapes: B images, C channels.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from training.methods.base import at_least_float32
 
 
 def cosine_to_others(features_BC: Tensor, weight_B: Tensor) -> Tensor:
@@ -15,7 +14,7 @@ def cosine_to_others(features_BC: Tensor, weight_B: Tensor) -> Tensor:
     cosine[b] = (1 / (n - 1)) * sum over real b' != b of <f[b], f[b']> / (|f[b]| |f[b']|)
     """
     real_B1 = (weight_B > 0)[:, None]
-    unit_BC = F.normalize(at_least_float32(features_BC), dim=-1) * real_B1
+    unit_BC = F.normalize(_at_least_float32(features_BC), dim=-1) * real_B1
     others = (real_B1.sum() - 1).clamp(min=1)
     return ((unit_BC @ unit_BC.sum(dim=0)) - real_B1[:, 0].to(unit_BC.dtype)) / others
 
@@ -31,8 +30,12 @@ def participation(features_BC: Tensor, weight_B: Tensor) -> Tensor:
     """
     real_B1 = (weight_B > 0).to(features_BC.dtype)[:, None]
     mean_C = (features_BC * real_B1).sum(dim=0) / real_B1.sum().clamp(min=1)
-    centred_BC = at_least_float32((features_BC - mean_C) * real_B1)
+    centred_BC = _at_least_float32((features_BC - mean_C) * real_B1)
     gram_BB = centred_BC @ centred_BC.T
     tiny = 1e-30
     ratio = gram_BB.trace().square() / gram_BB.square().sum().clamp(min=tiny)
     return ratio.expand(len(features_BC))
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))

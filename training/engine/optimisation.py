@@ -52,10 +52,15 @@ def settings_at(config: OptimisationConfig, progress: Progress) -> StepSettings:
     decay = schedules.warmup_cosine(
         progress.step, base=config.weight_decay, final=config.final_weight_decay, total_steps=total, warmup_steps=0
     )
-    ema = schedules.warmup_cosine(
-        progress.step, base=config.ema, final=config.final_ema, total_steps=total, warmup_steps=0
+    return StepSettings(lr, decay, _ema(config, progress))
+
+
+def _ema(config: OptimisationConfig, progress: Progress) -> float:
+    if config.ema_points:
+        return schedules.along(config.ema_points, progress.epoch)
+    return schedules.warmup_cosine(
+        progress.step, base=config.ema, final=config.final_ema, total_steps=progress.total_steps, warmup_steps=0
     )
-    return StepSettings(lr, decay, ema)
 
 
 def apply(groups: Sequence[ParameterGroup], targets: Sequence[dict], now: StepSettings, progress: Progress) -> None:

@@ -126,10 +126,12 @@ def _so_many_steps(demo: Demo) -> list[str]:
     recipe = recipes.load(RECIPE)
     rows = Manifest.load(str(demo.shards)).rows
     batch = min(recipe.optimisation.batch, rows)
-    epochs = (demo.steps or DEMO_STEPS) * batch / rows
+    steps = demo.steps or DEMO_STEPS
+    epochs = steps * batch / rows
     warmup = epochs * recipe.optimisation.warmup_epochs / recipe.optimisation.epochs
     return ["--optimisation.epochs", repr(epochs), "--optimisation.warmup-epochs", repr(warmup),
-            "--optimisation.batch", str(batch)]  # fmt: skip
+            "--optimisation.batch", str(batch), "--checkpoints.every-steps", str(max(1, steps // 8)),
+            "--checkpoints.keep-every-steps", str(max(1, steps // 4))]  # fmt: skip
 
 
 def _kill_halfway(demo: Demo) -> None:

@@ -30,6 +30,7 @@ def run(config: RunConfig, *, address: str = "local") -> int:
     print(f"pretrain: {config.method.name}, {manifest.rows:,} crops, {clock.total_steps:,} steps, "
           f"{config.cluster.workers} workers; run folder {config.out}", flush=True)  # fmt: skip
     with LocalHost() as signals, ray_session(address, cpus=_cpus(config)) as scratch:
+        signals.listen()
         ending = _train(config, signals, scratch)
     if ending[1]:
         return COMPLETE

@@ -38,10 +38,14 @@ class LocalHost:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "LocalHost":
+        self.listen()
+        return self
+
+    def listen(self) -> None:
+        """Take the signals (again): libraries that start later, such as Ray, put their own handlers in place."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._receive)
-        return self
+                self._before.setdefault(number, signal.signal(number, self._receive))
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():

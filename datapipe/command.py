@@ -38,7 +38,7 @@ def run(main: Callable[[list[str]], int], arguments: Sequence[str] | None = None
 
 
 def dispatch(commands: Mapping[str, Callable[[list[str]], int]], arguments: Sequence[str], *, prog: str) -> int:
-    """Call the command that the first word names with the rest of the line; `--help` lists them with their first line."""
+    """Call the command that the first word names with the rest of the line; `--help` lists them all."""
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](list(arguments[1:]))
     width = max(map(len, commands))

@@ -146,8 +146,8 @@ class SynthConfig:
     light: float = Field(default=0.1, ge=0)
     """Spread of the brightness from image to image of one camera, as the sigma of its logarithm."""
     backgrounds: int = Field(default=16, ge=1)
-    """Places, shared by all cameras. (Places of one camera each would give the camera away: a colour histogram then falls
-    below chance.)"""
+    """Places, shared by all cameras. (Places of one camera each would give the camera away: a colour histogram then
+    falls below chance.)"""
     occluder: float = Field(default=0.15, ge=0, le=1)
     """Share of images in which something stands in front of the person."""
     second_person: float = Field(default=0.09, ge=0, le=1)

@@ -115,7 +115,7 @@ class RunConfig:
     """How views are cut and coloured."""
     backbone: BackboneConfig = BackboneConfig()
     """The vision transformer."""
-    method: MethodConfig = PassConfig()
+    method: MethodConfig = Field(default=PassConfig(), discriminator="name")
     """The objective and its own settings; `name` chooses it."""
     optimisation: OptimisationConfig = OptimisationConfig()
     """Optimizer, schedules, precision."""

@@ -9,29 +9,18 @@ encoder, W of the decoder, O numbers predicted per place.
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from timm.layers import LayerNorm, Mlp
 from torch import Tensor, nn
 
-from datapipe.settings import settings
 from training.backbone import BackboneConfig
 from training.positions import sincos
 
 
-@settings
-class DecoderConfig:
-    """Size of one decoder."""
-
-    width: int = Field(default=0, ge=0)
-    """Channels of its tokens, a multiple of 4. 0: those of the encoder."""
-    depth: int = Field(default=2, ge=1)
-    """Blocks. BootMAE: 2."""
-    heads: int = Field(default=0, ge=0)
-    """Attention heads. 0: those of the encoder, as in BootMAE; a head has floor(width / heads) channels."""
-
-
 class Attention(nn.Module):
-    """Scaled dot-product attention of some tokens to a memory of another width, or to themselves."""
+    """Scaled dot-product attention of some tokens to a memory of another width, or to themselves.
+
+    A head has floor(width / heads) channels, so that any number of heads goes with any width (BootMAE: 12 with 512).
+    """
 
     def __init__(self, width: int, memory_width: int, heads: int) -> None:
         super().__init__()
@@ -80,13 +69,12 @@ class Decoder(nn.Module):
     their place.
     """
 
-    def __init__(self, config: DecoderConfig, encoder: BackboneConfig, *, out: int) -> None:
+    def __init__(self, encoder: BackboneConfig, *, width: int, depth: int, heads: int, out: int) -> None:
         super().__init__()
-        channels, _, heads, mlp_ratio = encoder.shape
-        width, heads = config.width or channels, config.heads or heads
+        channels, mlp_ratio = encoder.shape.width, encoder.shape.mlp_ratio
         self.embed = nn.Linear(channels, width)
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02))
-        self.blocks = nn.ModuleList(DecoderBlock(width, channels, heads, mlp_ratio) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(DecoderBlock(width, channels, heads, mlp_ratio) for _ in range(depth))
         self.norm = LayerNorm(width)
         self.predict = nn.Linear(width, out)
         for module in self.modules():

@@ -48,13 +48,13 @@ class SplitNorm(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.half = channels // 2
-        self.IN = nn.InstanceNorm2d(self.half, eps=EPS, affine=True)
-        self.BN = PooledBatchNorm(channels - self.half)
+        self.instances = channels // 2
+        self.IN = nn.InstanceNorm2d(self.instances, eps=EPS, affine=True)
+        self.BN = PooledBatchNorm(channels - self.instances)
 
     def forward(self, values: Tensor, real_B: Tensor | None) -> Tensor:
         values = _at_least_float32(values)
-        return torch.cat([self.IN(values[:, : self.half]), self.BN(values[:, self.half :], real_B)], dim=1)
+        return torch.cat([self.IN(values[:, : self.instances]), self.BN(values[:, self.instances :], real_B)], dim=1)
 
 
 class PooledBatchNorm(nn.Module):

@@ -6,7 +6,8 @@ from training.backbone import BackboneConfig
 from training.heads import HeadConfig
 from training.losses import pair_cross_entropies
 from training.methods.base import Precision, Progress, Views
-from training.methods.pass_reid import Pass, PassConfig, TokenViews
+from training.methods.distillation import TokenViews
+from training.methods.pass_reid import Pass, PassConfig
 from training.schedules import teacher_temperature
 from training.targets import centre_sum, centred, moved_centre
 
@@ -51,9 +52,8 @@ class Spoken(nn.Module):
         self.backbone, self.tokens = network.backbone, network.tokens
         self.logits: dict[str, Tensor] = {}
 
-    def forward(self, globals_: Tensor, locals_: Tensor | None = None, *, precision: Precision, keep: object = None
-                ) -> TokenViews:  # fmt: skip
-        return TokenViews(self.logits, torch.ones(*globals_.shape[:2], 2))
+    def forward(self, views: Views, *, learning: bool, precision: Precision, keep: object = None) -> TokenViews:
+        return TokenViews(self.logits, torch.ones(*views["global"].shape[:2], 2))
 
 
 def test_pass_loss__gradients_and_centres_over_calls() -> None:

@@ -71,6 +71,9 @@ def test_differences__names_what_changed() -> None:
     assert found == ["optimisation.lr: 0.001 -> 0.5"]
 
 
-@pytest.mark.parametrize("path", sorted((Path(recipes.__file__).parent / "recipes").glob("*.toml")), ids=lambda p: p.stem)
+RECIPES = sorted((Path(recipes.__file__).parent / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes__load(path: Path) -> None:
     assert load(path).optimisation.batch > 0

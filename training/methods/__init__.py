@@ -3,11 +3,12 @@
 from training.backbone import BackboneConfig
 from training.methods.base import Method
 from training.methods.pass_reid import Pass, PassConfig
+from training.methods.personmae import PersonMae, PersonMaeConfig
 
-MethodConfig = PassConfig
-"""The settings of any method; a union told apart by `name` as soon as there are two."""
+MethodConfig = PassConfig | PersonMaeConfig
+"""The settings of any method; a union told apart by `name`."""
 
-METHODS: dict[str, type[Method]] = {"pass": Pass}
+METHODS: dict[str, type[Method]] = {"pass": Pass, "personmae": PersonMae}
 """Name in a recipe -> class."""
 
 

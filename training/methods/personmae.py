@@ -11,6 +11,7 @@ the K visible patches), Q places asked for, V = patch * patch * 3 values of a pa
 """
 
 import copy
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,12 +19,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from datapipe.config import Range, ViewConfig
+from datapipe.errors import ConfigError
 from datapipe.masking import MaskConfig, MaskLaw
 from datapipe.settings import settings
 from datapipe.views import RegionLaw, ViewSpec, regions
 from training import positions, reconstruction
 from training.backbone import BackboneConfig, VisionTransformer, keep_masks
-from training.decoders import Decoder, DecoderConfig
+from training.decoders import Decoder
 from training.health import cosine_to_others, participation
 from training.methods.base import Method, Outcome, Precision, Progress, Role, Views, at_least_float32, full, lowered
 from training.reconstruction import PixelNorm
@@ -48,9 +50,18 @@ class PersonMaeConfig:
     PersonMAE; (0, 1): none."""
     share_flip: bool = True
     """Mirror both regions or neither. Otherwise each by itself; the decoders are told in either case."""
-    mask: MaskConfig = MaskConfig(ratios=(0.75,), spreads=(0.0,), least_area=10, most_area=39, overhang=True)
-    """How A is masked: one ratio without spread, so that equally many patches stay visible in every image. Blocks are
-    in the abstract; .75 and the areas (8 to 31 % of 16 x 8 patches) are BootMAE's; `overhang` is ours."""
+    mask_ratio: float = Field(default=0.75, ge=0, lt=1)
+    """Share of A's patches that is hidden, the same in every image. Unknown for PersonMAE; BootMAE and MALE .75, HAP
+    .5."""
+    mask_kind: Literal["block", "random"] = "block"
+    """"block": overlapping rectangles, in the abstract. "random": single patches, as in MAE."""
+    mask_area: Range = (0.08, 0.306)
+    """Area that a rectangle aims at as a share of the grid. Unknown for PersonMAE; BootMAE 16 to 60 of 196."""
+    mask_aspect: Range = (0.3, 1 / 0.3)
+    """Height over width of a rectangle (BEiT, BootMAE)."""
+    mask_overhang: bool = True
+    """May rectangles reach beyond the region? Published ones may not, and then hide its middle, where the person is,
+    .95 of the time and its corners .2. With overhang all patches are hidden equally often. Ours."""
     positions: Literal["sincos", "learned"] = "sincos"
     """Position table of the encoder: fixed sin-cos of row and column (MAE, BootMAE), or learned."""
     pixel_norm: PixelNorm = "bootmae"
@@ -65,10 +76,18 @@ class PersonMaeConfig:
     """Factor of the feature loss, after its growth (BootMAE: 1)."""
     feature_growth: float = Field(default=0.25, ge=0, le=1)
     """Share of the run in which that factor grows, linearly, epoch by epoch (BootMAE: a quarter)."""
-    pixel_decoder: DecoderConfig = DecoderConfig(width=512)
-    """Attends to what comes out of the encoder's first block (BootMAE: width 512, depth 2)."""
-    feature_decoder: DecoderConfig = DecoderConfig()
-    """Attends to what comes out of the encoder's last block (BootMAE: the encoder's width, depth 2)."""
+    decoder_depth: int = Field(default=2, ge=1)
+    """Blocks of either decoder (BootMAE: 2)."""
+    pixel_width: int = Field(default=512, ge=0)
+    """Channels of the pixel decoder, a multiple of 4 (BootMAE: 512). 0: those of the encoder."""
+    feature_width: int = Field(default=0, ge=0)
+    """Channels of the feature decoder, a multiple of 4. 0: those of the encoder, as in BootMAE."""
+    decoder_heads: int = Field(default=0, ge=0)
+    """Attention heads of either decoder. 0: those of the encoder, as in BootMAE."""
+    pixel_memory: int = 0
+    """Block of the encoder to whose output the pixel decoder attends; -1 is the last (BootMAE: the first)."""
+    feature_memory: int = -1
+    """The same for the feature decoder (BootMAE: the last)."""
 
     @model_validator(mode="after")
     def _fits(self) -> "PersonMaeConfig":
@@ -76,16 +95,23 @@ class PersonMaeConfig:
             raise ValueError('loss_on = "masked" needs regions = "same": no patch of another region is hidden')
         if self.weigh_centres and self.loss_on == "all":
             raise ValueError('weigh_centres needs loss_on = "masked"')
-        if len(self.mask.ratios) != 1 or any(self.mask.spreads):
-            raise ValueError("mask needs a single ratio without spread: equally many visible patches in every image")
-        for decoder in (self.pixel_decoder, self.feature_decoder):
-            if decoder.width % 4:
-                raise ValueError(f"width = {decoder.width} of a decoder is no multiple of 4, as its positions need")
+        if self.pixel_width % 4 or self.feature_width % 4:
+            raise ValueError("pixel_width and feature_width must be multiples of 4, as positions have four parts")
         return self
 
     def law(self, backbone: BackboneConfig) -> MaskLaw:
-        """The mask of region A."""
-        return MaskLaw(backbone.grid, self.mask, equal=True)
+        """The mask of region A: equally many patches in every image, so that what stays is rectangular."""
+        least, most = (max(1, round(share * math.prod(backbone.grid))) for share in self.mask_area)
+        config = MaskConfig(
+            kind=self.mask_kind,
+            ratios=(self.mask_ratio,),
+            spreads=(0.0,),
+            aspect=self.mask_aspect,
+            least_area=least,
+            most_area=most,
+            overhang=self.mask_overhang,
+        )
+        return MaskLaw(backbone.grid, config, equal=True)
 
 
 class Asked(NamedTuple):
@@ -113,8 +139,11 @@ class Decoders(nn.Module):
 
     def __init__(self, config: PersonMaeConfig, backbone: BackboneConfig) -> None:
         super().__init__()
-        self.pixel = Decoder(config.pixel_decoder, backbone, out=backbone.patch**2 * 3)
-        self.feature = Decoder(config.feature_decoder, backbone, out=backbone.shape.width)
+        width, _, heads, _ = backbone.shape
+        heads, depth = config.decoder_heads or heads, config.decoder_depth
+        pixel_width, feature_width = config.pixel_width or width, config.feature_width or width
+        self.pixel = Decoder(backbone, width=pixel_width, depth=depth, heads=heads, out=backbone.patch**2 * 3)
+        self.feature = Decoder(backbone, width=feature_width, depth=depth, heads=heads, out=width)
 
 
 class PersonMaeStudent(nn.Module):
@@ -123,6 +152,7 @@ class PersonMaeStudent(nn.Module):
     def __init__(self, config: PersonMaeConfig, backbone: BackboneConfig) -> None:
         super().__init__()
         self.backbone = VisionTransformer(backbone)
+        self.memories = config.pixel_memory, config.feature_memory
         if config.positions == "sincos":
             _fix_positions(self.backbone)
         self.head = Decoders(config, backbone)
@@ -130,14 +160,13 @@ class PersonMaeStudent(nn.Module):
     def forward(
         self, region_BIHW: Tensor, visible_BK: Tensor, asked: Asked, *, precision: Precision, keep: Tensor | None
     ) -> Predictions:
-        """Both decoders see the encoder's normalised output. The pixel decoder attends to what came out of its first
-        block, the feature decoder to what came out of its last."""
+        """Both decoders see the encoder's normalised output, and each attends to what came out of a block of it."""
         with lowered(precision, region_BIHW.device):
             tokens, _ = self.backbone.embed(region_BIHW, part=None, visible=visible_BK)
             outputs_BSC = list(self.backbone.outputs(tokens, keep=keep))
             seen_BSC = self.backbone.norm(outputs_BSC[-1])
-            pixel_BTW = self.head.pixel(seen_BSC, outputs_BSC[0], asked.places_BQ2)
-            feature_BTW = self.head.feature(seen_BSC, outputs_BSC[-1], asked.places_BQ2)
+            pixel_BTW = self.head.pixel(seen_BSC, outputs_BSC[self.memories[0]], asked.places_BQ2)
+            feature_BTW = self.head.feature(seen_BSC, outputs_BSC[self.memories[1]], asked.places_BQ2)
         skipped = 1 if asked.seen_too else seen_BSC.shape[1]
         with full(region_BIHW.device):
             return Predictions(
@@ -169,6 +198,7 @@ class PersonMae(Method):
     def __init__(self, config: PersonMaeConfig, backbone: BackboneConfig) -> None:
         super().__init__(config, backbone)
         self.config: PersonMaeConfig = config
+        _check(config, backbone)
         self.kept = backbone.grid[0] * backbone.grid[1] - config.law(backbone).hidden
         self.student = PersonMaeStudent(config, backbone)
         self.teacher = PersonMaeTeacher(self.student)
@@ -254,6 +284,18 @@ class PersonMae(Method):
     def _keep(self, views: Views, progress: Progress) -> Tensor | None:
         rates = self.student.backbone.config.drop_rates
         return keep_masks(rates, seed=progress.seed, purpose="drop_path/region_a", position=views["position"], views=1)
+
+
+def _check(config: PersonMaeConfig, backbone: BackboneConfig) -> None:
+    """Raises ConfigError where method and backbone do not go together."""
+    depth, width = backbone.shape.depth, backbone.shape.width
+    for name, block in (("pixel_memory", config.pixel_memory), ("feature_memory", config.feature_memory)):
+        if not -depth <= block < depth:
+            raise ConfigError(f"{name} = {block}, but the backbone has {depth} blocks", where=f"method.{name}",
+                              hint=f"0 is its first block, {depth - 1} or -1 its last")  # fmt: skip
+    if width % 4 and (config.positions == "sincos" or not (config.pixel_width and config.feature_width)):
+        raise ConfigError(f"width = {width} is no multiple of 4, as sin-cos positions need", where="backbone.width",
+                          hint="positions have four parts: sine and cosine of row and column")  # fmt: skip
 
 
 def _fix_positions(backbone: VisionTransformer) -> None:

@@ -1,0 +1,240 @@
+"""What DINO, PASS and PersonViT share: a student that learns what its own moving average, the teacher, says of other
+views of the same image.
+
+Shapes: G = 2 global views, L local views, V views of one stack, S = student views of a token, T = G teacher views,
+B images, C channels, N patches, K prototypes, M pairs of different views.
+"""
+
+import copy
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from datapipe.config import Size
+from datapipe.errors import ConfigError
+from datapipe.settings import settings
+from training import stem, targets
+from training.backbone import BackboneConfig, Features, VisionTransformer, keep_masks
+from training.heads import HeadConfig
+from training.health import cosine_to_others
+from training.losses import entropy, pair_cross_entropies
+from training.methods.base import Method, Outcome, Precision, Progress, Role, Views, full
+from training.schedules import teacher_temperature
+
+
+@settings
+class DistillationConfig:
+    """What the methods of the DINO family have in common."""
+
+    name: str = ""
+    """The method."""
+    local_size: Size = (128, 64)
+    """Size of a local view (height, width), pixels; both sides must be multiples of the patch."""
+    head: HeadConfig = HeadConfig()
+    """Shape of the projection heads."""
+    student_temp: float = Field(default=0.1, gt=0)
+    """Temperature of the student's softmax."""
+    warmup_teacher_temp: float = Field(default=0.04, gt=0)
+    """Temperature of the teacher's softmax in the first epoch."""
+    teacher_temp: float = Field(default=0.04, gt=0)
+    """The same after the warm-up. Lower: sharper targets; under Sinkhorn 0.025 learns faster in short runs."""
+    teacher_temp_warmup_epochs: int = Field(default=0, ge=0)
+    """Epochs over which the teacher's temperature changes linearly from one to the other."""
+    targets: Literal["centring", "sinkhorn"] = "centring"
+    """How targets are kept from collapsing. "centring": as published. "sinkhorn": equal use of the prototypes in every
+    batch, steadier in short runs; an alternative to the paper, and not to be combined with gradient accumulation."""
+    centre_momentum: float = Field(default=0.9, ge=0, le=1)
+    """Share of the old centre that stays at each step (centring only)."""
+    freeze_last_layer_epochs: int = Field(default=1, ge=0)
+    """Epochs in which the prototypes do not move. Helps at the start; 0 for runs of few epochs."""
+
+
+Keep = tuple[Tensor | None, Tensor | None]
+"""Drop path of the global and of the local stack, from `keep_masks`."""
+
+
+class TokenViews(NamedTuple):
+    """What a network says of each token in all views it was seen in."""
+
+    logits: dict[str, Tensor]
+    """"cls" and what other tokens there are -> [S, B, K]: the globals first, then the locals that have this token."""
+    cls_GBC: Tensor
+    """CLS of the global views."""
+
+
+class Network(Protocol):
+    """Student or teacher: a backbone and its head."""
+
+    tokens: tuple[str, ...]
+    """Names of the tokens with prototypes, targets and a centre of their own; "cls" first."""
+    backbone: VisionTransformer
+    head: nn.Module
+
+    def __call__(self, views: Views, *, learning: bool, precision: Precision, keep: Keep = ...) -> Any:
+        """`learning`: the student's part, local views too. Otherwise the teacher's, whole global views only."""
+        ...
+
+
+class Said(NamedTuple):
+    """What student and teacher said of a micro-batch."""
+
+    learnt: TokenViews
+    taught: TokenViews
+    targets: dict[str, Tensor]
+    """Token -> [T, B, K], probabilities."""
+    pairs: dict[str, Tensor]
+    """Token -> [M, B], the cross-entropy of every pair of different views."""
+
+
+class Distillation(Method):
+    """Student and teacher, their targets, centres and roles; a subclass says what the two are and what it averages."""
+
+    config: DistillationConfig
+    student: Any  # a Network and a module
+    teacher: Any
+
+    def __init__(self, config: DistillationConfig, backbone: BackboneConfig, student: nn.Module) -> None:
+        super().__init__(config, backbone)
+        if config.local_size[0] % backbone.patch or config.local_size[1] % backbone.patch:
+            raise ConfigError(f"patch = {backbone.patch} does not divide local_size = {config.local_size}",
+                              where="method.local_size", hint="sizes are (height, width) in pixels")  # fmt: skip
+        self.student = student
+        self.teacher = copy.deepcopy(student).requires_grad_(False)
+        if config.targets == "centring":
+            for token in self.student.tokens:
+                self.register_buffer(f"centre_{token}", torch.zeros(1, self.prototypes(token)))
+
+    def prototypes(self, token: str) -> int:
+        """K of a token's head."""
+        del token
+        return self.config.head.out_dim
+
+    def centre_momentum(self, token: str) -> float:
+        """Share of a token's old centre that stays."""
+        del token
+        return self.config.centre_momentum
+
+    def temperature(self, token: str, epoch: int) -> float:
+        """Of the teacher's softmax over a token's prototypes."""
+        del token
+        return teacher_temperature(
+            epoch,
+            warmup=self.config.warmup_teacher_temp,
+            final=self.config.teacher_temp,
+            warmup_epochs=self.config.teacher_temp_warmup_epochs,
+        )
+
+    def forward(self, views: Views, progress: Progress) -> Outcome:
+        """The teacher, then the student, then the loss in full precision."""
+        with torch.no_grad():
+            taught = self.teacher(views, learning=False, precision=self.precision)
+        learnt = self.student(views, learning=True, precision=self.precision, keep=self._keep(views, progress))
+        with full(views["global"].device):
+            outcome = self.compare(learnt, taught, views, progress)
+        share = views["weight"].sum().to(outcome.loss.dtype)
+        return outcome._replace(sums={**outcome.sums, **stem.take_statistics(self, share)})
+
+    @abstractmethod
+    def compare(self, learnt: Any, taught: Any, views: Views, progress: Progress) -> Outcome:
+        """The loss, from what the networks said."""
+
+    def distil(self, learnt: TokenViews, taught: TokenViews, weight_B: Tensor, epoch: int) -> Said:
+        """Targets, and the cross-entropy of every pair of different views, token by token."""
+        targets_TBK = {
+            token: self.targets_of(token, rows_TBK, weight_B, epoch) for token, rows_TBK in taught.logits.items()
+        }
+        pairs_MB = {
+            token: pair_cross_entropies(rows_SBK, targets_TBK[token], student_temp=self.config.student_temp)
+            for token, rows_SBK in learnt.logits.items()
+        }
+        return Said(learnt, taught, targets_TBK, pairs_MB)
+
+    def targets_of(self, token: str, logits_TBK: Tensor, weight_B: Tensor, epoch: int) -> Tensor:
+        """Probabilities over a token's prototypes: [T, B, K]."""
+        temperature = self.temperature(token, epoch)
+        if self.config.targets == "sinkhorn":
+            return targets.sinkhorn(logits_TBK, weight_B, temperature=temperature)
+        return targets.centred(logits_TBK, self.get_buffer(f"centre_{token}"), temperature=temperature)
+
+    def flat_mean(self, said: Said, weight_B: Tensor, metrics: dict[str, Tensor]) -> Outcome:
+        """One mean over the pairs of all tokens, image by image; the centres' sums.
+
+        loss[b] = (sum over tokens, pairs of that token) H / (number of all pairs)
+        """
+        loss_B = torch.cat(list(said.pairs.values())).mean(dim=0)
+        return self.outcome(loss_B, weight_B, said.taught.logits, metrics)
+
+    def outcome(
+        self, loss_B: Tensor, weight_B: Tensor, taught_TBK: Mapping[str, Tensor], metrics: dict[str, Tensor]
+    ) -> Outcome:
+        """The weighted loss, and what moves the centres of these teacher logits."""
+        weight_B = weight_B.to(loss_B.dtype)
+        sums = {}
+        if self.config.targets == "centring":
+            sums = {f"centre_{token}": targets.centre_sum(rows, weight_B) for token, rows in taught_TBK.items()}
+        return Outcome((weight_B * loss_B).sum(), sums, metrics)
+
+    @torch.no_grad()
+    def metrics(self, said: Said, weight_B: Tensor) -> dict[str, Tensor]:
+        """The CLS term, and signs of collapse: an entropy at ln K, images that all look alike (cosine near 1)."""
+        learnt_BC, other_BC = said.learnt.cls_GBC[0], said.taught.cls_GBC[1]
+        return {
+            "loss_cls": said.pairs["cls"].detach().mean(dim=0),
+            "teacher_entropy": entropy(said.targets["cls"]).mean(dim=0),
+            "cosine": cosine_to_others(said.taught.cls_GBC[0], weight_B),
+            "student_teacher_cosine": F.cosine_similarity(learnt_BC, other_BC, dim=-1),
+        }
+
+    def after_step(self, sums: dict[str, Tensor], progress: Progress) -> None:
+        """Move each token's centre towards the mean of the teacher's raw logits over this step's global batch, and the
+        running statistics of a stem with batch norm."""
+        for token in self.student.tokens:
+            name = f"centre_{token}"
+            if name in sums:
+                centre_1K = self.get_buffer(name)
+                centre_1K.copy_(targets.moved_centre(centre_1K, sums[name], self.centre_momentum(token)))
+        stem.settle(self, sums)
+
+    def roles(self) -> dict[str, Role]:
+        """Decay for all but biases and norms: tokens, positions and prototypes too, as the references have it."""
+        return {
+            f"student.{name}": self._role(name, parameter)
+            for name, parameter in self.student.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def _role(self, name: str, parameter: nn.Parameter) -> Role:
+        network, _, rest = name.partition(".")
+        after_all = len(self.student.backbone.blocks) + 1
+        return Role(
+            decay=parameter.ndim > 1 and not name.endswith(".bias"),
+            depth=self.student.backbone.depth_of(rest) if network == "backbone" else after_all,
+            release_epoch=self.config.freeze_last_layer_epochs if "last_layer" in name else 0,
+        )
+
+    def backbone(self) -> VisionTransformer:
+        backbone: VisionTransformer = self.teacher.backbone
+        return backbone
+
+    def couples_batch(self) -> bool:
+        return self.config.targets == "sinkhorn" or self.student.backbone.config.stem == "ics"
+
+    def _keep(self, views: Views, progress: Progress) -> Keep:
+        rates, position = self.student.backbone.config.drop_rates, views["position"]
+        global_, local = (
+            keep_masks(rates, seed=progress.seed, purpose=f"drop_path/{kind}", position=position, views=count)
+            for kind, count in (("global", len(views["global"])), ("local", len(views.get("local", ()))))
+        )
+        return global_, local
+
+
+def seen(backbone: VisionTransformer, stack_VBIHW: Tensor, weight_B: Tensor, **options: Any) -> Features:
+    """What the backbone makes of a stack of views: [V, B, ...] each. `options` as in `VisionTransformer.forward`."""
+    views, images = stack_VBIHW.shape[:2]
+    found = backbone(stack_VBIHW.flatten(0, 1), real=(weight_B > 0).repeat(views), **options)
+    return Features(*(kind.unflatten(0, (views, images)) for kind in found))

@@ -202,14 +202,14 @@ def _mistake(item: Any) -> str:
         known = f"; did you mean `{near[0]}`?" if near else ""
         return f"unknown key `{_without_tag(location)}`{known}"
     if item["type"].startswith("union_tag"):
-        return f"`{name}`: {item['msg']}"
+        return f"`{name}.name` must be one of {', '.join(METHODS)}"
     return f"`{_without_tag(location)}` = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 
 def _without_tag(location: Sequence[str]) -> str:
     """`method.pass.part` -> `method.part`: the union's tag is no key of the file."""
     parts = list(location)
-    if len(parts) > 2 and parts[0] == "method" and parts[1] in METHODS:
+    if len(parts) >= 2 and parts[0] == "method" and parts[1] in METHODS:
         del parts[1]
     return ".".join(parts)
 

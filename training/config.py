@@ -5,7 +5,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 from pydantic import Field, TypeAdapter, ValidationError
@@ -220,9 +220,14 @@ def _keys_at(location: Sequence[str]) -> list[str]:
     for part in location:
         if dataclasses.is_dataclass(kind):
             kind = {field.name: field.type for field in dataclasses.fields(kind)}.get(part, kind)
-        arguments = [arg for arg in getattr(kind, "__args__", ()) if dataclasses.is_dataclass(arg)]
-        kind = next((arg for arg in arguments if getattr(arg, "name", None) == part), kind)
+        kind = next((choice for choice in _choices(kind) if getattr(choice, "name", None) == part), kind)
     return [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+
+
+def _choices(kind: Any) -> list[Any]:
+    """The settings classes of a union told apart by `name`; none for anything else."""
+    union = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    return [member for member in get_args(union) if dataclasses.is_dataclass(member)]
 
 
 def _leaves(path: tuple[str, ...], node: Any) -> Any:

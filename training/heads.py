@@ -1,8 +1,8 @@
 """Projection heads: a small MLP, a unit vector, and its cosines with K prototypes.
 
 Reference: DINO head of TransReID-SSL `dino/vision_transformer.py`, four-fold head of PASS
-`PASS/vision_transformer.py`. Key names are theirs. The weight norm is computed in our own forward: the library's hooks
-rename keys and break where parameters are partitioned.
+`PASS/vision_transformer.py`, head of iBOT `models/head.py`. Key names are theirs. The weight norm is computed in our
+own forward: the library's hooks rename keys and break where parameters are partitioned.
 
 Shapes: R rows (any leading axes), C channels, K prototypes.
 """
@@ -83,6 +83,30 @@ class TokenHeads(nn.Module):
         mlp, last = self.get_submodule(f"mlp_{token}"), self.get_submodule(f"last_layer_{token}")
         logits: Tensor = last(F.normalize(mlp(rows), dim=-1))
         return logits
+
+
+class MaskedHead(nn.Module):
+    """iBOT's head: one MLP for CLS and patches, over the same prototypes or over two sets of them.
+
+    Where the sets are separate, `last_layer2` scores the patches; else there is only `last_layer` (the reference's
+    state dict then lists it under both names).
+    """
+
+    last_layer2: Prototypes | None
+
+    def __init__(self, channels: int, config: HeadConfig, *, patch_out_dim: int | None) -> None:
+        """`patch_out_dim`: prototypes of the patches alone; None: they share those of CLS."""
+        super().__init__()
+        self.mlp = projector(channels, config)
+        self.last_layer = Prototypes(config.bottleneck, config.out_dim, norm_last_layer=config.norm_last_layer)
+        self.last_layer2 = None
+        if patch_out_dim is not None:
+            self.last_layer2 = Prototypes(config.bottleneck, patch_out_dim, norm_last_layer=config.norm_last_layer)
+
+    def forward(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """"cls" and "patch" -> [..., C] in, -> logits [..., K] out."""
+        last = {"cls": self.last_layer, "patch": self.last_layer2 or self.last_layer}
+        return {token: last[token](F.normalize(self.mlp(values), dim=-1)) for token, values in rows.items()}
 
 
 def projector(channels: int, config: HeadConfig) -> nn.Module:

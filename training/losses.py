@@ -1,7 +1,7 @@
-"""Cross-entropies between what the teacher says of one view and the student of another.
+"""Cross-entropies between what the teacher says and the student: of different views, or of one view's hidden patches.
 
-Shapes: S student views, T teacher views (the first T student views are of the same crops), B images, K prototypes,
-M pairs of different views.
+Shapes: S student views, T teacher views (the first T student views are of the same crops), G global views, B images,
+N patches, K prototypes, M pairs of different views, R hidden patches of all views and images.
 """
 
 import torch
@@ -25,6 +25,28 @@ def pair_cross_entropies(student_SBK: Tensor, targets_TBK: Tensor, *, student_te
     crossed_TSB = -torch.einsum("tbk,sbk->tsb", targets_TBK, log_student_SBK)
     teachers, students = crossed_TSB.shape[:2]
     return torch.stack([crossed_TSB[t, s] for t in range(teachers) for s in range(students) if s != t])
+
+
+def hidden_patch_cross_entropies(
+    student_RK: Tensor, targets_RK: Tensor, mask_GBN: Tensor, *, student_temp: float
+) -> Tensor:
+    """Mean over the views of the mean over the hidden patches of a view, image by image: [B].
+
+    The patch term of iBOT (`main_ibot.py` iBOTLoss.forward). Rows are in the order of `mask_GBN.nonzero()`. A view
+    without hidden patches adds nothing, but counts:
+
+        loss[b] = (1 / G) * sum over g of
+                  (sum over hidden n of H[g, b, n]) / max(1, number of hidden n of g, b)
+        H = - sum over k of targets[k] * log softmax(student / student_temp)[k]
+    """
+    crossed_R = -(targets_RK * F.log_softmax(student_RK / student_temp, dim=-1)).sum(dim=-1)
+    return mean_over_hidden(crossed_R, mask_GBN)
+
+
+def mean_over_hidden(values_R: Tensor, mask_GBN: Tensor) -> Tensor:
+    """Mean over views of the mean over each view's hidden patches, 0 where there is none: [B]."""
+    values_GBN = values_R.new_zeros(mask_GBN.shape).masked_scatter(mask_GBN, values_R)
+    return (values_GBN.sum(dim=-1) / mask_GBN.sum(dim=-1).clamp(min=1)).mean(dim=0)
 
 
 def entropy(probabilities: Tensor) -> Tensor:

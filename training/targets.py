@@ -47,8 +47,9 @@ def sinkhorn(teacher_TBK: Tensor, weight_B: Tensor, *, temperature: float, itera
 
 
 def _log_sum_over_rows(log_q_TBK: Tensor) -> Tensor:
-    """log of the sum of exp over the rows of all ranks: [K]."""
-    largest_K = log_q_TBK.amax(dim=(0, 1))
+    """log of the sum of exp over the rows of all ranks: [K]. A rank may have no rows at all (no hidden patches)."""
+    none_1K = log_q_TBK.new_full((1, log_q_TBK.shape[-1]), -torch.inf)
+    largest_K = torch.cat([log_q_TBK.flatten(0, 1), none_1K]).amax(dim=0)
     _all_reduce(largest_K, distributed.ReduceOp.MAX)
     sum_K = (log_q_TBK - largest_K).exp().sum(dim=(0, 1))
     _all_reduce(sum_K, distributed.ReduceOp.SUM)

@@ -1,3 +1,4 @@
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,7 @@ import pytest
 from datapipe.errors import ConfigError
 from training import config as recipes
 from training.config import RunConfig, load, override, to_toml, validate
+from training.methods import METHODS
 
 
 def _write(folder: Path, text: str) -> Path:
@@ -27,6 +29,39 @@ def test_load__all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
 def test_load__a_misspelt_key_of_the_method_is_refused_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown key `method.locals_per_parts`; did you mean `locals_per_part`"):
         load(_write(tmp_path, '[method]\nname = "pass"\nlocals_per_parts = 2\n'))
+
+
+@pytest.mark.parametrize(("method", "told"), [
+    ('name = "dino"\nlocal = 3', "unknown key `method.local`; did you mean `locals`?"),
+    ('name = "personvit"\nhead.outdim = 3', "unknown key `method.head.outdim`; did you mean `out_dim`?"),
+    ('name = "personvit"\nmask.ratio = [0.3]', "unknown key `method.mask.ratio`; did you mean `ratios`?"),
+    ('name = "personvit"\nparts = 3', "unknown key `method.parts`"),
+    ('name = "dinno"', "`method.name` must be one of dino, pass, personvit"),
+    ("locals = 3", "`method.name` must be one of dino, pass, personvit"),
+    ('name = "dino"\nteacher_temp = 0', "`method.teacher_temp` = 0: "),
+    ('name = "personvit"\nmask.ratios = [0.3]', "`method.mask` = {'ratios': [0.3]}: "),
+])  # fmt: skip
+def test_load__mistakes_of_a_method_are_told_in_its_own_terms(tmp_path: Path, method: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(_write(tmp_path, f"[method]\n{method}\n"))
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_load__every_method_has_defaults_flags_and_a_round_trip(tmp_path: Path, name: str) -> None:
+    recipe = _write(tmp_path, f'[method]\nname = "{name}"\n')
+    config = load(recipe)
+    assert config.method.name == name and recipes.to_tree(config)["method"]["name"] == name
+    assert validate(tomllib.loads(to_toml(config)), where="") == config
+    leaves = dict(recipes._leaves((), recipes.to_tree(config)))
+    flag = next(key for key, value in leaves.items() if key.startswith("method.") and isinstance(value, float))
+    assert recipes.differences(config, load(recipe, [f"--{flag}", "0.125"])) == [f"{flag}: {leaves[flag]} -> 0.125"]
+
+
+def test_override__a_flag_of_another_method_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load(_write(tmp_path, '[method]\nname = "dino"\n'), ["--method.parts", "3"])
+    assert caught.value.code == 2
 
 
 def test_load__missing_and_broken_files(tmp_path: Path) -> None:
@@ -60,8 +95,6 @@ def test_help__documents_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_toml__reads_back_equal() -> None:
     config = override(RunConfig(), ["--out", 'a "quoted" \\ folder', "--optimisation.lr", "1.1e-05"])
-    import tomllib
-
     assert validate(tomllib.loads(to_toml(config)), where="") == config
 
 

@@ -1,14 +1,20 @@
 """The pre-training methods, one file each, and the only place where their names are listed."""
 
+from typing import Annotated
+
+from pydantic import Field
+
 from training.backbone import BackboneConfig
 from training.methods.base import Method
+from training.methods.dino import Dino, DinoConfig
 from training.methods.pass_reid import Pass, PassConfig
 from training.methods.personmae import PersonMae, PersonMaeConfig
+from training.methods.personvit import PersonVit, PersonVitConfig
 
-MethodConfig = PassConfig | PersonMaeConfig
+MethodConfig = Annotated[DinoConfig | PassConfig | PersonVitConfig | PersonMaeConfig, Field(discriminator="name")]
 """The settings of any method; a union told apart by `name`."""
 
-METHODS: dict[str, type[Method]] = {"pass": Pass, "personmae": PersonMae}
+METHODS: dict[str, type[Method]] = {"dino": Dino, "pass": Pass, "personvit": PersonVit, "personmae": PersonMae}
 """Name in a recipe -> class."""
 
 

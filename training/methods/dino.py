@@ -1,0 +1,73 @@
+"""DINO on persons, the baseline (Caron et al., ICCV 2021; Luo et al., "Self-supervised pre-training for
+transformer-based person re-identification", 2021; reference TransReID-SSL `dino/main_dino.py`).
+
+Shapes: S student views, B images, C channels, K prototypes.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from datapipe.config import ViewConfig
+from datapipe.settings import settings
+from datapipe.views import ViewSpec, multi_crop
+from training.backbone import BackboneConfig, VisionTransformer
+from training.heads import DinoHead
+from training.methods.base import Outcome, Precision, Progress, Views, at_least_float32, full, lowered
+from training.methods.distillation import Distillation, DistillationConfig, Keep, TokenViews, seen
+
+
+@settings
+class DinoConfig(DistillationConfig):
+    """DINO: CLS of every view, large or small, learns what the teacher says of the other large one."""
+
+    name: Literal["dino"] = "dino"
+    """The method."""
+    locals: int = Field(default=8, ge=0)
+    """Local views, cut anywhere in the image."""
+
+
+class DinoNetwork(nn.Module):
+    """Backbone without part tokens and one head, for CLS."""
+
+    tokens = ("cls",)
+
+    def __init__(self, config: DinoConfig, backbone: BackboneConfig) -> None:
+        super().__init__()
+        self.backbone = VisionTransformer(backbone)
+        self.head = DinoHead(self.backbone.width, config.head)
+
+    def forward(
+        self, views: Views, *, learning: bool, precision: Precision, keep: Keep = (None, None)
+    ) -> TokenViews:
+        """CLS of the global views, and of the local ones when learning."""
+        weight_B, device = views["weight"], views["global"].device
+        with lowered(precision, device):
+            whole_GBC = seen(self.backbone, views["global"], weight_B, keep=keep[0]).cls
+            rows = [whole_GBC]
+            if learning and "local" in views:
+                rows.append(seen(self.backbone, views["local"], weight_B, keep=keep[1]).cls)
+        with full(device):
+            logits_SBK = self.head(at_least_float32(torch.cat(rows)))
+        return TokenViews({"cls": logits_SBK}, whole_GBC)
+
+
+class Dino(Distillation):
+    """Self-distillation of CLS."""
+
+    config: DinoConfig
+
+    def __init__(self, config: DinoConfig, backbone: BackboneConfig) -> None:
+        super().__init__(config, backbone, DinoNetwork(config, backbone))
+
+    @staticmethod
+    def views(config: DinoConfig, views: ViewConfig, backbone: BackboneConfig) -> ViewSpec:
+        whole = ((0.0, 1.0),) * config.locals
+        return multi_crop(views, size=backbone.size, local_size=config.local_size, local_bands=whole)
+
+    def compare(self, learnt: TokenViews, taught: TokenViews, views: Views, progress: Progress) -> Outcome:
+        """The mean over pairs of a global view and another view, image by image: 18 with 2 globals and 8 locals."""
+        said = self.distil(learnt, taught, views["weight"], progress.epoch)
+        return self.flat_mean(said, views["weight"], self.metrics(said, views["weight"]))

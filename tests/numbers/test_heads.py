@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.golden import difference, golden, group, tolerance
-from training.heads import DinoHead, HeadConfig, TokenHeads
+from training.heads import DinoHead, HeadConfig, MaskedHead, TokenHeads
 from training.weights import load_counted
 
 
@@ -59,6 +59,28 @@ def test_token_heads__one_head_per_token() -> None:
         local = heads({"cls": tensors[area + "input_cls"], part: tensors[area + "input_pt"]})
         assert difference(local["cls"], tensors[area + "output_cls"]) < tolerance(about, "output")
         assert difference(local[part], tensors[area + "output_pt"]) < tolerance(about, "output")
+
+
+@pytest.mark.parametrize("case", ["ibot_shared/", "ibot_not_shared/"])
+@torch.no_grad()
+def test_masked_head__cls_and_patches(case: str) -> None:
+    about, tensors = golden("dino_head")
+    constructor = about["hyper_parameters"][case + "constructor"]
+    shared = constructor["shared_head"]
+    config = head_config(constructor, norm_last_layer=constructor["norm_last_layer"])
+    own = None if shared else constructor["patch_out_dim"]
+    head = MaskedHead(constructor["in_dim"], config, patch_out_dim=own)
+    state = group(tensors, case + "state/")
+    twice = [name for name in state if shared and name.startswith("last_layer2.")]
+    for name in twice:  # one layer under two names
+        assert torch.equal(state[name], state[name.replace("last_layer2", "last_layer")])
+    load_counted(head, state, leave_out=twice)
+    tokens = tensors[case + "tokens_input"]
+    out = head({"cls": tokens[:, 0], "patch": tokens[:, 1:]})
+    assert difference(out["cls"], tensors[case + "cls_output"]) < tolerance(about, "output")
+    assert difference(out["patch"], tensors[case + "patch_output"]) < tolerance(about, "output")
+    alone = head({"cls": tensors[case + "vector_input"]})["cls"]
+    assert difference(alone, tensors[case + "vector_output"]) < tolerance(about, "output")
 
 
 def test_dino_head__keys_are_the_reference_ones() -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,9 @@ from training.engine.world import World
 from training.heads import HeadConfig
 from training.methods import build
 from training.methods.base import Method, Progress, Views
+from training.methods.dino import DinoConfig
 from training.methods.pass_reid import PassConfig
+from training.methods.personvit import PersonVitConfig
 from training.pretrain import Portion, portion
 from training.weights import load_counted
 
@@ -34,6 +36,7 @@ class Trajectory:
 
     losses: list[float] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
+    metrics: list[dict[str, float]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     state: dict[str, Tensor] = field(default_factory=dict)
 
@@ -56,8 +59,11 @@ class FixedBatches:
         real = rows < self.size
         position = np.where(real, start + rows, -1)
         held = {name: self._padded(array, rows, real) for name, array in views.items()}
+        masks = held.pop("mask", None)
         weight = np.where(real, 1 / self.size, 0.0)
-        return Batch(held, position, position, weight, position, position, start, start + self.size)
+        return Batch(
+            held, position, position, weight, position, position, start, start + self.size, masks=masks
+        )
 
     @staticmethod
     def _padded(array: np.ndarray, rows: np.ndarray, real: np.ndarray) -> np.ndarray:
@@ -66,36 +72,98 @@ class FixedBatches:
         return taken
 
 
-def pass_trajectory(
-    item: str, *, native_resize: bool
-) -> tuple[dict[str, Any], dict[str, Tensor], Callable[[], Method]]:
-    """(description, tensors, maker of the method in its initial state) of `train_pass`."""
+class Case(NamedTuple):
+    """One golden trajectory and the method that is to follow it."""
+
+    about: dict[str, Any]
+    tensors: dict[str, Tensor]
+    prefix: str
+    """In front of the names of results in the file."""
+    make: Callable[[], Method]
+    """The method in its initial state."""
+    batches: list[dict[str, np.ndarray]]
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        settings: dict[str, Any] = self.about["hyper_parameters"]
+        return settings
+
+    def result(self, name: str) -> Tensor:
+        """A tensor that the reference's run ended with or measured."""
+        return self.tensors[self.prefix + name]
+
+    def results(self, prefix: str) -> dict[str, Tensor]:
+        found = group(self.tensors, self.prefix + prefix)
+        assert found, prefix
+        return found
+
+
+CASES = ("train_dino", "train_pass", "train_pass on a CPU", "train_ibot")
+"""Golden items; PASS also with the resize of its position table at native size, as the reference does it on a CPU."""
+
+
+def case_of(name: str) -> Case:
+    """The golden trajectory of this name and everything to run it."""
+    item, _, variant = name.partition(" ")
     about, tensors = golden(item)
     setting = about["hyper_parameters"]
     backbone = BackboneConfig(
         arch="custom", size=tuple(setting["img_size"]), patch=setting["patch_size"], width=setting["embed_dim"],
         depth=setting["depth"], heads=setting["num_heads"], mlp_ratio=setting["mlp_ratio"],
-        resize_positions_at_native_size=native_resize,
+        resize_positions_at_native_size=bool(variant),
     )  # fmt: skip
-    loss, head = setting["loss"], setting["head"]
-    parts = sum(name.startswith("backbone.part_token") for name in setting["trainable_parameters"])
-    config = PassConfig(
-        parts=parts, locals_per_part=setting["local_views"] // parts, local_size=tuple(setting["local_size"]),
-        head=HeadConfig(out_dim=head["out_dim"], hidden=head["hidden_dim"], bottleneck=head["bottleneck_dim"],
-                        layers=head["nlayers"], norm_last_layer=head["norm_last_layer"]),
-        student_temp=loss["student_temp"], warmup_teacher_temp=loss["warmup_teacher_temp"],
-        teacher_temp=loss["teacher_temp"], teacher_temp_warmup_epochs=loss["warmup_teacher_temp_epochs"],
-        centre_momentum=loss["center_momentum"], freeze_last_layer_epochs=setting["freeze_last_layer_epochs"],
-    )  # fmt: skip
+    config = {"dino": dino_config, "pass": pass_config, "ibot": personvit_config}[setting["objective"]](setting)
+    prefix = "stored_pos/" if item == "train_pass" and not variant else ""
 
     def make() -> Method:
         method = build(config, backbone)
         initial = group(tensors, "init/")
         for network in (method.student, method.teacher):
-            load_counted(network, initial)
+            load_counted(network, {name: initial[name] for name in network.state_dict()})
+        surplus = initial.keys() - method.student.state_dict().keys()
+        assert all(name.startswith("head.last_layer2.") for name in surplus), surplus  # shared: listed twice
+        assert all(torch.equal(initial[name], initial[name.replace("layer2", "layer")]) for name in surplus)
         return method
 
-    return about, tensors, make
+    return Case(about, tensors, prefix, make, batches_of(setting, tensors))
+
+
+def shared_settings(setting: dict[str, Any]) -> dict[str, Any]:
+    """What the configurations of all three methods have in common."""
+    loss, head = setting["loss"], setting["head"]
+    return {
+        "local_size": tuple(setting["local_size"]),
+        "student_temp": loss["student_temp"],
+        "warmup_teacher_temp": loss["warmup_teacher_temp"],
+        "teacher_temp": loss["teacher_temp"],
+        "teacher_temp_warmup_epochs": loss["warmup_teacher_temp_epochs"],
+        "centre_momentum": loss["center_momentum"],
+        "freeze_last_layer_epochs": setting["freeze_last_layer_epochs"],
+        "head": HeadConfig(
+            out_dim=head["out_dim"], hidden=head["hidden_dim"], bottleneck=head["bottleneck_dim"],
+            layers=head["nlayers"], norm_last_layer=head["norm_last_layer"],
+        ),
+    }  # fmt: skip
+
+
+def dino_config(setting: dict[str, Any]) -> DinoConfig:
+    return DinoConfig(locals=setting["local_views"], **shared_settings(setting))
+
+
+def pass_config(setting: dict[str, Any]) -> PassConfig:
+    parts = sum(name.startswith("backbone.part_token") for name in setting["trainable_parameters"])
+    return PassConfig(parts=parts, locals_per_part=setting["local_views"] // parts, **shared_settings(setting))
+
+
+def personvit_config(setting: dict[str, Any]) -> PersonVitConfig:
+    loss, head = setting["loss"], setting["head"]
+    return PersonVitConfig(
+        locals=setting["local_views"], patch_out_dim=head["patch_out_dim"],
+        patch_head="shared" if head["shared_head_student_and_teacher"] else "separate",
+        warmup_teacher_patch_temp=loss["warmup_teacher_temp2"], teacher_patch_temp=loss["teacher_temp2"],
+        patch_centre_momentum=loss["center_momentum2"], lambda_dino=loss["lambda1"], lambda_mim=loss["lambda2"],
+        **shared_settings(setting),
+    )  # fmt: skip
 
 
 def optimisation_of(setting: dict[str, Any]) -> OptimisationConfig:
@@ -110,20 +178,21 @@ def optimisation_of(setting: dict[str, Any]) -> OptimisationConfig:
 
 
 def batches_of(setting: dict[str, Any], tensors: dict[str, Tensor]) -> list[dict[str, np.ndarray]]:
-    """The golden batches as the method's named views, [V, B, 3, H, W]."""
+    """The golden batches as the method's named views, [V, B, 3, H, W], and its masks, [V, B, rows, columns]."""
     found = []
     for number in range(setting["iterations_per_epoch"]):
         views = [value for _, value in sorted(group(tensors, f"batch{number}/view").items())]
         split = setting["global_views"]
         found.append({"global": torch.stack(views[:split]).numpy(), "local": torch.stack(views[split:]).numpy()})
+        masks = [value for _, value in sorted(group(tensors, f"batch{number}/mask").items())]
+        if masks:
+            found[-1]["mask"] = torch.stack(masks).numpy()
     return found
 
 
 def run_trajectory(
     world: World,
-    make: Callable[[], Method],
-    setting: dict[str, Any],
-    batches: list[dict[str, np.ndarray]],
+    case: Case,
     *,
     dtype: torch.dtype,
     zero_stage: int | None = None,
@@ -131,23 +200,26 @@ def run_trajectory(
     rehearsal: bool = False,
 ) -> Trajectory:
     """The whole trajectory through `training.engine.loop.train`; `zero_stage` None: the plain stepper."""
-    config = optimisation_of(setting)
-    method = make().to(dtype)
+    config, setting = optimisation_of(case.setting), case.setting
+    method = case.make().to(dtype)
     share = portion(config.batch, micro_batch or config.batch, world.size)
     clock = Clock(config.batch, config.batch * setting["iterations_per_epoch"], config.epochs, seed=0)
     found = Trajectory()
 
     def place(batch: Batch) -> Views:
         views = {name: torch.from_numpy(array).to(dtype) for name, array in batch.views.items()}
+        if batch.masks is not None:
+            views["mask"] = torch.from_numpy(batch.masks)
         return {**views, "position": torch.from_numpy(batch.position), "sample": torch.from_numpy(batch.sample),
                 "weight": torch.from_numpy(batch.weight).to(dtype)}  # type: ignore[return-value]  # fmt: skip
 
     def watch(progress: Progress, batch: Batch, result: Result) -> None:
         found.losses.append(result.loss)
         found.norms.append(result.norms.double())
+        found.metrics.append(result.metrics)
 
     stepper = _stepper(method, config, world, share, zero_stage)
-    source = FixedBatches(batches, config.batch, share, world.rank)
+    source = FixedBatches(case.batches, config.batch, share, world.rank)
     run = Run(
         method=method, stepper=stepper, loader=source, place=place, clock=clock, optimisation=config,
         micro_batch=share.micro, checkpoints=None, stop=Stop(LocalHost(), world), host=LocalHost(), watch=watch,

@@ -1,18 +1,20 @@
 """Whole training trajectories of the references, through the Method, loop and steppers that users run."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
-from tests.golden import group
+from tests.golden import golden
 from tests.ranks import run_ranks
-from tests.trajectory import Trajectory, batches_of, pass_trajectory, run_trajectory
+from tests.trajectory import CASES, Case, Trajectory, case_of, run_trajectory
 from training.engine.world import World
 
-VARIANTS = [("", True), ("stored_pos/", False)]
-"""(prefix in the golden file, is the position table resized at native size?)"""
+ON_RANKS = [name for name in CASES if " " not in name]
+STAGES: list[tuple[int | None, bool]] = [(None, True), (0, True), (1, True), (1, False), (2, True)]
+"""(ZeRO stage, is there a rehearsal in front?); None: the plain stepper in float64."""
+CENTRES = {"center": "cls", "center2": "patch"}
+TERMS = {"loss_cls": "lambda1", "loss_patch": "lambda2"}
+"""Terms of the loss that a golden file has apart, factor included."""
 
 
 def _largest_relative(ours: list[float], theirs: Tensor) -> float:
@@ -27,87 +29,101 @@ def _key_bias_masked(name: str, value: Tensor) -> Tensor:
     return torch.cat([value[:third], value[2 * third :]])
 
 
-def _largest_state_difference(found: Trajectory, network: str, theirs: dict[str, Tensor], mask: bool) -> float:
+def _largest_state_difference(found: Trajectory, case: Case, *, mask: bool) -> float:
+    """Over all parameters of student and teacher."""
     differences = []
-    for name, value in theirs.items():
-        ours = found.state[f"{network}.{name}"].double()
-        pair = (ours, value.double())
-        if mask:
-            pair = (_key_bias_masked(name, pair[0]), _key_bias_masked(name, pair[1]))
-        differences.append(float((pair[0] - pair[1]).abs().max()))
+    for network in ("student", "teacher"):
+        theirs = case.results(f"final_{network}/")
+        ours = {name.removeprefix(f"{network}."): value for name, value in found.state.items()
+                if name.startswith(f"{network}.")}  # fmt: skip
+        surplus = theirs.keys() - ours.keys()
+        assert not ours.keys() - theirs.keys()
+        assert all(torch.equal(theirs[name], theirs[name.replace("layer2", "layer")]) for name in surplus), surplus
+        for name, value in ours.items():
+            pair = (value.double(), theirs[name].double())
+            if mask:
+                pair = (_key_bias_masked(name, pair[0]), _key_bias_masked(name, pair[1]))
+            differences.append(float((pair[0] - pair[1]).abs().max()))
     return max(differences)
 
 
-@pytest.mark.parametrize(("prefix", "native_resize"), VARIANTS)
-def test_train_pass__float64_plain(prefix: str, native_resize: bool) -> None:
-    about, tensors, make = pass_trajectory("train_pass", native_resize=native_resize)
-    setting = about["hyper_parameters"]
-    found = run_trajectory(World(), make, setting, batches_of(setting, tensors), dtype=torch.float64)
-    assert _largest_relative(found.losses, tensors[f"{prefix}f64/loss"]) < 1e-8
-    for network in ("student", "teacher"):
-        final = group(tensors, f"{prefix}final_{network}/")
-        assert final
-        assert _largest_state_difference(found, network, final, mask=False) < 1e-6
-    for name, centre in group(tensors, f"{prefix}f64/final_center/center_").items():
-        assert (found.state[f"centre_{name}"].double() - centre).abs().max() < 1e-8
-    _check_norms(found, setting, tensors[f"{prefix}f64/grad_norms"], 1e-6)
+@pytest.mark.parametrize("name", CASES)
+def test_trajectory__float64_plain(name: str) -> None:
+    case = case_of(name)
+    found = run_trajectory(World(), case, dtype=torch.float64)
+    assert _largest_relative(found.losses, case.result("f64/loss")) < 1e-8
+    assert _largest_state_difference(found, case, mask=False) < 1e-6
+    for centre, theirs in case.results("f64/final_center/").items():
+        ours = found.state[f"centre_{CENTRES.get(centre, centre.removeprefix('center_'))}"]
+        assert (ours.double() - theirs.reshape(ours.shape)).abs().max() < 1e-8
+    for term, factor in TERMS.items():
+        if f"{case.prefix}f64/{term}" in case.tensors:
+            ours = [case.setting["loss"][factor] * metrics[term] for metrics in found.metrics]
+            assert _largest_relative(ours, case.result(f"f64/{term}")) < 1e-8, term
+    _check_norms(found, case)
 
 
-def _check_norms(found: Trajectory, setting: dict[str, Any], theirs: Tensor, tolerance: float) -> None:
-    order = [found.names.index(f"student.{name}") for name in setting["trainable_parameters"]]
-    ours = torch.stack(found.norms)[:, order]
-    # norms that are mathematically zero (key third alone never is a whole tensor) do not occur
-    assert ((ours - theirs).abs() / theirs.abs().clamp(min=1e-6)).max() < tolerance
+def _check_norms(found: Trajectory, case: Case) -> None:
+    names = [f"student.{name}" for name in case.setting["trainable_parameters"]]
+    assert sorted(names) == sorted(found.names)
+    ours = torch.stack(found.norms)[:, [found.names.index(name) for name in names]]
+    theirs = case.result("f64/grad_norms")
+    # norms that are mathematically zero (the key third alone never is a whole tensor) do not occur
+    assert ((ours - theirs).abs() / theirs.abs().clamp(min=1e-6)).max() < 1e-6
 
 
-def test_train_pass__rehearsal_leaves_no_trace() -> None:
-    about, tensors, make = pass_trajectory("train_pass", native_resize=False)
-    setting = about["hyper_parameters"]
-    batches = batches_of(setting, tensors)
-    plain = run_trajectory(World(), make, setting, batches, dtype=torch.float64)
-    rehearsed = run_trajectory(World(), make, setting, batches, dtype=torch.float64, rehearsal=True)
-    assert plain.losses == rehearsed.losses
-    assert all(torch.equal(value, rehearsed.state[name]) for name, value in plain.state.items())
+@pytest.mark.parametrize("name", ON_RANKS)
+def test_trajectory__decayed_and_released_as_in_the_reference(name: str) -> None:
+    case = case_of(name)
+    roles = case.make().roles()
+    setting = case.setting
+    assert {f"student.{name}" for name in setting["group0_decayed"]} == {n for n, role in roles.items() if role.decay}
+    frozen = {name for name, role in roles.items() if role.release_epoch}
+    wanted = {name for name in roles if "last_layer" in name} if setting["freeze_last_layer_epochs"] else set()
+    assert frozen == wanted
 
 
-def test_train_pass__accumulation_changes_only_rounding() -> None:
-    about, tensors, make = pass_trajectory("train_pass", native_resize=False)
-    setting = about["hyper_parameters"]
-    found = run_trajectory(
-        World(), make, setting, batches_of(setting, tensors), dtype=torch.float64, micro_batch=1
-    )
-    assert _largest_relative(found.losses, tensors["stored_pos/f64/loss"]) < 1e-8
+def test_trajectory__rehearsal_leaves_no_trace() -> None:
+    for name in ON_RANKS:
+        case = case_of(name)
+        plain = run_trajectory(World(), case, dtype=torch.float64)
+        rehearsed = run_trajectory(World(), case, dtype=torch.float64, rehearsal=True)
+        assert plain.losses == rehearsed.losses
+        assert all(torch.equal(value, rehearsed.state[name]) for name, value in plain.state.items())
 
 
-def _all_stages(
-    world: World, stages: list[int | None], micro_batch: int | None
-) -> dict[str, tuple[list[float], float]]:
-    """In one rank: losses and final state differences of every stage, with and without a rehearsal in front."""
-    about, tensors, make = pass_trajectory("train_pass", native_resize=False)
-    setting = about["hyper_parameters"]
+@pytest.mark.parametrize("name", ON_RANKS)
+def test_trajectory__accumulation_changes_only_rounding(name: str) -> None:
+    case = case_of(name)
+    found = run_trajectory(World(), case, dtype=torch.float64, micro_batch=1)
+    assert _largest_relative(found.losses, case.result("f64/loss")) < 1e-8
+
+
+def _all_stages(world: World, micro_batch: int | None) -> dict[str, tuple[list[float], float]]:
+    """In one rank: losses and final state differences of every item and stage."""
     results = {}
-    for stage in stages:
-        for rehearsal in (False, True):
+    for name in ON_RANKS:
+        case = case_of(name)
+        for stage, rehearsal in STAGES:
             found = run_trajectory(
-                world, make, setting, batches_of(setting, tensors), zero_stage=stage, rehearsal=rehearsal,
-                dtype=torch.float32 if stage is not None else torch.float64, micro_batch=micro_batch,
+                world, case, zero_stage=stage, rehearsal=rehearsal, micro_batch=micro_batch,
+                dtype=torch.float32 if stage is not None else torch.float64,
             )  # fmt: skip
-            states = max(
-                _largest_state_difference(found, network, group(tensors, f"stored_pos/final_{network}/"), mask=True)
-                for network in ("student", "teacher")
-            )
-            results[f"{stage} {rehearsal}"] = (found.losses, states)
+            states = _largest_state_difference(found, case, mask=stage is not None)
+            results[f"{name} {stage} {rehearsal}"] = (found.losses, states)
     return results
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "micro_batch"), [(1, None), (1, 2), (2, 1), (3, None)])
-def test_train_pass__deepspeed(world: int, micro_batch: int | None) -> None:
+@pytest.mark.parametrize(("world", "micro_batch"), [(1, 2), (2, 1), (3, None)])
+def test_trajectory__deepspeed(world: int, micro_batch: int | None) -> None:
     """ZeRO 0, 1, 2 in float32, and the plain stepper in float64, on real processes; three ranks need padding."""
-    _, tensors, _ = pass_trajectory("train_pass", native_resize=False)
-    for results in run_ranks(world, _all_stages, [None, 0, 1, 2], micro_batch):
-        for name, (losses, states) in results.items():
-            plain = name.startswith("None")
-            wanted = tensors[f"stored_pos/{'f64' if plain else 'f32'}/loss"]
-            assert _largest_relative(losses, wanted) < (1e-8 if plain else 2e-6), name
-            assert states < (1e-6 if plain else 1e-5), name
+    for name in ON_RANKS:
+        golden(name)  # skips here, not in the ranks
+    for results in run_ranks(world, _all_stages, micro_batch):
+        for key, (losses, states) in results.items():
+            name, stage, _ = key.split()
+            plain = stage == "None"
+            wanted = case_of(name).result(f"{'f64' if plain else 'f32'}/loss")
+            assert _largest_relative(losses, wanted) < (1e-8 if plain else 2e-6), key
+            assert states < (1e-6 if plain else 1e-5), key

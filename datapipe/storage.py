@@ -14,7 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -221,8 +221,12 @@ class LocalStore(Store):
             os.replace(temporary, self._path(name))
 
     def delete(self, name: str) -> None:
+        path = self._path(name)
         with self._faults(name):
-            self._path(name).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+        if "/" in name:
+            with suppress(OSError):  # object stores have no empty folders either
+                path.parent.rmdir()
 
     def at(self, *parts: str) -> Store:
         return LocalStore(os.path.join(self.url, *parts))
@@ -234,10 +238,9 @@ class LocalStore(Store):
     def _whole(self, name: str, data: Data) -> Iterator[Path]:
         """A complete, synced file beside the final one; the folder is synced after the caller has named it."""
         folder = self._path(name).parent
-        folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{self._path(name).name}.{secrets.token_hex(6)}{TEMPORARY}"
         try:
-            with open(temporary, "xb") as file:
+            with _new_file(temporary) as file:
                 if isinstance(data, Path):
                     with open(data, "rb") as source:
                         shutil.copyfileobj(source, file, 1 << 20)
@@ -268,6 +271,18 @@ class LocalStore(Store):
             reason = error.strerror or str(error)
             raise StorageError(f"the file system refused: {reason}", where=self.address(name),
                                hint="check the permissions and the free space there") from error
+
+
+def _new_file(path: Path) -> BinaryIO:
+    """A new file for writing, and its folder. A second try where somebody removed the empty folder in between."""
+    for last in (False, True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return open(path, "xb")
+        except FileNotFoundError:
+            if last:
+                raise
+    raise AssertionError("unreachable")
 
 
 def _read_fully(file: io.FileIO, size: int) -> bytes:

@@ -91,23 +91,6 @@ class Recorder:
         )
 
 
-def read(folder: RunFolder) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(one record per step, sorted, the last attempt's where several have it; the attempts' first lines)."""
-    steps: dict[int, dict[str, Any]] = {}
-    attempts: list[dict[str, Any]] = []
-    for name in sorted(name for name in folder.names("metrics/") if _ATTEMPT.fullmatch(name)):
-        for text in (folder.read_text(name) or "").splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue  # the process was killed while it wrote this line
-            if "step" in line and "attempt" not in line:
-                steps[line["step"]] = line
-            else:
-                attempts.append(line)
-    return [steps[step] for step in sorted(steps)], attempts
-
-
 def _board(folder: RunFolder) -> Any:
     """TensorBoard's writer, for a local run folder."""
     if folder.local is None:

@@ -3,11 +3,12 @@
 import json
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from datapipe.errors import DataError
 from training.run_folder import RunFolder
 
 Record = dict[str, Any]
@@ -120,12 +121,12 @@ class RunFiles:
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe as nested tables."""
-        return tomllib.loads(self.text("config.toml") or "")
+        return self._parsed("config.toml", tomllib.loads)
 
     @cached_property
     def environment(self) -> dict[str, Any]:
         """Versions, devices, git, manifest."""
-        return json.loads(self.text("environment.json") or "{}")
+        return self._parsed("environment.json", json.loads)
 
     @cached_property
     def attempts(self) -> tuple[Attempt, ...]:
@@ -149,7 +150,19 @@ class RunFiles:
 
     def _scores(self) -> Iterator[Score]:
         for match in filter(None, map(_METRICS.fullmatch, sorted(self.names))):
-            yield Score(match[1], match[2], json.loads(self.text(match[0]) or "{}"))
+            yield Score(match[1], match[2], self._parsed(match[0], json.loads))
+
+    def _parsed(self, name: str, parse: Callable[[str], Record]) -> Record:
+        """A file's content, empty where the file is missing. Raises DataError for one that is damaged."""
+        text = self.text(name)
+        try:
+            return parse(text) if text else {}
+        except ValueError as error:
+            raise DataError(
+                f"a file of the run is damaged: {error}",
+                where=self.folder.store.address(name),
+                hint="remove it to have the report without it",
+            ) from error
 
     def _attempt(self, number: int, name: str) -> Attempt:
         lines, cut = [], 0

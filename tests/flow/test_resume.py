@@ -19,8 +19,8 @@ from tests.ranks import run_ranks
 from training import config as recipes
 from training.engine.host import LocalHost
 from training.engine.world import World
-from training.metrics import read
 from training.pretrain import pretrain
+from training.report_data import RunFiles
 from training.run_folder import RunFolder
 
 CROPS, BATCH, EPOCHS = 50, 6, 1.5
@@ -109,7 +109,7 @@ def test_resume__a_complete_run_ends_at_once(undisturbed: Path, data: Manifest) 
 
 
 def _losses(run: Path) -> dict[int, float]:
-    records, _ = read(RunFolder(str(run), recipes.StorageConfig()))
+    records = RunFiles(RunFolder(str(run), recipes.StorageConfig())).records
     return {record["step"]: record["loss"] for record in records}
 
 

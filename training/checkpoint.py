@@ -52,6 +52,8 @@ class Marker:
     """AdamW's step count of each parameter."""
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
+    """The pretrained weights that the run began with, where it did."""
     time: float = 0.0
     format: int = FORMAT
 

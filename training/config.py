@@ -14,6 +14,7 @@ from datapipe.config import Range, StorageConfig, StreamConfig, ViewConfig
 from datapipe.errors import ConfigError
 from datapipe.settings import settings
 from training.backbone import BackboneConfig
+from training.initial_weights import InitConfig
 from training.methods import METHODS, MethodConfig
 from training.methods.pass_reid import PassConfig
 
@@ -115,6 +116,8 @@ class RunConfig:
     """How views are cut and coloured."""
     backbone: BackboneConfig = BackboneConfig()
     """The vision transformer."""
+    init: InitConfig = InitConfig()
+    """Pretrained weights to start from."""
     method: MethodConfig = Field(default=PassConfig(), discriminator="name")
     """The objective and its own settings; `name` chooses it."""
     optimisation: OptimisationConfig = OptimisationConfig()

@@ -36,6 +36,7 @@ from training.engine.plain import PlainStepper
 from training.engine.stepper import Result, Stepper
 from training.engine.stop import Stop
 from training.engine.world import World
+from training.initial_weights import in_words, refuse_missing, start_from
 from training.methods.base import Method, Progress
 from training.metrics import Recorder
 from training.placing import Place
@@ -84,8 +85,18 @@ def clock_of(config: RunConfig, rows: int) -> Clock:
     )
 
 
+def initial_method(config: RunConfig) -> tuple[Method, dict[str, Any]]:
+    """The recipe's method as the run starts with it, a function of the seed and of the weights under `init`; and what
+    these are."""
+    method = build_method(config)
+    if not config.init.weights:
+        return method, {}
+    with torch.random.fork_rng(devices=[]):  # backbones in between draw weights that are not used
+        return method, start_from(method, config.init, config.backbone, config.storage)
+
+
 def build_method(config: RunConfig) -> Method:
-    """The recipe's method with initial weights that are a function of the seed alone."""
+    """The recipe's method with random weights that are a function of the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         method = methods.build(config.method, config.backbone)
@@ -118,6 +129,8 @@ def check(config: RunConfig) -> Manifest:
     if manifest.rows == 0:
         raise DataError("the data set is empty", where=config.stream.manifest, hint="shard some crops first")
     clock_of(config, manifest.rows)
+    if config.init.weights:
+        refuse_missing(config.init, config.storage)
     folder = RunFolder(config.out, config.storage)
     _refuse_other_settings(config, folder)
     _refuse_other_data(folder, manifest)
@@ -133,7 +146,8 @@ def pretrain(config: RunConfig, *, world: World, host: Host, reason: str = "star
     manifest = check(config) if world.leads else Manifest.load(config.stream.manifest, config.storage)
     folder = RunFolder(config.out, config.storage)
     clock = clock_of(config, manifest.rows)
-    method = build_method(config).to(world.device)
+    method, origin = initial_method(config)
+    method = method.to(world.device)
     share = portion(config.optimisation.batch, config.optimisation.micro_batch, world.size)
     if method.couples_batch() and share.rows > share.micro:
         raise ConfigError(
@@ -147,7 +161,7 @@ def pretrain(config: RunConfig, *, world: World, host: Host, reason: str = "star
     say = host.say if world.leads else _silent
     stepper = make_stepper(config, method, world, share)
     checkpoints = Checkpoints(
-        folder.at("checkpoints"), config.checkpoints, world, about=_about(config, manifest, world), say=say
+        folder.at("checkpoints"), config.checkpoints, world, about=_about(config, manifest, world, origin), say=say
     )
     position, resumed = checkpoints.restore(method, stepper)
     with _loader(config, manifest, world, share) as loader:
@@ -165,6 +179,8 @@ def pretrain(config: RunConfig, *, world: World, host: Host, reason: str = "star
                 "world": world.size, "resumed_from": resumed, "step": position // clock.batch, "reason": reason,
             })  # fmt: skip
             run.recorder.say(_opening(config, manifest, clock, resumed, method))
+            if origin and resumed is None:
+                run.recorder.say(in_words(origin))
         position, done = train(run, Segment(clock.end), position=position)
     if run.recorder is not None:
         run.recorder.say(_closing(config, position // clock.batch, clock, done))
@@ -304,7 +320,7 @@ def _refuse_other_data(folder: RunFolder, manifest: Manifest) -> None:
 # -- what the run folder says of the run -----------------------------------------------------------------------------
 
 
-def _about(config: RunConfig, manifest: Manifest, world: World) -> dict[str, Any]:
+def _about(config: RunConfig, manifest: Manifest, world: World, origin: dict[str, Any]) -> dict[str, Any]:
     return {
         "manifest": manifest.id,
         "manifest_rows": manifest.rows,
@@ -313,6 +329,7 @@ def _about(config: RunConfig, manifest: Manifest, world: World) -> dict[str, Any
         "world": world.size,
         "config": recipes.to_tree(config),
         "versions": versions(),
+        "origin": origin,
     }
 
 

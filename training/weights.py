@@ -1,9 +1,12 @@
-"""Weights in and out: a backbone as safetensors that timm loads, with a card that says what it is and where from."""
+"""Weights in and out: a backbone as safetensors that timm loads, with a card that says what it is and where from.
+
+timm has no ICS stem: such a backbone keeps its own key names, its card's "timm" is null, and `load_backbone` loads it.
+"""
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -19,7 +22,14 @@ from training.backbone import BackboneConfig, VisionTransformer
 
 WEIGHTS, CARD = "backbone.safetensors", "card.json"
 CARD_FORMAT = 1
+SHOWN = 5
+"""Keys of each kind that an error names; the others are counted."""
 Triple = tuple[float, float, float]
+LOADING = {
+    "patch": "timm.create_model(**timm) and its load_state_dict, or training.weights.load_backbone(folder)",
+    "ics": "training.weights.load_backbone(folder) alone: timm has no ICS stem",
+}
+"""Stem -> how a card says its weights are loaded."""
 
 
 def _versions() -> dict[str, str]:
@@ -41,6 +51,8 @@ class Provenance:
     """Images seen."""
     step: int = 0
     """Optimizer steps done."""
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The published weights that these are, or were continued from: file, checksum, layout, what was left out."""
     mean: Triple = IMAGENET_DEFAULT_MEAN
     """Subtracted from RGB values in 0..1 before the backbone."""
     std: Triple = IMAGENET_DEFAULT_STD
@@ -52,18 +64,20 @@ def export(backbone: VisionTransformer, out: Store, provenance: Provenance) -> d
     """Write `backbone.safetensors`, then `card.json`, and return the card.
 
     The weights are in timm's layout, float32. `timm.create_model(**card["timm"])` loads them with no key missing or
-    left over and gives the same features (with the stored position table, the default).
+    left over and gives the same features (with the stored position table, the default). With the ICS stem, which timm
+    does not have, `card["timm"]` is None.
     """
     state = to_timm(backbone)
     data = safetensors.torch.save(state, metadata={"format": "pt"})
     card = {
         "format": CARD_FORMAT,
-        "timm": timm_arguments(backbone),
+        "timm": timm_arguments(backbone) if backbone.config.stem == "patch" else None,
+        "load": LOADING[backbone.config.stem],
         "tokens": ["cls", *(f"part{part}" for part in range(1, backbone.parts + 1)), "patches"],
         "input": {"size": backbone.config.size, "mean": provenance.mean, "std": provenance.std},
         "backbone": dataclasses.asdict(backbone.config),
         "parts": backbone.parts,
-        "file": {"name": WEIGHTS, "bytes": len(data), "sha256": _digest(data), "tensors": len(state)},
+        "file": {"name": WEIGHTS, "bytes": len(data), "sha256": digest(data), "tensors": len(state)},
     }
     card |= {key: value for key, value in dataclasses.asdict(provenance).items() if key not in ("mean", "std")}
     out.replace(WEIGHTS, data)
@@ -76,7 +90,7 @@ def load_backbone(folder: Store | str) -> VisionTransformer:
     store = open_store(folder) if isinstance(folder, str) else folder
     card, where = load_card(store), store.address(WEIGHTS)
     data = store.read(WEIGHTS)
-    if _digest(data) != card["file"]["sha256"]:
+    if digest(data) != card["file"]["sha256"]:
         raise DataError("the weights are not those the card describes", where=where, hint="export them again")
     try:
         config, parts = BackboneConfig(**card["backbone"]), int(card["parts"])
@@ -123,11 +137,17 @@ def load_counted(
         "to leave out, but absent": sorted(set(leave_out) - state.keys()),
     }
     if any(faults.values()):
-        told = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in faults.items() if keys)
+        told = "; ".join(f"{kind}: {first_few(keys)}" for kind, keys in faults.items() if keys)
         raise DataError(f"the weights do not fit ({len(given)} for {len(own)}); {told}", where=where,
                         hint="check that file and architecture belong together")  # fmt: skip
     module.load_state_dict(given)
     return len(given)
+
+
+def first_few(keys: Sequence[str]) -> str:
+    """The first keys, and how many there are where that is not all."""
+    rest = f", ... ({len(keys)} in all)" if len(keys) > SHOWN else ""
+    return ", ".join(keys[:SHOWN]) + rest
 
 
 def timm_arguments(backbone: VisionTransformer) -> dict[str, Any]:
@@ -148,7 +168,9 @@ def timm_arguments(backbone: VisionTransformer) -> dict[str, Any]:
 
 
 def create_model_call(card: Mapping[str, Any]) -> str:
-    """The Python expression that builds the exported model, to be printed."""
+    """The Python expression that builds the exported model, to be printed; for an ICS stem, words."""
+    if card["timm"] is None:
+        return LOADING["ics"]
     arguments = dict(card["timm"])
     name = arguments.pop("model_name")
     return ", ".join([f'timm.create_model("{name}"', *(f"{key}={value}" for key, value in arguments.items())]) + ")"
@@ -156,8 +178,9 @@ def create_model_call(card: Mapping[str, Any]) -> str:
 
 @torch.no_grad()
 def to_timm(backbone: VisionTransformer) -> dict[str, Tensor]:
-    """timm's layout: part tokens are its register tokens, all positions one table in the order of the tokens."""
-    state = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in backbone.state_dict().items()}
+    """timm's layout: part tokens are its register tokens, all positions one table in the order of the tokens. A mask
+    token stays behind: nothing but masked training uses it."""
+    state = {name: _stored(tensor) for name, tensor in backbone.state_dict().items() if name != "masked_embed"}
     if backbone.parts:
         numbers = range(1, backbone.parts + 1)
         positions = [state.pop("cls_pos"), *(state.pop(f"part{number}_pos") for number in numbers)]
@@ -178,5 +201,11 @@ def from_timm(state: Mapping[str, Tensor], parts: int) -> dict[str, Tensor]:
     return ours
 
 
-def _digest(data: bytes) -> str:
+def _stored(tensor: Tensor) -> Tensor:
+    """On the CPU; numbers as float32, counts as they are."""
+    return tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else None)
+
+
+def digest(data: bytes) -> str:
+    """SHA-256."""
     return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,255 @@
+"""Published weights: which layout a file has, where the backbone is in it, and what is left out and why.
+
+Every tensor of a file is either used or named as left out; keys that are missing, left over or of another shape are an
+error. Sources of the layouts: the loaders of TransReID-SSL, PASS and PersonViT (`vit_pytorch.py` load_param), the
+training scripts of DINO, iBOT, TransReID-SSL and PASS (save_dict), MAE `util/misc.py` save_model.
+"""
+
+import fnmatch
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from datapipe.config import StorageConfig
+from datapipe.errors import DataError
+from datapipe.storage import open_store, split_url
+from training.backbone import ARCHITECTURES, BackboneConfig, Shape, VisionTransformer
+from training.weight_files import Arguments, read_weights
+from training.weights import digest, first_few, load_counted
+
+Network = Literal["teacher", "student"]
+
+PROJECTION = {"head.*": "projection head of pre-training"}
+UNUSED = {"fc.*": "1000-way layer that no forward pass uses"}
+UNUSED_IN_CHECKPOINT = {"backbone.fc.*": UNUSED["fc.*"]}
+MASK_TOKEN = "mask token: only masked views in training use it"
+CLASSIFIER = {
+    "head.*": "classifier of ImageNet's classes",
+    "pre_logits.*": "layer of ImageNet's classifier",
+}
+DECODER = {"decoder_*": "decoder of pre-training", "mask_token": "mask token of the decoder"}
+FINE_TUNED = {
+    "base.fc.*": UNUSED["fc.*"],
+    "bottleneck*": "batch norm in front of the identity classifier",
+    "classifier*": "classifier of the training set's identities",
+}
+
+
+class Layout(NamedTuple):
+    """How a family of published files is laid out."""
+
+    name: str
+    about: str
+    """Who publishes it."""
+    prefix: str
+    """How the names of the backbone's tensors begin."""
+    mark: str
+    """A tensor of the backbone, its name without the prefix, that tells this layout from those below it."""
+    left_out: Mapping[str, str]
+    """Pattern of names -> why these tensors are not used."""
+    pair: bool = False
+    """Do student and teacher lie side by side?"""
+    beside: str = ""
+    """An entry that must lie beside the two."""
+
+
+LAYOUTS = (
+    Layout("pass_checkpoint", "PASS, training checkpoint", "backbone.", "part_token1", PROJECTION, pair=True),
+    Layout("ics_checkpoint", "TransReID-SSL with ICS stem, training checkpoint", "backbone.",
+           "patch_embed.conv.0.weight", {**PROJECTION, **UNUSED_IN_CHECKPOINT}, pair=True),
+    Layout("personvit_checkpoint", "PersonViT or iBOT, training checkpoint", "backbone.", "cls_token",
+           {**PROJECTION, "backbone.masked_embed": MASK_TOKEN}, pair=True, beside="ibot_loss"),
+    Layout("dino_checkpoint", "DINO or TransReID-SSL, training checkpoint", "backbone.", "cls_token",
+           {**PROJECTION, **UNUSED_IN_CHECKPOINT}, pair=True),
+    Layout("pass_fine_tuned", "PASS, fine-tuned", "base.", "part_token1", FINE_TUNED),
+    Layout("ics_fine_tuned", "TransReID-SSL with ICS stem, fine-tuned", "base.", "patch_embed.conv.0.weight",
+           FINE_TUNED),
+    Layout("fine_tuned", "TransReID-SSL or PersonViT, fine-tuned", "base.", "cls_token", FINE_TUNED),
+    Layout("pass", "PASS, backbone alone", "", "part_token1", {}),
+    Layout("ics", "TransReID-SSL with ICS stem, backbone alone", "", "patch_embed.conv.0.weight", UNUSED),
+    Layout("ibot", "iBOT's student, backbone alone", "", "masked_embed", {"masked_embed": MASK_TOKEN}),
+    Layout("mae", "MAE with decoder", "", "mask_token", DECODER),
+    Layout("vit", "bare ViT: TransReID-SSL, DINO, iBOT's teacher, MAE's encoder, timm", "", "cls_token",
+           {**CLASSIFIER, **UNUSED}),
+)  # fmt: skip
+"""The more special before the more general: the first whose marks are there is the file's."""
+
+WRAPPERS = ("model", "state_dict")
+"""Entries that some files put around the tensors."""
+
+ENTRIES = {
+    "student": "the other network",
+    "teacher": "the other network",
+    "optimizer": "state of the optimizer",
+    "args": "settings of that training",
+    "epoch": "how long that training was",
+    "dino_loss": "centre of the loss",
+    "ibot_loss": "centres of the loss",
+    "fp16_scaler": "loss scaling",
+    "scaler": "loss scaling",
+}
+"""Entry beside the weights -> what it is."""
+
+ARGUMENTS = ("arch", "model", "patch_size", "epochs", "batch_size_per_gpu", "batch_size", "lr", "weight_decay",
+             "drop_path", "drop_path_rate", "out_dim", "patch_out_dim", "momentum_teacher", "seed")  # fmt: skip
+"""Settings that are quoted on the card, for information only."""
+
+SHAPES = {shape.width: shape for shape in ARCHITECTURES.values()} | {1280: Shape(1280, 32, 16, 4.0)}
+"""Width -> the published transformer of that width. Heads leave no trace in a file; a missing block might be none."""
+
+RATIOS = (2, 1, 3)
+"""Height over width of the images that position tables were made for: 256 x 128, ImageNet's squares, 384 x 128. No
+number of patches fits two of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stated:
+    """What the caller knows of a file. Empty or 0: what its keys and shapes say."""
+
+    layout: str = ""
+    """Name of one of LAYOUTS; another file is refused."""
+    network: Network = "teacher"
+    """Which one of a training checkpoint. The published backbones are teachers."""
+    heads: int = 0
+    """Attention heads."""
+    depth: int = 0
+    """Number of blocks."""
+
+
+class Published(NamedTuple):
+    """What was read."""
+
+    backbone: VisionTransformer
+    """In eval mode, on the CPU, of the size that its position table was made for."""
+    aside: dict[str, Tensor]
+    """The network's tensors that the backbone does not use, by their names in the file."""
+    origin: dict[str, Any]
+    """For the card: file, checksum, layout, what was left out and why."""
+
+
+def read_published(url: str, storage: StorageConfig, stated: Stated) -> Published:
+    """Read a file of published weights, local or remote. Raises DataError where anything does not fit."""
+    folder, name = split_url(url)
+    data = open_store(folder, storage).read(name)
+    content = read_weights(data, where=url)
+    entries, wrapper = _unwrapped(content)
+    layout, state = _recognised(entries, stated, url)
+    aside = {key: value for key, value in state.items() if _why(layout, key)}
+    used = {key.removeprefix(layout.prefix): value for key, value in state.items() if key not in aside}
+    _refuse_what_is_no_weight(used, url)
+    config, parts = _architecture(used, stated, url)
+    backbone = VisionTransformer(config, parts=parts)
+    load_counted(backbone, used, where=url)
+    left_out = {key: _why(layout, key) for key in aside} | _beside(content, wrapper)
+    if layout.pair:
+        left_out |= _beside(entries, stated.network)
+    origin = {
+        "file": name, "bytes": len(data), "sha256": digest(data), "layout": layout.name, "about": layout.about,
+        "network": stated.network if layout.pair else "", "tensors": len(used), "left_out": left_out,
+        "arguments": _arguments(content),
+    }  # fmt: skip
+    return Published(backbone.eval(), aside, origin)
+
+
+def _unwrapped(content: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """What lies in a wrapper, and its name; the file itself where there is none."""
+    for name in WRAPPERS:
+        if isinstance(content.get(name), dict):
+            return content[name], name
+    return content, ""
+
+
+def _recognised(entries: Mapping[str, Any], stated: Stated, where: str) -> tuple[Layout, dict[str, Any]]:
+    """The file's layout, and the state of the network asked for, without `module.`."""
+    for layout in LAYOUTS:
+        state = _state(entries, layout, stated.network)
+        if f"{layout.prefix}{layout.mark}" in state and (not layout.beside or layout.beside in entries):
+            if stated.layout and stated.layout != layout.name:
+                raise DataError(f"this is laid out as {layout.name} ({layout.about}), not as {stated.layout}",
+                                where=where, hint=f"--as {layout.name}, or leave --as away")  # fmt: skip
+            return layout, state
+    known = "\n".join(f"    {layout.name:<20} {layout.about}" for layout in LAYOUTS)
+    raise DataError(f"the file has none of the known layouts; it holds {first_few(list(entries))}\n{known}",
+                    where=where, hint="save the state_dict() of the backbone alone")  # fmt: skip
+
+
+def _state(entries: Mapping[str, Any], layout: Layout, network: Network) -> dict[str, Any]:
+    state = entries.get(network) if layout.pair else entries
+    return {str(key).removeprefix("module."): value for key, value in state.items()} if isinstance(state, dict) else {}
+
+
+def _why(layout: Layout, key: str) -> str:
+    """Why a tensor is left out; empty: it is used."""
+    return next((why for pattern, why in layout.left_out.items() if fnmatch.fnmatchcase(key, pattern)), "")
+
+
+def _beside(entries: Mapping[str, Any], chosen: str) -> dict[str, str]:
+    """What lies beside the entry that was chosen, with what it is."""
+    return {key: ENTRIES.get(key, "beside the weights") for key in entries if chosen and key != chosen}
+
+
+def _refuse_what_is_no_weight(state: Mapping[str, Any], where: str) -> None:
+    strange = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise DataError(f"these are no tensors: {first_few(strange)}", where=where, hint="save the state_dict() alone")
+    broken = [key for key, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if broken:
+        raise DataError(f"these hold NaN or infinity: {first_few(broken)}", where=where,
+                        hint="take an earlier checkpoint")  # fmt: skip
+
+
+def _architecture(state: Mapping[str, Tensor], stated: Stated, where: str) -> tuple[BackboneConfig, int]:
+    """The backbone that the shapes describe, and its number of part tokens."""
+    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    if missing := [key for key in needed if key not in state]:
+        raise DataError(f"the backbone is not whole; missing: {first_few(missing)}", where=where,
+                        hint="fetch the file again, or ask for another --network")  # fmt: skip
+    flat = [key for key, axes in zip(needed, (3, 3, 4, 2), strict=True) if state[key].ndim != axes]
+    if flat:
+        raise DataError(f"not the shape of a ViT's: {first_few(flat)}", where=where, hint="is this another model?")
+    parts = len([key for key in state if re.fullmatch(r"part_token\d+", key)])
+    stem: Literal["patch", "ics"] = "ics" if "patch_embed.conv.0.weight" in state else "patch"
+    patch = state["patch_embed.proj.weight"].shape[-1] * (2 if stem == "ics" else 1)
+    rows, columns = _grid(state["pos_embed"].shape[1] - (0 if parts else 1), where)
+    shape = _shape(state, stated, where)
+    size = (rows * patch, columns * patch)
+    arch: Any = next((name for name, known in ARCHITECTURES.items() if known == shape), "custom")
+    own = shape._asdict() if arch == "custom" else {}
+    return BackboneConfig(arch=arch, size=size, patch=patch, stem=stem, **own), parts
+
+
+def _shape(state: Mapping[str, Tensor], stated: Stated, where: str) -> Shape:
+    """Width and MLP from the file; heads and depth as stated, or those of the published transformer of that width."""
+    width = state["cls_token"].shape[-1]
+    mlp_ratio = state["blocks.0.mlp.fc1.weight"].shape[0] / width
+    blocks = 1 + max(int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key))
+    known = SHAPES.get(width)
+    heads = stated.heads or (known.heads if known else 0)
+    if not heads or width % heads:
+        raise DataError(f"how many attention heads a width of {width} is cut into, the file does not say", where=where,
+                        hint="--heads NUMBER, a divisor of the width")  # fmt: skip
+    depth = stated.depth or (known.depth if known else blocks)
+    return Shape(width, depth, heads, mlp_ratio)
+
+
+def _grid(patches: int, where: str) -> tuple[int, int]:
+    """(rows, columns) of a position table; the references' `h = int(sqrt(N * ratio)); w = h // ratio`."""
+    for ratio in RATIOS:
+        rows = math.isqrt(max(patches, 0) * ratio)
+        if rows and rows % ratio == 0 and rows * (rows // ratio) == patches:
+            return rows, rows // ratio
+    raise DataError(f"a position table of {patches} patches fits no image of height : width "
+                    f"{', '.join(f'{ratio} : 1' for ratio in sorted(RATIOS))}", where=where,
+                    hint="overlapping patches, or another kind of positions, are not supported")  # fmt: skip
+
+
+def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of that training worth quoting, as far as they are plain values."""
+    given = content.get("args")
+    settings = vars(given) if isinstance(given, Arguments) else given if isinstance(given, dict) else {}
+    return {key: settings[key] for key in ARGUMENTS if isinstance(settings.get(key), str | int | float)}

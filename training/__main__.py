@@ -1,12 +1,14 @@
-"""python -m training pretrain | views | checkpoints | evaluate | export | report | warm"""
+"""python -m training pretrain | views | checkpoints | evaluate | export | import | report | warm"""
 
 import sys
 import time
+from collections import Counter
+from typing import Annotated
 
 import tyro
 
 from datapipe import command
-from datapipe.config import StorageConfig
+from datapipe.config import Size, StorageConfig
 from datapipe.errors import DataError
 from datapipe.settings import settings
 from datapipe.storage import open_store
@@ -16,8 +18,10 @@ from training.engine.host import LocalHost, exit_code
 from training.engine.world import alone
 from training.pretrain import pretrain as run_recipe
 from training.pretrain import training_views
+from training.published import MEAN_STD, Network, Stated, Statistics, read_published
 from training.reid.zero_shot import Weights
-from training.weights import Provenance
+from training.resizing import Interpolation, resized, resizing
+from training.weights import CARD, Provenance, create_model_call
 from training.weights import export as export_backbone
 
 
@@ -64,7 +68,7 @@ def checkpoints(arguments: list[str]) -> int:
 @settings
 class EvaluateCommand:
     run: tyro.conf.Positional[str]
-    """Run folder, local or s3://bucket/prefix."""
+    """Run folder, or the folder of an export or import, local or s3://bucket/prefix."""
     data: str
     """Test set in the Market-1501 layout (query, bounding_box_test), local or s3://bucket/prefix."""
     storage: StorageConfig = StorageConfig()
@@ -72,8 +76,11 @@ class EvaluateCommand:
 
 
 def evaluate(arguments: list[str]) -> int:
-    """Score random weights, every kept checkpoint and the colour histogram by zero-shot retrieval."""
+    """Score random weights, every kept checkpoint and the colour histogram by zero-shot retrieval; or an export."""
     chosen = tyro.cli(EvaluateCommand, args=arguments, prog="python -m training evaluate")
+    if open_store(chosen.run, chosen.storage).exists(CARD):
+        print(evaluation.table([evaluation.score_export(chosen.run, chosen.data, chosen.storage)]))
+        return command.COMPLETE
     scores = []
     for task in evaluation.tasks(chosen.run, chosen.data, chosen.storage):
         scores.append(evaluation.score(task))
@@ -106,10 +113,10 @@ def export(arguments: list[str]) -> int:
     card = export_backbone(backbone, out, Provenance(
         method=config.method.name, recipe=recipes.to_tree(config), manifest=marker.manifest,
         licence=evaluation.licence_of(folder), samples=marker.samples, step=marker.step,
+        origin=marker.origin,
     ))  # fmt: skip
-    arguments_text = ", ".join(f"{key}={value!r}" for key, value in card["timm"].items())
     print(f"exported {name} to {out.url}")
-    print(f"timm.create_model({arguments_text})")
+    print(create_model_call(card))
     return command.COMPLETE
 
 
@@ -118,6 +125,54 @@ def _newest(store: checkpoint.Store) -> str:
     if found is None:
         raise DataError("the run has no good checkpoint", where=store.url, hint="let it reach its first save")
     return found[0]
+
+
+@settings
+class ImportCommand:
+    file: tyro.conf.Positional[str]
+    """Published weights: .pth, .pt or .safetensors, local or s3://bucket/prefix/name. Nothing in it is run."""
+    out: str
+    """Folder for backbone.safetensors and card.json."""
+    layout: Annotated[str, tyro.conf.arg(name="as")] = ""
+    """What the file must be, e.g. pass, personvit_checkpoint or vit; a file of another layout is refused with the
+    list of all. Empty: its keys tell."""
+    network: Network = "teacher"
+    """Which network of a training checkpoint. The published backbones are teachers."""
+    size: Size | None = None
+    """Image size (height, width) to resize the position table for. None: that of the file."""
+    positions: Interpolation = "bilinear"
+    """How positions are resized: "bilinear" for evaluation and fine-tuning, "bicubic" for going on with pre-training,
+    both as the references do."""
+    statistics: Statistics | None = None
+    """What images are normalised with: "imagenet" or "half" (.5, .5), which some weights of timm want. None: as the
+    layout's family does."""
+    heads: int = 0
+    """Attention heads. 0: those of the published transformer of that width."""
+    depth: int = 0
+    """Number of blocks. 0: those of the published transformer of that width."""
+    licence: str = ""
+    """Licence of the weights and their data, for the card."""
+    storage: StorageConfig = StorageConfig()
+    """How object stores are reached."""
+
+
+def import_published(arguments: list[str]) -> int:
+    """Read weights published by others and write their backbone as an export, with a card that says where from."""
+    chosen = tyro.cli(ImportCommand, args=arguments, prog="python -m training import")
+    stated = Stated(layout=chosen.layout, network=chosen.network, heads=chosen.heads, depth=chosen.depth)
+    published = read_published(chosen.file, chosen.storage, stated)
+    before = published.backbone.config.size
+    after = chosen.size or before
+    origin = {**published.origin, **resizing(before, after, chosen.positions)}
+    mean, std = MEAN_STD[chosen.statistics or published.statistics]
+    provenance = Provenance(origin=origin, licence=chosen.licence, mean=mean, std=std)
+    out = open_store(chosen.out, chosen.storage)
+    card = export_backbone(resized(published.backbone, after, chosen.positions), out, provenance)
+    print(f"imported {origin['tensors']} tensors of {origin['file']} ({origin['about']}) to {out.url}")
+    for why, count in Counter(origin["left_out"].values()).items():
+        print(f"left out: {count} of {why}")
+    print(create_model_call(card))
+    return command.COMPLETE
 
 
 @settings
@@ -160,6 +215,7 @@ COMMANDS = {
     "checkpoints": checkpoints,
     "evaluate": evaluate,
     "export": export,
+    "import": import_published,
     "report": report,
     "warm": warm,
 }

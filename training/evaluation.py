@@ -6,7 +6,9 @@ from typing import Any
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError, NotFoundError
+from datapipe.storage import open_store
 from training import checkpoint
+from training import weights as exports
 from training.backbone import VisionTransformer
 from training.config import RunConfig
 from training.pretrain import build_method, saved_config
@@ -33,7 +35,8 @@ def open_run(url: str, storage: StorageConfig) -> tuple[RunFolder, RunConfig]:
     folder = RunFolder(url, storage)
     config = saved_config(folder)
     if config is None:
-        raise DataError("this is no run folder: it has no config.toml", where=url, hint="give the run's --out")
+        raise DataError("this is no run folder: it has no config.toml", where=url,
+                        hint="give the run's --out, or the folder of an export or import")  # fmt: skip
     return folder, config
 
 
@@ -67,6 +70,19 @@ def score(task: Task, *, threads: int = 2) -> dict[str, Any]:
         )
     evaluation = replace(evaluation, settings=evaluation.settings | {"identity": identity})
     zero_shot.save(evaluation, reid, folder.store)
+    return zero_shot.metrics(evaluation, reid)
+
+
+def score_export(url: str, data: str, storage: StorageConfig, *, threads: int = 2) -> dict[str, Any]:
+    """Score the weights of an export or import, at the size and with the statistics on its card; write its
+    `evaluation/`."""
+    store = open_store(url, storage)
+    card, reid = exports.load_card(store), market_folder(data, storage=storage)
+    config = EmbedConfig(threads=threads, mean=tuple(card["input"]["mean"]), std=tuple(card["input"]["std"]))
+    backbone = exports.load_backbone(store)
+    weights = Weights("exported", card.get("step"), card.get("samples"))
+    evaluation = zero_shot.evaluate_backbone(backbone, reid, weights, size=backbone.config.size, config=config)
+    zero_shot.save(evaluation, reid, store)
     return zero_shot.metrics(evaluation, reid)
 
 

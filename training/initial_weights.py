@@ -14,7 +14,7 @@ from datapipe.storage import open_store, split_url
 from training.backbone import BackboneConfig, Shape, VisionTransformer
 from training.methods.base import Method
 from training.published import Network, Published, Stated, read_published
-from training.resizing import resized
+from training.resizing import resized, resizing
 from training.weights import CARD, first_few, load_backbone, load_card, load_counted
 
 FRESH = re.compile(r"part_token\d+|part\d+_pos|masked_embed")
@@ -59,7 +59,8 @@ def start_from(method: Method, init: InitConfig, backbone: BackboneConfig, stora
         fresh |= _fill(network.backbone, tensors, where=init.weights)
         if init.heads and isinstance(getattr(network, "head", None), nn.Module):
             _fill_head(network.get_submodule("head"), source.aside, where=init.weights)
-    return {**source.origin, "heads": init.heads, "fresh": sorted(fresh)}
+    moved = resizing(source.backbone.config.size, backbone.size, "bicubic")
+    return {**source.origin, **moved, "heads": init.heads, "fresh": sorted(fresh)}
 
 
 def in_words(origin: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from datapipe.config import StorageConfig
@@ -20,9 +21,15 @@ from datapipe.errors import DataError
 from datapipe.storage import open_store, split_url
 from training.backbone import ARCHITECTURES, BackboneConfig, Shape, VisionTransformer
 from training.weight_files import Arguments, read_weights
-from training.weights import digest, first_few, load_counted
+from training.weights import Triple, digest, first_few, load_counted
 
 Network = Literal["teacher", "student"]
+Statistics = Literal["imagenet", "half"]
+MEAN_STD: dict[Statistics, tuple[Triple, Triple]] = {
+    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+"""What images are normalised with. Fine-tuning in the references uses halves, their pre-training ImageNet's."""
 
 PROJECTION = {"head.*": "projection head of pre-training"}
 UNUSED = {"fc.*": "1000-way layer that no forward pass uses"}
@@ -56,6 +63,8 @@ class Layout(NamedTuple):
     """Do student and teacher lie side by side?"""
     beside: str = ""
     """An entry that must lie beside the two."""
+    statistics: Statistics = "imagenet"
+    """What its images were normalised with."""
 
 
 LAYOUTS = (
@@ -66,10 +75,11 @@ LAYOUTS = (
            {**PROJECTION, "backbone.masked_embed": MASK_TOKEN}, pair=True, beside="ibot_loss"),
     Layout("dino_checkpoint", "DINO or TransReID-SSL, training checkpoint", "backbone.", "cls_token",
            {**PROJECTION, **UNUSED_IN_CHECKPOINT}, pair=True),
-    Layout("pass_fine_tuned", "PASS, fine-tuned", "base.", "part_token1", FINE_TUNED),
+    Layout("pass_fine_tuned", "PASS, fine-tuned", "base.", "part_token1", FINE_TUNED, statistics="half"),
     Layout("ics_fine_tuned", "TransReID-SSL with ICS stem, fine-tuned", "base.", "patch_embed.conv.0.weight",
-           FINE_TUNED),
-    Layout("fine_tuned", "TransReID-SSL or PersonViT, fine-tuned", "base.", "cls_token", FINE_TUNED),
+           FINE_TUNED, statistics="half"),
+    Layout("fine_tuned", "TransReID-SSL or PersonViT, fine-tuned", "base.", "cls_token", FINE_TUNED,
+           statistics="half"),
     Layout("pass", "PASS, backbone alone", "", "part_token1", {}),
     Layout("ics", "TransReID-SSL with ICS stem, backbone alone", "", "patch_embed.conv.0.weight", UNUSED),
     Layout("ibot", "iBOT's student, backbone alone", "", "masked_embed", {"masked_embed": MASK_TOKEN}),
@@ -130,6 +140,7 @@ class Published(NamedTuple):
     """The network's tensors that the backbone does not use, by their names in the file."""
     origin: dict[str, Any]
     """For the card: file, checksum, layout, what was left out and why."""
+    statistics: Statistics = "imagenet"
 
 
 def read_published(url: str, storage: StorageConfig, stated: Stated) -> Published:
@@ -153,7 +164,7 @@ def read_published(url: str, storage: StorageConfig, stated: Stated) -> Publishe
         "network": stated.network if layout.pair else "", "tensors": len(used), "left_out": left_out,
         "arguments": _arguments(content),
     }  # fmt: skip
-    return Published(backbone.eval(), aside, origin)
+    return Published(backbone.eval(), aside, origin, layout.statistics)
 
 
 def _unwrapped(content: dict[str, Any]) -> tuple[dict[str, Any], str]:

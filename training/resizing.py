@@ -1,7 +1,7 @@
 """A backbone for images of another size: the same weights, its position table resized as the references resize it."""
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,11 @@ def resized(backbone: VisionTransformer, size: Size, interpolation: Interpolatio
     slot = backbone.pos_embed[:, : 0 if backbone.parts else 1]
     load_counted(made, {**backbone.state_dict(), "pos_embed": torch.cat([slot, table], dim=1)})
     return made.train(backbone.training)
+
+
+def resizing(before: Size, after: Size, interpolation: Interpolation) -> dict[str, Any]:
+    """For a card: what was done to positions."""
+    return {} if before == after else {"positions": {"from": before, "to": after, "interpolation": interpolation}}
 
 
 def _bilinear(backbone: VisionTransformer, rows: int, columns: int) -> Tensor:

@@ -109,7 +109,7 @@ def load_card(store: Store) -> dict[str, Any]:
         card: dict[str, Any] = json.loads(store.read(CARD))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError("the card is not JSON", where=where, hint=hint) from error
-    missing = {"format", "timm", "backbone", "parts", "file"} - card.keys()
+    missing = {"format", "timm", "input", "backbone", "parts", "file"} - card.keys()
     if missing or card["format"] != CARD_FORMAT:
         lacking = f"lacks {sorted(missing)}" if missing else f"has format {card['format']}, not {CARD_FORMAT}"
         raise DataError(f"the card {lacking}", where=where, hint=hint)

@@ -59,11 +59,8 @@ class FixedBatches:
         real = rows < self.size
         position = np.where(real, start + rows, -1)
         held = {name: self._padded(array, rows, real) for name, array in views.items()}
-        masks = held.pop("mask", None)
         weight = np.where(real, 1 / self.size, 0.0)
-        return Batch(
-            held, position, position, weight, position, position, start, start + self.size, masks=masks
-        )
+        return Batch(held, position, position, weight, position, position, start, start + self.size)
 
     @staticmethod
     def _padded(array: np.ndarray, rows: np.ndarray, real: np.ndarray) -> np.ndarray:
@@ -190,9 +187,16 @@ def batches_of(setting: dict[str, Any], tensors: dict[str, Tensor]) -> list[dict
     return found
 
 
+def run_case(world: World, case: Case, **options: Any) -> Trajectory:
+    """A golden trajectory from its start; `options` as in `run_trajectory`."""
+    return run_trajectory(world, case.make, case.setting, case.batches, **options)
+
+
 def run_trajectory(
     world: World,
-    case: Case,
+    make: Callable[[], Method],
+    setting: dict[str, Any],
+    batches: list[dict[str, np.ndarray]],
     *,
     dtype: torch.dtype,
     zero_stage: int | None = None,
@@ -200,16 +204,15 @@ def run_trajectory(
     rehearsal: bool = False,
 ) -> Trajectory:
     """The whole trajectory through `training.engine.loop.train`; `zero_stage` None: the plain stepper."""
-    config, setting = optimisation_of(case.setting), case.setting
-    method = case.make().to(dtype)
+    config = optimisation_of(setting)
+    method = make().to(dtype)
     share = portion(config.batch, micro_batch or config.batch, world.size)
     clock = Clock(config.batch, config.batch * setting["iterations_per_epoch"], config.epochs, seed=0)
     found = Trajectory()
 
     def place(batch: Batch) -> Views:
-        views = {name: torch.from_numpy(array).to(dtype) for name, array in batch.views.items()}
-        if batch.masks is not None:
-            views["mask"] = torch.from_numpy(batch.masks)
+        views = {name: torch.from_numpy(array) for name, array in batch.views.items()}
+        views = {name: value.to(dtype) if value.is_floating_point() else value for name, value in views.items()}
         return {**views, "position": torch.from_numpy(batch.position), "sample": torch.from_numpy(batch.sample),
                 "weight": torch.from_numpy(batch.weight).to(dtype)}  # type: ignore[return-value]  # fmt: skip
 
@@ -219,7 +222,7 @@ def run_trajectory(
         found.metrics.append(result.metrics)
 
     stepper = _stepper(method, config, world, share, zero_stage)
-    source = FixedBatches(case.batches, config.batch, share, world.rank)
+    source = FixedBatches(batches, config.batch, share, world.rank)
     run = Run(
         method=method, stepper=stepper, loader=source, place=place, clock=clock, optimisation=config,
         micro_batch=share.micro, checkpoints=None, stop=Stop(LocalHost(), world), host=LocalHost(), watch=watch,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tests.golden import golden
 from tests.ranks import run_ranks
-from tests.trajectory import CASES, Case, Trajectory, case_of, run_trajectory
+from tests.trajectory import CASES, Case, Trajectory, case_of, run_case
 from training.engine.world import World
 
 ON_RANKS = [name for name in CASES if " " not in name]
@@ -50,7 +50,7 @@ def _largest_state_difference(found: Trajectory, case: Case, *, mask: bool) -> f
 @pytest.mark.parametrize("name", CASES)
 def test_trajectory__float64_plain(name: str) -> None:
     case = case_of(name)
-    found = run_trajectory(World(), case, dtype=torch.float64)
+    found = run_case(World(), case, dtype=torch.float64)
     assert _largest_relative(found.losses, case.result("f64/loss")) < 1e-8
     assert _largest_state_difference(found, case, mask=False) < 1e-6
     for centre, theirs in case.results("f64/final_center/").items():
@@ -86,8 +86,8 @@ def test_trajectory__decayed_and_released_as_in_the_reference(name: str) -> None
 def test_trajectory__rehearsal_leaves_no_trace() -> None:
     for name in ON_RANKS:
         case = case_of(name)
-        plain = run_trajectory(World(), case, dtype=torch.float64)
-        rehearsed = run_trajectory(World(), case, dtype=torch.float64, rehearsal=True)
+        plain = run_case(World(), case, dtype=torch.float64)
+        rehearsed = run_case(World(), case, dtype=torch.float64, rehearsal=True)
         assert plain.losses == rehearsed.losses
         assert all(torch.equal(value, rehearsed.state[name]) for name, value in plain.state.items())
 
@@ -95,7 +95,7 @@ def test_trajectory__rehearsal_leaves_no_trace() -> None:
 @pytest.mark.parametrize("name", ON_RANKS)
 def test_trajectory__accumulation_changes_only_rounding(name: str) -> None:
     case = case_of(name)
-    found = run_trajectory(World(), case, dtype=torch.float64, micro_batch=1)
+    found = run_case(World(), case, dtype=torch.float64, micro_batch=1)
     assert _largest_relative(found.losses, case.result("f64/loss")) < 1e-8
 
 
@@ -105,7 +105,7 @@ def _all_stages(world: World, micro_batch: int | None) -> dict[str, tuple[list[f
     for name in ON_RANKS:
         case = case_of(name)
         for stage, rehearsal in STAGES:
-            found = run_trajectory(
+            found = run_case(
                 world, case, zero_stage=stage, rehearsal=rehearsal, micro_batch=micro_batch,
                 dtype=torch.float32 if stage is not None else torch.float64,
             )  # fmt: skip

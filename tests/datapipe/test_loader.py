@@ -12,9 +12,10 @@ from datapipe.config import JitterConfig, StorageConfig, StreamConfig, ViewConfi
 from datapipe.errors import DataError
 from datapipe.loader import Batch, Loader
 from datapipe.manifest import Manifest
+from datapipe.masking import MaskConfig, MaskLaw, draw_masks
 from datapipe.order import Order
 from datapipe.stream import Stream
-from datapipe.views import make_views, multi_crop
+from datapipe.views import RegionLaw, ViewSpec, make_views, multi_crop, regions
 from tests.datapipe import crop_set
 from tests.datapipe.crop_set import CropSet
 
@@ -30,10 +31,10 @@ def crops(tmp_path_factory: pytest.TempPathFactory) -> CropSet:
 
 
 def loader(crops: CropSet, *, batch: int = 12, rank: int = 0, world: int = 1, micro_batch: int = 4,
-           config: StreamConfig = CONFIG, **more: Any) -> Loader:
+           config: StreamConfig = CONFIG, spec: ViewSpec = SPEC, **more: Any) -> Loader:
     stream = Stream(Manifest.load(str(crops.folder)), StorageConfig(), config)
     order = Order(stream.rows, 9, config.block, config.window)
-    return Loader(stream, order, SPEC, seed=4, global_batch=batch, rank=rank, world=world, micro_batch=micro_batch,
+    return Loader(stream, order, spec, seed=4, global_batch=batch, rank=rank, world=world, micro_batch=micro_batch,
                   config=config, **more)
 
 
@@ -293,3 +294,28 @@ def test_threads__divide_the_cores_among_the_ranks_of_a_machine(
             assert running.threads == expected
 
 
+
+
+def test_after__masks_and_boxes_follow_their_images_in_any_world(crops: CropSet) -> None:
+    law = MaskLaw((4, 2), MaskConfig(ratios=(0.5,), spreads=(0.0,)), equal=True)
+    region = RegionLaw(scale=(0.3, 0.9), ratio=(0.375, 0.667), iou=(0.2, 0.8), share_flip=True)
+    spec = regions(VIEWS, region, size=(32, 16), pair=True, masks=(law,))
+    found = {}
+    for world in (1, 3):
+        for rank in range(world):
+            with loader(crops, spec=spec, rank=rank, world=world) as running:
+                for batch in running.after(0, 24):
+                    assert batch.masks is not None and batch.boxes is not None
+                    assert not batch.masks[:, batch.position < 0].any() and not batch.boxes[:, batch.position < 0].any()
+                    for part in batch.micro_batches(2):
+                        assert part.masks is not None and part.boxes is not None
+                        for row in np.flatnonzero(part.position >= 0):
+                            key = (world, int(part.position[row]))
+                            found[key] = part.masks[:, row].copy(), part.boxes[:, row].copy()
+    assert len(found) == 2 * 24
+    for position in range(24):
+        for one, other in zip(found[1, position], found[3, position], strict=True):
+            np.testing.assert_array_equal(one, other)
+        masks, boxes = found[1, position]
+        np.testing.assert_array_equal(masks, draw_masks((law,), 4, np.array([position]))[:, 0])
+        assert masks.sum() == 4 and (boxes[:, 2:4] > 0).all() and boxes.shape == (2, 5)

@@ -120,3 +120,28 @@ def test_config__mistakes_are_told(changes: dict[str, object], told: str) -> Non
         MaskConfig(**changes)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="single ratio"):
         MaskLaw(GRID, MaskConfig(), equal=True)
+
+
+def test_overhang__hides_all_places_about_equally_often_and_exactly_as_many() -> None:
+    inside = MaskConfig(ratios=(0.75,), spreads=(0.0,), least_area=10, most_area=39)
+    beyond = MaskConfig(ratios=(0.75,), spreads=(0.0,), least_area=10, most_area=39, overhang=True)
+    often, rarely = (drawn(config, 1000, equal=True).mean(axis=0) for config in (beyond, inside))
+    assert often.min() > 0.68 and often.max() < 0.82
+    assert rarely.min() < 0.3 and rarely.max() > 0.9
+    masks = drawn(beyond, equal=True)
+    assert set(masks.sum(axis=(1, 2))) == {MaskLaw(GRID, beyond, True).hidden} == {96}
+
+
+def test_most_area__bounds_a_single_rectangle() -> None:
+    """Of one rectangle each: numbers that ask for the largest area get no more than allowed."""
+    config = MaskConfig(ratios=(0.9,), spreads=(0.0,), aspect=(1.0, 1.0), least_area=1, most_area=9)
+    mask = block_mask(GRID, 0.9, iter([[1.0, 0.0, 0.0, 0.0]]), config)
+    assert mask.sum() == 9 and mask[:3, :3].all()
+
+
+def test_overhang__a_rectangle_by_hand() -> None:
+    config = MaskConfig(ratios=(0.9,), spreads=(0.0,), aspect=(1.0, 1.0), least_area=9, most_area=9, overhang=True)
+    first = block_mask(GRID, 0.9, iter([[0.0, 0.0, 0.0, 0.0]]), config)  # two of its three rows and columns are out
+    assert first.sum() == 1 and first[0, 0]
+    last = block_mask(GRID, 0.9, iter([[0.0, 0.0, 0.999, 0.999]]), config)
+    assert last.sum() == 1 and last[-1, -1]

@@ -114,7 +114,8 @@ def tiny(about: dict[str, Any], tensors: dict[str, Tensor], **changes: Any) -> P
         depth=model["depth"], heads=model["num_heads"], mlp_ratio=setting["mlp_ratio"],
     )  # fmt: skip
     config = PersonMaeConfig(**{
-        "regions": "same", "loss_on": "masked", "mask_ratio": setting["masked_patches"] / math.prod(setting["grid"]),
+        "regions": "same", "loss_on": "masked", "pixel_norm": "bootmae",
+        "mask_ratio": setting["masked_patches"] / math.prod(setting["grid"]),
         "pixel_width": model["decode_dim"], "decoder_depth": model["decoder_depth"],
         "pixel_memory": model["fea_list"][0], "feature_memory": model["fea_list"][-1], **changes,
     })  # fmt: skip

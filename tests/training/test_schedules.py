@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from training.schedules import teacher_temperature, warmup_cosine
+from training.schedules import along, grown, teacher_temperature, warmup_cosine
 
 
 def test_warmup_cosine__corners() -> None:
@@ -29,3 +29,15 @@ def test_teacher_temperature__corners() -> None:
     assert values == pytest.approx([0.04, 0.05, 0.06, 0.07, 0.07, 0.07])
     assert teacher_temperature(0, warmup=0.02, final=0.04, warmup_epochs=0) == 0.04
     assert teacher_temperature(0, warmup=0.02, final=0.04, warmup_epochs=1) == 0.02
+
+
+def test_grown__linear_by_epoch_then_one() -> None:
+    assert [grown(epoch, epochs=4) for epoch in range(6)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+    assert grown(0, epochs=2.5) == pytest.approx(0.4)
+    assert grown(0, epochs=0) == grown(0, epochs=0.3) == 1.0
+
+
+def test_along__corners_between_and_beyond() -> None:
+    points = ((2.0, 1.0), (4.0, 5.0), (8.0, 3.0))
+    assert [along(points, epoch) for epoch in (0, 2, 3, 4, 6, 8, 99)] == pytest.approx([1, 1, 3, 5, 4, 3, 3])
+    assert along(points[:1], 0) == along(points[:1], 9) == 1.0

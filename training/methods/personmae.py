@@ -64,9 +64,10 @@ class PersonMaeConfig:
     .95 of the time and its corners .2. With overhang all patches are hidden equally often. Ours."""
     positions: Literal["sincos", "learned"] = "sincos"
     """Position table of the encoder: fixed sin-cos of row and column (MAE, BootMAE), or learned."""
-    pixel_norm: PixelNorm = "bootmae"
-    """How the pixels of a patch are standardised to be a target. "bootmae": each channel by itself; "mae": all values
-    together; "none": as they are."""
+    pixel_norm: PixelNorm = "mae"
+    """How the pixels of a patch are standardised to be a target. "mae": all values together; "bootmae": each channel by
+    itself, which leaves no colour to predict (a short run on rendered crops: 62 instead of 84 % in an identity probe);
+    "none": as they are."""
     loss_on: Literal["all", "masked"] = "all"
     """Patches of B that the loss is about. "all" is in the abstract; "masked", the hidden ones of A, as in MAE and
     BootMAE, makes sense only with `regions = "same"`."""

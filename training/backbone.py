@@ -310,7 +310,7 @@ def keep_masks(rates: Sequence[float], *, seed: int, purpose: str, position: Ten
 
         keep[2 * d + branch, v * B + b] = 0 with probability rates[d], else 1 / (1 - rates[d])
     """
-    if not any(rates):
+    if not views or not any(rates):
         return None
     branches = 2 * len(rates)
     place = position.detach().cpu().clamp(min=0).numpy()  # padding has position -1

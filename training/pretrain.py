@@ -91,8 +91,7 @@ def initial_method(config: RunConfig) -> tuple[Method, dict[str, Any]]:
     method = build_method(config)
     if not config.init.weights:
         return method, {}
-    with torch.random.fork_rng(devices=[]):  # backbones in between draw weights that are not used
-        return method, start_from(method, config.init, config.backbone, config.storage)
+    return method, start_from(method, config.init, config.backbone, config.storage)
 
 
 def build_method(config: RunConfig) -> Method:
@@ -151,10 +150,10 @@ def pretrain(config: RunConfig, *, world: World, host: Host, reason: str = "star
     share = portion(config.optimisation.batch, config.optimisation.micro_batch, world.size)
     if method.couples_batch() and share.rows > share.micro:
         raise ConfigError(
-            f"{config.method.name} with these targets couples the images of a batch, so a batch cannot be taken in "
-            f"{share.rows // share.micro} micro-batches",
-            where="optimisation.micro_batch, method.targets",
-            hint=f"optimisation.micro_batch = {share.rows}, more workers, or targets that do not couple",
+            f"{config.method.name} couples the images of a batch (Sinkhorn targets, batch norm in the stem), so a "
+            f"batch cannot be taken in {share.rows // share.micro} micro-batches",
+            where="optimisation.micro_batch, method.targets, backbone.stem",
+            hint=f"optimisation.micro_batch = {share.rows}, more workers, or targets and a stem that do not couple",
         )
     if world.leads:
         _describe(config, folder, manifest, world, share)

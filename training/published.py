@@ -21,7 +21,7 @@ from datapipe.errors import DataError
 from datapipe.storage import open_store, split_url
 from training.backbone import ARCHITECTURES, BackboneConfig, Shape, VisionTransformer
 from training.weight_files import Arguments, read_weights
-from training.weights import Triple, digest, first_few, load_counted
+from training.weights import Triple, digest, first_few, load_counted, unfilled
 
 Network = Literal["teacher", "student"]
 Statistics = Literal["imagenet", "half"]
@@ -154,7 +154,7 @@ def read_published(url: str, storage: StorageConfig, stated: Stated) -> Publishe
     used = {key.removeprefix(layout.prefix): value for key, value in state.items() if key not in aside}
     _refuse_what_is_no_weight(used, url)
     config, parts = _architecture(used, stated, url)
-    backbone = VisionTransformer(config, parts=parts)
+    backbone = unfilled(config, parts)
     load_counted(backbone, used, where=url)
     left_out = {key: _why(layout, key) for key in aside} | _beside(content, wrapper)
     if layout.pair:

@@ -11,7 +11,7 @@ from torch import Tensor
 from datapipe.config import Size
 from datapipe.errors import ConfigError
 from training.backbone import VisionTransformer
-from training.weights import load_counted
+from training.weights import load_counted, unfilled
 
 Interpolation = Literal["bicubic", "bilinear"]
 """How a position table is resized. "bicubic": by scale factor, as pre-training does for local views and so for going on
@@ -29,7 +29,7 @@ def resized(backbone: VisionTransformer, size: Size, interpolation: Interpolatio
     except ValidationError as error:
         raise ConfigError(f"the patch of {backbone.config.patch} does not divide {size}", where="size",
                           hint="sizes are (height, width) in pixels") from error  # fmt: skip
-    made = VisionTransformer(config, parts=backbone.parts, maskable=backbone.masked_embed is not None)
+    made = unfilled(config, backbone.parts, maskable=backbone.masked_embed is not None)
     table = _bilinear(backbone, *config.grid) if interpolation == "bilinear" else backbone.patch_positions(*config.grid)
     slot = backbone.pos_embed[:, : 0 if backbone.parts else 1]
     load_counted(made, {**backbone.state_dict(), "pos_embed": torch.cat([slot, table], dim=1)})

@@ -97,9 +97,16 @@ def load_backbone(folder: Store | str) -> VisionTransformer:
     except ValidationError as error:
         raise DataError(f"the card describes no backbone of this version:\n{error}", where=store.address(CARD),
                         hint="load it with the versions the card names") from error  # fmt: skip
-    backbone = VisionTransformer(config, parts=parts)
+    backbone = unfilled(config, parts)
     load_counted(backbone, from_timm(safetensors.torch.load(data), parts), where=where)
     return backbone.eval()
+
+
+def unfilled(config: BackboneConfig, parts: int, *, maskable: bool = False) -> VisionTransformer:
+    """A backbone on the CPU whose numbers are yet to be loaded, all of them: drawing them takes long and is in vain."""
+    with torch.device("meta"):
+        backbone = VisionTransformer(config, parts=parts, maskable=maskable)
+    return backbone.to_empty(device="cpu")
 
 
 def load_card(store: Store) -> dict[str, Any]:

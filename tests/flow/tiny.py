@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -12,7 +13,9 @@ from torch import Tensor
 from datapipe.config import ShardConfig, StorageConfig
 from datapipe.ingest import ingest
 from datapipe.manifest import Manifest
+from tests.datapipe.crop_set import jpegs
 from tests.golden import ROOT
+from training.config import RunConfig
 
 RECIPE = """
 out = "{out}"
@@ -70,6 +73,24 @@ def shards(crops: Path, out: str, storage: StorageConfig | None = None, *, each:
     """Shards of a folder of crops, `each` crops in one."""
     config = ShardConfig(samples_per_shard=each, workers=1)
     return ingest([str(crops)], out, config, storage or StorageConfig()).manifest
+
+
+def generated(folder: Path, count: int = 18) -> str:
+    """A sharded data set of generated crops; its address."""
+    (folder / "in").mkdir()
+    for row, data in enumerate(jpegs(count)):
+        (folder / "in" / f"{row:04d}_c1s1_{row:06d}_00.jpg").write_bytes(data)
+    return shards(folder / "in", str(folder / "set")).url
+
+
+def shrunk(config: RunConfig, manifest: str, out: Path) -> RunConfig:
+    """A published recipe with another data set, place, backbone and length; three steps of six images."""
+    backbone = replace(config.backbone, arch="custom", size=(64, 32), width=24, depth=2, heads=3, patch=8)
+    optimisation = replace(config.optimisation, batch=6, micro_batch=3, epochs=3.0, warmup_epochs=1.0)
+    engine = replace(config.engine, stepper="plain", threads=1, device="cpu")
+    stream = replace(config.stream, manifest=manifest, threads=1, block=4, window=3)
+    return replace(config, out=str(out), backbone=backbone, optimisation=optimisation, engine=engine, stream=stream,
+                   samples_per_epoch=6)  # fmt: skip
 
 
 def command(*words: str, **environment: str) -> subprocess.Popen[str]:

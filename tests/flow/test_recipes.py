@@ -1,0 +1,74 @@
+"""Each recipe of the DINO family runs: its own settings, a tiny backbone, generated crops, three real steps."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from datapipe.errors import ConfigError
+from tests.flow import tiny
+from training import methods
+from training.config import RunConfig, load
+from training.engine.host import LocalHost
+from training.engine.world import World
+from training.methods.dino import DinoConfig
+from training.methods.pass_reid import PassConfig
+from training.methods.personvit import PersonVitConfig
+from training.pretrain import pretrain
+
+FOLDER = Path(methods.__file__).parents[1] / "recipes"
+FAMILY = {"dino": DinoConfig, "pass": PassConfig, "personvit": PersonVitConfig}
+SIZES = {"vits": "vit_small", "vitb": "vit_base", "vitl": "vit_large"}
+RECIPES = sorted(path for name in FAMILY for path in FOLDER.glob(f"{name}_*.toml"))
+METRICS = {"dino": set(), "pass": {"loss_part"}, "personvit": {"loss_patch", "hidden"}}
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.generated(tmp_path_factory.mktemp("crops"))
+
+
+def shrunk(config: RunConfig, manifest: str, out: Path) -> RunConfig:
+    """Its head too; one micro-batch, for a stem with batch norm."""
+    config = tiny.shrunk(config, manifest, out)
+    head = replace(config.method.head, out_dim=32, hidden=16, bottleneck=8)
+    method = replace(config.method, head=head, local_size=(32, 16))
+    optimisation = replace(config.optimisation, micro_batch=6)
+    return replace(config, method=method, optimisation=optimisation)
+
+
+def test_recipes__one_per_method_and_size() -> None:
+    assert {path.stem for path in RECIPES} == {f"{name}_{size}" for name in FAMILY for size in SIZES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe__runs_three_real_steps(path: Path, manifest: str, tmp_path: Path) -> None:
+    config = shrunk(load(path), manifest, tmp_path / "run")
+    ending = pretrain(config, world=World(), host=LocalHost())
+    assert ending.complete and ending.step == 3
+    lines = (tmp_path / "run" / "metrics" / "attempt_001.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if "loss_cls" in record]
+    assert [record["step"] for record in records] == [1, 2, 3]
+    wanted = {"loss", "loss_cls", "teacher_entropy", "cosine", "student_teacher_cosine"}
+    assert wanted | METRICS[config.method.name] <= records[-1].keys()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe__is_of_the_published_size_and_rate(path: Path) -> None:
+    config, said = load(path), path.read_text()
+    name, _, size = path.stem.partition("_")
+    assert isinstance(config.method, FAMILY[name]) and config.backbone.arch == SIZES[size]
+    assert config.out == f"runs/{path.stem}" and f"recipes/{path.name}" in said
+    assert config.optimisation.lr == pytest.approx(5e-4 * config.optimisation.batch / 256)
+    per_gpu = config.optimisation.batch / config.cluster.workers
+    assert f"{config.cluster.workers} GPUs" in said and f"{per_gpu:g} images each" in said
+    for heading in ("# Hardware:", "# Length:", "# Expected:"):
+        assert heading in said
+
+
+def test_recipe__accumulation_is_refused_with_a_stem_of_batch_norm(manifest: str, tmp_path: Path) -> None:
+    config = tiny.shrunk(load(FOLDER / "dino_vitb.toml"), manifest, tmp_path / "run")
+    config = replace(config, method=replace(config.method, local_size=(32, 16)))
+    with pytest.raises(ConfigError, match="batch norm in the stem"):
+        pretrain(config, world=World(), host=LocalHost())

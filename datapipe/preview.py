@@ -11,8 +11,10 @@ from pydantic import TypeAdapter, ValidationError
 from datapipe.config import StorageConfig, StreamConfig
 from datapipe.errors import ConfigError
 from datapipe.manifest import Manifest
+from datapipe.masking import draw_masks
 from datapipe.order import Order
 from datapipe.photometric import View
+from datapipe.randomness import Ints
 from datapipe.stream import Stream
 from datapipe.views import ViewSpec, decode, make_views
 
@@ -22,6 +24,8 @@ CROP_SIZE = 192, 96
 GRID_COLUMNS = 10
 MARGIN, LINE = 4, 12
 """Pixels between pictures, and of one line of text."""
+HIDDEN = 127
+"""Grey of patches that are hidden from the student."""
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 
 Picture = tuple[list[str], View]
@@ -64,7 +68,7 @@ def contact_sheet(
     """Draw the first `count` crops of the stream with this seed into `out` (.jpg or .png), and return it.
 
     With a spec, each crop has a row of its own with its views: exactly those that training makes of it at this place
-    of the stream. The caption names row, identity, camera (where known), height and width.
+    of the stream, patches that are hidden from the student in grey. The caption names row, identity, camera (where known), height and width.
     """
     if out.suffix.lower() not in FORMATS:
         raise ConfigError(f"a contact sheet is a .jpg or .png file, not {out.name!r}", hint="sheet.jpg")
@@ -79,10 +83,20 @@ def contact_sheet(
     else:
         views = _black(spec, len(data))
         make_views(data, spec, seed, positions, views)
+        hide(views, spec, seed, positions)
         lines = [[picture, *_row_of(views, row)] for row, picture in enumerate(pictures)]
     out.parent.mkdir(parents=True, exist_ok=True)
     _draw(lines).save(out, FORMATS[out.suffix.lower()], quality=90)
     return out
+
+
+def hide(views: dict[str, View], spec: ViewSpec, seed: int, positions: Ints) -> None:
+    """Grey out the patches that the student does not see: the first mask's in the first view, and so on."""
+    if not spec.masks:
+        return
+    for stack, masks in zip(views[spec.groups[0].name], draw_masks(spec.masks, seed, positions), strict=False):
+        height, width = stack.shape[1] // masks.shape[1], stack.shape[2] // masks.shape[2]
+        stack[masks.repeat(height, axis=1).repeat(width, axis=2)] = HIDDEN
 
 
 def view_sheet(views: dict[str, View], out: Path | None = None, *, count: int = 8) -> bytes:

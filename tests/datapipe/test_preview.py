@@ -1,5 +1,6 @@
 """Contact sheets show the crops and the very views that training gets."""
 
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 from datapipe.config import StreamConfig, ViewConfig
 from datapipe.errors import ConfigError, NotFoundError
+from datapipe.masking import MaskConfig, MaskLaw, draw_masks
 from datapipe.order import Order
 from datapipe.preview import contact_sheet, view_sheet
 from datapipe.views import make_views, multi_crop
@@ -32,6 +34,22 @@ def test_contact_sheet__shows_the_views_of_training(crops: CropSet, tmp_path: Pa
     make_views([crops.jpegs[row] for row in rows], SPEC, 3, np.arange(6), views)
     for view in (views["global"][0, 0], views["global"][1, 5], views["local"][1, 3]):
         assert contains(sheet, view)
+
+
+def test_contact_sheet__shows_hidden_patches_in_grey(crops: CropSet, tmp_path: Path) -> None:
+    law = MaskLaw((8, 4), MaskConfig(ratios=(0.5,), spreads=(0.0,)), equal=True)
+    spec = replace(SPEC, masks=(law, law))
+    path = contact_sheet(str(crops.folder), tmp_path / "sheet.png", spec=spec, seed=3, count=2,
+                         stream=StreamConfig(block=5, window=2))  # fmt: skip
+    rows = Order(23, 3, 5, 2).samples(np.arange(2))
+    views = {group.name: np.zeros(spec.shape(group, 2), np.uint8) for group in spec.groups}
+    make_views([crops.jpegs[row] for row in rows], spec, 3, np.arange(2), views)
+    masks = draw_masks(spec.masks, 3, np.arange(2))
+    for view in range(2):
+        shown = views["global"][view, 1]
+        for row, column in np.argwhere(masks[view, 1]):
+            shown[8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = 127
+        assert contains(np.asarray(Image.open(path)), shown)
 
 
 def contains(sheet: np.ndarray, picture: np.ndarray) -> bool:

@@ -68,7 +68,8 @@ def contact_sheet(
     """Draw the first `count` crops of the stream with this seed into `out` (.jpg or .png), and return it.
 
     With a spec, each crop has a row of its own with its views: exactly those that training makes of it at this place
-    of the stream, patches that are hidden from the student in grey. The caption names row, identity, camera (where known), height and width.
+    of the stream, patches that are hidden from the student in grey. The caption names row, identity, camera (where
+    known), height and width.
     """
     if out.suffix.lower() not in FORMATS:
         raise ConfigError(f"a contact sheet is a .jpg or .png file, not {out.name!r}", hint="sheet.jpg")

@@ -20,7 +20,7 @@ from datapipe.loader import Batch, Loader
 from datapipe.manifest import Manifest
 from datapipe.masking import draw_masks
 from datapipe.order import ORDER_VERSION, Order
-from datapipe.preview import TrainingViews, view_sheet
+from datapipe.preview import TrainingViews, hide, view_sheet
 from datapipe.randomness import words
 from datapipe.stream import Stream
 from datapipe.views import ViewSpec, make_views
@@ -343,12 +343,14 @@ def _describe(config: RunConfig, folder: RunFolder, manifest: Manifest, world: W
 
 
 def first_views(config: RunConfig, manifest: Manifest, *, count: int) -> dict[str, np.ndarray]:
-    """The views of the first samples of the stream, uint8 [V, count, H, W, 3]: the pixels that training sees."""
+    """The views of the first samples of the stream, uint8 [V, count, H, W, 3]: the pixels that training sees,
+    patches that are hidden from the student in grey."""
     positions = np.arange(count, dtype=np.int64)
     order = Order(manifest.rows, config.seed, config.stream.block, config.stream.window)
     stream, spec = Stream(manifest, config.storage, config.stream), view_spec(config)
     out = {group.name: np.zeros(spec.shape(group, count), np.uint8) for group in spec.groups}
     make_views(stream.fetch(order.samples(positions)).data, spec, config.seed, positions, out)
+    hide(out, spec, config.seed, positions)
     stream.close()
     return out
 

@@ -231,7 +231,7 @@ def run_trajectory(
         rehearse(run, next(source.after(0, config.batch)))
     train(run, Segment(clock.end))
     found.names = stepper.names
-    found.state = {name: value.detach().clone() for name, value in method.state_dict().items()}
+    found.state = {name: value.detach().clone() for name, value in stepper.model_state().items()}
     return found
 
 

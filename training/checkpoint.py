@@ -25,8 +25,6 @@ from datapipe.storage import Store
 from training.config import CheckpointConfig
 from training.engine.stepper import MOMENTS, AdamState, Stepper
 from training.engine.world import World
-from training.methods.base import Method
-from training.weights import load_counted
 
 log = logging.getLogger(__name__)
 
@@ -143,15 +141,15 @@ class Checkpoints:
         """Is it time to save after this many steps?"""
         return step % self.config.every_steps == 0 or self._kept(step)
 
-    def save(self, step: int, samples: int, method: Method, stepper: Stepper) -> None:
+    def save(self, step: int, samples: int, stepper: Stepper) -> None:
         """Write a checkpoint; return when it exists. The state file first, then the marker, then old ones go."""
-        optimizer = stepper.optimizer_state()
+        model, optimizer = stepper.model_state(), stepper.optimizer_state()
         if self.world.leads:
-            self._write(step, samples, method, optimizer)
+            self._write(step, samples, model, optimizer)
             self._prune(step)
         self.world.wait()
 
-    def restore(self, method: Method, stepper: Stepper) -> tuple[int, str | None]:
+    def restore(self, stepper: Stepper) -> tuple[int, str | None]:
         """(samples seen, name) of the newest good checkpoint after loading it; (0, None) where there is none."""
         chosen = None
         if self.world.leads:
@@ -164,12 +162,14 @@ class Checkpoints:
         if chosen is None:
             return 0, None
         marker, state = read_state(self.store, chosen)
-        load_counted(method, model_tensors(state), where=self.store.address(chosen))
+        stepper.load_model_state(model_tensors(state), where=self.store.address(chosen))
         stepper.load_optimizer_state(_optimizer_state(state, marker))
         return marker.samples, chosen
 
-    def _write(self, step: int, samples: int, method: Method, optimizer: Mapping[str, AdamState]) -> None:
-        tensors = {f"model/{key}": value.detach().cpu().contiguous() for key, value in method.state_dict().items()}
+    def _write(
+        self, step: int, samples: int, model: Mapping[str, Tensor], optimizer: Mapping[str, AdamState]
+    ) -> None:
+        tensors = {f"model/{key}": value.detach().cpu().contiguous() for key, value in model.items()}
         for name, moments in optimizer.items():
             tensors |= {f"{key}/{name}": getattr(moments, key).contiguous() for key in MOMENTS}
         content = safetensors.torch.save({key: value.clone() for key, value in tensors.items()})

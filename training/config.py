@@ -62,8 +62,9 @@ class OptimisationConfig:
 class EngineConfig:
     stepper: Literal["deepspeed", "plain"] = "deepspeed"
     """"plain": PyTorch alone, gradients by one all-reduce; the yardstick, any precision, one process or a few."""
-    zero_stage: Literal[0, 1, 2] = 1
-    """DeepSpeed ZeRO stage: 0 nothing, 1 optimizer state, 2 also gradients are split over the ranks."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters are split over the ranks
+    (student and teacher). Results are the same; 1 is the fastest where the model fits."""
     bucket: int = Field(default=50_000_000, ge=1)
     """Parameters reduced together by DeepSpeed. Smaller saves memory. Changes the last bits of sums."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

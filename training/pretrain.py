@@ -162,7 +162,7 @@ def pretrain(config: RunConfig, *, world: World, host: Host, reason: str = "star
     checkpoints = Checkpoints(
         folder.at("checkpoints"), config.checkpoints, world, about=_about(config, manifest, world, origin), say=say
     )
-    position, resumed = checkpoints.restore(method, stepper)
+    position, resumed = checkpoints.restore(stepper)
     with _loader(config, manifest, world, share) as loader:
         run = Run(
             method=method, stepper=stepper, loader=loader, place=Place(world.device), clock=clock,

@@ -130,25 +130,35 @@ def load_counted(
 
     What is missing, left over or of another shape is a DataError that names the keys; nothing is loaded then.
     """
-    own = module.state_dict()
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     given = {name: tensor for name, tensor in state.items() if name not in leave_out}
+    check_counted(shapes, given, absent=sorted(set(leave_out) - state.keys()), where=where)
+    module.load_state_dict(given)
+    return len(given)
+
+
+def check_counted(
+    own: Mapping[str, Sequence[int]], given: Mapping[str, Tensor], *, absent: Sequence[str] = (), where: str = ""
+) -> None:
+    """Raise a DataError that names what is missing, left over, or of another shape than `own` says.
+
+    `absent`: names that were to be left out, but are not there to leave out.
+    """
     shapes = [
-        f"{name} {tuple(given[name].shape)} for {tuple(own[name].shape)}"
+        f"{name} {tuple(given[name].shape)} for {tuple(own[name])}"
         for name in own.keys() & given.keys()
-        if own[name].shape != given[name].shape
+        if tuple(own[name]) != tuple(given[name].shape)
     ]
     faults = {
         "missing": sorted(own.keys() - given.keys()),
         "left over": sorted(given.keys() - own.keys()),
         "of another shape": sorted(shapes),
-        "to leave out, but absent": sorted(set(leave_out) - state.keys()),
+        "to leave out, but absent": absent,
     }
     if any(faults.values()):
         told = "; ".join(f"{kind}: {first_few(keys)}" for kind, keys in faults.items() if keys)
         raise DataError(f"the weights do not fit ({len(given)} for {len(own)}); {told}", where=where,
                         hint="check that file and architecture belong together")  # fmt: skip
-    module.load_state_dict(given)
-    return len(given)
 
 
 def first_few(keys: Sequence[str]) -> str:

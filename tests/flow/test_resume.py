@@ -1,6 +1,5 @@
 """A run that is stopped, killed, or moved to another world sees the samples and gets the weights it would have had."""
 
-import dataclasses
 import signal
 import subprocess
 import time
@@ -113,17 +112,16 @@ def _losses(run: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in records}
 
 
-def _until(world: World, path: str, out: str, stepper: str, stop_at: int) -> None:
+def _until(world: World, path: str, out: str, stepper: str, stop_at: int, stage: int = 1) -> None:
     """One rank of a run that is told to stop once it has come so far; 0: never."""
-    config = recipes.load(path, ["--out", out, "--engine.stepper", stepper])
-    with_pace = Pace(Path(out), stop_at)
-    pretrain(dataclasses.replace(config), world=world, host=with_pace)
+    flags = ["--out", out, "--engine.stepper", stepper, "--engine.zero-stage", str(stage)]
+    pretrain(recipes.load(path, flags), world=world, host=Pace(stop_at))
 
 
 class Pace(LocalHost):
     """A host that preempts its rank after a number of steps."""
 
-    def __init__(self, run: Path, stop_at: int) -> None:
+    def __init__(self, stop_at: int) -> None:
         super().__init__()
         self.asked, self.stop_at = 0, stop_at
 
@@ -133,15 +131,17 @@ class Pace(LocalHost):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2), (3, 2)])
-def test_resume__another_world_size(data: Manifest, tmp_path: Path, first: int, second: int) -> None:
+@pytest.mark.parametrize(("first", "second", "stages"), [(2, 1, (1, 3)), (1, 2, (0, 1)), (3, 2, (3, 2))])
+def test_resume__another_world_size_and_stage(
+    data: Manifest, tmp_path: Path, first: int, second: int, stages: tuple[int, int]
+) -> None:
     """The same samples; losses and weights equal up to the rounding of sums in another order."""
     path = str(recipe(tmp_path, data.url, "unused", epochs=EPOCHS))
     undisturbed, moved = tmp_path / "undisturbed", tmp_path / "moved"
     run_ranks(1, _until, path, str(undisturbed), "plain", 0)
-    run_ranks(first, _until, path, str(moved), "deepspeed", 5)
+    run_ranks(first, _until, path, str(moved), "deepspeed", 5, stages[0])
     assert len(audited(moved)) in (5, 6)  # ranks agree one step late
-    run_ranks(second, _until, path, str(moved), "deepspeed", 0)
+    run_ranks(second, _until, path, str(moved), "deepspeed", 0, stages[1])
     found = {step: sorted(samples) for step, samples in audited(moved).items()}
     assert found == _enumerated(data)
     before, after = _losses(undisturbed), _losses(moved)

@@ -10,7 +10,7 @@ from tests.trajectory import CASES, Case, Trajectory, case_of, run_case
 from training.engine.world import World
 
 ON_RANKS = [name for name in CASES if " " not in name]
-STAGES: list[tuple[int | None, bool]] = [(None, True), (0, True), (1, True), (1, False), (2, True)]
+STAGES: list[tuple[int | None, bool]] = [(None, True), (0, True), (1, True), (1, False), (2, True), (3, True)]
 """(ZeRO stage, is there a rehearsal in front?); None: the plain stepper in float64."""
 CENTRES = {"center": "cls", "center2": "patch"}
 TERMS = {"loss_cls": "lambda1", "loss_patch": "lambda2"}
@@ -117,7 +117,7 @@ def _all_stages(world: World, micro_batch: int | None) -> dict[str, tuple[list[f
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "micro_batch"), [(1, 2), (2, 1), (3, None)])
 def test_trajectory__deepspeed(world: int, micro_batch: int | None) -> None:
-    """ZeRO 0, 1, 2 in float32, and the plain stepper in float64, on real processes; three ranks need padding."""
+    """ZeRO 0 to 3 in float32, and the plain stepper in float64, on real processes; three ranks need padding."""
     for name in ON_RANKS:
         golden(name)  # skips here, not in the ranks
     for results in run_ranks(world, _all_stages, micro_batch):

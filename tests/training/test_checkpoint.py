@@ -41,7 +41,7 @@ def _saved(store: Store, *steps: int) -> dict[int, Method]:
     methods = {}
     for step in steps:
         methods[step] = _method(seed=step)
-        _checkpoints(store).save(step, 4 * step, methods[step], _stepper(methods[step]))
+        _checkpoints(store).save(step, 4 * step, _stepper(methods[step]))
     return methods
 
 
@@ -61,13 +61,13 @@ def test_restore__gives_back_every_tensor_and_the_position(store: Store) -> None
     before = _saved(store, 10)[10]
     after = _method(seed=99)
     assert not _equal(before, after)
-    assert _checkpoints(store).restore(after, _stepper(after)) == (40, "step_0000010")
+    assert _checkpoints(store).restore(_stepper(after)) == (40, "step_0000010")
     assert _equal(before, after)
 
 
 def test_restore__nothing_there(store: Store) -> None:
     method = _method()
-    assert _checkpoints(store).restore(method, _stepper(method)) == (0, None)
+    assert _checkpoints(store).restore(_stepper(method)) == (0, None)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "no marker", "broken marker", "no state"])
@@ -85,7 +85,7 @@ def test_restore__a_damaged_checkpoint_is_passed_over_with_a_warning(store: Stor
         store.delete(marker if damage == "no marker" else state)
     said: list[str] = []
     method = _method(seed=99)
-    assert _checkpoints(store, said).restore(method, _stepper(method)) == (40, "step_0000010")
+    assert _checkpoints(store, said).restore(_stepper(method)) == (40, "step_0000010")
     assert _equal(method, methods[10])
     assert (damage == "no marker") == (not said)  # without its marker it never existed
     assert all("step_0000020 is passed over" in line for line in said)
@@ -95,7 +95,7 @@ def test_restore__a_checkpoint_of_other_data_is_refused(store: Store) -> None:
     _saved(store, 10)
     method = _method()
     with pytest.raises(DataError, match=r"other data: manifest aaaaaaaaaaaa \(100 crops\), now bbbbbbbbbbbb"):
-        _checkpoints(store, manifest="b" * 64).restore(method, _stepper(method))
+        _checkpoints(store, manifest="b" * 64).restore(_stepper(method))
 
 
 def test_restore__another_model_is_refused_by_name(store: Store) -> None:
@@ -103,7 +103,7 @@ def test_restore__another_model_is_refused_by_name(store: Store) -> None:
     backbone = BackboneConfig(arch="custom", size=(16, 8), patch=8, width=16, depth=1, heads=1)
     other = Pass(PassConfig(local_size=(8, 8), head=HeadConfig(out_dim=8, hidden=8, bottleneck=4)), backbone)
     with pytest.raises(DataError, match="student.backbone.blocks.0.attn.proj.weight"):
-        _checkpoints(store).restore(other, _stepper(other))
+        _checkpoints(store).restore(_stepper(other))
 
 
 def test_save__keeps_the_last_and_those_for_evaluation(store: Store) -> None:
@@ -144,10 +144,10 @@ def test_load__moments_survive(store: Store) -> None:
     for value in stepper.parameters.values():
         value.grad = torch.randn_like(value)
     stepper.optimizer.step()
-    _checkpoints(store).save(10, 40, method, stepper)
+    _checkpoints(store).save(10, 40, stepper)
     again = _method(seed=5)
     restored = _stepper(again)
-    _checkpoints(store).restore(again, restored)
+    _checkpoints(store).restore(restored)
     before, after = stepper.optimizer_state(), restored.optimizer_state()
     for name, state in before.items():
         assert state.step == after[name].step == 1

@@ -77,7 +77,7 @@ def train(run: Run, segment: Segment, *, position: int = 0) -> tuple[int, bool]:
         if not result.finite:
             raise _diverged(progress, result, run.stepper)
         run.method.after_step(result.sums, progress)
-        _follow(run.method, now.ema)
+        _follow(run, now.ema)
         _record(run, progress, now, batch, result)
         position = batch.after
         last = run.stop.agreed()
@@ -97,10 +97,10 @@ def rehearse(run: Run, batch: Batch) -> None:
     run.stepper.rehearse(run.place(next(batch.micro_batches(run.micro_batch))), progress)
 
 
-def _follow(method: Method, momentum: float) -> None:
+def _follow(run: Run, momentum: float) -> None:
     """The teacher moves towards the student."""
-    if "teacher" in method._modules:
-        ema.update(dict(method.student.named_parameters()), dict(method.teacher.named_parameters()), momentum)
+    if "teacher" in run.method._modules:
+        ema.update(run.stepper.held(run.method.student), run.stepper.held(run.method.teacher), momentum)
 
 
 def _record(run: Run, progress: Progress, now: StepSettings, batch: Batch, result: Result) -> None:
@@ -112,7 +112,7 @@ def _record(run: Run, progress: Progress, now: StepSettings, batch: Batch, resul
 
 
 def _save(run: Run, checkpoints: Checkpoints, step: int, samples: int) -> None:
-    checkpoints.save(step, samples, run.method, run.stepper)
+    checkpoints.save(step, samples, run.stepper)
     run.host.saved(step)
     if run.recorder is not None:
         run.recorder.folder.flush()

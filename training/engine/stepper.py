@@ -16,6 +16,7 @@ from training.engine import optimisation
 from training.engine.optimisation import ParameterGroup, StepSettings
 from training.engine.world import World
 from training.methods.base import Method, Outcome, Progress, Views
+from training.weights import load_counted
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's two moments, as checkpoints name them."""
@@ -99,6 +100,18 @@ class Stepper(ABC):
     @abstractmethod
     def load_optimizer_state(self, state: Mapping[str, AdamState]) -> None:
         """Put back what `optimizer_state` gave, at any world size. Called after the module's own tensors are loaded."""
+
+    def held(self, network: torch.nn.Module) -> dict[str, Tensor]:
+        """The part of each parameter of a submodule that this rank changes; the teacher follows the student there."""
+        return dict(network.named_parameters())
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Parameters and buffers of the method, whole. All ranks must call."""
+        return dict(self.method.state_dict())
+
+    def load_model_state(self, state: Mapping[str, Tensor], *, where: str) -> None:
+        """Put back what `model_state` gave, by counted keys. Raises DataError naming what does not fit."""
+        load_counted(self.method, state, where=where)
 
     # -- what a subclass knows -----------------------------------------------------------------------------------
 

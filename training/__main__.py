@@ -159,7 +159,8 @@ class ImportCommand:
 def import_published(arguments: list[str]) -> int:
     """Read weights published by others and write their backbone as an export, with a card that says where from."""
     chosen = tyro.cli(ImportCommand, args=arguments, prog="python -m training import")
-    stated = Stated(layout=chosen.layout, network=chosen.network, heads=chosen.heads, depth=chosen.depth)
+    stated = Stated(layout=chosen.layout, network=chosen.network, heads=chosen.heads, depth=chosen.depth,
+                    size=chosen.size)  # fmt: skip
     published = read_published(chosen.file, chosen.storage, stated)
     before = published.backbone.config.size
     after = chosen.size or before

@@ -75,7 +75,8 @@ def _is_export(init: InitConfig, storage: StorageConfig) -> bool:
 
 def _read(init: InitConfig, backbone: BackboneConfig, storage: StorageConfig) -> Published:
     if not _is_export(init, storage):
-        stated = Stated(network=init.network, heads=backbone.shape.heads, depth=backbone.shape.depth)
+        stated = Stated(network=init.network, heads=backbone.shape.heads, depth=backbone.shape.depth,
+                        size=backbone.size)  # fmt: skip
         return read_published(init.weights, storage, stated)
     store = open_store(init.weights, storage)
     card = load_card(store)

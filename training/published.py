@@ -16,7 +16,7 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from datapipe.config import StorageConfig
+from datapipe.config import Size, StorageConfig
 from datapipe.errors import DataError
 from datapipe.storage import open_store, split_url
 from training.backbone import ARCHITECTURES, BackboneConfig, Shape, VisionTransformer
@@ -129,6 +129,8 @@ class Stated:
     """Attention heads."""
     depth: int = 0
     """Number of blocks."""
+    size: Size | None = None
+    """The image size wanted. That of the file, where its patches are as many and fit none of RATIOS."""
 
 
 class Published(NamedTuple):
@@ -226,7 +228,7 @@ def _architecture(state: Mapping[str, Tensor], stated: Stated, where: str) -> tu
     parts = len([key for key in state if re.fullmatch(r"part_token\d+", key)])
     stem: Literal["patch", "ics"] = "ics" if "patch_embed.conv.0.weight" in state else "patch"
     patch = state["patch_embed.proj.weight"].shape[-1] * (2 if stem == "ics" else 1)
-    rows, columns = _grid(state["pos_embed"].shape[1] - (0 if parts else 1), where)
+    rows, columns = _grid(state["pos_embed"].shape[1] - (0 if parts else 1), patch, stated.size, where)
     shape = _shape(state, stated, where)
     size = (rows * patch, columns * patch)
     arch: Any = next((name for name, known in ARCHITECTURES.items() if known == shape), "custom")
@@ -248,15 +250,17 @@ def _shape(state: Mapping[str, Tensor], stated: Stated, where: str) -> Shape:
     return Shape(width, depth, heads, mlp_ratio)
 
 
-def _grid(patches: int, where: str) -> tuple[int, int]:
+def _grid(patches: int, patch: int, wanted: Size | None, where: str) -> tuple[int, int]:
     """(rows, columns) of a position table; the references' `h = int(sqrt(N * ratio)); w = h // ratio`."""
     for ratio in RATIOS:
         rows = math.isqrt(max(patches, 0) * ratio)
         if rows and rows % ratio == 0 and rows * (rows // ratio) == patches:
             return rows, rows // ratio
+    if wanted and (wanted[0] // patch) * (wanted[1] // patch) == patches:
+        return wanted[0] // patch, wanted[1] // patch
     raise DataError(f"a position table of {patches} patches fits no image of height : width "
                     f"{', '.join(f'{ratio} : 1' for ratio in sorted(RATIOS))}", where=where,
-                    hint="overlapping patches, or another kind of positions, are not supported")  # fmt: skip
+                    hint="--size HEIGHT WIDTH, if that is its own; overlapping patches are not supported")  # fmt: skip
 
 
 def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ Shapes: B images, H x W pixels, N patches (row-major), P part tokens, T tokens, 
 """
 
 import math
-from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -121,6 +120,8 @@ class Features(NamedTuple):
     """[B, P, C]: all parts, the one asked for, or none (P = 0)."""
     patches: Tensor
     """[B, N, C], row-major"""
+    outputs: tuple[Tensor, ...] = ()
+    """[B, T, C] each: all tokens as they came out of the blocks asked for, before the final norm."""
 
 
 class DroppableBlock(Block):
@@ -189,11 +190,21 @@ class VisionTransformer(nn.Module):
         visible: Tensor | None = None,
         mask: Tensor | None = None,
         real: Tensor | None = None,
+        blocks: Sequence[int] = (),
     ) -> Features:
-        """images [B, 3, H, W] -> tokens after the final norm: `embed`, then the last of `outputs`, then the norm."""
+        """images [B, 3, H, W] -> tokens after the final norm: `embed`, then `outputs`, then the norm.
+
+        `blocks`: those whose output is wanted too; 0 is the first, -1 the last.
+        """
         tokens, parts = self.embed(images, part=part, visible=visible, mask=mask, real=real)
-        tokens = self.norm(self.last_output(tokens, keep=keep))
-        return Features(tokens[:, 0], tokens[:, 1 : 1 + parts], tokens[:, 1 + parts :])
+        depth, outputs = len(self.blocks), {}
+        wanted = {depth - 1, *(block % depth for block in blocks)}
+        for index, output in enumerate(self.outputs(tokens, keep=keep)):
+            if index in wanted:
+                outputs[index] = output
+        tokens = self.norm(outputs[depth - 1])
+        asked = tuple(outputs[block % depth] for block in blocks)
+        return Features(tokens[:, 0], tokens[:, 1 : 1 + parts], tokens[:, 1 + parts :], asked)
 
     def embed(
         self,
@@ -237,10 +248,6 @@ class VisionTransformer(nn.Module):
             else:
                 tokens = block(tokens, keep_2B)
             yield tokens
-
-    def last_output(self, tokens: Tensor, *, keep: Tensor | None = None) -> Tensor:
-        """What comes out of the last block; the others are not held."""
-        return deque(self.outputs(tokens, keep=keep), maxlen=1).pop()
 
     def features(self, images: Tensor) -> Features:
         """What evaluation uses: all tokens, nothing dropped."""

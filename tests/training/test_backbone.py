@@ -31,12 +31,39 @@ def test_backbone__sizes_are_the_published_ones(arch: str, parts: int, keys: int
 def test_backbone__features_of_every_kind_and_size() -> None:
     backbone = tiny(parts=3)
     whole = backbone.features(images())
-    assert [tuple(kind.shape) for kind in whole] == [(4, 12), (4, 3, 12), (4, 8, 12)]
+    assert [tuple(kind.shape) for kind in whole[:3]] == [(4, 12), (4, 3, 12), (4, 8, 12)]
     local = backbone(images(4, 16, 8), part=2)
-    assert [tuple(kind.shape) for kind in local] == [(4, 12), (4, 1, 12), (4, 2, 12)]
+    assert [tuple(kind.shape) for kind in local[:3]] == [(4, 12), (4, 1, 12), (4, 2, 12)]
     none = backbone(images(4, 48, 16), part=None)
-    assert [tuple(kind.shape) for kind in none] == [(4, 12), (4, 0, 12), (4, 12, 12)]
-    assert [tuple(kind.shape) for kind in tiny().features(images())] == [(4, 12), (4, 0, 12), (4, 8, 12)]
+    assert [tuple(kind.shape) for kind in none[:3]] == [(4, 12), (4, 0, 12), (4, 12, 12)]
+    assert [tuple(kind.shape) for kind in tiny().features(images())[:3]] == [(4, 12), (4, 0, 12), (4, 8, 12)]
+    assert whole.outputs == ()
+
+
+@torch.no_grad()
+def test_backbone__outputs_of_the_blocks_asked_for() -> None:
+    backbone = tiny(parts=1)
+    found = backbone(images(), blocks=(2, 0, -1))
+    assert [tuple(output.shape) for output in found.outputs] == [(4, 10, 12)] * 3
+    assert torch.equal(found.outputs[0], found.outputs[2])
+    assert torch.equal(backbone.norm(found.outputs[2])[:, 0], found.cls)
+    tokens, _ = backbone.embed(images())
+    assert torch.equal(found.outputs[1], backbone.blocks[0](tokens))
+
+
+@torch.no_grad()
+def test_backbone__patches_that_are_not_visible_do_not_count() -> None:
+    backbone, pictures = tiny(), images()
+    visible = torch.tensor([[0, 5], [3, 1], [7, 6], [2, 4]])
+    found = backbone(pictures, visible=visible)
+    assert found.patches.shape == (4, 2, 12)
+    other = pictures.clone()
+    for image, patches in enumerate(visible.tolist()):
+        for patch in set(range(8)) - set(patches):
+            row, column = 8 * (patch // 2), 8 * (patch % 2)
+            other[image, :, row : row + 8, column : column + 8] = 9.0
+    assert torch.equal(backbone(other, visible=visible).cls, found.cls)
+    assert not torch.equal(backbone(other).cls, backbone(pictures).cls)
 
 
 def test_backbone__chunks_of_rows_have_their_own_part() -> None:

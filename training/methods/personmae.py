@@ -163,11 +163,10 @@ class PersonMaeStudent(nn.Module):
     ) -> Predictions:
         """Both decoders see the encoder's normalised output, and each attends to what came out of a block of it."""
         with lowered(precision, region_BIHW.device):
-            tokens, _ = self.backbone.embed(region_BIHW, part=None, visible=visible_BK)
-            outputs_BSC = list(self.backbone.outputs(tokens, keep=keep))
-            seen_BSC = self.backbone.norm(outputs_BSC[-1])
-            pixel_BTW = self.head.pixel(seen_BSC, outputs_BSC[self.memories[0]], asked.places_BQ2)
-            feature_BTW = self.head.feature(seen_BSC, outputs_BSC[self.memories[1]], asked.places_BQ2)
+            seen = self.backbone(region_BIHW, part=None, visible=visible_BK, keep=keep, blocks=self.memories)
+            seen_BSC = torch.cat([seen.cls[:, None], seen.patches], dim=1)
+            pixel_BTW = self.head.pixel(seen_BSC, seen.outputs[0], asked.places_BQ2)
+            feature_BTW = self.head.feature(seen_BSC, seen.outputs[1], asked.places_BQ2)
         skipped = 1 if asked.seen_too else seen_BSC.shape[1]
         with full(region_BIHW.device):
             return Predictions(
@@ -186,8 +185,8 @@ class PersonMaeTeacher(nn.Module):
     def forward(self, region_BIHW: Tensor, *, precision: Precision) -> Tensor:
         """What comes out of the last block, before the final norm and without CLS: [B, N, C]."""
         with lowered(precision, region_BIHW.device):
-            tokens, _ = self.backbone.embed(region_BIHW, part=None)
-            return at_least_float32(self.backbone.last_output(tokens)[:, 1:])
+            (output_BTC,) = self.backbone(region_BIHW, part=None, blocks=(-1,)).outputs
+            return at_least_float32(output_BTC[:, 1:])
 
 
 class PersonMae(Method):
@@ -294,6 +293,9 @@ def _check(config: PersonMaeConfig, backbone: BackboneConfig) -> None:
         if not -depth <= block < depth:
             raise ConfigError(f"{name} = {block}, but the backbone has {depth} blocks", where=f"method.{name}",
                               hint=f"0 is its first block, {depth - 1} or -1 its last")  # fmt: skip
+    if backbone.stem != "patch":
+        raise ConfigError(f'the convolutions of stem = "{backbone.stem}" overlap: visible patches would tell of hidden',
+                          where="backbone.stem", hint='PersonMAE needs stem = "patch"')  # fmt: skip
     if width % 4 and (config.positions == "sincos" or not (config.pixel_width and config.feature_width)):
         raise ConfigError(f"width = {width} is no multiple of 4, as sin-cos positions need", where="backbone.width",
                           hint="positions have four parts: sine and cosine of row and column")  # fmt: skip

@@ -1,5 +1,6 @@
 import math
 import pickle
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -188,7 +189,7 @@ def test_encoder__cost_falls_with_the_mask_ratio(ratio: float) -> None:
     tokens, _ = encoder.embed(torch.randn(2, 3, 128, 64), part=None, visible=torch.arange(kept).expand(2, -1))
     assert tokens.shape == (2, 1 + kept, 48)
     with FlopCounterMode(display=False) as counter:
-        encoder.last_output(tokens)
+        deque(encoder.outputs(tokens), maxlen=0)
     T, C = 1 + kept, 48
     linear, attention = 2 * 12 * T * C * C, 2 * 2 * T * T * C
     assert counter.get_total_flops() == 2 * 2 * (linear + attention)  # images, blocks
@@ -347,6 +348,8 @@ def test_config__mistakes_are_told(changes: dict[str, Any], message: str) -> Non
 def test_config__must_go_with_the_backbone() -> None:
     with pytest.raises(ConfigError, match="3 blocks"):
         method(pixel_memory=3)
+    with pytest.raises(ConfigError, match="visible patches would tell"):
+        PersonMae(PersonMaeConfig(**SMALL), BackboneConfig(**{**TINY, "patch": 16}, stem="ics"))
     with pytest.raises(ConfigError, match="multiple of 4"):
         PersonMae(PersonMaeConfig(**SMALL), BackboneConfig(**{**TINY, "width": 18}))
 

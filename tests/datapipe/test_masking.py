@@ -1,12 +1,14 @@
 """Masks: the references' statistics on any grid, the same for any batch that holds the image."""
 
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from scipy.stats import ks_2samp
+from scipy.stats import chi2_contingency, ks_2samp
 
+from datapipe import masking
 from datapipe.masking import MaskConfig, MaskLaw, Masks, block_mask, draw_masks
 from tests.golden import golden
 
@@ -22,11 +24,15 @@ def listed(value: object) -> tuple[float, ...]:
     return tuple(value) if isinstance(value, list) else (float(str(value)),)
 
 
+def config_of(setting: dict[str, Any]) -> MaskConfig:
+    return MaskConfig(ratios=listed(setting["pred_ratio"]), spreads=listed(setting["pred_ratio_var"]),
+                      aspect=tuple(setting["aspect_ratio"]))  # fmt: skip
+
+
 def test_block_masks__have_the_statistics_of_the_reference() -> None:
     about, tensors = golden("ibot_block_masks")
     for name, setting in about["hyper_parameters"].items():
-        config = MaskConfig(ratios=listed(setting["pred_ratio"]), spreads=listed(setting["pred_ratio_var"]),
-                            aspect=tuple(setting["aspect_ratio"]))
+        config = config_of(setting)
         theirs = tensors[f"{name}/achieved_ratio_many"].numpy()
         masks = drawn(config, len(theirs), grid=tuple(setting["grid"]))
         ours = masks.mean(axis=(1, 2))
@@ -35,23 +41,45 @@ def test_block_masks__have_the_statistics_of_the_reference() -> None:
         assert ks_2samp(ours, theirs).pvalue > 0.001, name
         assert ours.max() <= max(np.add(config.ratios, config.spreads))
         assert abs((ours == 0).mean() - (theirs == 0).mean()) < 0.05
-        place_error = np.sqrt(masks.var(axis=0) * 2 / len(theirs))  # where patches are hidden, 128 comparisons
-        assert (np.abs(masks.mean(axis=0) - tensors[f"{name}/mean_mask"].numpy()) / place_error.clip(1e-9)).max() < 4.5
+        place_error = np.sqrt(masks.var(axis=0) * 2 / len(theirs)) + 1 / len(theirs)
+        places = np.abs(masks.mean(axis=0) - tensors[f"{name}/mean_mask"].numpy())  # one comparison per patch
+        assert (places / place_error).max() < 4.5, name
 
 
-def test_block_masks__block_sizes_are_those_of_the_reference() -> None:
-    """Masks of a single rectangle would have the histogram of the first; so compare the runs of hidden patches."""
+def accepted(grid: tuple[int, int], mask: Masks, places: list[tuple[slice, slice] | None]) -> list[tuple[int, int]]:
+    """Heights and widths of the rectangles that were hidden, of all that were tried: those that led to this mask."""
+    built, sizes = np.zeros(grid, bool), []
+    for place in places:
+        if place is not None and not built[place].all() and mask[place].all():
+            built[place] = True
+            sizes.append(built[place].shape)
+    np.testing.assert_array_equal(built, mask)
+    return sizes  # type: ignore[return-value]
+
+
+def test_block_masks__block_sizes_are_those_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[slice, slice] | None] = []
+    original = masking._rectangle
+
+    def watched(*arguments: Any) -> Any:
+        tried.append(original(*arguments))
+        return tried[-1]
+
+    monkeypatch.setattr(masking, "_rectangle", watched)
     about, tensors = golden("ibot_block_masks")
     for name, setting in about["hyper_parameters"].items():
-        theirs = tensors[f"{name}/masks"].numpy()
-        config = MaskConfig(ratios=listed(setting["pred_ratio"]), spreads=listed(setting["pred_ratio_var"]),
-                            aspect=tuple(setting["aspect_ratio"]))
-        ours = drawn(config, 2000, grid=tuple(setting["grid"]))
-        for axis in (1, 2):
-            ours_edges, theirs_edges = (np.diff(masks.astype(int), axis=axis) != 0 for masks in (ours, theirs))
-            per_mask = [edges.sum(axis=(1, 2)) for edges in (ours_edges, theirs_edges)]
-            error = np.sqrt(per_mask[0].var() / len(ours) + per_mask[1].var() / len(theirs))
-            assert abs(per_mask[0].mean() - per_mask[1].mean()) < 4 * error, (name, axis)
+        grid = tuple(setting["grid"])
+        sizes: list[tuple[int, int]] = []
+        for position in range(1500):
+            tried.clear()
+            (mask,) = draw_masks([MaskLaw(grid, config_of(setting))], 4, np.array([position]))[0]
+            sizes += accepted(grid, mask, tried)
+        for axis, kind in enumerate(("height", "width")):
+            theirs = tensors[f"{name}/block_{kind}_histogram"].numpy()
+            ours = np.bincount([size[axis] for size in sizes], minlength=len(theirs))
+            often = theirs + ours > 20
+            assert ours[len(theirs) - 1] == theirs[-1] == 0  # never as high or as wide as the grid
+            assert chi2_contingency([ours[often], theirs[often]]).pvalue > 0.001, (name, kind)
 
 
 def test_draw_masks__hang_on_seed_and_position_alone() -> None:

@@ -27,7 +27,8 @@ class InitConfig:
 
     weights: str = ""
     """Folder of an export or import, or a file of published weights, local or s3://bucket/prefix/name. Must stay where
-    it is while the run lasts. Empty: random weights."""
+    it is while the run lasts. Every process reads all of it, so import a training checkpoint of gigabytes first. Empty:
+    random weights."""
     network: Network = "teacher"
     """Which network of a training checkpoint. Student and teacher both start from it."""
     heads: bool = False

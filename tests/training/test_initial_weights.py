@@ -20,6 +20,7 @@ from training.heads import HeadConfig
 from training.initial_weights import InitConfig, in_words
 from training.methods.dino import DinoConfig
 from training.methods.pass_reid import PassConfig
+from training.methods.personmae import PersonMaeConfig
 from training.pretrain import build_method, initial_method
 from training.weights import Provenance, export
 
@@ -119,6 +120,18 @@ def test_start__the_ics_stem(tmp_path: Path) -> None:
         assert all(torch.equal(tensor, state[name]) for name, tensor in network.backbone.state_dict().items())
     with pytest.raises(ConfigError, match="the weights have stem ics, the recipe patch"):
         initial_method(replace(config, backbone=backbone_of(setting)))
+
+
+@pytest.mark.parametrize("table", ["sincos", "learned"])
+def test_start__personmae_takes_the_encoder_of_mae_with_its_positions(table: Any, tmp_path: Path) -> None:
+    setting = golden("transreid_ssl_backbone")[0]["hyper_parameters"]
+    state = backbone_state("transreid_ssl_backbone")
+    method = PersonMaeConfig(positions=table, pixel_width=8, feature_width=8, decoder_heads=2)
+    init = InitConfig(weights=save(files.mae(state), tmp_path / "x.pth"))
+    made, origin = initial_method(RunConfig(method=method, backbone=backbone_of(setting), init=init))
+    for network in (made.student, made.teacher):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in network.backbone.state_dict().items())
+    assert made.backbone().pos_embed.requires_grad == (table == "learned") and origin["layout"] == "mae"
 
 
 def test_start__what_does_not_fit_is_told(tmp_path: Path) -> None:

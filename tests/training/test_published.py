@@ -206,6 +206,12 @@ def test_read__an_unusual_image_size_is_taken_as_stated(tmp_path: Path) -> None:
     assert read_published(path, StorageConfig(), Stated(size=(176, 80))).backbone.config == config
 
 
+def test_read__from_any_store() -> None:
+    open_store("memory://weights").replace("x.pth", files.saved(backbone_state(PASS)))
+    found = read_published("memory://weights/x.pth", StorageConfig(), Stated(heads=_heads()))
+    assert found.origin["file"] == "x.pth"
+
+
 def test_import__refusals_of_the_command(tmp_path: Path) -> None:
     path = save(backbone_state(PASS), tmp_path / "x.pth")
     out, heads = ["--out", str(tmp_path / "out")], ["--heads", str(_heads())]

@@ -1,0 +1,41 @@
+"""How much work a run of the benches does: enough for steady figures by default, next to nothing in tests."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tests.golden import ROOT
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of all benches. One round of one contender takes a quarter of a second to two seconds of CPU time."""
+
+    cache: Path = ROOT / ".bench"
+    """Where the rendered crops are kept between runs."""
+    rounds: int = 5
+    """Counted rounds; one before them warms up."""
+    crops: int = 1536
+    """Rendered crops of each kind."""
+    images: int = 48
+    """Crops that get PASS's 11 views, per round."""
+    batch: int = 256
+    """Images in one batch of a loader."""
+    workers: int = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    """Threads of our loader and processes of the others; 0 makes the others work in this process."""
+    order_rows: int = 10**8
+    queries: int = 1_500
+    gallery: int = 20_000
+    channels: int = 384
+    looped: int = 300
+    """Queries that the loop of argsorts gets: its time is proportional to them."""
+
+
+TOY = Scale(rounds=1, crops=24, images=2, batch=8, workers=0, order_rows=10**5, queries=30, gallery=200, channels=8,
+            looped=30)
+"""For the test: every line runs, no figure means anything."""
+
+
+def full(scale: Scale) -> Scale:
+    """Retrieval at MSMT17's size."""
+    return replace(scale, queries=11_659, gallery=82_161, channels=768)

@@ -140,6 +140,9 @@ class ImportCommand:
     """Which network of a training checkpoint. The published backbones are teachers."""
     size: Size | None = None
     """Image size (height, width) to resize the position table for. None: that of the file."""
+    native: Size | None = None
+    """Image size that the file's position table was made for. None: as its length tells, for images twice or three
+    times as high as wide and for squares."""
     positions: Interpolation = "bilinear"
     """How positions are resized: "bilinear" for evaluation and fine-tuning, "bicubic" for going on with pre-training,
     both as the references do."""
@@ -160,7 +163,7 @@ def import_published(arguments: list[str]) -> int:
     """Read weights published by others and write their backbone as an export, with a card that says where from."""
     chosen = tyro.cli(ImportCommand, args=arguments, prog="python -m training import")
     stated = Stated(layout=chosen.layout, network=chosen.network, heads=chosen.heads, depth=chosen.depth,
-                    size=chosen.size)  # fmt: skip
+                    size=chosen.native or chosen.size)  # fmt: skip
     published = read_published(chosen.file, chosen.storage, stated)
     before = published.backbone.config.size
     after = chosen.size or before

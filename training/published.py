@@ -130,7 +130,7 @@ class Stated:
     depth: int = 0
     """Number of blocks."""
     size: Size | None = None
-    """The image size wanted. That of the file, where its patches are as many and fit none of RATIOS."""
+    """Image size (height, width) that the position table was made for, if it fits none of RATIOS."""
 
 
 class Published(NamedTuple):
@@ -250,17 +250,17 @@ def _shape(state: Mapping[str, Tensor], stated: Stated, where: str) -> Shape:
     return Shape(width, depth, heads, mlp_ratio)
 
 
-def _grid(patches: int, patch: int, wanted: Size | None, where: str) -> tuple[int, int]:
+def _grid(patches: int, patch: int, native: Size | None, where: str) -> tuple[int, int]:
     """(rows, columns) of a position table; the references' `h = int(sqrt(N * ratio)); w = h // ratio`."""
     for ratio in RATIOS:
         rows = math.isqrt(max(patches, 0) * ratio)
         if rows and rows % ratio == 0 and rows * (rows // ratio) == patches:
             return rows, rows // ratio
-    if wanted and (wanted[0] // patch) * (wanted[1] // patch) == patches:
-        return wanted[0] // patch, wanted[1] // patch
+    if native and (native[0] // patch) * (native[1] // patch) == patches:
+        return native[0] // patch, native[1] // patch
     raise DataError(f"a position table of {patches} patches fits no image of height : width "
                     f"{', '.join(f'{ratio} : 1' for ratio in sorted(RATIOS))}", where=where,
-                    hint="--size HEIGHT WIDTH, if that is its own; overlapping patches are not supported")  # fmt: skip
+                    hint="import it with --native HEIGHT WIDTH; overlapping patches are not supported")  # fmt: skip
 
 
 def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:

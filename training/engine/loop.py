@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from datapipe.errors import DataError
 from datapipe.loader import Batch
 from training import ema
 from training.checkpoint import Checkpoints
 from training.config import OptimisationConfig
 from training.engine import optimisation
 from training.engine.clock import Clock
+from training.engine.faults import Faults
 from training.engine.host import Host
 from training.engine.optimisation import StepSettings
 from training.engine.stepper import Result, Stepper
@@ -54,6 +54,7 @@ class Run:
     checkpoints: Checkpoints | None
     stop: Stop
     host: Host
+    faults: Faults
     recorder: Recorder | None = None
     """On the leading rank."""
     watch: Callable[[Progress, Batch, Result], None] | None = None
@@ -74,11 +75,12 @@ def train(run: Run, segment: Segment, *, position: int = 0) -> tuple[int, bool]:
             outcome = run.stepper.forward(run.place(part), progress)
             run.stepper.backward(outcome, last=index == len(parts) - 1)
         result = run.stepper.step()
-        if not result.finite:
-            raise _diverged(progress, result, run.stepper)
-        run.method.after_step(result.sums, progress)
-        _follow(run, now.ema)
-        _record(run, progress, now, batch, result)
+        if result.finite:
+            run.method.after_step(result.sums, progress)
+            _follow(run, now.ema)
+            _record(run, progress, now, batch, result)
+        else:
+            run.faults.handle(progress, batch, result, run.stepper.names)  # raises Rewind, or the step is skipped
         position = batch.after
         last = run.stop.agreed()
         if run.checkpoints is not None and (
@@ -117,14 +119,3 @@ def _save(run: Run, checkpoints: Checkpoints, step: int, samples: int) -> None:
     if run.recorder is not None:
         run.recorder.folder.flush()
         run.recorder.speed.pause()
-
-
-def _diverged(progress: Progress, result: Result, stepper: Stepper) -> DataError:
-    worst = [name for name, norm in zip(stepper.names, result.norms.tolist(), strict=True) if norm - norm != 0]
-    where = f"step {progress.step + 1}, stream positions from {progress.samples}"
-    detail = f"; gradients not finite: {', '.join(worst[:4])}" if worst else ""
-    return DataError(
-        f"the loss is {result.loss}{detail}: the step was not taken, weights and optimizer are as before",
-        where=where,
-        hint="a lower optimisation.lr, optimisation.precision fp32, or another seed; the last checkpoint stays",
-    )

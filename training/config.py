@@ -42,6 +42,9 @@ class OptimisationConfig:
     """Decoupled weight decay at the start; biases and norms are exempt."""
     final_weight_decay: float = Field(default=0.4, ge=0)
     """Weight decay at the end, along a cosine."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Learning rate of each depth over that of the next deeper one. 1: all learn alike, as in the published
+    pre-training; .4 to .75 for fine-tuning masked autoencoders."""
     clip: Literal["tensor", "global", "none"] = "tensor"
     """"tensor": every parameter's gradient to norm clip_norm by itself, as the DINO family does; "global": all
     together; "none"."""

@@ -209,7 +209,7 @@ def _begin_anew(stepper: Stepper, config: RunConfig) -> None:
 
 def make_stepper(config: RunConfig, method: Method, world: World, share: Portion) -> Stepper:
     """The recipe's stepper around the method."""
-    groups = group_parameters(method)
+    groups = group_parameters(method, layer_decay=config.optimisation.layer_decay)
     if config.engine.stepper == "plain":
         return PlainStepper(method, groups, config.optimisation, world)
     from training.engine.deepspeed import DeepSpeedStepper

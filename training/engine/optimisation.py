@@ -31,11 +31,18 @@ class StepSettings(NamedTuple):
     ema: float
 
 
-def group_parameters(method: Method) -> tuple[ParameterGroup, ...]:
-    """Group the trainable parameters by role, in the order of their first appearance."""
+def group_parameters(method: Method, *, layer_decay: float = 1.0) -> tuple[ParameterGroup, ...]:
+    """Group the trainable parameters by role, in the order of their first appearance.
+
+    With layer decay d the learning rate of depth i is multiplied by d^(deepest - i): the patch embedding learns
+    slowest, what comes after the blocks at the full rate (BEiT, MAE fine-tuning).
+    """
+    roles = method.roles()
+    deepest = max(role.depth for role in roles.values())
     members: dict[tuple[bool, float, int], list[str]] = {}
-    for name, role in method.roles().items():
-        members.setdefault((role.decay, role.lr_factor, role.release_epoch), []).append(name)
+    for name, role in roles.items():
+        factor = role.lr_factor * layer_decay ** (deepest - role.depth)
+        members.setdefault((role.decay, factor, role.release_epoch), []).append(name)
     return tuple(
         ParameterGroup(tuple(names), decay, lr_factor, release_epoch)
         for (decay, lr_factor, release_epoch), names in members.items()

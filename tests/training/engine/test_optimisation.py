@@ -26,6 +26,14 @@ def test_group_parameters__every_trainable_parameter_once() -> None:
     assert kinds == {(True, 0), (True, 1), (False, 0)}
 
 
+def test_group_parameters__layer_decay_slows_what_lies_deep_below() -> None:
+    method = _method()
+    factors = {name: group.lr_factor for group in group_parameters(method, layer_decay=0.5) for name in group.names}
+    assert factors["student.backbone.patch_embed.proj.weight"] == 0.25
+    assert factors["student.backbone.blocks.0.attn.qkv.weight"] == 0.5
+    assert factors["student.backbone.norm.weight"] == factors["student.head.mlp_cls.0.weight"] == 1.0
+
+
 def test_settings_at__ends_of_the_schedules() -> None:
     config = OptimisationConfig(epochs=10, batch=10, warmup_epochs=1, lr=1e-3, final_lr=1e-6)
     clock = Clock(batch=10, epoch_samples=100, epochs=10, seed=0)

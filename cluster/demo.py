@@ -21,7 +21,7 @@ from datapipe.command import COMPLETE, FAILED
 from datapipe.errors import ClusterError, DataError
 from datapipe.manifest import Manifest
 from training import config as recipes
-from training.pretrain import clock_of
+from training.assembly import clock_of
 from training.reid.zero_shot import COLOUR_HISTOGRAM, RANDOM
 from training.speed import duration, faster_precision
 

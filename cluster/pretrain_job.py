@@ -11,10 +11,11 @@ from datapipe.command import COMPLETE
 from datapipe.errors import ClusterError, ConfigError, DataError, UserError
 from datapipe.storage import is_remote
 from training import config as recipes
+from training.assembly import check, clock_of
 from training.config import RunConfig
 from training.engine.host import LocalHost, exit_code
 from training.engine.world import World, choose_device
-from training.pretrain import check, clock_of, pretrain
+from training.pretrain import pretrain
 
 POLL_S = 0.3
 

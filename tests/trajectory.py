@@ -10,6 +10,7 @@ from torch import Tensor
 
 from datapipe.loader import Batch
 from tests.golden import golden, group
+from training.assembly import Portion, portion
 from training.backbone import BackboneConfig
 from training.config import EngineConfig, OptimisationConfig
 from training.engine.clock import Clock
@@ -27,7 +28,6 @@ from training.methods.base import Method, Progress, Views
 from training.methods.dino import DinoConfig
 from training.methods.pass_reid import PassConfig
 from training.methods.personvit import PersonVitConfig
-from training.pretrain import Portion, portion
 from training.weights import load_counted
 
 

@@ -14,10 +14,10 @@ from datapipe.settings import settings
 from datapipe.storage import open_store
 from training import checkpoint, evaluation
 from training import config as recipes
+from training.assembly import training_views
 from training.engine.host import LocalHost, exit_code
 from training.engine.world import alone
 from training.pretrain import pretrain as run_recipe
-from training.pretrain import training_views
 from training.published import MEAN_STD, Network, Stated, Statistics, read_published
 from training.reid.zero_shot import Weights
 from training.resizing import Interpolation, resized, resizing

@@ -9,9 +9,9 @@ from datapipe.errors import DataError, NotFoundError
 from datapipe.storage import open_store
 from training import checkpoint
 from training import weights as exports
+from training.assembly import build_method, saved_config
 from training.backbone import VisionTransformer
 from training.config import RunConfig
-from training.pretrain import build_method, saved_config
 from training.reid import zero_shot
 from training.reid.datasets import ReIDSet, market_folder
 from training.reid.embed import EmbedConfig

@@ -15,6 +15,7 @@ from tests.training import published_files as files
 from tests.training.published_files import backbone_state, save
 from tests.training.test_weight_files import Runs
 from tests.trajectory import dino_config, pass_config, personvit_config
+from training.assembly import build_method, initial_method
 from training.backbone import BackboneConfig
 from training.config import RunConfig
 from training.heads import HeadConfig
@@ -22,7 +23,6 @@ from training.initial_weights import InitConfig, in_words
 from training.methods.dino import DinoConfig
 from training.methods.pass_reid import PassConfig
 from training.methods.personmae import PersonMaeConfig
-from training.pretrain import build_method, initial_method
 from training.published import Stated, read_published
 from training.weights import Provenance, export
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from training.assembly import portion
 from training.backbone import BackboneConfig
 from training.config import OptimisationConfig
 from training.engine.clock import Clock
@@ -10,7 +11,6 @@ from training.engine.world import World
 from training.heads import HeadConfig
 from training.methods.base import Method
 from training.methods.pass_reid import Pass, PassConfig
-from training.pretrain import portion
 
 
 def _method() -> Method:

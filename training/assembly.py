@@ -1,0 +1,202 @@
+"""Where settings become objects: each is made here, by one function, from the recipe and what it needs."""
+
+import math
+import tomllib
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from datapipe.errors import ConfigError, DataError
+from datapipe.loader import Batch, Loader
+from datapipe.manifest import Manifest
+from datapipe.masking import draw_masks
+from datapipe.order import Order
+from datapipe.preview import TrainingViews
+from datapipe.randomness import words
+from datapipe.stream import Stream
+from datapipe.views import ViewSpec
+from training import checkpoint, methods
+from training import config as recipes
+from training.config import RunConfig
+from training.engine.clock import Clock
+from training.engine.optimisation import group_parameters
+from training.engine.plain import PlainStepper
+from training.engine.stepper import Stepper
+from training.engine.world import World
+from training.initial_weights import refuse_missing, start_from
+from training.methods.base import Method
+from training.run_folder import RunFolder
+
+FREE_TO_CHANGE = ("out", "storage", "engine", "checkpoints", "cluster", "optimisation.micro_batch",
+                  "stream.threads", "stream.prefetch", "stream.cache_mb", "stream.max_bad")  # fmt: skip
+"""Settings that may differ when a run is continued: they change where, how fast and how often, not what is learnt.
+(stream.manifest is compared by its content, not by its address.)"""
+
+
+class Portion(NamedTuple):
+    """One rank's share of a global batch."""
+
+    rows: int
+    """Images per rank, padding included; a multiple of `micro`."""
+    micro: int
+    """Images taken through forward and backward at once."""
+
+
+def portion(batch: int, micro_batch: int, world: int) -> Portion:
+    """Equal shares for all ranks in equal micro-batches, with as little padding as that allows."""
+    share = math.ceil(batch / world)
+    pieces = math.ceil(share / micro_batch)
+    micro = math.ceil(share / pieces)
+    return Portion(micro * pieces, micro)
+
+
+def clock_of(config: RunConfig, rows: int) -> Clock:
+    """The run's clock over a data set of so many rows."""
+    return Clock(
+        batch=config.optimisation.batch,
+        epoch_samples=config.samples_per_epoch or rows,
+        epochs=config.optimisation.epochs,
+        seed=config.seed,
+    )
+
+
+def initial_method(config: RunConfig) -> tuple[Method, dict[str, Any]]:
+    """The recipe's method as the run starts with it, a function of the seed and of the weights under `init`; and what
+    these are."""
+    method = build_method(config)
+    if not config.init.weights:
+        return method, {}
+    return method, start_from(method, config.init, config.backbone, config.storage)
+
+
+def build_method(config: RunConfig) -> Method:
+    """The recipe's method with random weights that are a function of the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        method = methods.build(config.method, config.backbone)
+    method.precision = config.optimisation.precision
+    return method
+
+
+def view_spec(config: RunConfig) -> ViewSpec:
+    """What the loader must make for the recipe's method."""
+    return methods.METHODS[config.method.name].views(config.method, config.views, config.backbone)
+
+
+def training_views(config: RunConfig) -> TrainingViews:
+    """The same with seed and order, for `python -m datapipe preview`."""
+    return TrainingViews(view_spec(config), config.seed, config.stream.block, config.stream.window)
+
+
+def make_stepper(config: RunConfig, method: Method, world: World, share: Portion) -> Stepper:
+    """The recipe's stepper around the method."""
+    groups = group_parameters(method, layer_decay=config.optimisation.layer_decay)
+    if config.engine.stepper == "plain":
+        return PlainStepper(method, groups, config.optimisation, world)
+    from training.engine.deepspeed import DeepSpeedStepper
+
+    settings = deepspeed_json(config, world, share)
+    return DeepSpeedStepper(method, groups, config.optimisation, world, settings=settings)
+
+
+def deepspeed_json(config: RunConfig, world: World, share: Portion) -> dict[str, Any]:
+    """The complete DeepSpeed configuration that the recipe amounts to."""
+    from training.engine.deepspeed import derive_json
+
+    return derive_json(config.engine, rows=share.rows, micro=share.micro, world=world.size)
+
+
+def make_loader(config: RunConfig, manifest: Manifest, world: World, share: Portion) -> Loader:
+    order = Order(manifest.rows, config.seed, config.stream.block, config.stream.window)
+    return Loader(
+        Stream(manifest, config.storage, config.stream),
+        order,
+        view_spec(config),
+        seed=config.seed,
+        global_batch=config.optimisation.batch,
+        rank=world.rank,
+        world=world.size,
+        micro_batch=share.micro,
+        config=config.stream,
+        allocate=_pinned if world.device.type == "cuda" else np.empty,
+        ranks_here=world.local_size,
+    )
+
+
+def _pinned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Page-locked host memory, which copies to the GPU beside the computation."""
+    return torch.empty(shape, dtype=getattr(torch, np.dtype(dtype).name), pin_memory=True).numpy()
+
+
+def fake_batch(spec: ViewSpec, share: Portion, config: RunConfig) -> Batch:
+    """A batch of noise in the shape of real ones, for the rehearsal."""
+    n = share.micro
+    views = {}
+    for group in spec.groups:
+        shape = spec.shape(group, n)
+        values = math.prod(shape[2:])  # of one image; a word makes eight
+        noise = words(config.seed, f"rehearsal/{group.name}", np.arange(shape[0] * n), math.ceil(values / 8))
+        views[group.name] = np.ascontiguousarray(noise).view(np.uint8)[:, :values].reshape(shape)
+    rows = np.arange(n, dtype=np.int64)
+    return Batch(
+        views=views, sample=rows, position=rows, weight=np.full(n, 1 / n), label=rows, camera=rows,
+        start=0, after=n, waited_s=0.0,
+        masks=draw_masks(spec.masks, config.seed, rows) if spec.masks else None,
+        boxes=np.broadcast_to([0, 0, *config.backbone.size, 0], (spec.boxed, n, 5)).copy() if spec.boxed else None,
+    )  # fmt: skip
+
+
+def check(config: RunConfig) -> Manifest:
+    """Everything that can be refused before processes start: settings, data, an older run in the same folder.
+
+    Raises ConfigError, DataError or StorageError.
+    """
+    if not config.stream.manifest:
+        raise ConfigError(
+            "no data set is given",
+            where="stream.manifest",
+            hint="--stream.manifest FOLDER, as printed by `python -m datapipe shard`",
+        )
+    manifest = Manifest.load(config.stream.manifest, config.storage)
+    if manifest.rows == 0:
+        raise DataError("the data set is empty", where=config.stream.manifest, hint="shard some crops first")
+    clock_of(config, manifest.rows)
+    if config.init.weights:
+        refuse_missing(config.init, config.storage)
+    folder = RunFolder(config.out, config.storage)
+    _refuse_other_settings(config, folder)
+    _refuse_other_data(folder, manifest)
+    return manifest
+
+
+def saved_config(folder: RunFolder) -> RunConfig | None:
+    """The resolved recipe of a run folder; None where there is none."""
+    text = folder.read_text("config.toml")
+    return None if text is None else recipes.validate(tomllib.loads(text), where=folder.store.address("config.toml"))
+
+
+def _refuse_other_settings(config: RunConfig, folder: RunFolder) -> None:
+    if not checkpoint.complete(folder.at("checkpoints")):
+        return
+    before = saved_config(folder)
+    if before is None:
+        return
+    changed = recipes.differences(before, config, ignore=(*FREE_TO_CHANGE, "stream.manifest"))
+    if changed:
+        raise ConfigError(
+            "the run in this folder began with other settings:\n" + "\n".join(f"    {line}" for line in changed),
+            where=folder.url,
+            hint="set them back to go on with that run, or choose another folder with --out",
+        )
+
+
+def _refuse_other_data(folder: RunFolder, manifest: Manifest) -> None:
+    store = folder.at("checkpoints")
+    for name in reversed(checkpoint.complete(store)):
+        try:
+            marker = checkpoint.read_marker(store, name)
+        except DataError:
+            continue  # a damaged one is passed over, with a warning, when it is read
+        checkpoint.refuse_other_data(marker, manifest.id, manifest.rows, where=store.address(name))
+        return

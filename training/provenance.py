@@ -1,0 +1,105 @@
+"""What a run folder says of its run: the command that goes on, settings, versions, data, and the first views."""
+
+import os
+import platform
+import shlex
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from datapipe.manifest import Manifest
+from datapipe.order import ORDER_VERSION, Order
+from datapipe.preview import hide, view_sheet
+from datapipe.stream import Stream
+from datapipe.views import make_views
+from training import config as recipes
+from training.assembly import Portion, deepspeed_json, training_views, view_spec
+from training.config import RunConfig
+from training.engine.world import World
+from training.run_folder import RunFolder
+
+
+def about(config: RunConfig, manifest: Manifest, world: World, origin: dict[str, Any]) -> dict[str, Any]:
+    """What every checkpoint's marker repeats."""
+    return {
+        "manifest": manifest.id,
+        "manifest_rows": manifest.rows,
+        "seed": config.seed,
+        "batch": config.optimisation.batch,
+        "world": world.size,
+        "config": recipes.to_tree(config),
+        "versions": versions(),
+        "origin": origin,
+    }
+
+
+def describe(config: RunConfig, folder: RunFolder, manifest: Manifest, world: World, share: Portion) -> None:
+    """Write everything that is known before the first step."""
+    folder.write("command.txt", shlex.join(resume_command(config)) + "\n")
+    folder.write("config.toml", recipes.to_toml(config))
+    if config.engine.stepper == "deepspeed":
+        folder.write_json("deepspeed.json", deepspeed_json(config, world, share))
+    folder.write_json("environment.json", environment(manifest, world))
+    folder.write("views.json", training_views(config).to_json() + "\n")
+    folder.write("first_batch.jpg", view_sheet(first_views(config, manifest, count=8)))
+
+
+def first_views(config: RunConfig, manifest: Manifest, *, count: int) -> dict[str, np.ndarray]:
+    """The views of the first samples of the stream, uint8 [V, count, H, W, 3]: the pixels that training sees,
+    patches that are hidden from the student in grey."""
+    positions = np.arange(count, dtype=np.int64)
+    order = Order(manifest.rows, config.seed, config.stream.block, config.stream.window)
+    stream, spec = Stream(manifest, config.storage, config.stream), view_spec(config)
+    out = {group.name: np.zeros(spec.shape(group, count), np.uint8) for group in spec.groups}
+    make_views(stream.fetch(order.samples(positions)).data, spec, config.seed, positions, out)
+    hide(out, spec, config.seed, positions)
+    stream.close()
+    return out
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides pixels and numbers."""
+    names = ("torch", "timm", "deepspeed", "ray", "numpy", "opencv-python-headless", "simplejpeg", "pillow", "pyarrow")
+    found = {"python": platform.python_version(), "order": str(ORDER_VERSION)}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def environment(manifest: Manifest, world: World) -> dict[str, Any]:
+    """Where, on what and from which data and code a run is made."""
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.processor() or "cpu"
+    return {
+        "versions": versions(),
+        "git": _git(),
+        "world": world.size,
+        "device": device,
+        "cores": os.cpu_count(),
+        "platform": platform.platform(),
+        "manifest": {"id": manifest.id, "rows": manifest.rows, "shards": len(manifest.shards), "bytes": manifest.bytes,
+                     "version": manifest.version, "url": manifest.url, "licence": manifest.licence},
+    }  # fmt: skip
+
+
+def _git() -> str:
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False,
+        )  # fmt: skip
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def resume_command(config: RunConfig) -> list[str]:
+    """The command that goes on with the run, from its own saved recipe."""
+    module = os.environ.get("REID_ENTRY", "training")
+    return ["python", "-m", module, "pretrain", f"{config.out.rstrip('/')}/config.toml"]

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -38,14 +39,18 @@ def _start(folder: Path, data: Manifest, *flags: str) -> subprocess.Popen[str]:
     return command("training", "pretrain", str(path), *flags)
 
 
-@pytest.fixture(scope="module", params=["plain", "deepspeed"])
-def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, data: Manifest) -> Path:
-    """The folder of a run that nobody touched."""
-    folder = tmp_path_factory.mktemp(request.param)
-    (folder / "stepper").write_text(request.param)
-    code, _, errors = finished(_start(folder, data, "--engine.stepper", request.param))
-    assert code == 0, errors
-    return folder
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, data: Manifest) -> Callable[[str], Path]:
+    """undisturbed(stepper): the folder of a run that nobody touched, made once."""
+
+    @cache
+    def run(stepper: str) -> Path:
+        folder = tmp_path_factory.mktemp(stepper)
+        code, _, errors = finished(_start(folder, data, "--engine.stepper", stepper))
+        assert code == 0, errors
+        return folder
+
+    return run
 
 
 def _wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
@@ -68,11 +73,13 @@ def _enumerated(data: Manifest) -> dict[int, list[int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("stepper", "stop"),
+    [("plain", signal.SIGINT), ("plain", signal.SIGKILL), ("deepspeed", signal.SIGTERM), ("deepspeed", signal.SIGKILL)],
+)
 def test_resume__gives_bit_identical_weights(
-    undisturbed: Path, data: Manifest, tmp_path: Path, stop: signal.Signals
+    undisturbed: Callable[[str], Path], data: Manifest, tmp_path: Path, stepper: str, stop: signal.Signals
 ) -> None:
-    stepper = (undisturbed / "stepper").read_text()
     process = _start(tmp_path, data, "--engine.stepper", stepper)
     _wait_for_step(process, tmp_path / "run", 5)
     process.send_signal(stop)
@@ -84,27 +91,27 @@ def test_resume__gives_bit_identical_weights(
     code, output, errors = finished(_start(tmp_path, data, "--engine.stepper", stepper))
     assert code == 0, errors
     assert "goes on from step_" in output
-    assert _same(final_state(undisturbed / "run"), final_state(tmp_path / "run"))
+    assert _same(final_state(undisturbed(stepper) / "run"), final_state(tmp_path / "run"))
     found = {step: sorted(samples) for step, samples in audited(tmp_path / "run").items()}
     assert found == _enumerated(data)
 
 
 @pytest.mark.slow
-def test_resume__every_sample_exactly_once_in_an_epoch(undisturbed: Path, data: Manifest) -> None:
-    seen = [sample for _, samples in sorted(audited(undisturbed / "run").items()) for sample in samples]
+def test_resume__every_sample_exactly_once_in_an_epoch(undisturbed: Callable[[str], Path], data: Manifest) -> None:
+    seen = [sample for _, samples in sorted(audited(undisturbed("plain") / "run").items()) for sample in samples]
     positions = Order(data.rows, 3, 4, 3).samples(np.arange(CROPS))
     assert sorted(positions.tolist()) == list(range(CROPS))
     assert sorted(seen[:48]) == sorted(positions[:48].tolist())  # the batch after them straddles the epochs
 
 
 @pytest.mark.slow
-def test_resume__a_complete_run_ends_at_once(undisturbed: Path, data: Manifest) -> None:
-    before = final_state(undisturbed / "run")
-    flags = ("--engine.stepper", (undisturbed / "stepper").read_text())
-    code, output, errors = finished(_start(undisturbed, data, *flags))
+def test_resume__a_complete_run_ends_at_once(undisturbed: Callable[[str], Path], data: Manifest) -> None:
+    folder = undisturbed("deepspeed")
+    before = final_state(folder / "run")
+    code, output, errors = finished(_start(folder, data, "--engine.stepper", "deepspeed"))
     assert code == 0, errors
     assert "complete" in output
-    assert _same(before, final_state(undisturbed / "run"))
+    assert _same(before, final_state(folder / "run"))
 
 
 def _losses(run: Path) -> dict[int, float]:
@@ -133,21 +140,25 @@ class Pace(LocalHost):
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "second", "stages"), [(2, 1, (1, 3)), (1, 2, (0, 1)), (3, 2, (3, 2))])
 def test_resume__another_world_size_and_stage(
-    data: Manifest, tmp_path: Path, first: int, second: int, stages: tuple[int, int]
+    undisturbed: Callable[[str], Path],
+    data: Manifest,
+    tmp_path: Path,
+    first: int,
+    second: int,
+    stages: tuple[int, int],
 ) -> None:
     """The same samples; losses and weights equal up to the rounding of sums in another order."""
     path = str(recipe(tmp_path, data.url, "unused", epochs=EPOCHS))
-    undisturbed, moved = tmp_path / "undisturbed", tmp_path / "moved"
-    run_ranks(1, _until, path, str(undisturbed), "plain", 0)
+    moved = tmp_path / "moved"
     run_ranks(first, _until, path, str(moved), "deepspeed", 5, stages[0])
     assert len(audited(moved)) in (5, 6)  # ranks agree one step late
     run_ranks(second, _until, path, str(moved), "deepspeed", 0, stages[1])
     found = {step: sorted(samples) for step, samples in audited(moved).items()}
     assert found == _enumerated(data)
-    before, after = _losses(undisturbed), _losses(moved)
+    before, after = _losses(undisturbed("plain") / "run"), _losses(moved)
     assert before.keys() == after.keys()
     assert max(abs(after[step] - loss) / loss for step, loss in before.items()) < 1e-5
-    for name, value in final_state(undisturbed).items():
+    for name, value in final_state(undisturbed("plain") / "run").items():
         if not name.endswith("attn.qkv.bias"):  # its key third has no gradient but round-off (golden/README.md)
             torch.testing.assert_close(final_state(moved)[name], value, rtol=0, atol=1e-5)
 

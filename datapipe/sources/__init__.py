@@ -30,6 +30,14 @@ class Crop(NamedTuple):
     """Person, as the source numbers them (Market-1501's junk has -1 as well)."""
     camera: int = UNKNOWN
     """Camera, as the source numbers them, usually from 1."""
+    video: str = ""
+    """Name of the video within the source; empty where there is none."""
+    track: int = UNKNOWN
+    """Track of the person, unique within (source, video)."""
+    frame: int = UNKNOWN
+    """Frame of the video, as the source numbers them."""
+    problem: str = ""
+    """Why there is no image under this name: a link, a device. `data` is then empty; the scan quarantines the name."""
 
 
 class Unit(Protocol):

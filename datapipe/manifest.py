@@ -21,8 +21,8 @@ from datapipe.config import StorageConfig
 from datapipe.errors import DataError, NotFoundError
 from datapipe.storage import Store, open_store, split_url
 
-FORMAT = 1
-"""Layout of manifest and index; a reader refuses a newer one."""
+FORMAT = 2
+"""Layout of manifest and index; a reader refuses any other one."""
 LIBRARIES = ("numpy", "pillow", "pyarrow", "simplejpeg", "webdataset")
 INDEX_READS = 8
 NAME = re.compile(r"manifest-v(\d{4,})\.json")
@@ -35,10 +35,17 @@ INDEX = pyarrow.schema([
     ("width", pyarrow.int32()),
     ("sha256", pyarrow.binary(32)),  # of the JPEG
     ("xxh3", pyarrow.uint64()),  # of the JPEG; checked whenever the crop is read
+    ("dhash", pyarrow.uint64()),  # difference hash of the upright image's luma, 64 bits
     ("source", pyarrow.string()),
     ("name", pyarrow.string()),  # original name within its source
     ("pid", pyarrow.int32()),  # as the source wrote it; -1: unknown, or junk in Market-1501
     ("camera", pyarrow.int16()),  # as the source wrote it, from 1; -1: unknown
+    ("video", pyarrow.string()),  # name of the video within the source; empty where there is none
+    ("track", pyarrow.int64()),  # unique within (source, video); -1: unknown
+    ("frame", pyarrow.int64()),  # as the source numbers them; -1: unknown
+    ("duplicate_of", pyarrow.string()),  # key of the first crop of the data set with the same bytes; null: none
+    ("near_of", pyarrow.string()),  # key of the crop that this one is nearly equal to; null: none
+    ("removed", pyarrow.bool_()),  # taken out: the row holds another crop of the shard in its place
 ])
 """Columns of a shard's index, one row per crop, in the order of the tar."""
 
@@ -185,9 +192,10 @@ def _parse(text: bytes, where: str, folder: str) -> Manifest:
     try:
         record = json.loads(text)
         found = record["format"]
-        if found > FORMAT:
-            raise DataError(f"the manifest has format {found}, this version reads up to {FORMAT}", where=where,
-                            hint="use the newer version of this project that wrote it")
+        if found != FORMAT:
+            age = "a newer" if found > FORMAT else "an older"
+            raise DataError(f"the manifest has format {found}, this version reads format {FORMAT}", where=where,
+                            hint=f"use {age} version of this project, or make the data set again from its crops")
         manifest = Manifest(
             shards=tuple(Shard(**shard) for shard in record["shards"]), url=folder,
             **{key: record[key] for key in ("name", "plan", "parent", "licence", "quarantined", "made_by", "version")})

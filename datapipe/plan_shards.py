@@ -20,7 +20,8 @@ from datapipe.errors import DataError
 BLOCK = tarfile.BLOCKSIZE
 END_BYTES = 2 * BLOCK
 """Two blocks of zeros end a tar."""
-PLANNED = ("key", "size", "height", "width", "sha256", "xxh3", "source", "name", "pid", "camera")
+PLANNED = ("key", "size", "height", "width", "sha256", "xxh3", "dhash", "source", "name", "pid", "camera", "video",
+           "track", "frame")
 """Columns of the scan that decide what is written."""
 
 

@@ -97,7 +97,9 @@ def _rows(crops: Iterator[Crop], spooled: Any, config: ShardConfig) -> Iterator[
         verdict = screen(crop.data, config)
         key = sample_key(crop.source, crop.name)
         row = {"key": key, "source": crop.source, "name": _text(crop.name), "pid": crop.pid, "camera": crop.camera,
-               "rank": rank(key, config.seed), "spool_offset": spooled.tell(), "bytes": len(crop.data)}
+               "video": crop.video, "track": crop.track, "frame": crop.frame, "dhash": 0, "duplicate_of": None,
+               "near_of": None, "removed": False, "rank": rank(key, config.seed), "spool_offset": spooled.tell(),
+               "bytes": len(crop.data)}
         if isinstance(verdict, Kept):
             spooled.write(verdict.data)
             yield {**row, "size": len(verdict.data), "height": verdict.height, "width": verdict.width,

@@ -81,6 +81,7 @@ def _shard(rows: range, crops: list[bytes]) -> tuple[bytes, bytes]:
                 "key": f"{row:032x}", "offset": archive.offset - -(-len(data) // 512) * 512, "size": len(data),
                 "height": 0, "width": 0, "sha256": sha256(data).digest(), "xxh3": xxhash.xxh3_64_intdigest(data),
                 "source": "test", "name": str(row), "pid": row // 2, "camera": row % 3 + 1,
+                "dhash": 0, "video": "", "track": -1, "frame": -1, "removed": False,
             })
     index = BytesIO()
     pyarrow.parquet.write_table(pa.Table.from_pylist(records, INDEX), index)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from datapipe.errors import DataError, NotFoundError
-from datapipe.manifest import Manifest, Shard
+from datapipe.manifest import FORMAT, Manifest, Shard
 from datapipe.storage import open_store
 from tests.conftest import S3Server
 from tests.datapipe import crop_set
@@ -70,9 +70,10 @@ def test_load__says_what_is_wrong(tmp_path: Path) -> None:
         path.write_text(bad)
         with pytest.raises(DataError, match="does not match its own id"):
             Manifest.load(str(tmp_path))
-    path.write_text(json.dumps({**json.loads(good), "format": 2}))
-    with pytest.raises(DataError, match="format 2"):
-        Manifest.load(str(tmp_path))
+    for other in (FORMAT - 1, FORMAT + 1):
+        path.write_text(json.dumps({**json.loads(good), "format": other}))
+        with pytest.raises(DataError, match=f"format {other}"):
+            Manifest.load(str(tmp_path))
 
 
 def test_table__has_one_row_per_sample_id_and_checks_the_hashes(tmp_path: Path) -> None:

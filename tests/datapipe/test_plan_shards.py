@@ -15,7 +15,8 @@ from datapipe.scan import ROWS
 def scan(names: list[str], sizes: list[int], seed: int = 0) -> pyarrow.Table:
     keys = [sample_key("set", name) for name in names]
     fixed = {"height": 2, "width": 1, "sha256": bytes(32), "xxh3": 5, "source": "set", "pid": -1, "camera": -1,
-             "spool_offset": 0, "bytes": 0, "reason": "", "detail": ""}
+             "dhash": 0, "video": "", "track": -1, "frame": -1, "duplicate_of": None, "near_of": None,
+             "removed": False, "spool_offset": 0, "bytes": 0, "reason": "", "detail": ""}
     columns = {"key": keys, "name": names, "size": sizes, "rank": [rank(key, seed) for key in keys],
                **{name: [value] * len(names) for name, value in fixed.items()}}
     return pyarrow.table({name: columns[name] for name in ROWS.names}, schema=ROWS)

@@ -13,6 +13,7 @@ from datapipe.config import ShardConfig, StorageConfig, StreamConfig, SynthConfi
 from datapipe.errors import ConfigError
 from datapipe.settings import settings
 from datapipe.verify import Decode
+from datapipe.workers import Executor
 
 T = TypeVar("T")
 PROGRAM = "python -m datapipe"
@@ -20,15 +21,15 @@ MOST_FINDINGS = 50
 """Lines that `verify` prints at most."""
 
 
-def parse(kind: type[T], arguments: list[str], name: str) -> T:
+def parse(kind: type[T], arguments: list[str], name: str, *, program: str = PROGRAM) -> T:
     """The command line as settings. Values out of range become one ConfigError that lists them all."""
     try:
-        return tyro.cli(kind, args=arguments, prog=f"{PROGRAM} {name}")
+        return tyro.cli(kind, args=arguments, prog=f"{program} {name}")
     except ValidationError as error:
         wrong = [f"--{'.'.join(map(str, item['loc'])).replace('_', '-')}: {item['msg']}, not {item['input']!r}"
                  for item in error.errors()]
         raise ConfigError("\n  ".join(["settings out of range", *wrong]),
-                          hint=f"{PROGRAM} {name} --help says what they mean") from error
+                          hint=f"{program} {name} --help says what they mean") from error
 
 
 @settings
@@ -48,10 +49,14 @@ class ShardCommand:
 
 def shard(arguments: list[str]) -> int:
     """Turn crops into WebDataset tars with index and manifest; goes on where a killed run stopped."""
-    chosen = parse(ShardCommand, arguments, "shard")
+    return run_shard(parse(ShardCommand, arguments, "shard"))
+
+
+def run_shard(chosen: ShardCommand, workers: Executor | None = None) -> int:
+    """Do what the command line says, on this machine or with the workers given, and print how it ended."""
     from datapipe.ingest import QUARANTINE, ingest
 
-    done = ingest(chosen.sources, chosen.out, chosen.config, chosen.storage, licence=chosen.licence)
+    done = ingest(chosen.sources, chosen.out, chosen.config, chosen.storage, licence=chosen.licence, workers=workers)
     manifest = done.manifest
     folder = manifest.url.rstrip("/")
     if done.found_complete:

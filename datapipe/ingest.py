@@ -32,7 +32,7 @@ from datapipe.scan import Scanned, read_rows, scan_unit
 from datapipe.shard import write_shard
 from datapipe.sources import Source, Unit, open_sources
 from datapipe.storage import Store, is_remote, open_store
-from datapipe.workers import Workers
+from datapipe.workers import Executor, Workers
 
 REQUEST, QUARANTINE, SPOOL = "request.json", "quarantine.parquet", ".spool"
 DECIDING = ("samples_per_shard", "shard_mb", "min_size", "max_aspect", "max_pixels", "jpeg_quality", "seed")
@@ -53,8 +53,11 @@ class Ingested:
 
 
 def ingest(sources: Sequence[str], out: str, config: ShardConfig, storage: StorageConfig, *,
-           licence: str = "") -> Ingested:
+           licence: str = "", workers: Executor | None = None) -> Ingested:
     """Turn the crops of the sources into a data set in `out`, or finish what an earlier run began.
+
+    `workers` does the work, by default processes of this machine; with workers on others, sources, `out` and the spool
+    must be where all of them find them.
 
     Raises DataError where a source is missing, empty or damaged, where too many crops are unusable, and where `out`
     holds another data set.
@@ -70,7 +73,8 @@ def ingest(sources: Sequence[str], out: str, config: ShardConfig, storage: Stora
     if found and store.exists(Manifest(()).file):
         shutil.rmtree(spool, ignore_errors=True)
         return Ingested(Manifest.load(store.address(Manifest(()).file), storage), True, {})
-    with _locked(spool, out), Workers(config.workers) as workers:
+    with _locked(spool, out), Workers(config.workers) as own:
+        workers = workers or own
         scan = _scan_all(work, spool, config, workers)
         kept, reasons = _separate(scan, store, config)
         plan = plan_shards(kept, config)
@@ -83,7 +87,7 @@ def ingest(sources: Sequence[str], out: str, config: ShardConfig, storage: Stora
     return Ingested(manifest, False, reasons)
 
 
-def _scan_all(work: Work, spool: Path, config: ShardConfig, workers: Workers) -> pyarrow.Table:
+def _scan_all(work: Work, spool: Path, config: ShardConfig, workers: Executor) -> pyarrow.Table:
     """Every crop of the sources as a row (scan.ROWS and `unit`)."""
     total = sum(unit.bytes for _, unit in work)
     _check_room(spool, total)
@@ -122,7 +126,7 @@ def _separate(scan: pyarrow.Table, store: Store, config: ShardConfig) -> tuple[p
     return kept, reasons
 
 
-def _write_all(plan: Plan, store: Store, spool: Path, workers: Workers) -> tuple[Shard, ...]:
+def _write_all(plan: Plan, store: Store, spool: Path, workers: Executor) -> tuple[Shard, ...]:
     shards: list[Shard] = []
     with Progress("write", plan.shards) as progress:
         tasks = ((store, plan.name(number), _packed(plan.rows(number)), spool) for number in range(plan.shards))

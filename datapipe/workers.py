@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from datapipe.errors import ClusterError
 
@@ -20,6 +20,13 @@ TASKS_PER_WORKER = 2
 def available_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Executor(Protocol):
+    """Whatever carries out tasks: processes of this machine, or those of a cluster."""
+
+    def run(self, function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], *, count: int) -> Iterator[T]:
+        """`function(*task)` for each of the `count` tasks, in their order, few of them ahead of the reader."""
 
 
 class Workers:

@@ -12,10 +12,10 @@ from uuid import uuid4
 
 import pytest
 
-from datapipe import storage
 from datapipe.config import StorageConfig
 from datapipe.errors import NotFoundError, StorageError
 from datapipe.storage import Entry, Store, is_remote, open_store, open_stream, split_url
+from datapipe.storage import s3 as s3_store
 from tests.conftest import S3Server
 
 
@@ -76,7 +76,7 @@ def test_create__has_one_winner_in_a_race(kind: str, tmp_path: Path, s3: S3Serve
 
 
 def test_s3__sends_large_data_in_parts(s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(storage, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(s3_store, "PART_BYTES", 5 << 20)
     bucket = s3.bucket()
     data = bytes(range(256)) * (86 << 10)
     (tmp_path / "large").write_bytes(data)
@@ -148,7 +148,7 @@ def answering(*answers: int) -> Iterator[tuple[str, list[str]]]:
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "FIRST_WAIT_S", 1e-4)
+    monkeypatch.setattr(s3_store, "FIRST_WAIT_S", 1e-4)
 
 
 @pytest.mark.usefixtures("s3", "no_waiting")

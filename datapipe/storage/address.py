@@ -1,0 +1,31 @@
+"""Which store an address means."""
+
+from datapipe.config import StorageConfig
+from datapipe.errors import StorageError
+from datapipe.storage.local import LocalStore
+from datapipe.storage.s3 import S3Store
+from datapipe.storage.schemes import SchemeStore
+from datapipe.storage.store import Store
+
+
+def open_store(url: str, config: StorageConfig = StorageConfig()) -> Store:  # noqa: B008  (frozen)
+    """The store behind "s3://bucket/prefix", a local path, or any URL fsspec knows. Touches nothing yet."""
+    if not url:
+        raise StorageError("an empty path is no place to read or write", hint="give a folder or s3://bucket/prefix")
+    scheme, _, rest = url.rpartition("://")
+    if scheme in ("", "file"):
+        return LocalStore(rest)
+    if scheme == "s3":
+        return S3Store(url, config)
+    return SchemeStore(url)
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """(folder url, last name): "s3://b/p/x.tar" -> ("s3://b/p", "x.tar"); "x.tar" -> (".", "x.tar")."""
+    head, slash, name = url.rstrip("/").rpartition("/")
+    return head or ("/" if slash else "."), name
+
+
+def is_remote(url: str) -> bool:
+    """Whether the url is anything but a path on this machine."""
+    return "://" in url and not url.startswith("file://")

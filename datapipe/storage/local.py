@@ -1,0 +1,146 @@
+"""A folder of this machine or of a shared file system."""
+
+import io
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from datapipe.errors import NotFoundError, StorageError
+from datapipe.storage.store import TEMPORARY, Data, Entry, Store
+
+
+class LocalStore(Store):
+    """A folder. Created on the first write."""
+
+    def __init__(self, path: str) -> None:
+        self.url = os.path.expanduser(path)
+
+    def read(self, name: str, *, start: int = 0, size: int | None = None) -> bytes:
+        with self._faults(name), open(self._path(name), "rb", buffering=0) as file:
+            if start:
+                file.seek(start)
+            return file.readall() if size is None else _read_fully(file, size)
+
+    def size(self, name: str) -> int:
+        with self._faults(name):
+            path = self._path(name)
+            if path.is_dir():
+                raise FileNotFoundError(path)
+            return path.stat().st_size
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        with self._faults(""):
+            if not os.path.isdir(self.url):
+                raise NotADirectoryError(self.url) if os.path.exists(self.url) else FileNotFoundError(self.url)
+        folder = prefix.rpartition("/")[0]
+        if os.path.isdir(self._path(folder)):
+            start = folder + "/" if folder else ""
+            yield from self._walk(start, prefix, (os.path.realpath(self._path(folder)),))
+
+    def _walk(self, folder: str, prefix: str, parents: tuple[str, ...]) -> Iterator[Entry]:
+        with self._faults(folder), os.scandir(self._path(folder)) as scan:
+            found = sorted((f"{folder}{item.name}{'/' if item.is_dir() else ''}", item) for item in scan)
+        for name, item in found:  # "a.b" < "a/b": a folder sorts with its slash, so that full names come out sorted
+            if not (name.startswith(prefix) or prefix.startswith(name)) or name.endswith(TEMPORARY):
+                continue
+            if not name.endswith("/"):
+                with self._faults(name):
+                    yield Entry(name, item.stat().st_size)
+            elif (real := os.path.realpath(item.path)) not in parents:  # a link to a folder above would never end
+                yield from self._walk(name, prefix, (*parents, real))
+
+    def create(self, name: str, data: Data) -> bool:
+        with self._faults(name), self._whole(name, data) as temporary:
+            try:
+                os.link(temporary, self._path(name))
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without hard links
+                if self._path(name).exists():
+                    return False
+                os.replace(temporary, self._path(name))
+            return True
+
+    def replace(self, name: str, data: Data) -> None:
+        with self._faults(name), self._whole(name, data) as temporary:
+            os.replace(temporary, self._path(name))
+
+    def delete(self, name: str) -> None:
+        path = self._path(name)
+        with self._faults(name):
+            path.unlink(missing_ok=True)
+        if "/" in name:
+            with suppress(OSError):  # object stores have no empty folders either
+                path.parent.rmdir()
+
+    def at(self, *parts: str) -> Store:
+        return LocalStore(os.path.join(self.url, *parts))
+
+    def _path(self, name: str) -> Path:
+        return Path(self.url, name)
+
+    @contextmanager
+    def _whole(self, name: str, data: Data) -> Iterator[Path]:
+        """A complete, synced file beside the final one; the folder is synced after the caller has named it."""
+        folder = self._path(name).parent
+        temporary = folder / f".{self._path(name).name}.{secrets.token_hex(6)}{TEMPORARY}"
+        try:
+            with _new_file(temporary) as file:
+                if isinstance(data, Path):
+                    with open(data, "rb") as source:
+                        shutil.copyfileobj(source, file, 1 << 20)
+                else:
+                    file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    @contextmanager
+    def _faults(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            what = "the file does not exist" if name else "the folder does not exist"
+            raise NotFoundError(what, where=self.address(name), hint="check the path for a typing mistake") from error
+        except NotADirectoryError as error:
+            raise NotFoundError(
+                "this is not a folder", where=self.address(name), hint="give the folder, not a file in it"
+            ) from error
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise StorageError(
+                f"the file system refused: {reason}",
+                where=self.address(name),
+                hint="check the permissions and the free space there",
+            ) from error
+
+
+def _new_file(path: Path) -> BinaryIO:
+    """A new file for writing, and its folder. A second try where somebody removed the empty folder in between."""
+    for last in (False, True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return open(path, "xb")
+        except FileNotFoundError:
+            if last:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _read_fully(file: io.FileIO, size: int) -> bytes:
+    parts = []
+    while size > 0 and (part := file.read(size)):  # one read gives at most 2 GiB
+        parts.append(part)
+        size -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)

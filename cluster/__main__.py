@@ -1,10 +1,11 @@
-"""python -m cluster demo | pretrain | evaluate"""
+"""python -m cluster demo | shard | pretrain | evaluate"""
 
 import sys
 from pathlib import Path
 
 import tyro
 
+from cluster.session import chosen_address
 from datapipe import command
 from datapipe.config import StorageConfig
 from datapipe.settings import settings
@@ -30,6 +31,14 @@ def demo(arguments: list[str]) -> int:
     return run(chosen.out, crops=chosen.crops, seed=chosen.seed, steps=chosen.steps)
 
 
+def shard(arguments: list[str]) -> int:
+    """Turn crops into shards as `python -m datapipe shard` does, to the same bytes, with all machines of a cluster."""
+    from cluster.shard_job import ClusterShardCommand, run
+    from datapipe.__main__ import parse
+
+    return run(parse(ClusterShardCommand, arguments, "shard", program="python -m cluster"))
+
+
 def pretrain(arguments: list[str]) -> int:
     """Train a recipe with Ray Train and DeepSpeed; crashed workers are restarted from the last checkpoint."""
     from cluster.pretrain_job import run
@@ -43,9 +52,9 @@ def pretrain(arguments: list[str]) -> int:
 def _address(arguments: list[str]) -> tuple[str, list[str]]:
     """Take `--address ADDRESS` out of the line; the rest is recipe and overrides."""
     if "--address" not in arguments[:-1]:
-        return "local", arguments
+        return chosen_address(""), arguments
     place = arguments.index("--address")
-    return arguments[place + 1], arguments[:place] + arguments[place + 2 :]
+    return chosen_address(arguments[place + 1]), arguments[:place] + arguments[place + 2 :]
 
 
 @settings
@@ -56,8 +65,9 @@ class EvaluateCommand:
     """Test set in the Market-1501 layout (query, bounding_box_test), local or s3://bucket/prefix."""
     storage: StorageConfig = StorageConfig()
     """How object stores are reached."""
-    address: str = "local"
-    """"local": a Ray inside this process; otherwise the address of a running cluster."""
+    address: str = ""
+    """Address of a running cluster. Empty: the one that this process is a job of (RAY_ADDRESS), else a Ray inside this
+    process. "local": always the latter."""
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -66,11 +76,12 @@ def evaluate(arguments: list[str]) -> int:
     from training.evaluation import table
 
     chosen = tyro.cli(EvaluateCommand, args=arguments, prog="python -m cluster evaluate")
-    print(table(run(chosen.run, chosen.data, storage=chosen.storage, address=chosen.address)))
+    address = chosen_address(chosen.address)
+    print(table(run(chosen.run, chosen.data, storage=chosen.storage, address=address)))
     return command.COMPLETE
 
 
-COMMANDS = {"demo": demo, "pretrain": pretrain, "evaluate": evaluate}
+COMMANDS = {"demo": demo, "shard": shard, "pretrain": pretrain, "evaluate": evaluate}
 
 
 def main(arguments: list[str]) -> int:

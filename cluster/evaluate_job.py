@@ -3,9 +3,8 @@
 import os
 from typing import Any
 
-from cluster.session import prepare, ray_session
+from cluster.session import prepare, ray_session, result
 from datapipe.config import StorageConfig
-from datapipe.errors import UserError
 from datapipe.storage import is_remote
 from training import evaluation
 from training.evaluation import Task
@@ -25,24 +24,12 @@ def run(run_folder: str, data: str, *, storage: StorageConfig, address: str = "l
         while waiting:
             (done,), _ = ray.wait(list(waiting), num_returns=1)
             task = waiting.pop(done)
-            scores = _result(ray.get, done)
+            scores = result(done)
             found[task.weights.name] = scores
             best = scores["features"][scores["headline"]]
             counted = f"{len(found)} of {len(tasks)}"
             print(f"scored {task.weights.name}: mAP {100 * best['mAP']:.1f}  ({counted})", flush=True)
     return [found[task.weights.name] for task in tasks]
-
-
-def _result(get: Any, reference: Any) -> dict[str, Any]:
-    """A task's scores; its clear error as it was, without Ray's wrapping."""
-    from ray.exceptions import RayTaskError
-
-    try:
-        return get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
-        raise
 
 
 def _score(task: Task) -> dict[str, Any]:

@@ -7,11 +7,15 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
-from datapipe.errors import ClusterError
+from datapipe.errors import ClusterError, UserError
 
 OBJECT_STORE_BYTES = 200_000_000
 """Shared memory of an embedded Ray. Samples never pass through it; Ray's default of 30 % of memory is not needed."""
+
+LOCAL = "local"
+"""The address of an embedded Ray, which lives as long as this process."""
 
 
 def prepare() -> None:
@@ -26,6 +30,11 @@ def prepare() -> None:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
 
 
+def chosen_address(given: str) -> str:
+    """The cluster to use: the one given, else the one that this process is a job of (RAY_ADDRESS), else a local one."""
+    return given or os.environ.get("RAY_ADDRESS") or LOCAL
+
+
 @contextlib.contextmanager
 def ray_session(address: str, *, cpus: int) -> Iterator[str]:
     """An initialised Ray; yields a folder for its scratch files.
@@ -38,9 +47,9 @@ def ray_session(address: str, *, cpus: int) -> Iterator[str]:
 
     scratch = tempfile.mkdtemp(prefix="reid_")
     try:
-        if address == "local":
+        if address == LOCAL:
             ray.init(
-                address="local",
+                address=LOCAL,
                 num_cpus=cpus,
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
@@ -66,4 +75,26 @@ def _join(address: str) -> None:
             f"no Ray cluster answers: {error}",
             where=address,
             hint="`ray start --head` on its first machine, or leave --address away for one inside this process",
+        ) from error
+
+
+def result(reference: Any) -> Any:
+    """What a task returned. A task's clear error is raised as it was, without Ray's wrapping.
+
+    Raises ClusterError where its workers died, however often it was tried again.
+    """
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+    except RayError as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ClusterError(
+            f"a task lost its worker again and again: {lines[0]}",
+            hint="probably memory: give Ray fewer CPUs per machine; run again, it goes on where it stopped",
         ) from error

@@ -1,0 +1,180 @@
+"""Sharding as Ray tasks: the same code as on one machine, on as many machines as the cluster has.
+
+`datapipe.ingest` decides what is done; here its tasks are carried to other processes and their results back. A killed
+worker or node costs the tasks it was at, which start again elsewhere; a killed driver costs nothing that was complete.
+"""
+
+import dataclasses
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, TypeVar
+
+from cluster.session import LOCAL, chosen_address, ray_session, result
+from cluster.shared_paths import Witness, marked, unseen, witnesses
+from datapipe.__main__ import ShardCommand, run_shard
+from datapipe.command import STOPPED
+from datapipe.errors import DataError
+from datapipe.settings import settings
+from datapipe.storage import is_remote
+from datapipe.workers import available_cores
+
+T = TypeVar("T")
+TASKS_PER_CPU = 3
+"""Tasks given to Ray at a time: one at work, the next ones already there."""
+UNREAD_PER_CPU = 30
+"""Results that may wait for an earlier, slower task; each is a few hundred bytes."""
+LOST_WORKERS = 10
+"""Times that one task may lose its worker or node. Tasks are short, so machines that come and go need few."""
+SPOOL = ".spool"
+
+
+@settings
+class ClusterShardCommand(ShardCommand):
+    address: str = ""
+    """Address of a running cluster. Empty: the one that this process is a job of (RAY_ADDRESS), else a Ray inside this
+    process. "local": always the latter. On a running cluster --workers limits the tasks at work at the same time."""
+
+
+def run(command: ClusterShardCommand) -> int:
+    """Do the same as `python -m datapipe shard` with all CPUs of a cluster; the exit code says how it ended."""
+    address = chosen_address(command.address)
+    command = _anywhere(command, joined=address != LOCAL)
+    stop = _Stop()
+    try:
+        with ray_session(address, cpus=command.config.workers or available_cores()):
+            stop.listen()  # after Ray, which puts a handler of its own in place
+            return _run(command, joined=address != LOCAL)
+    except KeyboardInterrupt:
+        if not stop.received:
+            raise
+        print("stopped by SIGTERM; the same command again goes on from here", flush=True)
+        return STOPPED
+
+
+def _run(command: ShardCommand, *, joined: bool) -> int:
+    if not joined:
+        return run_shard(command, RayWorkers(command.config.workers))
+    places = [place for place in (command.out, command.config.spool) if place and not is_remote(place)]
+    with marked(places) as marks:
+        seen = (*marks, *witnesses(command.sources))
+        _check_nodes(seen)
+        return run_shard(command, RayWorkers(command.config.workers, seen))
+
+
+def _anywhere(command: ClusterShardCommand, *, joined: bool) -> ClusterShardCommand:
+    """The command with paths that mean the same to workers in other folders and on other machines."""
+    out, spool = _absolute(command.out), command.config.spool and _absolute(command.config.spool)
+    if joined and is_remote(out) and not spool:
+        spool = f"{out.rstrip('/')}/{SPOOL}"  # the default, this machine's temporary folder, no other machine sees
+    return dataclasses.replace(command, sources=tuple(map(_absolute, command.sources)), out=out,
+                               config=dataclasses.replace(command.config, spool=spool))  # fmt: skip
+
+
+def _absolute(place: str) -> str:
+    return place if is_remote(place) else os.path.abspath(os.path.expanduser(place.removeprefix("file://")))
+
+
+class _Stop:
+    """SIGTERM as a KeyboardInterrupt, the one exception that Ray's calls pass on from a signal handler."""
+
+    received = False
+
+    def listen(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, *_: object) -> None:
+        self.received = True
+        raise KeyboardInterrupt
+
+
+# ---------------------------------------------------------------------------------------------------- the executor
+
+
+class RayWorkers:
+    """Runs tasks anywhere in the cluster; what `datapipe.workers.Workers` is on one machine."""
+
+    def __init__(self, limit: int = 0, seen: tuple[Witness, ...] = ()) -> None:
+        self.limit, self.seen = limit, seen
+
+    def run(self, function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], *, count: int) -> Iterator[T]:
+        """`function(*task)` for each task, in order; a few per CPU at a time, the cluster's size read again and again.
+
+        Raises what a task raises, DataError where a machine does not see the folders (`seen`), ClusterError where one
+        task has lost its worker LOST_WORKERS times.
+        """
+        import ray
+
+        remote: Any = ray.remote(num_cpus=1, max_retries=LOST_WORKERS, scheduling_strategy="SPREAD")(_perform)
+        tasks = iter(tasks)
+        unread: deque[Any] = deque()
+        running: set[Any] = set()
+        try:
+            while True:
+                for task in islice(tasks, self._room(len(running), len(unread))):
+                    unread.append(remote.remote(self.seen, function, task))
+                    running.add(unread[-1])
+                if not unread:
+                    return
+                done, _ = ray.wait(list(running))
+                running.difference_update(done)
+                while unread and unread[0] not in running:
+                    yield result(unread.popleft())
+        finally:
+            for reference in running:
+                ray.cancel(reference)
+
+    def _room(self, running: int, unread: int) -> int:
+        """Tasks that may be given to Ray now."""
+        import ray
+
+        cpus = max(1, int(ray.cluster_resources().get("CPU", 0)))
+        most = self.limit or TASKS_PER_CPU * cpus
+        return max(0, min(most - running, most + UNREAD_PER_CPU * cpus - unread))
+
+
+def _perform(seen: tuple[Witness, ...], function: Callable[..., T], task: tuple[Any, ...]) -> T:
+    """One task, in a worker process; its machine may have joined the cluster after the run began."""
+    missing = unseen(seen)
+    if missing:
+        raise _refusal({_node(): missing})
+    return function(*task)
+
+
+def _check_nodes(seen: tuple[Witness, ...]) -> None:
+    """Ask every machine of the cluster whether it sees what this one sees. Raises DataError where one does not."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    cpus = sum(node["Resources"]["CPU"] for node in nodes)
+    print(f"cluster: {len(nodes)} machines, {cpus:g} CPUs", flush=True)
+    ask = ray.remote(num_cpus=0)(_look)
+    asked = [ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(seen)
+             for node in nodes]  # fmt: skip
+    blind = {name: missing for name, missing in map(result, asked) if missing}
+    if blind:
+        raise _refusal(blind)
+
+
+def _look(seen: tuple[Witness, ...]) -> tuple[str, tuple[str, ...]]:
+    return _node(), unseen(seen)
+
+
+def _node() -> str:
+    import ray
+
+    return ray.util.get_node_ip_address()
+
+
+def _refusal(blind: dict[str, tuple[str, ...]]) -> DataError:
+    places = sorted({place for missing in blind.values() for place in missing})
+    return DataError(
+        f"{', '.join(sorted(blind))} of the cluster: not the same files as here in {', '.join(places)}",
+        where=places[0],
+        hint="give s3://bucket/prefix, or a folder that all machines share under the same path (--spool, too)",
+    )

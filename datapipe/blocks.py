@@ -19,16 +19,16 @@ Rows = dict[int, bytes]
 
 
 class Places(NamedTuple):
-    """Where each row's bytes are: shard names, the first row of each shard, offset and size of every row."""
+    """Where each row's bytes are: the names of all shards; and for every row, number of the shard, offset, size."""
 
     shards: list[str]
-    first: Ints
+    shard: Ints
     offset: Ints
     size: Ints
 
-    def shard(self, rows: Ints) -> Ints:
-        """The number of the shard that holds each row."""
-        return np.searchsorted(self.first, rows, side="right") - 1
+    def name(self, row: int) -> str:
+        """The shard that holds the row."""
+        return self.shards[int(self.shard[row])]
 
 
 class Reader:
@@ -84,11 +84,11 @@ class Reader:
         """Cut sorted rows where the shard changes or the gap is too wide for one request."""
         start = self.places.offset[rows]
         gap = start[1:] - (start[:-1] + self.places.size[rows[:-1]])
-        apart = (np.diff(self.places.shard(rows)) != 0) | (gap < 0) | (gap > GAP_BYTES)
+        apart = (np.diff(self.places.shard[rows]) != 0) | (gap < 0) | (gap > GAP_BYTES)
         yield from np.split(rows, np.flatnonzero(apart) + 1)
 
     def _load(self, rows: Ints) -> bytes:
-        name = self.places.shards[int(self.places.shard(rows[:1])[0])]
+        name = self.places.name(int(rows[0]))
         start = int(self.places.offset[rows[0]])
         size = int(self.places.offset[rows[-1]] + self.places.size[rows[-1]]) - start
         try:

@@ -1,65 +1,48 @@
 """What a data set is: a list of shards with their hashes, and for each crop a row in the shards' indexes.
 
 The manifest is written last, so that its presence means the data set is complete; its id is a hash of its content, so
-that a checkpoint can say which crops it has seen. Row r of all indexes in the order of the shards is sample id r.
+that a checkpoint can say which crops it has seen. The rows of all indexes in the order of the shards, or of these the
+selected ones, are the sample ids: 0, 1, 2 ...
+
+    manifest-v0001.json            what `shard` or `reshard` wrote
+    manifest-v0002-1a2b3c4d.json   derived from it by `select`, `remove` or `verify --repair`
 """
 
 import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version as library_version
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError, NotFoundError
+from datapipe.index import INDEX, Shard, read_index
 from datapipe.storage import Store, open_store, split_url
 
 FORMAT = 2
 """Layout of manifest and index; a reader refuses any other one."""
 LIBRARIES = ("numpy", "pillow", "pyarrow", "simplejpeg", "webdataset")
 INDEX_READS = 8
-NAME = re.compile(r"manifest-v(\d{4,})\.json")
-
-INDEX = pyarrow.schema([
-    ("key", pyarrow.string()),  # 32 hex digits: hash of (source, name); the member of the tar is "<key>.jpg"
-    ("offset", pyarrow.int64()),  # of the JPEG's first byte within the tar
-    ("size", pyarrow.int32()),  # bytes of the JPEG
-    ("height", pyarrow.int32()),
-    ("width", pyarrow.int32()),
-    ("sha256", pyarrow.binary(32)),  # of the JPEG
-    ("xxh3", pyarrow.uint64()),  # of the JPEG; checked whenever the crop is read
-    ("dhash", pyarrow.uint64()),  # difference hash of the upright image's luma, 64 bits
-    ("source", pyarrow.string()),
-    ("name", pyarrow.string()),  # original name within its source
-    ("pid", pyarrow.int32()),  # as the source wrote it; -1: unknown, or junk in Market-1501
-    ("camera", pyarrow.int16()),  # as the source wrote it, from 1; -1: unknown
-    ("video", pyarrow.string()),  # name of the video within the source; empty where there is none
-    ("track", pyarrow.int64()),  # unique within (source, video); -1: unknown
-    ("frame", pyarrow.int64()),  # as the source numbers them; -1: unknown
-    ("duplicate_of", pyarrow.string()),  # key of the first crop of the data set with the same bytes; null: none
-    ("near_of", pyarrow.string()),  # key of the crop that this one is nearly equal to; null: none
-    ("removed", pyarrow.bool_()),  # taken out: the row holds another crop of the shard in its place
-])
-"""Columns of a shard's index, one row per crop, in the order of the tar."""
+NAME = re.compile(r"manifest-v(\d{4,})(?:-[0-9a-f]{8})?\.json")
+ORDINAL = "shard"
+"""A column that `Manifest.table` makes: int32, which of the manifest's shards holds the crop."""
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One tar and its index; names are relative to the manifest's folder."""
+class Selection:
+    """Rows of all shards that a version consists of: a parquet file with one sorted int64 column `row`."""
 
-    name: str
-    rows: int
-    bytes: int
+    file: str
     sha256: str
-    index: str
-    index_sha256: str
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -72,6 +55,15 @@ class Manifest:
     """Id of the plan that the shards were made from: all crops, their order and the cuts between shards."""
     parent: str = ""
     """Id of the manifest this one was derived from; empty for a first version."""
+    derived_by: str = ""
+    """"select", "remove" or "repair"; empty for a first version."""
+    replaces: tuple[str, ...] = ()
+    """Ids of the versions it takes the place of, row for row: its ancestors by "remove" and "repair" alone. What was
+    trained on them goes on with this one."""
+    selection: Selection | None = None
+    """Which rows of the shards belong to it; None: all of them."""
+    removed: int = 0
+    """Rows of the shards whose crop was taken out."""
     licence: str = ""
     """What the images may be used for, as their owner put it."""
     quarantined: int = 0
@@ -84,13 +76,18 @@ class Manifest:
 
     @property
     def rows(self) -> int:
-        """Crops in all shards."""
+        """Crops, those that are selected."""
+        return self.selection.rows if self.selection else self.stored_rows
+
+    @property
+    def stored_rows(self) -> int:
+        """Rows of all indexes, selected or not."""
         return sum(shard.rows for shard in self.shards)
 
     @property
     def bytes(self) -> int:
         """Bytes of all tars."""
-        return sum(shard.bytes for shard in self.shards)
+        return sum({shard.name: shard.bytes for shard in self.shards}.values())
 
     @property
     def id(self) -> str:
@@ -101,70 +98,141 @@ class Manifest:
 
     @property
     def file(self) -> str:
-        """Its name within the folder."""
-        return f"manifest-v{self.version:04d}.json"
+        """Its name within the folder. Derived versions carry their id: nobody's can take the place of another's."""
+        return f"manifest-v{self.version:04d}{f'-{self.id[:8]}' if self.derived_by else ''}.json"
 
     @staticmethod
     def load(url: str, storage: StorageConfig = StorageConfig()) -> "Manifest":  # noqa: B008  (frozen)
         """The newest manifest of a folder, or the one that the url names.
 
-        Raises NotFoundError where there is none, DataError where it is damaged or of a newer format.
+        Raises NotFoundError where there is none, DataError where it is damaged, of another format, or where crops were
+        removed from it since: it then says which version takes its place.
         """
         folder, file = split_url(url) if url.endswith(".json") else (url, "")
         store = open_store(folder, storage)
-        file = file or _newest(store)
+        if not file:
+            return Manifest.read(store, _newest(store))
+        manifest = Manifest.read(store, file)
+        successor = manifest.successor(store)
+        if successor:
+            raise DataError(f"crops were removed from this version: {successor.file} takes its place, row for row",
+                            where=store.address(file),
+                            hint=f"give {store.address(successor.file)}: what was trained on the old one accepts it")
+        return manifest
+
+    @staticmethod
+    def read(store: Store, file: str) -> "Manifest":
+        """A manifest of this folder as it was written, whatever became of its shards; raises as `load` does."""
         try:
             text = store.read(file)
         except NotFoundError as error:
             raise NotFoundError("there is no such manifest", where=error.where,
                                 hint="give the folder that `python -m datapipe shard` wrote (--out)") from error
-        return _parse(text, store.address(file), folder)
+        return _parse(text, store.address(file), store.url)
+
+    @staticmethod
+    def versions(store: Store, *, after: int = 0) -> Iterator["Manifest"]:
+        """All manifests of a folder whose version is higher than this, in the order of versions."""
+        named = [(version, file) for version, file in manifest_files(store) if version > after]
+        return (Manifest.read(store, file) for _, file in sorted(named))
+
+    def successor(self, store: Store) -> "Manifest | None":
+        """The newest version of this folder that takes its place; None where there is none."""
+        identity, found = self.id, None
+        for other in Manifest.versions(store, after=self.version):
+            if identity in other.replaces:
+                found = other
+        return found
 
     def save(self, store: Store) -> "Manifest":
         """Write it into the folder, once. A manifest of this version with other content raises DataError."""
         record = {**self._content(), "id": self.id, "rows": self.rows, "bytes": self.bytes}
-        saved = dataclasses.replace(self, url=store.url)
         if not store.create(self.file, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()):
-            found = Manifest.load(store.address(self.file), getattr(store, "config", StorageConfig()))
+            found = Manifest.read(store, self.file)
             if found.id != self.id:
                 raise DataError("another data set is already there", where=store.address(self.file),
                                 hint="choose another --out")
-        return saved
+        return dataclasses.replace(self, url=store.url)
+
+    def derive(self, store: Store, derived_by: str, **changes: Any) -> "Manifest":
+        """Save a version made from this one, with the next free number. A version equal but for the number is kept.
+
+        "remove" and "repair" take the place of this one; "select" stands beside it.
+        """
+        others = list(Manifest.versions(store))
+        replaces = () if derived_by == "select" else (*self.replaces, self.id)
+        changes |= {"parent": self.id, "derived_by": derived_by, "replaces": replaces}
+        for other in others:
+            if dataclasses.replace(self, **changes, version=other.version).id == other.id:
+                return other
+        newest = max(other.version for other in others)
+        return dataclasses.replace(self, **changes, version=newest + 1).save(store)
 
     def table(self, columns: Sequence[str], storage: StorageConfig = StorageConfig()) -> pyarrow.Table:  # noqa: B008
-        """These columns of all indexes, one row per sample id. Checks each index's hash; DataError names a bad one."""
+        """These columns of all indexes, one row per sample id; ORDINAL ("shard") says which shard holds the crop.
+
+        Reads the indexes that hold selected rows, and checks their hashes; DataError names a bad one.
+        """
         store = open_store(self.url, storage)
+        starts = np.cumsum([0, *(shard.rows for shard in self.shards)])
+        rows = self.selected(storage) if self.selection else None
+        places = starts if rows is None else np.searchsorted(rows, starts)
+
+        def part(ordinal: int) -> pyarrow.Table:
+            chosen = None if rows is None else rows[places[ordinal]:places[ordinal + 1]] - starts[ordinal]
+            return _part(store, self.shards[ordinal], ordinal, columns, chosen)
+
         with ThreadPoolExecutor(INDEX_READS) as pool:
-            parts = list(pool.map(lambda shard: read_index(store, shard, columns), self.shards))
-        return pyarrow.concat_tables(parts) if parts else INDEX.empty_table().select(list(columns))
+            parts = list(pool.map(part, np.flatnonzero(np.diff(places)).tolist()))
+        return pyarrow.concat_tables(parts) if parts else _SCHEMA.empty_table().select(list(columns))
+
+    def selected(self, storage: StorageConfig = StorageConfig()) -> np.ndarray:  # noqa: B008
+        """int64 [rows]: for each sample id its row among those of all shards. Raises DataError that names the file."""
+        if self.selection is None:
+            return np.arange(self.stored_rows)
+        return read_selection(open_store(self.url, storage), self.selection)
 
     def _content(self) -> dict[str, Any]:
+        content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "url"}
+        selection = dataclasses.asdict(self.selection) if self.selection else None
         shards = [dataclasses.asdict(shard) for shard in self.shards]
-        return {"format": FORMAT, "name": self.name, "version": self.version, "parent": self.parent, "plan": self.plan,
-                "licence": self.licence, "quarantined": self.quarantined, "made_by": self.made_by, "shards": shards}
+        return {**content, "format": FORMAT, "replaces": list(self.replaces), "selection": selection, "shards": shards}
 
 
-def read_index(store: Store, shard: Shard, columns: Sequence[str] | None = None) -> pyarrow.Table:
-    """A shard's index, verified against the manifest. Raises DataError that names it."""
-    where = store.address(shard.index)
+_SCHEMA = INDEX.append(pyarrow.field(ORDINAL, pyarrow.int32()))
+
+
+def _part(store: Store, shard: Shard, ordinal: int, columns: Sequence[str], chosen: np.ndarray | None) -> pyarrow.Table:
+    """The columns of one shard: all rows, or those that are chosen."""
+    table = read_index(store, shard, [name for name in columns if name != ORDINAL])
+    if chosen is not None and len(chosen) < shard.rows:
+        table = table.take(chosen)
+    if ORDINAL not in columns:
+        return table
+    held = pyarrow.array(np.full(len(table), ordinal, np.int32))
+    return table.append_column(ORDINAL, held).select(list(columns))
+
+
+def manifest_files(store: Store) -> list[tuple[int, str]]:
+    """(version, file) of every manifest of a folder. Raises NotFoundError where there is no folder."""
+    matches = (NAME.fullmatch(entry.name) for entry in store.list("manifest-v"))
+    return [(int(match[1]), match[0]) for match in matches if match]
+
+
+def read_selection(store: Store, selection: Selection) -> np.ndarray:
+    """The selected rows, int64, verified against the manifest. Raises DataError that names the file."""
+    where = store.address(selection.file)
     try:
-        data = store.read(shard.index)
+        data = store.read(selection.file)
     except NotFoundError as error:
-        raise DataError("an index of the data set is missing", where=where, hint=_REPAIR) from error
-    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
-        raise DataError("an index of the data set is not the one that was written", where=where, hint=_REPAIR)
-    try:
-        wanted = None if columns is None else list(columns)
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(data), columns=wanted)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"an index of the data set cannot be read: {error}", where=where, hint=_REPAIR) from error
-    if table.num_rows != shard.rows:
-        raise DataError(f"an index has {table.num_rows} rows, the manifest says {shard.rows}", where=where,
-                        hint=_REPAIR)
-    return table
+        raise DataError("the selection of this version is missing", where=where, hint=RESELECT) from error
+    if hashlib.sha256(data).hexdigest() != selection.sha256:
+        raise DataError("the selection of this version is not what was written", where=where, hint=RESELECT)
+    return pyarrow.parquet.read_table(pyarrow.BufferReader(data))["row"].to_numpy()
 
 
-_REPAIR = "`python -m datapipe verify` lists what is wrong; copy the data set again or shard it anew"
+COPY_AGAIN = "copy the file again; where there is no copy, `python -m datapipe shard` makes the data set anew"
+RESELECT = "copy the file again, or make the version anew with `python -m datapipe select`"
 
 
 def libraries() -> dict[str, str]:
@@ -174,9 +242,9 @@ def libraries() -> dict[str, str]:
 
 def _newest(store: Store) -> str:
     try:
-        found = [entry.name for entry in store.list("manifest-v") if NAME.fullmatch(entry.name)]
+        found = manifest_files(store)
         if found:
-            return max(found, key=lambda name: int(NAME.fullmatch(name)[1]))  # type: ignore[index]
+            return _highest(store, found)
         begun = next(store.list("shards/"), None)
     except NotFoundError as error:
         raise NotFoundError("the data set does not exist", where=store.url,
@@ -188,6 +256,15 @@ def _newest(store: Store) -> str:
                         hint="give the folder that `python -m datapipe shard` wrote (--out)")
 
 
+def _highest(store: Store, found: list[tuple[int, str]]) -> str:
+    newest = max(version for version, _ in found)
+    files = sorted(file for version, file in found if version == newest)
+    if len(files) > 1:
+        raise DataError(f"two commands made a version {newest} at once: {' and '.join(files)}", where=store.url,
+                        hint="give the file of the one that is meant, or delete the other")
+    return files[0]
+
+
 def _parse(text: bytes, where: str, folder: str) -> Manifest:
     try:
         record = json.loads(text)
@@ -196,13 +273,17 @@ def _parse(text: bytes, where: str, folder: str) -> Manifest:
             age = "a newer" if found > FORMAT else "an older"
             raise DataError(f"the manifest has format {found}, this version reads format {FORMAT}", where=where,
                             hint=f"use {age} version of this project, or make the data set again from its crops")
-        manifest = Manifest(
-            shards=tuple(Shard(**shard) for shard in record["shards"]), url=folder,
-            **{key: record[key] for key in ("name", "plan", "parent", "licence", "quarantined", "made_by", "version")})
+        plain = {field.name: record[field.name] for field in dataclasses.fields(Manifest) if field.name in _PLAIN}
+        selection = Selection(**record["selection"]) if record["selection"] else None
+        manifest = Manifest(shards=tuple(Shard(**shard) for shard in record["shards"]), selection=selection,
+                            replaces=tuple(record["replaces"]), url=folder, **plain)
         stated = (record["id"], record["rows"], record["bytes"])
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"the manifest cannot be read: {error!r}", where=where, hint=_REPAIR) from error
+        raise DataError(f"the manifest cannot be read: {error!r}", where=where, hint=COPY_AGAIN) from error
     if stated != (manifest.id, manifest.rows, manifest.bytes):
         raise DataError("the manifest's content does not match its own id: it was changed or damaged", where=where,
-                        hint=_REPAIR)
+                        hint=COPY_AGAIN)
     return manifest
+
+
+_PLAIN = {field.name for field in dataclasses.fields(Manifest)} - {"shards", "selection", "replaces", "url"}

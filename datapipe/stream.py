@@ -14,7 +14,7 @@ import xxhash
 from datapipe.blocks import Places, Reader
 from datapipe.config import StorageConfig, StreamConfig
 from datapipe.errors import DataError
-from datapipe.manifest import Manifest
+from datapipe.manifest import ORDINAL, Manifest
 from datapipe.randomness import Ints
 from datapipe.storage import is_remote, open_store
 
@@ -44,11 +44,11 @@ class Stream:
         self.rows: int = manifest.rows
         self.config = config
         self.replaced = 0
-        table = manifest.table(["offset", "size", "xxh3", "pid", "camera"], storage)
+        table = manifest.table([ORDINAL, "offset", "size", "xxh3", "pid", "camera"], storage)
         columns = {name: table.column(name).to_numpy() for name in table.column_names}
         self.pid, self.camera, self._xxh3 = columns["pid"], columns["camera"], columns["xxh3"]
-        first = np.cumsum([0, *(shard.rows for shard in manifest.shards)])[:-1]
-        self._places = Places([shard.name for shard in manifest.shards], first, columns["offset"], columns["size"])
+        self._places = Places([shard.name for shard in manifest.shards], columns[ORDINAL], columns["offset"],
+                              columns["size"])
         self._reader = Reader(
             open_store(manifest.url, storage),
             self._places,
@@ -149,4 +149,4 @@ class Stream:
             )
 
     def _where(self, row: int) -> str:
-        return self._reader.store.address(self._places.shards[int(self._places.shard(np.array([row]))[0])])
+        return self._reader.store.address(self._places.name(row))

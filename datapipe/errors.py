@@ -41,5 +41,9 @@ class NotFoundError(StorageError):
     """The file or object is not there."""
 
 
+class RefusedError(StorageError):
+    """The store knows the request and forbids it: credentials or rights are missing."""
+
+
 class ClusterError(UserError):
     """Processes, nodes or the scheduler failed in a way that a retry does not mend."""

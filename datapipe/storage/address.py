@@ -3,7 +3,6 @@
 from datapipe.config import StorageConfig
 from datapipe.errors import StorageError
 from datapipe.storage.local import LocalStore
-from datapipe.storage.s3 import S3Store
 from datapipe.storage.schemes import SchemeStore
 from datapipe.storage.store import Store
 
@@ -16,8 +15,10 @@ def open_store(url: str, config: StorageConfig = StorageConfig()) -> Store:  # n
     if scheme in ("", "file"):
         return LocalStore(rest)
     if scheme == "s3":
+        from datapipe.storage.s3 import S3Store  # boto3 takes a third of a second that local runs do without
+
         return S3Store(url, config)
-    return SchemeStore(url)
+    return SchemeStore(url, config)
 
 
 def split_url(url: str) -> tuple[str, str]:

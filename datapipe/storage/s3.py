@@ -1,46 +1,35 @@
 """A prefix in a bucket of S3 or of any server that speaks its protocol, through boto3."""
 
-import logging
 import os
-import random
-import time
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from botocore.exceptions import ClientError
+
 from datapipe.config import StorageConfig
-from datapipe.errors import NotFoundError, StorageError
-from datapipe.storage.store import Data, Entry, Store
+from datapipe.errors import StorageError
+from datapipe.storage.retry import keep_trying
+from datapipe.storage.s3_client import connection
+from datapipe.storage.s3_faults import ERRORS, Place, code_of, explained, status_of
+from datapipe.storage.store import Data, Entry, Store, WrongRangeError
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
+Put = Callable[[str, Data, dict[str, str]], None]
+"""(name, data, condition): one way of writing an object. Raises _Taken and _Unsupported where there is a condition."""
 
-FIRST_WAIT_S = 0.2
-CONNECT_TIMEOUT_S = 10.0
 PART_BYTES = 16 << 20
 """Size of the parts of a multipart upload; larger data than four of them is sent in parts."""
 MOST_PARTS = 9_000
 PARTS_IN_FLIGHT = 4
-TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
-TRANSIENT_CODES = {
-    "SlowDown",
-    "RequestTimeout",
-    "RequestTimeoutException",
-    "Throttling",
-    "ThrottlingException",
-    "InternalError",
-    "ServiceUnavailable",
-    "BadDigest",
-    "XAmzContentSHA256Mismatch",
-}
-TAKEN_STATUS = {409, 412}
-"""Answers to a conditional put that lost: 412, on some stores 409."""
+IF_ABSENT = {"IfNoneMatch": "*"}
 
 
 class S3Store(Store):
-    """A prefix in a bucket of S3 or of any server that speaks its protocol, through boto3."""
+    """See the module. Reading needs the rights to get and list, writing to put and delete as well."""
 
     def __init__(self, url: str, config: StorageConfig) -> None:
         path = url.removeprefix("s3://").rstrip("/")
@@ -52,24 +41,29 @@ class S3Store(Store):
     def read(self, name: str, *, start: int = 0, size: int | None = None) -> bytes:
         if size == 0:
             return b""
-        given: dict[str, Any] = {}
-        if start or size is not None:
-            given["Range"] = f"bytes={start}-{'' if size is None else start + size - 1}"
+        if start == 0 and size is None:
+            return self._try(lambda: self._client.get_object(**self._target(name))["Body"].read(), name)
+        return self._try(lambda: self._read_range(name, start, size), name)
 
-        def fetch() -> bytes:
-            try:
-                return self._client.get_object(Bucket=self.bucket, Key=self._key(name), **given)["Body"].read()
-            except _client_error() as error:
-                if _status(error) == 416:  # beyond the end
-                    return b""
-                raise
-
-        return self._try(fetch, name)
+    def _read_range(self, name: str, start: int, size: int | None) -> bytes:
+        wanted = f"bytes={start}-{'' if size is None else start + size - 1}"
+        try:
+            answer = self._client.get_object(**self._target(name), Range=wanted)
+        except ClientError as error:
+            if status_of(error) == 416:  # beyond the end
+                return b""
+            raise
+        data: bytes = answer["Body"].read()  # raises where the body is shorter than it was announced
+        if not _is_range(answer.get("ContentRange", ""), len(data), start, size):
+            raise WrongRangeError(
+                f"the store answered {wanted} with {answer.get('ContentRange', 'no range')}, {len(data)} bytes",
+                where=self.address(name),
+                hint="data sets are read by ranges: use a store, or a proxy before it, that serves them",
+            )
+        return data
 
     def size(self, name: str) -> int:
-        return self._try(lambda: self._client.head_object(Bucket=self.bucket, Key=self._key(name)), name)[
-            "ContentLength"
-        ]
+        return self._try(lambda: self._client.head_object(**self._target(name)), name)["ContentLength"]
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         skipped = len(self._key(""))
@@ -83,162 +77,108 @@ class S3Store(Store):
                 return
             given["ContinuationToken"] = page["NextContinuationToken"]
 
-    def create(self, name: str, data: Data) -> bool:
-        """Create-once by a conditional put. A look first covers the stores that ignore or refuse the condition:
-        there, two writers at the very same moment may both write, each a whole object."""
-        if self.exists(name):
-            return False
-        try:
-            self._write(name, data, {"IfNoneMatch": "*"})
-        except _Taken:
-            return False
-        return True
+    def put_if_absent(self, name: str, data: Data) -> bool:
+        return self._put_if_absent(self._way(data), name, data)
+
+    def refuses_overwrite(self, name: str) -> bool:
+        """In both ways of writing: there are servers that heed the condition for whole objects but not for parts."""
+        written = [self._put_if_absent(way, name, b"overwritten") for way in (self._put, self._put_parts)]
+        return not any(written)
 
     def replace(self, name: str, data: Data) -> None:
-        self._write(name, data, {})
+        self._way(data)(name, data, {})
 
     def delete(self, name: str) -> None:
-        self._try(lambda: self._client.delete_object(Bucket=self.bucket, Key=self._key(name)), name)
+        self._try(lambda: self._client.delete_object(**self._target(name)), name)
 
     def at(self, *parts: str) -> Store:
         return S3Store("/".join((self.url, *parts)), self.config)
 
     @property
     def _client(self) -> Any:
-        try:
-            return _s3_client(self.config, os.getpid())
-        except ValueError as error:  # botocore's way to refuse an endpoint
-            raise self._misuse(error, "") from error
+        return connection(self.config, os.getpid()).client
 
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name
 
-    def _write(self, name: str, data: Data, condition: dict[str, str]) -> None:
-        total = data.stat().st_size if isinstance(data, Path) else len(data)
-        send = self._put if total <= 4 * PART_BYTES else self._put_parts
+    def _target(self, name: str) -> dict[str, str]:
+        return {"Bucket": self.bucket, "Key": self._key(name)}
+
+    def _way(self, data: Data) -> Put:
+        return self._put if _length(data) <= 4 * PART_BYTES else self._put_parts
+
+    def _put_if_absent(self, way: Put, name: str, data: Data) -> bool:
         try:
-            send(name, data, total, condition)
+            way(name, data, IF_ABSENT)
+        except _Taken:
+            return False
         except _Unsupported:
-            send(name, data, total, {})
+            way(name, data, {})
+        return True
 
-    def _put(self, name: str, data: Data, total: int, condition: dict[str, str]) -> None:
-        body = data.read_bytes() if isinstance(data, Path) else bytes(data)
-        self._try(
-            lambda: self._client.put_object(Bucket=self.bucket, Key=self._key(name), Body=body, **condition),
-            name,
-            conditional=bool(condition),
-        )
+    def _put(self, name: str, data: Data, condition: dict[str, str]) -> None:
+        body = _slice(data, 0, _length(data))
+        self._commit(lambda: self._client.put_object(**self._target(name), Body=body, **condition), name, condition)
 
-    def _put_parts(self, name: str, data: Data, total: int, condition: dict[str, str]) -> None:
+    def _put_parts(self, name: str, data: Data, condition: dict[str, str]) -> None:
         """A multipart upload: invisible until it is completed, aborted when anything fails."""
-        target = {"Bucket": self.bucket, "Key": self._key(name)}
-        upload = self._try(lambda: self._client.create_multipart_upload(**target), name)["UploadId"]
+        total = _length(data)
         size = max(PART_BYTES, -(-total // MOST_PARTS))
+        upload = self._try(lambda: self._client.create_multipart_upload(**self._target(name)), name)["UploadId"]
+        target = {**self._target(name), "UploadId": upload}
 
         def send(number: int) -> dict[str, Any]:
-            body = _slice(data, number * size, size)
-            answer = self._try(
-                lambda: self._client.upload_part(**target, UploadId=upload, PartNumber=number + 1, Body=body), name
-            )
-            checksums = {key: value for key, value in answer.items() if key.startswith("Checksum")}
-            return {
-                "PartNumber": number + 1,
-                "ETag": answer["ETag"],
-                **{key: value for key, value in checksums.items() if key != "ChecksumType"},
-            }
+            part = {"PartNumber": number + 1, "Body": _slice(data, number * size, size)}
+            answer = self._try(lambda: self._client.upload_part(**target, **part), name)
+            kept = {key: value for key, value in answer.items() if key.startswith("Checksum") or key == "ETag"}
+            kept.pop("ChecksumType", None)
+            return {"PartNumber": number + 1, **kept}
+
+        def complete() -> None:
+            try:
+                self._client.complete_multipart_upload(**target, MultipartUpload={"Parts": parts}, **condition)
+            except ClientError as error:
+                if code_of(error) != "NoSuchUpload" or not self.exists(name) or self.size(name) != total:
+                    raise
+                # Else an earlier try had completed it, and its answer was lost.
 
         try:
             with ThreadPoolExecutor(PARTS_IN_FLIGHT) as pool:
                 parts = list(pool.map(send, range(-(-total // size))))
-            self._try(
-                lambda: self._client.complete_multipart_upload(
-                    **target, UploadId=upload, MultipartUpload={"Parts": parts}, **condition
-                ),
-                name,
-                conditional=bool(condition),
-            )
+            self._commit(complete, name, condition)
         except BaseException:
-            self._try(lambda: self._client.abort_multipart_upload(**target, UploadId=upload), name, absent_is_fine=True)
+            with suppress(StorageError):  # what failed first is what the user should read
+                self._try(lambda: self._client.abort_multipart_upload(**target), name)
             raise
 
-    def _try(
-        self, request: Callable[[], T], name: str, *, conditional: bool = False, absent_is_fine: bool = False
-    ) -> T:
-        """One request, repeated while its failure looks passing, at most `config.attempts` times."""
-        from botocore import exceptions as faults
+    def _commit(self, request: Callable[[], object], name: str, condition: dict[str, str]) -> None:
+        """The request that makes the object visible. Raises _Taken, _Unsupported where there is a condition."""
 
-        passing = (faults.HTTPClientError, faults.ConnectionError, faults.IncompleteReadError, ConnectionError)
-        for attempt in range(1, self.config.attempts + 1):
+        def commit() -> None:
+            try:
+                request()
+            except ClientError as error:
+                status = status_of(error) if condition else 0
+                if status == 412 or status == 409 and self.exists(name):  # some stores tell the loser of a race 409
+                    raise _Taken from error
+                if status == 501:
+                    raise _Unsupported from error
+                raise
+
+        self._try(commit, name)
+
+    def _try(self, request: Callable[[], T], name: str) -> T:
+        def attempt() -> T:
             try:
                 return request()
-            except faults.ClientError as error:
-                if conditional and _status(error) in TAKEN_STATUS:
-                    raise _Taken from error
-                if conditional and _status(error) == 501:
-                    raise _Unsupported from error
-                if absent_is_fine and _status(error) == 404:
-                    return None  # type: ignore[return-value]
-                if attempt == self.config.attempts or not _is_passing(error):
-                    raise self._refusal(error, name) from error
-                reason = _code(error)
-            except passing as error:
-                reason = str(error)
-                if attempt == self.config.attempts:
-                    raise self._silence(error, name, attempt) from error
-            except faults.BotoCoreError as error:
-                raise self._misuse(error, name) from error
-            wait = FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
-            log.warning(
-                "%s: %s; try %d of %d follows in %.1f s",
-                self.address(name),
-                reason,
-                attempt + 1,
-                self.config.attempts,
-                wait,
-            )
-            time.sleep(wait)
-        raise AssertionError("the loop above returns or raises")
+            except ERRORS as error:
+                raise self._explained(error, name) from error
 
-    def _refusal(self, error: Exception, name: str) -> StorageError:
-        status, code = _status(error), _code(error)
-        where = f"{self.address(name)} at {self._endpoint()}"
-        if code == "NoSuchBucket":
-            return StorageError(
-                f"the bucket {self.bucket!r} does not exist",
-                where=where,
-                hint="check the bucket's name and the endpoint (--storage.endpoint-url); buckets are not made here",
-            )
-        if status == 403:
-            return StorageError(
-                f"the store refuses access ({code})",
-                where=where,
-                hint="check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or the profile) and the "
-                "rights to read, list and write there",
-            )
-        if status == 404:
-            return NotFoundError("the object does not exist", where=where, hint="check the address")
-        message = error.response["Error"].get("Message") or code  # type: ignore[attr-defined]
-        return StorageError(
-            f"the store answered {status}: {message}",
-            where=where,
-            hint="a store that is busy or failing: run the same command again later",
-        )
+        return keep_trying(attempt, self.config, where=self.address(name))
 
-    def _silence(self, error: Exception, name: str, attempts: int) -> StorageError:
-        return StorageError(
-            f"the store cannot be reached ({attempts} tries): {error}",
-            where=f"{self.address(name)} at {self._endpoint()}",
-            hint="check the endpoint (--storage.endpoint-url or AWS_ENDPOINT_URL) and the network",
-        )
-
-    def _misuse(self, error: Exception, name: str) -> StorageError:
-        hint = "check the endpoint (--storage.endpoint-url), the region and the address"
-        if "redential" in str(error) or "profile" in str(error):
-            hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-        return StorageError(f"the request could not be made: {error}", where=self.address(name), hint=hint)
-
-    def _endpoint(self) -> str:
-        return self._client.meta.endpoint_url
+    def _explained(self, error: Exception, name: str) -> Exception:
+        client, answered = connection(self.config, os.getpid())
+        return explained(error, Place(self.address(name), self.bucket, client.meta.endpoint_url), answered.is_set())
 
 
 class _Taken(Exception):
@@ -249,42 +189,20 @@ class _Unsupported(Exception):
     """The store knows no conditional puts."""
 
 
-@lru_cache(maxsize=8)
-def _s3_client(config: StorageConfig, process: int) -> Any:
-    """One client per process (they do not survive a fork). Its own retries are off: they are in `_try`."""
-    import boto3
-    from botocore.config import Config
-
-    session = boto3.session.Session()
-    options = Config(
-        retries={"total_max_attempts": 1},
-        max_pool_connections=32,
-        read_timeout=config.timeout_s,
-        connect_timeout=min(CONNECT_TIMEOUT_S, config.timeout_s),
-        request_checksum_calculation=config.checksums,
-        response_checksum_validation=config.checksums,
-    )
-    return session.client(
-        "s3", endpoint_url=config.endpoint_url or None, config=options, region_name=session.region_name or "us-east-1"
-    )
+def _is_range(content_range: str, length: int, start: int, size: int | None) -> bool:
+    """Whether an answer of `length` bytes is exactly the range that was asked for (size None: to the end)."""
+    if not content_range:  # the whole object, which is right where no more than that was asked for
+        return start == 0 and (size is None or length <= size)
+    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", content_range)
+    if found is None:
+        return False
+    first, last, total = map(int, found.groups())
+    end = total if size is None else min(start + size, total)
+    return (first, last + 1) == (start, end) and length == end - start
 
 
-def _client_error() -> type[Exception]:
-    from botocore.exceptions import ClientError
-
-    return ClientError
-
-
-def _status(error: Any) -> int:
-    return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-
-
-def _code(error: Any) -> str:
-    return str(error.response.get("Error", {}).get("Code", _status(error)))
-
-
-def _is_passing(error: Any) -> bool:
-    return _status(error) in TRANSIENT_STATUS or _code(error) in TRANSIENT_CODES
+def _length(data: Data) -> int:
+    return data.stat().st_size if isinstance(data, Path) else memoryview(data).nbytes
 
 
 def _slice(data: Data, start: int, size: int) -> bytes:

@@ -1,56 +1,82 @@
 """Any URL scheme that fsspec knows."""
 
+import errno
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from datapipe.errors import NotFoundError, StorageError
+from datapipe.config import StorageConfig
+from datapipe.errors import NotFoundError, RefusedError, StorageError
+from datapipe.storage.retry import PassingFault, keep_trying
 from datapipe.storage.store import TEMPORARY, Data, Entry, Store
+
+T = TypeVar("T")
 
 WHOLE_PUTS = {"memory", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci"}
 """Schemes whose puts are whole or absent by themselves; elsewhere a temporary name is written and moved."""
+NETWORK = {
+    errno.ECONNABORTED,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+    errno.EPIPE,
+    errno.ETIMEDOUT,
+}
 
 
 class SchemeStore(Store):
-    """Any URL scheme that fsspec knows. Create-once is a look followed by a write: enough for one committer."""
+    """See the module. It knows no conditions: create-once is a look followed by a write."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, config: StorageConfig) -> None:
+        self.url, self.config = url.rstrip("/"), config
         self.scheme = url.partition("://")[0]
 
     def read(self, name: str, *, start: int = 0, size: int | None = None) -> bytes:
-        with self._faults(name):
-            return self._system.cat_file(self._path(name), start=start, end=None if size is None else start + size)
+        def fetch() -> bytes:
+            end = None if size is None else start + size
+            data: bytes = self._system.cat_file(self._path(name), start=start, end=end)
+            if size is None or len(data) != size:
+                self._refuse_cut(name, start, size, len(data))
+            return data
+
+        return self._try(fetch, name)
+
+    def _refuse_cut(self, name: str, start: int, size: int | None, length: int) -> None:
+        """Not every file system of fsspec compares what arrives with what was announced."""
+        total = self._system.info(self._path(name)).get("size")
+        if total is not None and length != max(0, min(total - start, size if size is not None else total)):
+            raise ConnectionError(f"{length} bytes from {start} on came of an object of {total}")
 
     def size(self, name: str) -> int:
-        with self._faults(name):
-            facts = self._system.info(self._path(name))
-            if facts["type"] == "directory":
-                raise FileNotFoundError(name)
-            return int(facts["size"])
+        facts = self._try(lambda: self._system.info(self._path(name)), name)
+        if facts["type"] == "directory":
+            raise self._absent(name)
+        return int(facts["size"])
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         root = self._path("").rstrip("/") + "/"
-        with self._faults(""):
+
+        def find() -> dict[str, Any]:
             self._system.invalidate_cache()
-            found = self._system.find(root, detail=True) if self._system.exists(root) else {}
+            return self._system.find(root, detail=True) if self._system.exists(root) else {}
+
+        found = self._try(find, "")
         for path in sorted(found):
             name = path[path.index(root.strip("/")) + len(root.strip("/")) + 1 :]
             if name.startswith(prefix) and not name.endswith(TEMPORARY):
                 yield Entry(name, int(found[path]["size"]))
 
-    def create(self, name: str, data: Data) -> bool:
-        if self.exists(name):
-            return False
+    def put_if_absent(self, name: str, data: Data) -> bool:
         self.replace(name, data)
         return True
 
     def replace(self, name: str, data: Data) -> None:
         final = self._path(name)
         target = final if self.scheme in WHOLE_PUTS else f"{final}.{secrets.token_hex(6)}{TEMPORARY}"
-        with self._faults(name):
+
+        def write() -> None:
             self._system.makedirs(final.rpartition("/")[0], exist_ok=True)
             if isinstance(data, Path):
                 self._system.put_file(str(data), target)
@@ -59,13 +85,17 @@ class SchemeStore(Store):
             if target != final:
                 self._system.mv(target, final)
 
+        self._try(write, name)
+
     def delete(self, name: str) -> None:
-        with self._faults(name):
+        def remove() -> None:
             if self._system.exists(self._path(name)):
                 self._system.rm_file(self._path(name))
 
+        self._try(remove, name)
+
     def at(self, *parts: str) -> Store:
-        return SchemeStore("/".join((self.url, *parts)))
+        return SchemeStore("/".join((self.url, *parts)), self.config)
 
     @property
     def _system(self) -> Any:
@@ -84,17 +114,36 @@ class SchemeStore(Store):
         path = self._system._strip_protocol(self.url)
         return f"{path}/{name}" if name else path
 
-    @contextmanager
-    def _faults(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except FileNotFoundError as error:
-            raise NotFoundError(
-                "the file does not exist", where=self.address(name), hint="check the address"
-            ) from error
-        except OSError as error:
-            raise StorageError(
-                f"the store refused: {error}",
-                where=self.address(name),
-                hint="check the address, the rights and the network",
-            ) from error
+    def _try(self, request: Callable[[], T], name: str) -> T:
+        def attempt() -> T:
+            try:
+                return request()
+            except StorageError:
+                raise
+            except Exception as error:  # every file system raises classes of its own libraries
+                raise self._explained(error, name) from error
+
+        return keep_trying(attempt, self.config, where=self.address(name))
+
+    def _explained(self, error: Exception, name: str) -> Exception:
+        if isinstance(error, FileNotFoundError):
+            return self._absent(name)
+        if not isinstance(error, OSError) and isinstance(error, (TypeError, ValueError, AttributeError, RuntimeError)):
+            return error
+        where = self.address(name)
+        if isinstance(error, PermissionError) or getattr(error, "status", 0) in (401, 403):
+            return RefusedError(f"the store refuses access: {error}", where=where, hint="check credentials and rights")
+        hint = "check the address, the rights and the network"
+        final = StorageError(f"the store refused: {error or type(error).__name__}", where=where, hint=hint)
+        return PassingFault(final) if _is_passing(error) else final
+
+    def _absent(self, name: str) -> NotFoundError:
+        return NotFoundError("the file does not exist", where=self.address(name), hint="check the address")
+
+
+def _is_passing(error: Exception) -> bool:
+    """The network's failures and servers that are busy; not what a file system of this machine refuses."""
+    status = getattr(error, "status", None)
+    if status is not None:
+        return status in (408, 429) or status >= 500
+    return not isinstance(error, OSError) or error.errno is None or error.errno in NETWORK

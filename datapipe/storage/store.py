@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from datapipe.errors import NotFoundError
+from datapipe.errors import NotFoundError, StorageError
 
 Data = bytes | bytearray | memoryview | Path
 """What can be written: bytes in memory, or a local file that is streamed."""
@@ -23,6 +23,10 @@ class Entry(NamedTuple):
 
     name: str
     size: int
+
+
+class WrongRangeError(StorageError):
+    """The store answered a request for a range with other bytes."""
 
 
 class Store(ABC):
@@ -46,10 +50,10 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def create(self, name: str, data: Data) -> bool:
-        """Write an object that is not there yet; False, and nothing written, when it is.
+    def put_if_absent(self, name: str, data: Data) -> bool:
+        """Write an object unless the store itself finds the name in use; False, and nothing written, when it does.
 
-        False may also mean that a try of this very call had succeeded and its answer was lost: compare the content.
+        A store that knows no such condition, or ignores it, overwrites and says True: see `create` and `probe`.
         """
 
     @abstractmethod
@@ -63,6 +67,20 @@ class Store(ABC):
     @abstractmethod
     def at(self, *parts: str) -> "Store":
         """The store of a sub-folder."""
+
+    def create(self, name: str, data: Data) -> bool:
+        """Write an object that is not there yet; False, and nothing written, when it is.
+
+        No lock: where the store ignores conditions, two writers at the very same moment may both be told True, and
+        the later object stays, whole. So the name of what is created must follow from its content, or the writers
+        must claim the place first. False may also mean that a try of this very call had succeeded and its answer was
+        lost: compare the content.
+        """
+        return not self.exists(name) and self.put_if_absent(name, data)
+
+    def refuses_overwrite(self, name: str) -> bool:
+        """Whether `put_if_absent` on an object that is there is refused. Overwrites it if not: for `probe`."""
+        return not self.put_if_absent(name, b"overwritten")
 
     def exists(self, name: str) -> bool:
         """Whether an object of this name is there."""

@@ -15,6 +15,7 @@ import pytest
 from datapipe.config import StorageConfig
 from datapipe.errors import NotFoundError, StorageError
 from datapipe.storage import Entry, Store, is_remote, open_store, open_stream, split_url
+from datapipe.storage import retry
 from datapipe.storage import s3 as s3_store
 from tests.conftest import S3Server
 
@@ -148,7 +149,7 @@ def answering(*answers: int) -> Iterator[tuple[str, list[str]]]:
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3_store, "FIRST_WAIT_S", 1e-4)
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 1e-4)
 
 
 @pytest.mark.usefixtures("s3", "no_waiting")

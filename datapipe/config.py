@@ -51,6 +51,29 @@ class ShardConfig:
 
 
 @settings
+class SelectConfig:
+    """Which crops a new version consists of: those that meet all criteria, applied in this order."""
+
+    where: str = ""
+    """A condition on columns of the index, e.g. 'height >= 128 and source == "lup" and duplicate_of == null'."""
+    keys: str = ""
+    """File with keys of crops: one a line, or a parquet file with a column `key`; local or s3://bucket/name."""
+    names: str = ""
+    """File with original names, the best first: one a line, a parquet file with a column `name`, or a pickled list such
+    as the CFS ranking of LUPerson."""
+    keep: float = Field(default=1.0, gt=0, le=1)
+    """Share of the list of names that is kept, from its beginning."""
+    exclude: Literal["none", "exact", "near"] = "none"
+    """Keep one of several crops that are equal byte for byte ("exact"), or also of those that look nearly alike."""
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of the crops, drawn by a hash of their keys: 0.03 is part of 0.1, whatever else is the same."""
+    seed: int = 0
+    """Key of that hash; others give other crops. With the seed of the data set the share is a few whole shards."""
+    max_missing: float = Field(default=0.01, ge=0, le=1)
+    """Share of a list that may be absent from the data set, as quarantined crops are; above it the command fails."""
+
+
+@settings
 class StreamConfig:
     manifest: str = ""
     """The data set: a folder or s3://bucket/prefix with a manifest (its newest version), or one manifest file."""

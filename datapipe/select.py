@@ -1,0 +1,141 @@
+"""A new version of a data set that consists of some of its crops. No tar is written or read."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+
+from datapipe.config import SelectConfig, StorageConfig
+from datapipe.errors import ConfigError, DataError
+from datapipe.expression import Expression
+from datapipe.index import INDEX
+from datapipe.listed import By, look_up, read_list, refuse_ambiguous, refuse_missing
+from datapipe.manifest import Manifest, Selection
+from datapipe.plan_shards import rank
+from datapipe.storage import Store, open_store
+
+FILTERED = tuple(name for name in INDEX.names if name not in ("offset", "sha256", "removed"))
+"""Columns that conditions may speak of."""
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The new version, and what was left after each criterion: (criterion, crops)."""
+
+    manifest: Manifest
+    steps: tuple[tuple[str, int], ...]
+    missing: int
+    """Listed crops that the data set does not have."""
+
+
+def select(url: str, config: SelectConfig, storage: StorageConfig) -> Selected:
+    """Save the version of a data set with the crops that meet all criteria.
+
+    A folder stands for its newest version with all crops, so that selections never narrow one another by accident;
+    a manifest file for itself. Raises ConfigError without a criterion, DataError where no crop is left.
+    """
+    if config == SelectConfig(seed=config.seed, max_missing=config.max_missing, keep=config.keep):
+        raise ConfigError("no criterion is given", hint="--where, --names, --keys, --fraction or --exclude")
+    base = whole(url, storage)
+    choice = _Choice(base, config, storage)
+    if not len(choice.rows):
+        raise DataError("no crop meets all criteria", where=base.url,
+                        hint="; ".join(f"{name}: {count:,}" for name, count in choice.steps))
+    store = open_store(base.url, storage)
+    selection = write_selection(store, base.selected(storage)[choice.rows])
+    return Selected(base.derive(store, "select", selection=selection), tuple(choice.steps), choice.missing)
+
+
+def whole(url: str, storage: StorageConfig) -> Manifest:
+    """The newest version of a folder that is no selection, or the version that the url names."""
+    newest = Manifest.load(url, storage)
+    if url.endswith(".json") or not newest.selection:
+        return newest
+    versions = Manifest.versions(open_store(url, storage))
+    return [version for version in versions if not version.selection][-1]
+
+
+def write_selection(store: Store, rows: np.ndarray) -> Selection:
+    """Put sorted rows of all shards under the name of their content."""
+    sink = pyarrow.BufferOutputStream()
+    table = pyarrow.table({"row": pyarrow.array(rows, pyarrow.int64())})
+    pyarrow.parquet.write_table(table, sink, compression="zstd", use_dictionary=False,
+                                column_encoding={"row": "DELTA_BINARY_PACKED"})
+    data = sink.getvalue().to_pybytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    selection = Selection(f"selections/{sha256[:16]}.parquet", sha256, len(rows))
+    if not store.create(selection.file, data) and store.read(selection.file) != data:
+        store.replace(selection.file, data)  # damaged: its name says what it has to be
+    return selection
+
+
+class _Choice:
+    """Rows of a version (sorted, int64), narrowed by one criterion after the other."""
+
+    def __init__(self, base: Manifest, config: SelectConfig, storage: StorageConfig) -> None:
+        self.config, self.storage = config, storage
+        self.missing = 0
+        where = Expression(config.where, FILTERED) if config.where else None
+        self.table = base.table(_columns(config, where), storage)
+        live = pyarrow.compute.invert(self.table["removed"])
+        self.rows = np.flatnonzero(live.to_numpy())
+        self.steps = [("crops", len(self.rows))]
+        if where:
+            self._narrow("--where", lambda: self._that_hold(where))
+        if config.keys:
+            self._narrow("--keys", lambda: self._listed(config.keys, "key", 1.0))
+        if config.names:
+            self._narrow("--names", lambda: self._listed(config.names, "name", config.keep))
+        if config.exclude != "none":
+            self._narrow("--exclude", lambda: self._one_of_each(near=config.exclude == "near"))
+        if config.fraction < 1:
+            self._narrow("--fraction", self._first_ranked)
+
+    def _narrow(self, criterion: str, step: Callable[[], np.ndarray]) -> None:
+        self.rows = step()
+        self.steps.append((criterion, len(self.rows)))
+
+    def _that_hold(self, where: Expression) -> np.ndarray:
+        return self.rows[where.holds(self.table).to_numpy()[self.rows]]
+
+    def _listed(self, url: str, by: By, keep: float) -> np.ndarray:
+        """Rows in the first part of a list."""
+        listed = read_list(url, by, self.storage)
+        listed = listed.slice(0, round(keep * len(listed)))
+        found = look_up(listed, self.table, by)
+        refuse_missing(found, len(listed), share=self.config.max_missing, where=url)
+        self.missing += found.missing
+        place = found.place[self.rows]
+        refuse_ambiguous(place, listed, url)
+        return self.rows[place >= 0]
+
+    def _one_of_each(self, *, near: bool) -> np.ndarray:
+        """Of crops that are equal, or nearly, the first that is left, be it the one they were marked with or not."""
+        rows = first_of_each(self.table, self.rows, "duplicate_of")
+        return first_of_each(self.table, rows, "near_of") if near else rows
+
+    def _first_ranked(self) -> np.ndarray:
+        """The share with the lowest keyed hash. So a smaller share is part of every larger one; and with the seed of
+        the data set, whose shards are in that order, it is a run of neighbours, read as fast as everything."""
+        keys = self.table["key"].take(self.rows).to_pylist()
+        ranks = np.fromiter((rank(key, self.config.seed) for key in keys), np.uint64, len(keys))
+        first = np.argsort(ranks, kind="stable")[:round(self.config.fraction * len(keys))]
+        return self.rows[np.sort(first)]
+
+
+def first_of_each(table: pyarrow.Table, rows: np.ndarray, mark: str) -> np.ndarray:
+    """Of these rows, the first of each group of crops that `mark` says belong together."""
+    group = pyarrow.compute.coalesce(table[mark], table["key"]).take(rows)
+    codes = group.combine_chunks().dictionary_encode().indices.to_numpy()
+    return rows[np.sort(np.unique(codes, return_index=True)[1])]
+
+
+def _columns(config: SelectConfig, where: Expression | None) -> list[str]:
+    columns = {"key", "removed", *(where.columns if where else ())}
+    columns |= {"name"} if config.names else set()
+    columns |= {"duplicate_of", "near_of"} if config.exclude != "none" else set()
+    return sorted(columns)

@@ -18,8 +18,11 @@ class StorageConfig:
     """Address of an S3-compatible server, e.g. http://10.0.0.5:9000. Empty: AWS_ENDPOINT_URL or Amazon's own."""
     checksums: Literal["when_supported", "when_required"] = "when_supported"
     """Checksums boto3 adds to requests. "when_required" for older servers that answer 411 or store the framing."""
-    attempts: int = Field(default=6, ge=1)
-    """Tries per request before an error is final; waits grow from 0.2 s, doubled each time, with jitter."""
+    attempts: int = Field(default=20, ge=1)
+    """Most tries of one request. Waits between them grow from 0.2 to 10 s, with jitter; Retry-After is honoured."""
+    give_up_s: float = Field(default=120.0, gt=0)
+    """Seconds a request may keep failing (5xx, slow-down, resets, silence, cut bodies) before the error is final; a try
+    that is under way then may add timeout_s. Refusals (403) are final at once."""
     timeout_s: float = Field(default=60.0, gt=0)
     """Seconds without an answer after which one try counts as failed."""
 

@@ -31,7 +31,7 @@ from datapipe.progress import Progress
 from datapipe.scan import Scanned, read_rows, scan_unit
 from datapipe.shard import write_shard
 from datapipe.sources import Source, Unit, open_sources
-from datapipe.storage import Store, is_remote, open_store
+from datapipe.storage import Store, is_remote, open_store, probe
 from datapipe.workers import Executor, Workers
 
 REQUEST, QUARANTINE, SPOOL = "request.json", "quarantine.parquet", ".spool"
@@ -66,6 +66,8 @@ def ingest(sources: Sequence[str], out: str, config: ShardConfig, storage: Stora
     store = open_store(out, storage)
     found = _read_request(store)
     opened = open_sources(sources, storage)
+    if found is None:
+        probe(store).demand("ranges", "lists", where=out)
     work = [(source, unit) for source in opened for unit in source.units()]
     request = _request(work, config, licence)
     _refuse_other(store, found, request)

@@ -1,9 +1,12 @@
 """`python -m tests.bench [views loader ...] [--full] [--record]`: all benches where none is named."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
+from subprocess import CalledProcessError
 from time import monotonic
 
+from tests.bench import peers
 from tests.bench.record import load_average, record
 from tests.bench.run import BENCHES, measured_alone
 from tests.bench.scale import Scale, full
@@ -12,10 +15,14 @@ from tests.bench.scale import Scale, full
 def main() -> None:
     """Run benches one after the other; print each table as soon as it is there."""
     arguments = _arguments()
+    if arguments.setup:
+        peers.install()
+        return
+    benches = _possible(arguments.benches or BENCHES)
     scale = replace(full(Scale()) if arguments.full else Scale(), rounds=arguments.rounds)
     load, begin, tables = load_average(), monotonic(), []
     print(f"load average before: {load}; figures are per CPU-second, medians of {scale.rounds} interleaved rounds\n")
-    for name in arguments.benches or BENCHES:
+    for name in benches:
         tables.append(measured_alone(name, scale))
         print(f"{tables[-1]}\n", flush=True)
     print(f"{monotonic() - begin:.0f} s, load average after: {load_average()}")
@@ -23,11 +30,23 @@ def main() -> None:
         record(tables, load, arguments.note)
 
 
+def _possible(benches: Sequence[str]) -> list[str]:
+    """All of them, where the environment of the other libraries is there or can be made now."""
+    if "ingest_peers" in benches:
+        try:
+            peers.install()
+        except (OSError, CalledProcessError) as error:
+            print(f"left out: ingest_peers: {peers.MISSING}: {error}\n")
+            return [name for name in benches if name != "ingest_peers"]
+    return list(benches)
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("benches", nargs="*", metavar="BENCH", help=f"{', '.join(BENCHES)}; all if none is named")
     parser.add_argument("--full", action="store_true", help="retrieval at MSMT17's size: minutes, 1.5 GB")
     parser.add_argument("--rounds", type=int, default=Scale.rounds, help="counted rounds (default %(default)s)")
+    parser.add_argument("--setup", action="store_true", help="only install the libraries that ingest_peers needs")
     parser.add_argument("--record", action="store_true", help="append the tables to BENCHMARKS.md")
     parser.add_argument("--note", default="", help="a sentence to record with them")
     arguments = parser.parse_args()

@@ -25,7 +25,6 @@ def ingest(scale: Scale) -> Table:
     notes = (
         ABOUT,
         "ingestion: strict decode, sha256 and xxh3 of every crop, spool, tar, index, manifest; one process",
-        "left out: img2dataset and Ray Data's writer, which need an environment of their own",
     )
     return Table("ingest", f"{scale.crops} files of each kind", "img/s per CPU-second", rows, notes)
 

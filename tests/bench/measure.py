@@ -15,6 +15,8 @@ import psutil
 
 Work = Callable[[], int]
 """Does the work of one round; returns how many images (or queries, or batches) that was."""
+Clock = Callable[[], float]
+"""CPU seconds used so far."""
 Rates = dict[str, list[float]]
 """Contender -> work per CPU-second, a figure per round."""
 
@@ -32,16 +34,20 @@ class Spread:
         return Spread(median(figures), min(figures), max(figures))
 
 
-def rates(works: Mapping[str, Work], rounds: int) -> Rates:
-    """Every contender once per round, after one round that is not counted; every other round in reverse."""
+def rates(works: Mapping[str, Work], rounds: int, clocks: Mapping[str, Clock] | None = None) -> Rates:
+    """Every contender once per round, after one round that is not counted; every other round in reverse.
+
+    `clocks` by contender: for those that work in processes which live on beside the others; default `cpu_s`.
+    """
     found: Rates = {name: [] for name in works}
     for number in range(rounds + 1):
         turn = list(works.items())
         for name, work in turn if number % 2 == 0 else reversed(turn):
-            before = cpu_s()
+            clock = (clocks or {}).get(name, cpu_s)
+            before = clock()
             done = work()
             if number:
-                found[name].append(done / max(cpu_s() - before, 1e-9))
+                found[name].append(done / max(clock() - before, 1e-9))
     return found
 
 
@@ -53,8 +59,18 @@ def ratio(ours: list[float], theirs: list[float]) -> Spread:
 def cpu_s() -> float:
     """User and system time of this process, all its threads, and its descendants, living or waited for."""
     gone = resource.getrusage(resource.RUSAGE_CHILDREN)
-    total = process_time() + gone.ru_utime + gone.ru_stime
-    for child in psutil.Process().children(recursive=True):
+    return process_time() + gone.ru_utime + gone.ru_stime + _used(psutil.Process().children(recursive=True))
+
+
+def tree_cpu_s(root: int) -> float:
+    """User and system time of another process and its descendants, living or waited for."""
+    process = psutil.Process(root)
+    return _used([process, *process.children(recursive=True)])
+
+
+def _used(processes: list[psutil.Process]) -> float:
+    total = 0.0
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
-            total += sum(child.cpu_times()[:4])  # its own user and system time, and that of its own dead children
+            total += sum(process.cpu_times()[:4])  # its own user and system time, and that of its own dead children
     return total

@@ -174,7 +174,7 @@ def _node() -> str:
 def _refusal(blind: dict[str, tuple[str, ...]]) -> DataError:
     places = sorted({place for missing in blind.values() for place in missing})
     return DataError(
-        f"{', '.join(sorted(blind))} of the cluster: not the same files as here in {', '.join(places)}",
-        where=places[0],
+        f"not every machine of the cluster sees the same files as this one: {', '.join(sorted(blind))} does not",
+        where=", ".join(places),
         hint="give s3://bucket/prefix, or a folder that all machines share under the same path (--spool, too)",
     )

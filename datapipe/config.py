@@ -77,6 +77,26 @@ class SelectConfig:
 
 
 @settings
+class RemoveConfig:
+    """Which crops go: those that meet all criteria."""
+
+    source: str = ""
+    """All crops of this source (its name as `stats` prints it), or the listed ones among them."""
+    keys: str = ""
+    """File with keys of crops: one a line, or a parquet file with a column `key`; local or s3://bucket/name."""
+    names: str = ""
+    """File with original names: one a line, a parquet file with a column `name`, or a pickled list."""
+    duplicates: bool = False
+    """Take out as well what is equal to such a crop byte for byte, whatever its name and source."""
+    reason: str = ""
+    """Why; noted in the record. Let it name nobody."""
+    date: str = ""
+    """When; noted in the record as it is given."""
+    workers: int = Field(default=0, ge=0)
+    """Processes. 0: one per core. Each needs memory for two tars."""
+
+
+@settings
 class StreamConfig:
     manifest: str = ""
     """The data set: a folder or s3://bucket/prefix with a manifest (its newest version), or one manifest file."""

@@ -1,22 +1,27 @@
-"""Is a data set still what was written? Hashes of manifest, tars and indexes, tar headers, every crop's checksum."""
+"""Is a data set still what was written? Hashes of manifest, tars and indexes, tar headers, every crop's checksum, and
+what rows say of one another: keys, duplicates, removed crops, selections."""
 
 import hashlib
 import tarfile
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import pyarrow
 import pyarrow.compute
 import simplejpeg
 import xxhash
 
 from datapipe.config import StorageConfig
+from datapipe.difference_hash import difference_hash
 from datapipe.errors import DataError, NotFoundError
-from datapipe.manifest import Manifest, Shard, read_index
-from datapipe.plan_shards import BLOCK, END_BYTES
+from datapipe.heirs import MARKS
+from datapipe.index import INDEX, Shard, read_index
+from datapipe.manifest import Manifest, read_selection
 from datapipe.progress import Progress
-from datapipe.shard import header
+from datapipe.relations import Finding, relation_findings
 from datapipe.storage import Store, open_store
+from datapipe.tar import BLOCK, END_BYTES, header
 from datapipe.workers import Workers
 
 Decode = Literal["none", "sample", "all"]
@@ -24,13 +29,6 @@ SAMPLE = 100
 """With "sample", one crop in so many is decoded, and one of each shard at least."""
 MOST_PER_SHARD = 20
 """Findings listed one by one per shard; more are counted."""
-
-
-class Finding(NamedTuple):
-    """Something wrong: where it is, down to the crop, and what it is."""
-
-    where: str
-    what: str
 
 
 class Verified(NamedTuple):
@@ -43,8 +41,13 @@ class Verified(NamedTuple):
 
 class _Checked(NamedTuple):
     findings: list[Finding]
-    keys: pyarrow.Array
+    rows: pyarrow.Table
+    """RELATED of the shard's own crops."""
     decoded: int
+
+
+RELATED = ("key", "sha256", "dhash", *MARKS)
+_NONE = INDEX.empty_table().select(RELATED)
 
 
 def verify(url: str, decode: Decode, storage: StorageConfig, *, workers: int = 0) -> Verified:
@@ -55,42 +58,70 @@ def verify(url: str, decode: Decode, storage: StorageConfig, *, workers: int = 0
     manifest = Manifest.load(url, storage)
     store = open_store(manifest.url, storage)
     findings: list[Finding] = []
-    keys, decoded = [], 0
+    tables, decoded = [], 0
     tasks = ((store, shard, decode) for shard in manifest.shards)
     with Progress("verify", manifest.bytes) as progress, Workers(workers) as pool:
         results = pool.run(check_shard, tasks, count=len(manifest.shards))
         for shard, checked in zip(manifest.shards, results, strict=True):
             findings += checked.findings
-            keys.append(checked.keys)
+            tables.append(checked.rows)
             decoded += checked.decoded
-            progress.advance(shard.bytes, f"{len(keys)} of {len(manifest.shards)} shards, {len(findings)} findings")
-    return Verified(manifest, findings + list(_repeated(manifest, keys)), decoded)
+            progress.advance(shard.bytes, f"{len(tables)} of {len(manifest.shards)} shards, {len(findings)} findings")
+    findings += relation_findings(pyarrow.concat_tables([_NONE, *tables]), manifest.file)
+    return Verified(manifest, findings + list(_selection_findings(store, manifest)), decoded)
 
 
 def check_shard(store: Store, shard: Shard, decode: Decode) -> _Checked:
     """All findings of one tar and its index."""
-    none = pyarrow.array([], pyarrow.string())
     try:
         rows = read_index(store, shard)
     except DataError as error:
-        return _Checked([Finding(shard.index, error.what), *_check_tar(store, shard)[0]], none, 0)
-    findings, tar = _check_tar(store, shard)
+        return _Checked([Finding(shard.index, error.what), *check_tar(store, shard)[0]], _NONE, 0)
+    findings, tar = check_tar(store, shard)
     decoded = 0
     if tar is not None:
         broken = []
         for number, row in enumerate(rows.to_pylist()):
             looked = decode == "all" or (decode == "sample" and number % SAMPLE == 0)
-            what = _wrong(tar, row, decode=looked)
+            what = wrong(tar, row, decode=looked)
             decoded += looked
             if what:
                 broken.append(Finding(f"{shard.name}: {row['key']}.jpg ({row['source']}: {row['name']})", what))
         findings += broken[:MOST_PER_SHARD]
         if len(broken) > MOST_PER_SHARD:
             findings.append(Finding(shard.name, f"and {len(broken) - MOST_PER_SHARD:,} more crops of this shard"))
-    return _Checked(findings, rows["key"].combine_chunks(), decoded)
+    live = ~rows["removed"].to_numpy()
+    findings += _stand_in_findings(shard, rows, live)
+    return _Checked(findings, rows.select(RELATED).filter(pyarrow.array(live)), decoded)
 
 
-def _check_tar(store: Store, shard: Shard) -> tuple[list[Finding], bytes | None]:
+def _stand_in_findings(shard: Shard, rows: pyarrow.Table, live: np.ndarray) -> list[Finding]:
+    """Rows of removed crops have to be copies of the next crop of the shard that is there."""
+    there = np.flatnonzero(live)
+    removed = np.flatnonzero(~live)
+    if not len(there) or not len(removed):
+        return []  # a shard without crops of its own refers to another one: headers and checksums were compared
+    expected = rows.take(there[np.searchsorted(there, removed) % len(there)]).drop_columns(["removed"])
+    if rows.take(removed).drop_columns(["removed"]).equals(expected):
+        return []
+    return [Finding(shard.index, "a row of a removed crop is not a copy of the next one")]
+
+
+def _selection_findings(store: Store, manifest: Manifest) -> Iterator[Finding]:
+    if not manifest.selection:
+        return
+    try:
+        rows = read_selection(store, manifest.selection)
+    except DataError as error:
+        yield Finding(manifest.selection.file, error.what)
+        return
+    ascending = (np.diff(rows) > 0).all() and (not len(rows) or (rows[0] >= 0 and rows[-1] < manifest.stored_rows))
+    if len(rows) != manifest.selection.rows or not ascending:
+        yield Finding(manifest.selection.file, "its rows are not rows of the shards in ascending order")
+
+
+def check_tar(store: Store, shard: Shard) -> tuple[list[Finding], bytes | None]:
+    """(what is wrong with the tar as a whole, its bytes if there are any)."""
     try:
         tar = store.read(shard.name)
     except NotFoundError:
@@ -105,7 +136,7 @@ def _check_tar(store: Store, shard: Shard) -> tuple[list[Finding], bytes | None]
     return findings, tar
 
 
-def _wrong(tar: bytes, row: dict[str, Any], *, decode: bool) -> str:
+def wrong(tar: bytes, row: dict[str, Any], *, decode: bool) -> str:
     """What is wrong with one crop; empty if nothing is."""
     start, size = row["offset"], row["size"]
     data = memoryview(tar)[start:start + size]
@@ -128,6 +159,8 @@ def _undecodable(data: bytes, row: dict[str, Any]) -> str:
         return f"it cannot be decoded: {error}"
     if (height, width) != (row["height"], row["width"]):
         return f"it is {height}x{width} pixels, the index says {row['height']}x{row['width']}"
+    if difference_hash(data) != row["dhash"]:
+        return "its perceptual hash is not that of the index"
     return ""
 
 
@@ -137,11 +170,3 @@ def _describe(block: bytes) -> str:
     except tarfile.HeaderError as error:
         return f"is no tar header ({error})"
     return f"is for {member.name} with {member.size:,} bytes"
-
-
-def _repeated(manifest: Manifest, keys: list[pyarrow.Array]) -> Iterator[Finding]:
-    if not keys:
-        return
-    counts = pyarrow.compute.value_counts(pyarrow.chunked_array(keys))
-    for count in counts.filter(pyarrow.compute.greater(counts.field("counts"), 1)).to_pylist()[:MOST_PER_SHARD]:
-        yield Finding(manifest.file, f"the key {count['values']} occurs {count['counts']} times")

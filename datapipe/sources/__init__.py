@@ -1,21 +1,23 @@
 """Where crops come from, one file each. A source lists its work as units and reads a unit one crop at a time.
 
-To add one: a class with `label`, `units` and `read`, and a line in `_open`. Units and sources are picklable: whoever
-reads a unit may be another process on another machine.
+To add one: a file with a class that has what `Source` and `Kind` ask for, and a line in `_kinds`. Sources and units are
+picklable: whoever reads a unit may be another process on another machine. Units are frozen dataclasses of text and
+numbers, so that they can also be kept as lines of JSON.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError, NotFoundError
-from datapipe.storage import open_store
+from datapipe.config import ShardConfig, StorageConfig
+from datapipe.errors import DataError
+from datapipe.sources.place import Place, find_place
 
 UNKNOWN = -1
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
-"""Names with these endings, upper or lower case, are taken for images; what they really are, screening finds out."""
-TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
+UNIT_CROPS = 2_048
+"""Most crops of a unit, where a source can be cut anywhere."""
+UNIT_BYTES = 32_000_000
+"""Bytes at which a unit ends, where a source can be cut anywhere."""
 
 
 class Crop(NamedTuple):
@@ -41,7 +43,7 @@ class Crop(NamedTuple):
 
 
 class Unit(Protocol):
-    """A part of a source that one process reads in one go."""
+    """A part of a source that one process reads in one go: a frozen dataclass of text and numbers."""
 
     @property
     def bytes(self) -> int:
@@ -62,12 +64,27 @@ class Source(Protocol):
     def units(self) -> Iterator[Any]:
         """All work, always in the same order and cut in the same way. Raises DataError where there is none."""
 
+    def unit(self, fields: dict[str, Any]) -> Any:
+        """The unit of these fields, as `dataclasses.asdict` gives them and JSON keeps them (tuples become lists)."""
+
     def read(self, unit: Any) -> Iterator[Crop]:
         """The crops of a unit, always in the same order. Raises DataError where the source is damaged."""
 
 
-def open_sources(urls: Sequence[str], storage: StorageConfig) -> list[Source]:
-    """One source per url: a folder of images, a folder of tars, one tar, or a brace pattern of tars.
+class Kind(Protocol):
+    """A class of sources."""
+
+    UNDERSTANDS: str
+    """What its urls may point at, for messages."""
+
+    @classmethod
+    def at(cls, place: Place) -> Source | None:
+        """The source there, if it is of this kind."""
+
+
+def open_sources(urls: Sequence[str], storage: StorageConfig, *,
+                 jpeg_quality: int = ShardConfig().jpeg_quality) -> list[Source]:
+    """One source per url, of whatever kind is there; `jpeg_quality` is for crops that are cut from videos.
 
     Labels are the last parts of the urls, as many as it takes to tell them apart.
     """
@@ -77,7 +94,8 @@ def open_sources(urls: Sequence[str], storage: StorageConfig) -> list[Source]:
     repeated = [url for url, count in Counter(plain).items() if count > 1]
     if repeated:
         raise DataError("a source was given twice", where=repeated[0], hint="give each source once")
-    return [_open(url, label, storage) for url, label in zip(plain, _labels(plain), strict=True)]
+    return [_open(find_place(url, label, storage, jpeg_quality))
+            for url, label in zip(plain, _labels(plain), strict=True)]
 
 
 def _labels(urls: Sequence[str]) -> list[str]:
@@ -89,36 +107,21 @@ def _labels(urls: Sequence[str]) -> list[str]:
     return [url.replace("://", "/") for url in urls]
 
 
-def _open(url: str, label: str, storage: StorageConfig) -> Source:
+def _kinds() -> tuple[Kind, ...]:
+    """In the order in which they are tried: a folder of videos also holds tables of boxes, one of frames images."""
+    from datapipe.sources.archive import ArchiveSource
     from datapipe.sources.folder import FolderSource
-    from datapipe.sources.webdataset_shards import ShardsSource
+    from datapipe.sources.lmdb_set import LmdbSource
+    from datapipe.sources.parquet_table import ParquetSource
+    from datapipe.sources.video import VideoSource
 
-    if url.lower().endswith(TAR_ENDINGS):
-        return ShardsSource(url, label, storage)
-    try:
-        for entry in open_store(url, storage).list():
-            if is_tar(entry.name):
-                return ShardsSource(url, label, storage)
-            if is_image(entry.name):
-                return FolderSource(url, label, storage)
-    except NotFoundError as error:
-        raise DataError(f"the source cannot be opened: {error.what}", where=url,
-                        hint="give a folder of images, a tar, or a folder of tars; check for a typing mistake"
-                        ) from error
-    raise DataError("the source holds no images", where=url,
-                    hint=f"images end in {', '.join(IMAGE_ENDINGS)}; tars in {', '.join(TAR_ENDINGS)}")
+    return LmdbSource, VideoSource, ArchiveSource, ParquetSource, FolderSource
 
 
-def is_image(name: str) -> bool:
-    """Whether a file of this name is read as an image. Hidden files and folders are not."""
-    return name.lower().endswith(IMAGE_ENDINGS) and not is_hidden(name)
-
-
-def is_tar(name: str) -> bool:
-    """Whether a file of this name is read as a tar. Hidden files and folders are not."""
-    return name.lower().endswith(TAR_ENDINGS) and not is_hidden(name)
-
-
-def is_hidden(name: str) -> bool:
-    """Whether the file or a folder above it starts with a dot: copies of metadata, work in progress."""
-    return name.startswith(".") or "/." in name
+def _open(place: Place) -> Source:
+    for kind in _kinds():
+        if source := kind.at(place):
+            return source
+    what = "the source holds no images" if place.is_folder else "this file is no source of crops"
+    raise DataError(what, where=place.url, hint="understood are:\n         " +
+                    "\n         ".join(kind.UNDERSTANDS for kind in _kinds()))

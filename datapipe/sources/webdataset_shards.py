@@ -1,111 +1,90 @@
-"""WebDataset tars made by others, read through the webdataset library.
+"""WebDataset samples in tars made by others: which members belong together is for the webdataset library to say.
 
-The library takes a tar that was cut between two members for a complete one; here such a tar is an error.
+Members come from `tars`, not from the library's own reader: that one drops links in silence, and takes a tar that was
+cut between two members for a complete one.
 """
 
-import gzip
-import hashlib
 import json
-import tarfile
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import BinaryIO, cast
+from itertools import chain, pairwise
+from typing import Any, NamedTuple, cast
 
-import braceexpand
-
-from datapipe.config import StorageConfig
 from datapipe.errors import DataError
-from datapipe.sources import IMAGE_ENDINGS, TAR_ENDINGS, UNKNOWN, Crop, is_image, is_tar
-from datapipe.sources.folder import parse_market_name
-from datapipe.storage import open_store, open_stream, split_url
+from datapipe.sources import Crop
+from datapipe.sources.labels import labelled
+from datapipe.sources.place import IMAGE_ENDINGS, is_image
+from datapipe.sources.tars import Member
 
-END_BYTES = 1024
-"""A tar ends with two blocks of zeros; one that does not was cut."""
-LABELS = {"pid": ("pid", "person", "person_id"), "camera": ("camera", "camid", "camera_id")}
-"""Keys of a sample's .json that are taken for person and camera where its name does not tell."""
-
-
-@dataclass(frozen=True)
-class TarUnit:
-    """One tar."""
-
-    url: str
-    prefix: str
-    """Put before the names of the members: tars of one source may use the same names."""
-    bytes: int
-    digest: str
+LOOKED_AT, LOOKED_BYTES = 64, 16 << 20
+"""Members, and bytes, at the beginning of a tar that tell whether it holds samples."""
 
 
-@dataclass(frozen=True)
-class ShardsSource:
-    """One tar, a folder of tars, or a brace pattern such as "s3://bucket/set/{000..127}.tar"."""
+class Found(NamedTuple):
+    """The members of a tar, all of them, and what the first ones tell."""
 
-    url: str
-    label: str
-    storage: StorageConfig
-
-    def units(self) -> Iterator[TarUnit]:
-        for folder, name, size in self._tars():
-            prefix = "" if self.url.endswith("/" + name) or self.url == name else f"{name}/"
-            digest = hashlib.sha256(f"{name}\0{size}".encode("utf-8", "surrogateescape")).hexdigest()
-            yield TarUnit(f"{folder}/{name}", prefix, size, digest)
-
-    def read(self, unit: TarUnit) -> Iterator[Crop]:
-        # Imported here because webdataset loads torch where it finds it: seconds that other sources do without.
-        from webdataset.tariterators import group_by_keys, tar_file_iterator
-
-        try:
-            members = ({**member, "__url__": unit.url} for member in tar_file_iterator(self._open(unit)))
-            for sample in group_by_keys(members, lcase=False):
-                yield from self._crops(sample, unit.prefix)
-        except (tarfile.TarError, ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise DataError(f"the tar cannot be read to its end: {error}", where=unit.url,
-                            hint="it was cut or damaged: copy it again, or leave it out") from error
-
-    def _tars(self) -> Iterator[tuple[str, str, int]]:
-        """(folder, name, bytes) of each tar, sorted within a folder, in the order of a brace pattern."""
-        if self.url.lower().endswith(TAR_ENDINGS):
-            for url in braceexpand.braceexpand(self.url):
-                folder, name = split_url(url)
-                yield folder, name, open_store(folder, self.storage).size(name)
-            return
-        for entry in open_store(self.url, self.storage).list():
-            if is_image(entry.name):
-                raise DataError("the folder holds both images and tars", where=f"{self.url}/{entry.name}",
-                                hint="give the folders of images and the tars as separate sources")
-            if is_tar(entry.name):
-                yield self.url, entry.name, entry.size
-
-    def _open(self, unit: TarUnit) -> BinaryIO:
-        stream = open_stream(unit.url, config=self.storage)
-        if not unit.url.lower().endswith(".tar"):
-            return cast(BinaryIO, gzip.GzipFile(fileobj=stream))  # its own checks find a cut
-        folder, name = split_url(unit.url)
-        end = open_store(folder, self.storage).read(name, start=max(0, unit.bytes - END_BYTES), size=END_BYTES)
-        if unit.bytes < END_BYTES or end.strip(b"\0"):
-            raise DataError("the tar is cut: its end is missing", where=unit.url,
-                            hint="copy it again, or leave it out")
-        return stream
-
-    def _crops(self, sample: dict[str, object], prefix: str) -> Iterator[Crop]:
-        labels = _labels(sample)
-        for ending, data in sample.items():
-            if not ending.startswith("__") and ("." + ending).lower().endswith(IMAGE_ENDINGS):
-                name = f"{sample['__key__']}.{ending}"
-                yield Crop(self.label, prefix + name, cast(bytes, data), *(parse_market_name(name) or labels))
+    has_samples: bool
+    """An image has a file of the same name and another ending beside it: its labels."""
+    members: Iterator[Member]
 
 
-def _labels(sample: dict[str, object]) -> tuple[int, int]:
+def look_ahead(members: Iterator[Member]) -> Found:
+    """Whether a tar holds WebDataset samples, or just images. Its own members decide, so all machines agree."""
+    first: list[Member] = []
+    while len(first) < LOOKED_AT and sum(len(member.data) for member in first) < LOOKED_BYTES:
+        if (member := next(members, None)) is None:
+            break
+        first.append(member)
+    has_samples = any(_key(one.name) == _key(next_one.name) and is_image(one.name) != is_image(next_one.name)
+                      for one, next_one in pairwise(first))
+    return Found(has_samples, chain(first, members))
+
+
+def read_samples(members: Iterator[Member], label: str, prefix: str, url: str) -> Iterator[Crop]:
+    """The images of all samples, with the labels of the .json beside them; links and the like come last.
+
+    Raises DataError where two members have the same name, or labels are not JSON.
+    """
+    # Imported here because webdataset loads torch where it finds it: seconds that other sources do without.
+    from webdataset.tariterators import group_by_keys
+
+    problems: list[Member] = []
+
+    def files() -> Iterator[dict[str, Any]]:
+        for member in members:
+            if member.problem:
+                problems.append(member)
+            else:
+                yield {"fname": member.name, "data": member.data, "__url__": url}
+
+    try:
+        for sample in group_by_keys(files(), lcase=False):
+            yield from _crops(sample, label, prefix)
+    except ValueError as error:
+        raise DataError(f"the samples cannot be read: {error}", where=url,
+                        hint="correct the tar, or leave it out") from error
+    for member in problems:
+        yield labelled(label, prefix + member.name, b"", problem=member.problem)
+
+
+def _key(name: str) -> str:
+    """What members of one sample share: all up to the first dot of the last part."""
+    folder, slash, base = name.rpartition("/")
+    return f"{folder}{slash}{base.partition('.')[0]}"
+
+
+def _crops(sample: dict[str, object], label: str, prefix: str) -> Iterator[Crop]:
+    record = _record(sample)
+    for ending, data in sample.items():
+        if not ending.startswith("__") and ("." + ending).lower().endswith(IMAGE_ENDINGS):
+            yield labelled(label, f"{prefix}{sample['__key__']}.{ending}", cast(bytes, data), record)
+
+
+def _record(sample: dict[str, object]) -> dict[str, Any]:
     text = sample.get("json")
     if not isinstance(text, bytes):
-        return UNKNOWN, UNKNOWN
+        return {}
     try:
         record = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{sample['__key__']}.json is not JSON: {error}") from error
-    if not isinstance(record, dict):
-        return UNKNOWN, UNKNOWN
-    pid, camera = (next((record[key] for key in keys if isinstance(record.get(key), int)), UNKNOWN)
-                   for keys in LABELS.values())
-    return pid, camera
+    return record if isinstance(record, dict) else {}

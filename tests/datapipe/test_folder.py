@@ -7,7 +7,7 @@ import pytest
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError
 from datapipe.sources import Crop, Source, folder, open_sources
-from datapipe.sources.folder import parse_market_name
+from datapipe.sources.labels import parse_market_name
 from tests.conftest import S3Server
 
 
@@ -40,7 +40,7 @@ def test_folder__finds_images_at_any_depth_and_nothing_else(tmp_path: Path) -> N
 
 
 def test_folder__is_the_same_on_an_object_store(tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "UNIT_FILES", 100)
+    monkeypatch.setattr(folder, "UNIT_CROPS", 100)
     bucket = s3.bucket()
     (tmp_path / "set").mkdir()
     for number in range(150):
@@ -78,7 +78,7 @@ def test_open_sources__says_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "readme.txt").write_text("no images here")
     (tmp_path / "file.jpg").write_bytes(b"1")
-    for url, message in [("missing", "does not exist"), ("empty", "no images"), ("file.jpg", "not a folder")]:
+    for url, message in [("missing", "does not exist"), ("empty", "no images"), ("file.jpg", "no source of crops")]:
         with pytest.raises(DataError, match=message) as caught:
             open_sources([str(tmp_path / url)], StorageConfig())
         assert str(tmp_path / url) in str(caught.value)
@@ -92,5 +92,5 @@ def test_folder__refuses_tars_among_images(tmp_path: Path) -> None:
     for name in ("a.jpg", "b.tar"):
         (tmp_path / name).write_bytes(b"1")
     (source,) = open_sources([str(tmp_path)], StorageConfig())
-    with pytest.raises(DataError, match="both images and tars"):
+    with pytest.raises(DataError, match="both archives and images"):
         list(source.units())

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError, NotFoundError
-from datapipe.sources.folder import parse_market_name
+from datapipe.sources.labels import parse_market_name
 from datapipe.storage import Store, open_store
 
 JUNK = -1

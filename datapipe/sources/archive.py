@@ -1,0 +1,109 @@
+"""Zips and tars, whole or cut into pieces, alone, in folders or by brace pattern. Members are never written to disk.
+
+What a member is called is only its name: one that points outside ("../x.jpg", "/x.jpg") is read like any other. Links
+and devices are not followed; the crops they might have been are reported.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from datapipe.config import StorageConfig
+from datapipe.sources import UNIT_BYTES, UNIT_CROPS, Crop, tars, webdataset_shards, zips
+from datapipe.sources.labels import labelled
+from datapipe.sources.pieces import Archive, list_archives, open_archive
+from datapipe.sources.place import ARCHIVES, Place, is_hidden, is_image
+
+
+@dataclass(frozen=True)
+class ArchiveUnit:
+    """A whole tar, or a slice of a zip's directory."""
+
+    archive: Archive
+    start: int
+    """First byte of the slice of the directory; 0 for a tar."""
+    size: int
+    """Bytes of that slice; 0 for a tar."""
+    shift: int
+    """Bytes that were put before a zip, as self-extracting ones have."""
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class ArchiveSource:
+    """One archive, a folder of them, or a brace pattern such as "s3://bucket/set/{000..127}.tar"."""
+
+    UNDERSTANDS = ("a zip, a tar (.tar, .tar.gz, .tgz) of images or of WebDataset samples, a folder or a {00..12} "
+                   "pattern of them, or their pieces (.zip.001, .tar.aa)")
+
+    url: str
+    label: str
+    storage: StorageConfig
+
+    @classmethod
+    def at(cls, place: Place) -> "ArchiveSource | None":
+        return cls(place.url, place.label, place.storage) if ARCHIVES in place.kinds else None
+
+    def units(self) -> Iterator[ArchiveUnit]:
+        for archive in list_archives(self.url, self.storage):
+            if archive.is_zip:
+                yield from self._slices(archive)
+            else:
+                yield ArchiveUnit(archive, 0, 0, 0, archive.size, _digest(archive))
+
+    def unit(self, fields: dict[str, Any]) -> ArchiveUnit:
+        return ArchiveUnit(**{**fields, "archive": Archive.of(fields["archive"])})
+
+    def read(self, unit: ArchiveUnit) -> Iterator[Crop]:
+        with open_archive(unit.archive, self.storage) as stream:
+            yield from self._zip(stream, unit) if unit.archive.is_zip else self._tar(stream, unit.archive)
+
+    def _slices(self, archive: Archive) -> Iterator[ArchiveUnit]:
+        with open_archive(archive, self.storage) as stream:
+            start, size, shift = zips.find_directory(stream, archive.url)
+            begin = position = start
+            crops = packed = 0
+            digest = hashlib.sha256(archive.name.encode("utf-8", "surrogateescape"))
+            for entry in zips.list_entries(stream, start, size, archive.url):
+                zips.check_readable(entry, archive.url)
+                digest.update(entry.facts)
+                position = entry.end
+                if is_wanted(entry.name, entry.special):
+                    crops, packed = crops + 1, packed + entry.packed
+                if crops == UNIT_CROPS or packed >= UNIT_BYTES:
+                    yield ArchiveUnit(archive, begin, position - begin, shift, packed, digest.hexdigest())
+                    begin, crops, packed = position, 0, 0
+            if crops:
+                yield ArchiveUnit(archive, begin, position - begin, shift, packed, digest.hexdigest())
+
+    def _zip(self, stream: BinaryIO, unit: ArchiveUnit) -> Iterator[Crop]:
+        stream.seek(unit.start)
+        listed = io.BytesIO(stream.read(unit.size))
+        for entry in zips.list_entries(listed, 0, unit.size, unit.archive.url):
+            if is_wanted(entry.name, entry.special):
+                data, problem = zips.read_entry(stream, entry, unit.shift, unit.archive.url)
+                yield labelled(self.label, unit.archive.prefix + entry.name, data, problem=problem)
+
+    def _tar(self, stream: BinaryIO, archive: Archive) -> Iterator[Crop]:
+        members = tars.read_members(stream, archive.url, packed=not archive.name.lower().endswith(".tar"))
+        wanted = (member for member in members if not is_hidden(member.name))
+        if (found := webdataset_shards.look_ahead(wanted)).has_samples:
+            yield from webdataset_shards.read_samples(found.members, self.label, archive.prefix, archive.url)
+            return
+        for member in found.members:
+            if is_wanted(member.name, member.problem):
+                yield labelled(self.label, archive.prefix + member.name, member.data,
+                               problem=member.problem)
+
+
+def is_wanted(name: str, special: str) -> bool:
+    """Images, and whatever a link or a device hides."""
+    return is_image(name) or (bool(special) and not is_hidden(name))
+
+
+def _digest(archive: Archive) -> str:
+    facts = "\0".join((archive.name, *map(str, archive.sizes)))
+    return hashlib.sha256(facts.encode("utf-8", "surrogateescape")).hexdigest()

@@ -1,0 +1,106 @@
+"""Boxes of people in the frames of a video: MOT text, or a parquet of frame, box and track."""
+
+import io
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+from datapipe.errors import DataError
+from datapipe.sources import UNKNOWN
+from datapipe.sources.labels import NUMBERS
+
+MOT_COLUMNS = 6
+"""frame, track, left, top, width, height; what follows is not needed, but for the flag of the ground truth."""
+BOX_LISTS = ("box", "bbox")
+CORNERS = (("left", "top", "width", "height"), ("x", "y", "w", "h"), ("bb_left", "bb_top", "bb_width", "bb_height"))
+OPPOSITE = ("x1", "y1", "x2", "y2")
+
+
+class Boxes(NamedTuple):
+    """n boxes in the order of their frames."""
+
+    frame: np.ndarray
+    """int64[n], as the source numbers them."""
+    track: np.ndarray
+    """int64[n]; -1: unknown."""
+    corners: np.ndarray
+    """float64[n, 4]: left, top, right, bottom in pixels; 0, 0 is the upper left corner of the frame."""
+    row: np.ndarray
+    """int64[n]: where each box stood in its file, from 0."""
+    first_frame: int
+    """Number of a video's first frame: 1 in MOT text, 0 in parquet."""
+
+
+def read_mot(data: bytes, where: str, *, truth: bool = False) -> Boxes:
+    """Lines of "frame,track,left,top,width,height,...", as MOTChallenge and most trackers write them.
+
+    `truth`: the lines are MOTChallenge's ground truth, whose seventh number 0 says that a line is not to be considered.
+    """
+    try:
+        table = np.loadtxt(io.BytesIO(data), delimiter=_delimiter(data), ndmin=2, dtype=np.float64)
+    except ValueError as error:
+        raise DataError(f"this is no MOT text: {error}", where=where, hint="lines of frame,track,left,top,width,height"
+                        ) from error
+    if table.size and table.shape[1] < MOT_COLUMNS:
+        raise DataError(f"lines have {table.shape[1]} numbers, MOT text has at least {MOT_COLUMNS}", where=where,
+                        hint="lines of frame,track,left,top,width,height")
+    table = table.reshape(-1, max(table.shape[1], MOT_COLUMNS))
+    considered = table[:, 6] != 0 if truth and table.shape[1] > MOT_COLUMNS else np.ones(len(table), bool)
+    corners = np.hstack([table[:, 2:4], table[:, 2:4] + table[:, 4:6]])
+    return _sorted(table[:, 0], table[:, 1], corners, considered, 1, where)
+
+
+def read_table(data: bytes, where: str) -> Boxes:
+    """A parquet of `frame` (the first one is 0), a box, and `track` where it is known.
+
+    The box is a list `box` or `bbox` of left, top, width, height; or these four columns (also x, y, w, h); or x1, y1,
+    x2, y2.
+    """
+    try:
+        table = pyarrow.parquet.read_table(io.BytesIO(data))
+        frame = _column(table, NUMBERS["frame"])
+        track = _column(table, (*NUMBERS["track"], "id"))
+        corners = _corners(table)
+    except (pyarrow.ArrowException, ValueError, TypeError) as error:
+        raise DataError(f"the boxes cannot be read: {error}", where=where, hint="check the file and its columns"
+                        ) from error
+    if frame is None or corners is None:
+        raise DataError(f"no boxes in the columns {', '.join(table.column_names)}", where=where,
+                        hint="needed are frame, box (left, top, width, height) and, where known, track")
+    unknown = np.full(len(frame), UNKNOWN)
+    return _sorted(frame, unknown if track is None else track, corners, np.ones(len(frame), bool), 0, where)
+
+
+def _sorted(frame: np.ndarray, track: np.ndarray, corners: np.ndarray, taken: np.ndarray, first_frame: int,
+            where: str) -> Boxes:
+    numbers = np.column_stack([frame, track, corners])
+    if not np.isfinite(numbers).all() or (frame % 1).any() or (track % 1).any():
+        raise DataError("a frame or a track is no whole number, or a box no number at all", where=where,
+                        hint="correct that line")
+    row = np.flatnonzero(taken)
+    row = row[np.argsort(frame[row], kind="stable")]
+    return Boxes(frame[row].astype(np.int64), track[row].astype(np.int64), corners[row], row, first_frame)
+
+
+def _delimiter(data: bytes) -> str | None:
+    return "," if b"," in data else None
+
+
+def _column(table: pyarrow.Table, names: Sequence[str]) -> np.ndarray | None:
+    name = next((name for name in names if name in table.column_names), None)
+    return None if name is None else table[name].to_numpy().astype(np.float64)
+
+
+def _corners(table: pyarrow.Table) -> np.ndarray | None:
+    for name in BOX_LISTS:
+        if name in table.column_names:
+            box = np.array(table[name].to_pylist(), np.float64).reshape(-1, 4)
+            return np.hstack([box[:, :2], box[:, :2] + box[:, 2:]])
+    for names in (*CORNERS, OPPOSITE):
+        if set(names) <= set(table.column_names):
+            box = np.column_stack([table[name].to_numpy().astype(np.float64) for name in names])
+            return box if names == OPPOSITE else np.hstack([box[:, :2], box[:, :2] + box[:, 2:]])
+    return None

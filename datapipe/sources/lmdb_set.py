@@ -1,0 +1,218 @@
+"""LMDBs of encoded images, as LUPerson ships them: key "CC_cc_VVVV_NNNNNNNN" (country, city, video, image), raw JPEG.
+
+keys.pkl, a list of the keys or a dict of "keys" and "pids", is read as data: no code in it is ever run. LMDB needs a
+file of this machine, so that one on an object store is fetched once into the temporary folder, and kept there.
+"""
+
+import fcntl
+import hashlib
+import io
+import logging
+import os
+import pickle
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lmdb
+
+from datapipe.config import StorageConfig
+from datapipe.errors import DataError, StorageError
+from datapipe.sources import UNIT_CROPS, UNKNOWN, Crop
+from datapipe.sources.place import Place, local_path
+from datapipe.storage import is_remote, open_object, open_store, split_url
+
+log = logging.getLogger(__name__)
+DATA, KEYS = "data.mdb", "keys.pkl"
+ENDINGS = (".mdb", ".lmdb")
+LUPERSON_KEY = re.compile(r"(\d+_\d+_\d+)_\d+")
+FETCH_BYTES = 16 << 20
+Batch = tuple[tuple[str, ...], tuple[int, ...], list[int]]
+"""Keys of a unit, their persons or none, and bytes of the images."""
+_OPENING = threading.Lock()
+"""A process may open an LMDB once at a time."""
+
+
+@dataclass(frozen=True)
+class LmdbUnit:
+    """Neighbouring keys."""
+
+    keys: tuple[str, ...]
+    pids: tuple[int, ...]
+    """One per key, or none."""
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class LmdbSource:
+    """One LMDB. The keys are the names of its crops; their order is that of keys.pkl, or of the LMDB without one."""
+
+    UNDERSTANDS = f"an LMDB of images: a folder with {DATA} and perhaps {KEYS}, or a file ({', '.join(ENDINGS)})"
+
+    data: str
+    """Url of the file."""
+    keys: str
+    """Url of keys.pkl; empty where there is none."""
+    label: str
+    storage: StorageConfig
+
+    @classmethod
+    def at(cls, place: Place) -> "LmdbSource | None":
+        if not place.is_folder:
+            found = [url for url in place.names if url.lower().endswith(ENDINGS)]
+        else:
+            found = [f"{place.url}/{name}" for name in place.names if f"/{name}".endswith(f"/{DATA}")]
+        if len(found) > 1:
+            raise DataError(f"the source holds {len(found)} LMDBs", where=place.url, hint="give each as its own source")
+        return cls(found[0], _find_keys(found[0], place.storage), place.label, place.storage) if found else None
+
+    def units(self) -> Iterator[LmdbUnit]:
+        listed = read_keys(self.keys, self.storage) if self.keys else None
+        batches = self._listed(*listed) if listed else self._stored()
+        found = 0
+        for keys, pids, sizes in batches:
+            digest = hashlib.sha256()
+            for key, size in zip(keys, sizes, strict=True):
+                digest.update(f"{key}\0{size}\0".encode("utf-8", "surrogateescape"))
+            digest.update(repr(pids).encode())
+            found += sum(size >= 0 for size in sizes)
+            yield LmdbUnit(keys, pids, sum(size for size in sizes if size > 0), digest.hexdigest())
+        if listed:
+            self._compare(found, len(listed[0]))
+
+    def unit(self, fields: dict[str, Any]) -> LmdbUnit:
+        return LmdbUnit(**{**fields, "keys": tuple(fields["keys"]), "pids": tuple(fields["pids"])})
+
+    def read(self, unit: LmdbUnit) -> Iterator[Crop]:
+        pids = unit.pids or (UNKNOWN,) * len(unit.keys)
+        for start in range(0, len(unit.keys), 256):  # read in one go: the next reader waits meanwhile
+            part = slice(start, start + 256)
+            with self._values() as values:
+                stored = (values.get(_encoded(key)) for key in unit.keys[part])
+                found = [None if value is None else bytes(value) for value in stored]
+            for key, pid, data in zip(unit.keys[part], pids[part], found, strict=True):
+                video = match[1] if (match := LUPERSON_KEY.fullmatch(key)) else ""
+                problem = "listed in keys.pkl, but not in the LMDB" if data is None else ""
+                yield Crop(self.label, key, data or b"", pid, video=video, problem=problem)
+
+    def _listed(self, keys: list[str], pids: list[int]) -> Iterator[Batch]:
+        """As keys.pkl has it; size -1 where a key is not in the LMDB."""
+        for start in range(0, len(keys), UNIT_CROPS):
+            part = slice(start, start + UNIT_CROPS)
+            with self._values() as values:
+                found = (values.get(_encoded(key)) for key in keys[part])
+                sizes = [-1 if value is None else len(value) for value in found]
+            yield tuple(keys[part]), tuple(pids[part]), sizes
+
+    def _stored(self) -> Iterator[Batch]:
+        """As the LMDB has it."""
+        last = b""
+        while True:
+            with self._values() as values, values.cursor() as cursor:
+                if last and cursor.set_key(last):
+                    cursor.next()
+                elif not last:
+                    cursor.first()
+                found = [(bytes(key), len(value)) for key, value in islice(cursor, UNIT_CROPS)]
+            if not found:
+                return
+            last = found[-1][0]
+            yield tuple(key.decode("utf-8", "surrogateescape") for key, _ in found), (), [size for _, size in found]
+
+    def _compare(self, found: int, listed: int) -> None:
+        if listed and not found:
+            raise DataError("the LMDB holds none of the keys in keys.pkl", where=self.keys,
+                            hint="it belongs to another LMDB; without it, all keys of the LMDB are read")
+        with self._values() as values:
+            stored = values.stat()["entries"]
+        if stored > found:
+            log.warning("%s: %d of %d images are not in %s and are left out", self.data, stored - found, stored,
+                        self.keys)
+
+    @contextmanager
+    def _values(self) -> Iterator["lmdb.Transaction[memoryview]"]:
+        path = fetch(self.data, self.storage) if is_remote(self.data) else Path(local_path(self.data))
+        try:
+            with (_OPENING, lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False,
+                                      meminit=False) as environment, environment.begin(buffers=True) as values):
+                yield values
+        except lmdb.Error as error:
+            raise DataError(f"the LMDB cannot be read: {error}", where=self.data,
+                            hint="it was cut or damaged: copy it again") from error
+
+
+def read_keys(url: str, storage: StorageConfig) -> tuple[list[str], list[int]]:
+    """(keys, persons) of a keys.pkl; no persons where it is a plain list. Raises DataError for anything else."""
+    folder, name = split_url(url)
+    pickled = open_store(folder, storage).read(name)
+    try:
+        found = _DataOnly(io.BytesIO(pickled)).load()
+    except _NotData as error:
+        raise DataError(f"{KEYS} asks for code to be run ({error}); only lists, dicts, text and numbers are read",
+                        where=url, hint="do not unpickle it; without it, all keys of the LMDB are read") from error
+    except Exception as error:  # damaged pickles raise nearly anything
+        raise DataError(f"{KEYS} is no pickle, or a damaged one: {error!r}", where=url,
+                        hint="copy it again; without it, all keys of the LMDB are read") from error
+    keys: Any
+    pids: Any
+    keys, pids = (found.get("keys"), found.get("pids", [])) if isinstance(found, dict) else (found, [])
+    if not _is_list(keys, str | bytes) or not _is_list(pids, int) or len(pids) not in (0, len(keys)):
+        raise DataError(f"{KEYS} holds no list of keys, nor a dict of \"keys\" and as many \"pids\"", where=url,
+                        hint="without it, all keys of the LMDB are read")
+    return [key if isinstance(key, str) else key.decode("utf-8", "surrogateescape") for key in keys], list(pids)
+
+
+def fetch(url: str, storage: StorageConfig) -> Path:
+    """A copy of an object on this machine; made once, whole, however many processes ask for it."""
+    folder, name = split_url(url)
+    store = open_store(folder, storage)
+    size = store.size(name)
+    key = hashlib.sha256(f"{url}\0{size}\0{storage.endpoint_url}".encode()).hexdigest()[:16]
+    copy = Path(tempfile.gettempdir()) / f"datapipe-lmdb-{os.getuid()}-{key}.mdb"
+    if copy.exists():
+        return copy
+    with open(copy.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not copy.exists():
+            free = shutil.disk_usage(copy.parent).free
+            if free < size:
+                raise StorageError(f"the LMDB takes {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in the temporary "
+                                   "folder", where=str(copy.parent), hint="make room, or set TMPDIR to another folder")
+            part = copy.with_suffix(".part")
+            with open_object(store, name) as source, open(part, "wb") as target:
+                shutil.copyfileobj(source, target, FETCH_BYTES)
+            os.replace(part, copy)
+    return copy
+
+
+class _NotData(Exception):
+    """A pickle names something to import."""
+
+
+class _DataOnly(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        raise _NotData(f"{module_name}.{global_name}")
+
+
+def _find_keys(data: str, storage: StorageConfig) -> str:
+    """keys.pkl in the folder of the LMDB, or, as the converter leaves it, beside that folder."""
+    folder, _ = split_url(data)
+    above, _ = split_url(folder if is_remote(folder) else os.path.abspath(local_path(folder)))
+    folders = [folder, above] if is_remote(above) == is_remote(folder) else [folder]  # nothing is above a bucket
+    return next((f"{place}/{KEYS}" for place in folders if open_store(place, storage).exists(KEYS)), "")
+
+
+def _is_list(value: Any, kind: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, kind) for item in value)
+
+
+def _encoded(key: str) -> bytes:
+    return key.encode("utf-8", "surrogateescape")

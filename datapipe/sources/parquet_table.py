@@ -1,0 +1,154 @@
+"""Parquet files with a column of images: their bytes, or a struct of bytes and path as Hugging Face writes it."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+import xxhash
+
+from datapipe.config import StorageConfig
+from datapipe.errors import DataError
+from datapipe.sources import UNIT_BYTES, UNIT_CROPS, Crop
+from datapipe.sources.labels import LABELS, labelled
+from datapipe.sources.place import TABLE_ENDINGS, TABLES, File, Place, list_files
+from datapipe.storage import open_object, open_store
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "data", "content")
+NAME_COLUMNS = ("path", "name", "file_name", "filename", "key", "__key__", "image_path", "id")
+ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class ParquetUnit:
+    """Some row groups of a file."""
+
+    folder: str
+    file: str
+    groups: tuple[int, ...]
+    first_row: int
+    image: str
+    """Column of the images."""
+    name: str
+    """Column of the names, "image.path" of a struct; empty: the number of the row is the name."""
+    repeated: bool
+    """Names are not unique in the file, or missing: the number of the row is put behind them."""
+    prefix: str
+    """Put before the names: files of one source may use the same ones."""
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class ParquetSource:
+    """One file, a folder of them, or a brace pattern."""
+
+    UNDERSTANDS = f"a parquet file ({', '.join(TABLE_ENDINGS)}) with a column of images, or a folder of such files"
+
+    url: str
+    label: str
+    storage: StorageConfig
+
+    @classmethod
+    def at(cls, place: Place) -> "ParquetSource | None":
+        return cls(place.url, place.label, place.storage) if TABLES in place.kinds else None
+
+    def units(self) -> Iterator[ParquetUnit]:
+        for file in list_files(self.url, self.storage, TABLES):
+            with self._opened(file.folder, file.name) as table:
+                yield from _units(table, file, "" if file.url == self.url or file.name == self.url else f"{file.name}/")
+
+    def unit(self, fields: dict[str, Any]) -> ParquetUnit:
+        return ParquetUnit(**{**fields, "groups": tuple(fields["groups"])})
+
+    def read(self, unit: ParquetUnit) -> Iterator[Crop]:
+        row = unit.first_row
+        with self._opened(unit.folder, unit.file) as table:
+            columns = [unit.image, *({unit.name, *LABELS} & set(table.schema_arrow.names) - {unit.image})]
+            for batch in table.iter_batches(ROWS_AT_ONCE, row_groups=unit.groups, columns=columns):
+                for record in batch.to_pylist():
+                    yield self._crop(record, row, unit)
+                    row += 1
+
+    def _crop(self, record: dict[str, Any], row: int, unit: ParquetUnit) -> Crop:
+        image = record[unit.image]
+        if not isinstance(image, dict):
+            image = {"bytes": image}
+        given = image.get("path") if unit.name == f"{unit.image}.path" else record.get(unit.name)
+        name = f"{row:09d}" if not unit.name else f"{given or ''}#{row}" if unit.repeated else str(given)
+        data = image["bytes"]
+        problem = f"a path without bytes: {image.get('path')}" if image.get("path") else "an empty cell"
+        return labelled(self.label, unit.prefix + name, data or b"", record, problem=problem if data is None else "")
+
+    @contextmanager
+    def _opened(self, folder: str, name: str) -> Iterator[pyarrow.parquet.ParquetFile]:
+        store = open_store(folder, self.storage)
+        try:
+            with open_object(store, name) as file, pyarrow.parquet.ParquetFile(file) as table:
+                yield table
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"the parquet file cannot be read: {error}", where=store.address(name),
+                            hint="it was cut or damaged: copy it again, or leave it out") from error
+
+
+def _units(table: pyarrow.parquet.ParquetFile, file: File, prefix: str) -> Iterator[ParquetUnit]:
+    image = find_image_column(table.schema_arrow, file.url)
+    name = find_name_column(table.schema_arrow, image)
+    repeated = bool(name) and not _are_names(table, name)
+    groups: list[int] = []
+    first = row = size = 0
+    for number in range(table.num_row_groups):
+        group = table.metadata.row_group(number)
+        groups.append(number)
+        row += group.num_rows
+        size += sum(group.column(i).total_compressed_size for i in range(group.num_columns)
+                    if group.column(i).path_in_schema.split(".")[0] == image)
+        if row - first >= UNIT_CROPS or size >= UNIT_BYTES or number == table.num_row_groups - 1:
+            facts = repr((file.name, file.size, groups, first, size))
+            digest = hashlib.sha256(facts.encode("utf-8", "surrogateescape")).hexdigest()
+            yield ParquetUnit(file.folder, file.name, tuple(groups), first, image, name, repeated, prefix, size, digest)
+            groups, first, size = [], row, 0
+
+
+def find_image_column(schema: pyarrow.Schema, where: str) -> str:
+    """The column of the images: by its usual names, or the only one of bytes. Raises DataError."""
+    found = [field.name for field in schema if _holds_bytes(field.type)]
+    named = [name for name in IMAGE_COLUMNS if name in found]
+    if len(found) != 1 and not named:
+        columns = ", ".join(f"{field.name}: {field.type}" for field in schema)
+        raise DataError(f"no column is known to hold the images; there are {columns}", where=where,
+                        hint=f"call one of bytes, or of struct{{bytes, path}}, {' or '.join(IMAGE_COLUMNS[:2])}")
+    return (named or found)[0]
+
+
+def find_name_column(schema: pyarrow.Schema, image: str) -> str:
+    """The column of the names, "image.path" for that of a struct; empty where there is none."""
+    kinds = (pyarrow.string(), pyarrow.large_string(), pyarrow.int32(), pyarrow.int64())
+    named = [name for name in NAME_COLUMNS if name in schema.names and schema.field(name).type in kinds]
+    if named:
+        return named[0]
+    kind = schema.field(image).type
+    return f"{image}.path" if pyarrow.types.is_struct(kind) and kind.get_field_index("path") >= 0 else ""
+
+
+def _holds_bytes(kind: pyarrow.DataType) -> bool:
+    if pyarrow.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
+    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+
+
+def _are_names(table: pyarrow.parquet.ParquetFile, column: str) -> bool:
+    """Whether each row has a name of its own. Takes 8 bytes a row."""
+    hashes: list[np.ndarray] = []
+    for batch in table.iter_batches(1 << 16, columns=[column]):
+        values: Sequence[Any] = batch.to_struct_array().flatten()[0].to_pylist()
+        names = [value.get("path") if isinstance(value, dict) else value for value in values]
+        if None in names:
+            return False
+        hashes.append(np.array([xxhash.xxh3_64_intdigest(str(name).encode()) for name in names], np.uint64))
+    return not hashes or len(np.unique(np.concatenate(hashes))) == sum(map(len, hashes))

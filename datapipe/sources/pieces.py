@@ -1,0 +1,156 @@
+"""Archives as the file system holds them: whole, or cut by bytes into pieces that are read as one."""
+
+import io
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, BinaryIO, cast
+
+from datapipe.config import StorageConfig
+from datapipe.errors import DataError
+from datapipe.sources.place import ARCHIVE, ARCHIVES, File, list_files
+from datapipe.storage import open_object, open_store
+
+READ_BYTES = 1 << 20
+MOST_MEMBER_BYTES = 1 << 28
+"""Larger members are reported, not read: no crop takes 256 MB."""
+
+
+@dataclass(frozen=True)
+class Archive:
+    """One archive."""
+
+    folder: str
+    """Url of the folder that holds it."""
+    name: str
+    """Below that folder, less the endings of its pieces."""
+    pieces: tuple[str, ...]
+    sizes: tuple[int, ...]
+    prefix: str
+    """Put before the names of the members: archives of one source may use the same names."""
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> "Archive":
+        """The archive of these fields, whose tuples may have become lists."""
+        return cls(**{**fields, "pieces": tuple(fields["pieces"]), "sizes": tuple(fields["sizes"])})
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(self.sizes)
+
+    @property
+    def is_zip(self) -> bool:
+        """A zip; otherwise a tar."""
+        return self.name.lower().endswith(".zip")
+
+    @property
+    def url(self) -> str:
+        """For messages."""
+        return f"{self.folder.rstrip('/')}/{self.name}"
+
+
+def list_archives(url: str, storage: StorageConfig) -> Iterator[Archive]:
+    """The archives at a url, in the order of its listing. Raises DataError where a piece is missing."""
+    found: dict[tuple[str, str], list[tuple[str, File]]] = {}
+    for file in list_files(url, storage, ARCHIVES):
+        match = ARCHIVE.fullmatch(file.name)
+        assert match  # else it were no archive
+        if match["spanned"]:
+            raise spanned(f"{file.folder.rstrip('/')}/{match['spanned']}.zip")
+        found.setdefault((file.folder, match["archive"]), []).append((match["part"] or "", file))
+    for (folder, name), pieces in found.items():
+        whole = [file for part, file in pieces if not part]
+        files = whole or _in_order(pieces)
+        alone = len(found) == 1 and folder != url
+        yield Archive(folder, name, tuple(file.name for file in files), tuple(file.size for file in files),
+                      "" if alone else f"{name}/")
+
+
+def open_archive(archive: Archive, storage: StorageConfig) -> "closing[BinaryIO]":
+    """The archive as one seekable file."""
+    store = open_store(archive.folder, storage)
+    if len(archive.pieces) == 1:
+        return closing(open_object(store, archive.pieces[0]))
+    opened = (open_object(store, piece) for piece in archive.pieces)
+    return closing(cast(BinaryIO, io.BufferedReader(Joined(opened, archive.sizes), READ_BYTES)))
+
+
+def plain_name(name: str) -> str:
+    """A member's name in the index: as it is, less the "./" that `tar -C folder .` puts before all of them."""
+    while name.startswith("./") and len(name) > 2:
+        name = name[2:].lstrip("/")
+    return name
+
+
+def spanned(url: str) -> DataError:
+    """What to tell about a zip that PKZIP's way of splitting has spread over x.z01, x.z02 ... x.zip."""
+    name = url.rpartition("/")[2].removesuffix(".zip")
+    return DataError("the zip is spanned (.z01, .z02 ...): its pieces cannot be read where they lie", where=url,
+                     hint=f"with all pieces in one folder: zip -s 0 {name}.zip --out {name}-joined.zip")
+
+
+class Joined(io.RawIOBase):
+    """Files one after the other, as if they were one. Opens a file when it is first read from."""
+
+    def __init__(self, files: Iterator[BinaryIO], sizes: Sequence[int]) -> None:
+        self.files, self.opened = files, list[BinaryIO]()
+        self.ends = list(itertools.accumulate(sizes))
+        self.position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.ends[-1]}[whence] + offset
+        if self.position < 0:
+            raise OSError("seek before the beginning")
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        number = next((number for number, end in enumerate(self.ends) if self.position < end), None)
+        if number is None:
+            return 0
+        file = self._file(number)
+        file.seek(self.position - (self.ends[number - 1] if number else 0))
+        data = file.read(min(len(buffer), self.ends[number] - self.position))
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        for file in self.opened:
+            file.close()
+        super().close()
+
+    def _file(self, number: int) -> BinaryIO:
+        while len(self.opened) <= number:
+            self.opened.append(next(self.files))
+        return self.opened[number]
+
+
+def _in_order(pieces: list[tuple[str, File]]) -> list[File]:
+    """The pieces by their endings, which have to be 000, 001 ... or 001, 002 ... or aa, ab ..."""
+    places = sorted((_place(part), file) for part, file in pieces)
+    numbered = pieces[0][0].isdigit()
+    for expected, (place, file) in enumerate(places, start=min(places[0][0], 1) if numbered else 0):
+        if place != expected:
+            raise DataError("a piece of the archive is missing, or there twice, before this one", where=file.url,
+                            hint="copy all pieces into the folder; their endings count up from 0, 1 or aa")
+    return [file for _, file in places]
+
+
+def _place(part: str) -> int:
+    if part.isdigit():
+        return int(part)
+    place = 0
+    for letter in part.lower():
+        place = 26 * place + ord(letter) - ord("a")
+    return place

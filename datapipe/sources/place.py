@@ -1,0 +1,166 @@
+"""What a url of the command line points at: a file, a brace pattern of files, or a folder and what lies in it."""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+import braceexpand
+
+from datapipe.config import StorageConfig
+from datapipe.errors import DataError, NotFoundError
+from datapipe.storage import is_remote, open_store, split_url
+
+IMAGES, ARCHIVES, TABLES, VIDEOS = "images", "archives", "parquet files", "videos"
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+"""Names with these endings, upper or lower case, are taken for images; what they really are, screening finds out."""
+VIDEO_ENDINGS = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".flv", ".wmv")
+TABLE_ENDINGS = (".parquet", ".pq")
+ARCHIVE = re.compile(
+    r"(?P<archive>.+\.(?:zip|tar\.gz|tgz|tar))"
+    r"(?:\.(?:part[-_.]?)?(?P<part>\d{1,5}|(?!gz|xz|bz|lz|br|zst|idx|txt|csv|asc|sig|sha|tmp)[a-z]{2,3}))?"
+    r"|(?P<spanned>.+)\.z\d\d+", re.IGNORECASE)
+"""An archive, a piece of one that was cut by bytes ("x.zip.001", "x.tar.ab"), a piece that PKZIP spanned ("x.z01")."""
+PEEKED = 1_000
+"""Names of a folder that are looked at to tell what it holds."""
+
+
+class File(NamedTuple):
+    """A file or object of a source."""
+
+    folder: str
+    """Url of the folder it was found through."""
+    name: str
+    """Below that folder."""
+    size: int
+
+    @property
+    def url(self) -> str:
+        """For messages."""
+        return f"{self.folder.rstrip('/')}/{self.name}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A url, and what is there as far as a short look tells."""
+
+    url: str
+    label: str
+    storage: StorageConfig
+    jpeg_quality: int
+    """For crops that are cut from videos."""
+    is_folder: bool
+    names: tuple[str, ...]
+    """The url itself (brace patterns expanded); of a folder, the first names found below it, in no order."""
+
+    @property
+    def kinds(self) -> set[str]:
+        """Kinds of files among `names`."""
+        return {kind_of(name) for name in self.names} - {""}
+
+
+def find_place(url: str, label: str, storage: StorageConfig, jpeg_quality: int) -> Place:
+    """Look there, without listing it all. Raises DataError where there is nothing."""
+    files = tuple(file_urls(url, storage))
+    try:
+        names = files or tuple(islice(_peek(url, storage), PEEKED))
+    except NotFoundError as error:
+        raise DataError(f"the source cannot be opened: {error.what}", where=url,
+                        hint="check for a typing mistake") from error
+    return Place(url, label, storage, jpeg_quality, not files, names)
+
+
+def kind_of(name: str) -> str:
+    """IMAGES, ARCHIVES, TABLES, VIDEOS, or "" for anything else; hidden files are something else."""
+    lower = name.lower()
+    if is_hidden(name):
+        return ""
+    for kind, endings in ((IMAGES, IMAGE_ENDINGS), (VIDEOS, VIDEO_ENDINGS), (TABLES, TABLE_ENDINGS)):
+        if lower.endswith(endings):
+            return kind
+    return ARCHIVES if ARCHIVE.fullmatch(name) else ""
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of this name is read as an image. Hidden files and folders are not."""
+    return name.lower().endswith(IMAGE_ENDINGS) and not is_hidden(name)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether the file or a folder below "." or ".." starts with a dot: copies of metadata, work in progress."""
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
+def list_files(url: str, storage: StorageConfig, kind: str) -> Iterator[File]:
+    """The files of one kind at a url, sorted; those of a brace pattern in its order.
+
+    Raises DataError where a folder holds files of another kind that are crops as well.
+    """
+    if files := file_urls(url, storage):
+        for file in files:
+            folder, name = split_url(file)
+            yield File(folder, name, open_store(folder, storage).size(name))
+        return
+    for entry in open_store(url, storage).list():
+        found = kind_of(entry.name)
+        if found == kind:
+            yield File(url, entry.name, entry.size)
+        elif found:
+            raise DataError(f"the folder holds both {kind} and {found}", where=f"{url}/{entry.name}",
+                            hint="give them as separate sources, each in a folder of its own")
+
+
+def local_path(url: str) -> str:
+    """The path behind a url that is not remote."""
+    return os.path.expanduser(url.removeprefix("file://"))
+
+
+def file_urls(url: str, storage: StorageConfig) -> list[str]:
+    """Urls of the files that the url means; none where it is a folder."""
+    remote = is_remote(url)
+    if not remote and os.path.isdir(local_path(url)):
+        return []
+    if "{" in url and (remote or not os.path.exists(local_path(url))):
+        return list(braceexpand.braceexpand(url))
+    folder, name = split_url(url)
+    if "." not in name or (remote and "://" not in folder):
+        return []
+    return _pieces(folder, name, storage) or ([url] if open_store(folder, storage).exists(name) else [])
+
+
+def _pieces(folder: str, name: str, storage: StorageConfig) -> list[str]:
+    """ "x.zip" or "x.zip.001" may mean "x.zip.001", "x.zip.002" and so on."""
+    match = ARCHIVE.fullmatch(name)
+    store = open_store(folder, storage)
+    if not match or match["spanned"] or (not match["part"] and store.exists(name)):
+        return []
+    try:
+        names = [piece.name for piece in store.list(f"{match['archive']}.")]
+    except NotFoundError:
+        return []
+    return [f"{folder}/{piece}" for piece in names if (found := ARCHIVE.fullmatch(piece)) and found["part"]]
+
+
+def _peek(url: str, storage: StorageConfig) -> Iterator[str]:
+    """Names below a folder. Of a local one as the system gives them: sorting millions of names takes long."""
+    if is_remote(url) or not os.path.isdir(local_path(url)):
+        yield from (entry.name for entry in open_store(url, storage).list())
+    else:
+        yield from _walk(local_path(url), "", ())
+
+
+def _walk(root: str, below: str, parents: tuple[str, ...]) -> Iterator[str]:
+    real = os.path.realpath(os.path.join(root, below))
+    if real in parents:  # a link to a folder above
+        return
+    folders = []
+    with os.scandir(real) as found:
+        for item in found:
+            if item.is_dir():
+                folders.append(item.name)
+            else:
+                yield f"{below}{item.name}"
+    for folder in sorted(folders):
+        yield from _walk(root, f"{below}{folder}/", (*parents, real))

@@ -1,0 +1,201 @@
+"""Videos and boxes of the people in them: the crops are cut here, and encoded once.
+
+Boxes lie beside "x.mp4" as "x.txt" (MOT text) or "x.parquet". MOTChallenge's sequences are understood as well: frames
+in img1, boxes in gt/gt.txt, or else in det/det.txt.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import av
+import cv2
+import numpy as np
+import simplejpeg
+
+from datapipe.config import StorageConfig
+from datapipe.errors import DataError
+from datapipe.sources import Crop
+from datapipe.sources.boxes import Boxes, read_mot, read_table
+from datapipe.sources.place import (
+    ARCHIVES,
+    IMAGES,
+    TABLE_ENDINGS,
+    VIDEO_ENDINGS,
+    VIDEOS,
+    Place,
+    file_urls,
+    is_image,
+    kind_of,
+)
+from datapipe.storage import Entry, open_object, open_store, split_url
+
+FRAMES, TRUTH, DETECTIONS = "img1/", "gt/gt.txt", "det/det.txt"
+BOX_ENDINGS = (".txt", *TABLE_ENDINGS)
+
+
+@dataclass(frozen=True)
+class VideoUnit:
+    """One video, or one sequence of frames."""
+
+    folder: str
+    """Url of the folder below which the names are."""
+    video: str
+    """What the video is called in the index."""
+    file: str
+    """The video; empty for a sequence."""
+    frames: str
+    """Folder of the frames of a sequence, with a slash at its end."""
+    boxes: str
+    bytes: int
+    digest: str
+
+
+class Frame(NamedTuple):
+    """A decoded frame."""
+
+    number: int
+    pixels: np.ndarray
+    """uint8[height, width, 3], RGB."""
+    problem: str
+    """Why it is not to be used; empty otherwise."""
+
+
+@dataclass(frozen=True)
+class VideoSource:
+    """A video, or a folder of videos and sequences at any depth, each with its boxes.
+
+    Crops are called "VIDEO/FFFFFF_RRRRRRR.jpg", by the frame and by the row of the box in its file, from 0.
+    """
+
+    UNDERSTANDS = (f"a video ({', '.join(VIDEO_ENDINGS)}) with its boxes beside it under the same name "
+                   f"({', '.join(BOX_ENDINGS)}), a MOTChallenge sequence ({FRAMES}, {TRUTH} or {DETECTIONS}), or a "
+                   "folder of either")
+
+    url: str
+    label: str
+    storage: StorageConfig
+    jpeg_quality: int
+
+    @classmethod
+    def at(cls, place: Place) -> "VideoSource | None":
+        has_sequence = any(f"/{name}".endswith((f"/{TRUTH}", f"/{DETECTIONS}")) for name in place.names)
+        if VIDEOS in place.kinds or (place.is_folder and has_sequence):
+            return cls(place.url, place.label, place.storage, place.jpeg_quality)
+        return None
+
+    def units(self) -> Iterator[VideoUnit]:
+        files = file_urls(self.url, self.storage)
+        for folder, name in map(split_url, files):
+            store = open_store(folder, self.storage)
+            stem = name.rpartition(".")[0]
+            beside = [f"{stem}{ending}" for ending in BOX_ENDINGS if store.exists(f"{stem}{ending}")]
+            yield from _pair(folder, self.label, [Entry(each, store.size(each)) for each in (name, *beside)])
+        if not files:
+            yield from _pair(self.url, self.label, open_store(self.url, self.storage).list())
+
+    def unit(self, fields: dict[str, Any]) -> VideoUnit:
+        return VideoUnit(**fields)
+
+    def read(self, unit: VideoUnit) -> Iterator[Crop]:
+        store = open_store(unit.folder, self.storage)
+        data, where = store.read(unit.boxes), store.address(unit.boxes)
+        if unit.boxes.lower().endswith(TABLE_ENDINGS):
+            boxes = read_table(data, where)
+        else:
+            boxes = read_mot(data, where, truth=f"/{unit.boxes}".endswith(f"/{TRUTH}"))
+        wanted = np.unique(boxes.frame)
+        frames = self._sequence(unit, wanted) if unit.frames else self._video(unit, wanted, boxes.first_frame)
+        for frame in frames:
+            for box in range(*np.searchsorted(boxes.frame, [frame.number, frame.number + 1])):
+                yield self._crop(unit, frame, boxes, box)
+
+    def _crop(self, unit: VideoUnit, frame: Frame, boxes: Boxes, box: int) -> Crop:
+        height, width, _ = frame.pixels.shape
+        left, top, right, bottom = np.rint(boxes.corners[box]).clip(0, (width, height, width, height)).astype(int)
+        outside = "" if left < right and top < bottom else "the box lies outside the frame"
+        problem = frame.problem or outside
+        data = b"" if problem else simplejpeg.encode_jpeg(
+            np.ascontiguousarray(frame.pixels[top:bottom, left:right]), quality=self.jpeg_quality, colorspace="RGB",
+            colorsubsampling="420")
+        return Crop(self.label, f"{unit.video}/{frame.number:06d}_{boxes.row[box]:07d}.jpg", data, video=unit.video,
+                    track=int(boxes.track[box]), frame=frame.number, problem=problem)
+
+    def _video(self, unit: VideoUnit, wanted: np.ndarray, first: int) -> Iterator[Frame]:
+        """The wanted frames; all up to the last of them are decoded, once and in order."""
+        store = open_store(unit.folder, self.storage)
+        remaining, number = list(wanted[::-1]), first - 1
+        try:
+            with open_object(store, unit.file) as file, av.open(file, "r") as container:
+                container.streams.video[0].codec_context.thread_count = 1  # other processes decode other videos
+                for number, frame in enumerate(container.decode(video=0) if remaining else (), start=first):
+                    if number == remaining[-1]:
+                        remaining.pop()
+                        yield Frame(number, frame.to_ndarray(format="rgb24"), "damaged frame" * frame.is_corrupt)
+                    if not remaining:
+                        return
+        except (av.FFmpegError, IndexError) as error:
+            raise DataError(f"the video cannot be decoded: {error}", where=store.address(unit.file),
+                            hint="it was cut or damaged: copy it again, or leave it out") from error
+        if remaining:
+            raise DataError(f"there are boxes in frame {remaining[-1]}, the video has frames {first} to {number}",
+                            where=store.address(unit.boxes),
+                            hint="are they of this very video? frames count from 1 in MOT text, from 0 in parquet")
+
+    def _sequence(self, unit: VideoUnit, wanted: np.ndarray) -> Iterator[Frame]:
+        """The wanted frames of a folder of images whose names are the numbers."""
+        store = open_store(unit.folder, self.storage)
+        stems = ((entry.name, entry.name[len(unit.frames):].partition(".")[0]) for entry in store.list(unit.frames))
+        names = {int(stem): name for name, stem in stems if stem.isdecimal() and is_image(name)}
+        for number in wanted.tolist():
+            if number not in names:
+                raise DataError(f"there are boxes in frame {number}, which is not in {unit.frames}",
+                                where=store.address(unit.boxes), hint="copy the frames again; they count from 1")
+            data = np.frombuffer(store.read(names[number]), np.uint8)
+            image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION) if len(data) else None
+            if image is None:
+                raise DataError("the frame is no image", where=store.address(names[number]), hint="copy it again")
+            yield Frame(number, image[..., ::-1], "")
+
+
+class _Footage:
+    """A video or a sequence, as its files are listed."""
+
+    def __init__(self, file: str, frames: str, boxes: list[str]) -> None:
+        self.file, self.frames = file, frames
+        self.boxes = boxes  # where they may lie, the best place first
+        self.bytes, self.digest = 0, hashlib.sha256()
+
+    def add(self, entry: Entry) -> None:
+        self.bytes += entry.size
+        self.digest.update(f"{entry.name}\0{entry.size}\0".encode("utf-8", "surrogateescape"))
+
+
+def _pair(folder: str, label: str, entries: Iterable[Entry]) -> Iterator[VideoUnit]:
+    """Videos and sequences with their boxes; `label` is the name of a sequence that is the folder itself."""
+    found: dict[str, _Footage] = {}
+    beside: dict[str, Entry] = {}
+    for entry in entries:
+        kind = kind_of(entry.name)
+        root, is_frame, _ = f"/{entry.name}".rpartition(f"/{FRAMES}")
+        if kind == VIDEOS:
+            stem = entry.name.rpartition(".")[0]
+            found[entry.name] = _Footage(entry.name, "", [f"{stem}{ending}" for ending in BOX_ENDINGS])
+            found[entry.name].add(entry)
+        elif kind == IMAGES and is_frame:
+            places = [f"{root}/{name}".removeprefix("/") for name in (FRAMES, TRUTH, DETECTIONS)]
+            found.setdefault(root.removeprefix("/") or label, _Footage("", places[0], places[1:])).add(entry)
+        elif kind in (IMAGES, ARCHIVES):
+            raise DataError(f"the folder holds both videos and {kind}", where=f"{folder}/{entry.name}",
+                            hint="give them as separate sources, each in a folder of its own")
+        elif entry.name.lower().endswith(BOX_ENDINGS):
+            beside[entry.name] = entry
+    for name, footage in sorted(found.items()):
+        boxes = next((beside[place] for place in footage.boxes if place in beside), None)
+        if boxes is None:
+            raise DataError("there are no boxes for the video", where=f"{folder}/{name}",
+                            hint=f"put them there as {' or '.join(footage.boxes)}")
+        footage.add(boxes)
+        yield VideoUnit(folder, name, footage.file, footage.frames, boxes.name, footage.bytes,
+                        footage.digest.hexdigest())

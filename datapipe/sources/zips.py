@@ -1,0 +1,180 @@
+"""The directory of a zip read as a stream, and its members by their places.
+
+Python's zipfile holds an object of half a kilobyte for every member; a directory of millions takes gigabytes that way.
+"""
+
+import lzma
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+from datapipe.errors import DataError
+from datapipe.sources.pieces import MOST_MEMBER_BYTES, plain_name, spanned
+
+END, END_SIGNATURE = struct.Struct("<4s4H2LH"), b"PK\5\6"
+END64, END64_SIGNATURE = struct.Struct("<4sQ2H2L4Q"), b"PK\6\6"
+LOCATOR, LOCATOR_SIGNATURE = struct.Struct("<4sLQL"), b"PK\6\7"
+ENTRY, ENTRY_SIGNATURE = struct.Struct("<4sBB4HL2L5H2L"), b"PK\1\2"
+LOCAL_BYTES, LOCAL_SIGNATURE = 30, b"PK\3\4"
+MOST_COMMENT = 1 << 16
+ESCAPE = 0xFFFFFFFF
+"""Stands for a number that is in the Zip64 field instead."""
+ENCRYPTED, UTF8 = 0x1, 0x800
+UNIX, DARWIN = 3, 19
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+
+
+class Directory(NamedTuple):
+    """Where a zip lists its members."""
+
+    start: int
+    size: int
+    shift: int
+    """To add to the places it names: something may have been put before the zip."""
+
+
+class Entry(NamedTuple):
+    """A member, as the directory describes it."""
+
+    name: str
+    method: int
+    crc: int
+    packed: int
+    size: int
+    place: int
+    """Of its local header."""
+    special: str
+    """"a symbolic link", "a device" ...; empty for a file."""
+    encrypted: bool
+    end: int
+    """Of its entry in the directory."""
+    facts: bytes
+    """The entry itself, for the digest."""
+
+
+def find_directory(stream: BinaryIO, url: str) -> Directory:
+    """Raises DataError where the end of the zip is missing, or the zip is spanned over several files."""
+    total = stream.seek(0, 2)
+    tail_start = max(0, total - END.size - MOST_COMMENT)
+    stream.seek(tail_start)
+    tail = stream.read()
+    found = tail.rfind(END_SIGNATURE)
+    if found < 0 or len(tail) - found < END.size:
+        raise _cut("its directory, which is at the end, is missing", url)
+    _, disk, first_disk, _, _, size, offset, _ = END.unpack_from(tail, found)
+    end = tail_start + found
+    if ESCAPE in (size, offset) or 0xFFFF in (disk, first_disk) or _has_locator(stream, end):
+        size, offset, end, disk = _read_end64(stream, end, url)
+    if disk:
+        raise spanned(url)
+    start = end - size
+    if start < 0 or start < offset:
+        raise _cut("its beginning, or a piece in the middle, is missing", url)
+    return Directory(start, size, start - offset)
+
+
+def list_entries(stream: BinaryIO, start: int, size: int, url: str) -> Iterator[Entry]:
+    """The members in a part of the directory, folders left out. Reads the stream from `start` on, in order."""
+    position = start
+    while position < start + size:
+        stream.seek(position)
+        fixed = stream.read(ENTRY.size)
+        if len(fixed) < ENTRY.size or not fixed.startswith(ENTRY_SIGNATURE):
+            raise _cut("its directory is damaged", url)
+        (_, _, system, _, flags, method, _, _, crc, packed, unpacked, name_size, extra_size, comment_size, _, _,
+         attributes, place) = ENTRY.unpack(fixed)
+        rest = stream.read(name_size + extra_size)
+        position += ENTRY.size + name_size + extra_size + comment_size
+        unpacked, packed, place = _widened((unpacked, packed, place), rest[name_size:])
+        name = _text(rest[:name_size], flags)
+        if not name.endswith("/"):
+            special = _special(attributes >> 16) if system in (UNIX, DARWIN) else ""
+            yield Entry(plain_name(name), method, crc, packed, unpacked, place, special,
+                        bool(flags & ENCRYPTED), position, fixed + rest)
+
+
+def check_readable(entry: Entry, url: str) -> None:
+    """Raises DataError for what no member of the archive should be: encrypted, or packed in an unknown way."""
+    if entry.encrypted:
+        raise DataError("the zip is encrypted", where=f"{url}: {entry.name}",
+                        hint="unpack it with its password, and give the folder")
+    if entry.method not in METHODS:
+        raise DataError(f"the zip is packed by method {entry.method}, which cannot be read",
+                        where=f"{url}: {entry.name}", hint="unpack it, and give the folder")
+
+
+def read_entry(stream: BinaryIO, entry: Entry, shift: int, url: str) -> tuple[bytes, str]:
+    """(data, "") of a member, or (nothing, why there is none). Raises DataError where it is not in its place."""
+    if entry.special:
+        return b"", entry.special
+    if entry.size > MOST_MEMBER_BYTES:
+        return b"", f"larger than {MOST_MEMBER_BYTES:,} bytes"
+    stream.seek(entry.place + shift)
+    header = stream.read(LOCAL_BYTES)
+    if len(header) < LOCAL_BYTES or not header.startswith(LOCAL_SIGNATURE):
+        raise _cut(f"{entry.name!r} is not where its directory says", url)
+    stream.seek(sum(struct.unpack_from("<2H", header, 26)), 1)
+    info = zipfile.ZipInfo()
+    info.compress_type, info.CRC = entry.method, entry.crc
+    info.compress_size, info.file_size = entry.packed, entry.size
+    try:
+        data = zipfile.ZipExtFile(stream, "r", info).read()
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError) as error:
+        return b"", f"damaged in the archive: {error}"
+    return (data, "") if len(data) == entry.size else (b"", "damaged in the archive: bytes are missing")
+
+
+def _has_locator(stream: BinaryIO, end: int) -> bool:
+    stream.seek(max(0, end - LOCATOR.size))
+    return stream.read(4) == LOCATOR_SIGNATURE
+
+
+def _read_end64(stream: BinaryIO, end: int, url: str) -> tuple[int, int, int, int]:
+    """(bytes of the directory, its place, end of the directory, number of the disk) of a large zip."""
+    stream.seek(max(0, end - LOCATOR.size - END64.size))
+    data = stream.read(END64.size + LOCATOR.size)
+    if len(data) < END64.size + LOCATOR.size or data[END64.size :][:4] != LOCATOR_SIGNATURE:
+        raise _cut("the end of its directory is missing", url)
+    _, _, _, disks = LOCATOR.unpack_from(data, END64.size)
+    signature, _, _, _, _, _, _, _, size, offset = END64.unpack_from(data)
+    if disks > 1:
+        raise spanned(url)
+    if signature != END64_SIGNATURE:
+        raise _cut("the end of its directory is damaged", url)
+    return size, offset, end - LOCATOR.size - END64.size, 0
+
+
+def _widened(numbers: tuple[int, ...], extra: bytes) -> Iterator[int]:
+    """Those numbers that did not fit 32 bits, from the Zip64 field, and the others as they are."""
+    wide = b""
+    while len(extra) >= 4:
+        kind, size = struct.unpack_from("<2H", extra)
+        if kind == 1:
+            wide = extra[4 : 4 + size]
+        extra = extra[4 + size :]
+    for number in numbers:
+        if number == ESCAPE and len(wide) >= 8:
+            number, wide = int.from_bytes(wide[:8], "little"), wide[8:]
+        yield number
+
+
+def _text(name: bytes, flags: int) -> str:
+    """Unmarked names are in the code page of the IBM PC by the book, in UTF-8 as many programs write them."""
+    try:
+        return name.decode("utf-8")
+    except UnicodeDecodeError:
+        return name.decode("utf-8", "surrogateescape") if flags & UTF8 else name.decode("cp437")
+
+
+def _special(mode: int) -> str:
+    kinds = {stat.S_IFLNK: "a symbolic link", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+             stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "")
+
+
+def _cut(what: str, url: str) -> DataError:
+    return DataError(f"the zip is cut or damaged: {what}", where=url,
+                     hint="copy it again, with all its pieces, or leave it out")

@@ -3,21 +3,31 @@
 GOLDEN and TEST_CROPS name the folders of golden vectors and of real crops (default: ../shared/golden, ../shared/crops).
 """
 
+import json
 import logging
 import os
+import urllib.request
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: test processes share few cores
 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from uuid import uuid4
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from moto.server import DomainDispatcherApplication, ThreadedMotoServer, create_backend_app
+from werkzeug.serving import make_server
 
 from datapipe.config import StorageConfig
 from tests.datapipe.crop_set import jpegs
@@ -67,6 +77,65 @@ def s3() -> Iterator[S3Server]:
         endpoint = "http://{}:{}".format(*server.get_host_and_port())
         yield S3Server(endpoint, boto3.client("s3", endpoint_url=endpoint))
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate of our own making for 127.0.0.1; its key lies beside it as key.pem."""
+    folder = tmp_path_factory.mktemp("tls")
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tests")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    plain = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / "key.pem").write_bytes(key.private_bytes(*plain))
+    (folder / "certificate.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    return folder / "certificate.pem"
+
+
+@pytest.fixture(scope="session")
+def s3_tls(s3: S3Server, certificate: Path) -> Iterator[S3Server]:
+    """The same store over https; AWS_CA_BUNDLE has to name the `certificate`."""
+    application = DomainDispatcherApplication(create_backend_app)
+    context = (str(certificate), str(certificate.with_name("key.pem")))
+    server = make_server("127.0.0.1", 0, application, threaded=True, ssl_context=context)
+    Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"https://127.0.0.1:{server.server_port}"
+    yield S3Server(endpoint, boto3.client("s3", endpoint_url=endpoint, verify=str(certificate)))
+    server.shutdown()
+
+
+@pytest.fixture
+def s3_without_rights(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[StorageConfig]:
+    """Configuration of a server that checks signatures and rights; the user of the environment may list no more than
+    the names of buckets. `s3://locked/name` is there."""
+    s3.client.create_bucket(Bucket="locked")
+    s3.client.put_object(Bucket="locked", Key="name", Body=b"content")
+    iam = boto3.client("iam", endpoint_url=s3.endpoint)
+    user = f"user-{uuid4().hex[:8]}"
+    iam.create_user(UserName=user)
+    rights = {"Effect": "Allow", "Action": "s3:ListAllMyBuckets", "Resource": "*"}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [rights]})
+    iam.put_user_policy(UserName=user, PolicyName="names", PolicyDocument=policy)
+    key = iam.create_access_key(UserName=user)["AccessKey"]
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
+    _check_rights(s3, "0")
+    yield StorageConfig(endpoint_url=s3.endpoint, timeout_s=17)
+    _check_rights(s3, "inf")
+
+
+def _check_rights(s3: S3Server, after_requests: str) -> None:
+    plain = {"Content-Type": "text/plain"}
+    order = urllib.request.Request(f"{s3.endpoint}/moto-api/reset-auth", after_requests.encode(), plain)
+    urllib.request.urlopen(order).close()
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,8 @@
 """Stores hold what was written, whole or not at all, and say clearly why they cannot."""
 
 import pickle
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
-from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -15,16 +10,20 @@ import pytest
 from datapipe.config import StorageConfig
 from datapipe.errors import NotFoundError, StorageError
 from datapipe.storage import Entry, Store, is_remote, open_store, open_stream, split_url
-from datapipe.storage import retry
 from datapipe.storage import s3 as s3_store
 from tests.conftest import S3Server
+from tests.faulty_proxy import Faults, FaultyProxy
 
 
 @pytest.fixture(params=["local", "s3", "memory", "fsspec_disk"])
 def store(request: pytest.FixtureRequest, tmp_path: Path, s3: S3Server) -> Store:
     """An empty store of each kind; in the last one, fsspec's own folders, a put is not whole by itself."""
-    url = {"local": str(tmp_path / "folder"), "s3": f"s3://{s3.bucket()}/pre/fix", "memory": f"memory://{uuid4().hex}",
-           "fsspec_disk": f"local://{tmp_path}/folder"}[request.param]
+    url = {
+        "local": str(tmp_path / "folder"),
+        "s3": f"s3://{s3.bucket()}/pre/fix",
+        "memory": f"memory://{uuid4().hex}",
+        "fsspec_disk": f"local://{tmp_path}/folder",
+    }[request.param]
     return pickle.loads(pickle.dumps(open_store(url, s3.storage)))
 
 
@@ -92,17 +91,12 @@ def test_s3__sends_large_data_in_parts(s3: S3Server, monkeypatch: pytest.MonkeyP
     assert not s3.client.list_multipart_uploads(Bucket=bucket).get("Uploads")
 
 
-def _without_condition(params: dict[str, Any], **_: object) -> None:
-    params["headers"].pop("If-None-Match", None)
-
-
 def test_s3__creates_once_where_conditions_are_ignored(s3: S3Server) -> None:
     bucket = s3.bucket()
-    store = open_store(f"s3://{bucket}", StorageConfig(endpoint_url=s3.endpoint, attempts=1, timeout_s=19))
-    events = store._client.meta.events  # type: ignore[attr-defined]
-    events.register("before-call.s3.PutObject", _without_condition)
-    assert store.create("name", b"first")
-    assert not store.create("name", b"second")
+    with FaultyProxy(s3.endpoint, Faults(without=("If-None-Match",))) as proxy:
+        store = open_store(f"s3://{bucket}", StorageConfig(endpoint_url=proxy.endpoint))
+        assert store.create("name", b"first")
+        assert not store.create("name", b"second")
     assert s3.objects(bucket) == {"name": b"first"}
 
 
@@ -121,60 +115,6 @@ def test_local__does_not_follow_a_link_to_a_folder_above(tmp_path: Path) -> None
     assert [entry.name for entry in open_store(str(tmp_path)).list()] == ["a/b/file", "other"]
 
 
-@contextmanager
-def answering(*answers: int) -> Iterator[tuple[str, list[str]]]:
-    """(endpoint, requests): a server that gives these statuses one after the other, the last one for ever."""
-    left, seen = list(answers), []
-    codes = {403: "AccessDenied", 503: "SlowDown"}
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            seen.append(self.path)
-            status = left.pop(0) if len(left) > 1 else left[0]
-            body = b"content" if status == 200 else f"<Error><Code>{codes[status]}</Code></Error>".encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", seen
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "FIRST_WAIT_S", 1e-4)
-
-
-@pytest.mark.usefixtures("s3", "no_waiting")
-def test_s3__tries_again_when_the_store_is_busy(caplog: pytest.LogCaptureFixture) -> None:
-    with answering(503, 503, 200) as (endpoint, seen):
-        assert open_store("s3://bucket", StorageConfig(endpoint_url=endpoint)).read("name") == b"content"
-    assert len(seen) == 3 and len(caplog.records) == 2 and "SlowDown" in caplog.text
-
-
-@pytest.mark.usefixtures("s3", "no_waiting")
-def test_s3__gives_up_after_its_tries() -> None:
-    with answering(503) as (endpoint, seen), pytest.raises(StorageError, match="503"):
-        open_store("s3://bucket", StorageConfig(endpoint_url=endpoint, attempts=4)).read("name")
-    assert len(seen) == 4
-
-
-@pytest.mark.usefixtures("s3")
-def test_s3__refusal_is_final_and_names_the_credentials() -> None:
-    with answering(403) as (endpoint, seen), pytest.raises(StorageError, match="AccessDenied") as caught:
-        open_store("s3://bucket/p", StorageConfig(endpoint_url=endpoint)).read("name")
-    assert len(seen) == 1
-    assert "s3://bucket/p/name" in caught.value.where and "AWS_ACCESS_KEY_ID" in caught.value.hint
-
-
-@pytest.mark.usefixtures("no_waiting")
 def test_s3__unreachable_endpoint_and_wrong_bucket_are_named(s3: S3Server) -> None:
     with pytest.raises(StorageError, match="cannot be reached") as caught:
         open_store("s3://bucket", StorageConfig(endpoint_url="http://127.0.0.1:9", attempts=2)).read("name")

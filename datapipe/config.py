@@ -43,14 +43,23 @@ class ShardConfig:
     """Quality of the one re-encoding that images other than plain RGB JPEG get."""
     max_bad: float = Field(default=0.05, ge=0, le=1)
     """Share of quarantined crops above which the run fails; a look at quarantine.parquet tells why."""
+    exclude: Literal["none", "exact", "near"] = "none"
+    """Duplicates are marked in the index. "exact" leaves out all but one of the crops with the same bytes, "near" also
+    those that look alike; quarantine.parquet then lists them. `stats` shows what that costs on labelled data."""
+    near_within: Literal["source", "track", "none"] = "source"
+    """Where near duplicates are looked for: in the whole source, among the crops of one track (crops without a track
+    then have none), or nowhere."""
+    sidecars: Literal["none", "json"] = "none"
+    """"json" puts <key>.json with name and labels beside each <key>.jpg, for tools that do not read the index; about
+    one kB more per crop."""
     seed: int = 0
     """Key of the hash that orders the crops: shards come out shuffled, the same way every time."""
     workers: int = Field(default=0, ge=0)
-    """Processes that read, decode and write. 0: one per core. Each needs memory for one shard."""
+    """Processes that read, decode and write. 0: one per core. Each needs memory for two shards, 200 MB at least."""
     spool: str = ""
-    """Local folder for the screened crops until their shards are written; needs about the room of the data set. Empty:
-    inside a local output, in the temporary folder for a remote one. Removed at the end; what a killed run left in it
-    saves the next run the work."""
+    """Folder or s3://bucket/prefix for the screened crops until their shards are written; needs about the room of the
+    data set. Empty: inside a local output, in the temporary folder for a remote one. Emptied at the end; what a killed
+    run left in it saves the next run the work."""
 
 
 @settings

@@ -1,44 +1,36 @@
-"""One run of `shard` on one machine: list, scan, plan, write, commit. Killed anywhere, the same command goes on.
+"""One run of `shard`: list, scan, plan, distribute, write, commit. Killed anywhere, the same command goes on.
 
-    sources -> units -> scan (spool) -> plan -> shards (tar, then index) -> quarantine.parquet -> manifest
+    sources -> units -> scan (spool) -> plan -> rows of each shard -> shards (tar, then index)
+            -> quarantine.parquet -> manifest
 
-`request.json` is written before the first shard and says which crops and which settings the folder is for, so that
-another data set is refused there.
+What is done is decided here and in pure functions; the tasks, which read and write pixels, are carried out by workers,
+on this machine or on others.
 """
 
-import contextlib
-import fcntl
-import hashlib
-import json
-import os
-import shutil
-import tempfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import pyarrow
-import pyarrow.compute
-import pyarrow.parquet
 
+from datapipe.claim import claim, claimed
 from datapipe.config import ShardConfig, StorageConfig
-from datapipe.errors import DataError, NotFoundError, StorageError
-from datapipe.manifest import NAME, Manifest, Shard, libraries
-from datapipe.plan_shards import Plan, plan_shards
+from datapipe.distribute import distribute, planned, rows_file
+from datapipe.errors import DataError, NotFoundError
+from datapipe.index import Shard
+from datapipe.listing import Listing
+from datapipe.manifest import NAME, Manifest, libraries
+from datapipe.plan_shards import HOT, Candidates, Plan, plan_shards, repeated
 from datapipe.progress import Progress
-from datapipe.scan import Scanned, read_rows, scan_unit
-from datapipe.shard import write_shard
-from datapipe.sources import Source, Unit, open_sources
-from datapipe.storage import Store, is_remote, open_store, probe
+from datapipe.quarantine import NAME as QUARANTINE
+from datapipe.quarantine import Reasons, excluded, listed, write_quarantine
+from datapipe.scan import Scanned, read_part, read_refused, scan_part
+from datapipe.shard import Sheet, write_shard
+from datapipe.sources import Source, open_sources
+from datapipe.spool import absolute, check_room, opened_spool
+from datapipe.storage import Store, open_store, probe
 from datapipe.workers import Executor, Workers
-
-REQUEST, QUARANTINE, SPOOL = "request.json", "quarantine.parquet", ".spool"
-DECIDING = ("samples_per_shard", "shard_mb", "min_size", "max_aspect", "max_pixels", "jpeg_quality", "seed")
-"""Settings that change what is written."""
-QUARANTINED = ("key", "source", "name", "reason", "detail", "bytes")
-Work = list[tuple[Source, Unit]]
 
 
 @dataclass(frozen=True)
@@ -48,8 +40,8 @@ class Ingested:
     manifest: Manifest
     found_complete: bool
     """Nothing was left to do."""
-    reasons: dict[str, int]
-    """Quarantined crops by reason; empty where nothing was left to do."""
+    reasons: Reasons
+    """Crops that were left out, by reason; empty where nothing was left to do."""
 
 
 def ingest(sources: Sequence[str], out: str, config: ShardConfig, storage: StorageConfig, *,
@@ -62,171 +54,133 @@ def ingest(sources: Sequence[str], out: str, config: ShardConfig, storage: Stora
     Raises DataError where a source is missing, empty or damaged, where too many crops are unusable, and where `out`
     holds another data set.
     """
-    _refuse_inside(sources, out)
+    refuse_inside(sources, out)
+    return ingest_sources(open_sources(sources, storage), out, config, storage, licence=licence, workers=workers)
+
+
+def ingest_sources(sources: Sequence[Source], out: str, config: ShardConfig, storage: StorageConfig, *,
+                   licence: str = "", workers: Executor | None = None) -> Ingested:
+    """The same with sources that are already open."""
     store = open_store(out, storage)
-    found = _read_request(store)
-    opened = open_sources(sources, storage)
-    if found is None:
-        probe(store).demand("ranges", "lists", where=out)
-    work = [(source, unit) for source in opened for unit in source.units()]
-    request = _request(work, config, licence)
-    _refuse_other(store, found, request)
-    spool = Path(config.spool or _default_spool(out))
-    if found and store.exists(Manifest(()).file):
-        shutil.rmtree(spool, ignore_errors=True)
-        return Ingested(Manifest.load(store.address(Manifest(()).file), storage), True, {})
-    with _locked(spool, out), Workers(config.workers) as own:
-        workers = workers or own
-        scan = _scan_all(work, spool, config, workers)
-        kept, reasons = _separate(scan, store, config)
-        plan = plan_shards(kept, config)
-        if not store.create(REQUEST, request):
-            _refuse_other(store, _read_request(store), request)
-        shards = _write_all(plan, store, spool, workers)
-        manifest = Manifest(shards, name="+".join(sorted(source.label for source in opened)), plan=plan.id,
-                            licence=licence, quarantined=sum(reasons.values()), made_by=libraries()).save(store)
-    shutil.rmtree(spool, ignore_errors=True)
-    return Ingested(manifest, False, reasons)
+    with opened_spool(config.spool, out, storage) as (spool, local), Listing(sources, local) as listing, \
+            Workers(config.workers) as own:
+        request = listing.request(config, licence)
+        if not claimed(store, request):
+            probe(store).demand("ranges", "lists", where=out)
+        elif _is_complete(store):
+            return Ingested(Manifest.load(store.url, storage), True, {})
+        run = _Run(store, spool, local, config, storage, workers or own)
+        parts = run.scan(listing)
+        reasons = run.quarantine(parts)
+        crops, plan = run.plan(parts)
+        claim(store, request)
+        run.distribute(parts, crops, plan)
+        if config.exclude != "none":
+            reasons = run.quarantine(parts, planned(plan, crops, run.rows(parts)))
+        del crops
+        manifest = Manifest(run.write(plan), name=listing.name, plan=plan.id, licence=licence,
+                            quarantined=sum(reasons.values()), made_by=libraries()).save(store)
+        return Ingested(manifest, False, reasons)
 
 
-def _scan_all(work: Work, spool: Path, config: ShardConfig, workers: Executor) -> pyarrow.Table:
-    """Every crop of the sources as a row (scan.ROWS and `unit`)."""
-    total = sum(unit.bytes for _, unit in work)
-    _check_room(spool, total)
-    tables, rows, refused = [], 0, 0
-    with Progress("scan", total) as progress:
-        tasks = ((source, unit, spool, config) for source, unit in work)
-        for done in workers.run(scan_unit, tasks, count=len(work)):
-            rows, refused = rows + done.rows, refused + done.refused
-            tables.append(_rows_of(done, spool))
-            progress.advance(done.bytes, f"{rows:,} crops, {refused:,} quarantined")
-    return pyarrow.concat_tables(tables)
-
-
-def _rows_of(done: Scanned, spool: Path) -> pyarrow.Table:
-    unit = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * done.rows, pyarrow.int32()), [done.unit])
-    return read_rows(spool, done.unit).append_column("unit", unit.cast(pyarrow.string()))
-
-
-def _separate(scan: pyarrow.Table, store: Store, config: ShardConfig) -> tuple[pyarrow.Table, dict[str, int]]:
-    """(the usable crops, quarantined crops by reason); writes quarantine.parquet, and fails above `max_bad`."""
-    usable = pyarrow.compute.equal(scan["reason"], "")
-    refused = scan.filter(pyarrow.compute.invert(usable)).select(QUARANTINED)
-    sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(refused.sort_by([("source", "ascending"), ("name", "ascending")]), sink)
-    store.replace(QUARANTINE, sink.getvalue().to_pybytes())
-    reasons = dict(sorted(Counter(refused["reason"].to_pylist()).items()))
-    kept = scan.filter(usable)
-    if not scan.num_rows:
-        raise DataError("the sources hold no images", where=store.url, hint="look into the tars")
-    share = refused.num_rows / scan.num_rows
-    if share > config.max_bad or not kept.num_rows:
-        counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
-        raise DataError(f"{refused.num_rows:,} of {scan.num_rows:,} crops ({share:.1%}) are unusable, more than "
-                        f"--max-bad {config.max_bad:.1%}: {counts}", where=store.address(QUARANTINE),
-                        hint="see there which and why; mend the source, or raise --max-bad")
-    return kept, reasons
-
-
-def _write_all(plan: Plan, store: Store, spool: Path, workers: Executor) -> tuple[Shard, ...]:
-    shards: list[Shard] = []
-    with Progress("write", plan.shards) as progress:
-        tasks = ((store, plan.name(number), _packed(plan.rows(number)), spool) for number in range(plan.shards))
-        for shard in workers.run(write_shard, tasks, count=plan.shards):
-            shards.append(shard)
-            progress.advance(1, f"{len(shards)} of {plan.shards} shards")
-    return tuple(shards)
-
-
-def _packed(rows: pyarrow.Table) -> bytes:
-    sink = pyarrow.BufferOutputStream()
-    with pyarrow.ipc.new_stream(sink, rows.schema) as stream:
-        stream.write_table(rows)
-    return sink.getvalue().to_pybytes()
-
-
-# ------------------------------------------------------------------------------------------- whose folder is it
-
-
-def _request(work: Work, config: ShardConfig, licence: str) -> bytes:
-    """What the folder is made from, the same on every machine and in whatever order the sources were given."""
-    digests: dict[str, Any] = {}
-    for source, unit in work:
-        digests.setdefault(source.label, hashlib.sha256()).update(unit.digest.encode())
-    record = {"format": 1, "licence": licence, "settings": {name: getattr(config, name) for name in DECIDING},
-              "sources": {label: digest.hexdigest() for label, digest in digests.items()}}
-    return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
-
-
-def _refuse_inside(sources: Sequence[str], out: str) -> None:
-    """The next run would take the shards for a part of the source."""
+def refuse_inside(sources: Sequence[str], out: str) -> None:
+    """DataError where `out` lies inside a source: the next run would take the shards for a part of it."""
     for source in sources:
-        if f"{_absolute(out)}/".startswith(f"{_absolute(source)}/"):
+        if f"{absolute(out)}/".startswith(f"{absolute(source)}/"):
             raise DataError("--out lies inside a source", where=out, hint="choose a folder beside the source")
 
 
-def _absolute(url: str) -> str:
-    return url.rstrip("/") if is_remote(url) else os.path.realpath(os.path.expanduser(url.removeprefix("file://")))
-
-
-def _read_request(store: Store) -> bytes | None:
+def _is_complete(store: Store) -> bool:
+    """Whether there is a manifest, the first one or one derived from it."""
     try:
-        return store.read(REQUEST)
+        return any(NAME.fullmatch(entry.name) for entry in store.list("manifest-v"))
     except NotFoundError:
-        pass
-    with contextlib.suppress(NotFoundError):
-        for entry in store.list("manifest-v"):
-            if NAME.fullmatch(entry.name):
-                raise DataError("another data set is already there", where=store.address(entry.name),
-                                hint="choose another --out")
-    return None
+        return False
 
 
-def _refuse_other(store: Store, found: bytes | None, request: bytes) -> None:
-    if found is None or found == request:
-        return
-    there, here = json.loads(found), json.loads(request)
-    differences = [f"{name} is {there['settings'].get(name)} there and {value} here"
-                   for name, value in here["settings"].items() if there["settings"].get(name) != value]
-    if there["sources"] != here["sources"]:
-        changed = sorted(set(there["sources"].items()) ^ set(here["sources"].items()))
-        differences.append("other sources, or other files in them: " + ", ".join(sorted({name for name, _ in changed})))
-    if there["licence"] != here["licence"]:
-        differences.append("another licence")
-    raise DataError("--out belongs to another data set: " + "; ".join(differences), where=store.address(REQUEST),
-                    hint="choose another --out, or delete that folder")
+@dataclass(frozen=True)
+class _Run:
+    """The steps of one run, in their order."""
 
+    store: Store
+    spool: Store
+    local: Path | None
+    """The spool as a folder, if it is one."""
+    config: ShardConfig
+    storage: StorageConfig
+    workers: Executor
 
-# -------------------------------------------------------------------------------------------------------- the spool
+    def scan(self, listing: Listing) -> list[Scanned]:
+        """Every crop of the sources into the spool."""
+        check_room(self.local, listing.bytes)
+        parts: list[Scanned] = []
+        crops = refused = 0
+        with Progress("scan", listing.bytes) as progress:
+            tasks = ((work, self.spool, self.config) for work in listing.work())
+            for part in self.workers.run(scan_part, tasks, count=listing.parts):
+                parts.append(part)
+                found = part.kept + part.refused
+                crops, refused = crops + found, refused + part.refused
+                progress.advance(part.bytes, f"{crops:,} crops, {refused:,} quarantined", crops=found)
+        return parts
 
+    def quarantine(self, parts: Sequence[Scanned], rows: Iterable[pyarrow.Table] = ()) -> Reasons:
+        """List what was refused, and what of the planned rows has no place. DataError above `max_bad`."""
+        tables = (read_refused(self.spool, part.part) for part in parts if part.refused)
+        reasons = write_quarantine(self.store, chain(tables, excluded(rows)), local=self.local)
+        kept, refused = (sum(getattr(part, name) for part in parts) for name in ("kept", "refused"))
+        if not kept + refused:
+            raise DataError("the sources hold no images", where=self.store.url, hint="look into the tars")
+        share = refused / (kept + refused)
+        if share > self.config.max_bad or not kept:
+            raise DataError(
+                f"{refused:,} of {kept + refused:,} crops ({share:.1%}) are unusable, more than --max-bad "
+                f"{self.config.max_bad:.1%}: {listed(reasons)}", where=self.store.address(QUARANTINE),
+                hint="see there which and why; mend the source, or raise --max-bad")
+        return reasons
 
-def _default_spool(out: str) -> Path:
-    if not is_remote(out):
-        return Path(os.path.expanduser(out.removeprefix("file://"))) / SPOOL
-    name = hashlib.sha256(out.rstrip("/").encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"datapipe-spool-{os.getuid()}-{name}"
+    def plan(self, parts: Sequence[Scanned]) -> tuple[Candidates, Plan]:
+        """What goes where. DataError where two crops have the same source and name."""
+        crops = Candidates.room(sum(part.kept for part in parts))
+        start = 0
+        for part in parts:
+            for rows in read_part(self.spool, part.part, ("key", "sha256", "dhash", *HOT.names)):
+                crops.put(start, rows)
+                start += rows.num_rows
+        twice = repeated(crops)
+        if twice is not None:
+            raise DataError("two crops of one source have the same name", where=self._named(parts, twice),
+                            hint="give each of them a name of its own, or leave one of the files out")
+        return crops, plan_shards(crops, self.config)
 
+    def distribute(self, parts: Sequence[Scanned], crops: Candidates, plan: Plan) -> None:
+        """The rows of each shard to where its task finds them."""
+        distribute(plan, crops, self.rows(parts), self.spool, local=self.local)
 
-@contextlib.contextmanager
-def _locked(spool: Path, out: str) -> Iterator[None]:
-    """Keep a second run on this machine away from the spool; the lock ends with the process, however it ends."""
-    try:
-        spool.mkdir(parents=True, exist_ok=True)
-        handle = open(spool / "lock", "w")  # noqa: SIM115  (closed below)
-    except OSError as error:
-        raise StorageError(f"the spool cannot be made: {error.strerror}", where=str(spool),
-                           hint="check the permissions there, or give another folder with --spool") from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError("another run is writing this data set right now", where=out,
-                            hint="wait for it, or choose another --out") from error
-        yield
+    def rows(self, parts: Sequence[Scanned]) -> Iterator[pyarrow.Table]:
+        """All rows of the scan with the address of their object."""
+        for part in parts:
+            for rows in read_part(self.spool, part.part):
+                url = self.spool.address(rows["segment"][0].as_py())
+                yield rows.append_column("url", pyarrow.repeat(pyarrow.scalar(url), rows.num_rows))
 
+    def write(self, plan: Plan) -> tuple[Shard, ...]:
+        """All shards, in their order."""
+        sheets = [Sheet(plan.name(number), rows_file(plan, number), int(plan.cuts[number]), int(plan.cuts[number + 1]),
+                        self.config.sidecars == "json") for number in range(plan.shards)]
+        shards: list[Shard] = []
+        with Progress("write", plan.bytes) as progress:
+            tasks = ((self.store, self.spool, sheet, self.storage) for sheet in sheets)
+            for shard in self.workers.run(write_shard, tasks, count=len(sheets)):
+                shards.append(shard)
+                progress.advance(shard.bytes, f"{len(shards)} of {len(sheets)} shards", crops=shard.rows)
+        return tuple(shards)
 
-def _check_room(spool: Path, wanted: int) -> None:
-    free = shutil.disk_usage(spool).free + sum(file.stat().st_size for file in spool.glob("*.crops"))
-    if free < wanted:
-        raise StorageError(f"the spool needs about {wanted / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
-                           where=str(spool), hint="make room there, or give another folder with --spool")
+    def _named(self, parts: Sequence[Scanned], row: int) -> str:
+        """"source: name" of a candidate."""
+        for part in parts:
+            if row < part.kept:
+                rows = pyarrow.concat_tables(read_part(self.spool, part.part, ("source", "name")))
+                return "{source}: {name}".format(**rows.slice(row, 1).to_pylist()[0])
+            row -= part.kept
+        raise AssertionError("no part holds the row")

@@ -1,28 +1,32 @@
 """Pure: which crop goes to which shard, and in which order. The shards' bytes follow from the plan alone.
 
 Crops are ordered by a keyed hash of their key, so that whoever reads the shards one after the other already gets them
-shuffled, and cut into shards by count and by bytes.
+shuffled, and cut into shards by count and by bytes. What the plan needs of a crop are 76 bytes (`Candidates`): those
+of 100 million crops fit into the memory of one machine. All else stays where the scan put it.
 """
 
 import hashlib
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow
-import pyarrow.compute
 import xxhash
 
 from datapipe.config import ShardConfig
-from datapipe.errors import DataError
+from datapipe.duplicates import Marks, exact_duplicates, near_duplicates
+from datapipe.tar import END_BYTES
 
-BLOCK = tarfile.BLOCKSIZE
-END_BYTES = 2 * BLOCK
-"""Two blocks of zeros end a tar."""
-PLANNED = ("key", "size", "height", "width", "sha256", "xxh3", "dhash", "source", "name", "pid", "camera", "video",
-           "track", "frame")
-"""Columns of the scan that decide what is written."""
+Within = Literal["source", "track", "none"]
+HOT = pyarrow.schema([
+    ("rank", pyarrow.uint64()),  # place in the data set's order, before ties
+    ("group", pyarrow.uint64()),  # crops of one group are looked through for near duplicates; 0: not looked at
+    ("facts", pyarrow.uint64()),  # hash of what the index says besides key, bytes and perceptual hash
+    ("taken", pyarrow.int64()),  # bytes in the tar, headers and sidecar included
+])
+"""What the plan needs of a crop besides key, sha256 and dhash."""
+_CHUNK = 1 << 20
 
 
 def sample_key(source: str, name: str) -> str:
@@ -36,20 +40,89 @@ def rank(key: str, seed: int) -> int:
     return xxhash.xxh3_64_intdigest(key.encode(), seed=seed & (2**64 - 1))
 
 
-def member_bytes(sizes: np.ndarray) -> np.ndarray:
-    """Bytes int64[n] that JPEGs of these sizes take in a tar: a header, and the data in whole blocks."""
-    return BLOCK + (sizes.astype(np.int64) + BLOCK - 1) // BLOCK * BLOCK
+def hot_columns(rows: pyarrow.Table, taken: np.ndarray, *, seed: int, near_within: Within) -> pyarrow.Table:
+    """The columns HOT of crops with the columns of an index. `taken`: bytes of each in the tar, int64[n]."""
+    labels = list(zip(*(rows[name].to_pylist() for name in ("source", "video", "track")), strict=True))
+    groups = {label: _group(label, near_within) for label in set(labels)}
+    others = [rows[name].to_pylist() for name in ("height", "width", "pid", "camera", "video", "track", "frame")]
+    return pyarrow.table({
+        "rank": [rank(key, seed) for key in rows["key"].to_pylist()],
+        "group": [groups[label] for label in labels],
+        "facts": [xxhash.xxh3_64_intdigest(repr(facts).encode()) for facts in zip(*others, strict=True)],
+        "taken": taken,
+    }, schema=HOT)
+
+
+def _group(label: tuple[str, str, int], within: Within) -> int:
+    source, video, track = label
+    if within == "none" or (within == "track" and track < 0):
+        return 0
+    return xxhash.xxh3_64_intdigest(repr(source if within == "source" else label).encode()) or 1
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Crops that may go into shards, as columns of equal length."""
+
+    rank: np.ndarray
+    key: np.ndarray
+    """uint64[n, 2]: the 16 bytes of the key, first byte highest."""
+    content: np.ndarray
+    """uint64[n, 2]: the first 16 bytes of the sha256."""
+    dhash: np.ndarray
+    group: np.ndarray
+    facts: np.ndarray
+    taken: np.ndarray
+
+    @staticmethod
+    def room(count: int) -> "Candidates":
+        """Columns to be filled with `put`."""
+        rank, dhash, group, facts = (np.empty(count, np.uint64) for _ in range(4))
+        key, content = (np.empty((count, 2), np.uint64) for _ in range(2))
+        return Candidates(rank, key, content, dhash, group, facts, taken=np.empty(count, np.int64))
+
+    def put(self, start: int, rows: pyarrow.Table) -> None:
+        """Fill the rows from `start` on from a table with the columns `key`, `sha256`, `dhash` and HOT."""
+        end = start + rows.num_rows
+        self.key[start:end] = key_words(rows["key"])
+        self.content[start:end] = _words(b"".join(rows["sha256"].to_pylist()), 32)
+        for name in ("dhash", *HOT.names):
+            getattr(self, name)[start:end] = rows[name].to_numpy()
+
+    def __len__(self) -> int:
+        return len(self.rank)
+
+
+def key_words(keys: Any) -> np.ndarray:
+    """Keys (an Arrow column of hex digits) as uint64[n, 2]."""
+    return _words(bytes.fromhex("".join(keys.to_pylist())), 16)
+
+
+def key_texts(words: np.ndarray) -> list[str]:
+    """The inverse of `key_words`."""
+    digits = words.astype(">u8").tobytes().hex()
+    return [digits[start:start + 32] for start in range(0, len(digits), 32)]
+
+
+def _words(data: bytes, width: int) -> np.ndarray:
+    """The first 16 of each `width` bytes as uint64[n, 2]."""
+    return np.frombuffer(data, ">u8").reshape(-1, width // 8)[:, :2]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The crops of a scan in their final order, cut into shards."""
+    """The crops in their final order, cut into shards. Rows are those of the candidates."""
 
-    scan: pyarrow.Table
     order: np.ndarray
-    """int64[crops]: row of the scan at each place."""
+    """int64[crops]: row of the candidates at each place. Crops that were excluded have no place."""
     cuts: np.ndarray
     """int64[shards + 1]: shard s holds the places [cuts[s], cuts[s + 1])."""
+    exact: Marks
+    """Rows with the same bytes as another one."""
+    near: Marks
+    """Rows that look like another one of their group."""
+    bytes: int
+    """Of all tars, but for their ends."""
     id: str
     """Hash (hex) of everything that is written: equal plans make equal shards."""
 
@@ -58,65 +131,98 @@ class Plan:
         """How many shards there are."""
         return len(self.cuts) - 1
 
-    def rows(self, shard: int) -> pyarrow.Table:
-        """The scan's rows of one shard, in the order of the tar."""
-        return self.scan.take(self.order[self.cuts[shard]:self.cuts[shard + 1]])
-
     def name(self, shard: int) -> str:
         """Name of a shard's tar: unlike that of any other plan."""
         return f"shards/{self.id[:12]}-{shard:06d}.tar"
 
 
-def plan_shards(scan: pyarrow.Table, config: ShardConfig) -> Plan:
-    """Order and cut the crops of a scan (columns `rank` and PLANNED at least), whatever the order it comes in.
+def plan_shards(crops: Candidates, config: ShardConfig) -> Plan:
+    """Order and cut crops of different keys (see `repeated`), whatever the order they come in.
 
-    Raises DataError where two crops have the same source and name. Needs about 40 bytes per crop besides the scan.
+    What is excluded as an exact duplicate is not looked at as a near one, nor as the original of one.
     """
-    order = pyarrow.compute.sort_indices(scan, sort_keys=[("rank", "ascending"), ("key", "ascending")]).to_numpy()
-    order = order.astype(np.int64)
-    _check_unique(scan, order)
-    cuts = cut(scan["size"].to_numpy()[order], samples=config.samples_per_shard,
-               most_bytes=int(config.shard_mb * 1e6))
-    draft = Plan(scan, order, cuts, "")
-    return Plan(scan, order, cuts, _digest(draft))
+    order = ranked(crops)
+    exact = _in_rows(exact_duplicates(crops.content[order]), order)
+    if config.exclude != "none":
+        order = _without(exact, order)
+    near = _in_rows(near_duplicates(crops.dhash[order], crops.group[order]), order)
+    if config.exclude == "near":
+        order = _without(near, order)
+    taken = crops.taken[order]
+    cuts = cut(taken, samples=config.samples_per_shard, most_bytes=int(config.shard_mb * 1e6))
+    return Plan(order, cuts, exact, near, int(taken.sum()), _digest(crops, order, cuts, (exact, near)))
 
 
-def cut(sizes: np.ndarray, *, samples: int, most_bytes: int) -> np.ndarray:
+def places(order: np.ndarray, count: int) -> np.ndarray:
+    """The place of each of `count` rows, int64; -1 for those that have none."""
+    found = np.full(count, -1, np.int64)
+    found[order] = np.arange(len(order))
+    return found
+
+
+def _in_rows(marks: Marks, order: np.ndarray) -> Marks:
+    """Marks of places as marks of rows."""
+    rows, originals = order[marks.places], order[marks.originals]
+    ascending = np.argsort(rows)
+    return Marks(rows[ascending], originals[ascending])
+
+
+def _without(marks: Marks, order: np.ndarray) -> np.ndarray:
+    stays = np.ones(int(order.max(initial=-1)) + 1, bool)
+    stays[marks.places] = False
+    return order[stays[order]]
+
+
+def ranked(crops: Candidates) -> np.ndarray:
+    """Rows int64[n] in the order of their ranks, those of equal rank in the order of their keys."""
+    order = np.argsort(crops.rank)
+    for tie in _ties(crops.rank, order):
+        order[tie] = order[tie][np.lexsort((crops.key[order[tie], 1], crops.key[order[tie], 0]))]
+    return order
+
+
+def repeated(crops: Candidates) -> int | None:
+    """The row of a crop whose key another crop has as well, the first one in the order; None: all are different."""
+    order = ranked(crops)
+    for tie in _ties(crops.rank, order):
+        keys = crops.key[order[tie]]
+        same = np.flatnonzero((keys[1:] == keys[:-1]).all(axis=1))
+        if len(same):
+            return int(order[tie][same[0]])
+    return None
+
+
+def _ties(ranks: np.ndarray, order: np.ndarray) -> Iterator[slice]:
+    """Stretches of the order with equal ranks."""
+    arranged = ranks[order]
+    equal = np.flatnonzero(arranged[1:] == arranged[:-1])
+    for first in equal[np.diff(equal, prepend=-2) > 1].tolist():
+        end = int(np.searchsorted(arranged, arranged[first], side="right"))
+        yield slice(first, end)
+
+
+def cut(taken: np.ndarray, *, samples: int, most_bytes: int) -> np.ndarray:
     """Places int64[shards + 1] where shards begin: as many crops as fit both bounds, and one at least."""
-    ends = np.cumsum(member_bytes(sizes))
+    ends = np.cumsum(taken)
     cuts = [0]
-    while cuts[-1] < len(sizes):
+    while cuts[-1] < len(taken):
         start = cuts[-1]
         before = ends[start - 1] if start else 0
         fitting = int(np.searchsorted(ends, before + most_bytes - END_BYTES, side="right"))
-        cuts.append(min(len(sizes), start + samples, max(start + 1, fitting)))
+        cuts.append(min(len(taken), start + samples, max(start + 1, fitting)))
     return np.array(cuts, np.int64)
 
 
-def _check_unique(scan: pyarrow.Table, order: np.ndarray) -> None:
-    ranks = scan["rank"].to_numpy()[order]
-    for place in np.flatnonzero(ranks[1:] == ranks[:-1]):
-        first, second = (scan.slice(int(order[place + step]), 1).to_pylist()[0] for step in (0, 1))
-        if first["key"] == second["key"]:
-            raise DataError("two crops of one source have the same name", where=f"{first['source']}: {first['name']}",
-                            hint="give each of them a name of its own, or leave one of the files out")
-
-
-def _digest(plan: Plan) -> str:
-    digest = hashlib.sha256(b"datapipe plan 1")
-    for shard in range(plan.shards):
-        digest.update(f"shard {plan.cuts[shard]}".encode())
-        rows = plan.rows(shard).select(PLANNED).combine_chunks()
-        for column in rows.columns:
-            for part in _buffers(column):
-                digest.update(part)
+def _digest(crops: Candidates, order: np.ndarray, cuts: np.ndarray, marks: tuple[Marks, ...]) -> str:
+    """Hash of all crops in their order, the cuts and the marks; independent of the numbers of the rows."""
+    digest = hashlib.sha256(b"datapipe plan 2" + cuts.tobytes())
+    for start in range(0, len(order), _CHUNK):
+        rows = order[start:start + _CHUNK]
+        for column in (crops.key, crops.content, crops.dhash, crops.facts, crops.taken):
+            digest.update(column[rows].tobytes())
+    place = places(order, len(crops))
+    for rows, originals in marks:
+        present = place[rows] >= 0
+        marked = np.stack([place[rows[present]], place[originals[present]]], axis=1)
+        digest.update(b"marks" + marked[np.argsort(marked[:, 0])].tobytes())
     return digest.hexdigest()
-
-
-def _buffers(column: pyarrow.ChunkedArray) -> Iterator[bytes]:
-    if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-        yield "\0".join(column.to_pylist()).encode()
-    elif pyarrow.types.is_fixed_size_binary(column.type):
-        yield b"".join(column.to_pylist())
-    else:
-        yield column.to_numpy().tobytes()

@@ -13,10 +13,10 @@ INTERVAL_S = 10.0
 
 
 class Progress:
-    """`with Progress("scan", total) as progress: progress.advance(n, "312 crops, 1 quarantined")`."""
+    """`with Progress("scan", total_bytes) as progress: progress.advance(n, "312 crops, 1 quarantined", crops=312)`."""
 
     def __init__(self, label: str, total: float) -> None:
-        self.label, self.total, self.done, self.note = label, max(total, 1e-9), 0.0, ""
+        self.label, self.total, self.done, self.crops, self.note = label, max(total, 1e-9), 0.0, 0, ""
         self.began = self.spoken = time.monotonic()
         self._bar: Bar | None = None
         self._task = TaskID(0)
@@ -30,25 +30,43 @@ class Progress:
             self._task = self._bar.add_task(self.label, total=self.total, note="")
         return self
 
-    def advance(self, amount: float, note: str) -> None:
-        """`amount` more of the total is done; `note` replaces the one before."""
-        self.done, self.note = self.done + amount, note
+    def advance(self, amount: float, note: str, *, crops: int = 0) -> None:
+        """`amount` more of the total, and so many more crops, are done; `note` replaces the one before.
+
+        With crops, the amount is taken for bytes and rates are shown.
+        """
+        self.done, self.crops = self.done + amount, self.crops + crops
+        self.note = note + self._rate()
         if self._bar:
-            self._bar.update(self._task, advance=amount, note=note)
+            self._bar.update(self._task, advance=amount, note=self.note)
         elif time.monotonic() - self.spoken >= INTERVAL_S:
-            self._speak(f", {self._left_s():.0f} s left")
+            self._speak(f", {_duration(self._left_s())} left")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         if self._bar:
             self._bar.stop()
         elif kind is None:
-            self._speak(f", {time.monotonic() - self.began:.1f} s")
+            self._speak(f", {self._passed_s():.1f} s")
+
+    def _rate(self) -> str:
+        passed = max(self._passed_s(), 1e-9)
+        return f", {self.crops / passed:,.0f} crops/s, {self.done / passed / 1e6:,.1f} MB/s" if self.crops else ""
+
+    def _passed_s(self) -> float:
+        return time.monotonic() - self.began
 
     def _left_s(self) -> float:
-        return (time.monotonic() - self.began) * (self.total / self.done - 1) if self.done else float("inf")
+        return self._passed_s() * (self.total / self.done - 1) if self.done else float("inf")
 
     def _speak(self, time_note: str) -> None:
         self.spoken = time.monotonic()
         share = min(1.0, self.done / self.total)
         print(f"{self.label}: {share:4.0%}, {self.note}{time_note}", file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    """"48 s", "12 min", "3.4 h"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

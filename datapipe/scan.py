@@ -1,115 +1,208 @@
-"""Reads each crop of a source unit once, screens it, and puts what is kept into the spool.
+"""Reads each crop of the sources once, screens it, and puts what is kept into the spool.
 
 Shards hold their crops in a global random order, sources are read from front to back: something has to bridge the
-two. The spool, a local folder with one file of JPEG bytes and one table of rows per unit, does it for every kind of
-source alike: a tar in gzip, a video or a bucket of small objects is read and decoded once and never sought in, what was
-re-encoded is not encoded again, and a killed run keeps its finished units. The price is disk space of about the data
-set's size until the shards are written. In memory there is never more than one crop per process.
+two. The spool, a folder on this machine, a shared one or an object store, does it for every kind of source alike: a
+tar in gzip, a video or a bucket of small objects is read and decoded once and never sought in, what was re-encoded is
+not encoded again, and a killed run keeps its finished parts. The price is room of about the data set's size until the
+shards are written.
+
+A part of the work leaves in the spool:
+
+    <part>-000.crops        JPEGs one after the other, in the order of the shards: what one shard takes is one range
+    <part>-001.crops        ... the next SEGMENT_BYTES; so much is held in memory, twice at most
+    <part>.refused.parquet  the crops that are quarantined, where there are any
+    <part>.parquet          a row for each kept crop; written last, so that its presence means the part is complete
 """
 
 import hashlib
-import os
-import secrets
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow
-import pyarrow.compute
 import pyarrow.parquet
 import xxhash
 
 from datapipe.config import ShardConfig
-from datapipe.errors import StorageError
-from datapipe.manifest import INDEX, libraries
-from datapipe.plan_shards import rank, sample_key
-from datapipe.screen import Kept, screen
+from datapipe.difference_hash import cells, hashes
+from datapipe.errors import NotFoundError
+from datapipe.index import INDEX
+from datapipe.manifest import libraries
+from datapipe.plan_shards import HOT, hot_columns, sample_key
+from datapipe.screen import Kept, Reason, Refused, screen
+from datapipe.shard import sidecars
 from datapipe.sources import Crop, Source, Unit
+from datapipe.storage import Store
+from datapipe.tar import member_bytes
 
-VERSION = "scan 1"
-"""Change it when screening changes: spooled units of before are then read again."""
+VERSION = "scan 2"
+"""Change it when screening changes: spooled parts of before are then read again."""
+SEGMENT_BYTES = 64_000_000
+"""JPEG bytes at which a segment is closed."""
+MOST_CROPS = 100_000
+"""Crops at which it is closed as well: their rows are held in memory, too."""
+LABELS = ("source", "name", "pid", "camera", "video", "track", "frame")
+FOUND = ("key", "size", "height", "width", "sha256", "xxh3", *LABELS)
+"""What the scan knows of each kept crop by itself."""
 ROWS = pyarrow.schema([
-    *(column for column in INDEX if column.name != "offset"),
-    ("rank", pyarrow.uint64()),  # place in the data set's order
-    ("spool_offset", pyarrow.int64()),  # of the JPEG within its unit's spool file
-    ("bytes", pyarrow.int64()),  # as found
-    ("reason", pyarrow.string()),  # empty: kept
-    ("detail", pyarrow.string()),
+    *(INDEX.field(name) for name in FOUND), INDEX.field("dhash"), *HOT,
+    ("segment", pyarrow.string()),  # the object that holds the JPEG
+    ("start", pyarrow.int64()),  # of the JPEG within it
 ])
+REFUSED = pyarrow.schema([
+    *(INDEX.field(name) for name in ("key", "source", "name")),
+    ("reason", pyarrow.string()),
+    ("detail", pyarrow.string()),
+    ("bytes", pyarrow.int64()),  # as found
+])
+Work = Sequence[tuple[Source, Unit]]
+"""Units that are scanned together."""
 
 
 class Scanned(NamedTuple):
-    """A unit whose crops are all in the spool."""
+    """A part whose crops are all in the spool."""
 
-    unit: str
-    """Name of its files there, without ending."""
-    bytes: int
-    """Bytes of the unit in its source."""
-    rows: int
+    part: str
+    """Name of its objects there, without ending."""
+    kept: int
     refused: int
+    bytes: int
+    """Bytes of its units in their sources."""
+    spooled: int
+    """Bytes of the JPEGs that were kept."""
 
 
-def scan_unit(source: Source, unit: Unit, spool: Path, config: ShardConfig) -> Scanned:
-    """Read, screen and spool one unit; at once if an earlier run did. The table is written last."""
-    name = _unit_name(source, unit, config)
-    table_file = spool / f"{name}.parquet"
+def scan_part(work: Work, spool: Store, config: ShardConfig) -> Scanned:
+    """Read, screen and spool some units; at once if an earlier run did."""
+    part = _part_name(work, config)
+    total = sum(unit.bytes for _, unit in work)
     try:
-        if not table_file.exists():
-            _scan(source, unit, spool / f"{name}.crops", table_file, config)
-        reasons = pyarrow.parquet.read_table(table_file, columns=["reason"])["reason"]
-    except OSError as error:
-        raise StorageError(f"the spool cannot be written or read: {error.strerror or error}", where=str(spool),
-                           hint="make room there, or give another folder with --spool") from error
-    kept = pyarrow.compute.sum(pyarrow.compute.equal(reasons, "")).as_py() or 0
-    return Scanned(name, unit.bytes, len(reasons), len(reasons) - kept)
+        found = pyarrow.parquet.read_metadata(pyarrow.BufferReader(spool.read(f"{part}.parquet")))
+        kept, refused, spooled = found.num_rows, int(found.metadata[b"refused"]), int(found.metadata[b"spooled"])
+    except NotFoundError:
+        kept, refused, spooled = _scan(work, part, spool, config)
+    return Scanned(part, kept, refused, total, spooled)
 
 
-def read_rows(spool: Path, unit: str) -> pyarrow.Table:
-    """The rows (ROWS) of a scanned unit."""
-    return pyarrow.parquet.read_table(spool / f"{unit}.parquet")
+def read_part(spool: Store, part: str, columns: Sequence[str] | None = None) -> Iterator[pyarrow.Table]:
+    """The rows of a scanned part, ROWS or some of its columns, segment by segment."""
+    file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(spool.read(f"{part}.parquet")))
+    for number in range(file.num_row_groups):
+        yield file.read_row_group(number, columns=None if columns is None else list(columns), use_threads=False)
 
 
-def _unit_name(source: Source, unit: Unit, config: ShardConfig) -> str:
-    facts = (VERSION, source, unit.digest, config.min_size, config.max_aspect, config.max_pixels, config.jpeg_quality,
-             config.seed, sorted(libraries().items()))
+def read_refused(spool: Store, part: str) -> pyarrow.Table:
+    """The quarantined crops of a scanned part that has any: REFUSED."""
+    return pyarrow.parquet.read_table(pyarrow.BufferReader(spool.read(f"{part}.refused.parquet")), use_threads=False)
+
+
+def inspected(work: Work, config: ShardConfig) -> Iterator[tuple[Crop, Kept | Refused]]:
+    """Every crop of the units with what screening says of it."""
+    for source, unit in work:
+        for crop in source.read(unit):
+            refused = Refused(Reason.NOT_AN_IMAGE, crop.problem) if crop.problem else None
+            yield crop, refused or screen(crop.data, config)
+
+
+def _part_name(work: Work, config: ShardConfig) -> str:
+    facts = (VERSION, [(source, unit.digest) for source, unit in work], config.min_size, config.max_aspect,
+             config.max_pixels, config.jpeg_quality, config.seed, config.near_within, config.sidecars,
+             sorted(libraries().items()))
     return hashlib.sha256(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
-def _scan(source: Source, unit: Unit, crops_file: Path, table_file: Path, config: ShardConfig) -> None:
-    ending = f".{secrets.token_hex(4)}.part"
-    crops_part, table_part = (file.with_name(file.name + ending) for file in (crops_file, table_file))
-    try:
-        with open(crops_part, "xb") as spooled:
-            columns: dict[str, list[Any]] = {name: [] for name in ROWS.names}
-            for row in _rows(source.read(unit), spooled, config):
-                for column, value in row.items():
-                    columns[column].append(value)
-        os.replace(crops_part, crops_file)
-        pyarrow.parquet.write_table(pyarrow.table(columns, schema=ROWS), table_part)
-        os.replace(table_part, table_file)
-    finally:
-        crops_part.unlink(missing_ok=True)
-        table_part.unlink(missing_ok=True)
-
-
-def _rows(crops: Iterator[Crop], spooled: Any, config: ShardConfig) -> Iterator[dict[str, Any]]:
-    for crop in crops:
-        verdict = screen(crop.data, config)
-        key = sample_key(crop.source, crop.name)
-        row = {"key": key, "source": crop.source, "name": _text(crop.name), "pid": crop.pid, "camera": crop.camera,
-               "video": crop.video, "track": crop.track, "frame": crop.frame, "dhash": 0, "duplicate_of": None,
-               "near_of": None, "removed": False, "rank": rank(key, config.seed), "spool_offset": spooled.tell(),
-               "bytes": len(crop.data)}
+def _scan(work: Work, part: str, spool: Store, config: ShardConfig) -> tuple[int, int, int]:
+    """(crops kept, crops refused, bytes spooled)."""
+    refused: list[tuple[Any, ...]] = []
+    rows = _Rows(part, spool, config)
+    segment = _Segment()
+    for crop, verdict in inspected(work, config):
         if isinstance(verdict, Kept):
-            spooled.write(verdict.data)
-            yield {**row, "size": len(verdict.data), "height": verdict.height, "width": verdict.width,
-                   "sha256": hashlib.sha256(verdict.data).digest(), "xxh3": xxhash.xxh3_64_intdigest(verdict.data),
-                   "reason": "", "detail": ""}
+            segment.add(crop, verdict)
+            if segment.bytes >= SEGMENT_BYTES or len(segment.found) >= MOST_CROPS:
+                rows.add(segment)
+                segment = _Segment()
         else:
-            yield {**row, "size": 0, "height": 0, "width": 0, "sha256": bytes(32), "xxh3": 0,
-                   "reason": str(verdict.reason), "detail": verdict.detail}
+            refused.append((sample_key(crop.source, crop.name), crop.source, _text(crop.name), str(verdict.reason),
+                            verdict.detail, len(crop.data)))
+    if segment.found:
+        rows.add(segment)
+    if refused:
+        table, sink = _table(REFUSED, refused), pyarrow.BufferOutputStream()
+        pyarrow.parquet.write_table(table, sink, compression="lz4")
+        spool.replace(f"{part}.refused.parquet", sink.getvalue().to_pybytes())
+    rows.close(refused=len(refused))
+    return rows.count, len(refused), rows.bytes
+
+
+class _Rows:
+    """The table of a part, a row group per segment."""
+
+    def __init__(self, part: str, spool: Store, config: ShardConfig) -> None:
+        self.part, self.spool, self.config = part, spool, config
+        self.segments = self.count = self.bytes = 0
+        self._sink = pyarrow.BufferOutputStream()
+        self._writer = pyarrow.parquet.ParquetWriter(self._sink, ROWS, compression="lz4",
+                                                     use_dictionary=["source", "video", "segment"])
+
+    def add(self, segment: "_Segment") -> None:
+        rows = segment.write(f"{self.part}-{self.segments:03d}.crops", self.spool, self.config)
+        self._writer.write_table(rows, row_group_size=max(1, rows.num_rows))
+        self.segments += 1
+        self.count += rows.num_rows
+        self.bytes += segment.bytes
+
+    def close(self, *, refused: int) -> None:
+        """Write it: the part is complete."""
+        self._writer.add_key_value_metadata({"refused": str(refused), "spooled": str(self.bytes)})
+        self._writer.close()
+        self.spool.replace(f"{self.part}.parquet", self._sink.getvalue().to_pybytes())
+
+
+class _Segment:
+    """Kept crops on their way into one object of the spool."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[Any, ...]] = []
+        self.cells: list[np.ndarray] = []
+        self.data: list[bytes] = []
+        self.bytes = 0
+
+    def add(self, crop: Crop, kept: Kept) -> None:
+        data = kept.data
+        self.found.append((
+            sample_key(crop.source, crop.name), len(data), kept.height, kept.width, hashlib.sha256(data).digest(),
+            xxhash.xxh3_64_intdigest(data), crop.source, _text(crop.name), crop.pid, crop.camera, crop.video,
+            crop.track, crop.frame))
+        self.cells.append(cells(kept.luma))
+        self.data.append(data)
+        self.bytes += len(data)
+
+    def write(self, name: str, spool: Store, config: ShardConfig) -> pyarrow.Table:
+        """The rows (ROWS) in the order of the shards, their JPEGs being in the spool."""
+        rows = _table(pyarrow.schema([INDEX.field(name) for name in FOUND]), self.found)
+        sizes = rows["size"].to_numpy()
+        taken = member_bytes(sizes)
+        if config.sidecars == "json":
+            taken += member_bytes(np.array([len(text) for text in sidecars(rows)]))
+        hot = hot_columns(rows, taken, seed=config.seed, near_within=config.near_within)
+        order = np.argsort(hot["rank"].to_numpy(), kind="stable")
+        spool.replace(name, b"".join([self.data[row] for row in order]))
+        sizes = sizes[order].astype(np.int64)
+        columns = {**dict(zip(rows.column_names, rows.take(order).columns, strict=True)),
+                   "dhash": hashes(np.array(self.cells))[order],
+                   **dict(zip(HOT.names, hot.take(order).columns, strict=True)),
+                   "segment": pyarrow.repeat(pyarrow.scalar(name), len(order)),
+                   "start": np.cumsum(sizes) - sizes}
+        return pyarrow.table(columns, schema=ROWS)
+
+
+def _table(schema: pyarrow.Schema, rows: list[tuple[Any, ...]]) -> pyarrow.Table:
+    columns = zip(*rows, strict=True)
+    return pyarrow.table([pyarrow.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)],
+                         schema=schema)
 
 
 def _text(name: str) -> str:
     """A file name that is not UTF-8 can still be written in a table: its odd bytes as \\xNN."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return name if name.isascii() else name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

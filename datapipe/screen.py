@@ -3,6 +3,7 @@
 import io
 import struct
 import warnings
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -24,6 +25,9 @@ UPRIGHT = {  # EXIF orientation -> the image as it is to be seen
 TURNED = (5, 6, 7, 8)
 PLAIN = ("YCbCr", "RGB")
 """Colour spaces of JPEGs that every reader decodes to the same RGB."""
+USUAL = ("444", "422", "420", "440", "411")
+"""Chroma samplings of which the grey image tells as much as the coloured one: the decoder passes over all coefficients
+of all components, and any fault in them is a warning, which strict decoding raises. Only the colours are not made."""
 
 
 class Reason(StrEnum):
@@ -38,12 +42,15 @@ class Reason(StrEnum):
     ANIMATED = "animated"
 
 
-class Kept(NamedTuple):
+@dataclass(slots=True)
+class Kept:
     """A usable crop: an upright three-channel JPEG."""
 
     data: bytes
     height: int
     width: int
+    luma: np.ndarray = field(compare=False, repr=False)
+    """uint8[height, width]: the brightness that the JPEG holds."""
 
 
 class Refused(NamedTuple):
@@ -66,7 +73,7 @@ def screen(data: bytes, config: ShardConfig) -> Kept | Refused:
 
     A colour JPEG that decodes without a warning is kept byte for byte, whatever the file was called. Grey, CMYK, 16-bit
     and EXIF-rotated images and other formats become an upright JPEG of `config.jpeg_quality` (4:2:0); transparency is
-    dropped, as training code does. Height and width are those of the result.
+    dropped, as training code does. Height, width and luma are those of the result.
     """
     try:
         return _jpeg(data, config) if data.startswith(JPEG_START) else _other(data, config)
@@ -76,20 +83,22 @@ def screen(data: bytes, config: ShardConfig) -> Kept | Refused:
 
 def _jpeg(data: bytes, config: ShardConfig) -> Kept:
     try:
-        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, space, sampling = simplejpeg.decode_jpeg_header(data)
     except ValueError as error:
         raise _Refusal(_cut_or_corrupt(data), str(error)) from error
     orientation = _orientation(data)
     _check_size((width, height) if orientation in TURNED else (height, width), config)
-    if space not in (*PLAIN, "Gray", "GRAY"):
+    if space not in (*PLAIN, "Gray"):
         return _other(data, config)
     try:
+        if space == "YCbCr" and sampling in USUAL and orientation not in UPRIGHT:
+            return Kept(data, height, width, _luma(data))
         pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
     except ValueError as error:
         raise _Refusal(_cut_or_corrupt(data), str(error)) from error
     if orientation in UPRIGHT:
         return _encoded(UPRIGHT[orientation](pixels), config)
-    return Kept(data, height, width) if space in PLAIN else _encoded(pixels, config)
+    return Kept(data, height, width, _luma(data)) if space in PLAIN else _encoded(pixels, config)
 
 
 def _other(data: bytes, config: ShardConfig) -> Kept:
@@ -129,7 +138,11 @@ def _rgb(image: Image.Image) -> np.ndarray:
 def _encoded(pixels: np.ndarray, config: ShardConfig) -> Kept:
     data = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=config.jpeg_quality, colorspace="RGB",
                                   colorsubsampling="420")
-    return Kept(data, *pixels.shape[:2])
+    return Kept(data, pixels.shape[0], pixels.shape[1], _luma(data))
+
+
+def _luma(data: bytes) -> np.ndarray:
+    return simplejpeg.decode_jpeg(data, colorspace="Gray", strict=True)[..., 0]
 
 
 def _check_size(size: tuple[int, int], config: ShardConfig) -> None:
@@ -144,7 +157,7 @@ def _check_size(size: tuple[int, int], config: ShardConfig) -> None:
 
 def _orientation(data: bytes) -> int:
     """EXIF orientation of a JPEG; 1 where there is none, or none that can be read."""
-    if b"Exif\0\0" not in data[:1 << 16]:
+    if data.find(b"Exif\0\0", 0, 1 << 16) < 0:
         return 1
     try:
         with warnings.catch_warnings():

@@ -1,91 +1,139 @@
-"""Plan rows -> a USTAR tar of JPEGs and its parquet index, byte-identical whoever writes them, and how often."""
+"""Planned rows -> a USTAR tar of JPEGs and its parquet index, byte-identical whoever writes them, and how often.
+
+A row says where its JPEG is now: `url`, `start` and `size`. That may be the spool or the tar of another data set.
+"""
 
 import hashlib
-import tarfile
-from pathlib import Path
+import json
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import xxhash
 
+from datapipe.config import StorageConfig
+from datapipe.distribute import rows_of_places
 from datapipe.errors import DataError, NotFoundError, StorageError
-from datapipe.manifest import INDEX, Shard
-from datapipe.plan_shards import BLOCK, END_BYTES, member_bytes
-from datapipe.storage import Store
+from datapipe.index import INDEX, Shard
+from datapipe.storage import Store, open_store, split_url
+from datapipe.tar import BLOCK, headers, layout
 
 TAR_SHA256, TAR_BYTES = b"tar_sha256", b"tar_bytes"
 """Kept in the index, so that a finished shard need not be read again to be entered in a manifest."""
+SIDECAR = ("key", "source", "name", "pid", "camera", "video", "track", "frame", "height", "width")
+"""What <key>.json says of a crop."""
+READ_BYTES = 16_000_000
+"""Most bytes read at once."""
+GAP_BYTES = 65_536
+"""Bytes between two crops that are rather read along than skipped by a second request."""
 
 
-def header(key: str, size: int) -> bytes:
-    """The tar header of a crop: 512 bytes that depend on nothing else."""
-    member = tarfile.TarInfo(f"{key}.jpg")
-    member.size, member.mode = size, 0o644  # time, owner and group are 0 by default
-    return member.tobuf(tarfile.USTAR_FORMAT)
+class Sheet(NamedTuple):
+    """What is to be written: a shard's name, and where its rows are."""
+
+    name: str
+    rows: str
+    """Object of the spool with the planned rows of this shard and some others."""
+    first: int
+    end: int
+    """Its places in the plan: [first, end)."""
+    sidecars: bool
 
 
-def write_shard(store: Store, name: str, rows: bytes, spool: Path) -> Shard:
+def write_shard(store: Store, spool: Store, sheet: Sheet, storage: StorageConfig) -> Shard:
     """Make one shard of the store: the tar, then its index, each once; one that is complete is left alone.
 
-    `rows`: the plan's rows (scan.ROWS and `unit`) as an Arrow IPC stream, in the order of the tar. Holds the tar in
-    memory, and nothing else. Raises DataError where the name holds other bytes.
+    Holds the tar in memory, and nothing else of that size. Raises DataError where the name holds other bytes or the
+    crops are not what they were when they were planned.
     """
-    table = pyarrow.ipc.open_stream(rows).read_all()
-    index_name = name.removesuffix(".tar") + ".parquet"
-    finished = _finished(store, name, index_name, table.num_rows)
+    index_name = sheet.name.removesuffix(".tar") + ".parquet"
+    finished = _finished(store, sheet.name, index_name, sheet.end - sheet.first)
     if finished:
         return finished
-    offsets, total = layout(table["size"].to_numpy())
-    tar = build_tar(table, offsets, total, spool)
+    rows = rows_of_places(spool, sheet.rows, sheet.first, sheet.end)
+    tar, offsets = build_tar(rows, storage, with_sidecars=sheet.sidecars)
     sha256 = hashlib.sha256(tar).hexdigest()
-    _create(store, name, tar, sha256)
-    index = build_index(table, offsets, {TAR_SHA256: sha256.encode(), TAR_BYTES: str(total).encode()})
+    _create(store, sheet.name, tar, sha256)
+    index = build_index(rows, offsets, {TAR_SHA256: sha256.encode(), TAR_BYTES: str(len(tar)).encode()})
     index_sha256 = hashlib.sha256(index).hexdigest()
     _create(store, index_name, index, index_sha256)
-    return Shard(name, table.num_rows, total, sha256, index_name, index_sha256)
+    return Shard(sheet.name, rows.num_rows, len(tar), sha256, index_name, index_sha256)
 
 
-def layout(sizes: np.ndarray) -> tuple[np.ndarray, int]:
-    """(offset int64[n] of each JPEG in the tar, bytes of the tar)."""
-    taken = member_bytes(sizes)
-    ends = np.cumsum(taken)
-    return ends - taken + BLOCK, int(ends[-1]) + END_BYTES
+def sidecars(rows: pyarrow.Table) -> list[bytes]:
+    """The JSON beside each crop of rows with the columns SIDECAR."""
+    return [json.dumps(row, sort_keys=True).encode() for row in rows.select(SIDECAR).to_pylist()]
 
 
-def build_tar(rows: pyarrow.Table, offsets: np.ndarray, total: int, spool: Path) -> bytearray:
-    """The whole tar, filled from the spool unit by unit. DataError if the spool is not what the scan wrote."""
+def build_tar(rows: pyarrow.Table, storage: StorageConfig, *, with_sidecars: bool = False
+              ) -> tuple[bytearray, np.ndarray]:
+    """(the whole tar, offset int64[n] of each JPEG in it)."""
+    keys, sizes, texts = rows["key"].to_pylist(), rows["size"].to_numpy(), sidecars(rows) if with_sidecars else []
+    endings = ("jpg", "json") if with_sidecars else ("jpg",)
+    if with_sidecars:
+        sizes = np.stack([sizes, [len(text) for text in texts]], axis=1).ravel()
+    offsets, total = layout(sizes)
     tar = bytearray(total)
     view = memoryview(tar)
-    keys, units, hashes = (rows[column].to_pylist() for column in ("key", "unit", "xxh3"))
-    starts, sizes = rows["spool_offset"].to_numpy(), rows["size"].to_numpy()
-    unit, file = "", None
-    try:
-        for row in sorted(range(len(keys)), key=lambda row: (units[row], starts[row])):
-            if file is None or units[row] != unit:
-                if file:
-                    file.close()
-                unit = units[row]
-                file = open(spool / f"{unit}.crops", "rb")  # noqa: SIM115  (closed when the next unit begins)
-            start, size = int(offsets[row]), int(sizes[row])
-            file.seek(int(starts[row]))
-            data = view[start:start + size]
-            if file.readinto(data) != size or xxhash.xxh3_64_intdigest(data) != hashes[row]:
-                raise DataError("the spool was damaged since the crops were read", where=file.name,
-                                hint="delete the spool folder and run the same command again")
-            view[start - BLOCK:start] = header(keys[row], size)
-    except OSError as error:
-        raise StorageError(f"the spool cannot be read: {error.strerror or error}", where=str(spool),
-                           hint="run the same command again") from error
-    finally:
-        if file:
-            file.close()
-    return tar
+    made = headers([f"{key}.{ending}" for key in keys for ending in endings], sizes).reshape(-1).data
+    for number, offset in enumerate(offsets.tolist()):
+        view[offset - BLOCK:offset] = made[number * BLOCK:(number + 1) * BLOCK]
+    for number, text in enumerate(texts):
+        offset = int(offsets[2 * number + 1])
+        view[offset:offset + len(text)] = text
+    offsets = offsets[::len(endings)]
+    _fill(view, offsets, rows, storage)
+    return tar, offsets
+
+
+def _fill(tar: memoryview, offsets: np.ndarray, rows: pyarrow.Table, storage: StorageConfig) -> None:
+    """Fetch every crop and put it where it belongs."""
+    targets, hashes = offsets.tolist(), rows["xxh3"].to_pylist()
+    starts, sizes = (rows[name].to_numpy().astype(np.int64) for name in ("start", "size"))
+    for url, members in _ranges(rows["url"], starts, sizes):
+        begin = int(starts[members[0]])
+        folder, name = split_url(url)
+        try:
+            data = memoryview(open_store(folder, storage).read(
+                name, start=begin, size=int(starts[members[-1]] + sizes[members[-1]]) - begin))
+        except NotFoundError as error:
+            raise StorageError("crops that were read before are gone", where=url, hint=_AGAIN) from error
+        places = (starts[members] - begin).tolist()
+        for row, place, size in zip(members.tolist(), places, sizes[members].tolist(), strict=True):
+            crop = data[place:place + size]
+            if len(crop) != size or xxhash.xxh3_64_intdigest(crop) != hashes[row]:
+                raise DataError("crops are not what they were when they were read before", where=url, hint=_AGAIN)
+            tar[targets[row]:targets[row] + size] = crop
+
+
+_AGAIN = "delete the spool folder and run the same command again"
+
+
+def _ranges(urls: pyarrow.ChunkedArray, starts: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """(object, rows in ascending order) of each stretch that is read at once."""
+    encoded = urls.combine_chunks().dictionary_encode()
+    if isinstance(encoded, pyarrow.ChunkedArray):
+        encoded = encoded.combine_chunks()
+    objects = encoded.indices.to_numpy()
+    order = np.lexsort((starts, objects))
+    ends = (starts + sizes)[order]
+    new = (np.diff(objects[order]) != 0) | (starts[order][1:] - ends[:-1] > GAP_BYTES)
+    begin = 0
+    for end in [*(np.flatnonzero(new) + 1).tolist(), len(order)]:
+        while begin < end:
+            fitting = int(np.searchsorted(ends[begin:end], starts[order[begin]] + READ_BYTES, side="right"))
+            stop = begin + max(1, fitting)
+            yield encoded.dictionary[int(objects[order[begin]])].as_py(), order[begin:stop]
+            begin = stop
 
 
 def build_index(rows: pyarrow.Table, offsets: np.ndarray, facts: dict[bytes, bytes]) -> bytes:
     """The index as the bytes of a parquet file."""
-    table = rows.append_column("offset", pyarrow.array(offsets)).select(INDEX.names).cast(INDEX)
+    columns = {**{name: rows[name] for name in rows.column_names}, "offset": offsets,
+               "removed": np.zeros(rows.num_rows, bool)}
+    table = pyarrow.table({name: columns[name] for name in INDEX.names}).cast(INDEX)
     sink = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(table.combine_chunks().replace_schema_metadata(facts), sink, compression="zstd")
     return sink.getvalue().to_pybytes()

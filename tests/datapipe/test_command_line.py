@@ -3,6 +3,7 @@
 import contextlib
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,7 +76,7 @@ def test_shard__refuses_a_folder_of_another_data_set(tmp_path: Path, write_crops
     assert contents(tmp_path / "out") == before
     assert run("shard", tmp_path / "crops", "--out", tmp_path / "crops" / "out") == 1
     assert "lies inside a source" in capsys.readouterr().err
-    (tmp_path / "out" / "request.json").unlink()
+    shutil.rmtree(tmp_path / "out" / "requests")
     assert run("shard", tmp_path / "crops", "--out", tmp_path / "out", "--workers", 1) == 1
     assert "another data set is already there" in capsys.readouterr().err
 

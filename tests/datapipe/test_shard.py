@@ -20,8 +20,8 @@ from datapipe.errors import DataError
 from datapipe.ingest import ingest
 from datapipe.manifest import INDEX, Manifest
 from datapipe.plan_shards import Plan, plan_shards, sample_key
-from datapipe.shard import header
 from datapipe.storage import open_stream
+from datapipe.tar import header
 from tests.conftest import S3Server
 
 WriteCrops = Callable[..., dict[str, bytes]]
@@ -98,7 +98,7 @@ def test_index__says_where_each_crop_is_and_what_it_was(tmp_path: Path, write_cr
 
 def test_shards__are_byte_identical_for_any_number_of_workers(tmp_path: Path, write_crops: WriteCrops,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datapipe.sources.folder.UNIT_FILES", 20)
+    monkeypatch.setattr("datapipe.listing.PART_BYTES", 1)
     write_crops(tmp_path / "a" / "crops", 60)
     write_crops(tmp_path / "b", 30, seed=1)
     sources = [f"{tmp_path}/a/crops", f"{tmp_path}/b"]
@@ -129,12 +129,12 @@ def test_shard__refuses_a_spool_that_changed(tmp_path: Path, write_crops: WriteC
     spool = tmp_path / "spool"
 
     def planned(*arguments: Any) -> Plan:
-        for file in spool.glob("*.crops"):
+        for file in spool.rglob("*.crops"):
             file.write_bytes(file.read_bytes()[:-100] + bytes(100))
         return plan_shards(*arguments)
 
     monkeypatch.setattr("datapipe.ingest.plan_shards", planned)
-    with pytest.raises(DataError, match="spool was damaged"):
+    with pytest.raises(DataError, match="not what they were when they were read before"):
         shard(tmp_path / "crops", f"{tmp_path}/out", ShardConfig(samples_per_shard=16, workers=1, spool=str(spool)))
 
 

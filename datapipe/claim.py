@@ -1,0 +1,80 @@
+"""Whose folder is it? A data set claims its output before it writes shards, so that another one is refused there.
+
+A claim is an object named after its content: two runs of the same request write the same one, and no conditional put
+is needed, which some stores ignore. Whoever finds another claim beside his own takes his own back. Two that come at
+the very same moment may both do so; then nothing was written, and one of them is started again.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+from datapipe.errors import DataError, NotFoundError
+from datapipe.manifest import NAME
+from datapipe.storage import Store
+
+FOLDER = "requests"
+
+
+def claimed(store: Store, request: bytes) -> bool:
+    """Whether the folder is this request's already; False: nobody's. DataError where it is another one's."""
+    own = _name(request)
+    found = list(_claims(store))
+    for name in found:
+        if name != own:
+            raise _refusal(store, name, request)
+    if not found and _has_manifest(store):
+        raise DataError("another data set is already there", where=store.url, hint="choose another --out")
+    return bool(found)
+
+
+def claim(store: Store, request: bytes) -> None:
+    """Make the folder this request's, for all runs of it. DataError where it is another one's."""
+    if claimed(store, request):
+        return
+    own = _name(request)
+    store.replace(own, request)
+    others = [name for name in _claims(store) if name != own]
+    if others:
+        store.delete(own)
+        raise _refusal(store, others[0], request)
+
+
+def _name(request: bytes) -> str:
+    return f"{FOLDER}/{hashlib.sha256(request).hexdigest()[:16]}.json"
+
+
+def _claims(store: Store) -> Iterator[str]:
+    try:
+        yield from (entry.name for entry in store.list(f"{FOLDER}/"))
+    except NotFoundError:  # the folder itself is still to be made
+        return
+
+
+def _has_manifest(store: Store) -> bool:
+    try:
+        return any(NAME.fullmatch(entry.name) for entry in store.list("manifest-v"))
+    except NotFoundError:
+        return False
+
+
+def _refusal(store: Store, name: str, request: bytes) -> DataError:
+    try:
+        there, here = json.loads(store.read(name)), json.loads(request)
+        differences = list(_differences(there, here))
+    except (NotFoundError, ValueError, KeyError):  # just taken back, or of another version of this project
+        differences = ["it cannot be read"]
+    return DataError("--out belongs to another data set: " + "; ".join(differences), where=store.address(name),
+                     hint="choose another --out, or delete that folder")
+
+
+def _differences(there: dict, here: dict) -> Iterator[str]:
+    for name, value in here["settings"].items():
+        other = there["settings"].get(name)
+        if other != value:
+            yield f"{name} is {other} there and {value} here"
+    changed = sorted({name for name, _ in set(there["sources"].items()) ^ set(here["sources"].items())})
+    if changed:
+        yield "other sources, or other files in them: " + ", ".join(changed)
+    if there["licence"] != here["licence"]:
+        yield "another licence"

@@ -1,0 +1,52 @@
+"""The list of crops that were left out, and why: quarantine.parquet beside the manifest."""
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+
+from datapipe.scan import REFUSED
+from datapipe.storage import Store
+
+NAME = "quarantine.parquet"
+EXACT, NEAR = "exact duplicate", "near duplicate"
+Reasons = dict[str, int]
+"""Crops by the reason why they were left out."""
+
+
+def write_quarantine(store: Store, tables: Iterable[pyarrow.Table], *, local: Path | None = None) -> Reasons:
+    """Write the crops (REFUSED) as they come and count them. `local`: a folder with room for them."""
+    reasons: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory(prefix=".quarantine-", dir=local) as folder:
+        file = Path(folder) / NAME
+        with pyarrow.parquet.ParquetWriter(file, REFUSED, compression="zstd") as writer:
+            for table in tables:
+                writer.write_table(table)
+                counted = pyarrow.compute.value_counts(table["reason"]).to_pylist()
+                reasons.update({entry["values"]: entry["counts"] for entry in counted})
+        store.replace(NAME, file)
+    return dict(sorted(reasons.items()))
+
+
+def excluded(rows: Iterable[pyarrow.Table]) -> Iterator[pyarrow.Table]:
+    """Those of the planned rows (distribute.PLANNED) that have no place, as REFUSED; the detail is the original."""
+    for table in rows:
+        left_out = table.filter(pyarrow.compute.less(table["place"], 0))
+        if not left_out.num_rows:
+            continue
+        exact = pyarrow.compute.is_valid(left_out["duplicate_of"])
+        columns = {**{name: left_out[name] for name in ("key", "source", "name")},
+                   "reason": np.where(exact.to_numpy(), EXACT, NEAR),
+                   "detail": pyarrow.compute.coalesce(left_out["duplicate_of"], left_out["near_of"]),
+                   "bytes": left_out["size"]}
+        yield pyarrow.table({name: columns[name] for name in REFUSED.names}).cast(REFUSED)
+
+
+def listed(reasons: Reasons) -> str:
+    """For messages: "3 cut, 1 not an image"."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())

@@ -1,5 +1,6 @@
 """Contact sheets: crops of a data set, and the very views that training will see of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -27,6 +28,8 @@ MARGIN, LINE = 4, 12
 HIDDEN = 127
 """Grey of patches that are hidden from the student."""
 PAPER, INK = (255, 255, 255), (40, 40, 40)
+OUTLINES = (230, 50, 40), (40, 110, 240), (30, 160, 70)
+"""Colours of the boxes that views were cut from, in the order of the views."""
 
 Picture = tuple[list[str], View]
 """Lines of text and the picture below them."""
@@ -68,8 +71,9 @@ def contact_sheet(
     """Draw the first `count` crops of the stream with this seed into `out` (.jpg or .png), and return it.
 
     With a spec, each crop has a row of its own with its views: exactly those that training makes of it at this place
-    of the stream, patches that are hidden from the student in grey. The caption names row, identity, camera (where
-    known), height and width.
+    of the stream, patches that are hidden from the student in grey. Where the method knows which boxes its views were
+    cut from, these are outlined on the crop, the first in red, the second in blue. The caption names row, identity,
+    camera (where known), height and width.
     """
     if out.suffix.lower() not in FORMATS:
         raise ConfigError(f"a contact sheet is a .jpg or .png file, not {out.name!r}", hint="sheet.jpg")
@@ -77,14 +81,16 @@ def contact_sheet(
     order = Order(crops.rows, seed, stream.block, stream.window)
     positions = np.arange(min(count, crops.rows), dtype=np.int64)
     rows, data = crops.fetch(order.samples(positions))
-    pictures = [_whole(crops, row, jpeg) for row, jpeg in zip(rows.tolist(), data, strict=True)]
+    boxes = np.zeros((spec.boxed if spec else 0, len(data), 5), np.int64)
+    views = _black(spec, len(data)) if spec else {}
+    if spec is not None:
+        make_views(data, spec, seed, positions, views, boxes)
+        hide(views, spec, seed, positions)
+    pictures = [_whole(crops, row, data[place], boxes[:, place]) for place, row in enumerate(rows.tolist())]
     crops.close()
     if spec is None:
         lines = [pictures[low : low + GRID_COLUMNS] for low in range(0, len(pictures), GRID_COLUMNS)]
     else:
-        views = _black(spec, len(data))
-        make_views(data, spec, seed, positions, views)
-        hide(views, spec, seed, positions)
         lines = [[picture, *_row_of(views, row)] for row, picture in enumerate(pictures)]
     out.parent.mkdir(parents=True, exist_ok=True)
     _draw(lines).save(out, FORMATS[out.suffix.lower()], quality=90)
@@ -100,14 +106,15 @@ def hide(views: dict[str, View], spec: ViewSpec, seed: int, positions: Ints) -> 
         stack[masks.repeat(height, axis=1).repeat(width, axis=2)] = HIDDEN
 
 
-def view_sheet(views: dict[str, View], out: Path | None = None, *, count: int = 8) -> bytes:
+def view_sheet(views: dict[str, View], out: Path | None = None, *, count: int = 8, names: Sequence[str] = ()) -> bytes:
     """A JPEG of the views (uint8 [V, B, H, W, 3] by name) of the first `count` images, one row each.
 
-    Also written to `out` if given.
+    Also written to `out` if given. `names`: of the images, for the captions.
     """
     rows = min(count, *(array.shape[1] for array in views.values()))
     buffer = BytesIO()
-    _draw([_row_of(views, row) for row in range(rows)]).save(buffer, "JPEG", quality=90)
+    lines = [_row_of(views, row, names[row] if names else "") for row in range(rows)]
+    _draw(lines).save(buffer, "JPEG", quality=90)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(buffer.getvalue())
@@ -118,19 +125,36 @@ def _black(spec: ViewSpec, count: int) -> dict[str, View]:
     return {group.name: np.zeros(spec.shape(group, count), np.uint8) for group in spec.groups}
 
 
-def _row_of(views: dict[str, View], row: int) -> list[Picture]:
-    return [([f"{name} {view}"], stack[row]) for name, array in views.items() for view, stack in enumerate(array)]
+def _row_of(views: dict[str, View], row: int, name: str = "") -> list[Picture]:
+    """The views of one image; its name stands above the first one."""
+    drawn = [([f"{group} {view}"], stack[row]) for group, array in views.items() for view, stack in enumerate(array)]
+    return (
+        [([name if not place else "", *text], picture) for place, (text, picture) in enumerate(drawn)]
+        if name
+        else drawn
+    )
 
 
-def _whole(crops: Stream, row: int, jpeg: bytes) -> Picture:
-    """The crop as it is stored; a black frame if it does not decode."""
+def _whole(crops: Stream, row: int, jpeg: bytes, boxes: Ints) -> Picture:
+    """The crop as it is stored, with its views' boxes; a black frame if it does not decode."""
     pid, camera = int(crops.pid[row]), int(crops.camera[row])
     known = " ".join([f"id {pid}"] * (pid != -1) + [f"cam {camera}"] * (camera != -1))
     try:
         image = decode(jpeg)
     except ValueError:
         return [f"crop {row}", known, "broken"], np.zeros((*CROP_SIZE, 3), np.uint8)
-    return [f"crop {row}", known, f"{image.shape[0]} x {image.shape[1]}"], _fit(image)
+    return [f"crop {row}", known, f"{image.shape[0]} x {image.shape[1]}"], _outlined(image, boxes)
+
+
+def _outlined(image: View, boxes: Ints) -> View:
+    """The whole crop in its frame with boxes [V, 5]: top, left, height, width in pixels of the image, flipped."""
+    sheet = Image.fromarray(_fit(image))
+    pen = ImageDraw.Draw(sheet)
+    down, across = sheet.height / image.shape[0], sheet.width / image.shape[1]
+    for (top, left, height, width, _), colour in zip(boxes.tolist(), OUTLINES, strict=False):
+        corners = (left * across, top * down, (left + width) * across - 1, (top + height) * down - 1)
+        pen.rectangle([round(corner) for corner in corners], outline=colour, width=2)
+    return np.asarray(sheet)
 
 
 def _fit(image: View) -> View:

@@ -1,5 +1,8 @@
 """What a run records: one JSON line per step and attempt, a status line now and then, TensorBoard as a view.
 
+The names of what every method records are explained in `training/measures.py`, those of a method's own where it makes
+them. A step on which signs of collapse stand (`training/health.py`) lists them under "signs"; the log tells when one
+appears or goes.
 Floats are written so that they read back exactly. Readers keep the last record of a step over all attempts.
 """
 
@@ -13,6 +16,7 @@ from typing import Any
 from training.engine.host import Host
 from training.engine.optimisation import StepSettings
 from training.engine.stepper import Result
+from training.health import Course
 from training.methods.base import Progress
 from training.run_folder import RunFolder
 from training.speed import Speed, duration
@@ -34,6 +38,7 @@ class Recorder:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         folder.append(self.name, json.dumps({"attempt": self.attempt, "time": now, **about}))
         self.speed = Speed()
+        self.course = Course()
         self._spoke = 0.0
         self._board = _board(folder)
 
@@ -42,7 +47,7 @@ class Recorder:
     ) -> None:
         """Note one step. `progress`: before the step; `images`: of the global batch."""
         images_per_s, wait_share = self.speed.step(images, waited_s)
-        line = {
+        line: dict[str, Any] = {
             "step": progress.step + 1,
             "samples": progress.samples + images,
             "epoch": (progress.step + 1) / progress.epoch_steps,
@@ -57,7 +62,10 @@ class Recorder:
             "replaced_samples": bad,
             "time": time.time(),
         }
-        self.folder.append(self.name, json.dumps(line))
+        for change in self.course.see(line):
+            self.say(f"step {line['step']:,}: {change}")
+        standing = {"signs": sorted(self.course.standing)} if self.course.standing else {}
+        self.folder.append(self.name, json.dumps(line | standing))
         if self._board is not None:
             for key, value in line.items():
                 if key not in ("step", "time"):

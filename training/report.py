@@ -11,7 +11,10 @@ from typing import Any
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError
+from training.report_curves import curve, grid, keys, restarts, wide
 from training.report_data import Attempt, Record, RunFiles, Score, TestSet
+from training.report_faults import faults_section
+from training.report_health import health_section
 from training.report_page import (
     Pictures,
     Row,
@@ -26,17 +29,12 @@ from training.report_page import (
     soft,
     table,
 )
-from training.report_plots import Curve, Plot, to_svg
+from training.report_plots import Curve, Plot
 from training.run_folder import RunFolder
 
 NAME = "report.html"
 MOST_ROWS = 200
 
-_STANDARD = frozenset(
-    ("attempt", "step", "samples", "epoch", "time", "lr", "weight_decay", "momentum")
-    + ("images_per_s", "wait_share", "loss")
-)
-"""Numbers of a record that have a place of their own; the others are the method's."""
 _METRICS = (("mAP", "mAP"), ("rank1", "Rank-1"), ("rank5", "Rank-5"), ("rank10", "Rank-10"), ("mINP", "mINP"))
 _NAMES = {"random": "random weights", "colour_histogram": "colour histogram"}
 
@@ -64,9 +62,10 @@ def render(files: RunFiles) -> str:
         ("Loss", _loss(files)),
         ("Speed", _speed(files)),
         ("Attempts and restarts", _attempts(files)),
+        ("Steps that were not finite", faults_section(files, pictures)),
         ("First batch", pictures.figure("first_batch.jpg", "What the network saw: crops and their views.")),
         ("Schedules", _schedules(files)),
-        ("Signs of health", _health(files)),
+        ("Health", health_section(files)),
         ("Environment", _environment(files)),
     ]
     title = f"{_method(files) or 'Run'}: {files.folder.url.rstrip('/').rpartition('/')[2]}"
@@ -165,7 +164,7 @@ def _scores_of(test_set: TestSet) -> str:
     counted = " · ".join(f"{about[key]:,} {name}" for key, name in _COUNTS if about.get(key) is not None)
     parts = [f"<h3>{escape(test_set.name)}</h3>", soft(f"{counted}. Scores in percent.")]
     if test_set.checkpoints:
-        parts.append(_wide(_map_plot(test_set)))
+        parts.append(wide(_map_plot(test_set)))
     parts.append(table(head, rows, numbers=_NUMBERS))
     if others:
         parts.append(details("Other features", table(head, others, numbers=_NUMBERS)))
@@ -188,14 +187,14 @@ def _map_plot(test_set: TestSet) -> Plot:
     checkpoints = test_set.checkpoints
     headline = checkpoints[-1].headline
     others = {name for score in checkpoints for name in score.features} - {headline}
-    curves = [_map_curve(checkpoints, headline, strong=True)]
-    curves += [_map_curve(checkpoints, name) for name in sorted(others)]
+    curves = [_mapcurve(checkpoints, headline, strong=True)]
+    curves += [_mapcurve(checkpoints, name) for name in sorted(others)]
     levels = [(_NAMES[name], score.value("mAP")) for name in _NAMES if (score := test_set.baseline(name))]
     heights = [(label, 100 * value) for label, value in levels if value is not None]
     return Plot(f"mAP over training on {test_set.name}, %", curves, levels=heights, zero=True, wide=True)
 
 
-def _map_curve(checkpoints: Sequence[Score], feature: str, *, strong: bool = False) -> Curve:
+def _mapcurve(checkpoints: Sequence[Score], feature: str, *, strong: bool = False) -> Curve:
     scored = [score for score in checkpoints if feature in score.features]
     steps = [float(score.step or 0) for score in scored]
     return Curve(feature, steps, [100 * score.features[feature]["mAP"] for score in scored], strong=strong, dots=True)
@@ -222,22 +221,21 @@ def _ranked_lists(files: RunFiles, pictures: Pictures) -> str:
 
 
 def _loss(files: RunFiles) -> str:
-    terms = [key for key in _keys(files.records) if key == "loss" or key.startswith("loss_")]
+    terms = [key for key in keys(files.records) if key == "loss" or key.startswith("loss_")]
     if not terms:
         return missing("metrics/attempt_001.jsonl")
-    curves = [_curve(files.records, key, strong=key == "loss") for key in terms]
-    return _wide(Plot("Loss and its terms", curves, marks=_restarts(files), wide=True))
+    curves = [curve(files.records, key, strong=key == "loss") for key in terms]
+    return wide(Plot("Loss and its terms", curves, marks=restarts(files), wide=True))
 
 
 def _speed(files: RunFiles) -> str:
     plots = []
     for key, title, factor in (("images_per_s", "Images per second", 1), ("wait_share", "Waiting for data, %", 100)):
         if any(key in record for record in files.records):
-            curve = _curve(files.records, key, factor=factor)
-            plots.append(Plot(title, [curve], marks=_restarts(files), zero=True))
+            plots.append(Plot(title, [curve(files.records, key, factor=factor)], marks=restarts(files), zero=True))
     if not plots:
         return missing("metrics/attempt_001.jsonl")
-    return soft("Vertical lines: restarts. A high waiting share means the data cannot keep up.") + _grid(plots)
+    return soft("Vertical lines: restarts. A high waiting share means the data cannot keep up.") + grid(plots)
 
 
 def _attempts(files: RunFiles) -> str:
@@ -278,19 +276,7 @@ def _schedules(files: RunFiles) -> str:
     present = [key for key in titles if any(key in record for record in files.records)]
     if not present:
         return missing("metrics/attempt_001.jsonl")
-    return _grid([Plot(titles[key], [_curve(files.records, key)], marks=_restarts(files)) for key in present])
-
-
-def _health(files: RunFiles) -> str:
-    keys = [key for key in _keys(files.records) if key not in _STANDARD and not key.startswith("loss_")]
-    keys = [key for key in keys if any(record.get(key) for record in files.records)]  # counters that stayed at zero
-    if not keys:
-        return missing("metrics/attempt_001.jsonl")
-    plots = [
-        Plot(key.replace("_", " ").capitalize(), [_curve(files.records, key)], marks=_restarts(files)) for key in keys
-    ]
-    said = "Collapse shows as a teacher entropy that stays at its maximum or falls to zero, or as a cosine near 1."
-    return soft(said) + _grid(plots)
+    return grid([Plot(titles[key], [curve(files.records, key)], marks=restarts(files)) for key in present])
 
 
 def _environment(files: RunFiles) -> str:
@@ -300,29 +286,6 @@ def _environment(files: RunFiles) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- their parts
-
-
-def _grid(plots: Iterable[Plot]) -> str:
-    return f'<div class="plots">{"".join(f"<figure>{to_svg(plot)}</figure>" for plot in plots)}</div>'
-
-
-def _wide(plot: Plot) -> str:
-    return f'<figure class="scroll wide">{to_svg(plot)}</figure>'
-
-
-def _curve(records: Sequence[Record], key: str, *, strong: bool = False, factor: float = 1) -> Curve:
-    points = [(record["step"], record[key]) for record in records if isinstance(record.get(key), int | float)]
-    return Curve(key, [step for step, _ in points], [factor * value for _, value in points], strong=strong)
-
-
-def _restarts(files: RunFiles) -> list[float]:
-    """Steps after which training went on anew."""
-    return [attempt.first - 0.5 for attempt in files.attempts[1:] if attempt.first is not None]
-
-
-def _keys(records: Sequence[Record]) -> list[str]:
-    """Every number that any record has, in the order of first appearance."""
-    return list({key: None for record in records for key in record if isinstance(record[key], int | float)})
 
 
 def _middle(records: Sequence[Record], key: str, form: str, factor: float) -> str:

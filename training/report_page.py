@@ -72,8 +72,10 @@ class Pictures:
     def figure(self, name: str, caption: str, kind: str = "scroll") -> str:
         """One JPEG of the run folder with its caption, or a line that says why there is none."""
         data = self._read(name)
-        if data is None:
-            return missing(name)
+        return missing(name) if data is None else self.embed(data, name, caption, kind)
+
+    def embed(self, data: bytes, name: str, caption: str, kind: str = "scroll") -> str:
+        """A JPEG that is, or is made of, the file `name` of the run folder."""
         data = _moderate(data)
         if len(data) > self._left:
             return f'<p class="missing">{escape(name)} is in the run folder; it would make this page too large.</p>'

@@ -12,8 +12,8 @@ from datapipe.config import StreamConfig, ViewConfig
 from datapipe.errors import ConfigError, NotFoundError
 from datapipe.masking import MaskConfig, MaskLaw, draw_masks
 from datapipe.order import Order
-from datapipe.preview import contact_sheet, view_sheet
-from datapipe.views import make_views, multi_crop
+from datapipe.preview import OUTLINES, contact_sheet, view_sheet
+from datapipe.views import RegionLaw, make_views, multi_crop, regions
 from tests.datapipe import crop_set
 from tests.datapipe.crop_set import CropSet
 
@@ -52,6 +52,29 @@ def test_contact_sheet__shows_hidden_patches_in_grey(crops: CropSet, tmp_path: P
         assert contains(np.asarray(Image.open(path)), shown)
 
 
+def test_contact_sheet__outlines_the_regions_on_the_crop_and_masks_the_first(crops: CropSet, tmp_path: Path) -> None:
+    law = RegionLaw(scale=(0.3, 0.5), ratio=(0.375, 0.667), iou=(0.0, 1.0), share_flip=False)
+    mask = MaskLaw((8, 4), MaskConfig(ratios=(0.5,), spreads=(0.0,)), equal=True)
+    spec = regions(ViewConfig(), law, size=(64, 32), pair=True, masks=(mask,))
+    path = contact_sheet(str(crops.folder), tmp_path / "sheet.png", spec=spec, seed=3, count=1,
+                         stream=StreamConfig(block=5, window=2))  # fmt: skip
+    jpeg = crops.jpegs[int(Order(23, 3, 5, 2).samples(np.arange(1))[0])]
+    views = {group.name: np.zeros(spec.shape(group, 1), np.uint8) for group in spec.groups}
+    boxes = np.zeros((2, 1, 5), np.int64)
+    make_views([jpeg], spec, 3, np.arange(1), views, boxes)
+    sheet = np.asarray(Image.open(path)).astype(int)
+    height, width = np.asarray(Image.open(BytesIO(jpeg))).shape[:2]
+    scale = min(192 / height, 96 / width)
+    for box, colour in zip(boxes[:, 0, :4], OUTLINES, strict=False):
+        rows, columns = np.nonzero((sheet == colour).all(axis=2))
+        found = (rows.max() + 1 - rows.min(), columns.max() + 1 - columns.min())
+        assert np.allclose(found, box[2:] * scale, atol=2)
+    first, second = ((sheet == colour).all(axis=2).nonzero() for colour in OUTLINES[:2])
+    apart = [first[axis].min() - second[axis].min() for axis in (0, 1)]
+    assert np.allclose(apart, (boxes[0, 0, :2] - boxes[1, 0, :2]) * scale, atol=2)
+    assert contains(sheet, views["region_b"][0, 0]) and not contains(sheet, views["region_a"][0, 0])
+
+
 def contains(sheet: np.ndarray, picture: np.ndarray) -> bool:
     height, width = picture.shape[:2]
     corners = np.argwhere((sheet[: 1 - height or None, : 1 - width or None] == picture[0, 0]).all(axis=2))
@@ -76,3 +99,9 @@ def test_view_sheet__is_a_jpeg_with_a_row_per_image(tmp_path: Path) -> None:
     data = view_sheet(views, tmp_path / "first_batch.jpg", count=3)
     assert (tmp_path / "first_batch.jpg").read_bytes() == data == view_sheet(views, count=3)
     assert Image.open(BytesIO(data)).height < Image.open(BytesIO(view_sheet(views, count=5))).height
+
+
+def test_view_sheet__names_of_the_images_stand_above_their_first_view() -> None:
+    views = {"global": np.full((2, 3, 64, 32, 3), 90, np.uint8)}
+    plain, named = (np.asarray(Image.open(BytesIO(view_sheet(views, names=names)))) for names in ((), ("7", "8", "9")))
+    assert named.shape[0] == plain.shape[0] + 3 * 12 and named.shape[1] == plain.shape[1]

@@ -50,7 +50,8 @@ def test_recipe__runs_three_real_steps(path: Path, manifest: str, tmp_path: Path
     lines = (tmp_path / "run" / "metrics" / "attempt_001.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "loss_cls" in record]
     assert [record["step"] for record in records] == [1, 2, 3]
-    wanted = {"loss", "loss_cls", "teacher_entropy", "cosine", "student_teacher_cosine"}
+    wanted = {"loss", "loss_cls", "target_entropy", "target_information", "feature_cosine", "feature_rank",
+              "student_teacher_cosine"}
     assert wanted | METRICS[config.method.name] <= records[-1].keys()
 
 

@@ -1,8 +1,11 @@
 """The report: self-contained, small, true to the last record of every step, and content with missing files."""
 
 import html.parser
+import io
+import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +14,13 @@ import pytest
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError
 from datapipe.storage import open_store
+from tests.conftest import S3Server
 from tests.training.fake_run import ATTEMPTS, fake_run, picture, record, write_metrics
-from training import report_page
+from training import health, report_page
 from training.reid.figures import to_jpeg
 from training.report import write_report
 from training.report_data import RunFiles
+from training.report_faults import MOST_IMAGES, MOST_SHEETS
 from training.report_page import duration
 from training.report_plots import MOST_POINTS, Curve, Plot, thinned, to_svg
 from training.run_folder import RunFolder
@@ -208,3 +213,85 @@ def test_to_svg__is_inline_and_takes_the_colour_of_the_page() -> None:
 
 def test_duration__reads_well() -> None:
     assert [duration(seconds) for seconds in (0.4, 59.6, 3_700)] == ["0 s", "1 min 00 s", "1 h 01 min"]
+
+
+def keep_batch(step: int, rank: int, images: int = 10, padding: int = 2, seed: int = 0) -> tuple[str, bytes]:
+    """Name and content of a file as training keeps a batch that was not finite."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (2, images + padding, 32, 16, 3)).astype(np.uint8)
+    weight = np.r_[np.full(images, 1 / max(images, 1)), np.zeros(padding)]
+    sample = np.r_[np.arange(500, 500 + images), np.full(padding, -1)]
+    data = io.BytesIO()
+    np.savez_compressed(data, sample=sample, position=sample, weight=weight, **{"views/global": pixels})
+    return f"faults/step_{step:07d}_rank_{rank:02d}.npz", data.getvalue()
+
+
+def write_faults(write: Callable[[str, bytes], object]) -> None:
+    """Steps 7 and 9 failed: one was gone back from, then skipped; of the other all sorts of files are left."""
+    lines = [{"step": 7, "action": action, "what": "the loss is nan <i>"} for action in ("rewound", "skipped")]
+    lines.append({"step": 9, "action": "rewound", "what": "the loss is inf"})
+    write("faults/steps.jsonl", ("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9, "ac').encode())
+    write(*keep_batch(7, 0))
+    name, whole = keep_batch(9, 0)
+    write(name, whole[: len(whole) // 2])
+    write("faults/step_0000009_rank_01.npz", b"")
+    write(*keep_batch(9, 2, images=0))
+    data = io.BytesIO()
+    np.savez_compressed(data, sample=np.arange(3))
+    write("faults/step_0000009_rank_03.npz", data.getvalue())
+
+
+def check_faults(text: str) -> None:
+    said = " ".join(" ".join(Page(text).text).split())
+    assert "rewound the loss is nan <i>" in said and "skipped the loss is nan <i>" in said
+    assert "1 unreadable line in faults/steps.jsonl" in said
+    assert f"step 7, rank 0: views of the first {MOST_IMAGES} of 10 images" in said
+    assert "Rows of the data set: 500, 501, 502, 503, 504, 505, 506, 507, 508, 509. Places in the stream: 500" in said
+    for rank in (0, 1, 3):
+        assert f"(step 9, rank {rank}) cannot be read" in said
+    assert "step 9, rank 2: only padding" in said
+
+
+def test_report__shows_the_images_of_steps_that_were_not_finite(tmp_path: Path) -> None:
+    write_metrics(tmp_path)
+    write_faults(open_store(str(tmp_path)).replace)
+    text = Path(write_report(str(tmp_path))).read_text()
+    check_faults(text)
+    assert text.count("data:image/jpeg") == 1
+    for step in range(10, 10 + 2 * MOST_SHEETS):
+        open_store(str(tmp_path)).replace(*keep_batch(step, 0, seed=step))
+    many = Path(write_report(str(tmp_path))).read_text()
+    assert many.count("data:image/jpeg") == MOST_SHEETS and f"The last {MOST_SHEETS} of " in many
+
+
+def test_report__shows_faults_of_a_remote_run(s3: S3Server) -> None:
+    folder = RunFolder(f"s3://{s3.bucket()}/runs/x", s3.storage)
+    folder.write("command.txt", "x")
+    write_faults(folder.write)
+    write_report(folder.url, s3.storage)
+    check_faults(folder.store.read("report.html").decode())
+
+
+def test_report__says_when_every_step_was_finite_and_no_sign_was_seen(run: Path) -> None:
+    text = render_text(run)
+    assert "Every step was finite." in text and "No sign of collapse in 350 steps." in text
+
+
+def test_report__lists_signs_of_collapse_with_their_steps(tmp_path: Path) -> None:
+    (tmp_path / "metrics").mkdir()
+    alive = {"target_information": 0.5, "uniform_entropy": 5.0, "target_entropy": 2.0, "loss_cls": 3.0}
+    records = [{"step": step, "loss": 3.0, "images_compared": 32.0, **alive} for step in range(1, 200)]
+    for one in records[99:129]:
+        one["target_information"] = 0.0
+    lines = "".join(json.dumps(one) + "\n" for one in records)
+    (tmp_path / "metrics" / "attempt_001.jsonl").write_text(lines)
+    (sign,) = health.signs(records)
+    text = render_text(tmp_path)
+    assert f"constant_targets {sign.since} {sign.until} {sign.rule.what} {sign.rule.hint}" in text
+    assert "No sign of collapse" not in text
+    page = (tmp_path / "report.html").read_text()
+    assert 'aria-label="constant_targets: seen below 0.01"' in page and 'aria-label="Target information"' in page
+
+
+def render_text(run: Path) -> str:
+    """The words of a run's report."""
+    return " ".join(" ".join(Page(Path(write_report(str(run))).read_text()).text).split())

@@ -39,9 +39,7 @@ class DinoNetwork(nn.Module):
         self.backbone = VisionTransformer(backbone)
         self.head = DinoHead(self.backbone.width, config.head)
 
-    def forward(
-        self, views: Views, *, learning: bool, precision: Precision, keep: Keep = (None, None)
-    ) -> TokenViews:
+    def forward(self, views: Views, *, learning: bool, precision: Precision, keep: Keep = (None, None)) -> TokenViews:
         """CLS of the global views, and of the local ones when learning."""
         weight_B, device = views["weight"], views["global"].device
         with lowered(precision, device):

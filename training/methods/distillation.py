@@ -6,6 +6,7 @@ B images, C channels, N patches, K prototypes, M pairs of different views.
 """
 
 import copy
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Protocol
@@ -21,8 +22,8 @@ from datapipe.settings import settings
 from training import stem, targets
 from training.backbone import BackboneConfig, Features, VisionTransformer, keep_masks
 from training.heads import HeadConfig
-from training.health import cosine_to_others
 from training.losses import entropy, pair_cross_entropies
+from training.measures import information, of_features
 from training.methods.base import Method, Outcome, Precision, Progress, Role, Views, full
 from training.schedules import teacher_temperature
 
@@ -181,13 +182,21 @@ class Distillation(Method):
 
     @torch.no_grad()
     def metrics(self, said: Said, weight_B: Tensor) -> dict[str, Tensor]:
-        """The CLS term, and signs of collapse: an entropy at ln K, images that all look alike (cosine near 1)."""
+        """The CLS term, and what a run is watched by; tokens other than CLS add theirs under a suffix.
+
+        target_entropy:     of the targets of CLS, nats; uniform_entropy is its ceiling, ln K
+        target_information: what these targets say of which image they are for
+        student_teacher_cosine: features of the student in one global view, of the teacher in the other
+        """
         learnt_BC, other_BC = said.learnt.cls_GBC[0], said.taught.cls_GBC[1]
+        loss_B = said.pairs["cls"].detach().mean(dim=0)
         return {
-            "loss_cls": said.pairs["cls"].detach().mean(dim=0),
-            "teacher_entropy": entropy(said.targets["cls"]).mean(dim=0),
-            "cosine": cosine_to_others(said.taught.cls_GBC[0], weight_B),
+            "loss_cls": loss_B,
+            "uniform_entropy": torch.full_like(loss_B, math.log(self.prototypes("cls"))),
+            "target_entropy": entropy(said.targets["cls"]).mean(dim=0),
+            "target_information": information(said.targets["cls"], weight_B),
             "student_teacher_cosine": F.cosine_similarity(learnt_BC, other_BC, dim=-1),
+            **of_features(said.taught.cls_GBC[0], weight_B),
         }
 
     def after_step(self, sums: dict[str, Tensor], progress: Progress) -> None:

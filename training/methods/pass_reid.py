@@ -16,6 +16,7 @@ from datapipe.views import ViewSpec, multi_crop
 from training.backbone import BackboneConfig, VisionTransformer
 from training.heads import TokenHeads
 from training.losses import entropy
+from training.measures import information
 from training.methods.base import Outcome, Precision, Progress, Views, at_least_float32, full, lowered
 from training.methods.distillation import Distillation, DistillationConfig, Keep, Said, TokenViews, seen
 
@@ -40,9 +41,7 @@ class PassConfig(DistillationConfig):
         """(top, bottom) of each band as shares of the height."""
         stride = 1 - self.part_overlap
         height = 1 / (1 + (self.parts - 1) * stride)
-        return tuple(
-            (part * stride * height, min(part * stride * height + height, 1.0)) for part in range(self.parts)
-        )
+        return tuple((part * stride * height, min(part * stride * height + height, 1.0)) for part in range(self.parts))
 
     @property
     def areas(self) -> list[int]:
@@ -60,9 +59,7 @@ class PassNetwork(nn.Module):
         self.backbone = VisionTransformer(backbone, parts=config.parts)
         self.head = TokenHeads(self.backbone.width, config.head, self.tokens)
 
-    def forward(
-        self, views: Views, *, learning: bool, precision: Precision, keep: Keep = (None, None)
-    ) -> TokenViews:
+    def forward(self, views: Views, *, learning: bool, precision: Precision, keep: Keep = (None, None)) -> TokenViews:
         """Globals carry CLS and all parts, a local CLS and the part of its band."""
         weight_B, device = views["weight"], views["global"].device
         with lowered(precision, device):
@@ -105,11 +102,12 @@ class Pass(Distillation):
 
     @torch.no_grad()
     def metrics(self, said: Said, weight_B: Tensor) -> dict[str, Tensor]:
-        """Those of CLS, and the same of the part tokens."""
+        """Those of CLS, and the means of the part tokens' own."""
         parts = self.student.tokens[1:]
-        unsure_PB = torch.stack([entropy(said.targets[part]).mean(dim=0) for part in parts])
+        targets = [said.targets[part] for part in parts]
         return {
             **super().metrics(said, weight_B),
             "loss_part": torch.cat([said.pairs[part] for part in parts]).detach().mean(dim=0),
-            "teacher_entropy_part": unsure_PB.mean(dim=0),
+            "target_entropy_part": torch.stack([entropy(rows).mean(dim=0) for rows in targets]).mean(dim=0),
+            "target_information_part": torch.stack([information(rows, weight_B) for rows in targets]).mean(dim=0),
         }

@@ -15,6 +15,7 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from datapipe.views import RegionLaw, ViewSpec, regions
 from training import positions, reconstruction
 from training.backbone import BackboneConfig, VisionTransformer, keep_masks
 from training.decoders import Decoder
-from training.health import cosine_to_others, participation
+from training.measures import of_features
 from training.methods.base import Method, Outcome, Precision, Progress, Role, Views, at_least_float32, full, lowered
 from training.reconstruction import PixelNorm
 from training.schedules import grown
@@ -231,7 +232,7 @@ class PersonMae(Method):
             pixel_B, feature_B = self._losses(said, wanted, asked.weight_BQ)
             loss_B = pixel_B + self._feature_factor(progress) * feature_B
             weight_B = weight_B.to(loss_B.dtype)
-            metrics = _metrics(pixel_B, feature_B, features_BNC, weight_B)
+            metrics = _metrics(pixel_B, feature_B, said.features_BQC, wanted.features_BQC, weight_B)
         return Outcome((weight_B * loss_B).sum(), {}, metrics)
 
     def roles(self) -> dict[str, Role]:
@@ -317,13 +318,18 @@ def _taken(values_BNX: Tensor, patches_BQ: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def _metrics(pixel_B: Tensor, feature_B: Tensor, features_BNC: Tensor, weight_B: Tensor) -> dict[str, Tensor]:
-    """Terms of the loss, and signs of collapse of the teacher's features: images that look alike (cosine near 1), few
-    directions used (rank near 1)."""
-    image_BC = reconstruction.standardised(features_BNC).mean(dim=1)
+def _metrics(
+    pixel_B: Tensor, feature_B: Tensor, said_BQC: Tensor, wanted_BQC: Tensor, weight_B: Tensor
+) -> dict[str, Tensor]:
+    """Terms of the loss, and what a run is watched by: the teacher's features of the patches asked for, standardised
+    as in the loss and averaged over them. There are no prototypes, so nothing here has to do with ln K.
+
+    student_teacher_cosine: of that average with the average of what the student predicted
+    """
+    told_BC, image_BC = (reconstruction.standardised(rows).mean(dim=1) for rows in (said_BQC, wanted_BQC))
     return {
         "loss_pixel": pixel_B.detach(),
         "loss_feature": feature_B.detach(),
-        "cosine": cosine_to_others(image_BC, weight_B),
-        "rank": participation(image_BC, weight_B),
+        "student_teacher_cosine": F.cosine_similarity(told_BC, image_BC, dim=-1),
+        **of_features(image_BC, weight_B),
     }

@@ -9,6 +9,7 @@ Shapes: G = 2 global views, S student views of CLS, B images, N patches, R hidde
 C channels, K prototypes.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal, NamedTuple
@@ -24,6 +25,7 @@ from datapipe.views import ViewSpec, multi_crop
 from training.backbone import BackboneConfig, VisionTransformer
 from training.heads import HeadConfig, MaskedHead
 from training.losses import entropy, hidden_patch_cross_entropies, mean_over_hidden
+from training.measures import information
 from training.methods.base import Outcome, Precision, Progress, Views, at_least_float32, full, lowered
 from training.methods.distillation import Distillation, DistillationConfig, Keep, TokenViews, seen
 from training.schedules import teacher_temperature
@@ -86,9 +88,7 @@ class PersonVitNetwork(nn.Module):
         self.backbone = VisionTransformer(backbone, maskable=True)
         self.head = MaskedHead(self.backbone.width, config.head, patch_out_dim=own[config.patch_head])
 
-    def forward(
-        self, views: Views, *, learning: bool, precision: Precision, keep: Keep = (None, None)
-    ) -> MaskedViews:
+    def forward(self, views: Views, *, learning: bool, precision: Precision, keep: Keep = (None, None)) -> MaskedViews:
         """Global views, masked when learning; then also CLS of the local views, whole."""
         weight_B, device = views["weight"], views["global"].device
         mask_GBN = views["mask"].flatten(2)
@@ -156,17 +156,23 @@ class PersonVit(Distillation):
         """Probabilities for the hidden patches, [R, K]. Sinkhorn: equal use of the prototypes over those alone."""
         return self.targets_of("patch", taught_RK[None], taught_RK.new_ones(len(taught_RK)), epoch)[0]
 
-    @staticmethod
     @torch.no_grad()
-    def _patch_metrics(patch_B: Tensor, targets_RK: Tensor, mask_GBN: Tensor) -> dict[str, Tensor]:
-        """The patch term, the share of hidden patches, and the entropy of the targets; an image without hidden patches
-        has the micro-batch's mean entropy, so that the mean over images is one over hidden patches."""
+    def _patch_metrics(self, patch_B: Tensor, targets_RK: Tensor, mask_GBN: Tensor) -> dict[str, Tensor]:
+        """The patch term, the share of hidden patches, and what their targets are watched by.
+
+        target_entropy_patch: an image without hidden patches has the micro-batch's mean, so that the mean over images
+            is one over hidden patches; uniform_entropy_patch is its ceiling
+        target_information_patch: of which hidden patch of the micro-batch they are for, the same for each image
+        """
         unsure_R = entropy(targets_RK)
         hidden_B = mask_GBN.sum(dim=-1).clamp(max=1).sum(dim=0)  # views with hidden patches
         own_B = mean_over_hidden(unsure_R, mask_GBN) * len(mask_GBN) / hidden_B.clamp(min=1)
         mean = unsure_R.sum() / max(len(unsure_R), 1)
+        known_R = information(targets_RK[None], targets_RK.new_ones(len(targets_RK)))
         return {
             "loss_patch": patch_B.detach(),
             "hidden": mask_GBN.to(patch_B.dtype).mean(dim=(0, 2)),
-            "teacher_entropy_patch": torch.where(hidden_B > 0, own_B, mean),
+            "uniform_entropy_patch": torch.full_like(mean, math.log(self.prototypes("patch"))).expand_as(patch_B),
+            "target_entropy_patch": torch.where(hidden_B > 0, own_B, mean),
+            "target_information_patch": (known_R.sum() / max(len(known_R), 1)).expand_as(patch_B),
         }

@@ -214,7 +214,7 @@ def test_micro_batches_and_padding__loss_sums_and_gradients_add_up(kind: str, dr
         torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-14)
     for name, metric in whole.metrics.items():
         assert all(part.metrics[name].isfinite().all() for part in parts), name
-        if name not in ("cosine", "teacher_entropy_patch"):  # those look at the other images
+        if name.startswith("loss") or name in ("hidden", "target_entropy", "uniform_entropy"):  # others compare images
             both = torch.cat([parts[0].metrics[name], parts[1].metrics[name][:1]])
             torch.testing.assert_close(both, metric, rtol=1e-12, atol=1e-12)
 
@@ -336,7 +336,7 @@ def test_personvit__patch_entropy_is_a_mean_over_hidden_patches() -> None:
     made.teacher.head.last_layer.weight_g.zero_()  # the teacher says nothing
     made.get_buffer("centre_patch").zero_()
     metrics = made(views, START).metrics
-    torch.testing.assert_close(metrics["teacher_entropy_patch"], torch.full((4,), math.log(10), dtype=torch.float64))
+    torch.testing.assert_close(metrics["target_entropy_patch"], torch.full((4,), math.log(10), dtype=torch.float64))
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

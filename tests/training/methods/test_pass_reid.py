@@ -11,7 +11,7 @@ from datapipe.config import ViewConfig
 from datapipe.errors import ConfigError
 from training.backbone import BackboneConfig
 from training.heads import HeadConfig
-from training.health import cosine_to_others
+from training.measures import cosine_to_others
 from training.methods import METHODS, build
 from training.methods.base import Outcome, Progress, Views
 from training.methods.pass_reid import Pass, PassConfig
@@ -133,7 +133,7 @@ def test_micro_batches_and_padding__loss_sums_and_gradients_add_up(drop_path: fl
         torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-14)
     for name, metric in whole.metrics.items():
         assert all(part.metrics[name].isfinite().all() for part in parts), name
-        if name != "cosine":  # the only one that compares images
+        if name.startswith("loss") or "entropy" in name:  # the others compare images
             both = torch.cat([parts[0].metrics[name], parts[1].metrics[name][:1]])
             torch.testing.assert_close(both, metric, rtol=1e-12, atol=1e-12)
 
@@ -279,6 +279,8 @@ def test_collapse_signs__cosine_and_entropy() -> None:
         made.teacher.head.get_parameter(f"last_layer_{token}.weight_g").zero_()
         made.get_buffer(f"centre_{token}").zero_()
     metrics = made(views, START).metrics
-    torch.testing.assert_close(metrics["cosine"], torch.ones(4, dtype=torch.float64))
-    for name in ("teacher_entropy", "teacher_entropy_part"):
+    torch.testing.assert_close(metrics["feature_cosine"], torch.ones(4, dtype=torch.float64))
+    for name in ("target_entropy", "target_entropy_part"):
         torch.testing.assert_close(metrics[name], torch.full((4,), math.log(10), dtype=torch.float64))
+    for name in ("target_information", "target_information_part"):
+        torch.testing.assert_close(metrics[name], torch.zeros(4, dtype=torch.float64))

@@ -82,7 +82,9 @@ def embed(
 ) -> Features:
     """Features of every image, in the order of `paths`, not normalised; no gradient, no drop path.
 
-    "cls", "mean" (of the patches) and, where the backbone has part tokens, "cls+parts" ([CLS ; mean of the parts]).
+    "cls" and "mean" (of the patches); where the backbone has part tokens also "cls+parts" ([CLS ; mean of the parts],
+    what PASS fine-tunes and evaluates), "parts" (their mean) and "each_part" (all of them, one after the other). All
+    of one pass.
     `size` is (height, width). The backbone must be on `device`; it is left in the mode it came in.
     Errors: `DataError` that names the image which cannot be decoded.
     """
@@ -131,7 +133,12 @@ def _embed_batch(backbone: Backbone, images: Tensor, config: EmbedConfig) -> Fea
         tokens = backbone.features(images)
     found = {"cls": tokens.cls, "mean": tokens.patches.mean(dim=1)}
     if tokens.parts.shape[1]:
-        found["cls+parts"] = torch.cat([tokens.cls, tokens.parts.mean(dim=1)], dim=1)
+        mean = tokens.parts.mean(dim=1)
+        found |= {
+            "cls+parts": torch.cat([tokens.cls, mean], dim=1),
+            "parts": mean,
+            "each_part": tokens.parts.flatten(1),
+        }
     return {name: values.to(torch.float32).cpu().numpy() for name, values in found.items()}
 
 

@@ -51,11 +51,23 @@ def test_embed__names_shapes_and_order(images: dict[str, bytes]) -> None:
     backbone = Means()
     found = embed(backbone, list(images), reader(images), size=(32, 16), config=EmbedConfig(batch=4))
     shapes = {name: values.shape for name, values in found.items()}
-    assert shapes == {"cls": (10, 3), "mean": (10, 3), "cls+parts": (10, 6)}
+    assert shapes == {"cls": (10, 3), "mean": (10, 3), "cls+parts": (10, 6), "parts": (10, 3), "each_part": (10, 6)}
     assert all(values.dtype == np.float32 for values in found.values())
     one = embed(backbone, ["7.jpg"], reader(images), size=(32, 16))
     np.testing.assert_allclose(found["cls"][7], one["cls"][0], atol=1e-6)
     np.testing.assert_allclose(found["cls+parts"], np.concatenate([found["cls"], found["mean"]], axis=1), atol=1e-5)
+
+
+def test_embed__part_features_of_one_pass(images: dict[str, bytes]) -> None:
+    backbone = Means()
+    found = embed(backbone, list(images), reader(images), size=(32, 16))
+    assert len(backbone.modes) == 1
+    pixels = np.stack([resize(decode(data), (32, 16), "bilinear") for data in images.values()])
+    halves = backbone.features(normalise(pixels, torch.float32, "cpu", EmbedConfig())).parts.detach().numpy()
+    assert not np.allclose(halves[:, 0], halves[:, 1], atol=0.1)
+    np.testing.assert_allclose(found["each_part"], np.concatenate([halves[:, 0], halves[:, 1]], axis=1), atol=1e-5)
+    np.testing.assert_allclose(found["parts"], halves.mean(axis=1), atol=1e-5)
+    np.testing.assert_allclose(found["cls+parts"][:, 3:], found["parts"], atol=1e-6)
 
 
 def test_embed__without_parts(images: dict[str, bytes]) -> None:

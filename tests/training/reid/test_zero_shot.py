@@ -42,7 +42,7 @@ def folder(reid: ReIDSet, scored: Evaluation, tmp_path_factory: pytest.TempPathF
 
 
 def test_evaluate_backbone__scores_every_feature(scored: Evaluation) -> None:
-    assert list(scored.results) == ["cls", "mean", "cls+parts"] and scored.headline == "cls"
+    assert list(scored.results) == ["cls", "mean", "cls+parts", "parts", "each_part"] and scored.headline == "cls"
     assert scored.results["cls+parts"].mAP > 0.5  # colours tell these people apart
     assert scored.seconds > 0
 

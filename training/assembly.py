@@ -51,6 +51,17 @@ def portion(batch: int, micro_batch: int, world: int) -> Portion:
     return Portion(micro * pieces, micro)
 
 
+def refuse_split(config: RunConfig, share: Portion, *, couples: bool) -> None:
+    """Raises ConfigError where a batch must not be taken in micro-batches. `couples`: see `Method.couples_batch`."""
+    if couples and share.rows > share.micro:
+        raise ConfigError(
+            f"{config.method.name} couples the images of a batch (Sinkhorn targets, batch norm in the stem), so a "
+            f"batch cannot be taken in {share.rows // share.micro} micro-batches",
+            where="optimisation.micro_batch, method.targets, backbone.stem",
+            hint=f"optimisation.micro_batch = {share.rows}, more workers, or targets and a stem that do not couple",
+        )
+
+
 def clock_of(config: RunConfig, rows: int) -> Clock:
     """The run's clock over a data set of so many rows."""
     return Clock(

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -136,9 +136,13 @@ class RunConfig:
 
 _SCHEMA: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
 
+SHIPPED = Path(__file__).parent / "recipes"
+"""Where the recipes are that come along."""
+
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, prog: str | None = None) -> RunConfig:
-    """Read a recipe and apply dotted flags such as `--optimisation.lr 1e-3`.
+    """Read a recipe and apply dotted flags such as `--optimisation.lr 1e-3`. One that comes along may be named without
+    its folder: `pass_vits`.
 
     All mistakes of the file are reported at once; a misspelt key is refused with the nearest right one.
 
@@ -146,10 +150,12 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, prog: str | None = 
         ConfigError: no such file, no TOML, or wrong keys or values.
         SystemExit: a flag is wrong (exit code 2, with a suggestion) or asks for help.
     """
+    known = {file.stem: file for file in sorted(SHIPPED.glob("*.toml"))}
     recipe = Path(path)
+    recipe = recipe if recipe.is_file() else known.get(str(path), recipe)
     if not recipe.is_file():
-        known = ", ".join(sorted(file.stem for file in (Path(__file__).parent / "recipes").glob("*.toml")))
-        raise ConfigError("no such recipe", where=str(path), hint=f"a TOML file; recipes that come along: {known}")
+        hint = f"a TOML file; recipes that come along: {', '.join(known)}"
+        raise ConfigError("no such recipe", where=str(path), hint=hint)
     try:
         tree = tomllib.loads(recipe.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -196,7 +202,7 @@ def to_toml(config: RunConfig) -> str:
 
 def differences(old: RunConfig, new: RunConfig, *, ignore: Sequence[str] = ()) -> list[str]:
     """Dotted keys whose values differ, as `key: old -> new`, but for keys that start with a name in `ignore`."""
-    before, after = dict(_leaves((), to_tree(old))), dict(_leaves((), to_tree(new)))
+    before, after = dict(leaves((), to_tree(old))), dict(leaves((), to_tree(new)))
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if not key.startswith(tuple(ignore))]
 
@@ -237,10 +243,11 @@ def _choices(kind: Any) -> list[Any]:
     return [member for member in get_args(union) if dataclasses.is_dataclass(member)]
 
 
-def _leaves(path: tuple[str, ...], node: Any) -> Any:
+def leaves(path: tuple[str, ...], node: Any) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every value in nested tables below `path`."""
     if isinstance(node, dict):
         for key, value in node.items():
-            yield from _leaves((*path, key), value)
+            yield from leaves((*path, key), value)
     else:
         yield ".".join(path), node
 

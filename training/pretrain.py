@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 
-from datapipe.errors import ConfigError
 from datapipe.loader import Batch
 from datapipe.manifest import Manifest
 from training.assembly import (
@@ -20,6 +19,7 @@ from training.assembly import (
     make_loader,
     make_stepper,
     portion,
+    refuse_split,
     view_spec,
 )
 from training.checkpoint import Checkpoints
@@ -62,13 +62,7 @@ def pretrain(config: RunConfig, *, world: World, host: Host, reason: str = "star
     method, origin = initial_method(config)
     method = method.to(world.device)
     share = portion(config.optimisation.batch, config.optimisation.micro_batch, world.size)
-    if method.couples_batch() and share.rows > share.micro:
-        raise ConfigError(
-            f"{config.method.name} couples the images of a batch (Sinkhorn targets, batch norm in the stem), so a "
-            f"batch cannot be taken in {share.rows // share.micro} micro-batches",
-            where="optimisation.micro_batch, method.targets, backbone.stem",
-            hint=f"optimisation.micro_batch = {share.rows}, more workers, or targets and a stem that do not couple",
-        )
+    refuse_split(config, share, couples=method.couples_batch())
     if world.leads:
         describe(config, folder, manifest, world, share)
     say = host.say if world.leads else _silent

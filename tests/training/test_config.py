@@ -53,7 +53,7 @@ def test_load__every_method_has_defaults_flags_and_a_round_trip(tmp_path: Path, 
     config = load(recipe)
     assert config.method.name == name and recipes.to_tree(config)["method"]["name"] == name
     assert validate(tomllib.loads(to_toml(config)), where="") == config
-    leaves = dict(recipes._leaves((), recipes.to_tree(config)))
+    leaves = dict(recipes.leaves((), recipes.to_tree(config)))
     flag = next(key for key, value in leaves.items() if key.startswith("method.") and isinstance(value, float))
     assert recipes.differences(config, load(recipe, [f"--{flag}", "0.125"])) == [f"{flag}: {leaves[flag]} -> 0.125"]
 
@@ -62,6 +62,10 @@ def test_override__a_flag_of_another_method_is_a_usage_error(tmp_path: Path) -> 
     with pytest.raises(SystemExit) as caught:
         load(_write(tmp_path, '[method]\nname = "dino"\n'), ["--method.parts", "3"])
     assert caught.value.code == 2
+
+
+def test_load__a_recipe_that_comes_along_by_its_name() -> None:
+    assert load("pass_vits") == load(recipes.SHIPPED / "pass_vits.toml")
 
 
 def test_load__missing_and_broken_files(tmp_path: Path) -> None:
@@ -89,7 +93,7 @@ def test_help__documents_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         override(RunConfig(), ["--help"])
     assert caught.value.code == 0
     said = "".join(capsys.readouterr())
-    for key, _ in recipes._leaves((), recipes.to_tree(RunConfig())):
+    for key, _ in recipes.leaves((), recipes.to_tree(RunConfig())):
         assert f"--{key.replace('_', '-')}" in said, key
 
 

@@ -1,0 +1,157 @@
+"""`pretrain --dry-run`: what a run would be, without data and without starting anything."""
+
+import json
+import re
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from datapipe import command
+from datapipe.errors import ConfigError
+from tests.flow import tiny as flow
+from training import config as recipes
+from training.__main__ import main
+from training.config import SHIPPED, load
+from training.dry_run import GB, LUPERSON, dry_run
+from training.dry_run_page import page, to_tree
+
+RECIPES = sorted(path.stem for path in SHIPPED.glob("*.toml"))
+PUBLISHED = [name for name in RECIPES if name != "demo"]
+
+
+def called(*words: str) -> int:
+    """Exit code of the command line."""
+    try:
+        return command.run(main, ["pretrain", *words])
+    except SystemExit as end:
+        assert isinstance(end.code, int)
+        return end.code
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same answers on machines with and without one."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_dry_run__recipe_reads_back(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    assert called(name, "--dry-run", "--stream.manifest", "") == command.COMPLETE
+    said = capsys.readouterr().out
+    recipe = said.split("== Parameters ==")[0].removeprefix("== Recipe, resolved ==\n")
+    expected = load(name, ["--stream.manifest", ""])
+    assert recipes.validate(tomllib.loads(recipe), where=name) == expected
+    for title in ("Parameters", "Steps", "Memory of one GPU, calculated", "Beside what is published"):
+        assert f"\n== {title}" in said
+
+
+def test_dry_run__steps_of_a_published_run() -> None:
+    """4,180,243 images, 8 x 128 at once: 4 082 steps an epoch, 100 epochs."""
+    steps = dry_run(load("pass_vits")).steps
+    assert (steps.rows, steps.total) == (LUPERSON, 408_226)
+    assert steps.images == 408_226 * 1_024 <= 100 * LUPERSON
+    assert steps.per_epoch == pytest.approx(4_082.27, abs=0.01) and steps.warmup == 10 * steps.per_epoch
+    assert (steps.per_rank, steps.micro_batch, steps.micro_batches, steps.padding) == (128, 128, 1, 0)
+    thousands, milestones = 408, 8  # every 40 800 steps, of which each fifth is a multiple of 1 000
+    assert steps.checkpoints == thousands + milestones + 1  # the last step
+    assert steps.kept == 10 + 1  # the tenth milestone is the one before the last step
+
+
+def test_dry_run__ranks_that_do_not_divide_the_batch_are_padded() -> None:
+    flags = ["--optimisation.batch", "100", "--optimisation.micro-batch", "16", "--cluster.workers", "3"]
+    steps = dry_run(load("pass_vits", flags), rows=1_000).steps
+    assert (steps.per_rank, steps.micro_batch, steps.micro_batches) == (36, 12, 3)
+    assert steps.padding == 3 * 36 - 100 and steps.known_from == "--rows"
+
+
+def test_dry_run__counts_the_rows_of_a_data_set(tmp_path: Path) -> None:
+    manifest = flow.generated(tmp_path, count=18)
+    config = load("pass_vits", ["--stream.manifest", manifest, "--optimisation.batch", "6"])
+    assert dry_run(config).steps.rows == 18 and dry_run(config).steps.total == 300
+    with pytest.raises(ConfigError, match="rows are given"):
+        dry_run(config, rows=5)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_dry_run__recipe_fits_the_gpu_of_its_header(name: str) -> None:
+    said = re.search(r"# Hardware:\s+\d+ GPUs of (\d+) GB", (SHIPPED / f"{name}.toml").read_text())
+    assert said is not None
+    assert dry_run(load(name), gpu_memory_gb=float(said[1])).fits
+
+
+def test_dry_run__says_what_would_make_it_fit() -> None:
+    config = load("pass_vitl")
+    found = dry_run(config, gpu_memory_gb=16)
+    assert found.fits is False and found.remedies
+    for remedy in found.remedies:
+        changed = load("pass_vitl", remedy.change.split())
+        again = dry_run(changed, gpu_memory_gb=16)
+        assert again.fits and again.memory.needed == remedy.needed <= 16 * GB
+    text = page(found)
+    assert "does NOT fit into 16.00 GB" in text and found.remedies[0].change in text
+
+
+def test_dry_run__nothing_makes_it_fit() -> None:
+    found = dry_run(load("pass_vitl"), gpu_memory_gb=4)
+    assert found.fits is False and not found.remedies
+    assert "a larger GPU, or more workers" in page(found)
+
+
+def test_dry_run__a_batch_that_must_stay_whole_is_not_split() -> None:
+    found = dry_run(load("dino_vitb"), gpu_memory_gb=20)
+    assert found.fits is False and all("micro-batch" not in remedy.change for remedy in found.remedies)
+    with pytest.raises(ConfigError, match="batch norm in the stem"):
+        dry_run(load("dino_vitb", ["--cluster.workers", "4"]))
+
+
+def test_dry_run__json_holds_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert called("pass_vitb", "--dry-run", "--json", "--gpu-memory-gb", "40", "--rows", "100000",
+                  "--optimisation.batch", "256") == command.COMPLETE  # fmt: skip
+    said = json.loads(capsys.readouterr().out)
+    config = load("pass_vitb", ["--optimisation.batch", "256"])
+    assert said == json.loads(json.dumps(to_tree(dry_run(config, rows=100_000, gpu_memory_gb=40))))
+    assert said["memory"]["fits"] is True and said["steps"]["rows"] == 100_000
+    (batch,) = [one for one in said["published"]["differences"] if one["key"] == "optimisation.batch"]
+    assert (batch["ours"], batch["published"], batch["source"]) == (256, 512, "PASS scripts")
+
+
+def test_dry_run__text_names_a_deviation_with_its_source(capsys: pytest.CaptureFixture[str]) -> None:
+    assert called("personmae_vitb", "--dry-run", "--method.mask-ratio", "0.5") == command.COMPLETE
+    said = capsys.readouterr().out
+    assert "  method.mask_ratio = 0.5 (the recipe: 0.75)   BootMAE, MAE; HAP .5\n" in said
+    assert "  optimisation.precision = 'bf16', published 'fp16'\n      MAE main_pretrain.py" in said
+
+
+def test_dry_run__of_a_cpu_run() -> None:
+    config = load("pass_vits")
+    config = replace(config, engine=replace(config.engine, device="cpu"))
+    assert "Memory of one process, calculated" in page(dry_run(config))
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        dry_run(replace(config, optimisation=replace(config.optimisation, precision="fp16")))
+
+
+def test_dry_run__starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert called("dino_vits", "--dry-run", "--out", str(tmp_path / "run")) == command.COMPLETE
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("words", "code", "said"), [
+    (["pass_vitx", "--dry-run"], command.FAILED, "no such recipe"),
+    (["pass_vits", "--dry-run", "--rows", "0"], command.USAGE, "no finite number above zero"),
+    (["pass_vits", "--dry-run", "--gpu-memory-gb", "much"], command.USAGE, "invalid number value: 'much'"),
+    (["pass_vits", "--rows", "5"], command.USAGE, "go with --dry-run"),
+    (["pass_vits", "--dry-run", "--optimisation.lrr", "1"], command.USAGE, "optimisation.lrr"),
+    (["pass_vits", "--dry-run", "--rows", "3"], command.FAILED, "less than one batch"),
+], ids=["recipe", "rows", "gpu", "without_dry_run", "flag", "too_few_rows"])  # fmt: skip
+def test_dry_run__mistakes(words: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert called(*words) == code
+    assert said in capsys.readouterr().err
+
+
+def test_help__tells_of_dry_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert called("--help") == command.COMPLETE
+    assert "--gpu-memory-gb GB" in capsys.readouterr().out

@@ -1,0 +1,145 @@
+"""Calculated memory: exact where tensors can be counted, and split as ZeRO splits."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.training.tiny_recipe import tiny, with_views
+from training.assembly import build_method, clock_of, make_stepper, portion
+from training.config import SHIPPED, RunConfig, load
+from training.engine import optimisation
+from training.engine.plain import PlainStepper
+from training.engine.world import World
+from training.memory import FRAGMENTATION, FULL, RESERVED, calculate, census
+
+METHODS = ("dino_vits", "dino_vitb", "pass_vits", "personvit_vits", "personmae_vits")
+
+
+def with_engine(config: RunConfig, **engine: Any) -> RunConfig:
+    return replace(config, engine=replace(config.engine, **engine))
+
+
+def stored(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("recipe", METHODS)
+def test_census__counts_every_parameter_once(recipe: str) -> None:
+    config = tiny(recipe, images=2)
+    sizes, method = census(config), build_method(config)
+    assert sum(sizes.student.values()) == sum(value.numel() for value in method.student.parameters())
+    assert sizes.parameters == sum(value.numel() for value in method.parameters())
+    assert sizes.trained == sum(value.numel() for value in method.parameters() if value.requires_grad)
+    assert sum(sizes.groups) == sizes.trained
+    blocks = method.student.backbone.blocks
+    assert sizes.student["blocks"] == sum(value.numel() for value in blocks.parameters())
+
+
+def test_census__of_published_sizes() -> None:
+    """PASS README and the reference code: ViT-S of 21.64 M, four heads of 22.35 M each."""
+    sizes = census(load(SHIPPED / "pass_vits.toml"))
+    heads = sizes.student["head MLPs"] + sizes.student["prototypes"]
+    assert sum(sizes.student.values()) - heads == pytest.approx(21.64e6, rel=1e-3)
+    assert heads / 4 == pytest.approx(22.35e6, rel=1e-3)
+
+
+@pytest.mark.parametrize("recipe", METHODS)
+def test_state__is_that_of_a_real_step(recipe: str) -> None:
+    config = tiny(recipe, images=2)
+    config = replace(config, method=replace(config.method, **_nothing_frozen(config)))
+    method, views = with_views(config)
+    stepper = make_stepper(config, method, World(), portion(2, 2, 1))
+    assert isinstance(stepper, PlainStepper)
+    progress = clock_of(config, 200).at(0)
+    stepper.apply(optimisation.settings_at(config.optimisation, progress), progress)
+    stepper.backward(stepper.forward(views, progress), last=True)
+    trained = [value for value in method.parameters() if value.requires_grad]
+    gradients = stored(stepper._gradient(value) for value in trained)
+    stepper.step()
+    moments = [state[key] for state in stepper.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+
+    sizes = census(config)
+    state = calculate(config, sizes, world=1, cuda=False).state
+    assert state["student"] == stored(method.student.parameters())
+    assert state["teacher"] == stored(method.teacher.parameters())
+    assert state["moments of AdamW"] == stored(moments) == 2 * gradients
+    assert gradients == FULL * sizes.trained
+    images = [value for name, value in views.items() if name in ("global", "local", "region_a", "region_b")]
+    assert state["batch"] == stored(images) * 5 // 4  # and as bytes, before they are normalised
+
+
+def _nothing_frozen(config: RunConfig) -> dict[str, int]:
+    return {} if config.method.name == "personmae" else {"freeze_last_layer_epochs": 0}
+
+
+@pytest.mark.parametrize("world", [2, 4, 7])
+def test_state__is_split_as_the_stage_says(world: int) -> None:
+    config = load(SHIPPED / "pass_vitb.toml")
+    sizes = census(config)
+    states = [calculate(with_engine(config, zero_stage=stage), sizes, world=world, cuda=True).state
+              for stage in range(4)]  # fmt: skip
+    own = -(-sizes.trained // world)
+    assert states[0]["moments of AdamW"] == 8 * sizes.trained
+    assert "ZeRO's copy of its parameters" not in states[0]
+    for state in states[1:]:
+        assert state["moments of AdamW"] == 8 * own and state["ZeRO's copy of its parameters"] == 4 * own
+    for state in states[:3]:
+        assert state["student"] == 4 * sum(sizes.student.values()) and state["teacher"] == 4 * sizes.teacher
+    assert states[3]["teacher"] == 4 * -(-sizes.teacher // world)
+
+
+def test_moments__gradients_are_whole_where_nothing_splits_them() -> None:
+    config = with_engine(load(SHIPPED / "pass_vitb.toml"), bucket=1_000)
+    sizes = census(config)
+    reduced = [calculate(with_engine(config, zero_stage=stage), sizes, world=8, cuda=True).moments["reduction"]
+               for stage in (1, 2)]  # fmt: skip
+    assert reduced[0] - reduced[1] == FULL * (sizes.trained - sizes.largest)
+
+
+def test_moments__the_plain_stepper_adds_ranks_in_one_copy_of_all_gradients() -> None:
+    config = tiny("pass_vits", images=4)
+    sizes = census(config)
+    alone, two = (calculate(config, sizes, world=world, cuda=False) for world in (1, 2))
+    beside = [memory.moments["reduction"] - sum(memory.state.values()) for memory in (alone, two)]
+    assert beside == [FULL * sizes.trained, 2 * FULL * sizes.trained]
+
+
+def test_moments__accumulated_gradients_are_there_in_the_forward_pass() -> None:
+    config = tiny("pass_vits", images=4)
+    halved = replace(config, optimisation=replace(config.optimisation, batch=8))
+    sizes = census(config)
+    once, twice = (calculate(one, sizes, world=1, cuda=False) for one in (config, halved))
+    assert twice.moments["forward"] - once.moments["forward"] == FULL * sizes.trained
+    assert twice.saved == once.saved
+
+
+@pytest.mark.parametrize("change", [
+    {"backbone": {"checkpoint_blocks": True}}, {"optimisation": {"micro_batch": 32}}, {"engine": {"zero_stage": 2}},
+], ids=["checkpoint_blocks", "micro_batch", "zero_stage"])  # fmt: skip
+def test_needed__less_by_each_of_the_dials(change: dict[str, dict[str, Any]]) -> None:
+    config = load(SHIPPED / "pass_vitl.toml")
+    config = replace(config, optimisation=replace(config.optimisation, micro_batch=64), engine=replace(
+        config.engine, zero_stage=0))  # fmt: skip
+    ((part, values),) = change.items()
+    changed = replace(config, **{part: replace(getattr(config, part), **values)})
+    before, after = (calculate(one, census(config), world=8, cuda=True) for one in (config, changed))
+    assert after.needed < before.needed
+    assert before.needed == before.peak + RESERVED + round(FRAGMENTATION * before.peak)
+
+
+def test_saved__a_gpu_in_bf16_keeps_the_softmax_twice_unless_it_is_fused() -> None:
+    config = load(SHIPPED / "dino_vits.toml")
+    plain = replace(config, backbone=replace(config.backbone, attention="plain"))
+    sizes = census(config)
+    fused, kept = (calculate(one, sizes, world=8, cuda=True).saved["blocks"] for one in (config, plain))
+    rows, tokens, heads, depth = [2 * 64, 8 * 64], [129, 33], 6, 12
+    weights = sum(depth * heads * row * count * (6 * count - 4) for row, count in zip(rows, tokens, strict=True))
+    assert kept - fused == weights
+
+
+def test_census__needs_no_memory() -> None:
+    before = torch.random.get_rng_state()
+    census(load(SHIPPED / "pass_vitl.toml"))
+    assert torch.equal(before, torch.random.get_rng_state())

@@ -1,0 +1,107 @@
+"""How a run's settings differ from what was published, and from the recipe that comes along."""
+
+import tomllib
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from training import config as recipes
+from training.assembly import FREE_TO_CHANGE
+from training.config import SHIPPED, RunConfig
+from training.recipes.sources import DATA, PUBLISHED
+
+SIZES = {"vit_small": "vits", "vit_base": "vitb", "vit_large": "vitl"}
+IGNORED = (*FREE_TO_CHANGE, "seed", "stream.", "samples_per_epoch")
+"""Keys that are not compared: they change no result, or are the user's data."""
+
+
+class Difference(NamedTuple):
+    """A key whose value is not the published one."""
+
+    key: str
+    ours: Any
+    published: Any
+    source: str
+
+
+class Choice(NamedTuple):
+    """A key that no publication gives a value for."""
+
+    key: str
+    ours: Any
+    reason: str
+    """Why the recipe has its value: the comment behind it."""
+    shipped: Any
+    """The recipe's value."""
+
+
+class Comparison(NamedTuple):
+    """A run beside the publication of its method and architecture."""
+
+    recipe: str
+    """Name of the recipe that comes along; that of ViT-S where the architecture has none."""
+    data: str
+    """What the publication trained on; empty where none was published."""
+    differences: list[Difference]
+    choices: list[Choice]
+    """What the recipe had to choose, and what this run has chosen besides."""
+
+
+def compare(config: RunConfig) -> Comparison:
+    """Every key that may change the result beside the published value, or beside the recipe's where there is none."""
+    name = nearest(config)
+    table, ours, shipped = PUBLISHED[name], leaves(config), leaves(recipes.load(SHIPPED / f"{name}.toml"))
+    reasons = comments(SHIPPED / f"{name}.toml")
+    compared = {key: value for key, value in {**shipped, **ours}.items() if not key.startswith(IGNORED)}
+    differences = [
+        Difference(key, ours.get(key), said.value, said.source)
+        for key, said in table.items()
+        if ours.get(key) != said.value
+    ]
+    choices = [
+        Choice(key, ours.get(key), reasons.get(key, ""), shipped.get(key))
+        for key in compared
+        if key not in table and (key in reasons or ours.get(key) != shipped.get(key))
+    ]
+    return Comparison(name, DATA.get(name, ""), differences, choices)
+
+
+def nearest(config: RunConfig) -> str:
+    """The recipe of the same method and architecture."""
+    return f"{config.method.name}_{SIZES.get(config.backbone.arch, 'vits')}"
+
+
+def leaves(config: RunConfig) -> dict[str, Any]:
+    """Dotted key -> plain value."""
+    return dict(recipes.leaves((), recipes.to_tree(config)))
+
+
+@cache
+def comments(path: Path) -> Mapping[str, str]:
+    """Dotted key -> the comment behind its value in a recipe; a line of its own above a value belongs to that."""
+    found: dict[str, str] = {}
+    table, above = "", ""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        code, comment = _parted(line)
+        if code.startswith("["):
+            table, above = f"{code.strip('[]')}.", ""
+        elif not code:
+            above = comment
+        else:
+            (key,) = tomllib.loads(code)
+            if comment or above:
+                found[table + key] = comment or above
+            above = ""
+    return found
+
+
+def _parted(line: str) -> tuple[str, str]:
+    """A line of TOML and the comment behind it; a `#` within a string begins none."""
+    for place in (place for place, letter in enumerate(line) if letter == "#"):
+        try:
+            tomllib.loads(line[:place])
+        except tomllib.TOMLDecodeError:
+            continue
+        return line[:place].strip(), line[place + 1 :].strip()
+    return line.strip(), ""

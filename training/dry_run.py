@@ -1,0 +1,184 @@
+"""What a run would be, without data and without starting anything: recipe, sizes, steps, memory, and what differs from
+the publication."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import torch
+
+from datapipe.errors import ConfigError
+from datapipe.manifest import Manifest
+from training import memory
+from training.assembly import clock_of, portion, refuse_split, refuse_unsuited
+from training.config import RunConfig
+from training.deviations import Comparison, compare
+from training.engine.clock import Clock
+from training.memory import Census, Memory
+
+LUPERSON = 4_180_243
+"""Images of LUPerson, on which the published runs were trained."""
+GB = 10**9
+
+
+class Steps(NamedTuple):
+    """How long a run is, and how its batches are split."""
+
+    rows: int
+    """Images of the data set."""
+    known_from: str
+    """Where `rows` is from."""
+    epoch_samples: int
+    per_epoch: float
+    total: int
+    warmup: float
+    images: int
+    """Seen in the whole run."""
+    checkpoints: int
+    """Saved in the whole run."""
+    kept: int
+    """That are there at its end."""
+    workers: int
+    per_rank: int
+    """Images of a batch on one rank, padding included."""
+    micro_batch: int
+    micro_batches: int
+    padding: int
+    """Rows of a batch, over all ranks, that are no images and have weight 0."""
+
+
+class Remedy(NamedTuple):
+    """A change of settings, and the bytes that the run needs with it."""
+
+    change: str
+    needed: int
+
+
+class DryRun(NamedTuple):
+    """Everything that is known of a run before it starts."""
+
+    config: RunConfig
+    sizes: Census
+    steps: Steps
+    memory: Memory
+    gpu: int
+    """Bytes of a GPU; 0: not known."""
+    remedies: list[Remedy]
+    """Where it does not fit: changes of settings with which it does, the least first."""
+    comparison: Comparison
+
+    @property
+    def fits(self) -> bool | None:
+        """None: the GPU is not known."""
+        return self.memory.needed <= self.gpu if self.gpu else None
+
+
+def dry_run(config: RunConfig, *, rows: int = 0, gpu_memory_gb: float = 0.0) -> DryRun:
+    """Calculate all of it. `rows`: images of a data set that the recipe does not name; 0: as many as LUPerson has.
+
+    Memory is that of a GPU unless the recipe asks for a CPU. Raises what starting the run would, but for want of data.
+    """
+    refuse_unsuited(config, torch.device("cpu" if config.engine.device == "cpu" else "cuda"))
+    rows, known_from = _rows(config, rows)
+    sizes = memory.census(config)
+    share = portion(config.optimisation.batch, config.optimisation.micro_batch, config.cluster.workers)
+    refuse_split(config, share, couples=sizes.couples)
+    need = _needed(config, sizes)
+    gpu = round(gpu_memory_gb * GB) or _present(config)
+    remedies = _remedies(config, sizes, gpu) if gpu and need.needed > gpu else []
+    steps = _steps(config, clock_of(config, rows), rows, known_from)
+    return DryRun(config, sizes, steps, need, gpu, remedies, compare(config))
+
+
+def _rows(config: RunConfig, rows: int) -> tuple[int, str]:
+    if config.stream.manifest:
+        if rows:
+            raise ConfigError("rows are given, and a data set that has its own", where="--rows, stream.manifest",
+                              hint="leave one of them out")  # fmt: skip
+        return Manifest.load(config.stream.manifest, config.storage).rows, config.stream.manifest
+    if rows:
+        return rows, "--rows"
+    return LUPERSON, "assumed: all of LUPerson; another with --rows N or --stream.manifest SHARDS"
+
+
+def _steps(config: RunConfig, clock: Clock, rows: int, known_from: str) -> Steps:
+    optimisation, saves, workers = config.optimisation, config.checkpoints, config.cluster.workers
+    share = portion(optimisation.batch, optimisation.micro_batch, workers)
+    milestones = _multiples(saves.keep_every_steps, clock.total_steps) if saves.keep_every_steps else set()
+    saved = _multiples(saves.every_steps, clock.total_steps) | milestones | {clock.total_steps}
+    return Steps(
+        rows=rows,
+        known_from=known_from,
+        epoch_samples=clock.epoch_samples,
+        per_epoch=clock.epoch_steps,
+        total=clock.total_steps,
+        warmup=optimisation.warmup_epochs * clock.epoch_steps,
+        images=clock.end,
+        checkpoints=len(saved),
+        kept=len(milestones | set(sorted(saved)[-saves.keep_last :])),
+        workers=workers,
+        per_rank=share.rows,
+        micro_batch=share.micro,
+        micro_batches=share.rows // share.micro,
+        padding=share.rows * workers - optimisation.batch,
+    )
+
+
+def _multiples(step: int, last: int) -> set[int]:
+    return set(range(step, last + 1, step))
+
+
+def _needed(config: RunConfig, sizes: Census) -> Memory:
+    return memory.calculate(config, sizes, world=config.cluster.workers, cuda=config.engine.device != "cpu")
+
+
+def _present(config: RunConfig) -> int:
+    """Memory of this machine's first GPU; 0 without one, or for a run on the CPU."""
+    if config.engine.device == "cpu" or not torch.cuda.is_available():
+        return 0
+    return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def _remedies(config: RunConfig, sizes: Census, gpu: int) -> list[Remedy]:
+    """The largest micro-batch, the lowest ZeRO stage, checkpointed blocks, and both, as far as they are enough."""
+    found = []
+    for changed in (config, _checkpointed(config)):
+        for smaller in _smaller(changed, sizes):
+            needed = _needed(smaller, sizes).needed
+            if needed <= gpu:
+                found.append(Remedy(_change(config, smaller), needed))
+                break
+    for stage in (1, 2, 3):
+        if config.engine.stepper == "deepspeed" and stage > config.engine.zero_stage:
+            changed = dataclasses.replace(config, engine=dataclasses.replace(config.engine, zero_stage=stage))
+            found.append(Remedy(_change(config, changed), _needed(changed, sizes).needed))
+    return [remedy for remedy in found if remedy.needed <= gpu]
+
+
+def _checkpointed(config: RunConfig) -> RunConfig:
+    return dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, checkpoint_blocks=True))
+
+
+def _smaller(config: RunConfig, sizes: Census) -> list[RunConfig]:
+    """The same run with ever smaller micro-batches, down to one image; only itself where a batch must stay whole."""
+    share = portion(config.optimisation.batch, config.optimisation.micro_batch, config.cluster.workers)
+    halvings = 0 if sizes.couples else share.micro.bit_length() - 1
+    micros = [math.ceil(share.micro / 2**halving) for halving in range(halvings + 1)]
+    return [
+        dataclasses.replace(config, optimisation=dataclasses.replace(config.optimisation, micro_batch=micro))
+        for micro in micros
+    ]
+
+
+def _change(before: RunConfig, after: RunConfig) -> str:
+    """What to add to the command line."""
+    flags = []
+    if after.backbone.checkpoint_blocks != before.backbone.checkpoint_blocks:
+        flags.append("--backbone.checkpoint-blocks True")
+    workers = before.cluster.workers
+    micro = [portion(one.optimisation.batch, one.optimisation.micro_batch, workers).micro for one in (before, after)]
+    if micro[0] != micro[1]:
+        flags.append(f"--optimisation.micro-batch {micro[1]}")
+    if after.engine.zero_stage != before.engine.zero_stage:
+        flags.append(f"--engine.zero-stage {after.engine.zero_stage}")
+    return " ".join(flags)

@@ -1,0 +1,135 @@
+"""A dry run for people to read, and for programs."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from training import config as recipes
+from training.deviations import Comparison
+from training.dry_run import GB, DryRun, Steps
+from training.memory import FRAGMENTATION, RESERVED, Census, Memory
+
+
+def to_tree(run: DryRun) -> dict[str, Any]:
+    """All of it as nested plain values; memory in bytes."""
+    compared = run.comparison
+    return {
+        "recipe": recipes.to_tree(run.config),
+        "parameters": {
+            "student": run.sizes.student,
+            "teacher": run.sizes.teacher,
+            "trained": run.sizes.trained,
+            "frozen": run.sizes.parameters - run.sizes.trained,
+        },
+        "steps": run.steps._asdict(),
+        "memory": {
+            **run.memory._asdict(),
+            "peak": run.memory.peak,
+            "not_calculated": run.memory.not_calculated,
+            "needed": run.memory.needed,
+            "gpu": run.gpu or None,
+            "fits": run.fits,
+            "remedies": [remedy._asdict() for remedy in run.remedies],
+        },
+        "published": {
+            "recipe": compared.recipe,
+            "data": compared.data,
+            "differences": [difference._asdict() for difference in compared.differences],
+            "choices": [choice._asdict() for choice in compared.choices],
+        },
+    }
+
+
+def page(run: DryRun) -> str:
+    """All of it as text."""
+    sections = {
+        "Recipe, resolved": recipes.to_toml(run.config).splitlines(),
+        "Parameters": _parameters(run.sizes),
+        "Steps": _steps(run.steps, run.config.optimisation.batch),
+        f"Memory of one {'process' if run.config.engine.device == 'cpu' else 'GPU'}, calculated": _memory(run),
+        f"Beside what is published ({run.comparison.recipe})": _compared(run.comparison),
+    }
+    return "\n\n".join("\n".join([f"== {title} ==", *lines]) for title, lines in sections.items())
+
+
+def _parameters(sizes: Census) -> Iterator[str]:
+    parts = {f"student: {part}": number for part, number in sizes.student.items()}
+    totals = {"student": sum(parts.values()), "teacher": sizes.teacher, "trained": sizes.trained,
+              "frozen": sizes.parameters - sizes.trained}  # fmt: skip
+    yield from _columns({name: f"{number:>13,}" for name, number in (parts | totals).items()})
+
+
+def _steps(steps: Steps, batch: int) -> Iterator[str]:
+    split = f"{steps.per_rank} images on each of {steps.workers} ranks, {steps.micro_batch} at once"
+    yield from _columns({
+        "images of the data set": f"{steps.rows:,} ({steps.known_from})",
+        "steps of an epoch": f"{steps.per_epoch:,.1f}",
+        "steps": f"{steps.total:,}, of them {steps.warmup:,.0f} of warm-up",
+        "images seen": f"{steps.images:,}",
+        "batch": f"{batch}: {split}, {steps.padding} of them padding",
+        "checkpoints": f"{steps.checkpoints:,} saved, {steps.kept} kept at the end",
+    })  # fmt: skip
+
+
+def _memory(run: DryRun) -> Iterator[str]:
+    need: Memory = run.memory
+    yield "throughout a step:"
+    yield from _columns(_sizes(need.state))
+    yield "kept of a micro-batch for the backward pass:"
+    yield from _columns(_sizes(need.saved))
+    yield "fullest points of a step:"
+    yield from _columns(_sizes(need.moments))
+    yield from _columns({
+        "peak": _gb(need.peak),
+        "not calculated": f"{_gb(need.not_calculated)}  (CUDA context, workspaces, fragmentation: "
+        f"assumed {_gb(RESERVED)} and {FRAGMENTATION:.0%} of the peak)",
+        "needed": _gb(need.needed),
+    })  # fmt: skip
+    yield from _verdict(run)
+
+
+def _verdict(run: DryRun) -> Iterator[str]:
+    if run.fits is None:
+        yield "does it fit? --gpu-memory-gb N tells"
+    elif run.fits:
+        yield f"fits into {_gb(run.gpu)}"
+    else:
+        yield f"does NOT fit into {_gb(run.gpu)}" + ("; it would with one of:" if run.remedies else "")
+        for remedy in run.remedies:
+            yield f"  {remedy.change}   ({_gb(remedy.needed)})"
+        if not run.remedies:
+            yield "  no micro-batch, checkpointing of blocks or ZeRO stage is enough: a larger GPU, or more workers"
+
+
+def _compared(found: Comparison) -> Iterator[str]:
+    if found.data:
+        yield f"published on: {found.data}"
+    if not found.differences:
+        yield "no setting differs from a published one"
+    for difference in found.differences:
+        yield f"  {difference.key} = {_value(difference.ours)}, published {_value(difference.published)}"
+        yield f"      {difference.source}"
+    if found.choices:
+        yield "not published, chosen:"
+    for choice in found.choices:
+        own = "" if choice.ours == choice.shipped else f" (the recipe: {_value(choice.shipped)})"
+        yield f"  {choice.key} = {_value(choice.ours)}{own}" + (f"   {choice.reason}" if choice.reason else "")
+
+
+def _columns(rows: Mapping[str, str]) -> Iterator[str]:
+    width = max(map(len, rows), default=0)
+    for name, value in rows.items():
+        yield f"  {name:<{width}}  {value}"
+
+
+def _sizes(parts: Mapping[str, int]) -> dict[str, str]:
+    return {name: _gb(size) for name, size in parts.items()}
+
+
+def _gb(size: int) -> str:
+    return f"{size / GB:.2f} GB"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_value, value))}]"
+    return f"{value:g}" if isinstance(value, float) else "absent" if value is None else repr(value)

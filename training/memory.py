@@ -1,0 +1,278 @@
+"""What a recipe needs of a GPU's memory, calculated: parameters, optimizer state, activations, and the peak of a step.
+
+Pure: a function of the recipe and of the sizes of the parameters, which are those of a module on the meta device.
+
+    forward    state, what autograd keeps of a micro-batch (`activations.py`), and what is alive when the loss is formed
+    backward   the same without what the loss alone needed, with the largest temporaries: the prototypes' or a block's
+    reduction  state, all gradients, and what the ranks' sum takes
+    step       state, gradients, and the temporaries of norms and AdamW
+
+The peak is the largest of the four. `RESERVED` and `FRAGMENTATION` stand for what is not calculated.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from training import activations
+from training.activations import FULL, Numerics
+from training.assembly import build_method, deepspeed_json, portion, view_spec
+from training.config import RunConfig
+from training.engine.optimisation import group_parameters
+from training.engine.world import World
+from training.methods.base import Method
+
+DOUBLE = 8
+"""Bytes of a float64."""
+RESERVED = 1 << 30
+"""CUDA context, kernels, workspaces of cuBLAS and NCCL: about this much of a GPU before the first tensor."""
+FRAGMENTATION = 0.05
+"""Share of the peak that the allocator loses in pieces too small to use. An assumption, as the one above."""
+REUSE_DISTANCE = 1_000_000_000
+"""DeepSpeed keeps parameters of stage 3 together that are used again within this many; its default."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Census:
+    """How many numbers a method has, by part."""
+
+    student: dict[str, int]
+    """Part -> numbers, trained or not."""
+    teacher: int
+    trained: int
+    buffers: int
+    groups: tuple[int, ...]
+    """Numbers in each of the optimizer's groups."""
+    largest: int
+    """Numbers in the largest trained parameter."""
+    lowered_blocks: int
+    """Numbers in the weights of the student's blocks, which autocast copies in lower precision."""
+    lowered_rest: int
+    """The same in its patch embedding and decoders."""
+    couples: bool
+    """Do targets or statistics couple the images of a batch, so that it must not be split?"""
+
+    @property
+    def parameters(self) -> int:
+        """All, student and teacher."""
+        return sum(self.student.values()) + self.teacher
+
+
+def census(config: RunConfig) -> Census:
+    """Build the recipe's method without memory for its parameters, and count."""
+    with torch.device("meta"):
+        method = build_method(config)
+    trained = {name: value.numel() for name, value in method.named_parameters() if value.requires_grad}
+    groups = group_parameters(method, layer_decay=config.optimisation.layer_decay)
+    lowered = _lowered_weights(method)
+    blocks = sum(count for name, count in lowered.items() if name.startswith("backbone.blocks."))
+    return Census(
+        student=_parts(method),
+        teacher=sum(value.numel() for value in method.teacher.parameters()),
+        trained=sum(trained.values()),
+        buffers=sum(value.numel() for value in method.buffers()),
+        groups=tuple(sum(trained[name] for name in group.names) for group in groups),
+        largest=max(trained.values()),
+        lowered_blocks=blocks,
+        lowered_rest=sum(lowered.values()) - blocks,
+        couples=method.couples_batch(),
+    )
+
+
+def _parts(method: Method) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for name, value in method.student.named_parameters():
+        part = _part(name)
+        found[part] = found.get(part, 0) + value.numel()
+    return found
+
+
+def _part(name: str) -> str:
+    """`backbone.blocks.3.norm1.weight` -> "blocks"."""
+    words = name.split(".")
+    if words[0] == "backbone":
+        kind = words[1]
+        known = {"patch_embed": "patch embedding", "blocks": "blocks", "norm": "final norm"}
+        return known.get(kind, "tokens and positions")
+    if words[1] in ("pixel", "feature"):
+        return f"{words[1]} decoder"
+    return "prototypes" if words[1].startswith("last_layer") else "head MLPs"
+
+
+def _lowered_weights(method: Method) -> dict[str, int]:
+    """Weights of the student's matrix products in the autocast region: backbone and decoders, but for their last layer
+    and the heads of the DINO family, which stay in float32."""
+    return {
+        name: module.weight.numel()
+        for name, module in method.student.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and (name.startswith("backbone.") or name.startswith(("head.pixel.", "head.feature.")))
+        and not name.endswith(".predict")
+    }
+
+
+class Memory(NamedTuple):
+    """Bytes on one GPU."""
+
+    state: dict[str, int]
+    """What is there throughout a step."""
+    saved: dict[str, int]
+    """What the forward pass of a micro-batch keeps for the backward pass."""
+    moments: dict[str, int]
+    """All that is there at the fullest point of forward, backward, reduction and step."""
+
+    @property
+    def peak(self) -> int:
+        return max(self.moments.values())
+
+    @property
+    def not_calculated(self) -> int:
+        """CUDA context, workspaces and fragmentation: assumed."""
+        return RESERVED + round(FRAGMENTATION * self.peak)
+
+    @property
+    def needed(self) -> int:
+        return self.peak + self.not_calculated
+
+
+def calculate(config: RunConfig, sizes: Census, *, world: int, cuda: bool) -> Memory:
+    """The memory of one of `world` ranks, after the first step. `cuda`: with the kernels and AdamW of a GPU."""
+    how = activations.numerics(config, cuda=cuda)
+    share = portion(config.optimisation.batch, config.optimisation.micro_batch, world)
+    held = _Held(config, sizes, world, cuda)
+    state = held.state() | {"batch": batch_bytes(config, share.micro)}
+    kept = activations.saved(config, share.micro, how) | {"lowered weights": lowered_copies(config, sizes, how)}
+    base = sum(state.values()) + held.gathered()
+    earlier = held.gradients() if share.rows > share.micro else 0
+    ended = sum(kept.values())
+    moments = {
+        "forward": base + earlier + ended + _forward_temporaries(config, share.micro, sizes),
+        "backward": base + earlier + ended + _backward_temporaries(config, share.micro, how, sizes),
+        "reduction": base + FULL * held.reduction(),
+        "step": sum(state.values()) + held.gradients() + held.step(),
+    }
+    return Memory(state, kept, moments)
+
+
+def batch_bytes(config: RunConfig, images: int) -> int:
+    """The views of a micro-batch in float32, and as the loader hands them over."""
+    spec = view_spec(config)
+    pixels = 0
+    for group in spec.groups:
+        views, _, height, width, channels = spec.shape(group, images)
+        pixels += views * images * height * width * channels
+    return pixels * (FULL + 1)
+
+
+def lowered_copies(config: RunConfig, sizes: Census, how: Numerics) -> int:
+    """Weights in lower precision that the backward pass uses; those of checkpointed blocks are made again."""
+    if not how.lowered:
+        return 0
+    blocks = 0 if config.backbone.checkpoint_blocks else sizes.lowered_blocks
+    return how.matrix * (sizes.lowered_rest + blocks)
+
+
+def _forward_temporaries(config: RunConfig, images: int, sizes: Census) -> int:
+    """The larger of two: what is alive when the loss is formed, that is logits of student and teacher, targets before
+    they are sorted for the product, and one head's logits over their temperature; or prototypes before they are
+    scaled, in the last head."""
+    rows = activations.scored(config, images, activations.hidden_patches(config, images))
+    logits = sum(part.prototypes * (part.learnt + part.taught + part.targets) for part in rows)
+    loss = logits + max((part.prototypes * part.learnt for part in rows), default=0)
+    return FULL * max(loss, sizes.largest if rows else 0)
+
+
+def _backward_temporaries(config: RunConfig, images: int, how: Numerics, sizes: Census) -> int:
+    """The larger of two: the widest head, with three gradients of its logits and four of its prototypes; or a block,
+    made again where it is checkpointed."""
+    rows = activations.scored(config, images, activations.hidden_patches(config, images))
+    widest = max((part.prototypes * part.learnt for part in rows), default=0)
+    head = FULL * (3 * widest + 4 * sizes.largest) if rows else 0
+    return max(head, _block_again(config, images, how, sizes))
+
+
+def _block_again(config: RunConfig, images: int, how: Numerics, sizes: Census) -> int:
+    """What the dearest block takes in the backward pass beside what was kept of it."""
+    backbone = config.backbone
+    whole = dataclasses.replace(backbone, checkpoint_blocks=False)
+    width, depth, _, mlp_ratio = backbone.shape
+    found = 0
+    for stack in activations.student_stacks(config, images):
+        tokens = stack.rows * stack.tokens
+        gradients = tokens * (2 * FULL * width + 2 * how.matrix * int(mlp_ratio * width))
+        again = activations.block_bytes(whole, stack, how) if backbone.checkpoint_blocks else 0
+        found = max(found, again + gradients)
+    lowered = how.matrix * sizes.lowered_blocks // depth if backbone.checkpoint_blocks and how.lowered else 0
+    return found + lowered
+
+
+class _Held(NamedTuple):
+    """Which part of parameters, gradients and moments a rank holds, and what moving them takes."""
+
+    config: RunConfig
+    sizes: Census
+    world: int
+    cuda: bool
+
+    @property
+    def stage(self) -> int:
+        """ZeRO stage; 0 too for the plain stepper."""
+        return self.config.engine.zero_stage if self.config.engine.stepper == "deepspeed" else 0
+
+    def state(self) -> dict[str, int]:
+        """Parameters, moments, and the float32 copy that ZeRO steps."""
+        sizes = self.sizes
+        parts = self.world if self.stage == 3 else 1
+        found = {
+            "student": FULL * -(-sum(sizes.student.values()) // parts),
+            "teacher": FULL * -(-sizes.teacher // parts),
+            "buffers": FULL * sizes.buffers,
+            "moments of AdamW": 2 * FULL * self._own,
+        }
+        if self.stage:
+            found["ZeRO's copy of its parameters"] = FULL * self._own
+        return found
+
+    @property
+    def _own(self) -> int:
+        """Trained numbers that this rank steps."""
+        return -(-self.sizes.trained // (self.world if self.stage else 1))
+
+    def gathered(self) -> int:
+        """Stage 3: the student's parameters, put together while they are in use."""
+        if self.stage < 3 or self.world == 1:
+            return 0
+        reach = self._zero().get("stage3_max_reuse_distance", REUSE_DISTANCE)
+        student = sum(self.sizes.student.values())
+        return FULL * min(student, max(reach, self.sizes.largest, self._zero()["stage3_prefetch_bucket_size"]))
+
+    def gradients(self) -> int:
+        """Between two micro-batches, and when the step begins."""
+        return FULL * self._own
+
+    def reduction(self) -> int:
+        """Numbers alive when the ranks' gradients are added up."""
+        bucket, trained = self.config.engine.bucket, self.sizes.trained
+        if self.config.engine.stepper == "plain":
+            return trained * (2 if self.world > 1 else 1)
+        if self.stage == 0:
+            return trained + min(bucket, trained)
+        if self.stage == 1:  # all gradients wait for the end of the backward pass
+            return trained + bucket + self._own
+        return self._own + bucket + self.sizes.largest
+
+    def step(self) -> int:
+        """Bytes of norms in float64 or of AdamW's temporaries, whichever is more."""
+        parts = self.world if self.stage else 1
+        group = -(-max(self.sizes.groups) // parts)
+        stepped = group if self.stage or self.cuda else self.sizes.largest
+        adam = FULL * stepped * (1 if self.cuda else 2) + (FULL * group if self.stage in (1, 2) else 0)
+        norms = 2 * DOUBLE * min(self.sizes.largest, self._own) if self.config.engine.stepper == "deepspeed" else 0
+        return max(adam, norms)
+
+    def _zero(self) -> dict[str, Any]:
+        share = portion(self.config.optimisation.batch, self.config.optimisation.micro_batch, self.world)
+        found: dict[str, Any] = deepspeed_json(self.config, World(size=self.world), share)["zero_optimization"]
+        return found

@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from datapipe.config import StorageConfig
-from datapipe.errors import ConfigError, NotFoundError
+from datapipe.errors import ConfigError, DataError, NotFoundError
 from datapipe.settings import settings
 from datapipe.storage import open_store, split_url
 from training.backbone import BackboneConfig, Shape, VisionTransformer
@@ -17,6 +17,9 @@ from training.published import Network, Published, Stated, read_published
 from training.resizing import resized, resizing
 from training.weights import CARD, first_few, load_backbone, load_card, load_counted
 
+CENTRES = {"center": "centre_cls", "center2": "centre_patch"}
+"""Names in DINO's and iBOT's files -> ours; PASS's have the tokens' names."""
+NETWORKS: tuple[Network, ...] = ("student", "teacher")
 FRESH = re.compile(r"part_token\d+|part\d+_pos|masked_embed")
 """What a backbone may have that the weights have not; it starts as in a run from nothing."""
 
@@ -29,10 +32,12 @@ class InitConfig:
     """Folder of an export or import, or a file of published weights, local or s3://bucket/prefix/name. Must stay where
     it is while the run lasts. Every process reads all of it, so import a training checkpoint of gigabytes first. Empty:
     random weights."""
-    network: Network = "teacher"
-    """Which network of a training checkpoint. Student and teacher both start from it."""
+    network: Literal["teacher", "student", "both"] = "teacher"
+    """Which network of a training checkpoint student and teacher both start from. "both": each from its own, to go on
+    with that training; the file is read twice."""
     heads: bool = False
-    """Take the projection heads too, from a training checkpoint of the same method with heads of the same shape."""
+    """Take the projection heads too, from a training checkpoint of the same method with heads of the same shape; and
+    the centres of the loss, where the checkpoint and the recipe have them."""
 
 
 def refuse_missing(init: InitConfig, storage: StorageConfig) -> None:
@@ -49,36 +54,73 @@ def start_from(method: Method, init: InitConfig, backbone: BackboneConfig, stora
     Positions are resized as for views of another size. A position of CLS that lies in the common table becomes PASS's
     own, and the other way round. Raises DataError, ConfigError.
     """
-    source = _read(init, backbone, storage)
-    _refuse_another_architecture(source.backbone.config, backbone, init.weights)
-    pretrained = resized(source.backbone, backbone.size, "bicubic")
-    networks = [network for name, network in method.named_children() if name in ("student", "teacher")]
-    tensors = _by_name(pretrained, source.aside)
+    networks = {name: network for name in NETWORKS if isinstance(network := getattr(method, name, None), nn.Module)}
+    wanted: dict[str, Network] = {name: name if init.network == "both" else init.network for name in networks}
+    sources = {name: _read(init, name, backbone, storage) for name in sorted(set(wanted.values()))}
     fresh: set[str] = set()
-    for network in networks:
-        assert isinstance(network.backbone, VisionTransformer)
-        fresh |= _fill(network.backbone, tensors, where=init.weights)
-        if init.heads and isinstance(getattr(network, "head", None), nn.Module):
-            _fill_head(network.get_submodule("head"), source.aside, where=init.weights)
+    for name, network in networks.items():
+        fresh |= _start(network, sources[wanted[name]], init, backbone)
+    source = sources[wanted["student"]]
     moved = resizing(source.backbone.config.size, backbone.size, "bicubic")
-    return {**source.origin, **moved, "heads": init.heads, "fresh": sorted(fresh)}
+    about = {**source.origin, **moved, "heads": init.heads, "fresh": sorted(fresh)}
+    if init.network == "both":
+        about["network"] = "both"
+    return about | ({"centres": _take_centres(method, source.centres, init.weights)} if init.heads else {})
 
 
 def in_words(origin: Mapping[str, Any]) -> str:
     """One line for the log."""
     fresh = f"; fresh: {first_few(origin['fresh'])}" if origin["fresh"] else ""
-    return f"starts from {origin['file']} ({origin['layout']}, sha256 {origin['sha256'][:12]}){fresh}"
+    which = {"both": "; student and teacher each from its own", "": ""}.get(
+        origin.get("network", ""), f"; student and teacher from its {origin.get('network')}"
+    )
+    centres = f"; centres of the loss: {origin['centres']}" if origin.get("centres") else ""
+    return f"starts from {origin['file']} ({origin['layout']}, sha256 {origin['sha256'][:12]}){which}{fresh}{centres}"
+
+
+def _start(network: nn.Module, source: Published, init: InitConfig, backbone: BackboneConfig) -> set[str]:
+    """Fill one network. The names of what stays fresh."""
+    _refuse_another_architecture(source.backbone.config, backbone, init.weights)
+    assert isinstance(network.backbone, VisionTransformer)
+    tensors = _by_name(resized(source.backbone, backbone.size, "bicubic"), source.aside)
+    if init.heads and isinstance(getattr(network, "head", None), nn.Module):
+        _fill_head(network.get_submodule("head"), source.aside, where=init.weights)
+    return _fill(network.backbone, tensors, where=init.weights)
+
+
+def _take_centres(method: Method, found: Mapping[str, Tensor], where: str) -> str:
+    """Fill the centres of the loss. What became of them, in words; empty: the recipe has none."""
+    own = {name: buffer for name, buffer in method.named_buffers() if name.startswith("centre_")}
+    given = {CENTRES.get(name, name.replace("center_", "centre_")): tensor for name, tensor in found.items()}
+    if not own:
+        return ""
+    if not given:
+        return "from zero, the file has none"
+    sizes, found_sizes = ({name: one.numel() for name, one in kind.items()} for kind in (own, given))
+    if wrong := sorted({name for name, _ in sizes.items() ^ found_sizes.items()}):
+        raise DataError(f"the centres of the loss do not fit: {first_few(wrong)}", where=where,
+                        hint="init.heads = false, or the method that the checkpoint is of")  # fmt: skip
+    for name, buffer in own.items():
+        buffer.copy_(given[name].reshape(buffer.shape))
+    return "taken"
 
 
 def _is_export(init: InitConfig, storage: StorageConfig) -> bool:
     return open_store(init.weights, storage).exists(CARD)
 
 
-def _read(init: InitConfig, backbone: BackboneConfig, storage: StorageConfig) -> Published:
+def _read(init: InitConfig, network: Network, backbone: BackboneConfig, storage: StorageConfig) -> Published:
     if not _is_export(init, storage):
-        stated = Stated(network=init.network, heads=backbone.shape.heads, depth=backbone.shape.depth,
+        stated = Stated(network=network, heads=backbone.shape.heads, depth=backbone.shape.depth,
                         size=backbone.size)  # fmt: skip
-        return read_published(init.weights, storage, stated)
+        found = read_published(init.weights, storage, stated)
+        if init.network == "both" and not found.origin["network"]:
+            raise ConfigError("this file holds one network, not a student and its teacher", where=init.weights,
+                              hint='init.network = "teacher"')  # fmt: skip
+        return found
+    if init.network == "both":
+        raise ConfigError("an export holds one network, not a student and its teacher", where=init.weights,
+                          hint='init.network = "teacher"')  # fmt: skip
     store = open_store(init.weights, storage)
     card = load_card(store)
     origin = {"file": split_url(init.weights)[1], "sha256": card["file"]["sha256"], "layout": "export"}

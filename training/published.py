@@ -143,6 +143,8 @@ class Published(NamedTuple):
     origin: dict[str, Any]
     """For the card: file, checksum, layout, what was left out and why."""
     statistics: Statistics = "imagenet"
+    centres: Mapping[str, Tensor] = {}
+    """Of the loss, by their names in the file, beside the networks of a training checkpoint."""
 
 
 def read_published(url: str, storage: StorageConfig, stated: Stated) -> Published:
@@ -166,7 +168,7 @@ def read_published(url: str, storage: StorageConfig, stated: Stated) -> Publishe
         "network": stated.network if layout.pair else "", "tensors": len(used), "left_out": left_out,
         "arguments": _arguments(content),
     }  # fmt: skip
-    return Published(backbone.eval(), aside, origin, layout.statistics)
+    return Published(backbone.eval(), aside, origin, layout.statistics, _centres(entries) if layout.pair else {})
 
 
 def _unwrapped(content: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -204,6 +206,12 @@ def _why(layout: Layout, key: str) -> str:
 def _beside(entries: Mapping[str, Any], chosen: str) -> dict[str, str]:
     """What lies beside the entry that was chosen, with what it is."""
     return {key: ENTRIES.get(key, "beside the weights") for key in entries if chosen and key != chosen}
+
+
+def _centres(entries: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What DINO, PASS and iBOT save of their losses: `center`, `center2`, or `center_<token>` in PASS."""
+    found = [entries[name] for name in ("dino_loss", "ibot_loss") if isinstance(entries.get(name), dict)]
+    return {key: value for state in found for key, value in state.items() if isinstance(value, Tensor)}
 
 
 def _refuse_what_is_no_weight(state: Mapping[str, Any], where: str) -> None:

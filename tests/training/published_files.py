@@ -32,7 +32,13 @@ def arguments() -> argparse.Namespace:
 
 
 def training_checkpoint(
-    teacher: State, head: State, *, loss: str = "dino_loss", extra: State | None = None, wrapped: bool = False
+    teacher: State,
+    head: State,
+    *,
+    loss: str = "dino_loss",
+    extra: State | None = None,
+    wrapped: bool = False,
+    centres: State | None = None,
 ) -> dict[str, Any]:
     """A dict as DINO, iBOT, TransReID-SSL and PASS save it. `extra`: what only the student's backbone has.
 
@@ -50,7 +56,7 @@ def training_checkpoint(
         "optimizer": {"state": {0: moments}, "param_groups": groups},
         "epoch": 100,
         "args": arguments(),
-        loss: {"center": torch.zeros(1, 4)},
+        loss: {"center": torch.zeros(1, 4)} if centres is None else centres,
         "fp16_scaler": {"scale": 65_536.0, "growth_factor": 2.0, "_growth_tracker": 3},
     }
 

@@ -1,4 +1,5 @@
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,9 @@ def test_start__from_a_training_checkpoint_of_the_same_method(item: str, make: A
     state, head = group(initial, "backbone."), group(initial, "head.")
     mask = {name: tensor for name, tensor in state.items() if name == "masked_embed"}
     loss = "ibot_loss" if mask else "dino_loss"
-    path = save(files.training_checkpoint(without_mask(state), head, loss=loss, extra=mask), tmp_path / "x.pth")
+    centres = {name: torch.randn_like(centre) for name, centre in group(tensors, "f64/final_center/").items()}
+    saved = files.training_checkpoint(without_mask(state), head, loss=loss, extra=mask, centres=centres)
+    path = save(saved, tmp_path / "x.pth")
     config = RunConfig(method=make(setting), backbone=backbone_of(setting), init=InitConfig(weights=path, heads=True))
     method, origin = initial_method(config)
     for network in (method.student, method.teacher):
@@ -59,11 +62,19 @@ def test_start__from_a_training_checkpoint_of_the_same_method(item: str, make: A
             if name != "backbone.masked_embed":
                 assert torch.equal(tensor, initial[name]), name
     assert origin["fresh"] == list(mask) and origin["heads"]
-    assert "starts from x.pth" in in_words(origin)
+    names = {"center": "centre_cls", "center2": "centre_patch"}
+    own = {names.get(name, name.replace("center", "centre")): centre for name, centre in centres.items()}
+    assert own.keys() == {name for name, _ in method.named_buffers() if name.startswith("centre_")}
+    assert all(torch.equal(method.get_buffer(name), centre.reshape(1, -1).float()) for name, centre in own.items())
+    assert re.search("starts from x.pth .* from its teacher.*centres of the loss: taken$", in_words(origin))
     student, _ = initial_method(replace(config, init=replace(config.init, network="student")))
     for name, tensor in student.student.state_dict().items():
         wanted = initial[name] + (0 if name == "backbone.masked_embed" else 1)
         assert torch.equal(tensor, wanted), name
+    both, origin = initial_method(replace(config, init=replace(config.init, network="both")))
+    for network, other in ((both.student, student.student), (both.teacher, method.teacher)):
+        assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in network.state_dict().items())
+    assert "student and teacher each from its own" in in_words(origin)
 
 
 @torch.no_grad()
@@ -170,3 +181,26 @@ def test_start__heads_of_another_shape(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(DataError, match=r"of another shape: last_layer\.weight_g"):
         initial_method(config)
+
+
+def test_start__centres_that_are_missing_are_said_and_others_refused(tmp_path: Path) -> None:
+    about, tensors = golden("train_dino")
+    setting, initial = about["hyper_parameters"], group(tensors, "init/")
+    state, head = group(initial, "backbone."), group(initial, "head.")
+    path = tmp_path / "x.pth"
+    config = RunConfig(
+        method=dino_config(setting), backbone=backbone_of(setting), init=InitConfig(weights=str(path), heads=True)
+    )
+    save(files.training_checkpoint(state, head, centres={}), path)
+    method, origin = initial_method(config)
+    assert in_words(origin).endswith("centres of the loss: from zero, the file has none")
+    assert not method.get_buffer("centre_cls").any()
+    sinkhorn = replace(config, method=replace(dino_config(setting), targets="sinkhorn"))
+    assert "centres" not in in_words(initial_method(sinkhorn)[1])
+    for wrong in ({"center": torch.zeros(1, 4)}, {"center_pt1": method.get_buffer("centre_cls")}):
+        save(files.training_checkpoint(state, head, centres=wrong), path)
+        with pytest.raises(DataError, match="centres of the loss do not fit"):
+            initial_method(config)
+    save(state, path)
+    with pytest.raises(ConfigError, match="one network, not a student and its teacher"):
+        initial_method(replace(config, init=InitConfig(weights=str(path), network="both")))

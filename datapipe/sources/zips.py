@@ -17,7 +17,7 @@ from datapipe.sources.pieces import MOST_MEMBER_BYTES, plain_name, spanned
 END, END_SIGNATURE = struct.Struct("<4s4H2LH"), b"PK\5\6"
 END64, END64_SIGNATURE = struct.Struct("<4sQ2H2L4Q"), b"PK\6\6"
 LOCATOR, LOCATOR_SIGNATURE = struct.Struct("<4sLQL"), b"PK\6\7"
-ENTRY, ENTRY_SIGNATURE = struct.Struct("<4sBB4HL2L5H2L"), b"PK\1\2"
+ENTRY, ENTRY_SIGNATURE = struct.Struct("<4sBB5H3L5H2L"), b"PK\1\2"
 LOCAL_BYTES, LOCAL_SIGNATURE = 30, b"PK\3\4"
 MOST_COMMENT = 1 << 16
 ESCAPE = 0xFFFFFFFF

@@ -1,0 +1,26 @@
+"""Sources read the way ingestion reads them: units go through JSON, sources through pickle, in between."""
+
+import json
+import pickle
+from dataclasses import asdict
+from typing import Any
+
+from datapipe.config import StorageConfig
+from datapipe.sources import Crop, Source, open_sources
+
+
+def units(url: str, storage: StorageConfig = StorageConfig()) -> list[tuple[Source, Any]]:  # noqa: B008  (frozen)
+    """The units of the one source at a url, each with its source, as another process would get them."""
+    (source,) = open_sources([url], storage)
+    found = []
+    for unit in source.units():
+        elsewhere = pickle.loads(pickle.dumps(source))
+        received = elsewhere.unit(json.loads(json.dumps(asdict(unit))))
+        assert received == unit and pickle.loads(pickle.dumps(unit)) == unit
+        found.append((elsewhere, received))
+    return found
+
+
+def crops(url: str, storage: StorageConfig = StorageConfig()) -> list[Crop]:  # noqa: B008  (frozen)
+    """All crops of the one source at a url."""
+    return [crop for source, unit in units(url, storage) for crop in source.read(unit)]

@@ -1,35 +1,18 @@
-"""python -m datapipe shard | verify | preview | synth"""
+"""python -m datapipe shard | verify | stats | preview | select | reshard | remove | synth"""
 
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import tyro
-from pydantic import ValidationError
 
-from datapipe import command
+from datapipe import command, upkeep
 from datapipe.config import ShardConfig, StorageConfig, StreamConfig, SynthConfig
 from datapipe.errors import ConfigError
+from datapipe.parsing import PROGRAM, parse
 from datapipe.settings import settings
-from datapipe.verify import Decode
 from datapipe.workers import Executor
-
-T = TypeVar("T")
-PROGRAM = "python -m datapipe"
-MOST_FINDINGS = 50
-"""Lines that `verify` prints at most."""
-
-
-def parse(kind: type[T], arguments: list[str], name: str, *, program: str = PROGRAM) -> T:
-    """The command line as settings. Values out of range become one ConfigError that lists them all."""
-    try:
-        return tyro.cli(kind, args=arguments, prog=f"{program} {name}")
-    except ValidationError as error:
-        wrong = [f"--{'.'.join(map(str, item['loc'])).replace('_', '-')}: {item['msg']}, not {item['input']!r}"
-                 for item in error.errors()]
-        raise ConfigError("\n  ".join(["settings out of range", *wrong]),
-                          hint=f"{program} {name} --help says what they mean") from error
 
 
 @settings
@@ -69,34 +52,6 @@ def run_shard(chosen: ShardCommand, workers: Executor | None = None) -> int:
     print(f"id {manifest.id}")
     print(f"{folder}/{manifest.file}")
     return command.COMPLETE
-
-
-@settings
-class VerifyCommand:
-    url: tyro.conf.Positional[str]
-    """The data set: a folder or s3://bucket/prefix, or one manifest file."""
-    decode: Decode = "sample"
-    """Which crops are decoded as well: none, one in a hundred, or all."""
-    workers: int = 0
-    """Processes. 0: one per core."""
-    storage: StorageConfig = StorageConfig()
-    """How object stores are reached."""
-
-
-def verify(arguments: list[str]) -> int:
-    """Check a data set against its manifest and name what is wrong; exits with 1 if anything is."""
-    chosen = parse(VerifyCommand, arguments, "verify")
-    from datapipe.verify import verify as check
-
-    checked = check(chosen.url, chosen.decode, chosen.storage, workers=chosen.workers)
-    for finding in checked.findings[:MOST_FINDINGS]:
-        print(f"{finding.where}: {finding.what}")
-    if len(checked.findings) > MOST_FINDINGS:
-        print(f"and {len(checked.findings) - MOST_FINDINGS:,} more")
-    manifest = checked.manifest
-    print(f"{'FAILED' if checked.findings else 'good'}: {len(checked.findings)} findings in {manifest.rows:,} crops of "
-          f"{len(manifest.shards):,} shards, {checked.decoded:,} decoded")
-    return command.FAILED if checked.findings else command.COMPLETE
 
 
 @settings
@@ -147,7 +102,7 @@ def synth(arguments: list[str]) -> int:
     return command.COMPLETE
 
 
-COMMANDS = {"shard": shard, "verify": verify, "preview": preview, "synth": synth}
+COMMANDS = {"shard": shard, **upkeep.COMMANDS, "preview": preview, "synth": synth}
 
 
 def main(arguments: list[str]) -> int:

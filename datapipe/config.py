@@ -106,6 +106,30 @@ class RemoveConfig:
 
 
 @settings
+class ReshardConfig:
+    """How the shards of a new data set are cut; as for `shard`."""
+
+    samples_per_shard: int = Field(default=10_000, ge=1)
+    """Most crops in one tar."""
+    shard_mb: float = Field(default=128.0, gt=0)
+    """Most megabytes (10^6 bytes) in one tar, headers included; a single larger crop still gets a tar of its own."""
+    exclude: Literal["none", "exact", "near"] = "none"
+    """Duplicates are marked anew. "exact" leaves out all but one of the crops with the same bytes, "near" also those
+    that look alike."""
+    near_within: Literal["source", "track", "none"] = "source"
+    """Where near duplicates are looked for: in the whole source, among the crops of one track, or nowhere."""
+    sidecars: Literal["none", "json"] = "none"
+    """"json" puts <key>.json with name and labels beside each <key>.jpg."""
+    seed: int = 0
+    """Key of the hash that orders the crops."""
+    workers: int = Field(default=0, ge=0)
+    """Processes. 0: one per core. Each needs memory for two shards, 200 MB at least."""
+    spool: str = ""
+    """Folder or s3://bucket/prefix for the plan's rows, about 0.3 kB per crop. Empty: inside a local output, in the
+    temporary folder for a remote one. Emptied at the end."""
+
+
+@settings
 class StreamConfig:
     manifest: str = ""
     """The data set: a folder or s3://bucket/prefix with a manifest (its newest version), or one manifest file."""

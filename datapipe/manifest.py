@@ -12,9 +12,10 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version as library_version
 from typing import Any
 
@@ -173,18 +174,24 @@ class Manifest:
 
         Reads the indexes that hold selected rows, and checks their hashes; DataError names a bad one.
         """
+        with ThreadPoolExecutor(INDEX_READS) as pool:
+            parts = list(pool.map(lambda read: read(), self._reads(columns, storage).values()))
+        return pyarrow.concat_tables(parts) if parts else _SCHEMA.empty_table().select(list(columns))
+
+    def tables(self, columns: Sequence[str],
+               storage: StorageConfig = StorageConfig()) -> Iterator[tuple[int, pyarrow.Table]]:  # noqa: B008
+        """The same shard by shard, one in memory at a time: (number of the shard, its rows)."""
+        return ((ordinal, read()) for ordinal, read in self._reads(columns, storage).items())
+
+    def _reads(self, columns: Sequence[str], storage: StorageConfig) -> dict[int, Callable[[], pyarrow.Table]]:
+        """For each shard that holds rows, what reads them."""
         store = open_store(self.url, storage)
         starts = np.cumsum([0, *(shard.rows for shard in self.shards)])
         rows = self.selected(storage) if self.selection else None
         places = starts if rows is None else np.searchsorted(rows, starts)
-
-        def part(ordinal: int) -> pyarrow.Table:
-            chosen = None if rows is None else rows[places[ordinal]:places[ordinal + 1]] - starts[ordinal]
-            return _part(store, self.shards[ordinal], ordinal, columns, chosen)
-
-        with ThreadPoolExecutor(INDEX_READS) as pool:
-            parts = list(pool.map(part, np.flatnonzero(np.diff(places)).tolist()))
-        return pyarrow.concat_tables(parts) if parts else _SCHEMA.empty_table().select(list(columns))
+        return {ordinal: partial(_part, store, self.shards[ordinal], ordinal, columns, None if rows is None else
+                                 rows[places[ordinal]:places[ordinal + 1]] - starts[ordinal])
+                for ordinal in np.flatnonzero(np.diff(places)).tolist()}
 
     def selected(self, storage: StorageConfig = StorageConfig()) -> np.ndarray:  # noqa: B008
         """int64 [rows]: for each sample id its row among those of all shards. Raises DataError that names the file."""

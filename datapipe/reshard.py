@@ -1,0 +1,187 @@
+"""Data sets -> one new data set: merged, split anew, in shards of other sizes. No JPEG is decoded or encoded.
+
+    manifests -> rows of their indexes -> plan -> rows of each shard -> shards (tar, then index)
+              -> quarantine.parquet -> manifest
+
+The plan and the writer are those of `shard`; the crops come from the tars of the old data sets, checked as they are
+copied. Duplicates are marked anew, across what was merged. Killed anywhere, the same command goes on.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+
+from datapipe.claim import claim, claimed
+from datapipe.config import ReshardConfig, ShardConfig, StorageConfig
+from datapipe.distribute import distribute, planned, rows_file
+from datapipe.errors import DataError, NotFoundError
+from datapipe.index import INDEX, Shard
+from datapipe.ingest import refuse_inside
+from datapipe.manifest import Manifest, libraries
+from datapipe.plan_shards import Candidates, Plan, hot_columns, key_texts, plan_shards, ranked
+from datapipe.progress import Progress
+from datapipe.quarantine import NAME as QUARANTINE
+from datapipe.quarantine import excluded, write_quarantine
+from datapipe.scan import REFUSED
+from datapipe.shard import Sheet, sidecars, write_shard
+from datapipe.spool import opened_spool
+from datapipe.storage import Store, open_store, probe
+from datapipe.tar import member_bytes
+from datapipe.workers import Executor, Workers
+
+KEPT = tuple(name for name in INDEX.names if name not in ("offset", "duplicate_of", "near_of", "removed"))
+"""Columns that a crop takes along; the others are made anew."""
+
+
+@dataclass(frozen=True)
+class Resharded:
+    """How a run ended."""
+
+    manifest: Manifest
+    found_complete: bool
+    """Nothing was left to do."""
+    repeated: int = 0
+    """Crops that several of the data sets had, and that are in the new one once."""
+
+
+def reshard(urls: Sequence[str], out: str, config: ReshardConfig, storage: StorageConfig, *,
+            licence: str = "", workers: Executor | None = None) -> Resharded:
+    """Make a data set of the crops of others, or finish what an earlier run began. Removed crops are not taken along.
+
+    Raises DataError where a data set is missing or damaged, where two of them have different crops under one key, and
+    where `out` holds another data set.
+    """
+    refuse_inside(urls, out)
+    sets = [Manifest.load(url, storage) for url in urls]
+    store = open_store(out, storage)
+    with opened_spool(config.spool, out, storage) as (spool, local), Workers(config.workers) as own:
+        request = _request(sets, config, licence)
+        if not claimed(store, request):
+            probe(store).demand("ranges", "lists", where=out)
+        elif any(True for _ in store.list("manifest-v")):
+            return Resharded(Manifest.load(out, storage), True)
+        run = _Run(sets, store, spool, local, config, storage, workers or own)
+        crops, plan = run.plan()
+        claim(store, request)
+        distribute(plan, crops, run.rows(), spool, local=local)
+        refused, repeated = run.quarantine(plan, crops), int((~run.once).sum())
+        del crops
+        manifest = Manifest(run.write(plan), name="+".join(sorted({part.name for part in sets})), plan=plan.id,
+                            licence=licence or "; ".join(sorted({part.licence for part in sets} - {""})),
+                            quarantined=refused, made_by=libraries()).save(store)
+        return Resharded(manifest, False, repeated)
+
+
+def _request(sets: Sequence[Manifest], config: ReshardConfig, licence: str) -> bytes:
+    """What a data set is made from; the order of the sets decides whose labels a crop has that is in several."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("workers", "spool")}
+    sources = {f"{number}: {part.name} {part.id[:12]}": part.id for number, part in enumerate(sets)}
+    record = {"format": 2, "licence": licence, "settings": settings, "sources": sources}
+    return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
+
+
+class _Run:
+    """The steps of one run."""
+
+    def __init__(self, sets: Sequence[Manifest], store: Store, spool: Store, local: Path | None, config: ReshardConfig,
+                 storage: StorageConfig, workers: Executor) -> None:
+        self.sets, self.store, self.spool, self.local = sets, store, spool, local
+        self.config, self.storage, self.workers = config, storage, workers
+        self.once = np.ones(sum(part.rows for part in sets), bool)
+        """For each crop of all sets whether it goes into the new one: not if an earlier one has its key."""
+
+    def plan(self) -> tuple[Candidates, Plan]:
+        """What goes where. DataError where two crops have one key and different bytes."""
+        crops, count = Candidates.room(len(self.once)), 0
+        for rows in self.rows():
+            crops.put(count, self._hot(rows))
+            count += rows.num_rows
+        crops = _some(crops, np.arange(count))
+        self.once = once(crops)
+        crops = _some(crops, np.flatnonzero(self.once))
+        return crops, plan_shards(crops, _shard_config(self.config))
+
+    def rows(self) -> Iterator[pyarrow.Table]:
+        """The crops with the columns of PLANNED besides `place` and the marks, shard by shard."""
+        start = 0
+        for part in self.sets:
+            store = open_store(part.url, self.storage)
+            for ordinal, table in part.tables((*KEPT, "offset", "removed"), self.storage):
+                table = table.filter(pyarrow.compute.invert(table["removed"]))
+                end = start + len(table)
+                table = table.filter(pyarrow.array(self.once[start:end]))
+                url = pyarrow.repeat(pyarrow.scalar(store.address(part.shards[ordinal].name)), len(table))
+                yield table.append_column("url", url).append_column("start", table["offset"])
+                start = end
+
+    def quarantine(self, plan: Plan, crops: Candidates) -> int:
+        """Bring the lists of what was left out together, with what this plan leaves out; returns how many."""
+        rows = planned(plan, crops, self.rows()) if self.config.exclude != "none" else ()
+        return sum(write_quarantine(self.store, chain(self._refused(), excluded(rows)), local=self.local).values())
+
+    def write(self, plan: Plan) -> tuple[Shard, ...]:
+        """All shards, in their order."""
+        sheets = [Sheet(plan.name(number), rows_file(plan, number), int(plan.cuts[number]), int(plan.cuts[number + 1]),
+                        self.config.sidecars == "json") for number in range(plan.shards)]
+        shards: list[Shard] = []
+        with Progress("write", plan.bytes) as progress:
+            tasks = ((self.store, self.spool, sheet, self.storage) for sheet in sheets)
+            for shard in self.workers.run(write_shard, tasks, count=len(sheets)):
+                shards.append(shard)
+                progress.advance(shard.bytes, f"{len(shards)} of {len(sheets)} shards", crops=shard.rows)
+        return tuple(shards)
+
+    def _hot(self, rows: pyarrow.Table) -> pyarrow.Table:
+        """The columns that Candidates take."""
+        taken = member_bytes(rows["size"].to_numpy())
+        if self.config.sidecars == "json" and len(rows):
+            taken += member_bytes(np.array([len(text) for text in sidecars(rows)]))
+        hot = hot_columns(rows, taken, seed=self.config.seed, near_within=self.config.near_within)
+        for name in ("key", "sha256", "dhash"):
+            hot = hot.append_column(name, rows[name])
+        return hot
+
+    def _refused(self) -> Iterator[pyarrow.Table]:
+        for part in self.sets:
+            try:
+                data = open_store(part.url, self.storage).read(QUARANTINE)
+            except NotFoundError:
+                continue
+            yield pyarrow.parquet.read_table(pyarrow.BufferReader(data)).select(REFUSED.names).cast(REFUSED)
+
+
+def once(crops: Candidates) -> np.ndarray:
+    """Of each crop whether no earlier one has its key. DataError where one has it with other bytes."""
+    order = ranked(crops)  # equal keys have equal ranks, and so are neighbours
+    keys, content = crops.key[order], crops.content[order]
+    same = np.flatnonzero((keys[1:] == keys[:-1]).all(axis=1)) + 1
+    different = same[(content[same] != content[same - 1]).any(axis=1)]
+    if len(different):
+        key = key_texts(keys[different[:1]])[0]
+        raise DataError(f"{len(different):,} crops have the same source and name, and different bytes",
+                        where=f"key {key}", hint="shard the sources again, under names that tell them apart")
+    group = np.arange(len(order))
+    group[same] = 0
+    group = np.maximum.accumulate(group)
+    first = np.full(len(order), len(order))
+    np.minimum.at(first, group, order)
+    found = np.zeros(len(order), bool)
+    found[first[first < len(order)]] = True
+    return found
+
+
+def _some(crops: Candidates, rows: np.ndarray) -> Candidates:
+    names = [field.name for field in dataclasses.fields(crops)]
+    return Candidates(**{name: getattr(crops, name)[rows] for name in names})
+
+
+def _shard_config(config: ReshardConfig) -> ShardConfig:
+    return ShardConfig(**dataclasses.asdict(config))

@@ -1,0 +1,160 @@
+"""The commands for data sets that are finished: verify | stats | select | reshard | remove."""
+
+import json
+from typing import Annotated
+
+import tyro
+
+from datapipe import command
+from datapipe.config import RemoveConfig, ReshardConfig, SelectConfig, StorageConfig
+from datapipe.manifest import Manifest
+from datapipe.parsing import parse
+from datapipe.settings import settings
+from datapipe.verify import Decode
+
+MOST_FINDINGS = 50
+"""Lines that `verify` prints at most."""
+
+
+@settings
+class VerifyCommand:
+    url: tyro.conf.Positional[str]
+    """The data set: a folder or s3://bucket/prefix, or one manifest file."""
+    decode: Decode = "sample"
+    """Which crops are decoded as well: none, one in a hundred, or all."""
+    repair: bool = False
+    """First rebuild damaged or missing indexes from intact tars, and take damaged crops out of all versions of the
+    folder; their rows stay, as with `remove`."""
+    workers: int = 0
+    """Processes. 0: one per core."""
+    storage: StorageConfig = StorageConfig()
+    """How object stores are reached."""
+
+
+def verify(arguments: list[str]) -> int:
+    """Check a data set against its manifest and name what is wrong; exits with 1 if anything is."""
+    chosen = parse(VerifyCommand, arguments, "verify")
+    from datapipe.verify import verify as check
+
+    if chosen.repair:
+        from datapipe.repair import repair
+
+        for line in repair(chosen.url, chosen.storage, workers=chosen.workers).lines():
+            print(line)
+    checked = check(chosen.url, chosen.decode, chosen.storage, workers=chosen.workers)
+    for finding in checked.findings[:MOST_FINDINGS]:
+        print(f"{finding.where}: {finding.what}")
+    if len(checked.findings) > MOST_FINDINGS:
+        print(f"and {len(checked.findings) - MOST_FINDINGS:,} more")
+    manifest = checked.manifest
+    print(f"{'FAILED' if checked.findings else 'good'}: {len(checked.findings)} findings in {manifest.rows:,} crops of "
+          f"{len(manifest.shards):,} shards, {checked.decoded:,} decoded")
+    return command.FAILED if checked.findings else command.COMPLETE
+
+
+@settings
+class StatsCommand:
+    url: tyro.conf.Positional[str]
+    """The data set: a folder or s3://bucket/prefix, or one manifest file."""
+    json: bool = False
+    """Print it as JSON, for programs."""
+    storage: StorageConfig = StorageConfig()
+    """How object stores are reached."""
+
+
+def stats(arguments: list[str]) -> int:
+    """Say what a data set holds: counts, sizes, duplicates, per source."""
+    chosen = parse(StatsCommand, arguments, "stats")
+    from datapipe.stats import as_text, statistics
+
+    facts = statistics(chosen.url, chosen.storage)
+    print(json.dumps(facts, indent=1) if chosen.json else as_text(facts))
+    return command.COMPLETE
+
+
+@settings
+class SelectCommand:
+    url: tyro.conf.Positional[str]
+    """The data set: a folder (its newest version with all crops), or the manifest file of one version."""
+    config: Annotated[SelectConfig, tyro.conf.arg(name="")] = SelectConfig()
+    """Which crops."""
+    storage: StorageConfig = StorageConfig()
+    """How object stores are reached."""
+
+
+def select(arguments: list[str]) -> int:
+    """Make a new version of a data set with some of its crops; no tar is written."""
+    chosen = parse(SelectCommand, arguments, "select")
+    from datapipe.select import select as choose
+
+    done = choose(chosen.url, chosen.config, chosen.storage)
+    print("; ".join(f"{count:,} {name}" if name == "crops" else f"{name}: {count:,}" for name, count in done.steps))
+    if done.missing:
+        print(f"{done.missing:,} listed crops are not in the data set")
+    _say(done.manifest)
+    return command.COMPLETE
+
+
+@settings
+class ReshardCommand:
+    urls: tyro.conf.Positional[tuple[str, ...]]
+    """Data sets to take the crops of: folders or s3://bucket/prefix, or manifest files."""
+    out: str
+    """Folder or s3://bucket/prefix for the new data set."""
+    licence: str = ""
+    """What the images may be used for. Empty: what the data sets say."""
+    config: Annotated[ReshardConfig, tyro.conf.arg(name="")] = ReshardConfig()
+    """How shards are cut."""
+    storage: StorageConfig = StorageConfig()
+    """How object stores are reached."""
+
+
+def reshard(arguments: list[str]) -> int:
+    """Merge data sets, or cut one into other shards; no image is decoded. Goes on where a killed run stopped."""
+    chosen = parse(ReshardCommand, arguments, "reshard")
+    from datapipe.reshard import reshard as rewrite
+
+    done = rewrite(chosen.urls, chosen.out, chosen.config, chosen.storage, licence=chosen.licence)
+    if done.found_complete:
+        print("already complete: nothing was left to do")
+    if done.repeated:
+        print(f"{done.repeated:,} crops were in several of the data sets and are taken once")
+    _say(done.manifest)
+    return command.COMPLETE
+
+
+@settings
+class RemoveCommand:
+    url: tyro.conf.Positional[str]
+    """The data set: a folder or s3://bucket/prefix. All its versions lose the crops."""
+    config: Annotated[RemoveConfig, tyro.conf.arg(name="")] = RemoveConfig()
+    """Which crops, and why."""
+    storage: StorageConfig = StorageConfig()
+    """How object stores are reached."""
+
+
+def remove(arguments: list[str]) -> int:
+    """Take crops out of all versions of a data set and out of its stored bytes, for good."""
+    chosen = parse(RemoveCommand, arguments, "remove")
+    from datapipe.remove import remove as take_out
+
+    done = take_out(chosen.url, chosen.config, chosen.storage)
+    if done.found_complete:
+        print("already complete: these crops were removed before")
+    if done.missing:
+        print(f"listed, but not in the data set: {', '.join(done.missing)}")
+    if done.copies:
+        print(f"{done.copies:,} other crops have the bytes of removed ones and stay; --duplicates removes them too")
+    print(f"{done.crops:,} crops removed, {done.deleted:,} old objects deleted")
+    for file in done.versions:
+        print(f"{chosen.url.rstrip('/')}/{file}")
+    return command.COMPLETE
+
+
+def _say(manifest: Manifest) -> None:
+    print(f"{manifest.rows:,} crops in {len(manifest.shards):,} shards")
+    print(f"id {manifest.id}")
+    print(f"{manifest.url.rstrip('/')}/{manifest.file}")
+
+
+COMMANDS = {"verify": verify, "stats": stats, "select": select, "reshard": reshard, "remove": remove}

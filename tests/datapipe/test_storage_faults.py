@@ -1,20 +1,23 @@
 """Stores behind a proxy that misbehaves: what passes is survived, what does not is said clearly and in time."""
 
+import email.utils
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 
 from datapipe.config import StorageConfig
 from datapipe.errors import RefusedError, StorageError
-from datapipe.storage import Store, open_object, open_store, retry
+from datapipe.storage import Store, open_object, open_store, retry, s3_faults
 from datapipe.storage import s3 as s3_store
 from datapipe.storage.s3_client import connection
 from tests.conftest import S3Server
 from tests.faulty_proxy import ALWAYS, KINDS, Faults, FaultyProxy
 
+SLOW_DOWN = {"Error": {"Code": "SlowDown"}}
 DATA = bytes(range(256)) * 400
 
 
@@ -32,7 +35,7 @@ def patient(endpoint: str) -> StorageConfig:
 def test_s3__survives_each_fault_in_every_request(kind: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3_store, "PART_BYTES", 5 << 20)
     bucket, large = s3.bucket(), DATA * 210
-    with FaultyProxy(s3.endpoint, Faults(rate=1.0, kinds=(kind,), most=2)) as proxy:
+    with FaultyProxy(s3.endpoint, Faults(rate=1.0, kinds=(kind,), most=1)) as proxy:
         store = open_store(f"s3://{bucket}/set", patient(proxy.endpoint))
         won = store.create("a", DATA)
         store.replace("b", large)
@@ -102,6 +105,15 @@ def test_s3__waits_as_long_as_the_store_asks(s3: S3Server) -> None:
         short = StorageConfig(endpoint_url=proxy.endpoint, give_up_s=0.9)
         with pytest.raises(StorageError, match="after 1 try"):
             open_store(f"s3://{bucket}", short).read("name", start=1)
+
+
+@pytest.mark.parametrize(("given", "seconds"), [("7", 7), ("+40", 40), ("-40", 0), ("", 0), ("soon", 0)])
+def test_retry_after__is_a_number_or_a_date(given: str, seconds: float) -> None:
+    if given.startswith(("+", "-")):
+        given = email.utils.formatdate(time.time() + int(given), usegmt=True)
+    answer = {"ResponseMetadata": {"HTTPHeaders": {"retry-after": given}}}
+    found = s3_faults.explained(ClientError({**answer, **SLOW_DOWN}, "GetObject"), s3_faults.Place("", "", ""), True)
+    assert isinstance(found, retry.PassingFault) and found.after_s == pytest.approx(seconds, abs=2)
 
 
 def test_s3__a_silent_server_is_left_in_time(s3: S3Server) -> None:

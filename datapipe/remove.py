@@ -162,7 +162,7 @@ def claimed(store: Store, identity: str) -> Iterator[None]:
                             hint="wait for it; if it was killed, run the same command again and then this one")
         yield
     except UserError:
-        if others or not _unfinished(store):
+        if others or not unfinished(store):
             store.delete(mine)
         raise
     store.delete(mine)
@@ -171,7 +171,7 @@ def claimed(store: Store, identity: str) -> Iterator[None]:
 def write_record(store: Store, name: str, keys: pyarrow.Array, about: Mapping[str, Any]) -> None:
     """Say for good what went, and what is to be deleted now: all that no version in use refers to."""
     using = in_use(list(Manifest.versions(store)))
-    old = _unfinished(store)
+    old = unfinished(store)
     kept = _objects(using)
     made = {entry.name for entry in store.list("shards/") if REWRITTEN.fullmatch(entry.name)}
     replaced = {version.id: other.file for version in old for other in using if version.id in other.replaces}
@@ -191,7 +191,7 @@ def finish(store: Store, name: str) -> Removed:
     return Removed(record["count"], tuple(sorted(set(record["replaced"].values()))), len(going))
 
 
-def _unfinished(store: Store) -> list[Manifest]:
+def unfinished(store: Store) -> list[Manifest]:
     """Versions that were replaced by a removal that has no record yet."""
     versions = list(Manifest.versions(store))
     done, using = _replaced(store), in_use(versions)

@@ -1,0 +1,100 @@
+"""A lost index, from its tar."""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.compute
+import simplejpeg
+import xxhash
+
+from datapipe.difference_hash import difference_hash
+from datapipe.duplicates import Marks, exact_duplicates, near_duplicates
+from datapipe.heirs import MARKS
+from datapipe.index import INDEX, Shard, read_index
+from datapipe.plan_shards import Within, hot_columns
+from datapipe.rewrite import with_index
+from datapipe.shard import TAR_BYTES, TAR_SHA256, build_index
+from datapipe.storage import Store
+
+UNKNOWN = {"source": "", "name": "", "pid": -1, "camera": -1, "video": "", "track": -1, "frame": -1}
+WITHIN: tuple[Within, ...] = ("source", "track", "none")
+RELATED = ("key", "sha256", "dhash", "source", "name", "height", "width", "pid", "camera", "video", "track", "frame")
+
+
+def members(tar: bytes) -> dict[str, tuple[int, int, dict[str, Any]]]:
+    """The JPEGs of a tar by key: (offset, size, what its sidecar says; {} without one)."""
+    found: dict[str, tuple[int, int, dict[str, Any]]] = {}
+    with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as archive:
+        for member in archive:
+            key, _, ending = member.name.rpartition(".")
+            if ending == "jpg":
+                found[key] = member.offset_data, member.size, {}
+            elif ending == "json" and key in found:
+                text = tar[member.offset_data:member.offset_data + member.size]
+                found[key] = *found[key][:2], json.loads(text)
+    return found
+
+
+def rebuild(store: Store, shard: Shard, ordinal: int, others: Mapping[int, Shard]) -> tuple[Shard, bool]:
+    """(the shard with a new index, whether names and labels are known). Its tar is intact and holds a crop per row.
+
+    `others`: the shards of the data set whose indexes are good, by their number; duplicates are marked among all of
+    them. Where the rebuilt index is the lost one, byte for byte, it takes its name, and the shard is what it was.
+    """
+    tar = store.read(shard.name)
+    rows = _rows(tar)
+    labelled = all(sidecar for _, _, sidecar in members(tar).values())
+    tables = {number: read_index(store, other) for number, other in others.items()}
+    facts = {TAR_SHA256: shard.sha256.encode(), TAR_BYTES: str(shard.bytes).encode()}
+    for within in WITHIN if labelled else ():
+        marked = _marked(rows, ordinal, tables, within)
+        index = build_index(marked, marked["offset"].to_numpy(), facts)
+        if hashlib.sha256(index).hexdigest() == shard.index_sha256:
+            store.replace(shard.index, index)
+            return shard, True
+    marked = _marked(rows, ordinal, tables, "source" if labelled else "none")
+    return with_index(store, shard, marked, np.arange(len(marked)), np.zeros(len(marked), bool)), labelled
+
+
+def _rows(tar: bytes) -> pyarrow.Table:
+    """The crops of a tar as rows of an index without marks."""
+    rows = []
+    for key, (offset, size, sidecar) in members(tar).items():
+        data = tar[offset:offset + size]
+        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+        rows.append({"key": key, "offset": offset, "size": size, "height": height, "width": width, "removed": False,
+                     "sha256": hashlib.sha256(data).digest(), "xxh3": xxhash.xxh3_64_intdigest(data),
+                     "dhash": difference_hash(data), **UNKNOWN, **{name: sidecar[name] for name in UNKNOWN
+                                                                   if name in sidecar}})
+    return pyarrow.Table.from_pylist(rows, INDEX)
+
+
+def _marked(rows: pyarrow.Table, ordinal: int, others: Mapping[int, pyarrow.Table], within: Within) -> pyarrow.Table:
+    """The rows with their duplicates marked among all crops of the data set, in its order."""
+    tables = {ordinal: rows, **others}
+    parts = {number: tables[number].filter(pyarrow.compute.invert(tables[number]["removed"])).select(RELATED)
+             for number in sorted(tables)}
+    start = sum(part.num_rows for number, part in parts.items() if number < ordinal)
+    table = pyarrow.concat_tables(parts.values())
+    content = np.frombuffer(b"".join(table["sha256"].to_pylist()), np.uint64).reshape(-1, 4)[:, :2]
+    group = hot_columns(table, np.zeros(len(table), np.int64), seed=0, near_within=within)["group"].to_numpy()
+    found = exact_duplicates(content), near_duplicates(table["dhash"].to_numpy(), group)
+    for name, marks in zip(MARKS, found, strict=True):
+        column = pyarrow.array(_originals(marks, table, start, start + len(rows)), pyarrow.string())
+        rows = rows.set_column(rows.column_names.index(name), name, column)
+    return rows
+
+
+def _originals(marks: Marks, table: pyarrow.Table, start: int, end: int) -> list[str | None]:
+    """For each place in [start, end) the key of its original."""
+    low, high = np.searchsorted(marks.places, (start, end))
+    found: list[str | None] = [None] * (end - start)
+    for place, original in zip(marks.places[low:high], marks.originals[low:high], strict=True):
+        found[int(place) - start] = table["key"][int(original)].as_py()
+    return found

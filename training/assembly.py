@@ -209,5 +209,6 @@ def _refuse_other_data(folder: RunFolder, manifest: Manifest) -> None:
             marker = checkpoint.read_marker(store, name)
         except DataError:
             continue  # a damaged one is passed over, with a warning, when it is read
-        checkpoint.refuse_other_data(marker, manifest.id, manifest.rows, where=store.address(name))
+        where = store.address(name)
+        checkpoint.refuse_other_data(marker, manifest.id, manifest.rows, manifest.replaces, where=where)
         return

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -132,10 +132,11 @@ class Checkpoints:
         *,
         about: Mapping[str, Any],
         say: Callable[[str], None],
+        replaces: Collection[str] = (),
     ) -> None:
-        """`about`: the fields of `Marker` that do not change during a run."""
+        """`about`: the fields of `Marker` that do not change during a run. `replaces`: as `Manifest.replaces`."""
         self.store, self.config, self.world, self.say = store, config, world, say
-        self.about = dict(about)
+        self.about, self.replaces = dict(about), replaces
 
     def due(self, step: int) -> bool:
         """Is it time to save after this many steps?"""
@@ -156,7 +157,8 @@ class Checkpoints:
             newest = newest_good(self.store, self.say)
             if newest is not None:
                 where = self.store.address(newest[0])
-                refuse_other_data(newest[1], self.about["manifest"], self.about["manifest_rows"], where=where)
+                refuse_other_data(newest[1], self.about["manifest"], self.about["manifest_rows"], self.replaces,
+                                  where=where)
                 chosen = newest[0]
         chosen = self.world.tell(chosen)
         if chosen is None:
@@ -204,9 +206,13 @@ class Checkpoints:
                 self.store.delete(entry.name)
 
 
-def refuse_other_data(marker: Marker, manifest: str, rows: int, *, where: str) -> None:
-    """Raises DataError when a checkpoint was made on another data set than the one at hand."""
-    if marker.manifest != manifest:
+def refuse_other_data(marker: Marker, manifest: str, rows: int, replaces: Collection[str], *, where: str) -> None:
+    """Raises DataError when a checkpoint was made on another data set than the one at hand.
+
+    It is the same data set where crops have been taken out since: `replaces` are the ids of the versions before, which
+    had the same order, row for row.
+    """
+    if marker.manifest not in (manifest, *replaces):
         raise DataError(
             f"this checkpoint was trained on other data: manifest {marker.manifest[:12]} "
             f"({marker.manifest_rows:,} crops), now {manifest[:12]} ({rows:,} crops)",

@@ -68,7 +68,8 @@ def pretrain(config: RunConfig, *, world: World, host: Host, reason: str = "star
     say = host.say if world.leads else _silent
     stepper = make_stepper(config, method, world, share)
     checkpoints = Checkpoints(
-        folder.at("checkpoints"), config.checkpoints, world, about=about(config, manifest, world, origin), say=say
+        folder.at("checkpoints"), config.checkpoints, world, about=about(config, manifest, world, origin), say=say,
+        replaces=manifest.replaces,
     )
     position, resumed = checkpoints.restore(stepper)
     with make_loader(config, manifest, world, share) as loader:

@@ -94,6 +94,9 @@ def test_restore__a_damaged_checkpoint_is_passed_over_with_a_warning(store: Stor
 def test_restore__a_checkpoint_of_other_data_is_refused(store: Store) -> None:
     _saved(store, 10)
     method = _method()
+    after_a_removal = _checkpoints(store, manifest="b" * 64)
+    after_a_removal.replaces = ("c" * 64, "a" * 64)
+    assert after_a_removal.restore(_stepper(method))[0] > 0
     with pytest.raises(DataError, match=r"other data: manifest aaaaaaaaaaaa \(100 crops\), now bbbbbbbbbbbb"):
         _checkpoints(store, manifest="b" * 64).restore(_stepper(method))
 

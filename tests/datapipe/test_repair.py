@@ -97,9 +97,9 @@ def test_repair__names_what_is_lost(folder: Path) -> None:
     (folder / old.shards[0].index).unlink()
     (folder / old.shards[0].name).write_bytes(b"short")
     (folder / old.shards[3].name).unlink()
-    lines = list(mended(folder).lines())
-    assert lines == [f"cannot be repaired: {old.shards[3].name} is missing",
-                     f"cannot be repaired: {old.shards[0].index}: the tar it would be rebuilt from is not intact either"]
+    reason = "the tar it would be rebuilt from is not intact either"
+    assert list(mended(folder).lines()) == [f"cannot be repaired: {old.shards[3].name} is missing",
+                                            f"cannot be repaired: {old.shards[0].index}: {reason}"]
     assert Manifest.load(str(folder)) == old
 
 

@@ -5,7 +5,6 @@ worker or node costs the tasks it was at, which start again elsewhere; a killed 
 """
 
 import dataclasses
-import os
 import signal
 import threading
 from collections import deque
@@ -19,7 +18,8 @@ from datapipe.__main__ import ShardCommand, run_shard
 from datapipe.command import STOPPED
 from datapipe.errors import DataError
 from datapipe.settings import settings
-from datapipe.storage import is_remote
+from datapipe.spool import FOLDER as SPOOL
+from datapipe.storage import full_url, is_remote
 from datapipe.workers import available_cores
 
 T = TypeVar("T")
@@ -29,7 +29,6 @@ UNREAD_PER_CPU = 30
 """Results that may wait for an earlier, slower task; each is a few hundred bytes."""
 LOST_WORKERS = 10
 """Times that one task may lose its worker or node. Tasks are short, so machines that come and go need few."""
-SPOOL = ".spool"
 
 
 @settings
@@ -67,15 +66,11 @@ def _run(command: ShardCommand, *, joined: bool) -> int:
 
 def _anywhere(command: ClusterShardCommand, *, joined: bool) -> ClusterShardCommand:
     """The command with paths that mean the same to workers in other folders and on other machines."""
-    out, spool = _absolute(command.out), command.config.spool and _absolute(command.config.spool)
+    out, spool = full_url(command.out), command.config.spool and full_url(command.config.spool)
     if joined and is_remote(out) and not spool:
-        spool = f"{out.rstrip('/')}/{SPOOL}"  # the default, this machine's temporary folder, no other machine sees
-    return dataclasses.replace(command, sources=tuple(map(_absolute, command.sources)), out=out,
+        spool = f"{out}/{SPOOL}"  # the default, this machine's temporary folder, no other machine sees
+    return dataclasses.replace(command, sources=tuple(map(full_url, command.sources)), out=out,
                                config=dataclasses.replace(command.config, spool=spool))  # fmt: skip
-
-
-def _absolute(place: str) -> str:
-    return place if is_remote(place) else os.path.abspath(os.path.expanduser(place.removeprefix("file://")))
 
 
 class _Stop:

@@ -11,12 +11,12 @@ T = TypeVar("T")
 PROGRAM = "python -m datapipe"
 
 
-def parse(kind: type[T], arguments: list[str], name: str) -> T:
+def parse(kind: type[T], arguments: list[str], name: str, *, program: str = PROGRAM) -> T:
     """The command line as settings. Values out of range become one ConfigError that lists them all."""
     try:
-        return tyro.cli(kind, args=arguments, prog=f"{PROGRAM} {name}")
+        return tyro.cli(kind, args=arguments, prog=f"{program} {name}")
     except ValidationError as error:
         wrong = [f"--{'.'.join(map(str, item['loc'])).replace('_', '-')}: {item['msg']}, not {item['input']!r}"
                  for item in error.errors()]
         raise ConfigError("\n  ".join(["settings out of range", *wrong]),
-                          hint=f"{PROGRAM} {name} --help says what they mean") from error
+                          hint=f"{program} {name} --help says what they mean") from error

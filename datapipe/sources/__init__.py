@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from datapipe.config import ShardConfig, StorageConfig
 from datapipe.errors import DataError
 from datapipe.sources.place import Place, find_place
+from datapipe.storage import full_url
 
 UNKNOWN = -1
 UNIT_CROPS = 2_048
@@ -90,7 +91,7 @@ def open_sources(urls: Sequence[str], storage: StorageConfig, *,
     """
     if not urls:
         raise DataError("no source was given", hint="python -m datapipe shard FOLDER --out FOLDER")
-    plain = [url.rstrip("/") or "/" for url in urls]
+    plain = [full_url(url) for url in urls]
     repeated = [url for url, count in Counter(plain).items() if count > 1]
     if repeated:
         raise DataError("a source was given twice", where=repeated[0], hint="give each source once")

@@ -6,7 +6,7 @@ s3.py        S3 (s3_client.py, s3_faults.py)       streams.py  objects as seekab
 schemes.py   everything fsspec knows               probe.py    what a store can do
 """
 
-from datapipe.storage.address import is_remote, open_store, split_url
+from datapipe.storage.address import full_url, is_remote, open_store, split_url
 from datapipe.storage.probe import Capabilities, probe
 from datapipe.storage.store import Data, Entry, Store
 from datapipe.storage.streams import open_object, open_stream
@@ -16,6 +16,7 @@ __all__ = [
     "Data",
     "Entry",
     "Store",
+    "full_url",
     "is_remote",
     "open_object",
     "open_store",

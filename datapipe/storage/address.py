@@ -1,5 +1,7 @@
 """Which store an address means."""
 
+import os
+
 from datapipe.config import StorageConfig
 from datapipe.errors import StorageError
 from datapipe.storage.local import LocalStore
@@ -30,3 +32,10 @@ def split_url(url: str) -> tuple[str, str]:
 def is_remote(url: str) -> bool:
     """Whether the url is anything but a path on this machine."""
     return "://" in url and not url.startswith("file://")
+
+
+def full_url(url: str) -> str:
+    """The url as it means the same in every working directory: a local path in full, links as they are."""
+    if not url or is_remote(url):
+        return url.rstrip("/")
+    return os.path.abspath(os.path.expanduser(url.removeprefix("file://")))

@@ -16,10 +16,12 @@ import psutil
 import pytest
 
 from cluster.session import prepare
-from cluster.shard_job import RayWorkers
+from cluster.shard_job import ClusterShardCommand, RayWorkers, _anywhere
 from cluster.shared_paths import MARK, marked, unseen, witnesses
+from datapipe.config import StorageConfig
 from datapipe.errors import DataError
 from datapipe.listing import PART_BYTES
+from datapipe.sources import open_sources
 from tests.cluster import tasks
 from tests.cluster.tasks import PATIENCE_S
 from tests.conftest import S3Server
@@ -215,6 +217,20 @@ def test_ray_workers__a_machine_that_does_not_see_the_folders(ray_workers: RayWo
     blind = RayWorkers(seen=seen)
     with pytest.raises(DataError, match=str(tmp_path / "out")):
         list(blind.run(tasks.refuse, [(1,)], count=1))
+
+
+def test_shard_job__places_that_workers_elsewhere_understand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "crops").mkdir()
+    (tmp_path / "crops" / "a.jpg").touch()
+    monkeypatch.chdir(tmp_path / "crops")
+    local = _anywhere(ClusterShardCommand(sources=(".", "s3://bucket/crops/"), out="../out"), joined=True)
+    assert local.sources == (str(tmp_path / "crops"), "s3://bucket/crops")
+    assert (local.out, local.config.spool) == (str(tmp_path / "out"), "")
+    remote = ClusterShardCommand(sources=(".",), out="s3://bucket/out/")
+    assert _anywhere(remote, joined=True).config.spool == "s3://bucket/out/.spool"
+    assert _anywhere(remote, joined=False).config.spool == ""
+    (here,), (there,) = open_sources(["."], StorageConfig()), open_sources([local.sources[0]], StorageConfig())
+    assert here == there and here.label == "crops"
 
 
 def test_shared_paths__what_another_machine_may_lack(tmp_path: Path) -> None:

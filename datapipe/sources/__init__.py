@@ -83,8 +83,9 @@ class Kind(Protocol):
         """The source there, if it is of this kind."""
 
 
-def open_sources(urls: Sequence[str], storage: StorageConfig, *,
-                 jpeg_quality: int = ShardConfig().jpeg_quality) -> list[Source]:
+def open_sources(
+    urls: Sequence[str], storage: StorageConfig, *, jpeg_quality: int = ShardConfig().jpeg_quality
+) -> list[Source]:
     """One source per url, of whatever kind is there; `jpeg_quality` is for crops that are cut from videos.
 
     Labels are the last parts of the urls, as many as it takes to tell them apart.
@@ -95,8 +96,9 @@ def open_sources(urls: Sequence[str], storage: StorageConfig, *,
     repeated = [url for url, count in Counter(plain).items() if count > 1]
     if repeated:
         raise DataError("a source was given twice", where=repeated[0], hint="give each source once")
-    return [_open(find_place(url, label, storage, jpeg_quality))
-            for url, label in zip(plain, _labels(plain), strict=True)]
+    return [
+        _open(find_place(url, label, storage, jpeg_quality)) for url, label in zip(plain, _labels(plain), strict=True)
+    ]
 
 
 def _labels(urls: Sequence[str]) -> list[str]:
@@ -124,5 +126,8 @@ def _open(place: Place) -> Source:
         if source := kind.at(place):
             return source
     what = "the source holds no images" if place.is_folder else "this file is no source of crops"
-    raise DataError(what, where=place.url, hint="understood are:\n         " +
-                    "\n         ".join(kind.UNDERSTANDS for kind in _kinds()))
+    raise DataError(
+        what,
+        where=place.url,
+        hint="understood are:\n         " + "\n         ".join(kind.UNDERSTANDS for kind in _kinds()),
+    )

@@ -36,8 +36,10 @@ class ArchiveUnit:
 class ArchiveSource:
     """One archive, a folder of them, or a brace pattern such as "s3://bucket/set/{000..127}.tar"."""
 
-    UNDERSTANDS = ("a zip, a tar (.tar, .tar.gz, .tgz) of images or of WebDataset samples, a folder or a {00..12} "
-                   "pattern of them, or their pieces (.zip.001, .tar.aa)")
+    UNDERSTANDS = (
+        "a zip, a tar (.tar, .tar.gz, .tgz) of images or of WebDataset samples, a folder or a {00..12} "
+        "pattern of them, or their pieces (.zip.001, .tar.aa)"
+    )
 
     url: str
     label: str
@@ -95,8 +97,7 @@ class ArchiveSource:
             return
         for member in found.members:
             if is_wanted(member.name, member.problem):
-                yield labelled(self.label, archive.prefix + member.name, member.data,
-                               problem=member.problem)
+                yield labelled(self.label, archive.prefix + member.name, member.data, problem=member.problem)
 
 
 def is_wanted(name: str, special: str) -> bool:

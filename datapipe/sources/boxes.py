@@ -14,6 +14,7 @@ from datapipe.sources.labels import NUMBERS
 
 MOT_COLUMNS = 6
 """frame, track, left, top, width, height; what follows is not needed, but for the flag of the ground truth."""
+NO_LINES = np.empty((0, MOT_COLUMNS))
 BOX_LISTS = ("box", "bbox")
 CORNERS = (("left", "top", "width", "height"), ("x", "y", "w", "h"), ("bb_left", "bb_top", "bb_width", "bb_height"))
 OPPOSITE = ("x1", "y1", "x2", "y2")
@@ -40,14 +41,18 @@ def read_mot(data: bytes, where: str, *, truth: bool = False) -> Boxes:
     `truth`: the lines are MOTChallenge's ground truth, whose seventh number 0 says that a line is not to be considered.
     """
     try:
-        table = np.loadtxt(io.BytesIO(data), delimiter=_delimiter(data), ndmin=2, dtype=np.float64)
+        lines = io.BytesIO(data.strip())
+        table = np.loadtxt(lines, delimiter="," if b"," in data else None, ndmin=2) if lines.getvalue() else NO_LINES
     except ValueError as error:
-        raise DataError(f"this is no MOT text: {error}", where=where, hint="lines of frame,track,left,top,width,height"
-                        ) from error
-    if table.size and table.shape[1] < MOT_COLUMNS:
-        raise DataError(f"lines have {table.shape[1]} numbers, MOT text has at least {MOT_COLUMNS}", where=where,
-                        hint="lines of frame,track,left,top,width,height")
-    table = table.reshape(-1, max(table.shape[1], MOT_COLUMNS))
+        raise DataError(
+            f"this is no MOT text: {error}", where=where, hint="lines of frame,track,left,top,width,height"
+        ) from error
+    if table.shape[1] < MOT_COLUMNS:
+        raise DataError(
+            f"lines have {table.shape[1]} numbers, MOT text has at least {MOT_COLUMNS}",
+            where=where,
+            hint="lines of frame,track,left,top,width,height",
+        )
     considered = table[:, 6] != 0 if truth and table.shape[1] > MOT_COLUMNS else np.ones(len(table), bool)
     corners = np.hstack([table[:, 2:4], table[:, 2:4] + table[:, 4:6]])
     return _sorted(table[:, 0], table[:, 1], corners, considered, 1, where)
@@ -65,28 +70,30 @@ def read_table(data: bytes, where: str) -> Boxes:
         track = _column(table, (*NUMBERS["track"], "id"))
         corners = _corners(table)
     except (pyarrow.ArrowException, ValueError, TypeError) as error:
-        raise DataError(f"the boxes cannot be read: {error}", where=where, hint="check the file and its columns"
-                        ) from error
+        raise DataError(
+            f"the boxes cannot be read: {error}", where=where, hint="check the file and its columns"
+        ) from error
     if frame is None or corners is None:
-        raise DataError(f"no boxes in the columns {', '.join(table.column_names)}", where=where,
-                        hint="needed are frame, box (left, top, width, height) and, where known, track")
+        raise DataError(
+            f"no boxes in the columns {', '.join(table.column_names)}",
+            where=where,
+            hint="needed are frame, box (left, top, width, height) and, where known, track",
+        )
     unknown = np.full(len(frame), UNKNOWN)
     return _sorted(frame, unknown if track is None else track, corners, np.ones(len(frame), bool), 0, where)
 
 
-def _sorted(frame: np.ndarray, track: np.ndarray, corners: np.ndarray, taken: np.ndarray, first_frame: int,
-            where: str) -> Boxes:
+def _sorted(
+    frame: np.ndarray, track: np.ndarray, corners: np.ndarray, taken: np.ndarray, first_frame: int, where: str
+) -> Boxes:
     numbers = np.column_stack([frame, track, corners])
     if not np.isfinite(numbers).all() or (frame % 1).any() or (track % 1).any():
-        raise DataError("a frame or a track is no whole number, or a box no number at all", where=where,
-                        hint="correct that line")
+        raise DataError(
+            "a frame or a track is no whole number, or a box no number at all", where=where, hint="correct that line"
+        )
     row = np.flatnonzero(taken)
     row = row[np.argsort(frame[row], kind="stable")]
     return Boxes(frame[row].astype(np.int64), track[row].astype(np.int64), corners[row], row, first_frame)
-
-
-def _delimiter(data: bytes) -> str | None:
-    return "," if b"," in data else None
 
 
 def _column(table: pyarrow.Table, names: Sequence[str]) -> np.ndarray | None:

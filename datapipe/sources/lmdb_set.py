@@ -117,11 +117,8 @@ class LmdbSource:
         last = b""
         while True:
             with self._values() as values, values.cursor() as cursor:
-                if last and cursor.set_key(last):
-                    cursor.next()
-                elif not last:
-                    cursor.first()
-                found = [(bytes(key), len(value)) for key, value in islice(cursor, UNIT_CROPS)]
+                more = cursor.set_key(last) and cursor.next() if last else cursor.first()
+                found = [(bytes(key), len(value)) for key, value in islice(cursor, UNIT_CROPS if more else 0)]
             if not found:
                 return
             last = found[-1][0]
@@ -129,24 +126,34 @@ class LmdbSource:
 
     def _compare(self, found: int, listed: int) -> None:
         if listed and not found:
-            raise DataError("the LMDB holds none of the keys in keys.pkl", where=self.keys,
-                            hint="it belongs to another LMDB; without it, all keys of the LMDB are read")
+            raise DataError(
+                "the LMDB holds none of the keys in keys.pkl",
+                where=self.keys,
+                hint="it belongs to another LMDB; without it, all keys of the LMDB are read",
+            )
         with self._values() as values:
             stored = values.stat()["entries"]
         if stored > found:
-            log.warning("%s: %d of %d images are not in %s and are left out", self.data, stored - found, stored,
-                        self.keys)
+            log.warning(
+                "%s: %d of %d images are not in %s and are left out", self.data, stored - found, stored, self.keys
+            )
 
     @contextmanager
     def _values(self) -> Iterator["lmdb.Transaction[memoryview]"]:
         path = fetch(self.data, self.storage) if is_remote(self.data) else Path(local_path(self.data))
         try:
-            with (_OPENING, lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False,
-                                      meminit=False) as environment, environment.begin(buffers=True) as values):
+            with (
+                _OPENING,
+                lmdb.open(
+                    str(path), subdir=False, readonly=True, lock=False, readahead=False, meminit=False
+                ) as environment,
+                environment.begin(buffers=True) as values,
+            ):
                 yield values
         except lmdb.Error as error:
-            raise DataError(f"the LMDB cannot be read: {error}", where=self.data,
-                            hint="it was cut or damaged: copy it again") from error
+            raise DataError(
+                f"the LMDB cannot be read: {error}", where=self.data, hint="it was cut or damaged: copy it again"
+            ) from error
 
 
 def read_keys(url: str, storage: StorageConfig) -> tuple[list[str], list[int]]:
@@ -156,17 +163,26 @@ def read_keys(url: str, storage: StorageConfig) -> tuple[list[str], list[int]]:
     try:
         found = _DataOnly(io.BytesIO(pickled)).load()
     except _NotData as error:
-        raise DataError(f"{KEYS} asks for code to be run ({error}); only lists, dicts, text and numbers are read",
-                        where=url, hint="do not unpickle it; without it, all keys of the LMDB are read") from error
+        raise DataError(
+            f"{KEYS} asks for code to be run ({error}); only lists, dicts, text and numbers are read",
+            where=url,
+            hint="do not unpickle it; without it, all keys of the LMDB are read",
+        ) from error
     except Exception as error:  # damaged pickles raise nearly anything
-        raise DataError(f"{KEYS} is no pickle, or a damaged one: {error!r}", where=url,
-                        hint="copy it again; without it, all keys of the LMDB are read") from error
+        raise DataError(
+            f"{KEYS} is no pickle, or a damaged one: {error!r}",
+            where=url,
+            hint="copy it again; without it, all keys of the LMDB are read",
+        ) from error
     keys: Any
     pids: Any
     keys, pids = (found.get("keys"), found.get("pids", [])) if isinstance(found, dict) else (found, [])
     if not _is_list(keys, str | bytes) or not _is_list(pids, int) or len(pids) not in (0, len(keys)):
-        raise DataError(f"{KEYS} holds no list of keys, nor a dict of \"keys\" and as many \"pids\"", where=url,
-                        hint="without it, all keys of the LMDB are read")
+        raise DataError(
+            f'{KEYS} holds no list of keys, nor a dict of "keys" and as many "pids"',
+            where=url,
+            hint="without it, all keys of the LMDB are read",
+        )
     return [key if isinstance(key, str) else key.decode("utf-8", "surrogateescape") for key in keys], list(pids)
 
 
@@ -184,8 +200,11 @@ def fetch(url: str, storage: StorageConfig) -> Path:
         if not copy.exists():
             free = shutil.disk_usage(copy.parent).free
             if free < size:
-                raise StorageError(f"the LMDB takes {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in the temporary "
-                                   "folder", where=str(copy.parent), hint="make room, or set TMPDIR to another folder")
+                raise StorageError(
+                    f"the LMDB takes {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in the temporary folder",
+                    where=str(copy.parent),
+                    hint="make room, or set TMPDIR to another folder",
+                )
             part = copy.with_suffix(".part")
             with open_object(store, name) as source, open(part, "wb") as target:
                 shutil.copyfileobj(source, target, FETCH_BYTES)

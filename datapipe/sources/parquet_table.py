@@ -92,8 +92,11 @@ class ParquetSource:
             with open_object(store, name) as file, pyarrow.parquet.ParquetFile(file) as table:
                 yield table
         except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"the parquet file cannot be read: {error}", where=store.address(name),
-                            hint="it was cut or damaged: copy it again, or leave it out") from error
+            raise DataError(
+                f"the parquet file cannot be read: {error}",
+                where=store.address(name),
+                hint="it was cut or damaged: copy it again, or leave it out",
+            ) from error
 
 
 def _units(table: pyarrow.parquet.ParquetFile, file: File, prefix: str) -> Iterator[ParquetUnit]:
@@ -106,8 +109,11 @@ def _units(table: pyarrow.parquet.ParquetFile, file: File, prefix: str) -> Itera
         group = table.metadata.row_group(number)
         groups.append(number)
         row += group.num_rows
-        size += sum(group.column(i).total_compressed_size for i in range(group.num_columns)
-                    if group.column(i).path_in_schema.split(".")[0] == image)
+        size += sum(
+            group.column(i).total_compressed_size
+            for i in range(group.num_columns)
+            if group.column(i).path_in_schema.split(".")[0] == image
+        )
         if row - first >= UNIT_CROPS or size >= UNIT_BYTES or number == table.num_row_groups - 1:
             facts = repr((file.name, file.size, groups, first, size))
             digest = hashlib.sha256(facts.encode("utf-8", "surrogateescape")).hexdigest()
@@ -121,8 +127,11 @@ def find_image_column(schema: pyarrow.Schema, where: str) -> str:
     named = [name for name in IMAGE_COLUMNS if name in found]
     if len(found) != 1 and not named:
         columns = ", ".join(f"{field.name}: {field.type}" for field in schema)
-        raise DataError(f"no column is known to hold the images; there are {columns}", where=where,
-                        hint=f"call one of bytes, or of struct{{bytes, path}}, {' or '.join(IMAGE_COLUMNS[:2])}")
+        raise DataError(
+            f"no column is known to hold the images; there are {columns}",
+            where=where,
+            hint=f"call one of bytes, or of struct{{bytes, path}}, {' or '.join(IMAGE_COLUMNS[:2])}",
+        )
     return (named or found)[0]
 
 

@@ -64,8 +64,13 @@ def list_archives(url: str, storage: StorageConfig) -> Iterator[Archive]:
         whole = [file for part, file in pieces if not part]
         files = whole or _in_order(pieces)
         alone = len(found) == 1 and folder != url
-        yield Archive(folder, name, tuple(file.name for file in files), tuple(file.size for file in files),
-                      "" if alone else f"{name}/")
+        yield Archive(
+            folder,
+            name,
+            tuple(file.name for file in files),
+            tuple(file.size for file in files),
+            "" if alone else f"{name}/",
+        )
 
 
 def open_archive(archive: Archive, storage: StorageConfig) -> "closing[BinaryIO]":
@@ -87,8 +92,11 @@ def plain_name(name: str) -> str:
 def spanned(url: str) -> DataError:
     """What to tell about a zip that PKZIP's way of splitting has spread over x.z01, x.z02 ... x.zip."""
     name = url.rpartition("/")[2].removesuffix(".zip")
-    return DataError("the zip is spanned (.z01, .z02 ...): its pieces cannot be read where they lie", where=url,
-                     hint=f"with all pieces in one folder: zip -s 0 {name}.zip --out {name}-joined.zip")
+    return DataError(
+        "the zip is spanned (.z01, .z02 ...): its pieces cannot be read where they lie",
+        where=url,
+        hint=f"with all pieces in one folder: zip -s 0 {name}.zip --out {name}-joined.zip",
+    )
 
 
 class Joined(io.RawIOBase):
@@ -142,8 +150,11 @@ def _in_order(pieces: list[tuple[str, File]]) -> list[File]:
     numbered = pieces[0][0].isdigit()
     for expected, (place, file) in enumerate(places, start=min(places[0][0], 1) if numbered else 0):
         if place != expected:
-            raise DataError("a piece of the archive is missing, or there twice, before this one", where=file.url,
-                            hint="copy all pieces into the folder; their endings count up from 0, 1 or aa")
+            raise DataError(
+                "a piece of the archive is missing, or there twice, before this one",
+                where=file.url,
+                hint="copy all pieces into the folder; their endings count up from 0, 1 or aa",
+            )
     return [file for _, file in places]
 
 

@@ -21,7 +21,9 @@ TABLE_ENDINGS = (".parquet", ".pq")
 ARCHIVE = re.compile(
     r"(?P<archive>.+\.(?:zip|tar\.gz|tgz|tar))"
     r"(?:\.(?:part[-_.]?)?(?P<part>\d{1,5}|(?!gz|xz|bz|lz|br|zst|idx|txt|csv|asc|sig|sha|tmp)[a-z]{2,3}))?"
-    r"|(?P<spanned>.+)\.z\d\d+", re.IGNORECASE)
+    r"|(?P<spanned>.+)\.z\d\d+",
+    re.IGNORECASE,
+)
 """An archive, a piece of one that was cut by bytes ("x.zip.001", "x.tar.ab"), a piece that PKZIP spanned ("x.z01")."""
 PEEKED = 1_000
 """Names of a folder that are looked at to tell what it holds."""
@@ -67,8 +69,9 @@ def find_place(url: str, label: str, storage: StorageConfig, jpeg_quality: int) 
     try:
         names = files or tuple(islice(_peek(url, storage), PEEKED))
     except NotFoundError as error:
-        raise DataError(f"the source cannot be opened: {error.what}", where=url,
-                        hint="check for a typing mistake") from error
+        raise DataError(
+            f"the source cannot be opened: {error.what}", where=url, hint="check for a typing mistake"
+        ) from error
     return Place(url, label, storage, jpeg_quality, not files, names)
 
 
@@ -108,8 +111,11 @@ def list_files(url: str, storage: StorageConfig, kind: str) -> Iterator[File]:
         if found == kind:
             yield File(url, entry.name, entry.size)
         elif found:
-            raise DataError(f"the folder holds both {kind} and {found}", where=f"{url}/{entry.name}",
-                            hint="give them as separate sources, each in a folder of its own")
+            raise DataError(
+                f"the folder holds both {kind} and {found}",
+                where=f"{url}/{entry.name}",
+                hint="give them as separate sources, each in a folder of its own",
+            )
 
 
 def local_path(url: str) -> str:

@@ -12,8 +12,13 @@ from datapipe.sources.place import is_image
 
 END_BYTES = 1024
 """A tar ends with two blocks of zeros; one that does not was cut."""
-SPECIAL = {tarfile.LNKTYPE: "a hard link to", tarfile.SYMTYPE: "a symbolic link to", tarfile.CHRTYPE: "a device",
-           tarfile.BLKTYPE: "a device", tarfile.FIFOTYPE: "a pipe"}
+SPECIAL = {
+    tarfile.LNKTYPE: "a hard link to",
+    tarfile.SYMTYPE: "a symbolic link to",
+    tarfile.CHRTYPE: "a device",
+    tarfile.BLKTYPE: "a device",
+    tarfile.FIFOTYPE: "a pipe",
+}
 
 
 class Member(NamedTuple):
@@ -74,6 +79,9 @@ def _check_rest(content: BinaryIO, url: str) -> None:
 
 
 def _damaged(what: str, url: str) -> DataError:
-    return DataError(f"the tar cannot be read to its end: {what}", where=url,
-                     hint="it was cut or damaged: copy it again, or leave it out; if it is several tars that "
-                          "were joined, unpack it with tar --ignore-zeros")
+    return DataError(
+        f"the tar cannot be read to its end: {what}",
+        where=url,
+        hint="it was cut or damaged: copy it again, or leave it out; if it is several tars that "
+        "were joined, unpack it with tar --ignore-zeros",
+    )

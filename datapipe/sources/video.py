@@ -69,9 +69,11 @@ class VideoSource:
     Crops are called "VIDEO/FFFFFF_RRRRRRR.jpg", by the frame and by the row of the box in its file, from 0.
     """
 
-    UNDERSTANDS = (f"a video ({', '.join(VIDEO_ENDINGS)}) with its boxes beside it under the same name "
-                   f"({', '.join(BOX_ENDINGS)}), a MOTChallenge sequence ({FRAMES}, {TRUTH} or {DETECTIONS}), or a "
-                   "folder of either")
+    UNDERSTANDS = (
+        f"a video ({', '.join(VIDEO_ENDINGS)}) with its boxes beside it under the same name "
+        f"({', '.join(BOX_ENDINGS)}), a MOTChallenge sequence ({FRAMES}, {TRUTH} or {DETECTIONS}), or a "
+        "folder of either"
+    )
 
     url: str
     label: str
@@ -116,11 +118,25 @@ class VideoSource:
         left, top, right, bottom = np.rint(boxes.corners[box]).clip(0, (width, height, width, height)).astype(int)
         outside = "" if left < right and top < bottom else "the box lies outside the frame"
         problem = frame.problem or outside
-        data = b"" if problem else simplejpeg.encode_jpeg(
-            np.ascontiguousarray(frame.pixels[top:bottom, left:right]), quality=self.jpeg_quality, colorspace="RGB",
-            colorsubsampling="420")
-        return Crop(self.label, f"{unit.video}/{frame.number:06d}_{boxes.row[box]:07d}.jpg", data, video=unit.video,
-                    track=int(boxes.track[box]), frame=frame.number, problem=problem)
+        data = (
+            b""
+            if problem
+            else simplejpeg.encode_jpeg(
+                np.ascontiguousarray(frame.pixels[top:bottom, left:right]),
+                quality=self.jpeg_quality,
+                colorspace="RGB",
+                colorsubsampling="420",
+            )
+        )
+        return Crop(
+            self.label,
+            f"{unit.video}/{frame.number:06d}_{boxes.row[box]:07d}.jpg",
+            data,
+            video=unit.video,
+            track=int(boxes.track[box]),
+            frame=frame.number,
+            problem=problem,
+        )
 
     def _video(self, unit: VideoUnit, wanted: np.ndarray, first: int) -> Iterator[Frame]:
         """The wanted frames; all up to the last of them are decoded, once and in order."""
@@ -136,22 +152,30 @@ class VideoSource:
                     if not remaining:
                         return
         except (av.FFmpegError, IndexError) as error:
-            raise DataError(f"the video cannot be decoded: {error}", where=store.address(unit.file),
-                            hint="it was cut or damaged: copy it again, or leave it out") from error
+            raise DataError(
+                f"the video cannot be decoded: {error}",
+                where=store.address(unit.file),
+                hint="it was cut or damaged: copy it again, or leave it out",
+            ) from error
         if remaining:
-            raise DataError(f"there are boxes in frame {remaining[-1]}, the video has frames {first} to {number}",
-                            where=store.address(unit.boxes),
-                            hint="are they of this very video? frames count from 1 in MOT text, from 0 in parquet")
+            raise DataError(
+                f"there are boxes in frame {remaining[-1]}, the video has frames {first} to {number}",
+                where=store.address(unit.boxes),
+                hint="are they of this very video? frames count from 1 in MOT text, from 0 in parquet",
+            )
 
     def _sequence(self, unit: VideoUnit, wanted: np.ndarray) -> Iterator[Frame]:
         """The wanted frames of a folder of images whose names are the numbers."""
         store = open_store(unit.folder, self.storage)
-        stems = ((entry.name, entry.name[len(unit.frames):].partition(".")[0]) for entry in store.list(unit.frames))
+        stems = ((entry.name, entry.name[len(unit.frames) :].partition(".")[0]) for entry in store.list(unit.frames))
         names = {int(stem): name for name, stem in stems if stem.isdecimal() and is_image(name)}
         for number in wanted.tolist():
             if number not in names:
-                raise DataError(f"there are boxes in frame {number}, which is not in {unit.frames}",
-                                where=store.address(unit.boxes), hint="copy the frames again; they count from 1")
+                raise DataError(
+                    f"there are boxes in frame {number}, which is not in {unit.frames}",
+                    where=store.address(unit.boxes),
+                    hint="copy the frames again; they count from 1",
+                )
             data = np.frombuffer(store.read(names[number]), np.uint8)
             image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION) if len(data) else None
             if image is None:
@@ -187,15 +211,22 @@ def _pair(folder: str, label: str, entries: Iterable[Entry]) -> Iterator[VideoUn
             places = [f"{root}/{name}".removeprefix("/") for name in (FRAMES, TRUTH, DETECTIONS)]
             found.setdefault(root.removeprefix("/") or label, _Footage("", places[0], places[1:])).add(entry)
         elif kind in (IMAGES, ARCHIVES):
-            raise DataError(f"the folder holds both videos and {kind}", where=f"{folder}/{entry.name}",
-                            hint="give them as separate sources, each in a folder of its own")
+            raise DataError(
+                f"the folder holds both videos and {kind}",
+                where=f"{folder}/{entry.name}",
+                hint="give them as separate sources, each in a folder of its own",
+            )
         elif entry.name.lower().endswith(BOX_ENDINGS):
             beside[entry.name] = entry
     for name, footage in sorted(found.items()):
         boxes = next((beside[place] for place in footage.boxes if place in beside), None)
         if boxes is None:
-            raise DataError("there are no boxes for the video", where=f"{folder}/{name}",
-                            hint=f"put them there as {' or '.join(footage.boxes)}")
+            raise DataError(
+                "there are no boxes for the video",
+                where=f"{folder}/{name}",
+                hint=f"put them there as {' or '.join(footage.boxes)}",
+            )
         footage.add(boxes)
-        yield VideoUnit(folder, name, footage.file, footage.frames, boxes.name, footage.bytes,
-                        footage.digest.hexdigest())
+        yield VideoUnit(
+            folder, name, footage.file, footage.frames, boxes.name, footage.bytes, footage.digest.hexdigest()
+        )

@@ -34,8 +34,10 @@ def look_ahead(members: Iterator[Member]) -> Found:
         if (member := next(members, None)) is None:
             break
         first.append(member)
-    has_samples = any(_key(one.name) == _key(next_one.name) and is_image(one.name) != is_image(next_one.name)
-                      for one, next_one in pairwise(first))
+    has_samples = any(
+        _key(one.name) == _key(next_one.name) and is_image(one.name) != is_image(next_one.name)
+        for one, next_one in pairwise(first)
+    )
     return Found(has_samples, chain(first, members))
 
 
@@ -60,8 +62,9 @@ def read_samples(members: Iterator[Member], label: str, prefix: str, url: str) -
         for sample in group_by_keys(files(), lcase=False):
             yield from _crops(sample, label, prefix)
     except ValueError as error:
-        raise DataError(f"the samples cannot be read: {error}", where=url,
-                        hint="correct the tar, or leave it out") from error
+        raise DataError(
+            f"the samples cannot be read: {error}", where=url, hint="correct the tar, or leave it out"
+        ) from error
     for member in problems:
         yield labelled(label, prefix + member.name, b"", problem=member.problem)
 

@@ -84,26 +84,60 @@ def list_entries(stream: BinaryIO, start: int, size: int, url: str) -> Iterator[
         fixed = stream.read(ENTRY.size)
         if len(fixed) < ENTRY.size or not fixed.startswith(ENTRY_SIGNATURE):
             raise _cut("its directory is damaged", url)
-        (_, _, system, _, flags, method, _, _, crc, packed, unpacked, name_size, extra_size, comment_size, _, _,
-         attributes, place) = ENTRY.unpack(fixed)
+        (
+            _,
+            _,
+            system,
+            _,
+            flags,
+            method,
+            _,
+            _,
+            crc,
+            packed,
+            unpacked,
+            name_size,
+            extra_size,
+            comment_size,
+            _,
+            _,
+            attributes,
+            place,
+        ) = ENTRY.unpack(fixed)
         rest = stream.read(name_size + extra_size)
         position += ENTRY.size + name_size + extra_size + comment_size
         unpacked, packed, place = _widened((unpacked, packed, place), rest[name_size:])
         name = _text(rest[:name_size], flags)
         if not name.endswith("/"):
             special = _special(attributes >> 16) if system in (UNIX, DARWIN) else ""
-            yield Entry(plain_name(name), method, crc, packed, unpacked, place, special,
-                        bool(flags & ENCRYPTED), position, fixed + rest)
+            yield Entry(
+                plain_name(name),
+                method,
+                crc,
+                packed,
+                unpacked,
+                place,
+                special,
+                bool(flags & ENCRYPTED),
+                position,
+                fixed + rest,
+            )
 
 
 def check_readable(entry: Entry, url: str) -> None:
     """Raises DataError for what no member of the archive should be: encrypted, or packed in an unknown way."""
     if entry.encrypted:
-        raise DataError("the zip is encrypted", where=f"{url}: {entry.name}",
-                        hint="unpack it with its password, and give the folder")
+        raise DataError(
+            "the zip is encrypted",
+            where=f"{url}: {entry.name}",
+            hint="unpack it with its password, and give the folder",
+        )
     if entry.method not in METHODS:
-        raise DataError(f"the zip is packed by method {entry.method}, which cannot be read",
-                        where=f"{url}: {entry.name}", hint="unpack it, and give the folder")
+        raise DataError(
+            f"the zip is packed by method {entry.method}, which cannot be read",
+            where=f"{url}: {entry.name}",
+            hint="unpack it, and give the folder",
+        )
 
 
 def read_entry(stream: BinaryIO, entry: Entry, shift: int, url: str) -> tuple[bytes, str]:
@@ -170,11 +204,17 @@ def _text(name: bytes, flags: int) -> str:
 
 
 def _special(mode: int) -> str:
-    kinds = {stat.S_IFLNK: "a symbolic link", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
-             stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    kinds = {
+        stat.S_IFLNK: "a symbolic link",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+    }
     return kinds.get(stat.S_IFMT(mode), "")
 
 
 def _cut(what: str, url: str) -> DataError:
-    return DataError(f"the zip is cut or damaged: {what}", where=url,
-                     hint="copy it again, with all its pieces, or leave it out")
+    return DataError(
+        f"the zip is cut or damaged: {what}", where=url, hint="copy it again, with all its pieces, or leave it out"
+    )

@@ -53,11 +53,15 @@ def test_zip__gives_images_names_and_labels(tmp_path: Path) -> None:
     found = crops(f"{tmp_path}/x.zip")
     assert contents(found) == FILES
     assert {(crop.source, crop.pid, crop.camera) for crop in found} == {
-        ("x.zip", 2, 1), ("x.zip", 7, 3), ("x.zip", -1, -1)}
+        ("x.zip", 2, 1),
+        ("x.zip", 7, 3),
+        ("x.zip", -1, -1),
+    }
 
 
 def test_zip__is_cut_into_units_and_is_the_same_on_an_object_store(
-        tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = {f"{number:04d}_c1_{number}.jpg": bytes([number]) * 100 for number in range(50)}
     write_zip(tmp_path / "x.zip", files, METHODS)
     whole = [unit for _, unit in units(f"{tmp_path}/x.zip")]
@@ -149,8 +153,14 @@ def test_tar__refuses_what_follows_its_end(tmp_path: Path) -> None:
 
 def test_members__that_are_links_or_devices_are_reported_not_followed(tmp_path: Path) -> None:
     (tmp_path / "secret.jpg").write_bytes(b"secret")
-    special = {"to_file.jpg": tarfile.SYMTYPE, "hard.jpg": tarfile.LNKTYPE, "pipe": tarfile.FIFOTYPE,
-               "disk.jpg": tarfile.BLKTYPE, "tty": tarfile.CHRTYPE, ".hidden": tarfile.SYMTYPE}
+    special = {
+        "to_file.jpg": tarfile.SYMTYPE,
+        "hard.jpg": tarfile.LNKTYPE,
+        "pipe": tarfile.FIFOTYPE,
+        "disk.jpg": tarfile.BLKTYPE,
+        "tty": tarfile.CHRTYPE,
+        ".hidden": tarfile.SYMTYPE,
+    }
     for name, files in (("plain.tar", FILES), ("samples.tar", {"0.jpg": b"0", "0.cls": b"1"})):
         write_tar(tmp_path / name, files)
         with tarfile.open(tmp_path / name, "a") as tar:
@@ -169,20 +179,31 @@ def test_members__that_are_links_or_devices_are_reported_not_followed(tmp_path: 
         zipped.writestr(link, str(tmp_path))
         zipped.writestr("a.jpg", b"a")
     assert [(crop.name, crop.data, bool(crop.problem)) for crop in crops(f"{tmp_path}/x.zip")] == [
-        ("folder", b"", True), ("a.jpg", b"a", False)]
+        ("folder", b"", True),
+        ("a.jpg", b"a", False),
+    ]
 
 
 PART = st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="/"), min_size=1, max_size=60).filter(
-    lambda part: not part.startswith("."))
-NAME = st.builds(lambda start, parts, ending: start + "/".join(parts) + ending,
-                 st.sampled_from(["", "./", "../", "../../", "/", "//", "a/../../"]),
-                 st.lists(PART | st.sampled_from(["..", ".", "ein Name " * 15, "人" * 80]), min_size=1, max_size=4),
-                 st.sampled_from([".jpg", " .PNG", "/x.jpeg"])).filter(lambda name: not name.endswith("/..jpg"))
+    lambda part: not part.startswith(".")
+)
+NAME = st.builds(
+    lambda start, parts, ending: start + "/".join(parts) + ending,
+    st.sampled_from(["", "./", "../", "../../", "/", "//", "a/../../"]),
+    st.lists(PART | st.sampled_from(["..", ".", "ein Name " * 15, "人" * 80]), min_size=1, max_size=4),
+    st.sampled_from([".jpg", " .PNG", "/x.jpeg"]),
+).filter(lambda name: not name.endswith("/..jpg"))
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(names=st.lists(NAME.filter(lambda name: not name.rpartition("/")[2].startswith(".")), min_size=1, max_size=6,
-                      unique_by=plain_name))
+@given(
+    names=st.lists(
+        NAME.filter(lambda name: not name.rpartition("/")[2].startswith(".")),
+        min_size=1,
+        max_size=6,
+        unique_by=plain_name,
+    )
+)
 def test_members__may_have_any_name_and_are_never_written(tmp_path: Path, names: list[str]) -> None:
     folder = tmp_path / "a" / "b" / "c"
     folder.mkdir(parents=True, exist_ok=True)
@@ -199,13 +220,23 @@ def test_members__may_have_any_name_and_are_never_written(tmp_path: Path, names:
 # ---------------------------------------------------------------------------------------------- several files
 
 
-@pytest.mark.parametrize(("name", "options"), [
-    ("x.zip", ["-d", "-a3", "--numeric-suffixes=1"]), ("x.tar", ["-a2"]), ("x.tar.gz", ["-d", "-a3"]),
-    ("x.tgz", ["-a3", "--additional-suffix="])], ids=["zip.001", "tar.aa", "tar.gz.000", "tgz.aaa"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("x.zip", ["-d", "-a3", "--numeric-suffixes=1"]),
+        ("x.tar", ["-a2"]),
+        ("x.tar.gz", ["-d", "-a3"]),
+        ("x.tgz", ["-a3", "--additional-suffix="]),
+    ],
+    ids=["zip.001", "tar.aa", "tar.gz.000", "tgz.aaa"],
+)
 def test_pieces__are_read_as_one_file(tmp_path: Path, s3: S3Server, name: str, options: list[str]) -> None:
     files = {f"{number}.jpg": os.urandom(150) for number in range(40)}
-    write = write_zip if name.endswith("zip") else lambda path, files: write_tar(
-        path, files, "w" if name.endswith(".tar") else "w:gz")
+    write = (
+        write_zip
+        if name.endswith("zip")
+        else lambda path, files: write_tar(path, files, "w" if name.endswith(".tar") else "w:gz")
+    )
     write(tmp_path / name, files)
     folder = tmp_path / "pieces"
     folder.mkdir()
@@ -233,7 +264,7 @@ def test_pieces__marked_as_parts_are_read(tmp_path: Path) -> None:
     data = (tmp_path / "x.tar").read_bytes()
     for number in range(11):
         size = -(-len(data) // 11)
-        (tmp_path / f"x.tar.part{number + 1}").write_bytes(data[number * size:][:size])
+        (tmp_path / f"x.tar.part{number + 1}").write_bytes(data[number * size :][:size])
     (tmp_path / "x.tar").unlink()
     (tmp_path / "x.tar.md5").write_bytes(b"no piece")
     assert contents(crops(f"{tmp_path}/x.tar")) == FILES

@@ -35,8 +35,13 @@ def test_folder__finds_images_at_any_depth_and_nothing_else(tmp_path: Path) -> N
     assert [crop.name for crop in found] == sorted(files)
     assert all(crop.data == crop.name.encode() and crop.source == tmp_path.name for crop in found)
     assert {crop.name: (crop.pid, crop.camera) for crop in found} == {
-        "b/0001_c1.jpg": (1, 1), "a/deep/er/0002_c2s1.jpg.jpg": (2, 2), "a/0003_c3.jpeg": (3, 3),
-        "UPPER.JPG": (-1, -1), "a.png": (-1, -1), "ein Bild ä.webp": (-1, -1)}
+        "b/0001_c1.jpg": (1, 1),
+        "a/deep/er/0002_c2s1.jpg.jpg": (2, 2),
+        "a/0003_c3.jpeg": (3, 3),
+        "UPPER.JPG": (-1, -1),
+        "a.png": (-1, -1),
+        "ein Bild ä.webp": (-1, -1),
+    }
 
 
 def test_folder__is_the_same_on_an_object_store(tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,8 +35,11 @@ def tar(tmp_path: Path) -> Path:
 
 def test_shards__give_images_names_and_labels(tar: Path) -> None:
     assert read(str(tar)) == [
-        Crop("000.tar", "0007_c2s1_01.jpg", b"one", 7, 2), Crop("000.tar", "people/x.jpg", b"two", 12, 3),
-        Crop("000.tar", "y.left.PNG", b"three"), Crop("000.tar", "y.right.png", b"four")]
+        Crop("000.tar", "0007_c2s1_01.jpg", b"one", 7, 2),
+        Crop("000.tar", "people/x.jpg", b"two", 12, 3),
+        Crop("000.tar", "y.left.PNG", b"three"),
+        Crop("000.tar", "y.right.png", b"four"),
+    ]
 
 
 def test_shards__of_one_source_may_use_the_same_names(tar: Path, s3: S3Server) -> None:

@@ -55,7 +55,8 @@ def ingest(sources: Sequence[str], out: str, config: ShardConfig, storage: Stora
     holds another data set.
     """
     refuse_inside(sources, out)
-    return ingest_sources(open_sources(sources, storage), out, config, storage, licence=licence, workers=workers)
+    opened = open_sources(sources, storage, jpeg_quality=config.jpeg_quality)
+    return ingest_sources(opened, out, config, storage, licence=licence, workers=workers)
 
 
 def ingest_sources(sources: Sequence[Source], out: str, config: ShardConfig, storage: StorageConfig, *,

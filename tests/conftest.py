@@ -34,8 +34,12 @@ from tests.datapipe.crop_set import jpegs
 from tests.golden import ABSENT, ROOT
 
 CROPS_ABSENT = "real crops absent"
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_DEFAULT_REGION": "us-east-1",
-               "AWS_EC2_METADATA_DISABLED": "true"}
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "tests",
+    "AWS_SECRET_ACCESS_KEY": "tests",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
 
 
 @dataclass(frozen=True)
@@ -144,8 +148,9 @@ def write_crops() -> Callable[..., dict[str, bytes]]:
 
     def write(folder: Path, count: int, seed: int = 0) -> dict[str, bytes]:
         folder.mkdir(parents=True, exist_ok=True)
-        crops = {f"{row // 4 + 1:04d}_c{row % 2 + 1}s1_{row:06d}_00.jpg": data
-                 for row, data in enumerate(jpegs(count, seed))}
+        crops = {
+            f"{row // 4 + 1:04d}_c{row % 2 + 1}s1_{row:06d}_00.jpg": data for row, data in enumerate(jpegs(count, seed))
+        }
         for name, data in crops.items():
             (folder / name).write_bytes(data)
         return crops
@@ -167,8 +172,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None or config.option.collectonly:
         return
-    reasons = [str(report.longrepr[2]) for report in reporter.stats.get("skipped", ())
-               if isinstance(report.longrepr, tuple)]
+    reasons = [
+        str(report.longrepr[2]) for report in reporter.stats.get("skipped", ()) if isinstance(report.longrepr, tuple)
+    ]
     kinds = Counter(kind for reason in reasons for kind in (ABSENT, CROPS_ABSENT) if kind in reason)
     for reason in reasons:
         if ABSENT not in reason and CROPS_ABSENT not in reason:

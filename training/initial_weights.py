@@ -129,8 +129,10 @@ def _read(init: InitConfig, network: Network, backbone: BackboneConfig, storage:
 
 
 def _refuse_another_architecture(found: BackboneConfig, wanted: BackboneConfig, where: str) -> None:
-    for name in ("shape", "patch", "stem"):
+    for name in ("shape", "patch", "stem", "layer_scale"):
         theirs, ours = getattr(found, name), getattr(wanted, name)
+        if name == "layer_scale":  # what it began with leaves no trace, only whether there is one
+            theirs, ours = theirs > 0, ours > 0
         if theirs != ours:
             raise ConfigError(f"the weights have {name} {_plain(theirs)}, the recipe {_plain(ours)}", where=where,
                               hint="make [backbone] of the recipe what the weights are")  # fmt: skip

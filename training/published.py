@@ -112,6 +112,9 @@ ARGUMENTS = ("arch", "model", "patch_size", "epochs", "batch_size_per_gpu", "bat
 SHAPES = {shape.width: shape for shape in ARCHITECTURES.values()} | {1280: Shape(1280, 32, 16, 4.0)}
 """Width -> the published transformer of that width. Heads leave no trace in a file; a missing block might be none."""
 
+LAYER_SCALE = 1e-5
+"""Initial factor of a backbone that has layer scale; a file has only what became of it."""
+
 RATIOS = (2, 1, 3)
 """Height over width of the images that position tables were made for: 256 x 128, ImageNet's squares, 384 x 128. No
 number of patches fits two of them."""
@@ -241,7 +244,8 @@ def _architecture(state: Mapping[str, Tensor], stated: Stated, where: str) -> tu
     size = (rows * patch, columns * patch)
     arch: Any = next((name for name, known in ARCHITECTURES.items() if known == shape), "custom")
     own = shape._asdict() if arch == "custom" else {}
-    return BackboneConfig(arch=arch, size=size, patch=patch, stem=stem, **own), parts
+    layer_scale = LAYER_SCALE if "blocks.0.ls1.gamma" in state else 0.0
+    return BackboneConfig(arch=arch, size=size, patch=patch, stem=stem, layer_scale=layer_scale, **own), parts
 
 
 def _shape(state: Mapping[str, Tensor], stated: Stated, where: str) -> Shape:

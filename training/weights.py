@@ -181,6 +181,7 @@ def timm_arguments(backbone: VisionTransformer) -> dict[str, Any]:
         "mlp_ratio": shape.mlp_ratio,
         "reg_tokens": backbone.parts,
         "num_classes": 0,
+        **({"init_values": config.layer_scale} if config.layer_scale else {}),
     }
 
 

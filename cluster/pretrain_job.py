@@ -6,12 +6,14 @@ import threading
 import time
 from typing import Any
 
+import torch
+
 from cluster.session import prepare, ray_session
 from datapipe.command import COMPLETE
 from datapipe.errors import ClusterError, ConfigError, DataError, UserError
 from datapipe.storage import is_remote
 from training import config as recipes
-from training.assembly import check, clock_of
+from training.assembly import check, clock_of, refuse_unsuited
 from training.config import RunConfig
 from training.engine.host import LocalHost, exit_code
 from training.engine.world import World, choose_device
@@ -26,6 +28,8 @@ def run(config: RunConfig, *, address: str = "local") -> int:
     The first SIGTERM or Ctrl-C lets the workers finish their step and save; a second one ends everything at once.
     """
     config = _absolute(config)
+    if address == "local":
+        refuse_unsuited(config, choose_device(config.engine.device, 0))
     manifest = check(config)
     clock = clock_of(config, manifest.rows)
     print(f"pretrain: {config.method.name}, {manifest.rows:,} crops, {clock.total_steps:,} steps, "
@@ -112,6 +116,7 @@ def _trainer(config: RunConfig, board: str, scratch: str) -> Any:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     gpus = config.engine.device != "cpu" and _cluster_has_gpus()
+    refuse_unsuited(config, torch.device("cuda" if gpus else "cpu"))
     return TorchTrainer(
         work,
         train_loop_config={"config": recipes.to_tree(config), "board": board},

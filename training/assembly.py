@@ -25,10 +25,11 @@ from training.engine.plain import PlainStepper
 from training.engine.stepper import Stepper
 from training.engine.world import World
 from training.initial_weights import refuse_missing, start_from
-from training.methods.base import Method
+from training.methods.base import Method, refuse_fp16_on_cpu
 from training.run_folder import RunFolder
 
 FREE_TO_CHANGE = ("out", "storage", "engine", "checkpoints", "cluster", "optimisation.micro_batch",
+                  "backbone.checkpoint_blocks", "backbone.compile_blocks",
                   "stream.threads", "stream.prefetch", "stream.cache_mb", "stream.max_bad")  # fmt: skip
 """Settings that may differ when a run is continued: they change where, how fast and how often, not what is learnt.
 (stream.manifest is compared by its content, not by its address.)"""
@@ -156,6 +157,19 @@ def fake_batch(spec: ViewSpec, share: Portion, config: RunConfig) -> Batch:
         masks=draw_masks(spec.masks, config.seed, rows) if spec.masks else None,
         boxes=np.broadcast_to([0, 0, *config.backbone.size, 0], (spec.boxed, n, 5)).copy() if spec.boxed else None,
     )  # fmt: skip
+
+
+def refuse_unsuited(config: RunConfig, device: torch.device) -> None:
+    """Raises ConfigError for settings that this device or this engine cannot carry out; reads nothing."""
+    refuse_fp16_on_cpu(config.optimisation.precision, device)
+    engine = config.engine
+    if config.backbone.compile_blocks and engine.stepper == "deepspeed" and engine.zero_stage == 3:
+        raise ConfigError(
+            "compile_blocks does not go with zero_stage 3: hooks fetch the parameters of every layer, so that a block "
+            "falls into dozens of pieces, and compiling them gains nothing",
+            where="backbone.compile_blocks, engine.zero_stage",
+            hint="engine.zero_stage = 2, or backbone.compile_blocks = false",
+        )
 
 
 def check(config: RunConfig) -> Manifest:

@@ -23,6 +23,7 @@ from torch import Tensor
 from datapipe.errors import DataError, NotFoundError, StorageError
 from datapipe.storage import Store
 from training.config import CheckpointConfig
+from training.engine.scaling import LossScale, first_scale
 from training.engine.stepper import MOMENTS, AdamState, Stepper
 from training.engine.world import World
 
@@ -48,6 +49,8 @@ class Marker:
     sha256: str
     steps: dict[str, float]
     """AdamW's step count of each parameter."""
+    loss_scale: dict[str, Any] = field(default_factory=dict)
+    """The fields of `LossScale`; empty where the loss was not scaled."""
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
@@ -146,7 +149,7 @@ class Checkpoints:
         """Write a checkpoint; return when it exists. The state file first, then the marker, then old ones go."""
         model, optimizer = stepper.model_state(), stepper.optimizer_state()
         if self.world.leads:
-            self._write(step, samples, model, optimizer)
+            self._write(step, samples, model, optimizer, stepper.scale)
             self._prune(step)
         self.world.wait()
 
@@ -166,10 +169,16 @@ class Checkpoints:
         marker, state = read_state(self.store, chosen)
         stepper.load_model_state(model_tensors(state), where=self.store.address(chosen))
         stepper.load_optimizer_state(_optimizer_state(state, marker))
+        stepper.scale = LossScale(**marker.loss_scale) if marker.loss_scale else first_scale(stepper.config.precision)
         return marker.samples, chosen
 
     def _write(
-        self, step: int, samples: int, model: Mapping[str, Tensor], optimizer: Mapping[str, AdamState]
+        self,
+        step: int,
+        samples: int,
+        model: Mapping[str, Tensor],
+        optimizer: Mapping[str, AdamState],
+        scale: LossScale | None,
     ) -> None:
         tensors = {f"model/{key}": value.detach().cpu().contiguous() for key, value in model.items()}
         for name, moments in optimizer.items():
@@ -181,6 +190,7 @@ class Checkpoints:
             bytes=len(content),
             sha256=hashlib.sha256(content).hexdigest(),
             steps={name: moments.step for name, moments in optimizer.items()},
+            loss_scale={} if scale is None else asdict(scale),
             time=time.time(),
             **self.about,
         )

@@ -16,6 +16,7 @@ from datapipe.settings import settings
 from training.backbone import BackboneConfig
 from training.initial_weights import InitConfig
 from training.methods import METHODS, MethodConfig
+from training.methods.base import Precision
 from training.methods.pass_reid import PassConfig
 
 
@@ -57,8 +58,9 @@ class OptimisationConfig:
     ema_points: tuple[Range, ...] = ()
     """(epoch, teacher momentum) corners of a piecewise linear course in place of that cosine, one value per epoch, as
     BootMAE has it. Empty: the cosine."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Autocast of the backbone; parameters, heads, losses and teacher are fp32 always. On CPUs measure first."""
+    precision: Precision = "bf16"
+    """Autocast of the backbone; parameters, heads and losses are fp32 always, the teacher's too. "fp16" is for GPUs
+    without bf16 (V100) and scales the loss so that small gradients survive. On CPUs measure bf16 first."""
 
 
 @settings

@@ -20,6 +20,7 @@ from training.assembly import (
     make_stepper,
     portion,
     refuse_split,
+    refuse_unsuited,
     view_spec,
 )
 from training.checkpoint import Checkpoints
@@ -28,6 +29,7 @@ from training.engine.clock import Clock
 from training.engine.faults import Faults, Rewind
 from training.engine.host import Host
 from training.engine.loop import Run, Segment, rehearse, train
+from training.engine.scaling import first_scale
 from training.engine.stepper import AdamState, Result, Stepper
 from training.engine.stop import Stop
 from training.engine.world import World
@@ -55,6 +57,7 @@ def pretrain(config: RunConfig, *, world: World, host: Host, reason: str = "star
 
     Every rank calls this with the same `config`. Returns the same Ending on all ranks.
     """
+    refuse_unsuited(config, world.device)
     _use_threads(config, world)
     manifest = check(config) if world.leads else Manifest.load(config.stream.manifest, config.storage)
     folder = RunFolder(config.out, config.storage)
@@ -113,6 +116,7 @@ def _begin_anew(stepper: Stepper, config: RunConfig) -> None:
     stepper.load_model_state(initial, where="the initial weights")
     zeros = {name: torch.zeros_like(initial[name]) for name in stepper.names}
     stepper.load_optimizer_state({name: AdamState(zero, zero, 0.0) for name, zero in zeros.items()})
+    stepper.scale = first_scale(config.optimisation.precision)
 
 
 class Watch:

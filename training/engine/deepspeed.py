@@ -131,7 +131,7 @@ class DeepSpeedStepper(Stepper):
     def backward(self, outcome: Outcome, *, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed averages over ranks; the loss is already this rank's share of the global batch.
-        self.engine.backward(outcome.loss * self.world.size, scale_wrt_gas=False)
+        self.engine.backward(outcome.loss * (self.world.size * self._multiplier), scale_wrt_gas=False)
 
     def _optimizer_groups(self) -> list[dict]:
         return self._layout.adam.param_groups
@@ -143,14 +143,12 @@ class DeepSpeedStepper(Stepper):
             squares[index[name]] = fragment.to(torch.float64).square().sum()
         return (squares if self._whole_gradients else self.world.add(squares)).sqrt()
 
-    def _scale(self, factors: Mapping[str, Tensor | float]) -> None:
+    def _multiply(self, factors: Mapping[str, float]) -> None:
         for name, fragment in self._layout.gradients():
             if name in self._frozen:
                 self._layout.put_gradient(name, fragment.zero_())
             elif name in factors:
-                factor = factors[name]
-                scaled = fragment.mul_(factor.to(fragment.dtype) if isinstance(factor, Tensor) else factor)
-                self._layout.put_gradient(name, scaled)
+                self._layout.put_gradient(name, fragment.mul_(factors[name]))
 
     def _advance(self) -> None:
         self.engine.set_gradient_accumulation_boundary(True)

@@ -70,11 +70,7 @@ def train(run: Run, segment: Segment, *, position: int = 0) -> tuple[int, bool]:
         progress = run.clock.at(batch.start)
         now = optimisation.settings_at(run.optimisation, progress)
         run.stepper.apply(now, progress)
-        parts = list(batch.micro_batches(run.micro_batch))
-        for index, part in enumerate(parts):
-            outcome = run.stepper.forward(run.place(part), progress)
-            run.stepper.backward(outcome, last=index == len(parts) - 1)
-        result = run.stepper.step()
+        result = _step(run, batch, progress)
         if result.finite:
             run.method.after_step(result.sums, progress)
             _follow(run, now.ema)
@@ -83,13 +79,32 @@ def train(run: Run, segment: Segment, *, position: int = 0) -> tuple[int, bool]:
             run.faults.handle(progress, batch, result, run.stepper.names)  # raises Rewind, or the step is skipped
         position = batch.after
         last = run.stop.agreed()
-        if run.checkpoints is not None and (
-            run.checkpoints.due(progress.step + 1) or last or position >= segment.end
-        ):
+        if run.checkpoints is not None and (run.checkpoints.due(progress.step + 1) or last or position >= segment.end):
             _save(run, run.checkpoints, progress.step + 1, position)
         if last:
             break
     return position, position >= segment.end
+
+
+def _step(run: Run, batch: Batch, progress: Progress) -> Result:
+    """The batch through forward, backward and step; again, and exactly so, while gradients overflow at the loss scale:
+    every random number hangs on the position alone."""
+    before = run.stepper.scale
+    while (result := _try(run, batch, progress)).overflow:
+        if run.recorder is not None:
+            tried = int(result.metrics["scale"])
+            run.recorder.say(f"step {progress.step + 1:,}: gradients overflow at a loss scale of {tried:,}; halved")
+    if not result.finite:
+        run.stepper.scale = before  # what no scale mends says nothing about the scale
+    return result
+
+
+def _try(run: Run, batch: Batch, progress: Progress) -> Result:
+    parts = list(batch.micro_batches(run.micro_batch))
+    for index, part in enumerate(parts):
+        outcome = run.stepper.forward(run.place(part), progress)
+        run.stepper.backward(outcome, last=index == len(parts) - 1)
+    return run.stepper.step()
 
 
 def rehearse(run: Run, batch: Batch) -> None:

@@ -24,13 +24,12 @@ class PlainStepper(Stepper):
             betas=config.betas,
             eps=config.eps,
         )
-        self._summed = False
 
     def _call(self, views: Views, progress: Progress) -> Outcome:
         return self.method(views, progress)
 
     def backward(self, outcome: Outcome, *, last: bool) -> None:
-        outcome.loss.backward()
+        (outcome.loss * self._multiplier).backward()
         if last:
             self._sum_over_ranks()
 
@@ -54,7 +53,7 @@ class PlainStepper(Stepper):
     def _norms(self) -> Tensor:
         return torch.stack([torch.linalg.vector_norm(self._gradient(value)) for value in self.parameters.values()])
 
-    def _scale(self, factors: Mapping[str, Tensor | float]) -> None:
+    def _multiply(self, factors: Mapping[str, float]) -> None:
         for name, factor in factors.items():
             self._gradient(self.parameters[name]).mul_(factor)
 

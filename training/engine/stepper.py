@@ -14,6 +14,7 @@ from torch import Tensor
 from training.config import OptimisationConfig
 from training.engine import optimisation
 from training.engine.optimisation import ParameterGroup, StepSettings
+from training.engine.scaling import first_scale
 from training.engine.world import World
 from training.methods.base import Method, Outcome, Progress, Views
 from training.weights import load_counted
@@ -31,6 +32,8 @@ class Result(NamedTuple):
     norms: Tensor  # [parameters] gradient norms before clipping, in the order of `Stepper.names`
     finite: bool
     """False: loss or a gradient was not finite on some rank, and nothing was changed."""
+    overflow: bool
+    """True: gradients alone were not finite, and the loss scale may be why. It is halved; do the batch again."""
 
 
 class AdamState(NamedTuple):
@@ -54,6 +57,8 @@ class Stepper(ABC):
             wrong = set(listed) ^ set(self.parameters)
             raise AssertionError(f"roles() and the trainable parameters differ: {sorted(wrong)}")
         self.names = list(self.parameters)
+        self.scale = first_scale(config.precision)
+        """Of the loss, in float16 runs. Equal on all ranks; part of a checkpoint."""
         self._totals: dict[str, Tensor] = {}
         self._frozen: set[str] = set()
 
@@ -75,16 +80,22 @@ class Stepper(ABC):
         """Add the gradients of one micro-batch. `last`: none follows before `step`."""
 
     def step(self) -> Result:
-        """Clip, step, forget the gradients. A batch whose loss or gradients are not finite changes nothing."""
+        """Unscale, clip, step, forget the gradients. A batch whose loss or gradients are not finite changes nothing but
+        the loss scale."""
         loss, sums, metrics = self._gather()
-        norms = self._norms()
-        finite = bool(torch.isfinite(loss)) and bool(torch.isfinite(norms).all())
+        norms = self._norms() / self._multiplier
+        loss_finite = bool(torch.isfinite(loss))
+        finite = loss_finite and bool(torch.isfinite(norms).all())
+        overflow = loss_finite and not finite and self.scale is not None and not self.scale.smallest
         if finite:
-            self._scale(self._factors(norms))
+            self._multiply(self._factors(norms))
             self._advance()
         else:
             self._discard()
-        return Result(float(loss), sums, metrics, norms, finite)
+        if self.scale is not None:
+            metrics["scale"] = self.scale.value
+            self._rescale(finite, overflow)
+        return Result(float(loss), sums, metrics, norms, finite, overflow)
 
     def rehearse(self, views: Views, progress: Progress) -> None:
         """Forward and backward without a step; leaves no trace."""
@@ -126,7 +137,7 @@ class Stepper(ABC):
         """[parameters] norms of the global batch's gradients, equal on every rank; one collective at most."""
 
     @abstractmethod
-    def _scale(self, factors: Mapping[str, Tensor | float]) -> None:
+    def _multiply(self, factors: Mapping[str, float]) -> None:
         """Multiply gradients; names that are absent stay as they are."""
 
     @abstractmethod
@@ -136,6 +147,18 @@ class Stepper(ABC):
     def _discard(self) -> None: ...
 
     # -- shared --------------------------------------------------------------------------------------------------
+
+    @property
+    def _multiplier(self) -> float:
+        """What the loss is multiplied by before the backward pass."""
+        return 1.0 if self.scale is None else self.scale.value
+
+    def _rescale(self, finite: bool, overflow: bool) -> None:
+        assert self.scale is not None
+        if finite:
+            self.scale = self.scale.after_step()
+        elif overflow:
+            self.scale = self.scale.after_overflow()
 
     def _collect(self, outcome: Outcome, weight: Tensor) -> None:
         found = {"loss": outcome.loss.detach()}
@@ -150,8 +173,7 @@ class Stepper(ABC):
         flat = self.world.add(torch.cat([value.reshape(-1).to(dtype) for value in self._totals.values()]))
         parts = flat.split([value.numel() for value in self._totals.values()])
         whole = {
-            name: part.reshape(value.shape)
-            for (name, value), part in zip(self._totals.items(), parts, strict=True)
+            name: part.reshape(value.shape) for (name, value), part in zip(self._totals.items(), parts, strict=True)
         }
         self._totals.clear()
         sums = {name.removeprefix("sum/"): value for name, value in whole.items() if name.startswith("sum/")}
@@ -160,16 +182,18 @@ class Stepper(ABC):
         }
         return whole["loss"], sums, metrics
 
-    def _factors(self, norms: Tensor) -> dict[str, Tensor | float]:
-        """What each gradient is multiplied by: the clip rule (DINO's `clip_gradients`, 1e-6 in the divisor)."""
-        limit = self.config.clip_norm
+    def _factors(self, norms: Tensor) -> dict[str, float]:
+        """What each gradient is multiplied by, where that is not 1: the clip rule, over the loss scale."""
+        factors = [factor / self._multiplier for factor in self._clip(norms).tolist()]
+        return {name: factor for name, factor in zip(self.names, factors, strict=True) if factor != 1}
+
+    def _clip(self, norms: Tensor) -> Tensor:
+        """[parameters] factors of at most 1 (DINO's `clip_gradients`, 1e-6 in the divisor)."""
         if self.config.clip == "none":
-            return {}
+            return torch.ones_like(norms)
         if self.config.clip == "global":
-            whole = torch.linalg.vector_norm(norms)
-            norms = whole.expand_as(norms)
-        factors = (limit / (norms + 1e-6)).clamp(max=1.0)
-        return {name: factor for name, factor in zip(self.names, factors, strict=True) if bool(factor < 1)}
+            norms = torch.linalg.vector_norm(norms).expand_as(norms)
+        return (self.config.clip_norm / (norms + 1e-6)).clamp(max=1.0)
 
 
 def load_adam(

@@ -124,11 +124,16 @@ class Method(nn.Module, ABC):
 
 def lowered(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
     """The region where matrix products run in `precision`. Parameters and residual streams stay float32."""
-    if precision == "fp16" and device.type == "cpu":
-        raise ConfigError("fp16 needs a GPU: on a CPU float16 products are slow and their gradients vanish",
-                          where="precision", hint='precision = "bf16" or "fp32"')  # fmt: skip
+    refuse_fp16_on_cpu(precision, device)
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+
+
+def refuse_fp16_on_cpu(precision: Precision, device: torch.device) -> None:
+    """Raises ConfigError."""
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError("fp16 needs a GPU: on a CPU float16 products are slow and their gradients vanish",
+                          where="optimisation.precision", hint='precision = "bf16" or "fp32"')  # fmt: skip
 
 
 def full(device: torch.device) -> AbstractContextManager[None]:

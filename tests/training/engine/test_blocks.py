@@ -1,0 +1,74 @@
+"""Activation checkpointing and torch.compile act block by block and change no result, with drop path on."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from datapipe.errors import ConfigError
+from tests.flow.tiny import final_state, recipe, shards
+from tests.ranks import run_ranks
+from training import config as recipes
+from training.assembly import refuse_unsuited
+from training.engine.host import LocalHost
+from training.engine.world import World
+from training.pretrain import pretrain
+
+PLAIN = ("--engine.stepper", "plain", "--optimisation.micro-batch", "3")
+STAGES = [("--engine.stepper", "deepspeed", "--engine.zero-stage", str(stage)) for stage in range(4)]
+CHECKPOINTED, COMPILED = ("--backbone.checkpoint-blocks", "True"), ("--backbone.compile-blocks", "True")
+RUNS: dict[str, tuple[str, ...]] = {
+    "plain": PLAIN,
+    "plain, checkpointed": (*PLAIN, *CHECKPOINTED),
+    "plain, compiled": (*PLAIN, *COMPILED),
+    "stage 0, compiled": (*STAGES[0], *COMPILED),
+    "stage 1, checkpointed": (*STAGES[1], *CHECKPOINTED),
+    "stage 1, compiled": (*STAGES[1], *COMPILED),
+    "stage 2, both": (*STAGES[2], *CHECKPOINTED, *COMPILED),
+    "stage 3, checkpointed": (*STAGES[3], *CHECKPOINTED),
+}
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory, write_crops: Callable[..., dict[str, bytes]]) -> Path:
+    folder = tmp_path_factory.mktemp("blocks")
+    write_crops(folder / "crops", 6 * STEPS)
+    return recipe(folder, shards(folder / "crops", str(folder / "shards")).url, "unused")
+
+
+def _all(world: World, path: str, folder: str) -> dict[str, int]:
+    """How many graphs were compiled in all after each run."""
+    graphs = {}
+    for name, flags in RUNS.items():
+        pretrain(recipes.load(path, ["--out", f"{folder}/{name}", *flags]), world=world, host=LocalHost())
+        graphs[name] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return graphs
+
+
+def _losses(run: Path) -> torch.Tensor:
+    lines = map(json.loads, (run / "metrics" / "attempt_001.jsonl").read_text().splitlines())
+    return torch.tensor([line["loss"] for line in lines if "loss" in line], dtype=torch.float64)
+
+
+@pytest.mark.slow
+def test_blocks__checkpointed_and_compiled_give_the_same_losses_under_every_engine(path: Path, tmp_path: Path) -> None:
+    [graphs] = run_ranks(1, _all, str(path), str(tmp_path))
+    # the student's blocks and the teacher's, and the student's once more where rows and tokens are equally many by
+    # chance: not one graph for each step, size of view, number of blocks, or engine
+    assert graphs["plain, checkpointed"] == 0 and graphs["stage 2, both"] <= 3
+    wanted, names = _losses(tmp_path / "plain"), final_state(tmp_path / "plain").keys()
+    assert len(wanted.unique()) == STEPS
+    for run in RUNS:
+        assert (_losses(tmp_path / run) - wanted).abs().max() < 1e-5, run
+        assert final_state(tmp_path / run).keys() == names, run
+
+
+def test_compiled_blocks__refused_where_parameters_are_split(path: Path) -> None:
+    cpu = torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"compile_blocks.*zero_stage"):
+        refuse_unsuited(recipes.load(path, [*STAGES[3], *COMPILED]), cpu)
+    for flags in RUNS.values():
+        refuse_unsuited(recipes.load(path, flags), cpu)

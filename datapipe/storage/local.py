@@ -5,12 +5,16 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
+
+import numpy as np
 
 from datapipe.errors import NotFoundError, RefusedError, StorageError
 from datapipe.storage.store import TEMPORARY, Data, Entry, Store
 
+NAMES_AT_ONCE = 1 << 16
 MOST_PER_READ = 1 << 30
 """Linux gives at most 2 GiB per call."""
 
@@ -48,15 +52,17 @@ class LocalStore(Store):
             yield from self._walk(start, prefix, (os.path.realpath(self._path(folder)),))
 
     def _walk(self, folder: str, prefix: str, parents: tuple[str, ...]) -> Iterator[Entry]:
-        with self._faults(folder), os.scandir(self._path(folder)) as scan:
-            found = sorted((f"{folder}{item.name}{'/' if item.is_dir() else ''}", item) for item in scan)
-        for name, item in found:  # "a.b" < "a/b": a folder sorts with its slash, so that full names come out sorted
+        with self._faults(folder):
+            found = _sorted_names(self._path(folder))
+        for raw in found:
+            name = folder + os.fsdecode(raw)
             if not (name.startswith(prefix) or prefix.startswith(name)) or name.endswith(TEMPORARY):
                 continue
+            path = self.address(name)
             if not name.endswith("/"):
                 with self._faults(name):
-                    yield Entry(name, item.stat().st_size)
-            elif (real := os.path.realpath(item.path)) not in parents:  # a link to a folder above would never end
+                    yield Entry(name, os.stat(path).st_size)
+            elif (real := os.path.realpath(path)) not in parents:  # a link to a folder above would never end
                 yield from self._walk(name, prefix, (*parents, real))
 
     def put_if_absent(self, name: str, data: Data) -> bool:
@@ -130,6 +136,21 @@ class LocalStore(Store):
                 where=where,
                 hint="check the permissions and the free space there",
             ) from error
+
+
+def _sorted_names(folder: Path) -> np.ndarray:
+    """Names of a folder's files and folders as one array of bytes: millions of strings would take gigabytes.
+
+    Folders end in a slash, so that full names come out sorted: "a.b" < "a/b".
+    """
+    chunks = [np.empty(0, "S1")]
+    with os.scandir(folder) as scan:
+        names = (os.fsencode(item.name) + b"/" * item.is_dir() for item in scan)
+        while chunk := list(islice(names, NAMES_AT_ONCE)):
+            chunks.append(np.array(chunk))
+    found = np.concatenate(chunks)
+    found.sort()
+    return found
 
 
 def _new_file(path: Path) -> BinaryIO:

@@ -40,6 +40,33 @@ class Trajectory:
     metrics: list[dict[str, float]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     state: dict[str, Tensor] = field(default_factory=dict)
+    wander: dict[str, Tensor] = field(default_factory=dict)
+    """How far float32 may move each trained entry by round-off alone. On the yardstick only: plain, float64."""
+
+
+NOISE = 1e-6
+"""Round-off of a float32 gradient over the tensor's largest. On the golden trajectories it is 2e-6 at the worst entry
+of a typical tensor and 1e-5 at the worst of all."""
+
+
+def wander_of_step(stepper: PlainStepper) -> dict[str, Tensor]:
+    """How far one step of AdamW may have moved each entry because of round-off in its gradient.
+
+    AdamW divides by the root of the second moment v, so that round-off counts for more the smaller an entry's
+    gradients are beside the tensor's, up to whole steps in either direction where they are nothing but round-off:
+
+        lr * min(2, NOISE * max_j sqrt(v_j) / sqrt(v_i)),    v without its bias towards zero
+    """
+    found = {}
+    names = {parameter: name for name, parameter in stepper.parameters.items()}
+    for group_ in stepper.optimizer.param_groups:
+        for parameter in group_["params"]:
+            state = stepper.optimizer.state.get(parameter)
+            if state:
+                unbiased = state["exp_avg_sq"] / (1 - group_["betas"][1] ** float(state["step"]))
+                root = unbiased.sqrt() + group_["eps"]
+                found[names[parameter]] = group_["lr"] * (NOISE * root.max() / root).clamp(max=2)
+    return found
 
 
 class NoFaults(Faults):
@@ -231,6 +258,9 @@ def run_trajectory(
         found.losses.append(result.loss)
         found.norms.append(result.norms.double())
         found.metrics.append(result.metrics)
+        if isinstance(stepper, PlainStepper) and dtype == torch.float64:
+            for name, value in wander_of_step(stepper).items():
+                found.wander[name] = found.wander.get(name, torch.zeros_like(value)) + value
 
     stepper = _stepper(method, config, world, share, zero_stage)
     source = FixedBatches(batches, config.batch, share, world.rank)

@@ -1,7 +1,5 @@
 """Whole training trajectories of the references, through the Method, loop and steppers that users run."""
 
-from typing import NamedTuple
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,8 +10,8 @@ from tests.trajectory import CASES, Case, Trajectory, case_of, run_case
 from training.engine.world import World
 
 ON_RANKS = [name for name in CASES if " " not in name]
-STAGES: list[tuple[int | None, bool]] = [(None, True), (0, True), (1, True), (1, False), (2, True), (3, True)]
-"""(ZeRO stage, is there a rehearsal in front?); None: the plain stepper in float64."""
+STAGES = [(0, True), (1, True), (1, False), (2, True), (3, True)]
+"""(ZeRO stage, is there a rehearsal in front?)"""
 CENTRES = {"center": "cls", "center2": "patch"}
 TERMS = {"loss_cls": "lambda1", "loss_patch": "lambda2"}
 """Terms of the loss that a golden file has apart, factor included."""
@@ -23,17 +21,9 @@ def _largest_relative(ours: list[float], theirs: Tensor) -> float:
     return float(((torch.tensor(ours, dtype=torch.float64) - theirs) / theirs).abs().max())
 
 
-def _key_bias_masked(name: str, value: Tensor) -> Tensor:
-    """The key third of attn.qkv.bias has a zero gradient; AdamW turns its round-off into steps (golden/README.md)."""
-    if not name.endswith("attn.qkv.bias"):
-        return value
-    third = len(value) // 3
-    return torch.cat([value[:third], value[2 * third :]])
-
-
-def _state_differences(found: Trajectory, case: Case, *, mask: bool) -> Tensor:
-    """Of all entries of student and teacher, the largest first."""
-    differences = []
+def _state_differences(found: Trajectory, case: Case) -> dict[str, Tensor]:
+    """Name of a parameter of student or teacher -> how far each entry is from the reference's."""
+    differences = {}
     for network in ("student", "teacher"):
         theirs = case.results(f"final_{network}/")
         ours = {name.removeprefix(f"{network}."): value for name, value in found.state.items()
@@ -42,25 +32,26 @@ def _state_differences(found: Trajectory, case: Case, *, mask: bool) -> Tensor:
         assert not ours.keys() - theirs.keys()
         assert all(torch.equal(theirs[name], theirs[name.replace("layer2", "layer")]) for name in surplus), surplus
         for name, value in ours.items():
-            pair = (value.double(), theirs[name].double())
-            if mask:
-                pair = (_key_bias_masked(name, pair[0]), _key_bias_masked(name, pair[1]))
-            differences.append((pair[0] - pair[1]).abs().flatten())
-    return torch.cat(differences).sort(descending=True).values
+            differences[f"{network}.{name}"] = (value.double() - theirs[name].double()).abs()
+    return differences
 
 
-class States(NamedTuple):
-    """How far the final states are from the reference's."""
+def _largest(differences: dict[str, Tensor]) -> float:
+    return max(float(value.max()) for value in differences.values())
 
-    typical: float
-    """All but one entry in 10 000 are nearer than this. AdamW turns a gradient that is round-off into a step of about
-    the learning rate, whoever computes it: over worlds and stages single entries of a prototype differ by 1e-6 to
-    9e-6, where a wrong algorithm moves many by 1e-3 (golden/README.md)."""
-    largest: float
 
-    @classmethod
-    def of(cls, differences: Tensor) -> "States":
-        return cls(float(differences[len(differences) // 10_000]), float(differences[0]))
+def _beyond(differences: dict[str, Tensor], wander: dict[str, Tensor]) -> float:
+    """How far the farthest entry is beyond what round-off of float32 explains, entry by entry; the teacher's entries
+    are averages of the student's, so they wander no farther.
+
+    A gradient that is mathematically zero (the key third of attn.qkv.bias) is all round-off, and AdamW makes whole
+    steps of it. Prototypes of which a batch makes next to no use lie in between: 9e-6 here. For 98 % of the entries
+    this allows less than 1e-5 more; a wrong algorithm moves most of them by 1e-3 (golden/README.md).
+    """
+    return max(
+        float((value - wander.get(f"student.{name.partition('.')[2]}", torch.zeros(()))).max())
+        for name, value in differences.items()
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -68,7 +59,7 @@ def test_trajectory__float64_plain(name: str) -> None:
     case = case_of(name)
     found = run_case(World(), case, dtype=torch.float64)
     assert _largest_relative(found.losses, case.result("f64/loss")) < 1e-8
-    assert float(_state_differences(found, case, mask=False)[0]) < 1e-6
+    assert _largest(_state_differences(found, case)) < 1e-6
     for centre, theirs in case.results("f64/final_center/").items():
         ours = found.state[f"centre_{CENTRES.get(centre, centre.removeprefix('center_'))}"]
         assert (ours.double() - theirs.reshape(ours.shape)).abs().max() < 1e-8
@@ -115,18 +106,19 @@ def test_trajectory__accumulation_changes_only_rounding(name: str) -> None:
     assert _largest_relative(found.losses, case.result("f64/loss")) < 1e-8
 
 
-def _all_stages(world: World, micro_batch: int | None) -> dict[str, tuple[list[float], States]]:
-    """In one rank: losses and final state differences of every item and stage."""
+def _all_stages(world: World, micro_batch: int | None) -> dict[str, tuple[list[float], float]]:
+    """In one rank: losses, and how far the final states are beyond the yardstick's wander, of every item and stage."""
     results = {}
     for name in ON_RANKS:
         case = case_of(name)
+        yardstick = run_case(world, case, rehearsal=True, micro_batch=micro_batch, dtype=torch.float64)
+        results[f"{name} plain"] = (yardstick.losses, _largest(_state_differences(yardstick, case)))
         for stage, rehearsal in STAGES:
             found = run_case(
-                world, case, zero_stage=stage, rehearsal=rehearsal, micro_batch=micro_batch,
-                dtype=torch.float32 if stage is not None else torch.float64,
-            )  # fmt: skip
-            states = States.of(_state_differences(found, case, mask=stage is not None))
-            results[f"{name} {stage} {rehearsal}"] = (found.losses, states)
+                world, case, zero_stage=stage, rehearsal=rehearsal, micro_batch=micro_batch, dtype=torch.float32
+            )
+            beyond = _beyond(_state_differences(found, case), yardstick.wander)
+            results[f"{name} {stage}{'' if rehearsal else ' unrehearsed'}"] = (found.losses, beyond)
     return results
 
 
@@ -137,10 +129,18 @@ def test_trajectory__deepspeed(world: int, micro_batch: int | None) -> None:
     for name in ON_RANKS:
         golden(name)  # skips here, not in the ranks
     for results in run_ranks(world, _all_stages, micro_batch):
-        for key, (losses, states) in results.items():
-            name, stage, _ = key.split()
-            plain = stage == "None"
+        for key, (losses, beyond) in results.items():
+            name, stage, *_ = key.split()
+            plain = stage == "plain"
             wanted = case_of(name).result(f"{'f64' if plain else 'f32'}/loss")
             assert _largest_relative(losses, wanted) < (1e-8 if plain else 2e-6), key
-            assert states.typical < (1e-6 if plain else 1e-5), (key, states)
-            assert states.largest < (1e-6 if plain else 1e-4), (key, states)
+            assert beyond < (1e-6 if plain else 1e-5), (key, beyond)
+
+
+def test_wander__is_little_for_nearly_all_entries() -> None:
+    """Else the tests above would allow anything."""
+    for name in ON_RANKS:
+        wander = run_case(World(), case_of(name), dtype=torch.float64).wander
+        everywhere = torch.cat([value.flatten() for value in wander.values()])
+        assert float((everywhere < 1e-5).double().mean()) > 0.98
+        assert float(everywhere.quantile(0.5)) < 1e-6

@@ -13,6 +13,7 @@ from training.checkpoint import MARKER, STATE, Checkpoints, complete, describe, 
 from training.config import CheckpointConfig, OptimisationConfig
 from training.engine.optimisation import group_parameters
 from training.engine.plain import PlainStepper
+from training.engine.scaling import LossScale
 from training.engine.world import World
 from training.heads import HeadConfig
 from training.methods.base import Method
@@ -63,6 +64,20 @@ def test_restore__gives_back_every_tensor_and_the_position(store: Store) -> None
     assert not _equal(before, after)
     assert _checkpoints(store).restore(_stepper(after)) == (40, "step_0000010")
     assert _equal(before, after)
+
+
+def test_restore__the_loss_scale_where_a_checkpoint_has_one(store: Store) -> None:
+    scaled = _stepper(_method())
+    scaled.scale = LossScale(2.0**13, 77)
+    _checkpoints(store).save(10, 40, scaled)
+    stepper = PlainStepper(scaled.method, scaled.groups, OptimisationConfig(precision="fp16"), World())
+    _checkpoints(store).restore(stepper)
+    assert stepper.scale == LossScale(2.0**13, 77)
+    marker = json.loads(store.read(f"step_0000010/{MARKER}"))
+    del marker["loss_scale"]  # as it was saved before there was any
+    store.replace(f"step_0000010/{MARKER}", json.dumps(marker).encode())
+    _checkpoints(store).restore(stepper)
+    assert stepper.scale == LossScale()
 
 
 def test_restore__nothing_there(store: Store) -> None:

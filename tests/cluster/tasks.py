@@ -6,7 +6,7 @@ from pathlib import Path
 
 from datapipe.errors import DataError
 
-PATIENCE_S = 60
+PATIENCE_S = 120
 
 
 def gated(number: int, opens: int, gate: Path) -> int:

@@ -18,8 +18,9 @@ from datapipe.workers import Executor
 @settings
 class ShardCommand:
     sources: tyro.conf.Positional[tuple[str, ...]]
-    """Folders of images (any depth; Market-1501-style names give person and camera), folders of WebDataset tars, single
-    tars or brace patterns of tars; local or s3://bucket/prefix, as many as wanted."""
+    """Where crops are, as many places of any kind as wanted, local or s3://bucket/prefix: folders of images (any depth;
+    Market-1501-style names give person and camera), zips, tars and WebDataset shards (single, in folders, "{00..12}.tar",
+    or cut into pieces), LMDBs, parquet files with images, videos with boxes."""
     out: str
     """Folder or s3://bucket/prefix for the data set."""
     licence: str = ""

@@ -148,7 +148,7 @@ class VideoSource:
                 for number, frame in enumerate(container.decode(video=0) if remaining else (), start=first):
                     if number == remaining[-1]:
                         remaining.pop()
-                        yield Frame(number, frame.to_ndarray(format="rgb24"), "damaged frame" * frame.is_corrupt)
+                        yield Frame(number, _upright(frame), "damaged frame" * frame.is_corrupt)
                     if not remaining:
                         return
         except (av.FFmpegError, IndexError) as error:
@@ -181,6 +181,11 @@ class VideoSource:
             if image is None:
                 raise DataError("the frame is no image", where=store.address(names[number]), hint="copy it again")
             yield Frame(number, image[..., ::-1], "")
+
+
+def _upright(frame: av.VideoFrame) -> np.ndarray:
+    """RGB as players and cv2 show it, which is what boxes were drawn on: phones only note how they were held."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
 
 
 class _Footage:

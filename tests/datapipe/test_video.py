@@ -2,6 +2,7 @@
 
 import io
 import shutil
+import struct
 from pathlib import Path
 
 import av
@@ -108,6 +109,22 @@ def test_video__with_mot_text(tmp_path: Path, frames: list[np.ndarray], name: st
     assert found[0].name == f"{name}/000001_0000001.jpg" and found[-1].name == f"{name}/000012_0000003.jpg"
     assert {(crop.source, crop.video, crop.pid, crop.camera) for crop in found} == {(name, name, -1, -1)}
     compare(found, cut_by_others(tmp_path / name, BOXES))
+
+
+@pytest.mark.parametrize("turn", [(0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)], ids=["90", "180", "270"])
+def test_video__of_a_turned_phone_is_upright(
+    tmp_path: Path, frames: list[np.ndarray], turn: tuple[int, int, int, int]
+) -> None:
+    write_video(tmp_path / "x.mp4", frames, "libx264", "yuv420p")
+    data = (tmp_path / "x.mp4").read_bytes()
+    straight = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)  # first of the film, then of the track
+    a, b, c, d = (number << 16 for number in turn)
+    place = data.index(straight, data.index(b"tkhd"))
+    turned = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (tmp_path / "x.mp4").write_bytes(data[:place] + turned + data[place + len(turned) :])
+    boxes = np.array([[3, 1, 10, 20, 30, 40], [4, 1, 50, 10, 30, 60]])
+    write_mot(tmp_path / "x.txt", boxes)
+    compare(crops(f"{tmp_path}/x.mp4"), cut_by_others(tmp_path / "x.mp4", boxes))
 
 
 def test_video__crops_are_encoded_once_at_the_quality_asked_for(tmp_path: Path, frames: list[np.ndarray]) -> None:

@@ -42,6 +42,13 @@ def test_shards__give_images_names_and_labels(tar: Path) -> None:
     ]
 
 
+def test_shards__take_all_labels_from_the_record_and_then_from_the_name(tmp_path: Path) -> None:
+    record = {"person_id": 3, "track": 5, "frame_id": 6, "video": "v.mp4", "camera": "left"}
+    with webdataset.TarWriter(str(tmp_path / "x.tar")) as writer:
+        writer.write({"__key__": "0007_c2s1_01", "jpg": b"one", "json": record})
+    assert read(f"{tmp_path}/x.tar") == [Crop("x.tar", "0007_c2s1_01.jpg", b"one", 3, 2, "v.mp4", 5, 6)]
+
+
 def test_shards__of_one_source_may_use_the_same_names(tar: Path, s3: S3Server) -> None:
     (tar.parent / "001.tar").write_bytes(tar.read_bytes())
     bucket = s3.bucket()

@@ -140,7 +140,8 @@ def test_s3__a_certificate_is_checked(
 ) -> None:
     bucket = s3_tls.bucket()
     with pytest.raises(StorageError, match="no trusted connection") as caught:
-        open_store(f"s3://{bucket}", StorageConfig(endpoint_url=s3_tls.endpoint)).create("name", b"")
+        distrusting = StorageConfig(endpoint_url=s3_tls.endpoint, timeout_s=22)  # clients are kept by configuration
+        open_store(f"s3://{bucket}", distrusting).create("name", b"")
     assert "AWS_CA_BUNDLE" in caught.value.hint
     monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
     monkeypatch.setattr(s3_store, "PART_BYTES", 5 << 20)

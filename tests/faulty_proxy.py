@@ -10,6 +10,7 @@ never from the time or from other requests. No request meets more than `Faults.m
 
 import hashlib
 import http.client
+import re
 import socket
 import ssl
 import struct
@@ -29,6 +30,8 @@ Also to be had: silence, no answer until the proxy ends."""
 DELAY_S = 0.05
 FRAMING = {"connection", "content-length", "expect", "transfer-encoding"}
 """Headers that are about one connection, not about the message."""
+DRAWN = re.compile(r"(?<=bucket-)[0-9a-f]+|(?<=probe-)[0-9a-f]+|(?<=uploadId=)[^& ]+")
+"""Parts of a request that are another random name in every run; they do not decide about its faults."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,8 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         """Take a request whole, then let its fault happen to it."""
         body = self._body()
-        fault = self.proxy.fault(f"{self.command} {self.path} {self.headers.get('Range', '')}")
+        asked = DRAWN.sub("", f"{self.command} {self.path} {self.headers.get('Range', '')}")
+        fault = self.proxy.fault(asked)
         if fault == "reset":
             return self._reset()
         if fault in ("500", "503"):

@@ -127,7 +127,10 @@ class SchemeStore(Store):
 
     def _explained(self, error: Exception, name: str) -> Exception:
         if isinstance(error, FileNotFoundError):
-            return self._absent(name)
+            cause = error.__cause__
+            if not isinstance(cause, Exception) or _is_absence(cause):
+                return self._absent(name)
+            error = cause  # http's file system says "not found" of everything that goes wrong
         if not isinstance(error, OSError) and isinstance(error, (TypeError, ValueError, AttributeError, RuntimeError)):
             return error
         where = self.address(name)
@@ -139,6 +142,10 @@ class SchemeStore(Store):
 
     def _absent(self, name: str) -> NotFoundError:
         return NotFoundError("the file does not exist", where=self.address(name), hint="check the address")
+
+
+def _is_absence(error: Exception) -> bool:
+    return isinstance(error, FileNotFoundError | LookupError) or getattr(error, "status", None) in (404, 410)
 
 
 def _is_passing(error: Exception) -> bool:

@@ -25,6 +25,8 @@ class ShardCommand:
     """Folder or s3://bucket/prefix for the data set."""
     licence: str = ""
     """What the images may be used for; noted in the manifest and in the card of what is trained on them."""
+    dry_run: bool = False
+    """Say what would be read and written, how many shards that makes and how long it takes; write nothing."""
     config: Annotated[ShardConfig, tyro.conf.arg(name="")] = ShardConfig()
     """How crops are screened and shards are cut."""
     storage: StorageConfig = StorageConfig()
@@ -38,8 +40,11 @@ def shard(arguments: list[str]) -> int:
 
 def run_shard(chosen: ShardCommand, workers: Executor | None = None) -> int:
     """Do what the command line says, on this machine or with the workers given, and print how it ended."""
-    from datapipe.ingest import QUARANTINE, ingest
+    from datapipe.ingest import ingest
+    from datapipe.quarantine import NAME, listed
 
+    if chosen.dry_run:
+        return _say_what_would_be_done(chosen)
     done = ingest(chosen.sources, chosen.out, chosen.config, chosen.storage, licence=chosen.licence, workers=workers)
     manifest = done.manifest
     folder = manifest.url.rstrip("/")
@@ -48,10 +53,21 @@ def run_shard(chosen: ShardCommand, workers: Executor | None = None) -> int:
     print(f"{manifest.rows:,} crops in {len(manifest.shards):,} shards, {manifest.bytes / 1e6:,.1f} MB, "
           f"{manifest.quarantined:,} quarantined")
     if done.reasons:
-        listed = ", ".join(f"{count:,} {reason}" for reason, count in done.reasons.items())
-        print(f"quarantined: {listed}; see {folder}/{QUARANTINE}")
+        print(f"quarantined: {listed(done.reasons)}; see {folder}/{NAME}")
     print(f"id {manifest.id}")
     print(f"{folder}/{manifest.file}")
+    return command.COMPLETE
+
+
+def _say_what_would_be_done(chosen: ShardCommand) -> int:
+    from datapipe.estimate import estimate
+    from datapipe.progress import duration
+
+    found = estimate(chosen.sources, chosen.out, chosen.config, chosen.storage)
+    print(f"would read about {found.crops:,} crops: {found.source_bytes / 1e6:,.1f} MB from {len(chosen.sources)} sources")
+    print(f"would write about {found.shards:,} shards: {found.bytes / 1e6:,.1f} MB to {chosen.out}, as much to the spool "
+          f"for as long; about {found.refused:.2%} of the crops quarantined")
+    print(f"would take about {duration(found.seconds)} on this machine, nothing was written")
     return command.COMPLETE
 
 

@@ -72,12 +72,11 @@ def ingest_sources(sources: Sequence[Source], out: str, config: ShardConfig, sto
             return Ingested(Manifest.load(store.url, storage), True, {})
         run = _Run(store, spool, local, config, storage, workers or own)
         parts = run.scan(listing)
-        reasons = run.quarantine(parts)
+        run.judge(parts)
         crops, plan = run.plan(parts)
         claim(store, request)
-        run.distribute(parts, crops, plan)
-        if config.exclude != "none":
-            reasons = run.quarantine(parts, planned(plan, crops, run.rows(parts)))
+        distribute(plan, crops, run.rows(parts), spool, local=local)
+        reasons = run.quarantine(parts, planned(plan, crops, run.rows(parts)) if config.exclude != "none" else ())
         del crops
         manifest = Manifest(run.write(plan), name=listing.name, plan=plan.id, licence=licence,
                             quarantined=sum(reasons.values()), made_by=libraries()).save(store)
@@ -125,20 +124,23 @@ class _Run:
                 progress.advance(part.bytes, f"{crops:,} crops, {refused:,} quarantined", crops=found)
         return parts
 
-    def quarantine(self, parts: Sequence[Scanned], rows: Iterable[pyarrow.Table] = ()) -> Reasons:
-        """List what was refused, and what of the planned rows has no place. DataError above `max_bad`."""
-        tables = (read_refused(self.spool, part.part) for part in parts if part.refused)
-        reasons = write_quarantine(self.store, chain(tables, excluded(rows)), local=self.local)
+    def judge(self, parts: Sequence[Scanned]) -> None:
+        """DataError where there are no crops, or more unusable ones than `max_bad`: quarantine.parquet then lists them."""
         kept, refused = (sum(getattr(part, name) for part in parts) for name in ("kept", "refused"))
         if not kept + refused:
             raise DataError("the sources hold no images", where=self.store.url, hint="look into the tars")
         share = refused / (kept + refused)
         if share > self.config.max_bad or not kept:
+            reasons = self.quarantine(parts)
             raise DataError(
                 f"{refused:,} of {kept + refused:,} crops ({share:.1%}) are unusable, more than --max-bad "
                 f"{self.config.max_bad:.1%}: {listed(reasons)}", where=self.store.address(QUARANTINE),
                 hint="see there which and why; mend the source, or raise --max-bad")
-        return reasons
+
+    def quarantine(self, parts: Sequence[Scanned], rows: Iterable[pyarrow.Table] = ()) -> Reasons:
+        """List what was refused, and what of the planned rows has no place."""
+        refused = (read_refused(self.spool, part.part) for part in parts if part.refused)
+        return write_quarantine(self.store, chain(refused, excluded(rows)), local=self.local)
 
     def plan(self, parts: Sequence[Scanned]) -> tuple[Candidates, Plan]:
         """What goes where. DataError where two crops have the same source and name."""
@@ -153,10 +155,6 @@ class _Run:
             raise DataError("two crops of one source have the same name", where=self._named(parts, twice),
                             hint="give each of them a name of its own, or leave one of the files out")
         return crops, plan_shards(crops, self.config)
-
-    def distribute(self, parts: Sequence[Scanned], crops: Candidates, plan: Plan) -> None:
-        """The rows of each shard to where its task finds them."""
-        distribute(plan, crops, self.rows(parts), self.spool, local=self.local)
 
     def rows(self, parts: Sequence[Scanned]) -> Iterator[pyarrow.Table]:
         """All rows of the scan with the address of their object."""

@@ -40,7 +40,7 @@ class Progress:
         if self._bar:
             self._bar.update(self._task, advance=amount, note=self.note)
         elif time.monotonic() - self.spoken >= INTERVAL_S:
-            self._speak(f", {_duration(self._left_s())} left")
+            self._speak(f", {duration(self._left_s())} left")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
@@ -65,7 +65,7 @@ class Progress:
         print(f"{self.label}: {share:4.0%}, {self.note}{time_note}", file=sys.stderr, flush=True)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """"48 s", "12 min", "3.4 h"."""
     if seconds < 120:
         return f"{seconds:.0f} s"

@@ -1,0 +1,135 @@
+"""Kill a job at moments spread evenly over its work, start it again, and see that nothing tells it was ever killed.
+
+Jobs run in processes that are forked from one which has imported the modules already (multiprocessing's fork server):
+a trial costs no start of an interpreter.
+"""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import S3Server
+
+MOMENTS, LEAST = 20, 15
+"""Trials, and how many of them must fall between the first byte written and the end."""
+TRIES = 4
+"""For a moment at which the job happened to be through already: other work makes a shared machine faster or slower."""
+TIMEOUT_S = 120.0
+LATE = ("pandas", "pyarrow.dataset")
+"""pyarrow imports these at the first read of a table, which would take longer than a whole job of the tests."""
+PROBE = ".probe-"
+"""What a run writes to see what its store can do; a killed one may leave it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something that writes into a place of its own."""
+
+    function: Callable[..., None]
+    """Importable by its name; its end is its success."""
+    arguments: tuple[Any, ...]
+    objects: Callable[[], dict[str, bytes]]
+    """Everything under a final name in its place; what has not begun or is left between runs does not count."""
+    begun: Callable[[], bool]
+    """Whether the first byte is written."""
+    ended: Callable[[], bool]
+    """Whether the last one is: there is a manifest."""
+
+
+def kill_evenly(make: Callable[[str], Job], preload: list[str]) -> int:
+    """Run `make(name)` undisturbed, then killed at MOMENTS moments and each time finished by a second run.
+
+    The moments divide the time between an undisturbed run's first byte and its end. Fails where a killed run leaves
+    something else under a final name than the undisturbed one writes there, where the second run ends otherwise than
+    that, or where fewer than LEAST trials hit. Returns how many did.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "tests.killing", *LATE, *preload])
+    undisturbed = make("undisturbed")
+    duration = _duration(context, undisturbed)
+    wanted = undisturbed.objects()
+    hits = 0
+    for moment in range(MOMENTS):
+        share = (moment + 0.5) / MOMENTS
+        for attempt in range(TRIES):
+            job = make(f"moment-{moment}-{attempt}")
+            hit, passed = _kill(context, job, share * duration)
+            left = job.objects()
+            assert {name: wanted.get(name) for name in left} == left, f"half or other objects at {share:.1%}"
+            _finish(context, job)
+            assert job.objects() == wanted, f"another end after a kill at {share:.1%}"
+            if hit:
+                break
+            duration = min(duration, passed)
+        hits += hit
+    assert hits >= LEAST, f"{hits} of {MOMENTS} kills hit between the first byte and the end"
+    return hits
+
+
+def local_objects(folder: Path, *aside: str) -> dict[str, bytes]:
+    """Every file of a folder by its name; not those in the sub-folders `aside`, nor temporary ones and probes."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    found = {str(path.relative_to(folder)): path for path in files}
+    return {name: path.read_bytes() for name, path in found.items()
+            if not name.startswith((PROBE, *(f"{part}/" for part in aside))) and not name.endswith(".part")}
+
+
+def s3_objects(server: S3Server, bucket: str, prefix: str) -> dict[str, bytes]:
+    """The same for a prefix of a bucket."""
+    return {name.removeprefix(prefix): data for name, data in server.objects(bucket).items()
+            if name.startswith(prefix) and not name.startswith(f"{prefix}{PROBE}")}
+
+
+def _duration(context: Any, job: Job) -> float:
+    """Seconds between the first byte and the end of a run that is left alone."""
+    process = _start(context, job)
+    begin = _wait(process, job.begun)
+    end = _wait(process, job.ended)
+    process.join()
+    assert process.exitcode == 0, "the undisturbed run failed"
+    return end - begin
+
+
+def _kill(context: Any, job: Job, after_s: float) -> tuple[bool, float]:
+    """(whether the run was killed before its end, seconds from its first byte to its death or end)."""
+    process = _start(context, job)
+    begin = _wait(process, job.begun)
+    process.join(after_s)
+    if process.is_alive():
+        os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    return process.exitcode == -signal.SIGKILL and not job.ended(), time.monotonic() - begin
+
+
+def _finish(context: Any, job: Job) -> None:
+    process = _start(context, job)
+    process.join(TIMEOUT_S)
+    assert process.exitcode == 0, "the second run failed"
+
+
+def _start(context: Any, job: Job) -> BaseProcess:
+    process = context.Process(target=_run, args=(dict(os.environ), job.function, job.arguments))
+    process.start()
+    return process
+
+
+def _run(environment: dict[str, str], function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """In the job's process: the fork server's environment may be that of an earlier test."""
+    os.environ.update(environment)
+    function(*arguments)
+
+
+def _wait(process: BaseProcess, condition: Callable[[], bool]) -> float:
+    """When the condition began to hold, as precisely as looking again and again tells."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert process.is_alive() or condition(), "the run ended before it wrote"
+        assert time.monotonic() < deadline, "the run does not get on"
+        process.join(0.005)
+    return time.monotonic()

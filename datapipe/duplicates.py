@@ -21,6 +21,8 @@ SMALL = 512
 """Crops with equal bands that are simply compared with one another."""
 FEW_BITS = 8
 """Bits not worth splitting: so few tell at most 256 crops apart."""
+PORTION = 1 << 22
+"""Crops that are sorted at once, about: what is needed besides the hashes themselves stays small."""
 _BANDS = tuple(0x1111_1111_1111_1111 << band for band in range(4))
 """Every fourth bit: neighbours in the picture, which tend to be equal together, come into different bands."""
 _MIX = np.uint64(0x9E37_79B9_7F4A_7C15)
@@ -37,9 +39,8 @@ class Marks(NamedTuple):
 
 def exact_duplicates(content: np.ndarray) -> Marks:
     """Crops with the content hash uint64[n, 2] of an earlier one."""
-    order = _by_content(content)
-    begins = _changes(content[order])
-    return _marks(order, begins)
+    first = _first_equal(content[:, 0], content[:, 1], keys=content[:, 0])
+    return _marks(first)
 
 
 def near_duplicates(hashes: np.ndarray, groups: np.ndarray) -> Marks:
@@ -47,112 +48,103 @@ def near_duplicates(hashes: np.ndarray, groups: np.ndarray) -> Marks:
 
     hashes, groups: uint64[n]. Group 0 are the crops that are not compared.
     """
-    compared = np.flatnonzero(groups)
-    hashes, groups = hashes[compared], groups[compared]
-    order = np.argsort(_mixed(hashes, groups))
-    begins = np.flatnonzero(np.concatenate([[True], _differ(hashes, order) | _differ(groups, order)])[:len(order)])
-    if not len(order):
-        return Marks(compared, compared)
-    alike = np.minimum.reduceat(order, begins)  # the first crop of each lot with equal hashes stands for it
-    nodes = np.sort(alike)
-    original = _original(nodes, _pairs(hashes[nodes], groups[nodes]))
-    lot = np.repeat(np.searchsorted(nodes, alike), np.diff(np.append(begins, len(order))))
-    target = np.empty(len(order), np.int64)
-    target[order] = original[lot]
-    marked = np.flatnonzero(target != np.arange(len(target)))
-    return Marks(compared[marked], compared[target[marked]])
+    # The first crop of each lot with equal hashes stands for it, so that a huge lot costs no more than a single crop.
+    first = _first_equal(hashes, groups, keys=_mixed(hashes, groups))
+    stands = first == np.arange(len(first), dtype=first.dtype)
+    original = np.arange(len(first), dtype=first.dtype)
+    nodes, originals = _originals(_pairs(hashes, groups, stands & (groups != 0)))
+    original[nodes] = originals
+    original = original[first]
+    alone = groups == 0
+    original[alone] = np.flatnonzero(alone)
+    return _marks(original)
 
 
-# ---------------------------------------------------------------------------------------------------- equal contents
+def _first_equal(one: np.ndarray, two: np.ndarray, *, keys: np.ndarray) -> np.ndarray:
+    """For each crop the place of the first one with the same two words; equal words have equal keys."""
+    first = np.arange(len(keys), dtype=_place_type(len(keys)))
+    for members in _portions(keys):
+        order = members[np.argsort(keys[members])]
+        differs = _new(one[order]) | _new(two[order])
+        if (differs & ~_new(keys[order])).any():  # a key shared by chance need not bring equal ones together
+            order = members[np.lexsort((two[members], one[members]))]
+            differs = _new(one[order]) | _new(two[order])
+        begins = np.flatnonzero(differs)
+        counts = np.diff(np.append(begins, len(order)))
+        first[order] = np.repeat(np.minimum.reduceat(order, begins), counts)
+    return first
 
 
-def _by_content(content: np.ndarray) -> np.ndarray:
-    """Rows sorted by content. One word of a cryptographic hash nearly always tells; only where it does not, both."""
-    order = np.argsort(content[:, 0])
-    first = content[order, 0]
-    as_before = np.zeros(len(order) + 1, bool)
-    as_before[1:-1] = first[1:] == first[:-1]
-    doubtful = as_before[1:] | as_before[:-1]
-    rows = order[doubtful]
-    order[doubtful] = rows[np.lexsort((content[rows, 1], content[rows, 0]))]
-    return order
-
-
-def _changes(content: np.ndarray) -> np.ndarray:
-    """Rows of a sorted table that differ from the one before; the first one always does."""
-    return np.flatnonzero(np.concatenate([[True], (content[1:] != content[:-1]).any(axis=1)])[:len(content)])
-
-
-def _marks(order: np.ndarray, begins: np.ndarray) -> Marks:
-    """Of each lot of equal crops (order[begins[i]:begins[i + 1]]) all but the first."""
-    counts = np.diff(np.append(begins, len(order)))
-    several = np.flatnonzero(np.repeat(counts > 1, counts))
-    members = order[several].astype(np.int64)
-    counts = counts[counts > 1]
-    if not len(counts):
-        return Marks(members, members)
-    first = np.repeat(np.minimum.reduceat(members, np.cumsum(counts) - counts), counts)
-    later = np.flatnonzero(members != first)
-    later = later[np.argsort(members[later])]
-    return Marks(members[later], first[later])
+def _marks(original: np.ndarray) -> Marks:
+    places = np.flatnonzero(original != np.arange(len(original), dtype=original.dtype))
+    return Marks(places, original[places].astype(np.int64))
 
 
 # ----------------------------------------------------------------------------------------------------- similar hashes
 
 
-def _original(nodes: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """For each node the place of the one it duplicates, or its own. pairs int64[n, 2]: (earlier, later) node.
+def _originals(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(places that duplicate another one, the place of that one). pairs: int64[n, 2], the earlier crop first.
 
     In rounds: kept is who has no earlier neighbour left that might be kept. Places follow a hash, so that chains of
     neighbours in ascending order are short, and so the rounds few.
     """
-    original = nodes.copy()
+    nodes, flat = np.unique(pairs, return_inverse=True)
+    numbered = flat.reshape(-1, 2)
     kept, dropped = np.zeros(len(nodes), bool), np.zeros(len(nodes), bool)
-    open_pairs = pairs
-    while len(open_pairs):
+    undecided = numbered
+    while len(undecided):
+        earlier, later = undecided.T
         waiting = np.zeros(len(nodes), bool)
-        waiting[open_pairs[:, 1]] = True
-        kept[open_pairs[:, 0]] |= ~waiting[open_pairs[:, 0]]
-        dropped[open_pairs[kept[open_pairs[:, 0]], 1]] = True
-        open_pairs = open_pairs[~(dropped[open_pairs[:, 0]] | dropped[open_pairs[:, 1]])]
-    told = pairs[~dropped[pairs[:, 0]]]
-    np.minimum.at(original, told[:, 1], nodes[told[:, 0]])
-    return original
+        waiting[later] = True
+        kept[earlier] |= ~waiting[earlier]
+        dropped[later[kept[earlier]]] = True
+        undecided = undecided[~(dropped[earlier] | dropped[later])]
+    earlier, later = numbered[~dropped[numbered[:, 0]]].T
+    originals = np.arange(len(nodes))
+    np.minimum.at(originals, later, earlier)
+    return nodes[dropped], nodes[originals[dropped]]
 
 
-def _pairs(hashes: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """int64[pairs, 2]: all pairs of one group within DISTANCE, the earlier one first, each once."""
-    found = [_close(hashes, groups, one, two)
-             for one, two in _candidates(hashes, groups, np.arange(len(hashes)), _BANDS)]
-    pairs = np.unique(np.concatenate([np.empty(0, np.int64), *found]))
+def _pairs(hashes: np.ndarray, groups: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """int64[pairs, 2]: all pairs of chosen crops of one group within DISTANCE, the earlier one first, each once."""
+    found = [np.empty(0, np.int64)]
+    for one, two in combinations(_BANDS, 2):
+        for members in _portions(_mixed(hashes & np.uint64(one | two), groups), chosen):
+            rest = [band for band in _BANDS if band not in (one, two)]
+            for left, right in _agreeing(hashes, groups, members, one | two, rest):
+                found.append(_close(hashes, groups, left, right))
+    pairs = np.unique(np.concatenate(found))
     return np.stack([pairs >> 32, pairs & 0xFFFF_FFFF], axis=1)
 
 
 def _close(hashes: np.ndarray, groups: np.ndarray, one: np.ndarray, two: np.ndarray) -> np.ndarray:
     """Those of the pairs that are close; each as one number, the earlier member in its upper half."""
     near = np.bitwise_count(hashes[one] ^ hashes[two]) <= DISTANCE
-    one, two = one[near], two[near]
+    one, two = one[near].astype(np.int64), two[near].astype(np.int64)
     same = groups[one] == groups[two]
     one, two = one[same], two[same]
     return np.minimum(one, two) << 32 | np.maximum(one, two)
 
 
-def _candidates(hashes: np.ndarray, groups: np.ndarray, members: np.ndarray,
-                bands: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of members, all close ones among them. The members agree in all bits outside the bands."""
-    for one, two in combinations(range(len(bands)), 2):
-        rest = [band for number, band in enumerate(bands) if number not in (one, two)]
-        lots = members[np.argsort(_mixed(hashes[members] & np.uint64(bands[one] | bands[two]), groups[members]))]
-        keys = _mixed(hashes[lots] & np.uint64(bands[one] | bands[two]), groups[lots])
-        begins = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])[:len(keys)])
-        del keys
-        counts = np.diff(np.append(begins, len(lots)))
-        splits = sum(band.bit_count() for band in rest) > FEW_BITS
-        large = (counts > SMALL) & splits
-        for number in np.flatnonzero(large):
-            lot = lots[begins[number]:begins[number] + counts[number]]
-            yield from _candidates(hashes, groups, lot, [half for band in rest for half in _halves(band)])
-        yield from _all_pairs(lots, np.repeat(np.where(large, 0, begins + counts), counts))
+def _agreeing(hashes: np.ndarray, groups: np.ndarray, members: np.ndarray, bits: int,
+              rest: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of members that agree in some bits; all close ones among them. `rest`: the other bits, as two bands."""
+    keys = _mixed(hashes[members] & np.uint64(bits), groups[members])
+    order = np.argsort(keys)
+    lots, keys = members[order], keys[order]
+    counts = np.diff(np.append(np.flatnonzero(_new(keys)), len(lots)))
+    several = np.repeat(counts > 1, counts)
+    lots, counts = lots[several], counts[counts > 1]
+    ends = np.cumsum(counts)
+    large = (counts > SMALL) & (sum(band.bit_count() for band in rest) > FEW_BITS)
+    quarters = [half for band in rest for half in _halves(band)]
+    for number in np.flatnonzero(large):
+        lot = lots[ends[number] - counts[number]:ends[number]]
+        for one, two in combinations(quarters, 2):
+            others = [band for band in quarters if band not in (one, two)]
+            yield from _agreeing(hashes, groups, lot, bits | one | two, others)
+    yield from _all_pairs(lots, np.repeat(np.where(large, 0, ends), counts))
 
 
 def _all_pairs(lots: np.ndarray, ends: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -169,12 +161,34 @@ def _halves(band: int) -> tuple[int, int]:
     return sum(1 << bit for bit in bits[::2]), sum(1 << bit for bit in bits[1::2])
 
 
+# ------------------------------------------------------------------------------------------------------------ sorting
+
+
+def _portions(keys: np.ndarray, chosen: np.ndarray | None = None) -> Iterator[np.ndarray]:
+    """Places, those of equal keys in the same portion; of the chosen crops alone if such are given."""
+    portions = 1 << (len(keys) // PORTION).bit_length()
+    for number in range(portions):
+        here = keys & np.uint64(portions - 1) == np.uint64(number)
+        members = np.flatnonzero(here if chosen is None else here & chosen).astype(_place_type(len(keys)))
+        if len(members):
+            yield members
+
+
+def _place_type(count: int) -> type[np.signedinteger]:
+    return np.int32 if count < 1 << 31 else np.int64
+
+
 def _mixed(hashes: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """One key for both. Two that differ may share a key: such pairs are compared in vain, no pair is missed."""
-    key = (hashes ^ groups * _MIX) * _MIX
-    return key ^ key >> np.uint64(32)
+    key = groups * _MIX
+    key ^= hashes
+    key *= _MIX
+    key ^= key >> np.uint64(32)
+    return key
 
 
-def _differ(values: np.ndarray, order: np.ndarray) -> np.ndarray:
-    arranged = values[order]
-    return arranged[1:] != arranged[:-1]
+def _new(values: np.ndarray) -> np.ndarray:
+    """Whether each value differs from the one before; the first one does."""
+    new = np.ones(len(values), bool)
+    new[1:] = values[1:] != values[:-1]
+    return new

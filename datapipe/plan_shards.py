@@ -114,7 +114,7 @@ class Plan:
     """The crops in their final order, cut into shards. Rows are those of the candidates."""
 
     order: np.ndarray
-    """int64[crops]: row of the candidates at each place. Crops that were excluded have no place."""
+    """int[crops]: row of the candidates at each place. Crops that were excluded have no place."""
     cuts: np.ndarray
     """int64[shards + 1]: shard s holds the places [cuts[s], cuts[s + 1])."""
     exact: Marks
@@ -174,8 +174,8 @@ def _without(marks: Marks, order: np.ndarray) -> np.ndarray:
 
 
 def ranked(crops: Candidates) -> np.ndarray:
-    """Rows int64[n] in the order of their ranks, those of equal rank in the order of their keys."""
-    order = np.argsort(crops.rank)
+    """Rows int[n] in the order of their ranks, those of equal rank in the order of their keys."""
+    order = np.argsort(crops.rank).astype(np.int32 if len(crops) < 1 << 31 else np.int64)
     for tie in _ties(crops.rank, order):
         order[tie] = order[tie][np.lexsort((crops.key[order[tie], 1], crops.key[order[tie], 0]))]
     return order

@@ -46,6 +46,7 @@ def crowded(random: np.random.Generator, count: int, centres: int, flips: int) -
 def test_near__is_what_a_loop_over_all_pairs_finds(count: int, centres: int, flips: int, groups: int, small: int,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(duplicates, "SMALL", small)
+    monkeypatch.setattr(duplicates, "PORTION", 50 * small)
     random = np.random.default_rng([count, centres, flips])
     hashes = crowded(random, count, centres, flips)
     group = random.integers(0, groups + 1, count).astype(np.uint64)

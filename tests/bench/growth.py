@@ -1,0 +1,165 @@
+"""What grows with the number of crops: time and memory of planning, and of a whole ingestion.
+
+    python -m tests.bench.growth plan 100000000
+    python -m tests.bench.growth ingest 100000 200000 400000
+
+Each figure is of a process of its own. Ingestion gets a few real JPEGs under ever new names, many times over: every
+step does its full work, and duplicates are as frequent as can be.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from functools import lru_cache
+from io import StringIO
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import numpy as np
+
+from datapipe.config import ShardConfig, StorageConfig
+from datapipe.ingest import ingest_sources
+from datapipe.plan_shards import Candidates, plan_shards, repeated
+from datapipe.sources import Crop
+from datapipe.tar import member_bytes
+from tests.bench.crops import crops
+from tests.bench.measure import cpu_s
+from tests.bench.scale import Scale
+
+SOURCES = 20
+"""Groups within which near duplicates are sought when planning."""
+COPIES = 0.1
+"""Share of the planned crops whose bytes, and of as many again whose looks, are those of another one."""
+UNIT = 2_000
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Grown:
+    """What one run took."""
+
+    rows: int
+    seconds: float
+    cpu_s: float
+    peak_mb: float
+    """Of the largest process."""
+    what: str
+
+    def __str__(self) -> str:
+        return (f"{self.rows:>12,} rows: {self.seconds:8.1f} s, {self.cpu_s:8.1f} CPU-s, {self.cpu_s / self.rows * 1e6:7.2f} "
+                f"CPU-us per row, peak {self.peak_mb:,.0f} MB; {self.what}")
+
+
+def plan(rows: int) -> Grown:
+    """Order, cuts, duplicates and id of crops that were never there."""
+    made = _candidates(rows)
+    return _measured(rows, lambda: _planned(made))
+
+
+def ingest(rows: int) -> Grown:
+    """The whole way, with as many processes as there are cores."""
+    folder = Path(tempfile.mkdtemp(prefix="growth-", dir=Scale().cache))
+    source = RepeatedCrops(str(crops("small", Scale()).files), rows)
+
+    def work() -> str:
+        with redirect_stderr(StringIO()):
+            done = ingest_sources([source], str(folder / "out"), ShardConfig(), StorageConfig())
+        marked = done.manifest.table(["duplicate_of", "near_of"])
+        return (f"{len(done.manifest.shards)} shards, {rows - marked['duplicate_of'].null_count:,} exact and "
+                f"{rows - marked['near_of'].null_count:,} near duplicates")
+
+    try:
+        return _measured(rows, work)
+    finally:
+        shutil.rmtree(folder)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A unit: the crops [first, end)."""
+
+    first: int
+    end: int
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class RepeatedCrops:
+    """The JPEGs of a folder over and over, each time under a name of its own."""
+
+    folder: str
+    count: int
+    label: str = "repeated"
+
+    def units(self) -> Iterator[Stretch]:
+        mean = sum(map(len, _jpegs(self.folder))) // len(_jpegs(self.folder))
+        for first in range(0, self.count, UNIT):
+            end = min(first + UNIT, self.count)
+            yield Stretch(first, end, (end - first) * mean, f"{first}-{end}")
+
+    def unit(self, fields: dict[str, Any]) -> Stretch:
+        return Stretch(**fields)
+
+    def read(self, unit: Stretch) -> Iterator[Crop]:
+        jpegs = _jpegs(self.folder)
+        for number in range(unit.first, unit.end):
+            yield Crop(self.label, f"{number:09d}.jpg", jpegs[number % len(jpegs)], pid=number // 50, frame=number)
+
+
+@lru_cache(maxsize=1)
+def _jpegs(folder: str) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(Path(folder).rglob("*.jpg"))]
+
+
+def _candidates(rows: int) -> Candidates:
+    random = np.random.default_rng(0)
+    made = Candidates.room(rows)
+    for start in range(0, rows, _BLOCK):
+        part = slice(start, min(start + _BLOCK, rows))
+        size = part.stop - part.start
+        for column in (made.rank, made.key, made.content, made.dhash, made.facts):
+            column[part] = random.integers(0, 2**64, column[part].shape, np.uint64)
+        made.group[part] = random.integers(1, SOURCES + 1, size, np.uint64)
+        made.taken[part] = member_bytes(np.exp(random.normal(8.2, 0.5, size)).astype(np.int64))
+        copies = int(COPIES * size)
+        made.content[part][:copies] = made.content[part][copies:2 * copies]
+        flips = np.uint64(1) << random.integers(0, 64, (2, copies)).astype(np.uint64)
+        made.dhash[part][:copies] = made.dhash[part][-copies:] ^ flips[0] ^ flips[1]
+        made.group[part][:copies] = made.group[part][-copies:]
+    return made
+
+
+def _planned(made: Candidates) -> str:
+    assert repeated(made) is None
+    found = plan_shards(made, ShardConfig())
+    return f"{found.shards:,} shards, {len(found.exact.places):,} exact and {len(found.near.places):,} near duplicates"
+
+
+def _measured(rows: int, work: Callable[[], str]) -> Grown:
+    begin, cpu = monotonic(), cpu_s()
+    what = work()
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return Grown(rows, monotonic() - begin, cpu_s() - cpu, peak / 1024, what)
+
+
+def main() -> None:
+    """Print a line for each number of rows."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.growth", description=__doc__)
+    parser.add_argument("what", choices=("plan", "ingest"))
+    parser.add_argument("rows", nargs="+", type=int)
+    arguments = parser.parse_args()
+    for rows in arguments.rows:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            print(process.submit({"plan": plan, "ingest": ingest}[arguments.what], rows).result(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

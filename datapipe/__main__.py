@@ -64,9 +64,10 @@ def _say_what_would_be_done(chosen: ShardCommand) -> int:
     from datapipe.progress import duration
 
     found = estimate(chosen.sources, chosen.out, chosen.config, chosen.storage)
-    print(f"would read about {found.crops:,} crops: {found.source_bytes / 1e6:,.1f} MB from {len(chosen.sources)} sources")
-    print(f"would write about {found.shards:,} shards: {found.bytes / 1e6:,.1f} MB to {chosen.out}, as much to the spool "
-          f"for as long; about {found.refused:.2%} of the crops quarantined")
+    read, written = (f"{size / 1e6:,.1f} MB" for size in (found.source_bytes, found.bytes))
+    print(f"would read about {found.crops:,} crops: {read} from {len(chosen.sources)} sources")
+    print(f"would write about {found.shards:,} shards: {written} to {chosen.out}, as much to the spool for as long; "
+          f"about {found.refused:.2%} of the crops quarantined")
     print(f"would take about {duration(found.seconds)} on this machine, nothing was written")
     return command.COMPLETE
 

@@ -125,7 +125,7 @@ class _Run:
         return parts
 
     def judge(self, parts: Sequence[Scanned]) -> None:
-        """DataError where there are no crops, or more unusable ones than `max_bad`: quarantine.parquet then lists them."""
+        """DataError where there are no crops, or more unusable ones than `max_bad`; quarantine.parquet lists them."""
         kept, refused = (sum(getattr(part, name) for part in parts) for name in ("kept", "refused"))
         if not kept + refused:
             raise DataError("the sources hold no images", where=self.store.url, hint="look into the tars")

@@ -53,8 +53,9 @@ class Grown:
     what: str
 
     def __str__(self) -> str:
-        return (f"{self.rows:>12,} rows: {self.seconds:8.1f} s, {self.cpu_s:8.1f} CPU-s, {self.cpu_s / self.rows * 1e6:7.2f} "
-                f"CPU-us per row, peak {self.peak_mb:,.0f} MB; {self.what}")
+        each = self.cpu_s / self.rows * 1e6
+        return (f"{self.rows:>12,} rows: {self.seconds:8.1f} s, {self.cpu_s:8.1f} CPU-s, {each:7.2f} CPU-us per row, "
+                f"peak {self.peak_mb:,.0f} MB; {self.what}")
 
 
 def plan(rows: int) -> Grown:

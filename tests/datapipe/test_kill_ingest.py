@@ -13,8 +13,8 @@ from tests.conftest import CREDENTIALS, S3Server
 from tests.killing import Job, kill_evenly, local_objects, s3_objects
 
 WriteCrops = Callable[..., dict[str, bytes]]
-PRELOAD = ["datapipe.ingest", "datapipe.sources.archive", "datapipe.sources.lmdb_set", "datapipe.sources.video", "boto3",
-           "pandas"]  # the last one is pyarrow's doing
+PRELOAD = ["datapipe.ingest", "datapipe.sources.archive", "datapipe.sources.lmdb_set", "datapipe.sources.video",
+           "boto3", "pandas"]  # the last one is pyarrow's doing
 FIRST = "manifest-v0001.json"
 
 

@@ -6,6 +6,9 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import simplejpeg
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from datapipe.config import ShardConfig
@@ -13,6 +16,7 @@ from datapipe.screen import Kept, Reason, Refused, screen
 
 HEIGHT, WIDTH = 96, 48
 CONFIG = ShardConfig()
+LENIENT = ShardConfig(min_size=(1, 1), max_aspect=10**6)
 
 
 def picture(height: int = HEIGHT, width: int = WIDTH) -> Image.Image:
@@ -119,6 +123,26 @@ def broken(data: bytes, place: float) -> bytes:
 def test_screen__names_the_reason(data: bytes, reason: Reason) -> None:
     verdict = screen(data, CONFIG)
     assert isinstance(verdict, Refused) and verdict.reason == reason, verdict
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1},
+                                     {"optimize": True}, {"restart_marker_blocks": 2}])
+@settings(max_examples=60, deadline=None)
+@given(damage=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=3), kept_share=st.floats(0.9, 1))
+def test_screen__finds_in_grey_all_that_colours_would_show(options: dict[str, Any], damage: list[tuple[float, int]],
+                                                           kept_share: float) -> None:
+    """The chroma is not made into pixels; a fault in it must not go unseen."""
+    data = bytearray(encoded(picture(), "JPEG", **options))
+    for place, value in damage:
+        data[int(place * (len(data) - 1))] = value
+    data = data[:round(kept_share * len(data))]
+    try:
+        height, width = simplejpeg.decode_jpeg(bytes(data), colorspace="RGB", strict=True).shape[:2]
+    except ValueError:
+        assert isinstance(screen(bytes(data), LENIENT), Refused)
+    else:
+        verdict = screen(bytes(data), LENIENT)
+        assert isinstance(verdict, Kept) and (verdict.height, verdict.width) in ((height, width), (width, height))
 
 
 def test_screen__judges_size_as_seen() -> None:

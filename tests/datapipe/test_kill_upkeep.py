@@ -60,7 +60,7 @@ def test_reshard__killed_on_s3_ends_with_the_same_bytes(folder: Path, tmp_path: 
         return bool(s3.client.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1).get("KeyCount"))
 
     def make(name: str) -> Job:
-        config = ReshardConfig(samples_per_shard=2, workers=1, spool=f"{tmp_path}/{name}")
+        config = ReshardConfig(samples_per_shard=3, workers=1, spool=f"{tmp_path}/{name}")
         return Job(reshard, ([f"s3://{bucket}/b_set"], f"s3://{bucket}/{name}", config, s3.storage),
                    lambda: s3_objects(s3, bucket, f"{name}/"), lambda: keys(f"{name}/"),
                    lambda: keys(f"{name}/{FIRST}"))
@@ -99,7 +99,7 @@ def test_remove__killed_at_any_moment_ends_with_the_same_bytes(folder: Path, tmp
 @pytest.mark.slow
 def test_remove__killed_on_s3_ends_with_the_same_bytes(folder: Path, s3: S3Server) -> None:
     bucket = s3.bucket()
-    before = local_objects(folder / "a_set")
+    before = local_objects(folder / "b_set")
     config = RemoveConfig(names=f"{folder}/gone", reason="asked for", workers=1)
 
     def names(prefix: str) -> list[str]:
@@ -107,7 +107,7 @@ def test_remove__killed_on_s3_ends_with_the_same_bytes(folder: Path, s3: S3Serve
         return [item["Key"].rpartition("/")[2] for item in found]
 
     def make(name: str) -> Job:
-        upload(s3, bucket, folder / "a_set", name)
+        upload(s3, bucket, folder / "b_set", name)
         return Job(remove, (f"s3://{bucket}/{name}", config, s3.storage),
                    lambda: without_what_is_to_go(s3_objects(s3, bucket, f"{name}/"), before), lambda: bool(names(name)),
                    lambda: len(found := names(name)) == 1 and not found[0].startswith("begun-"))

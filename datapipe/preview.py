@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from pydantic import TypeAdapter, ValidationError
 
 from datapipe.config import StorageConfig, StreamConfig
+from datapipe.decoding import decode
 from datapipe.errors import ConfigError
 from datapipe.manifest import Manifest
 from datapipe.masking import draw_masks
@@ -17,7 +18,7 @@ from datapipe.order import Order
 from datapipe.photometric import View
 from datapipe.randomness import Ints
 from datapipe.stream import Stream
-from datapipe.views import ViewSpec, decode, make_views
+from datapipe.views import ViewSpec, make_views
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 CROP_SIZE = 192, 96

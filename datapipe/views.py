@@ -6,17 +6,16 @@ This is the one implementation: what `preview` shows is what training sees. Norm
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from io import BytesIO
 from typing import Any, Literal
 
 import cv2
 import numpy as np
-import simplejpeg
 from PIL import Image
 
 from datapipe import boxes as cuts
 from datapipe import photometric
 from datapipe.config import Range, Size, ViewConfig
+from datapipe.decoding import decode_runs
 from datapipe.masking import MaskLaw
 from datapipe.photometric import Photometric, View
 from datapipe.randomness import Floats, Ints, draw
@@ -125,9 +124,7 @@ class RegionLaw:
     """Both are mirrored or neither is; otherwise each by itself."""
 
 
-def regions(
-    config: ViewConfig, law: RegionLaw, *, size: Size, pair: bool, masks: tuple[MaskLaw, ...] = ()
-) -> ViewSpec:
+def regions(config: ViewConfig, law: RegionLaw, *, size: Size, pair: bool, masks: tuple[MaskLaw, ...] = ()) -> ViewSpec:
     """One crop of an image, "region_a", or two, "region_b" too, with their boxes; never recoloured (PersonMAE)."""
     first = ViewGroup(
         name="region_a",
@@ -155,36 +152,17 @@ def make_views(
     Everything random is a function of (seed, position, group, view, operation). Views of a bad row can be made
     later from a substitute, with the position of the row.
     """
-    decoded = [_decode(data) for data in jpegs]
-    bad = [row for row, image in enumerate(decoded) if image is None]
-    good = [row for row, image in enumerate(decoded) if image is not None]
-    images = [image for image in decoded if image is not None]
-    if images:
-        targets = {name: [[stack[row] for row in good] for stack in array] for name, array in out.items()}
-        found = _fill(images, spec, draw(seed, _numbers_needed(spec), positions[good]), targets)
-        if boxes is not None:
-            boxes[:, good] = found
+    bad: list[int] = []
+    for first, decoded in decode_runs(jpegs):
+        good = [row for row, image in enumerate(decoded, first) if image is not None]
+        bad += [row for row, image in enumerate(decoded, first) if image is None]
+        images = [image for image in decoded if image is not None]
+        if images:
+            targets = {name: [[stack[row] for row in good] for stack in array] for name, array in out.items()}
+            found = _fill(images, spec, draw(seed, _numbers_needed(spec), positions[good]), targets)
+            if boxes is not None:
+                boxes[:, good] = found
     return bad
-
-
-def decode(data: bytes) -> View:
-    """RGB uint8 [H, W, 3]; ValueError if the bytes are no image, or one that ends early."""
-    try:
-        return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
-    except (ValueError, RuntimeError):
-        pass  # CMYK, or not a JPEG at all: PIL reads more, slowly
-    try:
-        with Image.open(BytesIO(data)) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"not an image: {error}") from error
-
-
-def _decode(data: bytes) -> View | None:
-    try:
-        return decode(data)
-    except ValueError:
-        return None
 
 
 @lru_cache(maxsize=16)

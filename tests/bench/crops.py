@@ -16,6 +16,7 @@ import numpy as np
 
 from datapipe.config import ShardConfig, StorageConfig
 from datapipe.ingest import ingest
+from datapipe.manifest import FORMAT
 from tests.bench.scale import Scale
 
 RENDERER = 1
@@ -55,7 +56,7 @@ class Crops:
 
 def crops(kind: str, scale: Scale) -> Crops:
     """The crops of this kind, rendered if they are not there yet."""
-    found = Crops(kind, scale.cache / f"{kind}-{scale.crops}-v{RENDERER}")
+    found = Crops(kind, scale.cache / f"{kind}-{scale.crops}-v{RENDERER}.{FORMAT}")
     if not found.folder.exists():
         part = Crops(kind, found.folder.with_name(found.folder.name + f".{os.getpid()}.part"))
         _write_files(part, scale.crops)

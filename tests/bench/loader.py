@@ -15,11 +15,12 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
 
 from datapipe.config import StorageConfig, StreamConfig
+from datapipe.decoding import decode
 from datapipe.loader import Loader
 from datapipe.manifest import Manifest
 from datapipe.order import Order
 from datapipe.stream import Stream
-from datapipe.views import decode, make_views
+from datapipe.views import make_views
 from tests.bench.crops import ABOUT, KINDS, Crops, crops
 from tests.bench.measure import Rates, Work, rates
 from tests.bench.reference import BICUBIC, normalised

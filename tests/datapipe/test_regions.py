@@ -6,8 +6,9 @@ from PIL import Image
 
 from datapipe import boxes as cuts
 from datapipe.config import ViewConfig
+from datapipe.decoding import decode
 from datapipe.masking import MaskConfig, MaskLaw
-from datapipe.views import RegionLaw, ViewSpec, decode, make_views, regions
+from datapipe.views import RegionLaw, ViewSpec, make_views, regions
 from tests.datapipe.crop_set import jpegs
 
 SIZE = (32, 16)

@@ -22,8 +22,11 @@ def heirs(table: pyarrow.Table, live: np.ndarray, gone: pyarrow.Array) -> dict[i
     """
     columns = {name: table[name].combine_chunks() for name in ("key", "dhash", *MARKS)}
     exact = {row: rows[0] for rows in _orphans(columns["duplicate_of"], live, gone) for row in rows}
-    near = {row: original for rows in _orphans(columns["near_of"], live, gone)
-            for row, original in _originals(np.array(rows), columns["dhash"])}
+    near = {
+        row: original
+        for rows in _orphans(columns["near_of"], live, gone)
+        for row, original in _originals(np.array(rows), columns["dhash"])
+    }
     inherited = dict(zip(MARKS, (exact, near), strict=True))
 
     def mark(name: str, row: int) -> str | None:

@@ -10,26 +10,28 @@ import pyarrow.parquet
 from datapipe.errors import DataError, NotFoundError
 from datapipe.storage import Store
 
-INDEX = pyarrow.schema([
-    ("key", pyarrow.string()),  # 32 hex digits: hash of (source, name); the member of the tar is "<key>.jpg"
-    ("offset", pyarrow.int64()),  # of the JPEG's first byte within the tar
-    ("size", pyarrow.int32()),  # bytes of the JPEG
-    ("height", pyarrow.int32()),
-    ("width", pyarrow.int32()),
-    ("sha256", pyarrow.binary(32)),  # of the JPEG
-    ("xxh3", pyarrow.uint64()),  # of the JPEG; checked whenever the crop is read
-    ("dhash", pyarrow.uint64()),  # difference hash of the upright image's luma, 64 bits
-    ("source", pyarrow.string()),
-    ("name", pyarrow.string()),  # original name within its source
-    ("pid", pyarrow.int32()),  # as the source wrote it; -1: unknown, or junk in Market-1501
-    ("camera", pyarrow.int16()),  # as the source wrote it, from 1; -1: unknown
-    ("video", pyarrow.string()),  # name of the video within the source; empty where there is none
-    ("track", pyarrow.int64()),  # unique within (source, video); -1: unknown
-    ("frame", pyarrow.int64()),  # as the source numbers them; -1: unknown
-    ("duplicate_of", pyarrow.string()),  # key of the first crop of the data set with the same bytes; null: none
-    ("near_of", pyarrow.string()),  # key of the crop that this one is nearly equal to; null: none
-    ("removed", pyarrow.bool_()),  # taken out: the row is a copy of another crop's, which takes its place
-])
+INDEX = pyarrow.schema(
+    [
+        ("key", pyarrow.string()),  # 32 hex digits: hash of (source, name); the member of the tar is "<key>.jpg"
+        ("offset", pyarrow.int64()),  # of the JPEG's first byte within the tar
+        ("size", pyarrow.int32()),  # bytes of the JPEG
+        ("height", pyarrow.int32()),
+        ("width", pyarrow.int32()),
+        ("sha256", pyarrow.binary(32)),  # of the JPEG
+        ("xxh3", pyarrow.uint64()),  # of the JPEG; checked whenever the crop is read
+        ("dhash", pyarrow.uint64()),  # difference hash of the upright image's luma, 64 bits
+        ("source", pyarrow.string()),
+        ("name", pyarrow.string()),  # original name within its source
+        ("pid", pyarrow.int32()),  # as the source wrote it; -1: unknown, or junk in Market-1501
+        ("camera", pyarrow.int16()),  # as the source wrote it, from 1; -1: unknown
+        ("video", pyarrow.string()),  # name of the video within the source; empty where there is none
+        ("track", pyarrow.int64()),  # unique within (source, video); -1: unknown
+        ("frame", pyarrow.int64()),  # as the source numbers them; -1: unknown
+        ("duplicate_of", pyarrow.string()),  # key of the first crop of the data set with the same bytes; null: none
+        ("near_of", pyarrow.string()),  # key of the crop that this one is nearly equal to; null: none
+        ("removed", pyarrow.bool_()),  # taken out: the row is a copy of another crop's, which takes its place
+    ]
+)
 """Columns of an index."""
 REPAIR = "`python -m datapipe verify` lists what is wrong, and `--repair` mends what can be mended"
 
@@ -61,6 +63,5 @@ def read_index(store: Store, shard: Shard, columns: Sequence[str] | None = None)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"an index of the data set cannot be read: {error}", where=where, hint=REPAIR) from error
     if table.num_rows != shard.rows:
-        raise DataError(f"an index has {table.num_rows} rows, the manifest says {shard.rows}", where=where,
-                        hint=REPAIR)
+        raise DataError(f"an index has {table.num_rows} rows, the manifest says {shard.rows}", where=where, hint=REPAIR)
     return table

@@ -68,16 +68,22 @@ def refuse_ambiguous(place: np.ndarray, listed: pyarrow.Array, where: str) -> No
     places, counts = np.unique(place[place >= 0], return_counts=True)
     twice = places[counts > 1]
     if len(twice):
-        raise DataError(f"{len(twice):,} listed names fit more than one crop, for example {listed[int(twice[0])]}",
-                        where=where, hint="narrow it down to one source, or list keys instead of names")
+        raise DataError(
+            f"{len(twice):,} listed names fit more than one crop, for example {listed[int(twice[0])]}",
+            where=where,
+            hint="narrow it down to one source, or list keys instead of names",
+        )
 
 
 def refuse_missing(found: Found, total: int, *, share: float, where: str) -> None:
     """Raises DataError where more than this share of a list is not in the data set."""
     if found.missing > share * total:
-        raise DataError(f"{found.missing:,} of the {total:,} listed crops are not in the data set, for example "
-                        f"{', '.join(found.examples)}", where=where,
-                        hint=f"see the names in `stats`; --max-missing above {share:g} goes on without them")
+        raise DataError(
+            f"{found.missing:,} of the {total:,} listed crops are not in the data set, for example "
+            f"{', '.join(found.examples)}",
+            where=where,
+            hint=f"see the names in `stats`; --max-missing above {share:g} goes on without them",
+        )
 
 
 def _match(listed: pyarrow.Array, column: pyarrow.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -97,8 +103,11 @@ def _column(data: bytes, by: By, url: str) -> list[str]:
     try:
         return pyarrow.parquet.read_table(pyarrow.BufferReader(data), columns=[by])[by].to_pylist()
     except (pyarrow.ArrowException, KeyError) as error:
-        raise DataError(f"the list is no parquet file with a column `{by}`", where=url,
-                        hint=f"or give a text file with one {by} a line") from error
+        raise DataError(
+            f"the list is no parquet file with a column `{by}`",
+            where=url,
+            hint=f"or give a text file with one {by} a line",
+        ) from error
 
 
 class _Plain(pickle.Unpickler):
@@ -118,8 +127,11 @@ def _unpickled(data: bytes, url: str) -> list[str]:
             raise TypeError(f"it is of type {type(found).__name__}")
         return [item.decode() if isinstance(item, bytes) else _text(item) for item in found]
     except Exception as error:  # damaged pickles end in any exception there is
-        raise DataError(f"the pickle is no plain list of names: {error}", where=url,
-                        hint="a pickled list of text, or a text file with one name a line") from error
+        raise DataError(
+            f"the pickle is no plain list of names: {error}",
+            where=url,
+            hint="a pickled list of text, or a text file with one name a line",
+        ) from error
 
 
 def _text(item: Any) -> str:

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow
-import pyarrow.parquet
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError, NotFoundError
 from datapipe.index import INDEX, Shard, read_index
+from datapipe.selection import Selection, read_selection
 from datapipe.storage import Store, open_store, split_url
 
 FORMAT = 2
@@ -35,15 +35,6 @@ INDEX_READS = 8
 NAME = re.compile(r"manifest-v(\d{4,})(?:-[0-9a-f]{8})?\.json")
 ORDINAL = "shard"
 """A column that `Manifest.table` makes: int32, which of the manifest's shards holds the crop."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Rows of all shards that a version consists of: a parquet file with one sorted int64 column `row`."""
-
-    file: str
-    sha256: str
-    rows: int
 
 
 @dataclass(frozen=True)
@@ -116,9 +107,11 @@ class Manifest:
         manifest = Manifest.read(store, file)
         successor = manifest.successor(store)
         if successor:
-            raise DataError(f"crops were removed from this version: {successor.file} takes its place, row for row",
-                            where=store.address(file),
-                            hint=f"give {store.address(successor.file)}: what was trained on the old one accepts it")
+            raise DataError(
+                f"crops were removed from this version: {successor.file} takes its place, row for row",
+                where=store.address(file),
+                hint=f"give {store.address(successor.file)}: what was trained on the old one accepts it",
+            )
         return manifest
 
     @staticmethod
@@ -127,8 +120,11 @@ class Manifest:
         try:
             text = store.read(file)
         except NotFoundError as error:
-            raise NotFoundError("there is no such manifest", where=error.where,
-                                hint="give the folder that `python -m datapipe shard` wrote (--out)") from error
+            raise NotFoundError(
+                "there is no such manifest",
+                where=error.where,
+                hint="give the folder that `python -m datapipe shard` wrote (--out)",
+            ) from error
         return _parse(text, store.address(file), store.url)
 
     @staticmethod
@@ -151,8 +147,9 @@ class Manifest:
         if not store.create(self.file, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()):
             found = Manifest.read(store, self.file)
             if found.id != self.id:
-                raise DataError("another data set is already there", where=store.address(self.file),
-                                hint="choose another --out")
+                raise DataError(
+                    "another data set is already there", where=store.address(self.file), hint="choose another --out"
+                )
         return dataclasses.replace(self, url=store.url)
 
     def derive(self, store: Store, derived_by: str, **changes: Any) -> "Manifest":
@@ -178,8 +175,11 @@ class Manifest:
             parts = list(pool.map(lambda read: read(), self._reads(columns, storage).values()))
         return pyarrow.concat_tables(parts) if parts else _SCHEMA.empty_table().select(list(columns))
 
-    def tables(self, columns: Sequence[str],
-               storage: StorageConfig = StorageConfig()) -> Iterator[tuple[int, pyarrow.Table]]:  # noqa: B008
+    def tables(
+        self,
+        columns: Sequence[str],
+        storage: StorageConfig = StorageConfig(),  # noqa: B008  (frozen)
+    ) -> Iterator[tuple[int, pyarrow.Table]]:
         """The same shard by shard, one in memory at a time: (number of the shard, its rows)."""
         return ((ordinal, read()) for ordinal, read in self._reads(columns, storage).items())
 
@@ -189,9 +189,17 @@ class Manifest:
         starts = np.cumsum([0, *(shard.rows for shard in self.shards)])
         rows = self.selected(storage) if self.selection else None
         places = starts if rows is None else np.searchsorted(rows, starts)
-        return {ordinal: partial(_part, store, self.shards[ordinal], ordinal, columns, None if rows is None else
-                                 rows[places[ordinal]:places[ordinal + 1]] - starts[ordinal])
-                for ordinal in np.flatnonzero(np.diff(places)).tolist()}
+        return {
+            ordinal: partial(
+                _part,
+                store,
+                self.shards[ordinal],
+                ordinal,
+                columns,
+                None if rows is None else rows[places[ordinal] : places[ordinal + 1]] - starts[ordinal],
+            )
+            for ordinal in np.flatnonzero(np.diff(places)).tolist()
+        }
 
     def selected(self, storage: StorageConfig = StorageConfig()) -> np.ndarray:  # noqa: B008
         """int64 [rows]: for each sample id its row among those of all shards. Raises DataError that names the file."""
@@ -226,20 +234,7 @@ def manifest_files(store: Store) -> list[tuple[int, str]]:
     return [(int(match[1]), match[0]) for match in matches if match]
 
 
-def read_selection(store: Store, selection: Selection) -> np.ndarray:
-    """The selected rows, int64, verified against the manifest. Raises DataError that names the file."""
-    where = store.address(selection.file)
-    try:
-        data = store.read(selection.file)
-    except NotFoundError as error:
-        raise DataError("the selection of this version is missing", where=where, hint=RESELECT) from error
-    if hashlib.sha256(data).hexdigest() != selection.sha256:
-        raise DataError("the selection of this version is not what was written", where=where, hint=RESELECT)
-    return pyarrow.parquet.read_table(pyarrow.BufferReader(data))["row"].to_numpy()
-
-
 COPY_AGAIN = "copy the file again; where there is no copy, `python -m datapipe shard` makes the data set anew"
-RESELECT = "copy the file again, or make the version anew with `python -m datapipe select`"
 
 
 def libraries() -> dict[str, str]:
@@ -254,21 +249,33 @@ def _newest(store: Store) -> str:
             return _highest(store, found)
         begun = next(store.list("shards/"), None)
     except NotFoundError as error:
-        raise NotFoundError("the data set does not exist", where=store.url,
-                            hint="make it with `python -m datapipe shard SOURCE --out " + store.url + "`") from error
+        raise NotFoundError(
+            "the data set does not exist",
+            where=store.url,
+            hint="make it with `python -m datapipe shard SOURCE --out " + store.url + "`",
+        ) from error
     if begun:
-        raise DataError("the data set is not complete: it has shards but no manifest", where=store.url,
-                        hint="run the same `python -m datapipe shard` command again; it goes on where it stopped")
-    raise NotFoundError("there is no data set here: no manifest-v0001.json", where=store.url,
-                        hint="give the folder that `python -m datapipe shard` wrote (--out)")
+        raise DataError(
+            "the data set is not complete: it has shards but no manifest",
+            where=store.url,
+            hint="run the same `python -m datapipe shard` command again; it goes on where it stopped",
+        )
+    raise NotFoundError(
+        "there is no data set here: no manifest-v0001.json",
+        where=store.url,
+        hint="give the folder that `python -m datapipe shard` wrote (--out)",
+    )
 
 
 def _highest(store: Store, found: list[tuple[int, str]]) -> str:
     newest = max(version for version, _ in found)
     files = sorted(file for version, file in found if version == newest)
     if len(files) > 1:
-        raise DataError(f"two commands made a version {newest} at once: {' and '.join(files)}", where=store.url,
-                        hint="give the file of the one that is meant, or delete the other")
+        raise DataError(
+            f"two commands made a version {newest} at once: {' and '.join(files)}",
+            where=store.url,
+            hint="give the file of the one that is meant, or delete the other",
+        )
     return files[0]
 
 
@@ -278,18 +285,27 @@ def _parse(text: bytes, where: str, folder: str) -> Manifest:
         found = record["format"]
         if found != FORMAT:
             age = "a newer" if found > FORMAT else "an older"
-            raise DataError(f"the manifest has format {found}, this version reads format {FORMAT}", where=where,
-                            hint=f"use {age} version of this project, or make the data set again from its crops")
+            raise DataError(
+                f"the manifest has format {found}, this version reads format {FORMAT}",
+                where=where,
+                hint=f"use {age} version of this project, or make the data set again from its crops",
+            )
         plain = {field.name: record[field.name] for field in dataclasses.fields(Manifest) if field.name in _PLAIN}
         selection = Selection(**record["selection"]) if record["selection"] else None
-        manifest = Manifest(shards=tuple(Shard(**shard) for shard in record["shards"]), selection=selection,
-                            replaces=tuple(record["replaces"]), url=folder, **plain)
+        manifest = Manifest(
+            shards=tuple(Shard(**shard) for shard in record["shards"]),
+            selection=selection,
+            replaces=tuple(record["replaces"]),
+            url=folder,
+            **plain,
+        )
         stated = (record["id"], record["rows"], record["bytes"])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"the manifest cannot be read: {error!r}", where=where, hint=COPY_AGAIN) from error
     if stated != (manifest.id, manifest.rows, manifest.bytes):
-        raise DataError("the manifest's content does not match its own id: it was changed or damaged", where=where,
-                        hint=COPY_AGAIN)
+        raise DataError(
+            "the manifest's content does not match its own id: it was changed or damaged", where=where, hint=COPY_AGAIN
+        )
     return manifest
 
 

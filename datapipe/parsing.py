@@ -16,7 +16,10 @@ def parse(kind: type[T], arguments: list[str], name: str, *, program: str = PROG
     try:
         return tyro.cli(kind, args=arguments, prog=f"{program} {name}")
     except ValidationError as error:
-        wrong = [f"--{'.'.join(map(str, item['loc'])).replace('_', '-')}: {item['msg']}, not {item['input']!r}"
-                 for item in error.errors()]
-        raise ConfigError("\n  ".join(["settings out of range", *wrong]),
-                          hint=f"{program} {name} --help says what they mean") from error
+        wrong = [
+            f"--{'.'.join(map(str, item['loc'])).replace('_', '-')}: {item['msg']}, not {item['input']!r}"
+            for item in error.errors()
+        ]
+        raise ConfigError(
+            "\n  ".join(["settings out of range", *wrong]), hint=f"{program} {name} --help says what they mean"
+        ) from error

@@ -36,7 +36,7 @@ def members(tar: bytes) -> dict[str, tuple[int, int, dict[str, Any]]]:
             if ending == "jpg":
                 found[key] = member.offset_data, member.size, {}
             elif ending == "json" and key in found:
-                text = tar[member.offset_data:member.offset_data + member.size]
+                text = tar[member.offset_data : member.offset_data + member.size]
                 found[key] = *found[key][:2], json.loads(text)
     return found
 
@@ -66,20 +66,33 @@ def _rows(tar: bytes) -> pyarrow.Table:
     """The crops of a tar as rows of an index without marks."""
     rows = []
     for key, (offset, size, sidecar) in members(tar).items():
-        data = tar[offset:offset + size]
+        data = tar[offset : offset + size]
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-        rows.append({"key": key, "offset": offset, "size": size, "height": height, "width": width, "removed": False,
-                     "sha256": hashlib.sha256(data).digest(), "xxh3": xxhash.xxh3_64_intdigest(data),
-                     "dhash": difference_hash(data), **UNKNOWN, **{name: sidecar[name] for name in UNKNOWN
-                                                                   if name in sidecar}})
+        rows.append(
+            {
+                "key": key,
+                "offset": offset,
+                "size": size,
+                "height": height,
+                "width": width,
+                "removed": False,
+                "sha256": hashlib.sha256(data).digest(),
+                "xxh3": xxhash.xxh3_64_intdigest(data),
+                "dhash": difference_hash(data),
+                **UNKNOWN,
+                **{name: sidecar[name] for name in UNKNOWN if name in sidecar},
+            }
+        )
     return pyarrow.Table.from_pylist(rows, INDEX)
 
 
 def _marked(rows: pyarrow.Table, ordinal: int, others: Mapping[int, pyarrow.Table], within: Within) -> pyarrow.Table:
     """The rows with their duplicates marked among all crops of the data set, in its order."""
     tables = {ordinal: rows, **others}
-    parts = {number: tables[number].filter(pyarrow.compute.invert(tables[number]["removed"])).select(RELATED)
-             for number in sorted(tables)}
+    parts = {
+        number: tables[number].filter(pyarrow.compute.invert(tables[number]["removed"])).select(RELATED)
+        for number in sorted(tables)
+    }
     start = sum(part.num_rows for number, part in parts.items() if number < ordinal)
     table = pyarrow.concat_tables(parts.values())
     content = np.frombuffer(b"".join(table["sha256"].to_pylist()), np.uint64).reshape(-1, 4)[:, :2]

@@ -28,8 +28,11 @@ def relation_findings(table: pyarrow.Table, where: str) -> list[Finding]:
     repeated = np.flatnonzero(places != np.arange(len(keys)))
     if len(repeated):
         return _listed(keys, repeated, "the key occurs more than once", where)
-    return [finding for what, rows in (*_exact(table, keys), *_near(table, keys))
-            for finding in _listed(keys, rows, what, where)]
+    return [
+        finding
+        for what, rows in (*_exact(table, keys), *_near(table, keys))
+        for finding in _listed(keys, rows, what, where)
+    ]
 
 
 def _exact(table: pyarrow.Table, keys: pyarrow.Array) -> Iterator[tuple[str, np.ndarray]]:
@@ -42,8 +45,10 @@ def _exact(table: pyarrow.Table, keys: pyarrow.Array) -> Iterator[tuple[str, np.
     unmarked = np.ones(len(keys), bool)
     unmarked[marked] = False
     yield "it is a duplicate and not marked", np.flatnonzero((is_true >= 0) & unmarked)
-    yield "it is marked as a duplicate of a crop whose bytes are others, or come later", np.flatnonzero(
-        (told >= 0) & (told != is_true))
+    yield (
+        "it is marked as a duplicate of a crop whose bytes are others, or come later",
+        np.flatnonzero((told >= 0) & (told != is_true)),
+    )
 
 
 def _near(table: pyarrow.Table, keys: pyarrow.Array) -> Iterator[tuple[str, np.ndarray]]:

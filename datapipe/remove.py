@@ -110,8 +110,11 @@ class _Request:
         table = _crops(store, storage)
         meant, missing = self._meant(table)
         if not meant.any():
-            raise DataError("no crop of the data set is meant; one that was removed before is not there any more",
-                            where=store.url, hint="`python -m datapipe stats` lists the sources")
+            raise DataError(
+                "no crop of the data set is meant; one that was removed before is not there any more",
+                where=store.url,
+                hint="`python -m datapipe stats` lists the sources",
+            )
         hashes = table["sha256"].combine_chunks()
         equal = pyarrow.compute.is_in(hashes, value_set=hashes.filter(pyarrow.array(meant)))
         copies = equal.to_numpy(zero_copy_only=False) & ~meant
@@ -137,8 +140,10 @@ def _crops(store: Store, storage: StorageConfig) -> pyarrow.Table:
     """COLUMNS of every crop of the versions in use, and of those that a killed run has already replaced."""
     done = _replaced(store)
     shards = {version.shards: version for version in Manifest.versions(store) if version.id not in done}
-    parts = [dataclasses.replace(version, selection=None).table([*COLUMNS, "removed"], storage)
-             for version in shards.values()]
+    parts = [
+        dataclasses.replace(version, selection=None).table([*COLUMNS, "removed"], storage)
+        for version in shards.values()
+    ]
     table = pyarrow.concat_tables(parts)
     table = table.filter(pyarrow.compute.invert(table["removed"])).select(COLUMNS)
     return table.group_by(COLUMNS, use_threads=False).aggregate([]) if len(parts) > 1 else table
@@ -158,8 +163,11 @@ def claimed(store: Store, identity: str) -> Iterator[None]:
     others = [entry.name for entry in store.list(CLAIM) if entry.name != mine]
     try:
         if others:
-            raise DataError("another removal or repair was begun and has not ended", where=store.address(others[0]),
-                            hint="wait for it; if it was killed, run the same command again and then this one")
+            raise DataError(
+                "another removal or repair was begun and has not ended",
+                where=store.address(others[0]),
+                hint="wait for it; if it was killed, run the same command again and then this one",
+            )
         yield
     except UserError:
         if others or not unfinished(store):
@@ -175,9 +183,14 @@ def write_record(store: Store, name: str, keys: pyarrow.Array, about: Mapping[st
     kept = _objects(using)
     made = {entry.name for entry in store.list("shards/") if REWRITTEN.fullmatch(entry.name)}
     replaced = {version.id: other.file for version in old for other in using if version.id in other.replaces}
-    record = {"format": 1, "count": len(keys), **about, "replaced": replaced,
-              "deleted": sorted((_objects(old) | made) - kept),
-              "keys_sha256": [hashlib.sha256(key.encode()).hexdigest() for key in keys.to_pylist()]}
+    record = {
+        "format": 1,
+        "count": len(keys),
+        **about,
+        "replaced": replaced,
+        "deleted": sorted((_objects(old) | made) - kept),
+        "keys_sha256": [hashlib.sha256(key.encode()).hexdigest() for key in keys.to_pylist()],
+    }
     store.create(name, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
 
 

@@ -108,13 +108,18 @@ def diagnose(store: Store, shard: Shard) -> Diagnosis:
         return Diagnosis(rows is None, missing_tar=True)
     if hashlib.sha256(tar).hexdigest() == shard.sha256:
         return Diagnosis(rows is None)
-    damaged = tuple(row["key"] for row in rows or () if not row["removed"] and xxhash.xxh3_64_intdigest(
-        memoryview(tar)[row["offset"]:row["offset"] + row["size"]]) != row["xxh3"])
+    damaged = tuple(
+        row["key"]
+        for row in rows or ()
+        if not row["removed"]
+        and xxhash.xxh3_64_intdigest(memoryview(tar)[row["offset"] : row["offset"] + row["size"]]) != row["xxh3"]
+    )
     return Diagnosis(rows is None, damaged_tar=True, damaged=damaged)
 
 
-def _mend_indexes(store: Store, versions: Iterable[Manifest], found: Mapping[Shard, Diagnosis],
-                  done: Repaired) -> dict[Shard, Shard]:
+def _mend_indexes(
+    store: Store, versions: Iterable[Manifest], found: Mapping[Shard, Diagnosis], done: Repaired
+) -> dict[Shard, Shard]:
     """The shards whose indexes were lost, and what takes their place: themselves where all bytes are back."""
     successors: dict[Shard, Shard] = {}
     for version in versions:

@@ -52,8 +52,15 @@ class Resharded:
     """Crops that several of the data sets had, and that are in the new one once."""
 
 
-def reshard(urls: Sequence[str], out: str, config: ReshardConfig, storage: StorageConfig, *,
-            licence: str = "", workers: Executor | None = None) -> Resharded:
+def reshard(
+    urls: Sequence[str],
+    out: str,
+    config: ReshardConfig,
+    storage: StorageConfig,
+    *,
+    licence: str = "",
+    workers: Executor | None = None,
+) -> Resharded:
     """Make a data set of the crops of others, or finish what an earlier run began. Removed crops are not taken along.
 
     Raises DataError where a data set is missing or damaged, where two of them have different crops under one key, and
@@ -74,9 +81,14 @@ def reshard(urls: Sequence[str], out: str, config: ReshardConfig, storage: Stora
         distribute(plan, crops, run.rows(), spool, local=local)
         refused, repeated = run.quarantine(plan, crops), int((~run.once).sum())
         del crops
-        manifest = Manifest(run.write(plan), name="+".join(sorted({part.name for part in sets})), plan=plan.id,
-                            licence=licence or "; ".join(sorted({part.licence for part in sets} - {""})),
-                            quarantined=refused, made_by=libraries()).save(store)
+        manifest = Manifest(
+            run.write(plan),
+            name="+".join(sorted({part.name for part in sets})),
+            plan=plan.id,
+            licence=licence or "; ".join(sorted({part.licence for part in sets} - {""})),
+            quarantined=refused,
+            made_by=libraries(),
+        ).save(store)
         return Resharded(manifest, False, repeated)
 
 
@@ -91,8 +103,16 @@ def _request(sets: Sequence[Manifest], config: ReshardConfig, licence: str) -> b
 class _Run:
     """The steps of one run."""
 
-    def __init__(self, sets: Sequence[Manifest], store: Store, spool: Store, local: Path | None, config: ReshardConfig,
-                 storage: StorageConfig, workers: Executor) -> None:
+    def __init__(
+        self,
+        sets: Sequence[Manifest],
+        store: Store,
+        spool: Store,
+        local: Path | None,
+        config: ReshardConfig,
+        storage: StorageConfig,
+        workers: Executor,
+    ) -> None:
         self.sets, self.store, self.spool, self.local = sets, store, spool, local
         self.config, self.storage, self.workers = config, storage, workers
         self.once = np.ones(sum(part.rows for part in sets), bool)
@@ -129,8 +149,16 @@ class _Run:
 
     def write(self, plan: Plan) -> tuple[Shard, ...]:
         """All shards, in their order."""
-        sheets = [Sheet(plan.name(number), rows_file(plan, number), int(plan.cuts[number]), int(plan.cuts[number + 1]),
-                        self.config.sidecars == "json") for number in range(plan.shards)]
+        sheets = [
+            Sheet(
+                plan.name(number),
+                rows_file(plan, number),
+                int(plan.cuts[number]),
+                int(plan.cuts[number + 1]),
+                self.config.sidecars == "json",
+            )
+            for number in range(plan.shards)
+        ]
         shards: list[Shard] = []
         with Progress("write", plan.bytes) as progress:
             tasks = ((self.store, self.spool, sheet, self.storage) for sheet in sheets)
@@ -166,8 +194,11 @@ def once(crops: Candidates) -> np.ndarray:
     different = same[(content[same] != content[same - 1]).any(axis=1)]
     if len(different):
         key = key_texts(keys[different[:1]])[0]
-        raise DataError(f"{len(different):,} crops have the same source and name, and different bytes",
-                        where=f"key {key}", hint="shard the sources again, under names that tell them apart")
+        raise DataError(
+            f"{len(different):,} crops have the same source and name, and different bytes",
+            where=f"key {key}",
+            hint="shard the sources again, under names that tell them apart",
+        )
     group = np.arange(len(order))
     group[same] = 0
     group = np.maximum.accumulate(group)

@@ -74,8 +74,9 @@ def with_index(store: Store, shard: Shard, table: pyarrow.Table, rows: np.ndarra
     return dataclasses.replace(shard, index=name, index_sha256=sha256)
 
 
-def copied(tar: bytes, table: pyarrow.Table, *, there: np.ndarray, staying: np.ndarray,
-           mend: bool) -> tuple[bytearray, np.ndarray]:
+def copied(
+    tar: bytes, table: pyarrow.Table, *, there: np.ndarray, staying: np.ndarray, mend: bool
+) -> tuple[bytearray, np.ndarray]:
     """(a new tar of the crops that stay, with what lies behind each of them; offset int64 of each row that stays).
 
     `there`: the rows whose crops the tar holds.
@@ -87,12 +88,12 @@ def copied(tar: bytes, table: pyarrow.Table, *, there: np.ndarray, staying: np.n
     made, offsets = bytearray(), starts.copy()
     for row in np.flatnonzero(staying).tolist():
         start, size = int(starts[row]), int(sizes[row])
-        data = tar[start:start + size]
+        data = tar[start : start + size]
         if len(data) != size or xxhash.xxh3_64_intdigest(data) != hashes[row]:
             raise DataError(f"the crop {keys[row]} is damaged", hint="`python -m datapipe verify --repair` removes it")
         offsets[row] = len(made) + BLOCK
         made += header(keys[row], size) + data + bytes(-size % BLOCK)
-        behind = tar[start - BLOCK + int(member_bytes(np.array([size]))[0]):ends[row]]
+        behind = tar[start - BLOCK + int(member_bytes(np.array([size]))[0]) : ends[row]]
         made += behind if not mend or _is_sidecar(behind, keys[row]) else b""
     return made + bytes(END_BYTES), offsets
 
@@ -101,7 +102,7 @@ def _is_sidecar(data: bytes, key: str) -> bool:
     """Whether these blocks are the whole description of a crop."""
     try:
         member = tarfile.TarInfo.frombuf(data[:BLOCK], "utf-8", "strict")
-        json.loads(data[BLOCK:BLOCK + member.size])
+        json.loads(data[BLOCK : BLOCK + member.size])
     except (tarfile.HeaderError, ValueError):
         return False
     return member.name == f"{key}.json" and len(data) == BLOCK + member.size + -member.size % BLOCK

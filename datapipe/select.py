@@ -1,22 +1,21 @@
 """A new version of a data set that consists of some of its crops. No tar is written or read."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow
 import pyarrow.compute
-import pyarrow.parquet
 
 from datapipe.config import SelectConfig, StorageConfig
 from datapipe.errors import ConfigError, DataError
 from datapipe.expression import Expression
 from datapipe.index import INDEX
 from datapipe.listed import By, look_up, read_list, refuse_ambiguous, refuse_missing
-from datapipe.manifest import Manifest, Selection
+from datapipe.manifest import Manifest
 from datapipe.plan_shards import rank
-from datapipe.storage import Store, open_store
+from datapipe.selection import write_selection
+from datapipe.storage import open_store
 
 FILTERED = tuple(name for name in INDEX.names if name not in ("offset", "sha256", "removed"))
 """Columns that conditions may speak of."""
@@ -43,8 +42,11 @@ def select(url: str, config: SelectConfig, storage: StorageConfig) -> Selected:
     base = whole(url, storage)
     choice = _Choice(base, config, storage)
     if not len(choice.rows):
-        raise DataError("no crop meets all criteria", where=base.url,
-                        hint="; ".join(f"{name}: {count:,}" for name, count in choice.steps))
+        raise DataError(
+            "no crop meets all criteria",
+            where=base.url,
+            hint="; ".join(f"{name}: {count:,}" for name, count in choice.steps),
+        )
     store = open_store(base.url, storage)
     selection = write_selection(store, base.selected(storage)[choice.rows])
     return Selected(base.derive(store, "select", selection=selection), tuple(choice.steps), choice.missing)
@@ -57,20 +59,6 @@ def whole(url: str, storage: StorageConfig) -> Manifest:
         return newest
     versions = Manifest.versions(open_store(url, storage))
     return [version for version in versions if not version.selection][-1]
-
-
-def write_selection(store: Store, rows: np.ndarray) -> Selection:
-    """Put sorted rows of all shards under the name of their content."""
-    sink = pyarrow.BufferOutputStream()
-    table = pyarrow.table({"row": pyarrow.array(rows, pyarrow.int64())})
-    pyarrow.parquet.write_table(table, sink, compression="zstd", use_dictionary=False,
-                                column_encoding={"row": "DELTA_BINARY_PACKED"})
-    data = sink.getvalue().to_pybytes()
-    sha256 = hashlib.sha256(data).hexdigest()
-    selection = Selection(f"selections/{sha256[:16]}.parquet", sha256, len(rows))
-    if not store.create(selection.file, data) and store.read(selection.file) != data:
-        store.replace(selection.file, data)  # damaged: its name says what it has to be
-    return selection
 
 
 class _Choice:
@@ -123,7 +111,7 @@ class _Choice:
         the data set, whose shards are in that order, it is a run of neighbours, read as fast as everything."""
         keys = self.table["key"].take(self.rows).to_pylist()
         ranks = np.fromiter((rank(key, self.config.seed) for key in keys), np.uint64, len(keys))
-        first = np.argsort(ranks, kind="stable")[:round(self.config.fraction * len(keys))]
+        first = np.argsort(ranks, kind="stable")[: round(self.config.fraction * len(keys))]
         return self.rows[np.sort(first)]
 
 

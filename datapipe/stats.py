@@ -31,8 +31,13 @@ def statistics(url: str, storage: StorageConfig) -> Facts:
     table = table.filter(pyarrow.compute.invert(table["removed"])).combine_chunks()
     about = {name: getattr(manifest, name) for name in ("id", "file", "name", "version", "derived_by", "licence")}
     return {
-        **about, "shards": len(manifest.shards), "tar_bytes": manifest.bytes, "removed": manifest.removed,
-        "stored_crops": manifest.stored_rows - manifest.removed, **_facts(table), **_percentiles(table),
+        **about,
+        "shards": len(manifest.shards),
+        "tar_bytes": manifest.bytes,
+        "removed": manifest.removed,
+        "stored_crops": manifest.stored_rows - manifest.removed,
+        **_facts(table),
+        **_percentiles(table),
         "price": {kind: _price(table, mark) for kind, mark in KINDS.items()},
         "sources": {source: _facts(part) for source, part in _by_source(table)},
         "quarantine": _quarantine(open_store(manifest.url, storage)),
@@ -45,11 +50,22 @@ def as_text(facts: Facts) -> str:
     lines = [
         f"{facts['file']}  id {facts['id'][:12]}" + (f"  licence: {facts['licence']}" if facts["licence"] else ""),
         f"{facts['crops']:,} crops{selected}, {facts['bytes'] / 1e6:,.1f} MB of JPEG; {facts['shards']:,} shards, "
-        f"{facts['tar_bytes'] / 1e6:,.1f} MB; {facts['removed']:,} removed", "",
-        *_aligned([["", *(f"{share} %" for share in PERCENTILES)],
-                   *([name, *(f"{value:,.4g}" for value in facts[name].values())] for name in _MEASURES)]), "",
-        *_aligned([["source", "crops", *COUNTED, *KINDS, "MB", "height x width"],
-                   *(_source_line(name, one) for name, one in facts["sources"].items())]), "",
+        f"{facts['tar_bytes'] / 1e6:,.1f} MB; {facts['removed']:,} removed",
+        "",
+        *_aligned(
+            [
+                ["", *(f"{share} %" for share in PERCENTILES)],
+                *([name, *(f"{value:,.4g}" for value in facts[name].values())] for name in _MEASURES),
+            ]
+        ),
+        "",
+        *_aligned(
+            [
+                ["source", "crops", *COUNTED, *KINDS, "MB", "height x width"],
+                *(_source_line(name, one) for name, one in facts["sources"].items()),
+            ]
+        ),
+        "",
         *(_price_line(kind, facts[kind], price) for kind, price in facts["price"].items()),
     ]
     if facts["quarantine"]:
@@ -67,7 +83,8 @@ def _facts(table: pyarrow.Table) -> Facts:
     """Counts of some crops, and the size of the middle one."""
     size = [float(np.median(table[name].to_numpy())) if len(table) else 0.0 for name in ("height", "width")]
     return {
-        "crops": len(table), "bytes": pyarrow.compute.sum(table["size"].cast(pyarrow.int64())).as_py() or 0,
+        "crops": len(table),
+        "bytes": pyarrow.compute.sum(table["size"].cast(pyarrow.int64())).as_py() or 0,
         **{name: _distinct(table, columns) for name, columns in COUNTED.items()},
         **{kind: len(table) - table[mark].null_count for kind, mark in KINDS.items()},
         "median_size": size,
@@ -83,8 +100,10 @@ def _percentiles(table: pyarrow.Table) -> Facts:
     """Height, width, height / width and bytes of the JPEG at PERCENTILES."""
     height, width, size = (table[name].to_numpy().astype(float) for name in ("height", "width", "size"))
     measured = dict(zip(_MEASURES, (height, width, height / np.maximum(width, 1), size), strict=True))
-    return {name: {str(share): float(np.percentile(values, share)) if len(values) else 0.0 for share in PERCENTILES}
-            for name, values in measured.items()}
+    return {
+        name: {str(share): float(np.percentile(values, share)) if len(values) else 0.0 for share in PERCENTILES}
+        for name, values in measured.items()
+    }
 
 
 def _price(table: pyarrow.Table, mark: str) -> Facts:
@@ -136,11 +155,17 @@ def _price_line(kind: str, count: int, price: Mapping[str, Any]) -> str:
     line = f"{count:,} {'exact' if kind == 'exact' else 'near'} duplicates are marked"
     if not price["labelled_pairs"]:
         return line + "; no pair of them is labelled"
-    return (line + f"; of {price['labelled_pairs']:,} labelled pairs, {price['different_people']:,} "
-            f"({price['share']:.1%}) are different people: what --exclude {kind} would lose")
+    return (
+        line + f"; of {price['labelled_pairs']:,} labelled pairs, {price['different_people']:,} "
+        f"({price['share']:.1%}) are different people: what --exclude {kind} would lose"
+    )
 
 
 def _aligned(cells: list[list[str]]) -> list[str]:
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    return ["  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width
-                                                    in zip(line[1:], widths[1:], strict=True))]) for line in cells]
+    return [
+        "  ".join(
+            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        )
+        for line in cells
+    ]

@@ -33,8 +33,16 @@ def in_use(versions: Sequence[Manifest]) -> list[Manifest]:
     return [version for version in versions if version.id not in replaced]
 
 
-def replace_versions(store: Store, keys: pyarrow.Array, derived_by: str, storage: StorageConfig, workers: Workers, *,
-                     mend: Collection[str] = (), mended: Mapping[Shard, Shard] | None = None) -> list[Manifest]:
+def replace_versions(
+    store: Store,
+    keys: pyarrow.Array,
+    derived_by: str,
+    storage: StorageConfig,
+    workers: Workers,
+    *,
+    mend: Collection[str] = (),
+    mended: Mapping[Shard, Shard] | None = None,
+) -> list[Manifest]:
     """Save a successor of each version in use that holds one of these crops; returns all successors, oldest first.
 
     `mend`: tars that are damaged and written anew as well. `mended`: shards that others have already taken the place
@@ -56,8 +64,15 @@ def replace_versions(store: Store, keys: pyarrow.Array, derived_by: str, storage
             return [version for version in in_use(versions) if version.derived_by == derived_by]
 
 
-def _renew(store: Store, version: Manifest, keys: pyarrow.Array, storage: StorageConfig, workers: Workers,
-           mend: Collection[str], mended: Mapping[Shard, Shard]) -> _Renewed:
+def _renew(
+    store: Store,
+    version: Manifest,
+    keys: pyarrow.Array,
+    storage: StorageConfig,
+    workers: Workers,
+    mend: Collection[str],
+    mended: Mapping[Shard, Shard],
+) -> _Renewed:
     repaired = tuple(mended.get(shard, shard) for shard in version.shards)
     whole = dataclasses.replace(version, selection=None, shards=repaired)
     table = whole.table(["key", "dhash", *MARKS, "removed", ORDINAL], storage)
@@ -82,12 +97,18 @@ def _renew(store: Store, version: Manifest, keys: pyarrow.Array, storage: Storag
     return _Renewed(tuple(shards), int((~staying).sum()))
 
 
-def _changes(shards: Shards, starts: np.ndarray, out: np.ndarray, staying: np.ndarray,
-             marks: Mapping[int, Marks], mend: Collection[str]) -> Iterator[tuple[int, Change]]:
+def _changes(
+    shards: Shards,
+    starts: np.ndarray,
+    out: np.ndarray,
+    staying: np.ndarray,
+    marks: Mapping[int, Marks],
+    mend: Collection[str],
+) -> Iterator[tuple[int, Change]]:
     """What is to be done to each shard that changes and keeps a crop."""
     marked = np.array(sorted(marks), np.int64)
     for ordinal, shard in enumerate(shards):
-        low, high = starts[ordinal:ordinal + 2].tolist()
+        low, high = starts[ordinal : ordinal + 2].tolist()
         going = np.flatnonzero(out[low:high])
         inside = marked[(marked >= low) & (marked < high)].tolist()
         new = {row - low: marks[row] for row in inside}
@@ -97,7 +118,7 @@ def _changes(shards: Shards, starts: np.ndarray, out: np.ndarray, staying: np.nd
 
 def _fill_empty(store: Store, shards: list[Shard], starts: np.ndarray, staying: np.ndarray) -> None:
     """Shards of which nothing is left hold the place of crops of the next one that has any."""
-    alive = [ordinal for ordinal in range(len(shards)) if staying[starts[ordinal]:starts[ordinal + 1]].any()]
+    alive = [ordinal for ordinal in range(len(shards)) if staying[starts[ordinal] : starts[ordinal + 1]].any()]
     for ordinal in sorted(set(range(len(shards))) - set(alive)):
         host = next((other for other in alive if other > ordinal), alive[0])
         shards[ordinal] = stand_in(store, shards[ordinal], shards[host])

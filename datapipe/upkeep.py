@@ -47,8 +47,10 @@ def verify(arguments: list[str]) -> int:
     if len(checked.findings) > MOST_FINDINGS:
         print(f"and {len(checked.findings) - MOST_FINDINGS:,} more")
     manifest = checked.manifest
-    print(f"{'FAILED' if checked.findings else 'good'}: {len(checked.findings)} findings in {manifest.rows:,} crops of "
-          f"{len(manifest.shards):,} shards, {checked.decoded:,} decoded")
+    print(
+        f"{'FAILED' if checked.findings else 'good'}: {len(checked.findings)} findings in {manifest.rows:,} crops of "
+        f"{len(manifest.shards):,} shards, {checked.decoded:,} decoded"
+    )
     return command.FAILED if checked.findings else command.COMPLETE
 
 

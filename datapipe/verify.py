@@ -17,9 +17,10 @@ from datapipe.difference_hash import difference_hash
 from datapipe.errors import DataError, NotFoundError
 from datapipe.heirs import MARKS
 from datapipe.index import INDEX, Shard, read_index
-from datapipe.manifest import Manifest, read_selection
+from datapipe.manifest import Manifest
 from datapipe.progress import Progress
 from datapipe.relations import Finding, relation_findings
+from datapipe.selection import read_selection
 from datapipe.storage import Store, open_store
 from datapipe.tar import BLOCK, END_BYTES, header
 from datapipe.workers import Workers
@@ -139,10 +140,10 @@ def check_tar(store: Store, shard: Shard) -> tuple[list[Finding], bytes | None]:
 def wrong(tar: bytes, row: dict[str, Any], *, decode: bool) -> str:
     """What is wrong with one crop; empty if nothing is."""
     start, size = row["offset"], row["size"]
-    data = memoryview(tar)[start:start + size]
+    data = memoryview(tar)[start : start + size]
     if start < BLOCK or len(data) != size:
         return f"its bytes [{start:,}, {start + size:,}) are not in the tar"
-    found = tar[start - BLOCK:start]
+    found = tar[start - BLOCK : start]
     if found != header(row["key"], size):
         return f"the header before it {_describe(found)}, the index says {row['key']}.jpg with {size:,} bytes"
     if xxhash.xxh3_64_intdigest(data) != row["xxh3"]:

@@ -45,8 +45,13 @@ def upload(s3: S3Server, bucket: str, folder: Path, prefix: str) -> None:
 def test_reshard__killed_at_any_moment_ends_with_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     def make(name: str) -> Job:
         out = tmp_path / name
-        return Job(reshard, ([f"{folder}/a_set", f"{folder}/b_set"], str(out), RESHARD, STORAGE),
-                   lambda: local_objects(out, ".spool"), out.exists, (out / FIRST).exists)
+        return Job(
+            reshard,
+            ([f"{folder}/a_set", f"{folder}/b_set"], str(out), RESHARD, STORAGE),
+            lambda: local_objects(out, ".spool"),
+            out.exists,
+            (out / FIRST).exists,
+        )
 
     kill_evenly(make, PRELOAD)
 
@@ -61,9 +66,13 @@ def test_reshard__killed_on_s3_ends_with_the_same_bytes(folder: Path, tmp_path: 
 
     def make(name: str) -> Job:
         config = ReshardConfig(samples_per_shard=3, workers=1, spool=f"{tmp_path}/{name}")
-        return Job(reshard, ([f"s3://{bucket}/b_set"], f"s3://{bucket}/{name}", config, s3.storage),
-                   lambda: s3_objects(s3, bucket, f"{name}/"), lambda: keys(f"{name}/"),
-                   lambda: keys(f"{name}/{FIRST}"))
+        return Job(
+            reshard,
+            ([f"s3://{bucket}/b_set"], f"s3://{bucket}/{name}", config, s3.storage),
+            lambda: s3_objects(s3, bucket, f"{name}/"),
+            lambda: keys(f"{name}/"),
+            lambda: keys(f"{name}/{FIRST}"),
+        )
 
     kill_evenly(make, PRELOAD)
 
@@ -74,8 +83,9 @@ def without_what_is_to_go(found: Objects, before: Objects) -> Objects:
         return found
     assert all(before[name] == data for name, data in found.items() if name in before)
     manifests = {name: data for name, data in before.items() if name.startswith("manifest-")}
-    return {name: data for name, data in found.items()
-            if name not in before and not name.startswith("removals/begun-")} | manifests
+    return {
+        name: data for name, data in found.items() if name not in before and not name.startswith("removals/begun-")
+    } | manifests
 
 
 @pytest.mark.slow
@@ -87,9 +97,13 @@ def test_remove__killed_at_any_moment_ends_with_the_same_bytes(folder: Path, tmp
         out = tmp_path / name
         shutil.copytree(folder / "a_set", out)
         removals = out / "removals"
-        return Job(remove, (str(out), config, STORAGE), lambda: without_what_is_to_go(local_objects(out), before),
-                   removals.exists, lambda: [path.name[:5] for path in removals.glob("*.json")] != [] and not list(
-                       removals.glob("begun-*")))
+        return Job(
+            remove,
+            (str(out), config, STORAGE),
+            lambda: without_what_is_to_go(local_objects(out), before),
+            removals.exists,
+            lambda: [path.name[:5] for path in removals.glob("*.json")] != [] and not list(removals.glob("begun-*")),
+        )
 
     assert kill_evenly(make, PRELOAD)
     manifest = Manifest.load(str(tmp_path / "undisturbed"))
@@ -108,8 +122,12 @@ def test_remove__killed_on_s3_ends_with_the_same_bytes(folder: Path, s3: S3Serve
 
     def make(name: str) -> Job:
         upload(s3, bucket, folder / "b_set", name)
-        return Job(remove, (f"s3://{bucket}/{name}", config, s3.storage),
-                   lambda: without_what_is_to_go(s3_objects(s3, bucket, f"{name}/"), before), lambda: bool(names(name)),
-                   lambda: len(found := names(name)) == 1 and not found[0].startswith("begun-"))
+        return Job(
+            remove,
+            (f"s3://{bucket}/{name}", config, s3.storage),
+            lambda: without_what_is_to_go(s3_objects(s3, bucket, f"{name}/"), before),
+            lambda: bool(names(name)),
+            lambda: len(found := names(name)) == 1 and not found[0].startswith("begun-"),
+        )
 
     kill_evenly(make, PRELOAD)

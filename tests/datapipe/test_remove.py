@@ -71,8 +71,9 @@ def fetched(url: str, storage: StorageConfig = STORAGE) -> list[bytes]:
 
 
 @pytest.mark.parametrize("remote", [False, True], ids=["local", "s3"])
-def test_remove__takes_the_bytes_and_leaves_the_rows(made: Made, folder: Path, tmp_path: Path, s3: S3Server,
-                                                     remote: bool) -> None:
+def test_remove__takes_the_bytes_and_leaves_the_rows(
+    made: Made, folder: Path, tmp_path: Path, s3: S3Server, remote: bool
+) -> None:
     url = str(folder)
     bucket = s3.bucket()
     if remote:
@@ -95,7 +96,8 @@ def test_remove__takes_the_bytes_and_leaves_the_rows(made: Made, folder: Path, t
     for row, old in enumerate(before):
         expected, found = before[stand_ins.get(row, row)], after[row]
         assert {name: found[name] for name in found if name not in moved} == {
-            name: expected[name] for name in expected if name not in moved}
+            name: expected[name] for name in expected if name not in moved
+        }
         assert found["shard"] == old["shard"]
     data = fetched(url, s3.storage)
     assert data == [made[1][row["source"], row["name"]] for row in after]
@@ -165,7 +167,8 @@ def test_remove__a_source__also_whole_shards_of_it(tmp_path: Path, write_crops: 
     assert {row["source"] for row in rows} == {"b"} and set(fetched(url)) == set(crops.values())
     assert len({shard.name for shard in manifest.shards}) == 2 and len(manifest.shards) == 8
     assert sorted(path.name for path in (tmp_path / "set" / "shards").glob("*.tar")) == sorted(
-        {Path(shard.name).name for shard in manifest.shards})
+        {Path(shard.name).name for shard in manifest.shards}
+    )
     assert verify(url, "all", STORAGE, workers=1).findings == []
     last = next(row["key"] for row in rows if not row["removed"])
     remove(url, RemoveConfig(keys=listed(tmp_path, [last]), workers=1), STORAGE)
@@ -204,16 +207,21 @@ def test_remove__marks_pass_to_the_next_copy(folder: Path, tmp_path: Path) -> No
 
 
 def test_heirs__first_that_is_left_and_who_is_near_to_it() -> None:
-    table = pyarrow.table({
-        "key": list("abcdefgh"), "dhash": pyarrow.array([0, 1, 2, 0b1100, 0b1110, 5, 6, 0], pyarrow.uint64()),
-        "duplicate_of": [None, "a", None, "a", None, "c", "a", None],
-        "near_of": [None, "a", "a", "a", "a", None, None, None]})
+    table = pyarrow.table(
+        {
+            "key": list("abcdefgh"),
+            "dhash": pyarrow.array([0, 1, 2, 0b1100, 0b1110, 5, 6, 0], pyarrow.uint64()),
+            "duplicate_of": [None, "a", None, "a", None, "c", "a", None],
+            "near_of": [None, "a", "a", "a", "a", None, None, None],
+        }
+    )
     live = np.array([False, True, True, True, True, True, False, True])
     assert heirs(table, live, pyarrow.array(["a", "g"])) == {
         1: (None, None),  # the first copy of a; near to nothing that is left before it
         2: (None, "b"),  # 01 and 10: two bits
         3: ("b", None),  # 0001 and 1100: three bits, so it is kept
-        4: (None, "d")}
+        4: (None, "d"),
+    }
     assert heirs(table, live, pyarrow.array(["h"])) == {}
 
 

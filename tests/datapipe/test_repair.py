@@ -28,8 +28,12 @@ def made(tmp_path_factory: pytest.TempPathFactory, write_crops: Callable[..., di
     write_crops(folder / "a", 20)
     write_crops(folder / "b", 10)
     for name, sidecars in (("plain", "none"), ("described", "json")):
-        ingest([f"{folder}/a", f"{folder}/b"], f"{folder}/{name}",
-               ShardConfig(samples_per_shard=8, sidecars=sidecars, workers=1), STORAGE)  # type: ignore[arg-type]
+        ingest(
+            [f"{folder}/a", f"{folder}/b"],
+            f"{folder}/{name}",
+            ShardConfig(samples_per_shard=8, sidecars=sidecars, workers=1),
+            STORAGE,
+        )  # type: ignore[arg-type]
     return folder
 
 
@@ -80,14 +84,15 @@ def test_repair__takes_damaged_crops_out_and_keeps_the_others(folder: Path) -> N
     data[before[19]["offset"] - 512] ^= 1  # a header
     tar.write_bytes(data)
     cut = folder / old.shards[0].name
-    cut.write_bytes(cut.read_bytes()[:before[6]["offset"] + 10])
+    cut.write_bytes(cut.read_bytes()[: before[6]["offset"] + 10])
     done = mended(folder)
     assert sorted(done.mended) == sorted([old.shards[0].name, old.shards[2].name]) and done.removed == 3
     assert is_good(folder) and not tar.exists() and not cut.exists()
     after, new = rows(folder), Manifest.load(str(folder))
     assert [number for number, row in enumerate(after) if row["removed"]] == [6, 7, 17]
     assert [row["key"] for row in after if not row["removed"]] == [
-        row["key"] for number, row in enumerate(before) if number not in (6, 7, 17)]
+        row["key"] for number, row in enumerate(before) if number not in (6, 7, 17)
+    ]
     assert (new.removed, new.replaces) == (3, (old.id,))
     assert mended(folder) == Repaired() and Manifest.load(str(folder)) == new
 
@@ -98,8 +103,10 @@ def test_repair__names_what_is_lost(folder: Path) -> None:
     (folder / old.shards[0].name).write_bytes(b"short")
     (folder / old.shards[3].name).unlink()
     reason = "the tar it would be rebuilt from is not intact either"
-    assert list(mended(folder).lines()) == [f"cannot be repaired: {old.shards[3].name} is missing",
-                                            f"cannot be repaired: {old.shards[0].index}: {reason}"]
+    assert list(mended(folder).lines()) == [
+        f"cannot be repaired: {old.shards[3].name} is missing",
+        f"cannot be repaired: {old.shards[0].index}: {reason}",
+    ]
     assert Manifest.load(str(folder)) == old
 
 

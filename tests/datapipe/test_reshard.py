@@ -47,8 +47,12 @@ def test_reshard__gives_what_shard_gives_for_the_same_settings(folder: Path, tmp
     """Names, bytes and marks, whatever way the crops took."""
     sources = [f"{folder}/a", f"{folder}/b"]
     ingest(sources, f"{tmp_path}/direct", ShardConfig(samples_per_shard=9, workers=1, max_bad=1.0), STORAGE)
-    done = reshard([f"{folder}/a_set", f"{folder}/b_set"], f"{tmp_path}/merged",
-                   ReshardConfig(samples_per_shard=9, workers=1), STORAGE)
+    done = reshard(
+        [f"{folder}/a_set", f"{folder}/b_set"],
+        f"{tmp_path}/merged",
+        ReshardConfig(samples_per_shard=9, workers=1),
+        STORAGE,
+    )
     direct, merged = (contents(tmp_path / name / "shards") for name in ("direct", "merged"))
     assert direct == merged and len(merged) == 10
     assert sum(row["duplicate_of"] is not None for row in rows(f"{tmp_path}/merged")) == 10
@@ -62,8 +66,12 @@ def test_reshard__gives_what_shard_gives_for_the_same_settings(folder: Path, tmp
 
 def test_reshard__other_sizes_there_and_back(folder: Path, tmp_path: Path, s3: S3Server) -> None:
     bucket = s3.bucket()
-    small = reshard([f"{folder}/a_set"], f"s3://{bucket}/small",
-                    ReshardConfig(samples_per_shard=3, workers=1, spool=f"{tmp_path}/spool"), s3.storage).manifest
+    small = reshard(
+        [f"{folder}/a_set"],
+        f"s3://{bucket}/small",
+        ReshardConfig(samples_per_shard=3, workers=1, spool=f"{tmp_path}/spool"),
+        s3.storage,
+    ).manifest
     assert len(small.shards) == 10
     back = reshard([small.url], f"{tmp_path}/back", ReshardConfig(samples_per_shard=8, workers=1), s3.storage).manifest
     assert contents(tmp_path / "back" / "shards") == contents(folder / "a_set" / "shards")
@@ -87,8 +95,12 @@ def test_reshard__takes_what_is_selected_and_not_what_was_removed(folder: Path, 
 def test_reshard__a_crop_of_two_sets_is_taken_once(folder: Path, tmp_path: Path) -> None:
     url = str(shutil.copytree(folder / "a_set", tmp_path / "set"))
     part = select(url, SelectConfig(fraction=0.5), STORAGE).manifest
-    done = reshard([f"{folder}/a_set", f"{url}/{part.file}", f"{folder}/b_set"], f"{tmp_path}/out",
-                   ReshardConfig(workers=1), STORAGE)
+    done = reshard(
+        [f"{folder}/a_set", f"{url}/{part.file}", f"{folder}/b_set"],
+        f"{tmp_path}/out",
+        ReshardConfig(workers=1),
+        STORAGE,
+    )
     assert (done.repeated, done.manifest.rows) == (15, 40)
 
 
@@ -101,8 +113,9 @@ def test_reshard__refuses_one_key_with_two_pictures(folder: Path, tmp_path: Path
 
 
 def test_reshard__excludes_duplicates_across_sets_and_lists_them(folder: Path, tmp_path: Path) -> None:
-    done = reshard([f"{folder}/a_set", f"{folder}/b_set"], f"{tmp_path}/out",
-                   ReshardConfig(exclude="exact", workers=1), STORAGE)
+    done = reshard(
+        [f"{folder}/a_set", f"{folder}/b_set"], f"{tmp_path}/out", ReshardConfig(exclude="exact", workers=1), STORAGE
+    )
     assert (done.manifest.rows, done.manifest.quarantined) == (30, 11)
     refused = pyarrow.parquet.read_table(tmp_path / "out" / "quarantine.parquet")
     assert refused["reason"].to_pylist().count("exact duplicate") == 10
@@ -135,12 +148,16 @@ def test_reshard__again_is_complete_and_another_is_refused(folder: Path, tmp_pat
 
 
 def test_reshard__keeps_the_bytes_of_every_crop(folder: Path, tmp_path: Path) -> None:
-    manifest = reshard([f"{folder}/a_set"], f"{tmp_path}/out",
-                       ReshardConfig(seed=3, sidecars="json", workers=2, samples_per_shard=4), STORAGE).manifest
+    manifest = reshard(
+        [f"{folder}/a_set"],
+        f"{tmp_path}/out",
+        ReshardConfig(seed=3, sidecars="json", workers=2, samples_per_shard=4),
+        STORAGE,
+    ).manifest
     for shard in manifest.shards:
         tar = (tmp_path / "out" / shard.name).read_bytes()
         for row in pyarrow.parquet.read_table(tmp_path / "out" / shard.index).to_pylist():
-            data = tar[row["offset"]:row["offset"] + row["size"]]
+            data = tar[row["offset"] : row["offset"] + row["size"]]
             assert data == (folder / "a" / row["name"]).read_bytes()
             assert hashlib.sha256(data).digest() == row["sha256"]
     names = [row["name"] for row in rows(f"{tmp_path}/out")]

@@ -127,7 +127,10 @@ def test_select__by_keys__as_text_and_as_parquet(folder: Path, tmp_path: Path) -
 
 def test_select__ranking__keeps_the_best_of_a_pickled_list(folder: Path, tmp_path: Path) -> None:
     """As TransReID-SSL has it: names relative to the folder of images, best first, the first share of the list."""
-    ranking = sorted((row["name"] for row in rows_of(Manifest.load(str(folder))) if row["source"] == "a"), key=lambda name: name[::-1])
+    ranking = sorted(
+        (row["name"] for row in rows_of(Manifest.load(str(folder))) if row["source"] == "a"),
+        key=lambda name: name[::-1],
+    )
     (tmp_path / "CFS_list.pkl").write_bytes(pickle.dumps(ranking))
     (tmp_path / "list.txt").write_text("\n".join(f"images/{name.removesuffix('.jpg')}.png" for name in ranking))
     for file in ("CFS_list.pkl", "list.txt"):
@@ -201,16 +204,33 @@ def test_first_of_each__keeps_the_first_that_is_left() -> None:
     assert first_of_each(table, np.array([2, 4, 5]), "duplicate_of").tolist() == [2, 4]
 
 
-TABLE = pyarrow.table({
-    "height": pyarrow.array([100, 200, 300], pyarrow.int32()), "width": pyarrow.array([50, 60, 70], pyarrow.int32()),
-    "source": ["a", "b", "c"], "near_of": ["x", None, None], "pid": pyarrow.array([-1, 2, 3], pyarrow.int32())})
+TABLE = pyarrow.table(
+    {
+        "height": pyarrow.array([100, 200, 300], pyarrow.int32()),
+        "width": pyarrow.array([50, 60, 70], pyarrow.int32()),
+        "source": ["a", "b", "c"],
+        "near_of": ["x", None, None],
+        "pid": pyarrow.array([-1, 2, 3], pyarrow.int32()),
+    }
+)
 
 
-@pytest.mark.parametrize(("text", "rows"), [
-    ('height >= 128 and source == "b"', [1]), ("2 < height / width < 4", [1]), ("near_of == null", [1, 2]),
-    ("near_of != null or pid in [3]", [0, 2]), ("not near_of == 'x'", [1, 2]), ("near_of != 'x'", []),
-    ("pid not in (-1, 2)", [2]), ("pid == -1", [0]), ("height > width * 4 - 10", [2]), ("(pid > 0) == true", None)],
-    ids=str)
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ('height >= 128 and source == "b"', [1]),
+        ("2 < height / width < 4", [1]),
+        ("near_of == null", [1, 2]),
+        ("near_of != null or pid in [3]", [0, 2]),
+        ("not near_of == 'x'", [1, 2]),
+        ("near_of != 'x'", []),
+        ("pid not in (-1, 2)", [2]),
+        ("pid == -1", [0]),
+        ("height > width * 4 - 10", [2]),
+        ("(pid > 0) == true", None),
+    ],
+    ids=str,
+)
 def test_where__means_what_it_says(text: str, rows: list[int] | None) -> None:
     if rows is None:
         with pytest.raises(ConfigError):
@@ -219,11 +239,34 @@ def test_where__means_what_it_says(text: str, rows: list[int] | None) -> None:
         assert np.flatnonzero(Expression(text, TABLE.column_names).holds(TABLE)).tolist() == rows
 
 
-@pytest.mark.parametrize("text", [
-    "height", "height + 1", "height >", "", "colour == 1", "__import__('os')", "source.upper() == 'A'", "height[0] == 1",
-    "[row for row in source]", "lambda: height", "height in ['x']", "height in [width]", "'a' in source", "1 < 2",
-    "height == source", "source == 1", "height ** 99 ** 99 == 1", f"{'(' * 500}height == 1{')' * 500}",
-    "not " * 5_000 + "pid == 1", "height == 1; pid == 1", "f'{height}' == '1'", "(height := 1) == 1"], ids=range(22))
+@pytest.mark.parametrize(
+    "text",
+    [
+        "height",
+        "height + 1",
+        "height >",
+        "",
+        "colour == 1",
+        "__import__('os')",
+        "source.upper() == 'A'",
+        "height[0] == 1",
+        "[row for row in source]",
+        "lambda: height",
+        "height in ['x']",
+        "height in [width]",
+        "'a' in source",
+        "1 < 2",
+        "height == source",
+        "source == 1",
+        "height ** 99 ** 99 == 1",
+        f"{'(' * 500}height == 1{')' * 500}",
+        "not " * 5_000 + "pid == 1",
+        "height == 1; pid == 1",
+        "f'{height}' == '1'",
+        "(height := 1) == 1",
+    ],
+    ids=range(22),
+)
 def test_where__runs_nothing_and_refuses_what_it_does_not_know(text: str) -> None:
     with pytest.raises(ConfigError, match="the condition"):
         Expression(text, TABLE.column_names).holds(TABLE)

@@ -30,8 +30,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory, write_crops: Callable[..., 
     (folder / "a" / f"{crops[4][0][:4]}_c3s1_000002_00.jpg").write_bytes(crops[4][1])
     (folder / "a" / "0001_c1s1_999999_00.jpg").write_bytes(b"no image")
     (folder / "a" / "0001_c1s1_999998_00.jpg").write_bytes(crops[0][1][:300])
-    ingest([f"{folder}/a", f"{folder}/b"], f"{folder}/set", ShardConfig(samples_per_shard=13, workers=1, max_bad=0.5),
-           STORAGE, licence="research only")
+    ingest(
+        [f"{folder}/a", f"{folder}/b"],
+        f"{folder}/set",
+        ShardConfig(samples_per_shard=13, workers=1, max_bad=0.5),
+        STORAGE,
+        licence="research only",
+    )
     return folder
 
 
@@ -52,10 +57,14 @@ def test_stats__counts_what_is_there(folder: Path) -> None:
 
 def test_stats__per_source(folder: Path) -> None:
     facts = statistics(f"{folder}/set", STORAGE)
-    counts = {name: {key: one[key] for key in ("crops", "people", "cameras", "tracks", "exact")}
-              for name, one in facts["sources"].items()}
-    assert counts == {"a": {"crops": 22, "people": 6, "cameras": 3, "tracks": 0, "exact": 2},
-                      "b": {"crops": 8, "people": 2, "cameras": 2, "tracks": 0, "exact": 0}}
+    counts = {
+        name: {key: one[key] for key in ("crops", "people", "cameras", "tracks", "exact")}
+        for name, one in facts["sources"].items()
+    }
+    assert counts == {
+        "a": {"crops": 22, "people": 6, "cameras": 3, "tracks": 0, "exact": 2},
+        "b": {"crops": 8, "people": 2, "cameras": 2, "tracks": 0, "exact": 0},
+    }
     assert (facts["people"], facts["cameras"], facts["exact"]) == (8, 5, 2)
 
 
@@ -70,11 +79,13 @@ def test_stats__text_says_the_same(folder: Path) -> None:
     assert "30 crops, " in text and "3 shards" in text and "licence: research only" in text
     assert "2 exact duplicates are marked; of 2 labelled pairs, 1 (50.0%) are different people" in text
     assert "1 not an image" in text and [line.split()[:3] for line in text.splitlines() if line.startswith("a ")] == [
-        ["a", "22", "6"]]
+        ["a", "22", "6"]
+    ]
 
 
-def test_stats__of_a_selection_and_after_a_removal(folder: Path, tmp_path: Path,
-                                                   write_crops: Callable[..., dict[str, bytes]]) -> None:
+def test_stats__of_a_selection_and_after_a_removal(
+    folder: Path, tmp_path: Path, write_crops: Callable[..., dict[str, bytes]]
+) -> None:
     write_crops(tmp_path / "a", 12)
     write_crops(tmp_path / "b", 4, seed=1)
     url = f"{tmp_path}/set"

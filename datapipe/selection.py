@@ -1,0 +1,48 @@
+"""Which rows of all shards a version of a data set consists of, in a parquet file named after its content."""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+from datapipe.errors import DataError, NotFoundError
+from datapipe.storage import Store
+
+HINT = "copy the file again, or make the version anew with `python -m datapipe select`"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A file with one int64 column `row`, sorted."""
+
+    file: str
+    sha256: str
+    rows: int
+
+
+def read_selection(store: Store, selection: Selection) -> np.ndarray:
+    """The selected rows, int64, verified against the manifest. Raises DataError that names the file."""
+    where = store.address(selection.file)
+    try:
+        data = store.read(selection.file)
+    except NotFoundError as error:
+        raise DataError("the selection of this version is missing", where=where, hint=HINT) from error
+    if hashlib.sha256(data).hexdigest() != selection.sha256:
+        raise DataError("the selection of this version is not what was written", where=where, hint=HINT)
+    return pyarrow.parquet.read_table(pyarrow.BufferReader(data))["row"].to_numpy()
+
+
+def write_selection(store: Store, rows: np.ndarray) -> Selection:
+    """Write sorted rows of all shards, int64."""
+    sink = pyarrow.BufferOutputStream()
+    table = pyarrow.table({"row": pyarrow.array(rows, pyarrow.int64())})
+    encoding = {"row": "DELTA_BINARY_PACKED"}
+    pyarrow.parquet.write_table(table, sink, compression="zstd", use_dictionary=False, column_encoding=encoding)
+    data = sink.getvalue().to_pybytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    selection = Selection(f"selections/{sha256[:16]}.parquet", sha256, len(rows))
+    if not store.create(selection.file, data) and store.read(selection.file) != data:
+        store.replace(selection.file, data)  # damaged: its name says what it has to be
+    return selection

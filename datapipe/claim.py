@@ -33,10 +33,11 @@ def claim(store: Store, request: bytes) -> None:
     if claimed(store, request):
         return
     own = _name(request)
-    store.replace(own, request)
+    made = store.create(own, request)
     others = [name for name in _claims(store) if name != own]
     if others:
-        store.delete(own)
+        if made:  # not by another run of the same request, which may rely on it
+            store.delete(own)
         raise _refusal(store, others[0], request)
 
 

@@ -99,23 +99,40 @@ def is_hidden(name: str) -> bool:
 def list_files(url: str, storage: StorageConfig, kind: str) -> Iterator[File]:
     """The files of one kind at a url, sorted; those of a brace pattern in its order.
 
-    Raises DataError where a folder holds files of another kind that are crops as well.
+    A parquet file beside an archive of the same name is its index, in our shards and in img2dataset's, and is passed
+    over. Raises DataError where a folder holds files of another kind that are crops as well.
     """
     if files := file_urls(url, storage):
         for file in files:
             folder, name = split_url(file)
             yield File(folder, name, open_store(folder, storage).size(name))
         return
+    indexes: dict[str, str] = {}  # stem -> table that may be the index of an archive of that name, listed after it
     for entry in open_store(url, storage).list():
         found = kind_of(entry.name)
         if found == kind:
+            indexes.pop(_stem(entry.name), None)
             yield File(url, entry.name, entry.size)
+        elif found == TABLES and kind == ARCHIVES:
+            indexes[_stem(entry.name)] = entry.name
         elif found:
-            raise DataError(
-                f"the folder holds both {kind} and {found}",
-                where=f"{url}/{entry.name}",
-                hint="give them as separate sources, each in a folder of its own",
-            )
+            raise _mixed(url, entry.name, kind, found)
+    for name in indexes.values():
+        raise _mixed(url, name, kind, TABLES)
+
+
+def _stem(name: str) -> str:
+    """Its name without the ending that tells its kind: "a/0.tar" and its index "a/0.parquet" have the same."""
+    match = ARCHIVE.fullmatch(name)
+    return re.sub(r"\.[^./]+$", "", re.sub(r"\.gz$", "", match["archive"] or name if match else name))
+
+
+def _mixed(url: str, name: str, kind: str, found: str) -> DataError:
+    return DataError(
+        f"the folder holds both {kind} and {found}",
+        where=f"{url}/{name}",
+        hint="give them as separate sources, each in a folder of its own",
+    )
 
 
 def local_path(url: str) -> str:

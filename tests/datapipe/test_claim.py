@@ -15,9 +15,18 @@ REQUESTS = [b'{"settings": {"seed": %d}, "sources": {"a": "1"}, "licence": ""}' 
 class Raced(LocalStore):
     """Somebody else's claim arrives between the look and the write."""
 
-    def replace(self, name: str, data: Data) -> None:
+    def create(self, name: str, data: Data) -> bool:
         claim(open_store(self.url), REQUESTS[1])
-        super().replace(name, data)
+        return super().create(name, data)
+
+
+class Twin(LocalStore):
+    """A run of the same request, and then one of another, arrive between the look and the write."""
+
+    def create(self, name: str, data: Data) -> bool:
+        super().create(name, REQUESTS[0])
+        super().create("requests/0123456789abcdef.json", REQUESTS[1])
+        return super().create(name, data)
 
 
 def test_claim__is_kept_for_all_runs_of_a_request(tmp_path: Path) -> None:
@@ -35,6 +44,12 @@ def test_claim__withdraws_where_another_came_at_the_same_moment(tmp_path: Path) 
     with pytest.raises(DataError, match="seed is 1 there and 0 here"):
         claim(Raced(f"{tmp_path}/out"), REQUESTS[0])
     assert claimed(open_store(f"{tmp_path}/out"), REQUESTS[1])
+
+
+def test_claim__of_another_run_of_the_same_request_stays(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="seed is 1 there and 0 here"):
+        claim(Twin(f"{tmp_path}/out"), REQUESTS[0])
+    assert len(list(open_store(f"{tmp_path}/out").list("requests/"))) == 2
 
 
 def test_claim__refuses_a_folder_with_a_manifest_of_nobody(tmp_path: Path) -> None:

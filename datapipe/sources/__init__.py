@@ -65,9 +65,6 @@ class Source(Protocol):
     def units(self) -> Iterator[Any]:
         """All work, always in the same order and cut in the same way. Raises DataError where there is none."""
 
-    def unit(self, fields: dict[str, Any]) -> Any:
-        """The unit of these fields, as `dataclasses.asdict` gives them and JSON keeps them (tuples become lists)."""
-
     def read(self, unit: Any) -> Iterator[Crop]:
         """The crops of a unit, always in the same order. Raises DataError where the source is damaged."""
 

@@ -8,7 +8,7 @@ import hashlib
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from datapipe.config import StorageConfig
 from datapipe.sources import UNIT_BYTES, UNIT_CROPS, Crop, tars, webdataset_shards, zips
@@ -55,9 +55,6 @@ class ArchiveSource:
                 yield from self._slices(archive)
             else:
                 yield ArchiveUnit(archive, 0, 0, 0, archive.size, _digest(archive))
-
-    def unit(self, fields: dict[str, Any]) -> ArchiveUnit:
-        return ArchiveUnit(**{**fields, "archive": Archive.of(fields["archive"])})
 
     def read(self, unit: ArchiveUnit) -> Iterator[Crop]:
         with open_archive(unit.archive, self.storage) as stream:

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 from datapipe.config import StorageConfig
 from datapipe.sources import UNIT_BYTES, UNIT_CROPS, Crop
@@ -51,9 +50,6 @@ class FolderSource:
                 batch, size = [], 0
         if batch:
             yield _unit(batch)
-
-    def unit(self, fields: dict[str, Any]) -> FolderUnit:
-        return FolderUnit(**fields)
 
     def read(self, unit: FolderUnit) -> Iterator[Crop]:
         names = unit.names.split("\0")

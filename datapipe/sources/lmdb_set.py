@@ -88,9 +88,6 @@ class LmdbSource:
         if listed:
             self._compare(found, len(listed[0]))
 
-    def unit(self, fields: dict[str, Any]) -> LmdbUnit:
-        return LmdbUnit(**{**fields, "keys": tuple(fields["keys"]), "pids": tuple(fields["pids"])})
-
     def read(self, unit: LmdbUnit) -> Iterator[Crop]:
         pids = unit.pids or (UNKNOWN,) * len(unit.keys)
         for start in range(0, len(unit.keys), 256):  # read in one go: the next reader waits meanwhile

@@ -63,9 +63,6 @@ class ParquetSource:
             with self._opened(file.folder, file.name) as table:
                 yield from _units(table, file, "" if file.url == self.url or file.name == self.url else f"{file.name}/")
 
-    def unit(self, fields: dict[str, Any]) -> ParquetUnit:
-        return ParquetUnit(**{**fields, "groups": tuple(fields["groups"])})
-
     def read(self, unit: ParquetUnit) -> Iterator[Crop]:
         row = unit.first_row
         with self._opened(unit.folder, unit.file) as table:

@@ -30,11 +30,6 @@ class Archive:
     prefix: str
     """Put before the names of the members: archives of one source may use the same names."""
 
-    @classmethod
-    def of(cls, fields: dict[str, Any]) -> "Archive":
-        """The archive of these fields, whose tuples may have become lists."""
-        return cls(**{**fields, "pieces": tuple(fields["pieces"]), "sizes": tuple(fields["sizes"])})
-
     @property
     def size(self) -> int:
         """Bytes."""

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import NamedTuple
 
@@ -57,7 +58,7 @@ class Place:
     names: tuple[str, ...]
     """The url itself (brace patterns expanded); of a folder, the first names found below it, in no order."""
 
-    @property
+    @cached_property
     def kinds(self) -> set[str]:
         """Kinds of files among `names`."""
         return {kind_of(name) for name in self.names} - {""}

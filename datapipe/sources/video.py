@@ -7,7 +7,7 @@ in img1, boxes in gt/gt.txt, or else in det/det.txt.
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import av
 import cv2
@@ -96,9 +96,6 @@ class VideoSource:
             yield from _pair(folder, self.label, [Entry(each, store.size(each)) for each in (name, *beside)])
         if not files:
             yield from _pair(self.url, self.label, open_store(self.url, self.storage).list())
-
-    def unit(self, fields: dict[str, Any]) -> VideoUnit:
-        return VideoUnit(**fields)
 
     def read(self, unit: VideoUnit) -> Iterator[Crop]:
         store = open_store(unit.folder, self.storage)

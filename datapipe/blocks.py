@@ -1,7 +1,7 @@
 """Rows of the index -> bytes of the shards: neighbours in one request, whole blocks kept in a bounded memory."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from typing import NamedTuple
@@ -11,6 +11,7 @@ import numpy as np
 from datapipe.errors import DataError, NotFoundError
 from datapipe.randomness import Ints
 from datapipe.storage import Store
+from datapipe.storage.kept import KeptStore
 
 GAP_BYTES = 16 << 10
 """Unwanted bytes between two crops that are cheaper to read along than to ask for separately."""
@@ -57,20 +58,27 @@ class Reader:
 
     def read_now(self, rows: Ints) -> Rows:
         """The same for sorted rows, from the store itself."""
-        spans = list(self._spans(rows))
+        if not len(rows):
+            return {}
+        spans = self._spans(rows)
         many = self._pool is not None and self._cache is None  # else this already runs in the pool
-        loaded = self._pool.map(self._load, spans) if many and self._pool else map(self._load, spans)
-        found: Rows = {}
-        for span, data in zip(spans, loaded, strict=True):
-            starts = (self.places.offset[span] - self.places.offset[span[0]]).tolist()
-            for row, start, size in zip(span.tolist(), starts, self.places.size[span].tolist(), strict=True):
-                found[row] = data[start : start + size]
-        return found
+        load = self._pool.map if many and self._pool else map
+        loaded = list(load(self._load, spans.shard.tolist(), spans.start.tolist(), spans.size.tolist()))
+        with self._lock:
+            self.bytes_read += sum(map(len, loaded))
+        within = (self.places.offset[rows] - spans.start[spans.of]).tolist()
+        sizes = self.places.size[rows].tolist()
+        return {
+            row: loaded[span][first : first + size]
+            for row, span, first, size in zip(rows.tolist(), spans.of.tolist(), within, sizes, strict=True)
+        }
 
     def close(self) -> None:
-        """End the reading threads."""
+        """End the reading threads and close the files."""
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
+        if isinstance(self.store, KeptStore):
+            self.store.close()
 
     def _block(self, number: int) -> Rows:
         assert self._cache is not None
@@ -80,28 +88,35 @@ class Reader:
         first = number * self.block
         return self.read_now(np.arange(first, min(first + self.block, len(self.places.size))))
 
-    def _spans(self, rows: Ints) -> Iterator[Ints]:
-        """Cut sorted rows where the shard changes or the gap is too wide for one request."""
-        start = self.places.offset[rows]
-        gap = start[1:] - (start[:-1] + self.places.size[rows[:-1]])
-        apart = (np.diff(self.places.shard[rows]) != 0) | (gap < 0) | (gap > GAP_BYTES)
-        yield from np.split(rows, np.flatnonzero(apart) + 1)
+    def _spans(self, rows: Ints) -> "_Spans":
+        """Sorted rows, cut where the shard changes or the gap is too wide for one request."""
+        shard, start, size = self.places.shard[rows], self.places.offset[rows], self.places.size[rows]
+        gap = start[1:] - (start[:-1] + size[:-1])
+        apart = (np.diff(shard) != 0) | (gap < 0) | (gap > GAP_BYTES)
+        of = np.concatenate([[0], np.cumsum(apart)])
+        first = np.concatenate([[True], apart])
+        last = np.concatenate([apart, [True]])
+        return _Spans(shard[first], start[first], (start + size)[last] - start[first], of)
 
-    def _load(self, rows: Ints) -> bytes:
-        name = self.places.name(int(rows[0]))
-        start = int(self.places.offset[rows[0]])
-        size = int(self.places.offset[rows[-1]] + self.places.size[rows[-1]]) - start
+    def _load(self, shard: int, start: int, size: int) -> bytes:
+        name = self.places.shards[shard]
         try:
-            data = self.store.read(name, start=start, size=size)
+            return self.store.read(name, start=start, size=size)
         except NotFoundError as error:
             raise DataError(
                 f"the shard {name} of the data set is missing",
                 where=self.store.address(name),
                 hint="copy it there again, or make the data set again from its crops with `python -m datapipe shard`",
             ) from error
-        with self._lock:
-            self.bytes_read += len(data)
-        return data
+
+
+class _Spans(NamedTuple):
+    """Ranges to be read, and for each row the number of the one that holds it."""
+
+    shard: Ints
+    start: Ints
+    size: Ints
+    of: Ints
 
 
 class _Cache:

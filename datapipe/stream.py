@@ -17,6 +17,7 @@ from datapipe.errors import DataError
 from datapipe.manifest import ORDINAL, Manifest
 from datapipe.randomness import Ints
 from datapipe.storage import is_remote, open_store
+from datapipe.storage.kept import KeptStore
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +48,11 @@ class Stream:
         table = manifest.table([ORDINAL, "offset", "size", "xxh3", "pid", "camera"], storage)
         columns = {name: table.column(name).to_numpy() for name in table.column_names}
         self.pid, self.camera, self._xxh3 = columns["pid"], columns["camera"], columns["xxh3"]
-        self._places = Places([shard.name for shard in manifest.shards], columns[ORDINAL], columns["offset"],
-                              columns["size"])
+        self._places = Places(
+            [shard.name for shard in manifest.shards], columns[ORDINAL], columns["offset"], columns["size"]
+        )
         self._reader = Reader(
-            open_store(manifest.url, storage),
+            open_store(manifest.url, storage) if is_remote(manifest.url) else KeptStore(manifest.url),
             self._places,
             block=config.block,
             keep_bytes=self._bytes_to_keep(manifest.url),
@@ -69,7 +71,11 @@ class Stream:
         """The checked crops of these samples. Raises DataError for a missing shard or too many broken crops."""
         wanted = [self._sound(sample) for sample in samples.tolist()] if self._broken else samples.tolist()
         found = self._reader.read(np.array(wanted, dtype=np.int64))
-        checked = [self._checked(row, found[row]) for row in wanted]
+        promised = self._xxh3[wanted].tolist()
+        checked = [
+            (row, found[row]) if xxhash.xxh3_64_intdigest(found[row]) == hash_ else self._checked(row, found[row])
+            for row, hash_ in zip(wanted, promised, strict=True)
+        ]
         rows = np.array([row for row, _ in checked], dtype=np.int64)
         self._count(len(rows), int((rows != samples).sum()))
         return Fetched(rows, [data for _, data in checked])
@@ -93,8 +99,12 @@ class Stream:
         if window <= keep:
             return keep
         if is_remote(url):
-            log.warning("crops are read one by one from %s: a window of %d MB does not fit into stream.cache_mb = %d",
-                        url, window // 10**6, self.config.cache_mb)
+            log.warning(
+                "crops are read one by one from %s: a window of %d MB does not fit into stream.cache_mb = %d",
+                url,
+                window // 10**6,
+                self.config.cache_mb,
+            )
         return 0
 
     def _checked(self, row: int, data: bytes) -> tuple[int, bytes]:
@@ -118,8 +128,9 @@ class Stream:
             if row in self._broken:
                 return
             self._broken.add(row)
-        log.warning("crop %d in %s is broken (%s): the next one of its block takes its place",
-                    row, self._where(row), reason)
+        log.warning(
+            "crop %d in %s is broken (%s): the next one of its block takes its place", row, self._where(row), reason
+        )
 
     def _sound(self, sample: int) -> int:
         """The sample itself or the next row of its block that is not known to be broken."""

@@ -146,8 +146,8 @@ def test_audit__each_sample_exactly_once_per_epoch(
         running = Loader(NoPixels(rows), order, SPEC, seed=0, global_batch=batch, rank=rank, world=world,  # type: ignore
                          micro_batch=micro_batch, config=StreamConfig(threads=1))
         first = epoch * rows
-        for start in range(first // batch * batch, first + rows, batch):
-            part = running._empty(start, start + batch, {})
+        starts = range(first // batch * batch, first + rows, batch)
+        for part in running._empty(starts, starts[-1] + batch):
             real = part.position >= 0
             assert not set(part.position[real].tolist()) & set(seen)
             seen.update(zip(part.position[real].tolist(), part.sample[real].tolist(), strict=True))

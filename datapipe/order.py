@@ -6,6 +6,8 @@ The cipher is our own, on 64-bit integer arithmetic and Philox words only, so th
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
@@ -14,8 +16,24 @@ from datapipe.randomness import Ints, UInts, words
 ORDER_VERSION = 1
 """Part of every key; raised whenever the same arguments would give another order. Checkpoints record it."""
 
-_ROUNDS = 8
+KEY_WORDS = 8
+"""Random words in a key of `encrypt`: one for each round of the cipher."""
 _FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # the finaliser of splitmix64
+
+
+class SampleOrder(Protocol):
+    """Which sample is at each place of an endless stream: a pure function, so that any place is found by itself."""
+
+    @property
+    def rows(self) -> int:
+        """Sample ids are 0 .. rows - 1."""
+
+    @property
+    def together(self) -> int:
+        """Neighbours, from a multiple of so many on, that should go to one rank; 1: none."""
+
+    def samples(self, positions: Ints) -> Ints:
+        """The sample ids at these places (from 0, in any order), int64 [n]."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +55,10 @@ class Order:
             if getattr(self, name) < 1:
                 raise ValueError(f"Order: {name} must be at least 1, not {getattr(self, name)}")
 
+    @property
+    def together(self) -> int:
+        return 1
+
     def samples(self, positions: Ints) -> Ints:
         """The sample ids at these places of the stream (from 0, any order, any epoch), int64 [n]."""
         positions = np.asarray(positions, dtype=np.int64)
@@ -50,13 +72,13 @@ class Order:
     def _in_epoch(self, epoch: int, place: Ints) -> Ints:
         blocks = -(-self.rows // self.block)
         missing = blocks * self.block - self.rows  # rows that the last block lacks
-        keys = words(self.seed, f"order/{ORDER_VERSION}/blocks", np.array([epoch]), _ROUNDS)
-        short = int(_decrypt(np.array([blocks - 1]), np.array([blocks]), keys)[0]) if missing else blocks
+        keys = _block_keys(self.seed, epoch)
+        short = _slot_of_last(self.seed, epoch, blocks) if missing else blocks
         place = self._mix_windows(epoch, place, blocks, missing, short)
         # every block before the short one starts at a multiple of `block`, every later one `missing` rows earlier
         behind = place >= (short + 1) * self.block - missing
         slot, within = np.divmod(place + missing * behind, self.block)
-        return _encrypt(slot, np.array([blocks]), keys) * self.block + within
+        return encrypt(slot, np.array([blocks]), keys) * self.block + within
 
     def _mix_windows(self, epoch: int, place: Ints, blocks: int, missing: int, short: int) -> Ints:
         """Permute the places of each window among themselves; `short` is the slot of the short block."""
@@ -71,11 +93,32 @@ class Order:
         window = (place + missing * behind) // full
         first, size = start(window), start(window + 1) - start(window)
         seen, which = np.unique(window, return_inverse=True)
-        keys = words(self.seed, f"order/{ORDER_VERSION}/windows", epoch * windows + seen, _ROUNDS)[which]
-        return first + _encrypt(place - first, size, keys)
+        keys = _window_keys(self.seed, tuple((epoch * windows + seen).tolist()))[which]
+        return first + encrypt(place - first, size, keys)
 
 
-def _encrypt(value: Ints, size: Ints, keys: UInts) -> Ints:
+# Remembered, because batch after batch asks for the same ones: half of the time of a small batch.
+
+
+@lru_cache(maxsize=32)
+def _block_keys(seed: int, epoch: int) -> UInts:
+    """The key of the permutation of an epoch's blocks, [1, KEY_WORDS]."""
+    return words(seed, f"order/{ORDER_VERSION}/blocks", np.array([epoch]), KEY_WORDS)
+
+
+@lru_cache(maxsize=32)
+def _window_keys(seed: int, windows: tuple[int, ...]) -> UInts:
+    """The keys of the permutations within windows, numbered through all epochs, [n, KEY_WORDS]."""
+    return words(seed, f"order/{ORDER_VERSION}/windows", np.array(windows), KEY_WORDS)
+
+
+@lru_cache(maxsize=32)
+def _slot_of_last(seed: int, epoch: int, blocks: int) -> int:
+    """Where an epoch has the last block."""
+    return int(_decrypt(np.array([blocks - 1]), np.array([blocks]), _block_keys(seed, epoch))[0])
+
+
+def encrypt(value: Ints, size: Ints, keys: UInts) -> Ints:
     """A keyed bijection of range(size), per element; `keys` [n or 1, rounds], `size` [n or 1].
 
     A Feistel network over mixed radices: value = left * columns + right, left < rows, and rows * columns is at most
@@ -85,13 +128,13 @@ def _encrypt(value: Ints, size: Ints, keys: UInts) -> Ints:
 
 
 def _decrypt(value: Ints, size: Ints, keys: UInts) -> Ints:
-    """The inverse of `_encrypt`."""
+    """The inverse of `encrypt`."""
     return _walk(value, size, keys, forward=False)
 
 
 def _walk(value: Ints, size: Ints, keys: UInts, *, forward: bool) -> Ints:
     size = np.broadcast_to(size, value.shape)
-    keys = np.broadcast_to(keys, (len(value), _ROUNDS))
+    keys = np.broadcast_to(keys, (len(value), KEY_WORDS))
     columns = _ceil_sqrt(size)
     result = _permute(value, columns, -(-size // columns), keys, forward)
     outside = np.flatnonzero(result >= size)
@@ -105,11 +148,11 @@ def _walk(value: Ints, size: Ints, keys: UInts, *, forward: bool) -> Ints:
 def _permute(value: Ints, columns: Ints, rows: Ints, keys: UInts, forward: bool) -> Ints:
     """One pass of the network; both halves are moved by turns, modulo their own radix."""
     left, right = np.divmod(value, columns)
-    for turn in range(_ROUNDS) if forward else reversed(range(_ROUNDS)):
+    for turn in range(KEY_WORDS) if forward else reversed(range(KEY_WORDS)):
         if turn % 2 == 0:
-            left = _turn(left, _scramble(right, keys[:, turn], rows), rows, forward)
+            left = _turn(left, scramble(right, keys[:, turn], rows), rows, forward)
         else:
-            right = _turn(right, _scramble(left, keys[:, turn], columns), columns, forward)
+            right = _turn(right, scramble(left, keys[:, turn], columns), columns, forward)
     return left * columns + right
 
 
@@ -119,7 +162,7 @@ def _turn(value: Ints, by: Ints, radix: Ints, forward: bool) -> Ints:
     return moved - radix * (moved >= radix)
 
 
-def _scramble(value: Ints, key: UInts, radix: Ints) -> Ints:
+def scramble(value: Ints, key: UInts, radix: Ints) -> Ints:
     """A pseudo-random number in range(radix) for each value and key."""
     mixed = value.astype(np.uint64) + key
     mixed ^= mixed >> np.uint64(30)

@@ -1,15 +1,23 @@
 """Each epoch of the order is a permutation, whatever the sizes; its values are pinned."""
 
+from hashlib import sha256
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from datapipe.order import ORDER_VERSION, Order, _ceil_sqrt, _decrypt, _encrypt
+from datapipe.order import ORDER_VERSION, Order, _ceil_sqrt, _decrypt, encrypt
 from datapipe.randomness import words
 
 GOLDEN_SMALL = [1, 8, 2, 7, 0, 6, 9, 5, 4, 3, 4, 3, 5, 8, 7, 6, 1, 0, 9, 2]
 GOLDEN_LARGE = [4043850, 6136074, 65236501, 1888103, 87836885, 95118200]
+GOLDEN_EPOCHS = {
+    (4_999, 0, 64, 5): "a738f44a0a1ee195",
+    (4_180_243, 2**63 + 11, 256, 2048): "12f4ee19581084dd",
+    (3_000_000_019, 5, 100, 500): "ebc1b44fbc667590",
+}
+"""(rows, seed, block, window): digest of 3 000 samples about the end of the third epoch."""
 
 
 def epoch_of(order: Order, epoch: int) -> np.ndarray:
@@ -55,6 +63,13 @@ def test_samples__golden_values() -> None:
     assert Order(100_000_000, 7, 256, 2048).samples(10**8 - 3 + np.arange(6)).tolist() == GOLDEN_LARGE
 
 
+@pytest.mark.parametrize("sizes", GOLDEN_EPOCHS)
+def test_samples__golden_digests(sizes: tuple[int, int, int, int]) -> None:
+    order = Order(*sizes)
+    found = order.samples(3 * order.rows - 1_500 + np.arange(3_000)).astype("<i8").tobytes()
+    assert sha256(found).hexdigest()[:16] == GOLDEN_EPOCHS[sizes]
+
+
 def test_samples__epochs_and_seeds_differ() -> None:
     order = Order(500, 1, 10, 4)
     first = epoch_of(order, 0)
@@ -92,7 +107,7 @@ def test_samples__a_window_reads_only_its_own_blocks() -> None:
 def test_encrypt__is_uniform_over_keys(size: int) -> None:
     """Chi-square of where the first value goes, over 3 000 keys."""
     keys = words(0, "test", np.arange(3000), 8)
-    images = _encrypt(np.zeros(3000, dtype=np.int64), np.array([size]), keys)
+    images = encrypt(np.zeros(3000, dtype=np.int64), np.array([size]), keys)
     counts = np.bincount(images, minlength=size)
     expected = 3000 / size
     assert ((counts - expected) ** 2 / expected).sum() < size + 5 * (2 * size) ** 0.5
@@ -103,7 +118,7 @@ def test_encrypt__is_uniform_over_keys(size: int) -> None:
 def test_decrypt__inverts(size: int, seed: int, at: float) -> None:
     keys = words(seed, "test", np.array([0]), 8)
     value = np.minimum(np.array([int(at * size), 0, size - 1]), size - 1)
-    hidden = _encrypt(value, np.array([size]), keys)
+    hidden = encrypt(value, np.array([size]), keys)
     assert ((hidden >= 0) & (hidden < size)).all()
     np.testing.assert_array_equal(_decrypt(hidden, np.array([size]), keys), value)
 

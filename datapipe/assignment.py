@@ -1,0 +1,86 @@
+"""Pure: which rank gets which sample of a global batch. Whoever gets it, the batch is the same set of samples.
+
+Slicing gives rank after rank its run of neighbours, so that every node reads nearly every block. By nodes, each block
+has a home, and a sample goes to a rank of the node that its block is at home on; what is too much for a node is moved,
+always from the same few blocks, so that few blocks are read twice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from datapipe.order import scramble
+from datapipe.randomness import Ints
+
+_HOME, _TURN = np.array([0], np.uint64), np.array([1 << 63], np.uint64)
+"""Keys: of where a block is at home, and of which blocks stay there first."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Shares of global batches: `rows` per rank, padding included; `nodes[rank]` is the number of the rank's node.
+
+    Rank r has as many real rows of a batch in both ways of sharing: all that slicing gives it. `together` neighbours
+    stay with one rank where there is room for that.
+    """
+
+    rows: int
+    nodes: tuple[int, ...]
+    together: int = 1
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return len(self.nodes)
+
+    @property
+    def by_node(self) -> bool:
+        """Is there anything to share by nodes? Else slicing is all there is."""
+        return len(set(self.nodes)) > 1 and self.together == 1
+
+    def slice(self, rank: int, count: int) -> Ints:
+        """The places 0 .. count - 1 of a global batch that slicing gives this rank, int64, ascending."""
+        return np.arange(*np.minimum(np.array([rank, rank + 1]) * self._per_rank(count), count))
+
+    def ranks(self, blocks: Ints) -> Ints:
+        """The rank of each place of a global batch, by the homes of its samples' blocks; int64 [count]."""
+        nodes = self.moved_to(blocks)
+        slices = [len(self.slice(rank, len(blocks))) for rank in range(self.world)]
+        by_node = np.argsort(self.nodes, kind="stable")
+        ranks = np.empty(len(blocks), dtype=np.int64)
+        ranks[np.argsort(nodes, kind="stable")] = np.repeat(by_node, np.array(slices)[by_node])
+        return ranks
+
+    def moved_to(self, blocks: Ints) -> Ints:
+        """The node of each place: its block's home, as long as there is room, else the first one with room."""
+        home, number = self.homes(blocks), _number(blocks)
+        count = np.arange(max(self.nodes) + 1)
+        slices = np.array([len(self.slice(rank, len(blocks))) for rank in range(self.world)])
+        room = np.array([slices[np.array(self.nodes) == node].sum() for node in count])
+        at_home = np.lexsort((number, home))  # by home; there by block, in an order that is the same in every batch
+        before = np.searchsorted(home[at_home], count)
+        within = np.arange(len(blocks)) - before[home[at_home]]
+        surplus = at_home[within >= room[home[at_home]]]
+        nodes = home.copy()
+        nodes[surplus] = np.repeat(count, np.maximum(room - np.bincount(home, minlength=len(count)), 0))
+        return nodes
+
+    def homes(self, blocks: Ints) -> Ints:
+        """The node that each block is at home on, in proportion to the nodes' ranks; the same in every epoch."""
+        return np.array(self.nodes)[scramble(blocks, _HOME, np.array([self.world]))]
+
+    def _per_rank(self, count: int) -> int:
+        whole = self.rows - self.rows % self.together
+        return whole if whole * self.world >= count else self.rows
+
+
+def nodes_of(firsts: Sequence[int]) -> tuple[int, ...]:
+    """Node numbers from 0, from anything that tells each rank's node from the others."""
+    known = {first: number for number, first in enumerate(dict.fromkeys(firsts))}
+    return tuple(known[first] for first in firsts)
+
+
+def _number(blocks: Ints) -> Ints:
+    """A pseudo-random number for each block, another one than that which decides its home."""
+    return scramble(blocks, _TURN, np.array([1 << 30]))

@@ -24,7 +24,7 @@ import pyarrow.parquet
 import xxhash
 
 from datapipe.config import ShardConfig
-from datapipe.difference_hash import cells, hashes
+from datapipe.difference_hash import DifferenceHashes
 from datapipe.errors import NotFoundError
 from datapipe.index import INDEX
 from datapipe.manifest import libraries
@@ -164,7 +164,7 @@ class _Segment:
 
     def __init__(self) -> None:
         self.found: list[tuple[Any, ...]] = []
-        self.cells: list[np.ndarray] = []
+        self.hashes = DifferenceHashes()
         self.data: list[bytes] = []
         self.bytes = 0
 
@@ -174,7 +174,7 @@ class _Segment:
             sample_key(crop.source, crop.name), len(data), kept.height, kept.width, hashlib.sha256(data).digest(),
             xxhash.xxh3_64_intdigest(data), crop.source, _text(crop.name), crop.pid, crop.camera, crop.video,
             crop.track, crop.frame))
-        self.cells.append(cells(kept.luma))
+        self.hashes.add(kept.luma)
         self.data.append(data)
         self.bytes += len(data)
 
@@ -190,7 +190,7 @@ class _Segment:
         spool.replace(name, b"".join([self.data[row] for row in order]))
         sizes = sizes[order].astype(np.int64)
         columns = {**dict(zip(rows.column_names, rows.take(order).columns, strict=True)),
-                   "dhash": hashes(np.array(self.cells))[order],
+                   "dhash": self.hashes.all()[order],
                    **dict(zip(HOT.names, hot.take(order).columns, strict=True)),
                    "segment": pyarrow.repeat(pyarrow.scalar(name), len(order)),
                    "start": np.cumsum(sizes) - sizes}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datapipe.difference_hash import cells, difference_hash, hashes
+from datapipe.difference_hash import BATCH, DifferenceHashes, difference_hash
 
 
 def naive_hash(luma: np.ndarray) -> int:
@@ -29,6 +29,12 @@ def naive_hash(luma: np.ndarray) -> int:
     return int("".join(str(int(bit)) for bit in bits), 2)
 
 
+def hash_of(luma: np.ndarray) -> int:
+    hashes = DifferenceHashes()
+    hashes.add(luma)
+    return int(hashes.all()[0])
+
+
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     coarse = np.random.default_rng(seed).integers(0, 256, (7, 5), dtype=np.uint8)
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
@@ -44,13 +50,13 @@ def jpeg(luma: np.ndarray, quality: int = 95) -> bytes:
 def test_hash__is_the_definition(size: tuple[int, int]) -> None:
     noise = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
     for luma in (picture(*size), noise, noise // 255):  # the last one has many ties
-        assert int(hashes(cells(luma)[None])[0]) == naive_hash(luma)
+        assert hash_of(luma) == naive_hash(luma)
 
 
 def test_hash__is_exact_for_large_pictures() -> None:
     """Cells of one grey level are equal, however large: not one sum may be rounded."""
-    for size in [(257, 256), (1500, 1100), (2003, 1501)]:
-        assert int(hashes(cells(np.full(size, 251, np.uint8))[None])[0]) == 0
+    for size in [(257, 256), (1500, 1100), (3001, 2999)]:
+        assert hash_of(np.full(size, 251, np.uint8)) == 0
 
 
 def test_hash__of_a_jpeg_is_of_its_luma() -> None:
@@ -58,7 +64,7 @@ def test_hash__of_a_jpeg_is_of_its_luma() -> None:
     data = jpeg(luma)
     image = Image.open(BytesIO(data))
     image.draft("L", image.size)
-    assert difference_hash(data) == int(hashes(cells(np.asarray(image))[None])[0])
+    assert difference_hash(data) == hash_of(np.asarray(image))
 
 
 def test_hash__stays_where_pictures_look_alike() -> None:
@@ -71,10 +77,13 @@ def test_hash__stays_where_pictures_look_alike() -> None:
     assert np.mean(looks) < 2 and min(others) > 10
 
 
-def test_hashes__keep_the_order_of_bits() -> None:
+def test_hashes__keep_the_order_of_bits_and_of_pictures() -> None:
     """Bit 8r + c from the highest: cell (r, c + 1) against cell (r, c)."""
-    one = np.zeros((1, 8, 9))
-    one[0, 0, 1:] = 1
-    two = np.zeros((1, 8, 9))
-    two[0, 7, 8] = 1
-    assert hashes(np.concatenate([one, two])).tolist() == [1 << 63, 1]
+    hashes = DifferenceHashes()
+    for number in range(2 * BATCH + 64):
+        luma = np.zeros((8, 9), np.uint8)
+        row, column = divmod(number % 64, 8)
+        luma[row, column + 1:] = 1
+        hashes.add(luma)
+    assert hashes.all().tolist() == [1 << (63 - number % 64) for number in range(2 * BATCH + 64)]
+    assert not len(DifferenceHashes().all())

@@ -29,7 +29,7 @@ def ingest(scale: Scale) -> Table:
         ABOUT,
         "ingestion: strict decode, sha256, xxh3 and difference hash of every crop, spool, plan with exact and near "
         "duplicates, tar, index, manifest; one process",
-        "decoding: to RGB, by simplejpeg, strict; ingestion passes over the same coefficients and makes the luma of them",
+        "decoding: to RGB, by simplejpeg, strict; ingestion passes over the same coefficients and makes luma of them",
     )
     return Table("ingest", f"{FOLDERS * scale.crops} files of each kind", "img/s per CPU-second", rows, notes)
 

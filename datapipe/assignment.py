@@ -5,14 +5,18 @@ has a home, and a sample goes to a rank of the node that its block is at home on
 always from the same few blocks, so that few blocks are read twice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 
-from datapipe.order import scramble
+from datapipe.order import SampleOrder, scramble
 from datapipe.randomness import Ints
 
+DRAWN_AT_ONCE = 4_096
+"""Places of the stream that the order is asked for at a time: a call costs as much for 100 as for 1,000 of them."""
 _HOME, _TURN = np.array([0], np.uint64), np.array([1 << 63], np.uint64)
 """Keys: of where a block is at home, and of which blocks stay there first."""
 
@@ -75,6 +79,28 @@ class Assignment:
         return whole if whole * self.world >= count else self.rows
 
 
+class Share(NamedTuple):
+    """One rank's positions and sample ids of a global batch, int64 [rows], ascending; -1 pads them at the end."""
+
+    batch: range
+    positions: Ints
+    samples: Ints
+
+
+def shares(order: SampleOrder, assignment: Assignment, rank: int, batches: Iterator[range]) -> Iterator[Share]:
+    """The rank's share of each of these ranges of positions."""
+    by_node, rows = assignment.by_node, assignment.rows
+    several = -(-DRAWN_AT_ONCE // (rows * assignment.world if by_node else rows))
+    while some := list(islice(batches, several)):
+        drawn = [np.arange(batch.start, batch.stop) if by_node else batch.start + assignment.slice(rank, len(batch))
+                 for batch in some]  # fmt: skip
+        ends = np.cumsum([len(positions) for positions in drawn])
+        found = np.split(order.samples(np.concatenate(drawn)), ends[:-1])
+        for batch, positions, samples in zip(some, drawn, found, strict=True):
+            mine = assignment.ranks(order.blocks(samples)) == rank if by_node else slice(None)
+            yield Share(batch, _padded(positions[mine], rows), _padded(samples[mine], rows))
+
+
 def nodes_of(firsts: Sequence[int]) -> tuple[int, ...]:
     """Node numbers from 0, from anything that tells each rank's node from the others."""
     known = {first: number for number, first in enumerate(dict.fromkeys(firsts))}
@@ -84,3 +110,7 @@ def nodes_of(firsts: Sequence[int]) -> tuple[int, ...]:
 def _number(blocks: Ints) -> Ints:
     """A pseudo-random number for each block, another one than that which decides its home."""
     return scramble(blocks, _TURN, np.array([1 << 30]))
+
+
+def _padded(values: Ints, rows: int) -> Ints:
+    return np.append(values, np.full(rows - len(values), -1, dtype=np.int64))

@@ -99,6 +99,10 @@ class IdentityOrder:
         image = self._image(identity[which], visit[which], instance)
         return self._rows[self._first[identity[which]] + image]
 
+    def blocks(self, samples: Ints) -> Ints:
+        """Each sample by itself: those of an identity lie anywhere, and are read one by one."""
+        return samples
+
     def _identities(self, turns: Ints) -> tuple[Ints, Ints]:
         """Whose turn it is, and how many turns each had before."""
         deal = self._identity_deal

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from datapipe.assignment import Assignment, Share, shares
 from datapipe.config import StreamConfig
 from datapipe.masking import Masks, draw_masks
-from datapipe.order import Order
+from datapipe.order import SampleOrder
 from datapipe.photometric import View
 from datapipe.randomness import Floats, Ints
 from datapipe.stream import Stream
@@ -24,8 +25,6 @@ from datapipe.views import ViewSpec, make_views
 
 FEWEST_ROWS = 8
 """Smallest piece of a batch that is handed to a thread."""
-DRAWN_AT_ONCE = 4_096
-"""Places of the stream that the order is asked for at a time: a call costs as much for 100 as for 1,000 of them."""
 
 
 @dataclass
@@ -75,15 +74,16 @@ class Loader:
     """Global batches of a stream, one rank's share of each.
 
     Rank r of w gets rows [r * per, (r + 1) * per) of the global batch, per = ceil(global_batch / w) rounded up to a
-    multiple of `micro_batch`; what is missing is padding, so that all ranks have equal micro-batches. `allocate(shape,
-    dtype)` makes the slots, prefetch + 2 of them (training passes pinned memory). `ranks_here`: ranks that share
-    this machine's cores. Use as a context manager, or close.
+    multiple of `micro_batch`; what is missing is padding, so that all ranks have equal micro-batches. With `nodes`, the
+    node of each rank, it gets as many, but those whose blocks are at home on its node: see `Assignment`.
+    `allocate(shape, dtype)` makes the slots, prefetch + 2 of them (training passes pinned memory). `ranks_here`: ranks
+    that share this machine's cores. Use as a context manager, or close.
     """
 
     def __init__(
         self,
         stream: Stream,
-        order: Order,
+        order: SampleOrder,
         spec: ViewSpec,
         *,
         seed: int,
@@ -94,14 +94,18 @@ class Loader:
         config: StreamConfig,
         allocate: Callable[..., Any] = np.empty,
         ranks_here: int = 1,
+        nodes: tuple[int, ...] = (),
     ) -> None:
         if order.rows != stream.rows:
             raise ValueError(f"the order is for {order.rows} rows, the stream has {stream.rows}")
         if min(global_batch, micro_batch) < 1 or not 0 <= rank < world:
             raise ValueError(f"impossible: batch {global_batch}, micro-batch {micro_batch}, rank {rank} of {world}")
+        if nodes and len(nodes) != world:
+            raise ValueError(f"{len(nodes)} nodes are given for {world} ranks")
         self.stream, self.order, self.spec, self.seed = stream, order, spec, seed
         self.global_batch, self.rank, self.world, self.micro_batch = global_batch, rank, world, micro_batch
         self.rows = -(-global_batch // (world * micro_batch)) * micro_batch
+        self._assignment = Assignment(self.rows, nodes or (0,) * world, order.together)
         self.threads = config.threads or max(1, _cores() // ranks_here)
         self._prefetch = config.prefetch
         self._piece = min(micro_batch, max(FEWEST_ROWS, -(-self.rows // self.threads)))
@@ -167,28 +171,20 @@ class Loader:
 
     def _empty(self, starts: range, until: int) -> Iterator[Batch]:
         """The batches that start there, all but their pixels and labels."""
-        several = -(-DRAWN_AT_ONCE // self.rows)
-        for low in range(0, len(starts), several):
-            some = starts[low : low + several]
-            after = np.minimum(np.array(some) + self.global_batch, until)
-            position = np.array(some)[:, None] + self.rank * self.rows + np.arange(self.rows, dtype=np.int64)
-            position[position >= after[:, None]] = -1
-            sample = np.full(position.shape, -1, dtype=np.int64)
-            sample[position >= 0] = self.order.samples(position[position >= 0])
-            for number, start in enumerate(some):
-                yield self._without_views(start, int(after[number]), position[number], sample[number])
+        batches = (range(start, min(start + self.global_batch, until)) for start in starts)
+        return map(self._without_views, shares(self.order, self._assignment, self.rank, batches))
 
-    def _without_views(self, start: int, after: int, position: Ints, sample: Ints) -> Batch:
+    def _without_views(self, share: Share) -> Batch:
         masks = self.spec.masks
         return Batch(
             views={},
-            sample=sample,
-            position=position,
-            weight=(position >= 0) / (after - start),
+            sample=share.samples,
+            position=share.positions,
+            weight=(share.positions >= 0) / len(share.batch),
             label=np.full(self.rows, -1, dtype=np.int64),
             camera=np.full(self.rows, -1, dtype=np.int64),
-            start=start,
-            after=after,
+            start=share.batch.start,
+            after=share.batch.stop,
             masks=np.zeros((len(masks), self.rows, *masks[0].grid), dtype=np.bool_) if masks else None,
             boxes=np.zeros((self.spec.boxed, self.rows, 5), dtype=np.int64) if self.spec.boxed else None,
         )

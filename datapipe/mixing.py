@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 
 import numpy as np
 
@@ -94,6 +95,11 @@ class MixedOrder:
         return sum(order.rows for order in self.orders)
 
     @property
+    def firsts(self) -> list[int]:
+        """The first sample id of each data set."""
+        return list(accumulate((order.rows for order in self.orders), initial=0))[:-1]
+
+    @property
     def together(self) -> int:
         return 1
 
@@ -101,12 +107,21 @@ class MixedOrder:
         """The sample ids at these places of the stream, int64 [n]."""
         chosen, own = Schedule(self.weights).places(positions)
         samples = np.empty_like(own)
-        first = 0
-        for number, order in enumerate(self.orders):
+        for number, (order, first) in enumerate(zip(self.orders, self.firsts, strict=True)):
             mine = chosen == number
             samples[mine] = first + order.samples(own[mine])
-            first += order.rows
         return samples
+
+    def blocks(self, samples: Ints) -> Ints:
+        """The number of the block that holds each sample; no two data sets have one in common."""
+        chosen = np.searchsorted(self.firsts, samples, side="right") - 1
+        blocks = np.empty_like(samples)
+        before = 0
+        for number, (order, first) in enumerate(zip(self.orders, self.firsts, strict=True)):
+            mine = chosen == number
+            blocks[mine] = before + order.blocks(samples[mine] - first)
+            before += int(order.blocks(np.array([order.rows - 1]))[0]) + 1
+        return blocks
 
 
 def _rounded_share(places: Ints, part: int, whole: int) -> Ints:

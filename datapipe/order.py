@@ -35,6 +35,9 @@ class SampleOrder(Protocol):
     def samples(self, positions: Ints) -> Ints:
         """The sample ids at these places (from 0, in any order), int64 [n]."""
 
+    def blocks(self, samples: Ints) -> Ints:
+        """The number of the block that each sample is read with, int64 [n]."""
+
 
 @dataclass(frozen=True)
 class Order:
@@ -68,6 +71,10 @@ class Order:
             mine = epochs == epoch
             samples[mine] = self._in_epoch(int(epoch), positions[mine] - epoch * self.rows)
         return samples
+
+    def blocks(self, samples: Ints) -> Ints:
+        """The number of the block that holds each sample."""
+        return samples // self.block
 
     def _in_epoch(self, epoch: int, place: Ints) -> Ints:
         blocks = -(-self.rows // self.block)

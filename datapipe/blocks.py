@@ -1,15 +1,19 @@
-"""Rows of the index -> bytes of the shards: neighbours in one request, whole blocks kept in a bounded memory."""
+"""Rows of the index -> bytes of the shards: neighbours in one request, whole blocks kept in a bounded cache."""
 
-from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cached_property
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import xxhash
 
-from datapipe.errors import DataError, NotFoundError
-from datapipe.randomness import Ints
+from datapipe.cache import Part
+from datapipe.errors import DataError, NotFoundError, UserError
+from datapipe.index import Shard
+from datapipe.randomness import Ints, UInts
 from datapipe.storage import Store
 from datapipe.storage.kept import KeptStore
 
@@ -19,51 +23,195 @@ GAP_BYTES = 16 << 10
 Rows = dict[int, bytes]
 
 
-class Places(NamedTuple):
-    """Where each row's bytes are: the names of all shards; and for every row, number of the shard, offset, size."""
+class MissingShardError(DataError):
+    """A shard of the data set is not there."""
 
-    shards: list[str]
+
+class Places(NamedTuple):
+    """Where each row's bytes are: all shards; and for every row, number of the shard, offset, size, xxh3."""
+
+    shards: tuple[Shard, ...]
     shard: Ints
     offset: Ints
     size: Ints
+    xxh3: UInts
 
     def name(self, row: int) -> str:
         """The shard that holds the row."""
-        return self.shards[int(self.shard[row])]
+        return self.shards[int(self.shard[row])].name
+
+    def matches(self, row: int, data: bytes) -> bool:
+        """Whether these are the bytes of the row."""
+        return xxhash.xxh3_64_intdigest(data) == int(self.xxh3[row])
+
+
+class Cache(Protocol):
+    """Keeps blocks under keys that follow from their content: see `DiskCache` and `MemoryCache`."""
+
+    def held(self, key: str, parts: list[Part]) -> list[bytes] | None:
+        """These parts of a block, if it is there."""
+
+    def has(self, key: str) -> bool:
+        """Whether it is there."""
+
+    def load(self, key: str, parts: list[Part], fetch: Callable[[], bytes]) -> list[bytes]:
+        """These parts of a block that was not there."""
+
+    def forget(self, key: str) -> None:
+        """Drop a block."""
+
+
+class Blocks:
+    """Rows cut into blocks, each of one shard: `size` consecutive rows, fewer where a shard ends.
+
+    As bytes, a block is its crops one after the other, without headers and gaps.
+    """
+
+    def __init__(self, places: Places, size: int) -> None:
+        self._places = places
+        rows = len(places.size)
+        self.first: Ints = np.union1d(np.arange(0, rows, size), np.flatnonzero(np.diff(places.shard)) + 1)
+        self.end: Ints = np.append(self.first[1:], rows)
+        before = np.cumsum(places.size, dtype=np.int64) - places.size
+        self.start = (before - np.repeat(before[self.first], self.end - self.first)).astype(np.int32)
+        """[rows] Where each crop begins within its block."""
+
+    def of(self, rows: Ints) -> Ints:
+        """The number of the block that holds each row."""
+        return np.searchsorted(self.first, rows, side="right") - 1
+
+    def rows(self, number: int) -> Ints:
+        """All rows of a block."""
+        return np.arange(self.first[number], self.end[number])
+
+    def key(self, number: int) -> str:
+        """What the block is: the content of its shard and the ranges within."""
+        mine = slice(int(self.first[number]), int(self.end[number]))
+        ranges = np.stack([self._places.offset[mine], self._places.size[mine]]).astype("<i8")
+        shard = self._places.shards[int(self._places.shard[mine.start])]
+        return f"{shard.sha256}-{xxhash.xxh3_64_hexdigest(ranges.tobytes())}"
 
 
 class Reader:
-    """Unchecked bytes of rows. A row whose shard ends early comes back short or empty. Safe for many threads.
+    """Unchecked bytes of rows. A row whose shard ends early comes back short or empty, or filled up with zeros.
 
-    With `keep_bytes` = 0 only what is asked for is read; otherwise whole blocks of `block` rows are, and the most
-    recently used ones are kept. `in_flight` requests at a time; 0 reads in the calling thread (local disks).
+    Without a cache only what is asked for is read; otherwise whole blocks are. `in_flight` requests at a time; 0 reads
+    in the calling thread (local disks). `ahead`: as many again for what is wanted later. Safe for many threads.
     """
 
-    def __init__(self, store: Store, places: Places, *, block: int, keep_bytes: int, in_flight: int) -> None:
-        self.store, self.places, self.block = store, places, block
+    def __init__(
+        self, store: Store, places: Places, *, block: int, cache: Cache | None, in_flight: int, ahead: bool = False
+    ) -> None:
+        self.store, self.places, self.cache, self._block = store, places, cache, block
         self.bytes_read = 0
+        """Asked of the store."""
+        self.hits, self.asked = 0, 0
+        """Crops that came from the cache, of so many."""
         self._lock = Lock()
-        self._cache = _Cache(keep_bytes) if keep_bytes else None
         self._pool = ThreadPoolExecutor(in_flight, "datapipe-read") if in_flight else None
+        self._keys: dict[int, str] = {}
+        self._ahead: ThreadPoolExecutor | None = None
+        if ahead and in_flight:
+            self._ahead = ThreadPoolExecutor(in_flight, "datapipe-ahead")
+        self._turn = -1
+        self._prepared: set[int] = set()
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        """How rows are cut; only readers with a cache need to know."""
+        return Blocks(self.places, self._block)
 
     def read(self, rows: Ints) -> Rows:
         """The bytes of these rows, by row."""
         rows = np.unique(rows)
-        if self._cache is None:
-            return self.read_now(rows)
-        numbers = np.unique(rows // self.block).tolist()
-        blocks = self._pool.map(self._block, numbers) if self._pool else map(self._block, numbers)
-        held = dict(zip(numbers, blocks, strict=True))
-        return {row: held[row // self.block][row] for row in rows.tolist()}
+        if self.cache is None:
+            return self._fetch(rows, self._in_parallel)
+        found: Rows = {}
+        missing: dict[int, dict[int, Part]] = {}
+        for number, wanted in self._by_block(rows).items():
+            parts = self.cache.held(self._key(number), list(wanted.values()))
+            if parts is None:
+                missing[number] = wanted
+            else:
+                found.update(zip(wanted, parts, strict=True))
+        with self._lock:
+            self.asked += len(rows)
+            self.hits += len(found)
+        for part in self._in_parallel(self._load, missing, missing.values()):
+            found.update(part)
+        return found
 
-    def read_now(self, rows: Ints) -> Rows:
-        """The same for sorted rows, from the store itself."""
+    def read_anew(self, row: int) -> bytes:
+        """One row from the store itself; the cache forgets the block that holds it, as it may be broken there."""
+        if self.cache is not None:
+            self.cache.forget(self._key(int(self.blocks.of(np.array([row]))[0])))
+        return self._fetch(np.array([row]), map)[row]
+
+    def prepare(self, rows: Ints, turn: int) -> None:
+        """Bring the blocks of these rows into the cache, in the background: each once in a turn."""
+        if self._ahead is None:
+            return
+        with self._lock:
+            if turn != self._turn:
+                self._turn, self._prepared = turn, set()
+            new = set(self.blocks.of(rows).tolist()) - self._prepared
+            self._prepared |= new
+        for number in new:
+            self._ahead.submit(self._bring, number)
+
+    def close(self) -> None:
+        """End the reading threads and close the files."""
+        for pool in (self._ahead, self._pool):
+            if pool:
+                pool.shutdown(cancel_futures=True)
+        if isinstance(self.store, KeptStore):
+            self.store.close()
+
+    @property
+    def _in_parallel(self) -> Callable[..., Iterator[Any]]:
+        return self._pool.map if self._pool else map
+
+    def _by_block(self, rows: Ints) -> dict[int, dict[int, Part]]:
+        """Block -> row -> where it is within the block."""
+        grouped: dict[int, dict[int, Part]] = {}
+        columns = (self.blocks.of(rows), rows, self.blocks.start[rows], self.places.size[rows])
+        for number, row, start, size in zip(*(column.tolist() for column in columns), strict=True):
+            grouped.setdefault(number, {})[row] = (start, size)
+        return grouped
+
+    def _key(self, number: int) -> str:
+        if number not in self._keys:
+            self._keys[number] = self.blocks.key(number)
+        return self._keys[number]
+
+    def _load(self, number: int, wanted: dict[int, Part]) -> Rows:
+        assert self.cache is not None
+        parts = self.cache.load(self._key(number), list(wanted.values()), lambda: self._fetch_block(number))
+        return dict(zip(wanted, parts, strict=True))
+
+    def _bring(self, number: int) -> None:
+        assert self.cache is not None
+        with suppress(UserError):  # whoever needs the block will meet the error
+            if not self.cache.has(self._key(number)):
+                self.cache.load(self._key(number), [], lambda: self._fetch_block(number))
+
+    def _fetch_block(self, number: int) -> bytes:
+        """A block from the store; crops that arrive broken are asked for once more, and kept broken after that."""
+        rows = self.blocks.rows(number)
+        found = self._fetch(rows, map)
+        broken = [row for row, data in found.items() if not self.places.matches(row, data)]
+        found |= self._fetch(np.array(broken, dtype=np.int64), map)
+        return b"".join(
+            found[row].ljust(size, b"\0")
+            for row, size in zip(rows.tolist(), self.places.size[rows].tolist(), strict=True)
+        )
+
+    def _fetch(self, rows: Ints, run: Callable[..., Iterator[Any]]) -> Rows:
+        """Sorted rows from the store itself."""
         if not len(rows):
             return {}
         spans = self._spans(rows)
-        many = self._pool is not None and self._cache is None  # else this already runs in the pool
-        load = self._pool.map if many and self._pool else map
-        loaded = list(load(self._load, spans.shard.tolist(), spans.start.tolist(), spans.size.tolist()))
+        loaded = list(run(self._read, spans.shard.tolist(), spans.start.tolist(), spans.size.tolist()))
         with self._lock:
             self.bytes_read += sum(map(len, loaded))
         within = (self.places.offset[rows] - spans.start[spans.of]).tolist()
@@ -72,21 +220,6 @@ class Reader:
             row: loaded[span][first : first + size]
             for row, span, first, size in zip(rows.tolist(), spans.of.tolist(), within, sizes, strict=True)
         }
-
-    def close(self) -> None:
-        """End the reading threads and close the files."""
-        if self._pool:
-            self._pool.shutdown(cancel_futures=True)
-        if isinstance(self.store, KeptStore):
-            self.store.close()
-
-    def _block(self, number: int) -> Rows:
-        assert self._cache is not None
-        return self._cache.get(number, self._load_block)
-
-    def _load_block(self, number: int) -> Rows:
-        first = number * self.block
-        return self.read_now(np.arange(first, min(first + self.block, len(self.places.size))))
 
     def _spans(self, rows: Ints) -> "_Spans":
         """Sorted rows, cut where the shard changes or the gap is too wide for one request."""
@@ -98,12 +231,12 @@ class Reader:
         last = np.concatenate([apart, [True]])
         return _Spans(shard[first], start[first], (start + size)[last] - start[first], of)
 
-    def _load(self, shard: int, start: int, size: int) -> bytes:
-        name = self.places.shards[shard]
+    def _read(self, shard: int, start: int, size: int) -> bytes:
+        name = self.places.shards[shard].name
         try:
             return self.store.read(name, start=start, size=size)
         except NotFoundError as error:
-            raise DataError(
+            raise MissingShardError(
                 f"the shard {name} of the data set is missing",
                 where=self.store.address(name),
                 hint="copy it there again, or make the data set again from its crops with `python -m datapipe shard`",
@@ -117,46 +250,3 @@ class _Spans(NamedTuple):
     start: Ints
     size: Ints
     of: Ints
-
-
-class _Cache:
-    """The most recently used blocks, at most `limit` bytes of crops; a block is loaded by one thread, once."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._lock = Lock()
-        self._held = 0
-        self._blocks: OrderedDict[int, Future[Rows]] = OrderedDict()
-
-    def get(self, number: int, load: Callable[[int], Rows]) -> Rows:
-        """The block, loaded by this thread or waited for; a failed load fails all who wait and is forgotten."""
-        with self._lock:
-            future = self._blocks.get(number)
-            if future is not None:
-                self._blocks.move_to_end(number)
-            else:
-                mine = self._blocks[number] = Future()
-        if future is not None:
-            return future.result()
-        try:
-            mine.set_result(load(number))
-        except BaseException as error:
-            with self._lock:
-                del self._blocks[number]
-            mine.set_exception(error)
-            raise
-        self._make_room(_size(mine))
-        return mine.result()
-
-    def _make_room(self, new: int) -> None:
-        """Forget the least recently used blocks; those that are being loaded are not counted yet, and stay."""
-        with self._lock:
-            self._held += new
-            for number in [number for number, future in self._blocks.items() if future.done()]:
-                if self._held <= self.limit:
-                    return
-                self._held -= _size(self._blocks.pop(number))
-
-
-def _size(block: Future[Rows]) -> int:
-    return sum(map(len, block.result().values()))

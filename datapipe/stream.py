@@ -5,19 +5,20 @@ thread that waits for it.
 """
 
 import logging
+from collections.abc import Callable
 from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
-from datapipe.blocks import Places, Reader
+from datapipe.blocks import MissingShardError, Reader
 from datapipe.config import StorageConfig, StreamConfig
 from datapipe.errors import DataError
-from datapipe.manifest import ORDINAL, Manifest
+from datapipe.manifest import Manifest
 from datapipe.randomness import Ints
-from datapipe.storage import is_remote, open_store
-from datapipe.storage.kept import KeptStore
+from datapipe.reading import Opened, open_manifest
+from datapipe.storage import open_store
 
 log = logging.getLogger(__name__)
 
@@ -35,93 +36,125 @@ class Fetched(NamedTuple):
 class Stream:
     """The crops of a data set by sample id (row of the manifest). Fails at once if an index cannot be read.
 
-    `pid` and `camera` are arrays over all rows, -1 where unknown. A crop that fails its checksum or does not decode
-    is replaced by the next row of its block (`StreamConfig.block` rows, cyclic), logged and counted in `replaced`.
+    A crop that fails its checksum or does not decode is replaced by the next row of its block (`StreamConfig.block`
+    rows, cyclic), logged and counted in `replaced`. When a shard is missing because crops were removed meanwhile, the
+    version that took its place, row for row, is used from then on, and `succeeded` is told.
     """
 
-    def __init__(self, manifest: Manifest, storage: StorageConfig, config: StreamConfig) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        storage: StorageConfig,
+        config: StreamConfig,
+        *,
+        succeeded: Callable[[Manifest], None] = lambda successor: None,
+    ) -> None:
         if not manifest.rows:
             raise DataError("the data set holds no crops", where=manifest.url, hint="look at its quarantine.parquet")
         self.rows: int = manifest.rows
-        self.config = config
+        self.config, self.storage = config, storage
         self.replaced = 0
-        table = manifest.table([ORDINAL, "offset", "size", "xxh3", "pid", "camera"], storage)
-        columns = {name: table.column(name).to_numpy() for name in table.column_names}
-        self.pid, self.camera, self._xxh3 = columns["pid"], columns["camera"], columns["xxh3"]
-        self._places = Places(
-            [shard.name for shard in manifest.shards], columns[ORDINAL], columns["offset"], columns["size"]
-        )
-        self._reader = Reader(
-            open_store(manifest.url, storage) if is_remote(manifest.url) else KeptStore(manifest.url),
-            self._places,
-            block=config.block,
-            keep_bytes=self._bytes_to_keep(manifest.url),
-            in_flight=config.reads if is_remote(manifest.url) else 0,
-        )
+        self._succeeded = succeeded
+        self._versions = [open_manifest(manifest, storage, config)]
         self._lock = Lock()
+        self._opening = Lock()
         self._broken: set[int] = set()
         self._fetched = 0
 
     @property
+    def manifest(self) -> Manifest:
+        """The version that is read from now."""
+        return self._now.manifest
+
+    @property
+    def pid(self) -> Ints:
+        """Identity of every row, -1 where unknown."""
+        return self._now.pid
+
+    @property
+    def camera(self) -> Ints:
+        """Camera of every row, -1 where unknown."""
+        return self._now.camera
+
+    @property
     def bytes_read(self) -> int:
         """Bytes asked of the storage so far."""
-        return self._reader.bytes_read
+        return sum(version.reader.bytes_read for version in self._versions)
+
+    @property
+    def cached(self) -> tuple[int, int]:
+        """(crops that came from the cache, of so many that were asked of it) so far."""
+        readers = [version.reader for version in self._versions]
+        return sum(reader.hits for reader in readers), sum(reader.asked for reader in readers)
 
     def fetch(self, samples: Ints) -> Fetched:
         """The checked crops of these samples. Raises DataError for a missing shard or too many broken crops."""
-        wanted = [self._sound(sample) for sample in samples.tolist()] if self._broken else samples.tolist()
-        found = self._reader.read(np.array(wanted, dtype=np.int64))
-        promised = self._xxh3[wanted].tolist()
-        checked = [
-            (row, found[row]) if xxhash.xxh3_64_intdigest(found[row]) == hash_ else self._checked(row, found[row])
-            for row, hash_ in zip(wanted, promised, strict=True)
-        ]
-        rows = np.array([row for row, _ in checked], dtype=np.int64)
-        self._count(len(rows), int((rows != samples).sum()))
-        return Fetched(rows, [data for _, data in checked])
+        fetched = self._from_newest(lambda reader: self._fetch(reader, samples))
+        self._count(len(samples), int((fetched.rows != samples).sum()))
+        return fetched
 
     def replace(self, sample: int, row: int, reason: str) -> Fetched:
         """Another crop for `sample`, because `row`, which was fetched for it, is of no use: it does not decode."""
         self._condemn(row, reason)
         self._count(0, int(row == sample))
-        substitute = self._sound(sample)
-        substitute, data = self._checked(substitute, self._reader.read_now(np.array([substitute]))[substitute])
-        return Fetched(np.array([substitute]), [data])
+        return self._from_newest(lambda reader: self._fetch(reader, np.array([sample])))
+
+    def prepare(self, samples: Ints, turn: int) -> None:
+        """Samples that will be wanted in the window after this one, which has the number `turn`; see `Reader`."""
+        self._now.reader.prepare(samples, turn)
 
     def close(self) -> None:
         """End the reading threads."""
-        self._reader.close()
+        for version in self._versions:
+            version.reader.close()
 
-    def _bytes_to_keep(self, url: str) -> int:
-        """All of `cache_mb` where a window fits into it; else nothing, as blocks would be read again and again."""
-        keep = int(self.config.cache_mb * 1e6)
-        window = int(self._places.size.mean() * min(self.config.window * self.config.block, self.rows))
-        if window <= keep:
-            return keep
-        if is_remote(url):
-            log.warning(
-                "crops are read one by one from %s: a window of %d MB does not fit into stream.cache_mb = %d",
-                url,
-                window // 10**6,
-                self.config.cache_mb,
-            )
-        return 0
+    @property
+    def _now(self) -> Opened:
+        return self._versions[-1]
 
-    def _checked(self, row: int, data: bytes) -> tuple[int, bytes]:
-        """The row and these bytes if they are what the index promises, else the first sound row after it and its."""
+    def _from_newest(self, work: Callable[[Reader], Fetched]) -> Fetched:
+        """What `work` returns; done again with another version where this one's shards are gone."""
+        while True:
+            version = self._now
+            try:
+                return work(version.reader)
+            except MissingShardError:
+                with self._opening:
+                    if version is self._now and not self._succeed():
+                        raise
+
+    def _succeed(self) -> bool:
+        """Go over to the version that took the place of this one, if there is one."""
+        successor = self.manifest.successor(open_store(self.manifest.url, self.storage))
+        if successor is None:
+            return False
+        opened = open_manifest(successor, self.storage, self.config)
+        log.warning("crops were removed from the data set: %s is read from now on, row for row", successor.file)
+        self._versions.append(opened)  # others may still read through the one before: it is closed at the end
+        self._succeeded(successor)
+        return True
+
+    def _fetch(self, reader: Reader, samples: Ints) -> Fetched:
+        wanted = [self._sound(sample) for sample in samples.tolist()] if self._broken else samples.tolist()
+        found = reader.read(np.array(wanted, dtype=np.int64))
+        promised = reader.places.xxh3[wanted].tolist()
+        checked = [
+            (row, found[row]) if xxhash.xxh3_64_intdigest(found[row]) == hash_ else self._checked(reader, row)
+            for row, hash_ in zip(wanted, promised, strict=True)
+        ]
+        rows = np.array([row for row, _ in checked], dtype=np.int64)
+        return Fetched(rows, [data for _, data in checked])
+
+    def _checked(self, reader: Reader, row: int) -> tuple[int, bytes]:
+        """The row and its bytes if they are what the index promises, else the first sound row after it and its."""
         sample = row
-        while not self._matches(row, data):
-            data = self._reader.read_now(np.array([row]))[row]  # once more: they may have broken on the way
-            if self._matches(row, data):
-                break
-            wanted = self._places.size[row]
+        while True:
+            data = reader.read_anew(row)  # once more: they may have broken on the way
+            if reader.places.matches(row, data):
+                return row, data
+            wanted = reader.places.size[row]
             self._condemn(row, "checksum" if len(data) == wanted else f"{len(data)} of {wanted} bytes")
             row = self._sound(sample)
-            data = self._reader.read_now(np.array([row]))[row]
-        return row, data
-
-    def _matches(self, row: int, data: bytes) -> bool:
-        return xxhash.xxh3_64_intdigest(data) == int(self._xxh3[row])
 
     def _condemn(self, row: int, reason: str) -> None:
         with self._lock:
@@ -160,4 +193,5 @@ class Stream:
             )
 
     def _where(self, row: int) -> str:
-        return self._reader.store.address(self._places.name(row))
+        reader = self._now.reader
+        return reader.store.address(reader.places.name(row))

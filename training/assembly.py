@@ -30,7 +30,8 @@ from training.run_folder import RunFolder
 
 FREE_TO_CHANGE = ("out", "storage", "engine", "checkpoints", "cluster", "optimisation.micro_batch",
                   "backbone.checkpoint_blocks", "backbone.compile_blocks",
-                  "stream.threads", "stream.prefetch", "stream.cache_mb", "stream.max_bad")  # fmt: skip
+                  "stream.threads", "stream.prefetch", "stream.cache_mb", "stream.cache_gb", "stream.cache_dir",
+                  "stream.reads", "stream.max_bad")  # fmt: skip
 """Settings that may differ when a run is continued: they change where, how fast and how often, not what is learnt.
 (stream.manifest is compared by its content, not by its address.)"""
 

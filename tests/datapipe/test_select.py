@@ -107,7 +107,7 @@ def test_select__stream_gives_the_bytes_of_the_selected_crops(folder: Path, made
             s3.client.upload_file(str(path), bucket, f"set/{path.relative_to(folder)}")
     for url in (str(folder), f"s3://{bucket}/set"):
         selected = select(url, SelectConfig(where="height < 90"), s3.storage).manifest
-        for config in (StreamConfig(block=4), StreamConfig(cache_mb=0)):
+        for config in (StreamConfig(block=4), StreamConfig(cache_mb=0, cache_gb=0)):
             stream = Stream(Manifest.load(url, s3.storage), s3.storage, config)
             assert stream.rows == selected.rows and 10 < stream.rows < 50
             data = stream.fetch(np.arange(stream.rows)).data

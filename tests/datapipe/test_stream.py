@@ -3,14 +3,13 @@
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier, Event
 
 import boto3
 import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
-from datapipe.blocks import _Cache
+from datapipe.cache_memory import MemoryCache
 from datapipe.config import StorageConfig, StreamConfig
 from datapipe.errors import DataError
 from datapipe.manifest import Manifest
@@ -20,7 +19,7 @@ from tests.datapipe import crop_set
 from tests.datapipe.crop_set import CropSet
 
 CACHED = StreamConfig(block=7, window=3, max_bad=1.0)
-DIRECT = StreamConfig(block=7, window=3, max_bad=1.0, cache_mb=0)
+DIRECT = StreamConfig(block=7, window=3, max_bad=1.0, cache_mb=0, cache_gb=0)
 
 
 @pytest.fixture
@@ -66,9 +65,9 @@ def test_fetch__keeps_no_more_than_the_cache_may_hold(tmp_path: Path) -> None:
     limit = sum(map(len, crops.jpegs[:30]))
     source = stream(crops, StreamConfig(block=5, window=3, cache_mb=limit / 1e6))
     assert everything(source) == crops.jpegs
-    cache = source._reader._cache
-    assert cache is not None
-    held = sum(len(data) for block in cache._blocks.values() for data in block.result().values())
+    cache = source._now.reader.cache
+    assert isinstance(cache, MemoryCache)
+    held = sum(len(block.result()) for block in cache._blocks.values())
     assert 0 < held <= limit and held == cache._held
 
 
@@ -194,21 +193,3 @@ def test_stream__works_with_one_sample_and_refuses_none(tmp_path: Path) -> None:
     none = crop_set.write(tmp_path / "none", 0)
     with pytest.raises(DataError, match="no crops"):
         stream(none, StreamConfig())
-
-
-def test_cache__a_failed_load_fails_all_who_wait_and_is_forgotten() -> None:
-    cache, started, release = _Cache(100), Barrier(2), Event()
-
-    def fail(number: int) -> dict[int, bytes]:
-        started.wait(10)
-        release.wait(10)
-        raise DataError("gone")
-
-    with ThreadPoolExecutor(2) as pool:
-        owner = pool.submit(cache.get, 1, fail)
-        started.wait(10)
-        waiter = pool.submit(cache.get, 1, lambda number: {1: b"late"})  # waits, or comes after the failure
-        release.set()
-        assert isinstance(owner.exception(10), DataError)
-        assert isinstance(waiter.exception(10), DataError) or waiter.result() == {1: b"late"}
-    assert cache.get(2, lambda number: {2: b"ok"}) == {2: b"ok"}

@@ -1,0 +1,197 @@
+"""A bounded folder of blocks on a local disk, shared by all processes of a machine, keyed by content alone.
+
+    <sha256 of the shard>-<hash of the ranges>   a block: written under another name, renamed, never changed
+    lock                                         held by whoever adds or evicts
+    turns/                                       a lock for each block that is being fetched
+    total                                        bytes of all blocks: never less than there are
+
+Nothing depends on it. Locks die with the process that holds them; a file that vanishes or comes up short counts as not
+there; who waits too long for another process goes on without it. What the blocks hold is checked by whoever reads them.
+"""
+
+import fcntl
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+
+import xxhash
+
+from datapipe.errors import StorageError
+from datapipe.storage.store import TEMPORARY
+
+log = logging.getLogger(__name__)
+
+Part = tuple[int, int]
+"""(first byte, bytes) within a block."""
+
+PATIENCE_S = 30.0
+"""Longest wait for another process, which may have been halted."""
+POLL_S = 0.001
+TURNS = 1024
+ROOM_MADE = 0.05
+"""Share of the limit that an eviction frees beyond what is needed, so that not every block causes one."""
+SERVICE = ("lock", "total", "turns")
+
+
+class DiskCache:
+    """See the module. Holds at most `limit` bytes of blocks; the oldest go first.
+
+    Raises StorageError where the folder cannot be used or belongs to somebody else.
+    """
+
+    def __init__(self, folder: str, limit: int) -> None:
+        self.folder, self.limit = Path(folder), limit
+        self._works = True
+        try:
+            (self.folder / "turns").mkdir(parents=True, exist_ok=True, mode=0o700)
+            if self.folder.stat().st_uid != os.getuid():
+                raise PermissionError("it belongs to another user")
+            with self._alone() as mine:
+                if mine:
+                    self._evict(limit)
+        except OSError as error:
+            raise StorageError(
+                f"the cache cannot be used: {error}",
+                where=folder,
+                hint="stream.cache_dir names another folder; stream.cache_gb = 0 does without",
+            ) from error
+
+    def held(self, key: str, parts: Sequence[Part]) -> list[bytes] | None:
+        """These parts of a block; None where it is not there, or not whole."""
+        try:
+            file = os.open(self.folder / key, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            found = [os.pread(file, size, start) for start, size in parts]
+        except OSError:
+            return None
+        finally:
+            os.close(file)
+        return found if all(len(data) == size for data, (_, size) in zip(found, parts, strict=True)) else None
+
+    def has(self, key: str) -> bool:
+        """Whether the block is there."""
+        return (self.folder / key).exists()
+
+    def load(self, key: str, parts: Sequence[Part], fetch: Callable[[], bytes]) -> list[bytes]:
+        """These parts of a block that was not held: fetched here, or by another thread or process just now."""
+        with self._turn(key):
+            found = self.held(key, parts)
+            if found is not None:
+                return found
+            self.forget(key)  # else it is there, but not whole
+            block = fetch()
+            self._add(key, block)
+        return [block[start : start + size] for start, size in parts]
+
+    def forget(self, key: str) -> None:
+        """Drop a block; its bytes were found to be wrong."""
+        with suppress(OSError):
+            (self.folder / key).unlink()
+
+    def drop(self, shards: Collection[str]) -> None:
+        """Delete all blocks of the shards with these sha256 (hex)."""
+        with self._alone():
+            for path in self._blocks():
+                if path.name.partition("-")[0] in shards:
+                    path.unlink(missing_ok=True)
+
+    def _add(self, key: str, block: bytes) -> None:
+        if len(block) > self.limit or not self._works:
+            return
+        temporary = self.folder / f"{key}{TEMPORARY}"
+        try:
+            with self._alone() as mine:
+                if not mine or self.has(key):
+                    return
+                self._make_room(len(block))
+                temporary.write_bytes(block)
+                temporary.rename(self.folder / key)
+        except OSError as error:
+            self._works = False
+            log.warning("nothing more is written to the cache %s: %s", self.folder, error)
+            with suppress(OSError):
+                temporary.unlink()
+
+    def _make_room(self, size: int) -> None:
+        """Note that the folder grows by so much, before it does: who dies in between leaves too high a total."""
+        total = self._total() + size
+        if total > self.limit:
+            total = self._evict(max(0, int((1 - ROOM_MADE) * self.limit) - size)) + size
+        (self.folder / "total").write_text(f"{total}\n")
+
+    def _total(self) -> int:
+        try:
+            return int((self.folder / "total").read_text())
+        except (FileNotFoundError, ValueError):  # somebody died while writing it
+            return self._evict(self.limit)
+
+    def _evict(self, goal: int) -> int:
+        """Delete the oldest blocks until no more than `goal` bytes are left; returns how many are left, counted.
+
+        What dead processes had begun to write goes too.
+        """
+        ages = []
+        for path in self._blocks():
+            with suppress(FileNotFoundError):
+                if path.name.endswith(TEMPORARY):
+                    path.unlink()
+                    continue
+                facts = path.stat()
+                ages.append((facts.st_mtime_ns, path, facts.st_size))
+        total = sum(size for _, _, size in ages)
+        for _, path, size in sorted(ages):
+            if total <= goal:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+        (self.folder / "total").write_text(f"{total}\n")
+        return total
+
+    def _blocks(self) -> Iterator[Path]:
+        with os.scandir(self.folder) as found:
+            yield from (Path(item.path) for item in found if item.name not in SERVICE)
+
+    def _alone(self) -> AbstractContextManager[bool]:
+        return _locked(self.folder / "lock")
+
+    def _turn(self, key: str) -> AbstractContextManager[bool]:
+        return _locked(self.folder / "turns" / f"{xxhash.xxh3_64_intdigest(key.encode()) % TURNS:03x}")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold an exclusive lock, also against other threads; False, and no lock, where it is not to be had (in time)."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # somebody may have tidied it away
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        yield False
+        return
+    try:
+        yield _lock(file, path)
+    finally:
+        os.close(file)
+
+
+def _lock(file: int, path: Path) -> bool:
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > end:
+                log.warning("another process has held %s for %.0f s: going on without it", path, PATIENCE_S)
+                return False
+        time.sleep(POLL_S)
+
+
+def default_folder() -> str:
+    """This user's folder for blocks among the temporary files of the machine."""
+    return os.path.join(tempfile.gettempdir(), f"datapipe-blocks-{os.getuid()}")

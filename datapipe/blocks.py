@@ -110,9 +110,7 @@ class Reader:
         self._lock = Lock()
         self._pool = ThreadPoolExecutor(in_flight, "datapipe-read") if in_flight else None
         self._keys: dict[int, str] = {}
-        self._ahead: ThreadPoolExecutor | None = None
-        if ahead and in_flight:
-            self._ahead = ThreadPoolExecutor(in_flight, "datapipe-ahead")
+        self.ahead = ThreadPoolExecutor(in_flight, "datapipe-ahead") if ahead and in_flight else None
         self._turn = -1
         self._prepared: set[int] = set()
 
@@ -149,7 +147,7 @@ class Reader:
 
     def prepare(self, rows: Ints, turn: int) -> None:
         """Bring the blocks of these rows into the cache, in the background: each once in a turn."""
-        if self._ahead is None:
+        if self.ahead is None:
             return
         with self._lock:
             if turn != self._turn:
@@ -157,11 +155,11 @@ class Reader:
             new = set(self.blocks.of(rows).tolist()) - self._prepared
             self._prepared |= new
         for number in new:
-            self._ahead.submit(self._bring, number)
+            self.ahead.submit(self._bring, number)
 
     def close(self) -> None:
         """End the reading threads and close the files."""
-        for pool in (self._ahead, self._pool):
+        for pool in (self.ahead, self._pool):
             if pool:
                 pool.shutdown(cancel_futures=True)
         if isinstance(self.store, KeptStore):

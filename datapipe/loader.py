@@ -107,7 +107,7 @@ class Loader:
         self.rows = -(-global_batch // (world * micro_batch)) * micro_batch
         self._assignment = Assignment(self.rows, nodes or (0,) * world, order.together)
         self.threads = config.threads or max(1, _cores() // ranks_here)
-        self._prefetch = config.prefetch
+        self._prefetch, self._window = config.prefetch, config.window * config.block
         self._piece = min(micro_batch, max(FEWEST_ROWS, -(-self.rows // self.threads)))
         self._pool = ThreadPoolExecutor(self.threads, "datapipe-views")
         self._slots = [self._slot(allocate) for _ in range(config.prefetch + 2)]
@@ -149,7 +149,7 @@ class Loader:
 
     def _batches(self, starts: range, until: int) -> Generator[Batch, None, None]:
         coming: deque[tuple[Batch, list[Future[None]]]] = deque()
-        empty = self._empty(starts, until)
+        empty, ahead = self._empty(starts, until), self._ahead(starts)
         begun = 0
         try:
             for number in range(len(starts)):
@@ -157,6 +157,7 @@ class Loader:
                 while begun < min(number + self._prefetch + 1, len(starts)):
                     batch = replace(next(empty), views=self._slots[begun % len(self._slots)])
                     coming.append((batch, self._begin(batch)))
+                    next(ahead, None)
                     begun += 1
                 batch, pieces = coming[0]
                 before = perf_counter()
@@ -173,6 +174,15 @@ class Loader:
         """The batches that start there, all but their pixels and labels."""
         batches = (range(start, min(start + self.global_batch, until)) for start in starts)
         return map(self._without_views, shares(self.order, self._assignment, self.rank, batches))
+
+    def _ahead(self, starts: range) -> Iterator[None]:
+        """Batch by batch, have what this rank needs a window later brought into the cache, if that is one on disk."""
+        if not self.stream.reads_ahead:
+            return
+        later = (range(start + self._window, start + self._window + self.global_batch) for start in starts)
+        for share in shares(self.order, self._assignment, self.rank, later):
+            self.stream.prepare(share.samples[share.samples >= 0], share.batch.start // self._window)
+            yield
 
     def _without_views(self, share: Share) -> Batch:
         masks = self.spec.masks

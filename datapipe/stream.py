@@ -38,23 +38,15 @@ class Stream:
 
     A crop that fails its checksum or does not decode is replaced by the next row of its block (`StreamConfig.block`
     rows, cyclic), logged and counted in `replaced`. When a shard is missing because crops were removed meanwhile, the
-    version that took its place, row for row, is used from then on, and `succeeded` is told.
+    version that took its place, row for row, is read from then on: see `manifests`.
     """
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        storage: StorageConfig,
-        config: StreamConfig,
-        *,
-        succeeded: Callable[[Manifest], None] = lambda successor: None,
-    ) -> None:
+    def __init__(self, manifest: Manifest, storage: StorageConfig, config: StreamConfig) -> None:
         if not manifest.rows:
             raise DataError("the data set holds no crops", where=manifest.url, hint="look at its quarantine.parquet")
         self.rows: int = manifest.rows
         self.config, self.storage = config, storage
         self.replaced = 0
-        self._succeeded = succeeded
         self._versions = [open_manifest(manifest, storage, config)]
         self._lock = Lock()
         self._opening = Lock()
@@ -62,9 +54,9 @@ class Stream:
         self._fetched = 0
 
     @property
-    def manifest(self) -> Manifest:
-        """The version that is read from now."""
-        return self._now.manifest
+    def manifests(self) -> tuple[Manifest, ...]:
+        """The version that is read now, as the only one."""
+        return (self._now.manifest,)
 
     @property
     def pid(self) -> Ints:
@@ -99,8 +91,13 @@ class Stream:
         self._count(0, int(row == sample))
         return self._from_newest(lambda reader: self._fetch(reader, np.array([sample])))
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether `prepare` does anything."""
+        return self._now.reader.ahead is not None
+
     def prepare(self, samples: Ints, turn: int) -> None:
-        """Samples that will be wanted in the window after this one, which has the number `turn`; see `Reader`."""
+        """Bring in, in the background, the blocks of samples that are wanted a window later; each once in a `turn`."""
         self._now.reader.prepare(samples, turn)
 
     def close(self) -> None:
@@ -125,13 +122,12 @@ class Stream:
 
     def _succeed(self) -> bool:
         """Go over to the version that took the place of this one, if there is one."""
-        successor = self.manifest.successor(open_store(self.manifest.url, self.storage))
+        successor = self._now.manifest.successor(open_store(self._now.manifest.url, self.storage))
         if successor is None:
             return False
         opened = open_manifest(successor, self.storage, self.config)
         log.warning("crops were removed from the data set: %s is read from now on, row for row", successor.file)
         self._versions.append(opened)  # others may still read through the one before: it is closed at the end
-        self._succeeded(successor)
         return True
 
     def _fetch(self, reader: Reader, samples: Ints) -> Fetched:

@@ -143,7 +143,7 @@ def test_prepare__brings_blocks_in_before_they_are_asked_for(crops: CropSet, ope
     rows = np.array([3, 4, 30])
     opened.prepare(rows, turn=0)
     opened.prepare(rows, turn=0)
-    ahead = opened._now.reader._ahead
+    ahead = opened._now.reader.ahead
     assert ahead is not None
     ahead.shutdown()  # waits for what was asked for
     before = opened.bytes_read
@@ -157,7 +157,7 @@ def test_prepare__needs_room_for_two_windows(crops: CropSet, tmp_path: Path) -> 
     for windows, ahead in ((1.5, False), (2.1, True)):
         source = Stream(Manifest.load(url(crops)), StorageConfig(),
                         config(tmp_path / "cache", cache_gb=windows * window / 1e9))  # fmt: skip
-        assert (source._now.reader._ahead is not None) == ahead
+        assert (source._now.reader.ahead is not None) == ahead
         source.close()
 
 

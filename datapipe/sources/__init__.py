@@ -1,8 +1,7 @@
 """Where crops come from, one file each. A source lists its work as units and reads a unit one crop at a time.
 
 To add one: a file with a class that has what `Source` and `Kind` ask for, and a line in `_kinds`. Sources and units are
-picklable: whoever reads a unit may be another process on another machine. Units are frozen dataclasses of text and
-numbers, so that they can also be kept as lines of JSON.
+picklable: whoever reads a unit may be another process on another machine, and the listing keeps units in a file.
 """
 
 from collections import Counter
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from datapipe.config import ShardConfig, StorageConfig
 from datapipe.errors import DataError
-from datapipe.sources.place import Place, find_place
+from datapipe.sources.place import Place, find_place, printable
 from datapipe.storage import full_url
 
 UNKNOWN = -1
@@ -103,8 +102,8 @@ def _labels(urls: Sequence[str]) -> list[str]:
     for depth in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(part[-depth:]) for part in parts]
         if len(set(labels)) == len(labels):
-            return labels
-    return [url.replace("://", "/") for url in urls]
+            return list(map(printable, labels))
+    return [printable(url.replace("://", "/")) for url in urls]
 
 
 def _kinds() -> tuple[Kind, ...]:

@@ -26,6 +26,7 @@ import lmdb
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError, StorageError
 from datapipe.sources import UNIT_CROPS, UNKNOWN, Crop
+from datapipe.sources.labels import fits
 from datapipe.sources.place import Place, local_path
 from datapipe.storage import is_remote, open_object, open_store, split_url
 
@@ -174,9 +175,9 @@ def read_keys(url: str, storage: StorageConfig) -> tuple[list[str], list[int]]:
     keys: Any
     pids: Any
     keys, pids = (found.get("keys"), found.get("pids", [])) if isinstance(found, dict) else (found, [])
-    if not _is_list(keys, str | bytes) or not _is_list(pids, int) or len(pids) not in (0, len(keys)):
+    if not _is_list(keys, str | bytes) or not _are_pids(pids) or len(pids) not in (0, len(keys)):
         raise DataError(
-            f'{KEYS} holds no list of keys, nor a dict of "keys" and as many "pids"',
+            f'{KEYS} holds no list of keys, nor a dict of "keys" and as many "pids" of at most 32 bits',
             where=url,
             hint="without it, all keys of the LMDB are read",
         )
@@ -228,6 +229,10 @@ def _find_keys(data: str, storage: StorageConfig) -> str:
 
 def _is_list(value: Any, kind: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(item, kind) for item in value)
+
+
+def _are_pids(value: Any) -> bool:
+    return _is_list(value, int) and all(fits("pid", pid) for pid in value)
 
 
 def _encoded(key: str) -> bytes:

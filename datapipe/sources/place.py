@@ -73,6 +73,12 @@ def find_place(url: str, label: str, storage: StorageConfig, jpeg_quality: int) 
         raise DataError(
             f"the source cannot be opened: {error.what}", where=url, hint="check for a typing mistake"
         ) from error
+    except OSError as error:
+        raise DataError(
+            f"the source cannot be looked through: {error.strerror}",
+            where=str(error.filename or url),
+            hint="check the permissions there, and links that point at themselves",
+        ) from error
     return Place(url, label, storage, jpeg_quality, not files, names)
 
 
@@ -90,6 +96,16 @@ def kind_of(name: str) -> str:
 def is_image(name: str) -> bool:
     """Whether a file of this name is read as an image. Hidden files and folders are not."""
     return name.lower().endswith(IMAGE_ENDINGS) and not is_hidden(name)
+
+
+def printable(name: str) -> str:
+    """A name as an index can hold it: bytes that are no UTF-8 as \\xNN, halves of characters as \\uNNNN."""
+    if name.isascii():
+        return name
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # JSON can spell what no file name holds
+        return name.encode("utf-8", "backslashreplace").decode()
 
 
 def is_hidden(name: str) -> bool:

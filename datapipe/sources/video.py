@@ -28,6 +28,7 @@ from datapipe.sources.place import (
     file_urls,
     is_image,
     kind_of,
+    printable,
 )
 from datapipe.storage import Entry, open_object, open_store, split_url
 
@@ -129,7 +130,7 @@ class VideoSource:
             self.label,
             f"{unit.video}/{frame.number:06d}_{boxes.row[box]:07d}.jpg",
             data,
-            video=unit.video,
+            video=printable(unit.video),
             track=int(boxes.track[box]),
             frame=frame.number,
             problem=problem,

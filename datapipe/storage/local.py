@@ -29,7 +29,8 @@ class LocalStore(Store):
         # Opening costs 5 us of the 10 us of a small read. Descriptors kept open would have to be compared with the
         # path each time (it may have been replaced), which costs as much, and would hold the room of deleted files.
         with self._faults(name):
-            file = os.open(self.address(name), os.O_RDONLY | os.O_CLOEXEC)
+            # A pipe among the images is empty then; otherwise, somebody would have to write into it first.
+            file = os.open(self.address(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             try:
                 return _read_fully(file, start, os.fstat(file).st_size - start if size is None else size)
             finally:
@@ -123,6 +124,9 @@ class LocalStore(Store):
         try:
             yield
         except (FileNotFoundError, IsADirectoryError) as error:
+            if os.path.islink(where):
+                hint = "delete it; `find FOLDER -xtype l` lists all of its kind"
+                raise NotFoundError("the link leads nowhere", where=where, hint=hint) from error
             what = "the file does not exist" if name else "the folder does not exist"
             raise NotFoundError(what, where=where, hint="check the path for a typing mistake") from error
         except NotADirectoryError as error:

@@ -1,11 +1,12 @@
 """Folders of images are read completely, in order, with the labels of their names."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from datapipe.config import StorageConfig
-from datapipe.errors import DataError
+from datapipe.errors import DataError, NotFoundError
 from datapipe.sources import Crop, Source, folder, open_sources
 from datapipe.sources.labels import parse_market_name
 from tests.conftest import S3Server
@@ -22,6 +23,8 @@ def test_parse_market_name__knows_the_oddities() -> None:
     assert parse_market_name("0005_c12_f0046182.jpg") == (5, 12)
     assert parse_market_name("holiday.jpg") is None
     assert parse_market_name("1-2_c3.jpg") is None
+    assert parse_market_name("0001_c20231231.jpg") is None  # a date; cameras have 16 bits in the index
+    assert parse_market_name("99999999999_c1.jpg") is None
 
 
 def test_folder__finds_images_at_any_depth_and_nothing_else(tmp_path: Path) -> None:
@@ -77,6 +80,26 @@ def test_labels__are_no_longer_than_it_takes(tmp_path: Path) -> None:
     assert [source.label for source in one] == ["train", "test"]
     two = open_sources([f"{tmp_path}/x/train", f"{tmp_path}/y/train"], StorageConfig())
     assert [source.label for source in two] == ["x/train", "y/train"]
+
+
+def test_labels__can_be_written_in_an_index(tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    odd.mkdir()
+    (odd / "a.jpg").write_bytes(b"1")
+    (source,) = open_sources([str(odd)], StorageConfig())
+    assert source.label == "caf\\xe9" and [crop.source for crop in crops(source)] == ["caf\\xe9"]
+
+
+def test_folder__names_links_that_lead_nowhere_and_waits_for_no_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (source,) = open_sources([str(tmp_path)], StorageConfig())
+    assert [crop.data for crop in crops(source)] == [b""]
+    (tmp_path / "b.jpg").symlink_to("nowhere.jpg")
+    with pytest.raises(NotFoundError, match="link leads nowhere.*\n.*b.jpg"):
+        crops(source)
+    (tmp_path / "self").symlink_to("self")
+    with pytest.raises(DataError, match="cannot be looked through.*\n.*self"):
+        open_sources([str(tmp_path)], StorageConfig())
 
 
 def test_open_sources__says_what_is_missing(tmp_path: Path) -> None:

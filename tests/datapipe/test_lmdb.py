@@ -121,9 +121,10 @@ def test_keys__that_ask_for_code_are_refused_and_nothing_runs(tmp_path: Path) ->
         (pickle.dumps(["a"])[:-3], "damaged"),
         (pickle.dumps({"names": ["a"]}), "no list"),
         (pickle.dumps({"keys": ["a"], "pids": [1, 2]}), "as many"),
+        (pickle.dumps({"keys": ["a"], "pids": [1 << 31]}), "32 bits"),
         (pickle.dumps([1, 2]), "no list"),
     ],
-    ids=["text", "cut", "no keys", "too many pids", "numbers"],
+    ids=["text", "cut", "no keys", "too many pids", "too large pids", "numbers"],
 )
 def test_keys__that_are_none_are_refused(tmp_path: Path, keys: bytes, message: str) -> None:
     convert(tmp_path, VIDEOS)

@@ -49,6 +49,13 @@ def test_shards__take_all_labels_from_the_record_and_then_from_the_name(tmp_path
     assert read(f"{tmp_path}/x.tar") == [Crop("x.tar", "0007_c2s1_01.jpg", b"one", 3, 2, "v.mp4", 5, 6)]
 
 
+def test_shards__labels_that_no_index_holds_are_unknown(tmp_path: Path) -> None:
+    record = {"pid": 1 << 31, "camera": 1 << 15, "track": 1 << 63, "frame": 1 << 62, "video": "\ud800 1"}
+    with webdataset.TarWriter(str(tmp_path / "x.tar")) as writer:
+        writer.write({"__key__": "0007_c2s1_01", "jpg": b"one", "json": record})
+    assert read(f"{tmp_path}/x.tar") == [Crop("x.tar", "0007_c2s1_01.jpg", b"one", 7, 2, "\\ud800 1", -1, 1 << 62)]
+
+
 def test_shards__of_one_source_may_use_the_same_names(tar: Path, s3: S3Server) -> None:
     (tar.parent / "001.tar").write_bytes(tar.read_bytes())
     bucket = s3.bucket()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from pydantic import Field
 
 from datapipe import command, upkeep
 from datapipe.config import ShardConfig, StorageConfig, StreamConfig, SynthConfig
@@ -50,7 +51,8 @@ def run_shard(chosen: ShardCommand, workers: Executor | None = None) -> int:
     folder = manifest.url.rstrip("/")
     if done.found_complete:
         print("already complete: nothing was left to do")
-    print(f"{manifest.rows:,} crops in {len(manifest.shards):,} shards, {manifest.bytes / 1e6:,.1f} MB, "
+    crops = manifest.stored_rows - manifest.removed
+    print(f"{crops:,} crops in {len(manifest.shards):,} shards, {manifest.bytes / 1e6:,.1f} MB, "
           f"{manifest.quarantined:,} quarantined")
     if done.reasons:
         print(f"quarantined: {listed(done.reasons)}; see {folder}/{NAME}")
@@ -78,7 +80,7 @@ class PreviewCommand:
     """The data set: a folder or s3://bucket/prefix, or one manifest file."""
     out: Path = Path("preview.jpg")
     """Picture to write, .jpg or .png."""
-    count: int = 20
+    count: Annotated[int, Field(ge=1)] = 20
     """Crops to show: the first ones of the stream."""
     views: Path | None = None
     """File written by `python -m training views RECIPE`: beside each crop, exactly the views that training with that

@@ -26,6 +26,7 @@ from datapipe.progress import Progress
 from datapipe.quarantine import NAME as QUARANTINE
 from datapipe.quarantine import Reasons, excluded, listed, write_quarantine
 from datapipe.scan import Scanned, read_part, read_refused, scan_part
+from datapipe.select import whole
 from datapipe.shard import Sheet, write_shard
 from datapipe.sources import Source, open_sources
 from datapipe.spool import absolute, check_room, opened_spool
@@ -69,7 +70,7 @@ def ingest_sources(sources: Sequence[Source], out: str, config: ShardConfig, sto
         if not claimed(store, request):
             probe(store).demand("ranges", "lists", where=out)
         elif _is_complete(store):
-            return Ingested(Manifest.load(store.url, storage), True, {})
+            return Ingested(whole(store.url, storage), True, {})
         run = _Run(store, spool, local, config, storage, workers or own)
         parts = run.scan(listing)
         run.judge(parts)

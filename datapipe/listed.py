@@ -82,7 +82,7 @@ def refuse_missing(found: Found, total: int, *, share: float, where: str) -> Non
             f"{found.missing:,} of the {total:,} listed crops are not in the data set, for example "
             f"{', '.join(found.examples)}",
             where=where,
-            hint=f"see the names in `stats`; --max-missing above {share:g} goes on without them",
+            hint=f"the indexes, shards/*.parquet, list them; --max-missing above {share:g} goes on without the missing",
         )
 
 

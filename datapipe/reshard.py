@@ -31,6 +31,7 @@ from datapipe.progress import Progress
 from datapipe.quarantine import NAME as QUARANTINE
 from datapipe.quarantine import excluded, write_quarantine
 from datapipe.scan import REFUSED
+from datapipe.select import whole
 from datapipe.shard import Sheet, sidecars, write_shard
 from datapipe.spool import opened_spool
 from datapipe.storage import Store, open_store, probe
@@ -50,6 +51,8 @@ class Resharded:
     """Nothing was left to do."""
     repeated: int = 0
     """Crops that several of the data sets had, and that are in the new one once."""
+    selections: tuple[Manifest, ...] = ()
+    """Those of the data sets that were selections: their other crops were not taken."""
 
 
 def reshard(
@@ -74,7 +77,7 @@ def reshard(
         if not claimed(store, request):
             probe(store).demand("ranges", "lists", where=out)
         elif any(True for _ in store.list("manifest-v")):
-            return Resharded(Manifest.load(out, storage), True)
+            return Resharded(whole(out, storage), True)
         run = _Run(sets, store, spool, local, config, storage, workers or own)
         crops, plan = run.plan()
         claim(store, request)
@@ -89,7 +92,7 @@ def reshard(
             quarantined=refused,
             made_by=libraries(),
         ).save(store)
-        return Resharded(manifest, False, repeated)
+        return Resharded(manifest, False, repeated, tuple(part for part in sets if part.selection))
 
 
 def _request(sets: Sequence[Manifest], config: ReshardConfig, licence: str) -> bytes:

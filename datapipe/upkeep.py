@@ -4,6 +4,7 @@ import json
 from typing import Annotated
 
 import tyro
+from pydantic import Field
 
 from datapipe import command
 from datapipe.config import RemoveConfig, ReshardConfig, SelectConfig, StorageConfig
@@ -25,7 +26,7 @@ class VerifyCommand:
     repair: bool = False
     """First rebuild damaged or missing indexes from intact tars, and take damaged crops out of all versions of the
     folder; their rows stay, as with `remove`."""
-    workers: int = 0
+    workers: Annotated[int, Field(ge=0)] = 0
     """Processes. 0: one per core."""
     storage: StorageConfig = StorageConfig()
     """How object stores are reached."""
@@ -48,7 +49,7 @@ def verify(arguments: list[str]) -> int:
         print(f"and {len(checked.findings) - MOST_FINDINGS:,} more")
     manifest = checked.manifest
     print(
-        f"{'FAILED' if checked.findings else 'good'}: {len(checked.findings)} findings in {manifest.rows:,} crops of "
+        f"{'FAILED' if checked.findings else 'good'}: {len(checked.findings)} findings in {checked.crops:,} crops of "
         f"{len(manifest.shards):,} shards, {checked.decoded:,} decoded"
     )
     return command.FAILED if checked.findings else command.COMPLETE
@@ -100,7 +101,8 @@ def select(arguments: list[str]) -> int:
 @settings
 class ReshardCommand:
     urls: tyro.conf.Positional[tuple[str, ...]]
-    """Data sets to take the crops of: folders or s3://bucket/prefix, or manifest files."""
+    """Data sets to take the crops of: folders or s3://bucket/prefix (their newest versions, be it selections), or
+    manifest files."""
     out: str
     """Folder or s3://bucket/prefix for the new data set."""
     licence: str = ""
@@ -119,6 +121,8 @@ def reshard(arguments: list[str]) -> int:
     done = rewrite(chosen.urls, chosen.out, chosen.config, chosen.storage, licence=chosen.licence)
     if done.found_complete:
         print("already complete: nothing was left to do")
+    for part in done.selections:
+        print(f"{part.url}: {part.rows:,} of {part.stored_rows:,} crops are taken, as {part.file} is a selection")
     if done.repeated:
         print(f"{done.repeated:,} crops were in several of the data sets and are taken once")
     _say(done.manifest)

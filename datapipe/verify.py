@@ -38,6 +38,8 @@ class Verified(NamedTuple):
     manifest: Manifest
     findings: list[Finding]
     decoded: int
+    crops: int
+    """Of all shards, selected or not; removed ones do not count."""
 
 
 class _Checked(NamedTuple):
@@ -69,7 +71,8 @@ def verify(url: str, decode: Decode, storage: StorageConfig, *, workers: int = 0
             decoded += checked.decoded
             progress.advance(shard.bytes, f"{len(tables)} of {len(manifest.shards)} shards, {len(findings)} findings")
     findings += relation_findings(pyarrow.concat_tables([_NONE, *tables]), manifest.file)
-    return Verified(manifest, findings + list(_selection_findings(store, manifest)), decoded)
+    findings += _selection_findings(store, manifest)
+    return Verified(manifest, findings, decoded, manifest.stored_rows - manifest.removed)
 
 
 def check_shard(store: Store, shard: Shard, decode: Decode) -> _Checked:

@@ -63,6 +63,23 @@ def test_shard__says_what_it_did_and_then_that_nothing_is_left(tmp_path: Path, w
     assert "good: 0 findings in 30 crops of 2 shards, 30 decoded" in capsys.readouterr().out
 
 
+def test_counts__are_of_the_whole_data_set_though_its_newest_version_is_a_selection(
+        tmp_path: Path, write_crops: WriteCrops, capsys: pytest.CaptureFixture[str]) -> None:
+    write_crops(tmp_path / "crops", 20)
+    out = tmp_path / "out"
+    words = ("shard", tmp_path / "crops", "--out", out, "--workers", 1)
+    assert run(*words) == 0 and run("select", out, "--fraction", 0.5) == 0
+    capsys.readouterr()
+    assert run(*words) == 0 and "20 crops in 1 shards" in capsys.readouterr().out
+    assert run("reshard", out, "--out", tmp_path / "half", "--workers", 1) == 0
+    assert "10 of 20 crops are taken, as manifest-v0002-" in capsys.readouterr().out
+    (tmp_path / "keys.txt").write_text(Manifest.load(str(out)).table(["key"])["key"][0].as_py())
+    assert run("remove", out, "--keys", tmp_path / "keys.txt", "--workers", 1) == 0
+    capsys.readouterr()
+    assert run("verify", out, "--workers", 1) == 0 and "0 findings in 19 crops" in capsys.readouterr().out
+    assert run(*words) == 0 and "19 crops in 1 shards" in capsys.readouterr().out
+
+
 def test_shard__refuses_a_folder_of_another_data_set(tmp_path: Path, write_crops: WriteCrops,
                                                     capsys: pytest.CaptureFixture[str]) -> None:
     write_crops(tmp_path / "crops", 10)
@@ -112,7 +129,6 @@ def test_shard__quarantines_with_a_reason(tmp_path: Path, write_crops: WriteCrop
     (("shard", "{}/crops", "--out", "s3://no-such-bucket/x"), "bucket 'no-such-bucket' does not exist"),
     (("shard", "s3://no-such-bucket/x", "--out", "{}/out"), "bucket 'no-such-bucket' does not exist"),
     (("shard", "{}/crops", "--out", "{}/out", "--samples-per-shard", "0"), "--samples-per-shard: Input should be"),
-    (("preview", "{}/crops", "--count", "0"), "--count: Input should be"),
     (("verify", "{}/missing"), "does not exist"),
     (("verify", "{}/crops"), "no data set here"),
 ])
@@ -127,6 +143,14 @@ def test_errors__are_one_clear_message(words: tuple[str, ...], message: str, tmp
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message.replace("{}", str(tmp_path)) in error and "try:" in error
     assert "Traceback" not in error and not (tmp_path / "out" / "manifest-v0001.json").exists()
+
+
+@pytest.mark.parametrize("words", [("preview", "x", "--count", "0"), ("verify", "x", "--workers", "-1")],
+                         ids=["count", "workers"])
+def test_usage__out_of_range_is_refused(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(*words)
+    assert ended.value.code == command.USAGE and "greater than or equal to" in capsys.readouterr().err
 
 
 def test_errors__end_the_process_with_one_and_show_a_trace_on_request(tmp_path: Path) -> None:

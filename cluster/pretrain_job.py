@@ -30,9 +30,9 @@ def run(config: RunConfig, *, address: str = "local") -> int:
     config = _absolute(config)
     if address == "local":
         refuse_unsuited(config, choose_device(config.engine.device, 0))
-    manifest = check(config)
-    clock = clock_of(config, manifest.rows)
-    print(f"pretrain: {config.method.name}, {manifest.rows:,} crops, {clock.total_steps:,} steps, "
+    data = check(config)
+    clock = clock_of(config, data.rows)
+    print(f"pretrain: {config.method.name}, {data.rows:,} crops, {clock.total_steps:,} steps, "
           f"{config.cluster.workers} workers; run folder {config.out}", flush=True)  # fmt: skip
     with LocalHost() as signals, ray_session(address, cpus=_cpus(config)) as scratch:
         signals.listen()
@@ -49,11 +49,13 @@ def _cpus(config: RunConfig) -> int:
 
 def _absolute(config: RunConfig) -> RunConfig:
     """Workers run in other folders: local paths are made absolute here."""
-    manifest = config.stream.manifest
-    if manifest and not is_remote(manifest):
-        manifest = os.path.abspath(manifest)
-    out = config.out if is_remote(config.out) else os.path.abspath(config.out)
-    return dataclasses.replace(config, out=out, stream=dataclasses.replace(config.stream, manifest=manifest))
+    mix = tuple(_absolute_address(address) for address in config.stream.mix)
+    stream = dataclasses.replace(config.stream, manifest=_absolute_address(config.stream.manifest), mix=mix)
+    return dataclasses.replace(config, out=_absolute_address(config.out), stream=stream)
+
+
+def _absolute_address(address: str) -> str:
+    return os.path.abspath(address) if address and not is_remote(address) else address
 
 
 def _train(config: RunConfig, signals: LocalHost, scratch: str) -> tuple[int, bool]:

@@ -5,7 +5,7 @@ has a home, and a sample goes to a rank of the node that its block is at home on
 always from the same few blocks, so that few blocks are read twice.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -99,12 +99,6 @@ def shares(order: SampleOrder, assignment: Assignment, rank: int, batches: Itera
         for batch, positions, samples in zip(some, drawn, found, strict=True):
             mine = assignment.ranks(order.blocks(samples)) == rank if by_node else slice(None)
             yield Share(batch, _padded(positions[mine], rows), _padded(samples[mine], rows))
-
-
-def nodes_of(firsts: Sequence[int]) -> tuple[int, ...]:
-    """Node numbers from 0, from anything that tells each rank's node from the others."""
-    known = {first: number for number, first in enumerate(dict.fromkeys(firsts))}
-    return tuple(known[first] for first in firsts)
 
 
 def _number(blocks: Ints) -> Ints:

@@ -133,6 +133,16 @@ class ReshardConfig:
 class StreamConfig:
     manifest: str = ""
     """The data set: a folder or s3://bucket/prefix with a manifest (its newest version), or one manifest file."""
+    mix: tuple[str, ...] = ()
+    """Several data sets in place of `manifest`, each given like that. Sample ids count on from one to the next."""
+    weights: tuple[float, ...] = ()
+    """How often samples of each data set of `mix` come, in proportion: [3, 1], or [.7, .3]. Empty: as often as each has
+    crops, so that an epoch is every crop once. Otherwise an epoch has that many samples too, but of a small data set
+    with a large weight crops come several times, of the others not all."""
+    assignment: Literal["node", "slice"] = "node"
+    """Which rank gets which samples of a global batch. "slice": one after the other the next ones. "node": each block
+    goes to the ranks of one machine as far as these have room; on a single machine this is slicing. Changes no result
+    beyond rounding, unless the method couples the images of one rank."""
     block: int = Field(default=256, ge=1)
     """Consecutive crops read together, at a few kB each. Larger blocks suit object storage, smaller ones mix better."""
     window: int = Field(default=2_048, ge=1)

@@ -51,7 +51,7 @@ class Deal:
 class IdentityOrder:
     """Batches of `identities` different identities with `instances` images each, side by side; positions from 0.
 
-    Rows whose label is below `lowest` (-1: junk or unknown) never appear. A round of identities gives each of them one
+    Rows whose label is negative (junk or unknown) never appear. A round of identities gives each of them one
     turn, but for the few that do not fill a batch: these rest, other ones every round, so that all come equally often
     to within one. An identity's images are used in the same way over its turns: all equally often to within one, `K`
     different ones in each turn; an identity with fewer images repeats them within a turn, as few times as possible.
@@ -59,14 +59,14 @@ class IdentityOrder:
     Holds the rows sorted by identity; nothing is made for an epoch. Raises DataError for fewer than P identities.
     """
 
-    def __init__(self, labels: Ints, *, seed: int, identities: int, instances: int, lowest: int = 0) -> None:
+    def __init__(self, labels: Ints, *, seed: int, identities: int, instances: int) -> None:
         if min(identities, instances) < 1:
             raise ValueError(f"impossible: {identities} identities with {instances} instances")
         self.seed, self.identities, self.instances, self.rows = seed, identities, instances, len(labels)
         order = np.argsort(labels, kind="stable")
-        self._rows = order[np.searchsorted(labels, lowest, sorter=order) :]
+        self._rows = order[np.searchsorted(labels, 0, sorter=order) :]
         sorted_labels = labels[self._rows]
-        starts = np.flatnonzero(np.diff(sorted_labels, prepend=lowest - 1))
+        starts = np.flatnonzero(np.diff(sorted_labels, prepend=-1))
         self._first, self._images = starts, np.diff(starts, append=len(sorted_labels))
         if len(starts) < identities:
             raise DataError(f"batches of {identities} identities need as many; the data set has {len(starts)}",

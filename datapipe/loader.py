@@ -17,6 +17,7 @@ import numpy as np
 from datapipe.assignment import Assignment, Share, shares
 from datapipe.config import StreamConfig
 from datapipe.masking import Masks, draw_masks
+from datapipe.mixed_stream import MixedStream
 from datapipe.order import SampleOrder
 from datapipe.photometric import View
 from datapipe.randomness import Floats, Ints
@@ -82,7 +83,7 @@ class Loader:
 
     def __init__(
         self,
-        stream: Stream,
+        stream: Stream | MixedStream,
         order: SampleOrder,
         spec: ViewSpec,
         *,

@@ -7,14 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from datapipe.data import Data, load_data
 from datapipe.errors import ConfigError, DataError
 from datapipe.loader import Batch, Loader
-from datapipe.manifest import Manifest
 from datapipe.masking import draw_masks
-from datapipe.order import Order
 from datapipe.preview import TrainingViews
 from datapipe.randomness import words
-from datapipe.stream import Stream
 from datapipe.views import ViewSpec
 from training import checkpoint, methods
 from training import config as recipes
@@ -31,9 +29,9 @@ from training.run_folder import RunFolder
 FREE_TO_CHANGE = ("out", "storage", "engine", "checkpoints", "cluster", "optimisation.micro_batch",
                   "backbone.checkpoint_blocks", "backbone.compile_blocks",
                   "stream.threads", "stream.prefetch", "stream.cache_mb", "stream.cache_gb", "stream.cache_dir",
-                  "stream.reads", "stream.max_bad")  # fmt: skip
+                  "stream.reads", "stream.max_bad", "stream.assignment")  # fmt: skip
 """Settings that may differ when a run is continued: they change where, how fast and how often, not what is learnt.
-(stream.manifest is compared by its content, not by its address.)"""
+(stream.manifest and stream.mix are compared by their content, not by their addresses.)"""
 
 
 class Portion(NamedTuple):
@@ -120,11 +118,10 @@ def deepspeed_json(config: RunConfig, world: World, share: Portion) -> dict[str,
     return derive_json(config.engine, rows=share.rows, micro=share.micro, world=world.size)
 
 
-def make_loader(config: RunConfig, manifest: Manifest, world: World, share: Portion) -> Loader:
-    order = Order(manifest.rows, config.seed, config.stream.block, config.stream.window)
+def make_loader(config: RunConfig, data: Data, world: World, share: Portion) -> Loader:
     return Loader(
-        Stream(manifest, config.storage, config.stream),
-        order,
+        data.stream(config.storage, config.stream),
+        data.order(config.seed, config.stream),
         view_spec(config),
         seed=config.seed,
         global_batch=config.optimisation.batch,
@@ -134,6 +131,7 @@ def make_loader(config: RunConfig, manifest: Manifest, world: World, share: Port
         config=config.stream,
         allocate=_pinned if world.device.type == "cuda" else np.empty,
         ranks_here=world.local_size,
+        nodes=world.nodes() if config.stream.assignment == "node" else (),
     )
 
 
@@ -173,27 +171,19 @@ def refuse_unsuited(config: RunConfig, device: torch.device) -> None:
         )
 
 
-def check(config: RunConfig) -> Manifest:
+def check(config: RunConfig) -> Data:
     """Everything that can be refused before processes start: settings, data, an older run in the same folder.
 
     Raises ConfigError, DataError or StorageError.
     """
-    if not config.stream.manifest:
-        raise ConfigError(
-            "no data set is given",
-            where="stream.manifest",
-            hint="--stream.manifest FOLDER, as printed by `python -m datapipe shard`",
-        )
-    manifest = Manifest.load(config.stream.manifest, config.storage)
-    if manifest.rows == 0:
-        raise DataError("the data set is empty", where=config.stream.manifest, hint="shard some crops first")
-    clock_of(config, manifest.rows)
+    data = load_data(config.stream, config.storage)
+    clock_of(config, data.rows)
     if config.init.weights:
         refuse_missing(config.init, config.storage)
     folder = RunFolder(config.out, config.storage)
     _refuse_other_settings(config, folder)
-    _refuse_other_data(folder, manifest)
-    return manifest
+    _refuse_other_data(folder, data)
+    return data
 
 
 def saved_config(folder: RunFolder) -> RunConfig | None:
@@ -208,7 +198,7 @@ def _refuse_other_settings(config: RunConfig, folder: RunFolder) -> None:
     before = saved_config(folder)
     if before is None:
         return
-    changed = recipes.differences(before, config, ignore=(*FREE_TO_CHANGE, "stream.manifest"))
+    changed = recipes.differences(before, config, ignore=(*FREE_TO_CHANGE, "stream.manifest", "stream.mix"))
     if changed:
         raise ConfigError(
             "the run in this folder began with other settings:\n" + "\n".join(f"    {line}" for line in changed),
@@ -217,7 +207,7 @@ def _refuse_other_settings(config: RunConfig, folder: RunFolder) -> None:
         )
 
 
-def _refuse_other_data(folder: RunFolder, manifest: Manifest) -> None:
+def _refuse_other_data(folder: RunFolder, data: Data) -> None:
     store = folder.at("checkpoints")
     for name in reversed(checkpoint.complete(store)):
         try:
@@ -225,5 +215,5 @@ def _refuse_other_data(folder: RunFolder, manifest: Manifest) -> None:
         except DataError:
             continue  # a damaged one is passed over, with a warning, when it is read
         where = store.address(name)
-        checkpoint.refuse_other_data(marker, manifest.id, manifest.rows, manifest.replaces, where=where)
+        checkpoint.refuse_other_data(marker, data.id, data.rows, data.replaces, where=where)
         return

@@ -224,11 +224,16 @@ def refuse_other_data(marker: Marker, manifest: str, rows: int, replaces: Collec
     """
     if marker.manifest not in (manifest, *replaces):
         raise DataError(
-            f"this checkpoint was trained on other data: manifest {marker.manifest[:12]} "
-            f"({marker.manifest_rows:,} crops), now {manifest[:12]} ({rows:,} crops)",
+            f"this checkpoint was trained on other data: manifest {_short(marker.manifest)} "
+            f"({marker.manifest_rows:,} crops), now {_short(manifest)} ({rows:,} crops)",
             where=where,
             hint="give stream.manifest of the data it began with, or start anew in another folder with --out",
         )
+
+
+def _short(manifest: str) -> str:
+    """Enough of an id, or of each one's of a mix, to tell them apart."""
+    return " + ".join(identity[:12] for identity in manifest.split("+"))
 
 
 def _optimizer_state(state: Mapping[str, Tensor], marker: Marker) -> dict[str, AdamState]:

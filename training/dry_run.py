@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from datapipe.data import load_data
 from datapipe.errors import ConfigError
-from datapipe.manifest import Manifest
 from training import memory
 from training.assembly import clock_of, portion, refuse_split, refuse_unsuited
 from training.config import RunConfig
@@ -91,11 +91,12 @@ def dry_run(config: RunConfig, *, rows: int = 0, gpu_memory_gb: float = 0.0) -> 
 
 
 def _rows(config: RunConfig, rows: int) -> tuple[int, str]:
-    if config.stream.manifest:
+    if config.stream.manifest or config.stream.mix:
         if rows:
             raise ConfigError("rows are given, and a data set that has its own", where="--rows, stream.manifest",
                               hint="leave one of them out")  # fmt: skip
-        return Manifest.load(config.stream.manifest, config.storage).rows, config.stream.manifest
+        data = load_data(config.stream, config.storage)
+        return data.rows, " + ".join(config.stream.mix or (config.stream.manifest,))
     if rows:
         return rows, "--rows"
     return LUPERSON, "assumed: all of LUPerson; another with --rows N or --stream.manifest SHARDS"

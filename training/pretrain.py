@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from datapipe.data import Data, load_data
 from datapipe.loader import Batch
-from datapipe.manifest import Manifest
 from training.assembly import (
     check,
     clock_of,
@@ -59,23 +59,23 @@ def pretrain(config: RunConfig, *, world: World, host: Host, reason: str = "star
     """
     refuse_unsuited(config, world.device)
     _use_threads(config, world)
-    manifest = check(config) if world.leads else Manifest.load(config.stream.manifest, config.storage)
+    data = check(config) if world.leads else load_data(config.stream, config.storage)
     folder = RunFolder(config.out, config.storage)
-    clock = clock_of(config, manifest.rows)
+    clock = clock_of(config, data.rows)
     method, origin = initial_method(config)
     method = method.to(world.device)
     share = portion(config.optimisation.batch, config.optimisation.micro_batch, world.size)
     refuse_split(config, share, couples=method.couples_batch())
     if world.leads:
-        describe(config, folder, manifest, world, share)
+        describe(config, folder, data, world, share)
     say = host.say if world.leads else _silent
     stepper = make_stepper(config, method, world, share)
     checkpoints = Checkpoints(
-        folder.at("checkpoints"), config.checkpoints, world, about=about(config, manifest, world, origin), say=say,
-        replaces=manifest.replaces,
+        folder.at("checkpoints"), config.checkpoints, world, about=about(config, data, world, origin), say=say,
+        replaces=data.replaces,
     )
     position, resumed = checkpoints.restore(stepper)
-    with make_loader(config, manifest, world, share) as loader:
+    with make_loader(config, data, world, share) as loader:
         run = Run(
             method=method, stepper=stepper, loader=loader, place=Place(world.device), clock=clock,
             optimisation=config.optimisation, micro_batch=share.micro, checkpoints=checkpoints,
@@ -89,7 +89,7 @@ def pretrain(config: RunConfig, *, world: World, host: Host, reason: str = "star
             run.recorder = Recorder(folder, host, about={
                 "world": world.size, "resumed_from": resumed, "step": position // clock.batch, "reason": reason,
             })  # fmt: skip
-            run.recorder.say(_opening(config, manifest, clock, resumed, method))
+            run.recorder.say(_opening(config, data, clock, resumed, method))
             if origin and resumed is None:
                 run.recorder.say(in_words(origin))
         position, done = _train(run, checkpoints, config, position)
@@ -153,11 +153,11 @@ def _silent(line: str) -> None:
     """Ranks that do not lead say nothing."""
 
 
-def _opening(config: RunConfig, manifest: Manifest, clock: Clock, resumed: str | None, method: Method) -> str:
+def _opening(config: RunConfig, data: Data, clock: Clock, resumed: str | None, method: Method) -> str:
     trained = sum(value.numel() for value in method.parameters() if value.requires_grad)
     start = f"goes on from {resumed}" if resumed else "starts"
     return (
-        f"{config.method.name} {start}: {manifest.rows:,} crops, {clock.total_steps:,} steps of {clock.batch} images, "
+        f"{config.method.name} {start}: {data.rows:,} crops, {clock.total_steps:,} steps of {clock.batch} images, "
         f"{trained / 1e6:.1f} M trained parameters, {config.optimisation.precision}, {config.engine.stepper}"
     )
 

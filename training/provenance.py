@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from datapipe.manifest import Manifest
-from datapipe.order import ORDER_VERSION, Order
+from datapipe.data import Data
+from datapipe.order import ORDER_VERSION
 from datapipe.preview import hide, view_sheet
-from datapipe.stream import Stream
 from datapipe.views import make_views
 from training import config as recipes
 from training.assembly import Portion, deepspeed_json, training_views, view_spec
@@ -23,11 +22,11 @@ from training.engine.world import World
 from training.run_folder import RunFolder
 
 
-def about(config: RunConfig, manifest: Manifest, world: World, origin: dict[str, Any]) -> dict[str, Any]:
+def about(config: RunConfig, data: Data, world: World, origin: dict[str, Any]) -> dict[str, Any]:
     """What every checkpoint's marker repeats."""
     return {
-        "manifest": manifest.id,
-        "manifest_rows": manifest.rows,
+        "manifest": data.id,
+        "manifest_rows": data.rows,
         "seed": config.seed,
         "batch": config.optimisation.batch,
         "world": world.size,
@@ -37,23 +36,23 @@ def about(config: RunConfig, manifest: Manifest, world: World, origin: dict[str,
     }
 
 
-def describe(config: RunConfig, folder: RunFolder, manifest: Manifest, world: World, share: Portion) -> None:
+def describe(config: RunConfig, folder: RunFolder, data: Data, world: World, share: Portion) -> None:
     """Write everything that is known before the first step."""
     folder.write("command.txt", shlex.join(resume_command(config)) + "\n")
     folder.write("config.toml", recipes.to_toml(config))
     if config.engine.stepper == "deepspeed":
         folder.write_json("deepspeed.json", deepspeed_json(config, world, share))
-    folder.write_json("environment.json", environment(manifest, world))
+    folder.write_json("environment.json", environment(data, world))
     folder.write("views.json", training_views(config).to_json() + "\n")
-    folder.write("first_batch.jpg", view_sheet(first_views(config, manifest, count=8)))
+    folder.write("first_batch.jpg", view_sheet(first_views(config, data, count=8)))
 
 
-def first_views(config: RunConfig, manifest: Manifest, *, count: int) -> dict[str, np.ndarray]:
+def first_views(config: RunConfig, data: Data, *, count: int) -> dict[str, np.ndarray]:
     """The views of the first samples of the stream, uint8 [V, count, H, W, 3]: the pixels that training sees,
     patches that are hidden from the student in grey."""
     positions = np.arange(count, dtype=np.int64)
-    order = Order(manifest.rows, config.seed, config.stream.block, config.stream.window)
-    stream, spec = Stream(manifest, config.storage, config.stream), view_spec(config)
+    order = data.order(config.seed, config.stream)
+    stream, spec = data.stream(config.storage, config.stream), view_spec(config)
     out = {group.name: np.zeros(spec.shape(group, count), np.uint8) for group in spec.groups}
     make_views(stream.fetch(order.samples(positions)).data, spec, config.seed, positions, out)
     hide(out, spec, config.seed, positions)
@@ -73,7 +72,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def environment(manifest: Manifest, world: World) -> dict[str, Any]:
+def environment(data: Data, world: World) -> dict[str, Any]:
     """Where, on what and from which data and code a run is made."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.processor() or "cpu"
     return {
@@ -83,9 +82,23 @@ def environment(manifest: Manifest, world: World) -> dict[str, Any]:
         "device": device,
         "cores": os.cpu_count(),
         "platform": platform.platform(),
-        "manifest": {"id": manifest.id, "rows": manifest.rows, "shards": len(manifest.shards), "bytes": manifest.bytes,
-                     "version": manifest.version, "url": manifest.url, "licence": manifest.licence},
-    }  # fmt: skip
+        "manifest": _described(data),
+    }
+
+
+def _described(data: Data) -> dict[str, Any]:
+    """The data set; of a mix what holds for all together, and each under `sets`."""
+    sets: list[dict[str, Any]] = [
+        {"id": manifest.id, "rows": manifest.rows, "shards": len(manifest.shards), "bytes": manifest.bytes,
+         "version": manifest.version, "url": manifest.url, "licence": manifest.licence}
+        for manifest in data.sets
+    ]  # fmt: skip
+    if len(sets) == 1:
+        return sets[0]
+    total = {key: sum(part[key] for part in sets) for key in ("rows", "shards", "bytes")}
+    names = {key: "; ".join(dict.fromkeys(part[key] for part in sets if part[key])) for key in ("url", "licence")}
+    parts = [{**part, "weight": weight} for part, weight in zip(sets, data.weights, strict=True)]
+    return {"id": data.id, **total, **names, "sets": parts}
 
 
 def _git() -> str:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datapipe.assignment import Assignment, nodes_of
+from datapipe.assignment import Assignment
 from datapipe.order import Order
 
 GOLDEN_RANKS = [2, 0, 0, 0, 0, 1, 4, 2, 2, 2, 3, 3, 3, 1, 4, 1, 3, 1]
@@ -80,8 +80,3 @@ def test_slice__keeps_neighbours_together_where_there_is_room(
     assert [len(part) for part in parts] == expected
     np.testing.assert_array_equal(np.concatenate(parts), np.arange(64))
     assert not law.by_node
-
-
-def test_nodes_of__numbers_nodes_as_they_come() -> None:
-    assert nodes_of([0, 0, 2, 2, 4]) == (0, 0, 1, 1, 2)
-    assert nodes_of(["b", "a", "b"]) == (0, 1, 0)  # type: ignore[list-item]

@@ -43,6 +43,19 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """The picklable values of all ranks, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def nodes(self) -> tuple[int, ...]:
+        """The number of each rank's machine, from 0; all ranks ask together. Ranks of a machine are neighbours."""
+        firsts = self.gather(self.rank - self.local_rank)
+        return tuple(sorted(set(firsts)).index(first) for first in firsts)
+
     def wait(self) -> None:
         """Return once every rank has come here."""
         if self.size > 1:

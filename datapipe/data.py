@@ -1,0 +1,86 @@
+"""What a run is trained on: one data set, or several that are mixed."""
+
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+
+from datapipe.config import StorageConfig, StreamConfig
+from datapipe.errors import ConfigError, DataError
+from datapipe.manifest import Manifest
+from datapipe.mixed_stream import MixedStream
+from datapipe.mixing import MixedOrder, whole_weights
+from datapipe.order import Order, SampleOrder
+from datapipe.randomness import words
+from datapipe.stream import Stream
+
+
+@dataclass(frozen=True)
+class Data:
+    """Data sets, and how often each comes: whole weights in proportion to that. One alone comes always."""
+
+    sets: tuple[Manifest, ...]
+    weights: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """Crops of all data sets: the length of an epoch, unless the recipe states another one."""
+        return sum(manifest.rows for manifest in self.sets)
+
+    @property
+    def id(self) -> str:
+        """The ids of all manifests, in order."""
+        return "+".join(manifest.id for manifest in self.sets)
+
+    @property
+    def replaces(self) -> tuple[str, ...]:
+        """What `id` was with versions that these take the place of, row for row."""
+        versions = [(manifest.id, *manifest.replaces) for manifest in self.sets]
+        return tuple("+".join(ids) for ids in product(*versions))[1:]
+
+    def order(self, seed: int, config: StreamConfig) -> SampleOrder:
+        """Which sample comes when."""
+        if len(self.sets) == 1:
+            return Order(self.rows, seed, config.block, config.window)
+        seeds = words(seed, "mix", np.arange(len(self.sets)), 1)[:, 0].tolist()  # else equal ones go in step
+        parts = zip(self.sets, seeds, strict=True)
+        orders = (Order(manifest.rows, own, config.block, config.window) for manifest, own in parts)
+        return MixedOrder(tuple(orders), self.weights)
+
+    def stream(self, storage: StorageConfig, config: StreamConfig) -> Stream | MixedStream:
+        """The crops by sample id; raises as `Stream` does. Data sets share the memory of `config.cache_mb` equally."""
+        if len(self.sets) == 1:
+            return Stream(self.sets[0], storage, config)
+        own = replace(config, cache_mb=config.cache_mb / len(self.sets))
+        return MixedStream([Stream(manifest, storage, own) for manifest in self.sets])
+
+
+def load_data(config: StreamConfig, storage: StorageConfig) -> Data:
+    """The data sets that the settings name.
+
+    Raises ConfigError where they name none or contradict each other, DataError where one is empty, and as
+    `Manifest.load` does.
+    """
+    addresses = config.mix or ((config.manifest,) if config.manifest else ())
+    _refuse_contradictions(config)
+    if not addresses:
+        raise ConfigError(
+            "no data set is given",
+            where="stream.manifest",
+            hint="--stream.manifest FOLDER, as printed by `python -m datapipe shard`",
+        )
+    sets = tuple(Manifest.load(address, storage) for address in addresses)
+    for manifest, address in zip(sets, addresses, strict=True):
+        if manifest.rows == 0:
+            raise DataError("the data set is empty", where=address, hint="shard some crops first")
+    weights = config.weights or tuple(manifest.rows for manifest in sets)
+    return Data(sets, whole_weights(weights, where="stream.weights"))
+
+
+def _refuse_contradictions(config: StreamConfig) -> None:
+    if config.mix and config.manifest:
+        raise ConfigError("one data set is given, and several", where="stream.manifest, stream.mix",
+                          hint='name all of them in stream.mix, and set stream.manifest to ""')
+    if config.weights and len(config.weights) != len(config.mix):
+        raise ConfigError(f"{len(config.weights)} weights are given for {len(config.mix)} data sets",
+                          where="stream.weights, stream.mix", hint="one weight for each of stream.mix, or none")

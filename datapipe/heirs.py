@@ -7,6 +7,7 @@ import pyarrow
 import pyarrow.compute
 
 from datapipe.duplicates import near_duplicates
+from datapipe.index import whole_column
 
 MARKS = ("duplicate_of", "near_of")
 Marks = tuple[str | None, str | None]
@@ -20,7 +21,7 @@ def heirs(table: pyarrow.Table, live: np.ndarray, gone: pyarrow.Array) -> dict[i
     is the original. Among those that were near to a crop that is gone, the first is one, and so is each that is near
     to none of these.
     """
-    columns = {name: table[name].combine_chunks() for name in ("key", "dhash", *MARKS)}
+    columns = {name: whole_column(table, name) for name in ("key", "dhash", *MARKS)}
     exact = {row: rows[0] for rows in _orphans(columns["duplicate_of"], live, gone) for row in rows}
     near = {
         row: original

@@ -11,6 +11,7 @@ import pyarrow.parquet
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError
+from datapipe.index import whole_column
 from datapipe.storage import open_store, split_url
 
 By = Literal["key", "name"]
@@ -54,7 +55,7 @@ def look_up(listed: pyarrow.Array, table: pyarrow.Table, by: By) -> Found:
     A name that is not found as it stands is looked for by its last part without ending, so that lists made for loose
     files fit other sources of the same images.
     """
-    column = table[by].cast(pyarrow.large_string()).combine_chunks()
+    column = whole_column(table, by)
     place, lost = _match(listed, column)
     if by == "name" and len(lost):
         bare, still_lost = _match(_bare(listed.take(lost)), _bare(column))

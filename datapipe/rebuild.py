@@ -16,7 +16,7 @@ import xxhash
 from datapipe.difference_hash import difference_hash
 from datapipe.duplicates import Marks, exact_duplicates, near_duplicates
 from datapipe.heirs import MARKS
-from datapipe.index import INDEX, Shard, read_index
+from datapipe.index import INDEX, Shard, content_words, read_index
 from datapipe.plan_shards import Within, hot_columns
 from datapipe.rewrite import with_index
 from datapipe.shard import TAR_BYTES, TAR_SHA256, build_index
@@ -95,9 +95,8 @@ def _marked(rows: pyarrow.Table, ordinal: int, others: Mapping[int, pyarrow.Tabl
     }
     start = sum(part.num_rows for number, part in parts.items() if number < ordinal)
     table = pyarrow.concat_tables(parts.values())
-    content = np.frombuffer(b"".join(table["sha256"].to_pylist()), np.uint64).reshape(-1, 4)[:, :2]
     group = hot_columns(table, np.zeros(len(table), np.int64), seed=0, near_within=within)["group"].to_numpy()
-    found = exact_duplicates(content), near_duplicates(table["dhash"].to_numpy(), group)
+    found = exact_duplicates(content_words(table)), near_duplicates(table["dhash"].to_numpy(), group)
     for name, marks in zip(MARKS, found, strict=True):
         column = pyarrow.array(_originals(marks, table, start, start + len(rows)), pyarrow.string())
         rows = rows.set_column(rows.column_names.index(name), name, column)

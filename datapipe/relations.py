@@ -8,6 +8,7 @@ import pyarrow
 import pyarrow.compute
 
 from datapipe.duplicates import DISTANCE, exact_duplicates
+from datapipe.index import content_words, whole_column
 
 MOST = 20
 """Findings of a kind listed one by one; more are counted."""
@@ -23,7 +24,7 @@ class Finding(NamedTuple):
 
 def relation_findings(table: pyarrow.Table, where: str) -> list[Finding]:
     """Of all crops of a data set in their order: `key`, `sha256`, `dhash`, `duplicate_of`, `near_of`."""
-    keys = table["key"].combine_chunks()
+    keys = whole_column(table, "key")
     places = _places(keys, keys)
     repeated = np.flatnonzero(places != np.arange(len(keys)))
     if len(repeated):
@@ -36,10 +37,9 @@ def relation_findings(table: pyarrow.Table, where: str) -> list[Finding]:
 
 
 def _exact(table: pyarrow.Table, keys: pyarrow.Array) -> Iterator[tuple[str, np.ndarray]]:
-    marked, originals = _originals(table["duplicate_of"].combine_chunks(), keys)
+    marked, originals = _originals(whole_column(table, "duplicate_of"), keys)
     yield "it is marked as a duplicate of a crop that is not there", marked[originals == NOWHERE]
-    content = np.frombuffer(b"".join(table["sha256"].to_pylist()), np.uint64).reshape(-1, 4)[:, :2]
-    true = exact_duplicates(content)
+    true = exact_duplicates(content_words(table))
     told, is_true = np.full(len(keys), NOWHERE), np.full(len(keys), NOWHERE)
     told[marked], is_true[true.places] = originals, true.originals
     unmarked = np.ones(len(keys), bool)
@@ -52,7 +52,7 @@ def _exact(table: pyarrow.Table, keys: pyarrow.Array) -> Iterator[tuple[str, np.
 
 
 def _near(table: pyarrow.Table, keys: pyarrow.Array) -> Iterator[tuple[str, np.ndarray]]:
-    marked, originals = _originals(table["near_of"].combine_chunks(), keys)
+    marked, originals = _originals(whole_column(table, "near_of"), keys)
     yield "it is marked as nearly equal to a crop that is not there", marked[originals == NOWHERE]
     marked, originals = marked[originals >= 0], originals[originals >= 0]
     dhash = table["dhash"].to_numpy()

@@ -10,7 +10,7 @@ import pyarrow.compute
 from datapipe.config import SelectConfig, StorageConfig
 from datapipe.errors import ConfigError, DataError
 from datapipe.expression import Expression
-from datapipe.index import INDEX
+from datapipe.index import INDEX, whole_column
 from datapipe.listed import By, look_up, read_list, refuse_ambiguous, refuse_missing
 from datapipe.manifest import Manifest
 from datapipe.plan_shards import rank
@@ -19,6 +19,8 @@ from datapipe.storage import open_store
 
 FILTERED = tuple(name for name in INDEX.names if name not in ("offset", "sha256", "removed"))
 """Columns that conditions may speak of."""
+CHUNK = 1 << 18
+"""Keys that are Python objects at the same time."""
 
 
 @dataclass(frozen=True)
@@ -109,16 +111,18 @@ class _Choice:
     def _first_ranked(self) -> np.ndarray:
         """The share with the lowest keyed hash. So a smaller share is part of every larger one; and with the seed of
         the data set, whose shards are in that order, it is a run of neighbours, read as fast as everything."""
-        keys = self.table["key"].take(self.rows).to_pylist()
-        ranks = np.fromiter((rank(key, self.config.seed) for key in keys), np.uint64, len(keys))
-        first = np.argsort(ranks, kind="stable")[: round(self.config.fraction * len(keys))]
+        keys = whole_column(self.table, "key")
+        parts = (keys.take(self.rows[start : start + CHUNK]) for start in range(0, len(self.rows), CHUNK))
+        ranked = (rank(key, self.config.seed) for part in parts for key in part.to_pylist())
+        ranks = np.fromiter(ranked, np.uint64, len(self.rows))
+        first = np.argsort(ranks, kind="stable")[: round(self.config.fraction * len(ranks))]
         return self.rows[np.sort(first)]
 
 
 def first_of_each(table: pyarrow.Table, rows: np.ndarray, mark: str) -> np.ndarray:
     """Of these rows, the first of each group of crops that `mark` says belong together."""
-    group = pyarrow.compute.coalesce(table[mark], table["key"]).take(rows)
-    codes = group.combine_chunks().dictionary_encode().indices.to_numpy()
+    group = pyarrow.compute.coalesce(whole_column(table, mark), whole_column(table, "key")).take(rows)
+    codes = group.dictionary_encode().indices.to_numpy()
     return rows[np.sort(np.unique(codes, return_index=True)[1])]
 
 

@@ -11,6 +11,7 @@ import pyarrow.parquet
 from datapipe.config import StorageConfig
 from datapipe.errors import NotFoundError
 from datapipe.heirs import MARKS
+from datapipe.index import whole_column
 from datapipe.manifest import Manifest
 from datapipe.quarantine import NAME as QUARANTINE
 from datapipe.storage import Store, open_store
@@ -39,7 +40,7 @@ def statistics(url: str, storage: StorageConfig) -> Facts:
         **_facts(table),
         **_percentiles(table),
         "price": {kind: _price(table, mark) for kind, mark in KINDS.items()},
-        "sources": {source: _facts(part) for source, part in _by_source(table)},
+        "sources": {source: _facts(part) for source, part in _by_source(table.drop_columns("key"))},
         "quarantine": _quarantine(open_store(manifest.url, storage)),
     }
 
@@ -112,11 +113,10 @@ def _price(table: pyarrow.Table, mark: str) -> Facts:
     Of the pairs in one source whose two people are both known.
     """
     marked = np.flatnonzero(table[mark].is_valid().to_numpy())
-    keys = table["key"].combine_chunks()
-    originals = pyarrow.compute.index_in(table[mark].combine_chunks().take(marked), value_set=keys)
+    originals = pyarrow.compute.index_in(whole_column(table, mark).take(marked), value_set=whole_column(table, "key"))
     here = originals.is_valid().to_numpy(zero_copy_only=False)
     marked, originals = marked[here], originals.drop_null().to_numpy()
-    pid, source = table["pid"].to_numpy(), table["source"].combine_chunks().dictionary_encode().indices.to_numpy()
+    pid, source = table["pid"].to_numpy(), whole_column(table, "source").dictionary_encode().indices.to_numpy()
     labelled = (pid[marked] >= 0) & (pid[originals] >= 0) & (source[marked] == source[originals])
     different = int((pid[marked] != pid[originals])[labelled].sum())
     pairs = int(labelled.sum())
@@ -124,7 +124,7 @@ def _price(table: pyarrow.Table, mark: str) -> Facts:
 
 
 def _by_source(table: pyarrow.Table) -> list[tuple[str, pyarrow.Table]]:
-    encoded = table["source"].combine_chunks().dictionary_encode()
+    encoded = whole_column(table, "source").dictionary_encode()
     order = np.argsort(encoded.indices.to_numpy(), kind="stable")
     ends = np.cumsum(np.bincount(encoded.indices.to_numpy(), minlength=len(encoded.dictionary)))
     parts = np.split(order, ends[:-1])

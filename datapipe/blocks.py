@@ -8,7 +8,8 @@ from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import xxhash
+from xxhash import xxh3_64_hexdigest as xxh3_hex
+from xxhash import xxh3_64_intdigest as xxh3
 
 from datapipe.cache import Part
 from datapipe.errors import DataError, NotFoundError, UserError
@@ -42,7 +43,7 @@ class Places(NamedTuple):
 
     def matches(self, row: int, data: bytes) -> bool:
         """Whether these are the bytes of the row."""
-        return xxhash.xxh3_64_intdigest(data) == int(self.xxh3[row])
+        return xxh3(data) == int(self.xxh3[row])
 
 
 class Cache(Protocol):
@@ -89,7 +90,7 @@ class Blocks:
         mine = slice(int(self.first[number]), int(self.end[number]))
         ranges = np.stack([self._places.offset[mine], self._places.size[mine]]).astype("<i8")
         shard = self._places.shards[int(self._places.shard[mine.start])]
-        return f"{shard.sha256}-{xxhash.xxh3_64_hexdigest(ranges.tobytes())}"
+        return f"{shard.sha256}-{xxh3_hex(ranges.tobytes())}"
 
 
 class Reader:
@@ -196,13 +197,11 @@ class Reader:
     def _fetch_block(self, number: int) -> bytes:
         """A block from the store; crops that arrive broken are asked for once more, and kept broken after that."""
         rows = self.blocks.rows(number)
+        sizes, promised = self.places.size[rows].tolist(), self.places.xxh3[rows].tolist()
         found = self._fetch(rows, map)
-        broken = [row for row, data in found.items() if not self.places.matches(row, data)]
+        broken = [row for row, hash_ in zip(found, promised, strict=True) if xxh3(found[row]) != hash_]
         found |= self._fetch(np.array(broken, dtype=np.int64), map)
-        return b"".join(
-            found[row].ljust(size, b"\0")
-            for row, size in zip(rows.tolist(), self.places.size[rows].tolist(), strict=True)
-        )
+        return b"".join(data.ljust(size, b"\0") for data, size in zip(found.values(), sizes, strict=True))
 
     def _fetch(self, rows: Ints, run: Callable[..., Iterator[Any]]) -> Rows:
         """Sorted rows from the store itself."""

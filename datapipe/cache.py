@@ -1,9 +1,9 @@
 """A bounded folder of blocks on a local disk, shared by all processes of a machine, keyed by content alone.
 
     <sha256 of the shard>-<hash of the ranges>   a block: written under another name, renamed, never changed
-    lock                                         held by whoever adds or evicts
+    lock                                         held by whoever adds or evicts; says how many bytes of blocks there
+                                                 are, never less than that
     turns/                                       a lock for each block that is being fetched
-    total                                        bytes of all blocks: never less than there are
 
 Nothing depends on it. Locks die with the process that holds them; a file that vanishes or comes up short counts as not
 there; who waits too long for another process goes on without it. What the blocks hold is checked by whoever reads them.
@@ -34,7 +34,9 @@ POLL_S = 0.001
 TURNS = 1024
 ROOM_MADE = 0.05
 """Share of the limit that an eviction frees beyond what is needed, so that not every block causes one."""
-SERVICE = ("lock", "total", "turns")
+SERVICE = ("lock", "turns")
+DIGITS = 20
+"""Of the total."""
 
 
 class DiskCache:
@@ -50,9 +52,9 @@ class DiskCache:
             (self.folder / "turns").mkdir(parents=True, exist_ok=True, mode=0o700)
             if self.folder.stat().st_uid != os.getuid():
                 raise PermissionError("it belongs to another user")
-            with self._alone() as mine:
-                if mine:
-                    self._evict(limit)
+            with self._alone() as lock:
+                if lock is not None:
+                    self._evict(lock, limit)
         except OSError as error:
             raise StorageError(
                 f"the cache cannot be used: {error}",
@@ -106,10 +108,10 @@ class DiskCache:
             return
         temporary = self.folder / f"{key}{TEMPORARY}"
         try:
-            with self._alone() as mine:
-                if not mine or self.has(key):
+            with self._alone() as lock:
+                if lock is None or self.has(key):
                     return
-                self._make_room(len(block))
+                self._make_room(lock, len(block))
                 temporary.write_bytes(block)
                 temporary.rename(self.folder / key)
         except OSError as error:
@@ -118,20 +120,15 @@ class DiskCache:
             with suppress(OSError):
                 temporary.unlink()
 
-    def _make_room(self, size: int) -> None:
+    def _make_room(self, lock: int, size: int) -> None:
         """Note that the folder grows by so much, before it does: who dies in between leaves too high a total."""
-        total = self._total() + size
-        if total > self.limit:
-            total = self._evict(max(0, int((1 - ROOM_MADE) * self.limit) - size)) + size
-        (self.folder / "total").write_text(f"{total}\n")
+        noted = os.pread(lock, DIGITS, 0)
+        total = int(noted) if noted else self._evict(lock, self.limit)
+        if total + size > self.limit:
+            total = self._evict(lock, max(0, int((1 - ROOM_MADE) * self.limit) - size))
+        _note(lock, total + size)
 
-    def _total(self) -> int:
-        try:
-            return int((self.folder / "total").read_text())
-        except (FileNotFoundError, ValueError):  # somebody died while writing it
-            return self._evict(self.limit)
-
-    def _evict(self, goal: int) -> int:
+    def _evict(self, lock: int, goal: int) -> int:
         """Delete the oldest blocks until no more than `goal` bytes are left; returns how many are left, counted.
 
         What dead processes had begun to write goes too.
@@ -150,33 +147,48 @@ class DiskCache:
                 break
             path.unlink(missing_ok=True)
             total -= size
-        (self.folder / "total").write_text(f"{total}\n")
+        _note(lock, total)
         return total
 
     def _blocks(self) -> Iterator[Path]:
         with os.scandir(self.folder) as found:
             yield from (Path(item.path) for item in found if item.name not in SERVICE)
 
-    def _alone(self) -> AbstractContextManager[bool]:
+    def _alone(self) -> AbstractContextManager[int | None]:
         return _locked(self.folder / "lock")
 
-    def _turn(self, key: str) -> AbstractContextManager[bool]:
+    def _turn(self, key: str) -> AbstractContextManager[int | None]:
         return _locked(self.folder / "turns" / f"{xxhash.xxh3_64_intdigest(key.encode()) % TURNS:03x}")
 
 
+def _note(lock: int, total: int) -> None:
+    """In place: a file that is cut and written anew is flushed to the disk at once."""
+    os.pwrite(lock, b"%0*d" % (DIGITS, total), 0)
+
+
 @contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Hold an exclusive lock, also against other threads; False, and no lock, where it is not to be had (in time)."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # somebody may have tidied it away
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError:
-        yield False
+def _locked(path: Path) -> Iterator[int | None]:
+    """Hold an exclusive lock on this open file, also against threads; None where it is not to be had (in time)."""
+    file = _open(path)
+    if file is None:
+        yield None
         return
     try:
-        yield _lock(file, path)
+        yield file if _lock(file, path) else None
     finally:
         os.close(file)
+
+
+def _open(path: Path) -> int | None:
+    for _ in range(2):
+        try:
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:  # somebody has tidied the folder away
+            with suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError:
+            return None
+    return None
 
 
 def _lock(file: int, path: Path) -> bool:

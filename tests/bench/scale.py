@@ -24,6 +24,8 @@ class Scale:
     workers: int = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     """Threads of our loader and processes of the others; 0 makes the others work in this process."""
     order_rows: int = 10**8
+    opened_rows: int = 4_180_000
+    """Crops of the data set that is opened: LUPerson's number."""
     queries: int = 1_500
     gallery: int = 20_000
     channels: int = 384
@@ -31,8 +33,8 @@ class Scale:
     """Queries that the loop of argsorts gets: its time is proportional to them."""
 
 
-TOY = Scale(rounds=1, crops=24, images=2, batch=8, workers=0, order_rows=10**5, queries=30, gallery=200, channels=8,
-            looped=30)
+TOY = Scale(rounds=1, crops=24, images=2, batch=8, workers=0, order_rows=10**5, opened_rows=25_000, queries=30,
+            gallery=200, channels=8, looped=30)
 """For the test: every line runs, no figure means anything."""
 
 

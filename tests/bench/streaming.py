@@ -1,0 +1,116 @@
+"""Object storage against a local disk: what does it cost the client to bring the crops from there?"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+import boto3
+
+from datapipe.config import StorageConfig, StreamConfig
+from datapipe.loader import Loader
+from datapipe.manifest import Manifest
+from datapipe.order import Order
+from datapipe.stream import Stream
+from tests.bench.crops import ABOUT, KINDS, Crops, crops
+from tests.bench.measure import Rates, Spread, Work, rates, ratio
+from tests.bench.scale import Scale
+from tests.bench.specs import one_view
+from tests.bench.table import Row, Table, Target
+
+LOCAL, BLOCKS, SINGLY = "local disk", "S3, blocks kept on disk", "S3, crop by crop"
+SERVER = """
+import logging, sys
+from moto.server import ThreadedMotoServer
+logging.getLogger("werkzeug").setLevel(logging.ERROR)
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(*server.get_host_and_port(), flush=True)
+sys.stdin.read()
+"""
+BLOCK = 192
+"""A block is cut where a shard ends: in these small shards the default of 256 would make halves."""
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+def streaming(scale: Scale) -> Table:
+    """The loader on the same data set from a local disk and from an S3 server on this machine."""
+    rows = [row for kind in KINDS for row in _rows(kind, _measured(crops(kind, scale), scale))]
+    notes = (
+        ABOUT,
+        f"decode and one 256x128 random resized crop, batches of {scale.batch}, 1 thread; only the client's CPU time",
+        "each round begins with an empty cache, so every block is fetched, checked, written, and read crop by crop",
+    )
+    return Table("streaming", "from S3 against local disk", "img/s per CPU-second", tuple(rows), notes)
+
+
+def _measured(found: Crops, scale: Scale) -> Rates:
+    with ExitStack() as stack:
+        url, storage = stack.enter_context(_served(found))
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=scale.cache))
+        blocks = stack.enter_context(_loading(url, storage, scale, cache_dir=folder))
+        works = {
+            LOCAL: stack.enter_context(_loading(found.dataset, StorageConfig(), scale)),
+            BLOCKS: lambda: _from_empty(Path(folder), blocks),
+            SINGLY: stack.enter_context(_loading(url, storage, scale, cache_gb=0)),
+        }
+        return rates(works, scale.rounds, dict.fromkeys(works, process_time))
+
+
+def _rows(kind: str, found: Rates) -> list[Row]:
+    def row(what: str, target: Target | None = None) -> Row:
+        return Row(f"{kind}: CPU time per image, {what}", Spread.of(found[what]), LOCAL, Spread.of(found[LOCAL]),
+                   ratio(found[LOCAL], found[what]), target)  # fmt: skip
+
+    return [row(BLOCKS, Target(1.15, at_least=False)), row(SINGLY)]
+
+
+def _from_empty(folder: Path, work: Work) -> int:
+    for path in folder.glob("*-*"):
+        path.unlink()
+    return work()
+
+
+@contextmanager
+def _loading(url: str, storage: StorageConfig, scale: Scale, **settings: Any) -> Iterator[Work]:
+    """An epoch through the loader; what opening costs is another bench."""
+    config = StreamConfig(threads=1, cache_mb=0, block=BLOCK, **settings)
+    stream = Stream(Manifest.load(url, storage), storage, config)
+    order = Order(stream.rows, 0, config.block, config.window)
+    begin = 0
+    with Loader(stream, order, one_view(), seed=0, global_batch=scale.batch, rank=0, world=1, micro_batch=scale.batch,
+                config=config) as batches:  # fmt: skip
+
+        def work() -> int:
+            nonlocal begin
+            for batch in batches.after(begin, begin + stream.rows):
+                begin = batch.after
+            return stream.rows
+
+        yield work
+    stream.close()
+
+
+@contextmanager
+def _served(found: Crops) -> Iterator[tuple[str, StorageConfig]]:
+    """The data set in a bucket of a server process."""
+    os.environ.update(CREDENTIALS)
+    server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        storage = StorageConfig(endpoint_url="http://{}:{}".format(*server.stdout.readline().split()))
+        client = boto3.client("s3", endpoint_url=storage.endpoint_url)
+        client.create_bucket(Bucket="bench")
+        folder = Path(found.dataset)
+        for path in folder.rglob("*"):
+            if path.is_file():
+                client.upload_file(str(path), "bench", f"set/{path.relative_to(folder)}")
+        yield "s3://bench/set", storage
+    finally:
+        server.kill()
+        server.wait()

@@ -33,7 +33,7 @@ def run(config: RunConfig, *, address: str = "local") -> int:
     data = check(config)
     clock = clock_of(config, data.rows)
     print(f"pretrain: {config.method.name}, {data.rows:,} crops, {clock.total_steps:,} steps, "
-          f"{config.cluster.workers} workers; run folder {config.out}", flush=True)  # fmt: skip
+          f"{config.cluster.max_workers} workers; run folder {config.out}", flush=True)  # fmt: skip
     with LocalHost() as signals, ray_session(address, cpus=_cpus(config)) as scratch:
         signals.listen()
         ending = _train(config, signals, scratch)
@@ -44,7 +44,7 @@ def run(config: RunConfig, *, address: str = "local") -> int:
 
 def _cpus(config: RunConfig) -> int:
     """Cores that an embedded Ray may hand out: at least what its workers ask for."""
-    return max(os.cpu_count() or 1, int(config.cluster.workers * config.cluster.cpus_per_worker))
+    return max(os.cpu_count() or 1, int(config.cluster.max_workers * config.cluster.cpus_per_worker))
 
 
 def _absolute(config: RunConfig) -> RunConfig:
@@ -126,7 +126,7 @@ def _trainer(config: RunConfig, board: str, scratch: str) -> Any:
             backend="nccl" if gpus else "gloo", timeout_s=config.cluster.collective_timeout_s
         ),
         scaling_config=ScalingConfig(
-            num_workers=config.cluster.workers,
+            num_workers=config.cluster.max_workers,
             use_gpu=gpus,
             resources_per_worker={"CPU": config.cluster.cpus_per_worker, **({"GPU": 1} if gpus else {})},
         ),

@@ -14,6 +14,7 @@ from datapipe.config import Range, StorageConfig, StreamConfig, ViewConfig
 from datapipe.errors import ConfigError
 from datapipe.settings import settings
 from training.backbone import BackboneConfig
+from training.cluster_config import ClusterConfig
 from training.initial_weights import InitConfig
 from training.methods import METHODS, MethodConfig
 from training.methods.base import Precision
@@ -88,22 +89,6 @@ class CheckpointConfig:
     """Newest checkpoints that stay. At least two: a damaged one falls back to the one before."""
     keep_every_steps: int = Field(default=0, ge=0)
     """Checkpoints at multiples of this stay for evaluation. 0: none besides the newest."""
-
-
-@settings
-class ClusterConfig:
-    workers: int = Field(default=1, ge=1)
-    """Processes, one per GPU (or per CPU share)."""
-    cpus_per_worker: float = Field(default=1.0, gt=0)
-    """CPU cores that Ray sets aside for each."""
-    max_failures: int = Field(default=8, ge=0)
-    """Crashes after which the run gives up; it stays resumable."""
-    start_timeout_s: int = Field(default=600, ge=1)
-    """Seconds for all workers to start; imports and a first compilation are slow."""
-    hang_timeout_s: int = Field(default=600, ge=1)
-    """Seconds without a sign of life after which a worker counts as hung."""
-    collective_timeout_s: int = Field(default=1_800, ge=1)
-    """Seconds after which a collective with a dead peer gives up."""
 
 
 @settings

@@ -36,7 +36,7 @@ def test_pretrain_job__a_killed_worker_changes_nothing(tmp_path: Path, write_cro
     data = shards(tmp_path / "crops", str(tmp_path / "shards"))
     path = recipe(tmp_path, data.url, str(tmp_path / "run"), epochs=2.0)
     run, undisturbed, killed = tmp_path / "run", tmp_path / "undisturbed", []  # type: ignore[var-annotated]
-    flags = ("--cluster.workers", "2", "--engine.stepper", "deepspeed")
+    flags = ("--cluster.max-workers", "2", "--engine.stepper", "deepspeed")
     process = command("cluster", "pretrain", str(path), *flags)
     killer = threading.Thread(target=_kill_at, args=(7, run, killed))
     killer.start()

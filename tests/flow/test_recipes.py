@@ -62,8 +62,8 @@ def test_recipe__is_of_the_published_size_and_rate(path: Path) -> None:
     assert isinstance(config.method, FAMILY[name]) and config.backbone.arch == SIZES[size]
     assert config.out == f"runs/{path.stem}" and f"recipes/{path.name}" in said
     assert config.optimisation.lr == pytest.approx(5e-4 * config.optimisation.batch / 256)
-    per_gpu = config.optimisation.batch / config.cluster.workers
-    assert f"{config.cluster.workers} GPUs" in said and f"{per_gpu:g} images each" in said
+    per_gpu = config.optimisation.batch / config.cluster.max_workers
+    assert f"{config.cluster.max_workers} GPUs" in said and f"{per_gpu:g} images each" in said
     for heading in ("# Hardware:", "# Length:", "# Expected:"):
         assert heading in said
 

@@ -114,3 +114,17 @@ RECIPES = sorted((Path(recipes.__file__).parent / "recipes").glob("*.toml"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes__load(path: Path) -> None:
     assert load(path).optimisation.batch > 0
+
+
+def test_cluster__a_secret_is_refused_and_not_repeated(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="AWS_SECRET_ACCESS_KEY looks like a secret") as caught:
+        load(_write(tmp_path, '[cluster]\nenvironment = ["NCCL_DEBUG=INFO", "AWS_SECRET_ACCESS_KEY=xyzzy"]\n'))
+    assert "xyzzy" not in str(caught.value)
+
+
+def test_cluster__fewest_workers(tmp_path: Path) -> None:
+    elastic = load(_write(tmp_path, "[cluster]\nmax_workers = 4\nmin_workers = 2\n")).cluster
+    fixed = load(_write(tmp_path, "[cluster]\nmax_workers = 4\n")).cluster
+    assert (elastic.least_workers, fixed.least_workers) == (2, 4)
+    with pytest.raises(ConfigError, match="min_workers 5 is more than max_workers 4"):
+        load(_write(tmp_path, "[cluster]\nmax_workers = 4\nmin_workers = 5\n"))

@@ -57,7 +57,7 @@ def test_compare__a_changed_setting_beside_its_source() -> None:
 
 def test_compare__free_keys_are_left_out() -> None:
     before = load("pass_vits")
-    after = load("pass_vits", ["--out", "elsewhere", "--engine.zero-stage", "3", "--cluster.workers", "2",
+    after = load("pass_vits", ["--out", "elsewhere", "--engine.zero-stage", "3", "--cluster.max-workers", "2",
                                "--checkpoints.every-steps", "5", "--optimisation.micro-batch", "8"])  # fmt: skip
     assert compare(after) == compare(before)
 

@@ -61,7 +61,7 @@ def test_dry_run__steps_of_a_published_run() -> None:
 
 
 def test_dry_run__ranks_that_do_not_divide_the_batch_are_padded() -> None:
-    flags = ["--optimisation.batch", "100", "--optimisation.micro-batch", "16", "--cluster.workers", "3"]
+    flags = ["--optimisation.batch", "100", "--optimisation.micro-batch", "16", "--cluster.max-workers", "3"]
     steps = dry_run(load("pass_vits", flags), rows=1_000).steps
     assert (steps.per_rank, steps.micro_batch, steps.micro_batches) == (36, 12, 3)
     assert steps.padding == 3 * 36 - 100 and steps.known_from == "--rows"
@@ -104,7 +104,7 @@ def test_dry_run__a_batch_that_must_stay_whole_is_not_split() -> None:
     found = dry_run(load("dino_vitb"), gpu_memory_gb=20)
     assert found.fits is False and all("micro-batch" not in remedy.change for remedy in found.remedies)
     with pytest.raises(ConfigError, match="batch norm in the stem"):
-        dry_run(load("dino_vitb", ["--cluster.workers", "4"]))
+        dry_run(load("dino_vitb", ["--cluster.max-workers", "4"]))
 
 
 def test_dry_run__json_holds_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:

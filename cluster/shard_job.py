@@ -101,6 +101,9 @@ class RayWorkers:
 
         Raises what a task raises, DataError where a machine does not see the folders (`seen`), ClusterError where one
         task has lost its worker LOST_WORKERS times.
+
+        Tasks at work when this ends early go with the session. They are not cancelled: Ray 2.60 aborts the whole driver
+        where a result arrives just after `ray.cancel` ("Tried to complete task that was not pending").
         """
         import ray
 
@@ -108,20 +111,16 @@ class RayWorkers:
         tasks = iter(tasks)
         unread: deque[Any] = deque()
         running: set[Any] = set()
-        try:
-            while True:
-                for task in islice(tasks, self._room(len(running), len(unread))):
-                    unread.append(remote.remote(self.seen, function, task))
-                    running.add(unread[-1])
-                if not unread:
-                    return
-                done, _ = ray.wait(list(running))
-                running.difference_update(done)
-                while unread and unread[0] not in running:
-                    yield result(unread.popleft())
-        finally:
-            for reference in running:
-                ray.cancel(reference)
+        while True:
+            for task in islice(tasks, self._room(len(running), len(unread))):
+                unread.append(remote.remote(self.seen, function, task))
+                running.add(unread[-1])
+            if not unread:
+                return
+            done, _ = ray.wait(list(running))
+            running.difference_update(done)
+            while unread and unread[0] not in running:
+                yield result(unread.popleft())
 
     def _room(self, running: int, unread: int) -> int:
         """Tasks that may be given to Ray now."""

@@ -36,7 +36,7 @@ def test_demo__on_a_slice_of_real_crops(tmp_path: Path, real_crops: Path) -> Non
         (crops / folder).mkdir(parents=True)
         for path in sorted((real_crops / folder).glob("*.jpg"))[:count]:
             shutil.copy(path, crops / folder)
-    words = ("demo", "--out", str(tmp_path / "demo"), "--crops", str(crops), "--steps", "24")
+    words = ("demo", "--out", str(tmp_path / "demo"), "--crops", str(crops), "--steps", "12")
     code, output, errors = finished(command("cluster", *words), timeout_s=500)
     assert code == 0, output + errors
     report = tmp_path / "demo" / "run" / "report.html"
@@ -56,7 +56,7 @@ def test_demo__a_folder_without_labels_ends_without_scores(tmp_path: Path, real_
     crops.mkdir(parents=True)
     for number, path in enumerate(sorted((real_crops / "bounding_box_train").glob("*.jpg"))[:80]):
         shutil.copy(path, crops / f"person {number}.jpg")
-    words = ("demo", "--out", str(tmp_path / "demo"), "--crops", str(crops.parent), "--steps", "24")
+    words = ("demo", "--out", str(tmp_path / "demo"), "--crops", str(crops.parent), "--steps", "4")
     code, output, errors = finished(command("cluster", *words), timeout_s=500)
     assert code == 0, output + errors
     assert "nothing to score" in output

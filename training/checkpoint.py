@@ -1,6 +1,6 @@
 """Checkpoints: complete or absent, verified when read, and holding all that the future depends on.
 
-    checkpoints/step_0000100/state.safetensors   whole tensors: model/..., exp_avg/..., exp_avg_sq/...
+    checkpoints/step_0000100/state.safetensors   whole tensors: model/..., and the optimizer's, such as exp_avg/...
     checkpoints/step_0000100/checkpoint.json     written last: its presence means complete
 
 Tensors are whole, so any world size and any stepper restores them.
@@ -23,8 +23,9 @@ from torch import Tensor
 from datapipe.errors import DataError, NotFoundError, StorageError
 from datapipe.storage import Store
 from training.config import CheckpointConfig
+from training.engine.optimizers import ParameterState
 from training.engine.scaling import LossScale, first_scale
-from training.engine.stepper import MOMENTS, AdamState, Stepper
+from training.engine.stepper import Stepper
 from training.engine.world import World
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class Marker:
     bytes: int
     sha256: str
     steps: dict[str, float]
-    """AdamW's step count of each parameter."""
+    """The optimizer's step count of each parameter; 0 where it does not count, or has not begun."""
     loss_scale: dict[str, Any] = field(default_factory=dict)
     """The fields of `LossScale`; empty where the loss was not scaled."""
     config: dict[str, Any] = field(default_factory=dict)
@@ -177,19 +178,19 @@ class Checkpoints:
         step: int,
         samples: int,
         model: Mapping[str, Tensor],
-        optimizer: Mapping[str, AdamState],
+        optimizer: Mapping[str, ParameterState],
         scale: LossScale | None,
     ) -> None:
         tensors = {f"model/{key}": value.detach().cpu().contiguous() for key, value in model.items()}
-        for name, moments in optimizer.items():
-            tensors |= {f"{key}/{name}": getattr(moments, key).contiguous() for key in MOMENTS}
+        for name, kept in optimizer.items():
+            tensors |= {f"{key}/{name}": value.contiguous() for key, value in kept.tensors.items()}
         content = safetensors.torch.save({key: value.clone() for key, value in tensors.items()})
         marker = Marker(
             step=step,
             samples=samples,
             bytes=len(content),
             sha256=hashlib.sha256(content).hexdigest(),
-            steps={name: moments.step for name, moments in optimizer.items()},
+            steps={name: kept.step for name, kept in optimizer.items()},
             loss_scale={} if scale is None else asdict(scale),
             time=time.time(),
             **self.about,
@@ -236,11 +237,13 @@ def _short(manifest: str) -> str:
     return " + ".join(identity[:12] for identity in manifest.split("+"))
 
 
-def _optimizer_state(state: Mapping[str, Tensor], marker: Marker) -> dict[str, AdamState]:
-    return {
-        name: AdamState(state[f"exp_avg/{name}"], state[f"exp_avg_sq/{name}"], count)
-        for name, count in marker.steps.items()
-    }
+def _optimizer_state(state: Mapping[str, Tensor], marker: Marker) -> dict[str, ParameterState]:
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in marker.steps}
+    for key, value in state.items():
+        kind, _, name = key.partition("/")
+        if kind != "model":
+            found[name][kind] = value
+    return {name: ParameterState(tensors, marker.steps[name]) for name, tensors in found.items()}
 
 
 def describe(store: Store) -> Sequence[str]:

@@ -29,8 +29,9 @@ from training.engine.clock import Clock
 from training.engine.faults import Faults, Rewind
 from training.engine.host import Host
 from training.engine.loop import Run, Segment, rehearse, train
+from training.engine.optimizers import ParameterState
 from training.engine.scaling import first_scale
-from training.engine.stepper import AdamState, Result, Stepper
+from training.engine.stepper import Result, Stepper
 from training.engine.stop import Stop
 from training.engine.world import World
 from training.initial_weights import in_words
@@ -114,8 +115,7 @@ def _begin_anew(stepper: Stepper, config: RunConfig) -> None:
     """The state before the first step: initial weights, no moments."""
     initial = initial_method(config)[0].state_dict()
     stepper.load_model_state(initial, where="the initial weights")
-    zeros = {name: torch.zeros_like(initial[name]) for name in stepper.names}
-    stepper.load_optimizer_state({name: AdamState(zero, zero, 0.0) for name, zero in zeros.items()})
+    stepper.load_optimizer_state({name: ParameterState({}, 0.0) for name in stepper.names})
     stepper.scale = first_scale(config.optimisation.precision)
 
 

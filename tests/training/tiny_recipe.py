@@ -27,7 +27,7 @@ def tiny(name: str, *, images: int, precision: Any = "fp32", **backbone: Any) ->
         method=method,
         optimisation=replace(config.optimisation, batch=images, micro_batch=images, precision=precision),
         engine=replace(config.engine, stepper="plain", device="cpu", bucket=1_000),
-        cluster=replace(config.cluster, workers=1),
+        cluster=replace(config.cluster, max_workers=1),
         samples_per_epoch=100 * images,
     )
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from training.config import EngineConfig, OptimisationConfig
 from training.engine.layouts import LAYOUTS
 from training.engine.optimisation import ParameterGroup, StepSettings
-from training.engine.stepper import MOMENTS, AdamState, Stepper
+from training.engine.optimizers import ParameterState, make_optimizer
+from training.engine.stepper import Stepper
 from training.engine.world import World
 from training.methods.base import Method, Outcome, Progress, Views
 
@@ -103,13 +104,9 @@ class DeepSpeedStepper(Stepper):
         with _quiet():
             import deepspeed
 
-            client = torch.optim.AdamW(
-                [{"params": [self.parameters[name] for name in group.names]} for group in self.groups],
-                betas=config.betas,
-                eps=config.eps,
-            )
+            optimizer = make_optimizer(config, self.grouped())
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=method, optimizer=client, config=settings, dist_init_required=False
+                model=method, optimizer=optimizer, config=settings, dist_init_required=False
             )
         stage = int(settings["zero_optimization"]["stage"])
         self._layout = LAYOUTS[stage](self.engine, method, self.parameters, self.groups, world)
@@ -134,7 +131,7 @@ class DeepSpeedStepper(Stepper):
         self.engine.backward(outcome.loss * (self.world.size * self._multiplier), scale_wrt_gas=False)
 
     def _optimizer_groups(self) -> list[dict]:
-        return self._layout.adam.param_groups
+        return self._layout.optimizer.param_groups
 
     def _norms(self) -> Tensor:
         index = {name: place for place, name in enumerate(self.names)}
@@ -159,18 +156,18 @@ class DeepSpeedStepper(Stepper):
 
     # -- state ---------------------------------------------------------------------------------------------------
 
-    def optimizer_state(self) -> dict[str, AdamState]:
-        found: dict[str, AdamState] = {}
+    def optimizer_state(self) -> dict[str, ParameterState]:
+        found: dict[str, ParameterState] = {}
         for index, group in enumerate(self.groups):
             for name in group.names:
-                moments = [self._layout.moment(index, name, key).detach().cpu() for key in MOMENTS]
-                steps = 0.0 if name in self._frozen else self._layout.step_count(index, name)
+                state = self._layout.state(index, name)
                 if self.world.leads:
-                    found[name] = AdamState(moments[0], moments[1], steps)
+                    found[name] = ParameterState({}, 0.0) if name in self._frozen else state
         return found
 
-    def load_optimizer_state(self, state: Mapping[str, AdamState]) -> None:
-        self._released.clear()
+    def load_optimizer_state(self, state: Mapping[str, ParameterState]) -> None:
+        # what was released before has moments and a step count, which must stay
+        self._released = {index for index, group in enumerate(self.groups) if state[group.names[0]].tensors}
         self._layout.load(state)
 
     def held(self, network: torch.nn.Module) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
-"""Where each ZeRO stage keeps parameters, gradients and moments, and how they are reached in whole and in part.
+"""Where each ZeRO stage keeps parameters, gradients and optimizer state, and how they are reached, whole and in part.
 
     stage 0     everything whole on every rank, gradients in `grad`
-    stages 1, 2 parameters whole; gradients and moments of a group in one flat partition per rank
+    stages 1, 2 parameters whole; gradients and state of a group in one flat partition per rank
     stage 3     parameters too are shards, of equal size on all ranks, the last one padded
 
 DeepSpeed's own helpers cost a collective per parameter, or cover the first group only (0.19.8), so fragments are
@@ -17,14 +17,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from training.engine.optimisation import ParameterGroup
-from training.engine.stepper import MOMENTS, AdamState, load_adam
+from training.engine.optimizers import (
+    ParameterState,
+    load_whole,
+    set_state,
+    state_tensors,
+    step_count,
+    whole_state,
+)
 from training.engine.world import World
 from training.methods.base import Method
 from training.weights import check_counted
 
 
 class Layout(ABC):
-    """One stage's places. `adam` is PyTorch's AdamW inside; its parameter groups are in the order of `groups`."""
+    """One stage's places. `optimizer` is PyTorch's inside; its parameter groups are in the order of `groups`."""
 
     def __init__(
         self,
@@ -43,7 +50,7 @@ class Layout(ABC):
         return self.engine.optimizer
 
     @property
-    def adam(self) -> torch.optim.Optimizer:
+    def optimizer(self) -> torch.optim.Optimizer:
         return self.zero.optimizer
 
     @abstractmethod
@@ -59,28 +66,31 @@ class Layout(ABC):
         """Forget all gradients."""
 
     def tensors(self, index: int) -> list[Tensor]:
-        """The tensors that AdamW steps for a group: parameters (stage 0), or the rank's flat partitions."""
-        return self.adam.param_groups[index]["params"]
+        """The tensors that the optimizer steps for a group: parameters (stage 0), or the rank's flat partitions."""
+        return self.optimizer.param_groups[index]["params"]
 
     def forget(self, index: int) -> None:
         """Fresh moments and a step count of zero for a group."""
         for tensor in self.tensors(index):
-            for value in self.adam.state.get(tensor, {}).values():
+            for value in self.optimizer.state.get(tensor, {}).values():
                 if torch.is_tensor(value):
                     value.zero_()
 
-    @abstractmethod
-    def moment(self, index: int, name: str, key: str) -> Tensor:
-        """One moment of a parameter of a group, whole; zeros before the first step. A collective in stages 1 to 3."""
+    def state(self, index: int, name: str) -> ParameterState:
+        """What the optimizer keeps of a parameter of a group. A collective in stages 1 to 3."""
+        first = self.tensors(index)[0]
+        begun = self.optimizer.state.get(first, {})
+        names = [key for key in state_tensors(self.optimizer) if begun.get(key) is not None]
+        return ParameterState({key: self.whole(index, name, key).cpu() for key in names},
+                              step_count(self.optimizer, first))  # fmt: skip
 
-    def step_count(self, index: int, name: str) -> float:
-        """AdamW's step count of a parameter of a group."""
-        states = [self.adam.state[tensor] for tensor in self.tensors(index) if tensor in self.adam.state]
-        return float(states[0]["step"]) if states and "step" in states[0] else 0.0
+    @abstractmethod
+    def whole(self, index: int, name: str, key: str) -> Tensor:
+        """One state tensor of a parameter of a group, whole."""
 
     @abstractmethod
-    def load(self, state: Mapping[str, AdamState]) -> None:
-        """Take over parameters, already in the module, and moments."""
+    def load(self, state: Mapping[str, ParameterState]) -> None:
+        """Take over parameters, already in the module, and optimizer state."""
 
     def held(self, network: torch.nn.Module) -> dict[str, Tensor]:
         """The part of each parameter of a submodule that this rank changes: for the moving average."""
@@ -103,7 +113,7 @@ class WholeLayout(Layout):
     """Stage 0."""
 
     @property
-    def adam(self) -> torch.optim.Optimizer:
+    def optimizer(self) -> torch.optim.Optimizer:
         return self.zero
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
@@ -114,17 +124,15 @@ class WholeLayout(Layout):
     def discard(self) -> None:
         self.engine.zero_grad()
 
-    def moment(self, index: int, name: str, key: str) -> Tensor:
-        state = self.adam.state.get(self.parameters[name], {})
-        return state[key].clone() if key in state else torch.zeros_like(self.parameters[name])
+    def state(self, index: int, name: str) -> ParameterState:
+        return whole_state(self.optimizer, self.parameters[name])
 
-    def step_count(self, index: int, name: str) -> float:
-        state = self.adam.state.get(self.parameters[name], {})
-        return float(state["step"]) if "step" in state else 0.0
+    def whole(self, index: int, name: str, key: str) -> Tensor:
+        found: Tensor = self.optimizer.state[self.parameters[name]][key]
+        return found
 
-    def load(self, state: Mapping[str, AdamState]) -> None:
-        self.adam.state.clear()
-        load_adam(self.adam, self.parameters, state)
+    def load(self, state: Mapping[str, ParameterState]) -> None:
+        load_whole(self.optimizer, self.parameters, state)
 
 
 class FlatLayout(Layout):
@@ -146,13 +154,12 @@ class FlatLayout(Layout):
             self.zero.averaged_gradients[index] = None
             self.zero.all_grad_tensors[index] = None
 
-    def moment(self, index: int, name: str, key: str) -> Tensor:
+    def whole(self, index: int, name: str, key: str) -> Tensor:
         parameter = self.parameters[name]
         whole = torch.zeros(parameter.numel(), dtype=parameter.dtype, device=parameter.device)
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-        state = self.adam.state.get(self.tensors(index)[0], {})
-        if mapping is not None and key in state:
-            self._of(mapping, whole).copy_(self._in(mapping, state[key]))
+        if mapping is not None:
+            self._of(mapping, whole).copy_(self._in(mapping, self.optimizer.state[self.tensors(index)[0]][key]))
         return self.world.add(whole).view_as(parameter)
 
     @staticmethod
@@ -163,27 +170,25 @@ class FlatLayout(Layout):
 
     @staticmethod
     def _in(mapping: Any, flat: Tensor) -> Tensor:
-        """The same part in a flat partition, or in a moment of that layout."""
+        """The same part in a flat partition, or in a state tensor of that layout."""
         address = mapping.hp_fragment_address
         return flat.narrow(0, address.start, address.numel)
 
-    def load(self, state: Mapping[str, AdamState]) -> None:
-        self.adam.state.clear()
-        fresh = all(saved.step == 0 for saved in state.values())
+    def load(self, state: Mapping[str, ParameterState]) -> None:
+        self.optimizer.state.clear()
         for index, group in enumerate(self.groups):
-            flat = self.tensors(index)[0]
-            moments = {key: torch.zeros_like(flat) for key in MOMENTS}
+            flat, first = self.tensors(index)[0], state[group.names[0]]
+            held = {key: torch.zeros_like(flat) for key in first.tensors}
             for name in group.names:
-                self._fill(self.parameters[name], flat, moments, state[name])
-            if not fresh:
-                step = torch.tensor(state[group.names[0]].step, dtype=torch.float32)
-                self.adam.state[flat] = {"step": step, **moments}
+                self._fill(self.parameters[name], flat, held, state[name])
+            if held:
+                set_state(self.optimizer, flat, held, first.step)
 
-    def _fill(self, parameter: Tensor, flat: Tensor, moments: Mapping[str, Tensor], saved: AdamState) -> None:
+    def _fill(self, parameter: Tensor, flat: Tensor, held: Mapping[str, Tensor], saved: ParameterState) -> None:
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:
             return
-        wholes = [(flat.data, parameter.detach()), *((moments[key], getattr(saved, key)) for key in MOMENTS)]
+        wholes = [(flat.data, parameter.detach()), *((held[key], value) for key, value in saved.tensors.items())]
         for target, whole in wholes:
             self._in(mapping, target).copy_(self._of(mapping, whole))
 
@@ -214,11 +219,9 @@ class ShardLayout(Layout):
         part, offset, size = self.zero.grad_position[self.zero.get_param_id(parameter)]
         return self.zero.fp32_partitioned_groups_flat[part], int(offset), int(size)
 
-    def moment(self, index: int, name: str, key: str) -> Tensor:
+    def whole(self, index: int, name: str, key: str) -> Tensor:
         flat, offset, size = self._place(name)
-        state = self.adam.state.get(flat, {})
-        shard = state[key].narrow(0, offset, size) if key in state else flat.new_zeros(size)
-        return self._whole(self.parameters[name], shard)
+        return self._whole(self.parameters[name], self.optimizer.state[flat][key].narrow(0, offset, size))
 
     def _whole(self, parameter: Any, shard: Tensor) -> Tensor:
         """All ranks' shards put together. A collective."""
@@ -233,25 +236,24 @@ class ShardLayout(Layout):
         padded[: whole.numel()] = whole.reshape(-1)
         return padded.narrow(0, self.world.rank * size, size)
 
-    def load(self, state: Mapping[str, AdamState]) -> None:
-        self.adam.state.clear()
-        fresh = all(saved.step == 0 for saved in state.values())
+    def load(self, state: Mapping[str, ParameterState]) -> None:
+        self.optimizer.state.clear()
         for index, group in enumerate(self.groups):
-            if not fresh:
-                for flat in self.tensors(index):
-                    step = torch.tensor(state[group.names[0]].step, dtype=torch.float32)
-                    self.adam.state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in MOMENTS}}
+            first = state[group.names[0]]
+            for flat in self.tensors(index):
+                if first.tensors:
+                    held = {key: torch.zeros_like(flat) for key in first.tensors}
+                    set_state(self.optimizer, flat, held, first.step)
             for name in group.names:
-                self._fill(name, state[name], fresh)
+                self._fill(name, state[name])
 
-    def _fill(self, name: str, saved: AdamState, fresh: bool) -> None:
+    def _fill(self, name: str, saved: ParameterState) -> None:
         parameter: Any = self.parameters[name]
         flat, offset, size = self._place(name)
         flat.data.narrow(0, offset, size).copy_(parameter.ds_tensor.reshape(-1))
-        if not fresh:
-            for key in MOMENTS:
-                shard = self._shard(parameter, getattr(saved, key))
-                self.adam.state[flat][key].narrow(0, offset, size).copy_(shard)
+        for key, value in saved.tensors.items():
+            shard = self._shard(parameter, value)
+            self.optimizer.state[flat][key].narrow(0, offset, size).copy_(shard)
 
     def held(self, network: torch.nn.Module) -> dict[str, Tensor]:
         parameters: dict[str, Any] = dict(network.named_parameters())

@@ -1,4 +1,4 @@
-"""The yardstick: PyTorch's AdamW, gradients of all ranks summed by one all-reduce, no DeepSpeed."""
+"""The yardstick: PyTorch's optimizers, gradients of all ranks summed by one all-reduce, no DeepSpeed."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,7 +7,8 @@ from torch import Tensor
 
 from training.config import OptimisationConfig
 from training.engine.optimisation import ParameterGroup
-from training.engine.stepper import AdamState, Stepper, load_adam
+from training.engine.optimizers import ParameterState, load_whole, make_optimizer, whole_state
+from training.engine.stepper import Stepper
 from training.engine.world import World
 from training.methods.base import Method, Outcome, Progress, Views
 
@@ -19,11 +20,7 @@ class PlainStepper(Stepper):
         self, method: Method, groups: Sequence[ParameterGroup], config: OptimisationConfig, world: World
     ) -> None:
         super().__init__(method, groups, config, world)
-        self.optimizer = torch.optim.AdamW(
-            [{"params": [self.parameters[name] for name in group.names]} for group in self.groups],
-            betas=config.betas,
-            eps=config.eps,
-        )
+        self.optimizer = make_optimizer(config, self.grouped())
 
     def _call(self, views: Views, progress: Progress) -> Outcome:
         return self.method(views, progress)
@@ -66,18 +63,10 @@ class PlainStepper(Stepper):
     def _discard(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def optimizer_state(self) -> dict[str, AdamState]:
+    def optimizer_state(self) -> dict[str, ParameterState]:
         if not self.world.leads:
             return {}
-        return {name: self._state_of(value) for name, value in self.parameters.items()}
+        return {name: whole_state(self.optimizer, value) for name, value in self.parameters.items()}
 
-    def _state_of(self, parameter: Tensor) -> AdamState:
-        state = self.optimizer.state.get(parameter)
-        if not state:
-            nothing = torch.zeros_like(parameter, device="cpu", requires_grad=False)
-            return AdamState(nothing, nothing.clone(), 0.0)
-        return AdamState(state["exp_avg"].cpu(), state["exp_avg_sq"].cpu(), float(state["step"]))
-
-    def load_optimizer_state(self, state: Mapping[str, AdamState]) -> None:
-        self.optimizer.state.clear()
-        load_adam(self.optimizer, self.parameters, state)
+    def load_optimizer_state(self, state: Mapping[str, ParameterState]) -> None:
+        load_whole(self.optimizer, self.parameters, state)

@@ -14,13 +14,11 @@ from torch import Tensor
 from training.config import OptimisationConfig
 from training.engine import optimisation
 from training.engine.optimisation import ParameterGroup, StepSettings
+from training.engine.optimizers import ParameterState
 from training.engine.scaling import first_scale
 from training.engine.world import World
 from training.methods.base import Method, Outcome, Progress, Views
 from training.weights import load_counted
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's two moments, as checkpoints name them."""
 
 
 class Result(NamedTuple):
@@ -34,14 +32,6 @@ class Result(NamedTuple):
     """False: loss or a gradient was not finite on some rank, and nothing was changed."""
     overflow: bool
     """True: gradients alone were not finite, and the loss scale may be why. It is halved; do the batch again."""
-
-
-class AdamState(NamedTuple):
-    """One parameter's optimizer state, whole: what a checkpoint holds."""
-
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    step: float
 
 
 class Stepper(ABC):
@@ -61,6 +51,10 @@ class Stepper(ABC):
         """Of the loss, in float16 runs. Equal on all ranks; part of a checkpoint."""
         self._totals: dict[str, Tensor] = {}
         self._frozen: set[str] = set()
+
+    def grouped(self) -> list[list[Tensor]]:
+        """The parameters of each group."""
+        return [[self.parameters[name] for name in group.names] for group in self.groups]
 
     # -- what the loop calls -------------------------------------------------------------------------------------
 
@@ -105,11 +99,11 @@ class Stepper(ABC):
         self._totals.clear()
 
     @abstractmethod
-    def optimizer_state(self) -> dict[str, AdamState]:
-        """Whole moments per parameter name, on the CPU, on rank 0 (empty elsewhere). All ranks must call."""
+    def optimizer_state(self) -> dict[str, ParameterState]:
+        """By parameter name, whole and on the CPU, on rank 0 (empty elsewhere). All ranks must call."""
 
     @abstractmethod
-    def load_optimizer_state(self, state: Mapping[str, AdamState]) -> None:
+    def load_optimizer_state(self, state: Mapping[str, ParameterState]) -> None:
         """Put back what `optimizer_state` gave, at any world size. Called after the module's own tensors are loaded."""
 
     def held(self, network: torch.nn.Module) -> dict[str, Tensor]:
@@ -194,17 +188,3 @@ class Stepper(ABC):
         if self.config.clip == "global":
             norms = torch.linalg.vector_norm(norms).expand_as(norms)
         return (self.config.clip_norm / (norms + 1e-6)).clamp(max=1.0)
-
-
-def load_adam(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], state: Mapping[str, AdamState]
-) -> None:
-    """Give PyTorch's AdamW over whole parameters its state; a parameter that never stepped stays without."""
-    for name, parameter in parameters.items():
-        saved = state[name]
-        if saved.step:
-            optimizer.state[parameter] = {
-                "step": torch.tensor(saved.step, dtype=torch.float32),
-                "exp_avg": saved.exp_avg.to(parameter),
-                "exp_avg_sq": saved.exp_avg_sq.to(parameter),
-            }

@@ -13,7 +13,7 @@ from training.assembly import build_method, saved_config
 from training.backbone import VisionTransformer
 from training.config import RunConfig
 from training.reid import zero_shot
-from training.reid.datasets import ReIDSet, market_folder
+from training.reid.datasets import ReIDSet, open_reid
 from training.reid.embed import EmbedConfig
 from training.reid.zero_shot import COLOUR_HISTOGRAM, RANDOM, Weights
 from training.run_folder import RunFolder
@@ -56,7 +56,7 @@ def tasks(run: str, data: str, storage: StorageConfig) -> list[Task]:
 def score(task: Task, *, threads: int = 2) -> dict[str, Any]:
     """Score one task and write its folder below `evaluation/`; what is there already and of the same weights stays."""
     folder, config = open_run(task.run, task.storage)
-    reid = market_folder(task.data, storage=task.storage)
+    reid = open_reid(task.data, task.storage)
     identity = _identity(task, folder, config)
     before = _scored(folder, reid, task.weights, identity)
     if before is not None:
@@ -77,7 +77,7 @@ def score_export(url: str, data: str, storage: StorageConfig, *, threads: int = 
     """Score the weights of an export or import, at the size and with the statistics on its card; write its
     `evaluation/`."""
     store = open_store(url, storage)
-    card, reid = exports.load_card(store), market_folder(data, storage=storage)
+    card, reid = exports.load_card(store), open_reid(data, storage)
     config = EmbedConfig(threads=threads, mean=tuple(card["input"]["mean"]), std=tuple(card["input"]["std"]))
     backbone = exports.load_backbone(store)
     weights = Weights("exported", card.get("step"), card.get("samples"))

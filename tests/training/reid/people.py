@@ -1,9 +1,11 @@
-"""A few tiny labelled crops in the Market layout, for the tests of this folder."""
+"""A few tiny labelled crops, and the layouts of the published data sets, for the tests of this folder."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
+from scipy.io import savemat
 
 
 def crop(pid: int, camera: int, number: int) -> bytes:
@@ -30,4 +32,43 @@ def market(root: Path, *, identities: int = 6, cameras: int = 3, images: int = 2
     (test / "0000_c1s1_000001_01.jpg").write_bytes(crop(0, 1, 1))
     (test / "-1_c2s1_000001_01.jpg").write_bytes(crop(50, 2, 1))
     (test / "Thumbs.db").write_bytes(b"no image")
+    return root
+
+
+def msmt17(root: Path, *, train: str = "train", test: str = "test") -> Path:
+    """MSMT17's lists and folders: 3 people to train on, 2 others to test on, both numbered from 0; cameras 1 and 11.
+
+    The last person to train on is in list_val. One image of each camera is a query, two are the gallery.
+    """
+    lists: dict[str, list[str]] = {}
+    for folder, people in ((train, 3), (test, 2)):
+        for pid in range(people):
+            for number, camera in enumerate((1, 1, 1, 11, 11, 11)):
+                end = "_ex" * (number % 2)
+                name = f"{pid:04d}/{pid:04d}_{number:03d}_{camera:02d}_0303morning_0015_{number}{end}.jpg"
+                part = ("val" if pid == 2 else "train") if folder == train else "gallery" if number % 3 else "query"
+                lists.setdefault(part, []).append(f"{name} {pid}\n")
+                (root / folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (root / folder / name).write_bytes(crop(pid + (20 if folder == train else 0), camera, number))
+    for part, lines in lists.items():
+        (root / f"list_{part}.txt").write_text("".join(lines))
+    return root
+
+
+def cuhk03(root: Path, boxes: str) -> Path:
+    """Images and Matlab file of CUHK03's new protocol: two people to train on, two to test on, two pairs of cameras."""
+    names, labels, rows = [], [], {"train_idx": [], "query_idx": [], "gallery_idx": []}
+    folder = root / f"images_{boxes}"
+    folder.mkdir(parents=True)
+    for label, (pair, person) in enumerate(((1, 1), (1, 2), (2, 1), (2, 2)), start=1):
+        for camera in (1, 2):
+            for image in (1, 2):
+                names.append(f"{pair}_{person:03d}_{camera}_{image:02d}.png")
+                labels.append(label)
+                rows["train_idx" if label < 3 else "query_idx" if image == 1 else "gallery_idx"].append(len(names))
+                (folder / names[-1]).write_bytes(crop(label, camera, image))  # JPEG bytes under .png, as found in use
+    content = io.BytesIO()
+    columns = {name: np.array(values)[:, None] for name, values in {**rows, "labels": labels}.items()}
+    savemat(content, {"filelist": np.array(names, object)[:, None], **columns})
+    (root / f"cuhk03_new_protocol_config_{boxes}.mat").write_bytes(content.getvalue())
     return root

@@ -12,7 +12,7 @@ from datapipe.errors import DataError
 from datapipe.storage import Store, open_store
 from tests.training.reid.people import market
 from tests.training.reid.test_embed import Means
-from training.reid.datasets import ReIDSet, market_folder
+from training.reid.datasets import ReIDSet, open_reid
 from training.reid.embed import decode
 from training.reid.zero_shot import (
     Evaluation,
@@ -28,7 +28,7 @@ from training.reid.zero_shot import (
 
 @pytest.fixture(scope="module")
 def reid(tmp_path_factory: pytest.TempPathFactory) -> ReIDSet:
-    return market_folder(market(tmp_path_factory.mktemp("data") / "people"))
+    return open_reid(str(market(tmp_path_factory.mktemp("data") / "people")))
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_queries_csv__means_are_the_scores(folder: Store, scored: Evaluation) ->
 def test_save__counts_skipped_queries(tmp_path: Path) -> None:
     root = market(tmp_path / "people", identities=3)
     (root / "query" / "0077_c1s1_000000_00.jpg").write_bytes((root / "query" / "0001_c1s1_000000_00.jpg").read_bytes())
-    reid = market_folder(root)
+    reid = open_reid(str(root))
     folder = save(evaluate_histogram(reid), reid, open_store(str(tmp_path / "run")))
     assert json.loads(folder.read("metrics.json"))["skipped"] == 1
     assert list(csv.DictReader(io.StringIO(folder.read("queries.csv").decode())))[-1]["average_precision"] == ""

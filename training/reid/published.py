@@ -1,0 +1,151 @@
+"""The published data sets, as facts: where the images of each part lie, how names are read, how many there must be.
+
+Identity -1 is junk and dropped everywhere; 0000 of Market-1501's gallery stays as a distractor. Counts are those after
+junk is dropped.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+PARTS = ("query", "gallery", "train")
+
+
+class Count(NamedTuple):
+    """Official numbers of one part."""
+
+    images: int
+    identities: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where the images of one part are."""
+
+    folders: tuple[str, ...]
+    """They lie below the first of these; one that is listed may lie in any of them, the first that has it counts."""
+    lists: tuple[str, ...] = ()
+    """Files that name the images, one a line, with or without an identity after it. None: all images of the folder."""
+    column: str = ""
+    """Of a Matlab file as list: the variable that holds the rows (from 1) of this part."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way in which a data set lies on disk."""
+
+    query: Part
+    gallery: Part
+    train: Part
+    name: str
+    """Regular expression for the beginning of a base name, with the groups `pid` and `camera` (counted from 1). Not
+    anchored at the end: Market-1501 has names like 1488_c3s3_015653_00.jpg.jpg."""
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        return {"query": self.query, "gallery": self.gallery, "train": self.train}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A data set of the literature."""
+
+    title: str
+    counts: dict[str, Count]
+    layouts: tuple[Layout, ...]
+    folders: tuple[str, ...] = ()
+    """How its folder is usually called: letters and digits alone, lower case."""
+    one_space: bool = True
+    """Whether train, query and gallery number their identities together, so that one number is one person."""
+
+
+MARKET_NAME = r"(?P<pid>-?\d+)_c(?P<camera>\d+)"
+"""0002_c1s1_000451_03.jpg; DukeMTMC-reID's 0005_c2_f0046985.jpg likewise."""
+MSMT17_NAME = r"(?P<pid>\d+)_(?:\d+_|c)(?P<camera>\d+)"
+"""0000_000_01_0303morning_0015_0.jpg: the camera is the third field; and the names of copies in Market's layout."""
+CUHK03_NAME = r"\d+_(?P<pid>\d+)_(?P<camera>[12])_\d+"
+"""1_001_1_01.png: pair of cameras, person within the pair, camera within the pair, image."""
+
+MARKET = Layout(Part(("query",)), Part(("bounding_box_test",)), Part(("bounding_box_train",)), MARKET_NAME)
+"""The layout that most sets follow."""
+
+OCCLUDED_DUKE = Layout(
+    Part(("query", "bounding_box_test"), ("query.list",)),  # some queries are gallery images of DukeMTMC-reID
+    Part(("bounding_box_test",), ("gallery.list",)),
+    Part(("bounding_box_train",), ("train.list",)),
+    MARKET_NAME,
+)
+
+
+def _msmt17(train: str, test: str) -> Layout:
+    """Training images are list_train and list_val, as for TransReID and its descendants (torchreid: the former)."""
+    return Layout(
+        Part((test,), ("list_query.txt",)),
+        Part((test,), ("list_gallery.txt",)),
+        Part((train,), ("list_train.txt", "list_val.txt")),
+        MSMT17_NAME,
+    )
+
+
+def _cuhk03(boxes: str) -> Layout:
+    """The new protocol's rows of a Matlab file, images as torchreid extracts them."""
+    folders, lists = (f"images_{boxes}",), (f"cuhk03_new_protocol_config_{boxes}.mat",)
+    query, gallery, train = (Part(folders, lists, f"{part}_idx") for part in PARTS)
+    return Layout(query, gallery, train, CUHK03_NAME)
+
+
+_MSMT17_COUNTS = {"query": Count(11_659, 3_060), "gallery": Count(82_161, 3_060), "train": Count(32_621, 1_041)}
+
+PUBLISHED = {
+    "market1501": Published(
+        "Market-1501",
+        {"query": Count(3_368, 750), "gallery": Count(15_913, 751), "train": Count(12_936, 751)},
+        (MARKET,),
+        ("market1501", "market1501v150915"),
+    ),
+    "dukemtmc": Published(
+        "DukeMTMC-reID",
+        {"query": Count(2_228, 702), "gallery": Count(17_661, 1_110), "train": Count(16_522, 702)},
+        (MARKET,),
+        ("dukemtmcreid", "dukemtmc"),
+    ),
+    "occluded_duke": Published(
+        "Occluded-Duke",
+        {"query": Count(2_210, 519), "gallery": Count(17_661, 1_110), "train": Count(15_618, 702)},
+        (OCCLUDED_DUKE, MARKET),
+        ("occludedduke", "occludeddukemtmc", "occludeddukemtmcreid"),
+    ),
+    "msmt17": Published(
+        "MSMT17",
+        _MSMT17_COUNTS,
+        (_msmt17("train", "test"), Layout(MARKET.query, MARKET.gallery, MARKET.train, MSMT17_NAME)),
+        ("msmt17", "msmt17v1"),
+        one_space=False,  # train and test both begin at 0
+    ),
+    "msmt17_v2": Published(
+        "MSMT17 V2 (faces blurred)",
+        _MSMT17_COUNTS,
+        (_msmt17("mask_train_v2", "mask_test_v2"),),
+        one_space=False,
+    ),
+    "cuhk03_detected": Published(
+        "CUHK03, new protocol, detected boxes",
+        {"query": Count(1_400, 700), "gallery": Count(5_332, 700), "train": Count(7_365, 767)},
+        (_cuhk03("detected"), MARKET),
+        ("cuhk03npdetected",),
+    ),
+    "cuhk03_labeled": Published(
+        "CUHK03, new protocol, labelled boxes",
+        {"query": Count(1_400, 700), "gallery": Count(5_328, 700), "train": Count(7_368, 767)},
+        (_cuhk03("labeled"), MARKET),
+        ("cuhk03nplabeled",),
+    ),
+}
+"""By the name that commands and results use. MSMT17 V1 and V2 differ by about 4 mAP; published scores are V1's."""
+
+
+def by_folder(url: str) -> str:
+    """The name of the data set that a folder of this name usually holds; empty where none is known."""
+    last = [re.sub(r"[^a-z0-9]", "", folder) for folder in url.lower().rstrip("/").split("/")[-2:]]
+    known = {folder: name for name, published in PUBLISHED.items() for folder in published.folders}
+    return known.get(last[-1]) or known.get("".join(last), "")

@@ -1,0 +1,148 @@
+"""A layout and a source -> the labelled images of every part, and what of it is not there."""
+
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from datapipe.errors import DataError
+from datapipe.sources.labels import fits
+from training.reid.labelled import JUNK, Labelled
+from training.reid.published import Layout, Part
+from training.reid.sources import Entry, Source
+
+Row = tuple[str, int, int]
+"""Path, identity, camera from 1."""
+
+
+@dataclass(frozen=True)
+class PartRead:
+    """One part as it was found."""
+
+    images: Labelled
+    missing: tuple[str, ...]
+    """What lists name and no folder has."""
+
+
+def lacks(source: Source, layout: Layout) -> list[str]:
+    """What of the test set is not there at all: lists, folders with images. Nothing: the layout fits."""
+    parts = (layout.query, layout.gallery)
+    lists = [name for part in parts for name in part.lists if not source.store.exists(name)]
+    folders = [part.folders[0] for part in parts if not any(source.has(folder) for folder in part.folders)]
+    return [*lists, *(f"{folder}/" for folder in dict.fromkeys(folders))]
+
+
+def read_part(source: Source, part: Part, layout: Layout) -> PartRead:
+    """Its images in the order of their paths, junk left out; none where folder or lists are not there.
+
+    Raises DataError for names without labels, empty files, and several files of one name.
+    """
+    if part.lists:
+        found, missing = _listed(source, part)
+    else:
+        found, missing = [(entry, None) for entry in source.images(part.folders[0])], []
+    entries = [entry for entry, _ in found]
+    _refuse_empty_files(source, entries)
+    _refuse_equal_names(source, entries)
+    rows = sorted(row for row in _rows(source, found, layout) if row[1] != JUNK)
+    paths, pids, cameras = zip(*rows, strict=True) if rows else ((), (), ())
+    images = Labelled(np.array(paths, np.str_), np.array(pids, np.int64), np.array(cameras, np.int64) - 1)
+    return PartRead(images, tuple(missing))
+
+
+def _listed(source: Source, part: Part) -> tuple[list[tuple[Entry, int | None]], list[str]]:
+    """(the images that the lists name, with the identities beside them; the names that no folder has)."""
+    there = {folder: {entry.path: entry for entry in source.images(folder)} for folder in part.folders}
+    found: list[tuple[Entry, int | None]] = []
+    missing = []
+    for name, pid in _read_lists(source, part):
+        paths = ((folder, f"{folder}/{name}") for folder in part.folders)
+        entry = next((there[folder][path] for folder, path in paths if path in there[folder]), None)
+        if entry is None:
+            missing.append(f"{part.folders[0]}/{name}")
+        else:
+            found.append((entry, pid))
+    return found, missing
+
+
+def _read_lists(source: Source, part: Part) -> Iterator[tuple[str, int | None]]:
+    """(name, identity beside it or None) of every line of the lists that are there."""
+    for file in part.lists:
+        if not source.store.exists(file):
+            continue
+        data = source.store.read(file)
+        try:
+            yield from _matlab_rows(data, part.column) if file.endswith(".mat") else _lines(data)
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise DataError(
+                f"the list cannot be read: {error!r}",
+                where=source.store.address(file),
+                hint="take it anew from the data set's archive",
+            ) from error
+
+
+def _lines(data: bytes) -> list[tuple[str, int | None]]:
+    """Of "0000/0000_000_01_0303morning_0015_0.jpg 0", or of names alone."""
+    words = [line.split() for line in data.decode().splitlines() if line.strip()]
+    return [(line[0], int(line[1]) if len(line) > 1 else None) for line in words]
+
+
+def _matlab_rows(data: bytes, column: str) -> list[tuple[str, int | None]]:
+    """Of CUHK03's new protocol: names in `filelist`, identities in `labels`, rows of the part (from 1) in `column`."""
+    from scipy.io import loadmat, matlab  # half a second that other sets do without
+
+    try:
+        content = loadmat(io.BytesIO(data), simplify_cells=True)
+    except matlab.MatReadError as error:
+        raise ValueError(str(error)) from error
+    rows = np.ravel(content[column]).astype(np.int64) - 1
+    return [(str(content["filelist"][row]), int(content["labels"][row])) for row in rows]
+
+
+def _rows(source: Source, found: Iterable[tuple[Entry, int | None]], layout: Layout) -> Iterator[Row]:
+    name, unlabelled = re.compile(layout.name), []
+    for entry, listed in found:
+        label = entry.label or _label(name, entry.path)
+        if label is None:
+            unlabelled.append(entry.path)
+        else:
+            yield entry.path, label[0] if listed is None else listed, label[1]
+    if unlabelled:
+        raise DataError(
+            f"{len(unlabelled)} images carry no identity and camera in their name",
+            where=source.store.address(unlabelled[0]),
+            hint="name them <identity>_c<camera>..., for example 0002_c1s1_000451_03.jpg",
+        )
+
+
+def _label(name: re.Pattern[str], path: str) -> tuple[int, int] | None:
+    match = name.match(PurePosixPath(path).name)
+    if match is None:
+        return None
+    pid, camera = int(match["pid"]), int(match["camera"])
+    return (pid, camera) if fits("pid", pid) and fits("camera", camera) else None  # "0001_c20231231": a date
+
+
+def _refuse_empty_files(source: Source, entries: list[Entry]) -> None:
+    empty = [entry.path for entry in entries if not entry.size]
+    if empty:
+        raise DataError(
+            f"{len(empty)} images are empty files",
+            where=source.store.address(empty[0]),
+            hint="an archive that was not unpacked to its end, or a full disk? Unpack it again",
+        )
+
+
+def _refuse_equal_names(source: Source, entries: list[Entry]) -> None:
+    base, times = Counter(PurePosixPath(entry.path).name for entry in entries).most_common(1)[0] if entries else ("", 0)
+    if times > 1:
+        paths = [entry.path for entry in entries if PurePosixPath(entry.path).name == base]
+        raise DataError(
+            f"{times} files are called {base}: {', '.join(paths[:3])}",
+            where=source.url,
+            hint="an archive unpacked twice? Each image may be there only once",
+        )

@@ -1,0 +1,186 @@
+"""Where the images of a data set are read from: a folder or prefix of files, or shards made by `datapipe`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from itertools import islice
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from datapipe.config import StorageConfig, StreamConfig
+from datapipe.errors import DataError, NotFoundError
+from datapipe.manifest import Manifest, manifest_files
+from datapipe.reading import Opened, open_manifest
+from datapipe.sources import UNKNOWN
+from datapipe.storage import Store, open_store
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
+READS = 16
+"""Images read at once for their hashes."""
+PEEKED = 1_000
+"""Names that are looked at to say what lies in a folder."""
+SHARDED = {
+    "query": ("query",),
+    "bounding_box_test": ("bounding_box_test", "gallery"),
+    "bounding_box_train": ("bounding_box_train", "train"),
+}
+"""Folder of the Market-1501 layout -> folders that may hold its shards, where each part was sharded by itself."""
+
+
+class Entry(NamedTuple):
+    """An image, with the identity and camera (from 1) that stand beside it, where they do."""
+
+    path: str
+    size: int
+    label: tuple[int, int] | None = None
+
+
+class Source(ABC):
+    """The images of a data set, their bytes, and the files that lie beside them."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    @property
+    def url(self) -> str:
+        """The root of the data set, for messages."""
+        return self.store.url
+
+    @abstractmethod
+    def images(self, folder: str) -> list[Entry]:
+        """Every image below a folder, sorted; none where there is no such folder."""
+
+    @abstractmethod
+    def has(self, folder: str) -> bool:
+        """Whether there is an image below a folder."""
+
+    @abstractmethod
+    def read(self, path: str) -> bytes:
+        """The bytes of one image. Raises DataError or StorageError that name it."""
+
+    @abstractmethod
+    def hashes(self, paths: Sequence[str]) -> NDArray[np.uint64]:
+        """xxh3 of the bytes of each."""
+
+    def sub_folders(self) -> list[str]:
+        """Folders of the root that may hold a data set, as far as a short look finds them."""
+        return []
+
+
+def open_source(url: str, storage: StorageConfig) -> Source:
+    """Shards where there are manifests, at the root or one for each part; else a folder of files."""
+    store = open_store(url, storage)
+    found = {part: folder for part, folders in SHARDED.items() for folder in folders if _sharded(store.at(folder))}
+    if found:
+        parts = [(part, Manifest.load(store.address(folder), storage)) for part, folder in found.items()]
+        return ShardSource(store, parts, storage)
+    if _sharded(store):
+        return ShardSource(store, [("", Manifest.load(url, storage))], storage)
+    return FolderSource(store)
+
+
+class FolderSource(Source):
+    """Loose files."""
+
+    def images(self, folder: str) -> list[Entry]:
+        try:
+            entries = [entry for entry in self.store.at(folder).list() if entry.name.lower().endswith(IMAGE_SUFFIXES)]
+        except NotFoundError:
+            return []
+        return sorted(Entry(f"{folder}/{entry.name}", entry.size) for entry in entries)
+
+    def has(self, folder: str) -> bool:
+        try:
+            return any(entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in self.store.at(folder).list())
+        except NotFoundError:
+            return False
+
+    def read(self, path: str) -> bytes:
+        return self.store.read(path)
+
+    def hashes(self, paths: Sequence[str]) -> NDArray[np.uint64]:
+        with ThreadPoolExecutor(READS) as pool:
+            found = pool.map(lambda path: xxhash.xxh3_64_intdigest(self.store.read(path)), paths)
+            return np.fromiter(found, np.uint64, len(paths))
+
+    def sub_folders(self) -> list[str]:
+        try:
+            names = [entry.name for entry in islice(self.store.list(), PEEKED)]
+        except NotFoundError:
+            return []
+        return sorted({name.partition("/")[0] for name in names if "/" in name})
+
+
+class _Row(NamedTuple):
+    """A crop of a manifest."""
+
+    manifest: int
+    row: int
+    entry: Entry
+
+
+class ShardSource(Source):
+    """Crops of tars by their original names. Those that were removed are not there."""
+
+    def __init__(self, store: Store, manifests: Sequence[tuple[str, Manifest]], storage: StorageConfig) -> None:
+        super().__init__(store)
+        self._storage = storage
+        self._shards = [(folder, _opened(manifest, storage)) for folder, manifest in manifests]
+
+    @cached_property
+    def _rows(self) -> dict[str, _Row]:
+        """By path: the folder of the part, if it was sharded by itself; the source, if there are several; the name."""
+        rows: dict[str, _Row] = {}
+        for number, (folder, opened) in enumerate(self._shards):
+            crops = opened.manifest.table(["source", "name", "size", "pid", "camera", "removed"], self._storage)
+            several = len(crops["source"].unique()) > 1
+            for row, crop in enumerate(crops.to_pylist()):
+                if not crop["removed"]:
+                    path = str(PurePosixPath(folder, crop["source"] if several else "", crop["name"]))
+                    label = None if UNKNOWN in (crop["pid"], crop["camera"]) else (crop["pid"], crop["camera"])
+                    rows[path] = _Row(number, row, Entry(path, crop["size"], label))
+        return rows
+
+    def images(self, folder: str) -> list[Entry]:
+        return sorted(found.entry for path, found in self._rows.items() if f"/{folder}/" in f"/{path}")
+
+    def has(self, folder: str) -> bool:
+        return any(f"/{folder}/" in f"/{path}" for path in self._rows)
+
+    def read(self, path: str) -> bytes:
+        manifest, row, _ = self._rows[path]
+        reader = self._shards[manifest][1].reader
+        data = reader.read(np.array([row]))[row]
+        if not reader.places.matches(row, data):
+            data = reader.read_anew(row)  # once more: it may have broken on the way
+        if not reader.places.matches(row, data):
+            raise DataError(
+                f"the crop {path} is damaged",
+                where=reader.store.address(reader.places.name(row)),
+                hint="`python -m datapipe verify` lists what is wrong; a test set wants every crop",
+            )
+        return data
+
+    def hashes(self, paths: Sequence[str]) -> NDArray[np.uint64]:
+        """As the indexes have them: nothing is read."""
+        rows = (self._rows[path] for path in paths)
+        found = (self._shards[manifest][1].reader.places.xxh3[row] for manifest, row, _ in rows)
+        return np.fromiter(found, np.uint64, len(paths))
+
+
+def _opened(manifest: Manifest, storage: StorageConfig) -> Opened:
+    """With the whole data set as one window: where it fits into memory or on disk, every block is fetched once."""
+    config = StreamConfig()
+    return open_manifest(manifest, storage, StreamConfig(window=max(2, -(-manifest.rows // config.block))))
+
+
+def _sharded(store: Store) -> bool:
+    try:
+        return bool(manifest_files(store))
+    except NotFoundError:
+        return False

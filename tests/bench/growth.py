@@ -66,7 +66,9 @@ def plan(rows: int) -> Grown:
 
 def ingest(rows: int) -> Grown:
     """The whole way, with as many processes as there are cores."""
-    folder = Path(tempfile.mkdtemp(prefix="growth-", dir=Scale().cache))
+    cache = Scale().cache
+    cache.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="growth-", dir=cache))
     source = RepeatedCrops(str(crops("small", Scale()).files), rows)
 
     def work() -> str:

@@ -123,7 +123,8 @@ def _trainer(config: RunConfig, board: str, scratch: str) -> Any:
         work,
         train_loop_config={"config": recipes.to_tree(config), "board": board},
         torch_config=TorchConfig(
-            backend="nccl" if gpus else "gloo", timeout_s=config.cluster.collective_timeout_s
+            backend="nccl" if gpus else "gloo",
+            timeout_s=round(config.cluster.start_timeout_s + config.cluster.collective_timeout_s),
         ),
         scaling_config=ScalingConfig(
             num_workers=config.cluster.max_workers,

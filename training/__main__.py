@@ -7,12 +7,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from typing import Annotated
 
 import tyro
 
 from datapipe import command
-from datapipe.config import Size, StorageConfig
+from datapipe.config import Size, Statistics, StorageConfig
 from datapipe.errors import DataError
 from datapipe.settings import settings
 from datapipe.storage import open_store
@@ -21,9 +22,11 @@ from training import config as recipes
 from training.assembly import training_views
 from training.dry_run import dry_run
 from training.engine.host import LocalHost, exit_code
+from training.engine.notice import Notice
 from training.engine.world import alone
+from training.placing import MEAN_STD
 from training.pretrain import pretrain as run_recipe
-from training.published import MEAN_STD, Network, Stated, Statistics, read_published
+from training.published import Network, Stated, read_published
 from training.reid.zero_shot import Weights
 from training.resizing import Interpolation, resized, resizing
 from training.weights import CARD, Provenance, create_model_call
@@ -41,7 +44,12 @@ def pretrain(arguments: list[str]) -> int:
         return _dry_run(config, asked)
     if asked.json or asked.rows or asked.gpu_memory_gb:
         parser.error("--json, --rows and --gpu-memory-gb go with --dry-run")
-    with LocalHost() as host, alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world:
+    machine = config.cluster
+    with (
+        LocalHost() as host,
+        closing(Notice(machine.notice, every_s=machine.notice_every_s, heard=host.notice)),
+        alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world,
+    ):
         ending = run_recipe(config, world=world, host=host)
     return exit_code(None if ending.complete else host.received)
 
@@ -152,14 +160,10 @@ def export(arguments: list[str]) -> int:
     folder, config = evaluation.open_run(chosen.run, chosen.storage)
     store = folder.at("checkpoints")
     name = chosen.checkpoint or _newest(store)
-    marker = checkpoint.read_marker(store, name)
-    backbone = evaluation.load_backbone(Weights(name, marker.step, marker.samples), folder, config)
+    weights = Weights(name)
+    backbone = evaluation.load_backbone(weights, folder, config)
     out = open_store(chosen.out, chosen.storage) if chosen.out else folder.at("exports")
-    card = export_backbone(backbone, out, Provenance(
-        method=config.method.name, recipe=recipes.to_tree(config), manifest=marker.manifest,
-        licence=evaluation.licence_of(folder), samples=marker.samples, step=marker.step,
-        origin=marker.origin,
-    ))  # fmt: skip
+    card = export_backbone(backbone, out, evaluation.provenance(weights, folder, config))
     print(f"exported {name} to {out.url}")
     print(create_model_call(card))
     return command.COMPLETE

@@ -1,16 +1,12 @@
-"""One rank of a pre-training run, from the last good checkpoint to its end or a stop."""
+"""One rank of a training run, from the last good checkpoint to its end or a stop."""
 
-import json
 import os
 import shlex
-import socket
-import time
 from typing import NamedTuple
 
 import torch
 
 from datapipe.data import Data, load_data
-from datapipe.loader import Batch
 from training.assembly import (
     check,
     clock_of,
@@ -21,6 +17,7 @@ from training.assembly import (
     portion,
     refuse_split,
     refuse_unsuited,
+    resolved,
     view_spec,
 )
 from training.checkpoint import Checkpoints
@@ -30,19 +27,20 @@ from training.engine.faults import Faults, Rewind
 from training.engine.host import Host
 from training.engine.loop import Run, Segment, rehearse, train
 from training.engine.optimizers import ParameterState
+from training.engine.pace import Pace
 from training.engine.scaling import first_scale
-from training.engine.stepper import Result, Stepper
+from training.engine.stepper import Stepper
 from training.engine.stop import Stop
 from training.engine.world import World
 from training.initial_weights import in_words
-from training.methods.base import Method, Progress
+from training.methods.base import Method
 from training.metrics import Recorder
+from training.milestones import Milestones
 from training.placing import Place
 from training.provenance import about, describe, resume_command
-from training.run_folder import FLUSH_S, RunFolder
-
-HEARTBEAT_S = 0.5
-"""Seconds between signs of life on a local run folder; on object storage they come as seldom as other growing files."""
+from training.rank_log import rank_log
+from training.run_folder import RunFolder
+from training.watch import Watch
 
 
 class Ending(NamedTuple):
@@ -58,10 +56,16 @@ def pretrain(config: RunConfig, *, world: World, host: Host, reason: str = "star
 
     Every rank calls this with the same `config`. Returns the same Ending on all ranks.
     """
+    folder = RunFolder(config.out, config.storage)
+    with rank_log(folder, world, host):
+        return _pretrain(config, folder, world, host, reason)
+
+
+def _pretrain(config: RunConfig, folder: RunFolder, world: World, host: Host, reason: str) -> Ending:
     refuse_unsuited(config, world.device)
     _use_threads(config, world)
     data = check(config) if world.leads else load_data(config.stream, config.storage)
-    folder = RunFolder(config.out, config.storage)
+    config = resolved(config, data)
     clock = clock_of(config, data.rows)
     method, origin = initial_method(config)
     method = method.to(world.device)
@@ -76,35 +80,58 @@ def pretrain(config: RunConfig, *, world: World, host: Host, reason: str = "star
         replaces=data.replaces,
     )
     position, resumed = checkpoints.restore(stepper)
+    pace = Pace(method, host, world, say)
     with make_loader(config, data, world, share) as loader:
         run = Run(
-            method=method, stepper=stepper, loader=loader, place=Place(world.device), clock=clock,
+            method=method, stepper=stepper, loader=loader, clock=clock,
+            place=Place(world.device, config.views.statistics),
             optimisation=config.optimisation, micro_batch=share.micro, checkpoints=checkpoints,
-            stop=Stop(host, world), host=host, faults=Faults(folder, world, say), watch=Watch(folder, world, config),
+            stop=Stop(host, world), host=host, faults=Faults(folder, world, say),
+            watch=Watch(folder, world, config, pace),
         )  # fmt: skip
+        milestones = Milestones(config, clock, folder, world, host, say)
         if position >= clock.end:
+            milestones.score(position)
             say(f"complete: {clock.total_steps:,} steps were already done")
             return Ending(clock.total_steps, True)
         rehearse(run, fake_batch(view_spec(config), share, config))
+        pace.reset()
         if world.leads:
             run.recorder = Recorder(folder, host, about={
                 "world": world.size, "resumed_from": resumed, "step": position // clock.batch, "reason": reason,
             })  # fmt: skip
+            pace.say = milestones.say = run.recorder.say
             run.recorder.say(_opening(config, data, clock, resumed, method))
             if origin and resumed is None:
                 run.recorder.say(in_words(origin))
-        position, done = _train(run, checkpoints, config, position)
+        position, done = _train(run, checkpoints, config, milestones, position)
     if run.recorder is not None:
         run.recorder.say(_closing(config, position // clock.batch, clock, done))
         run.recorder.close()
     return Ending(position // clock.batch, done)
 
 
-def _train(run: Run, checkpoints: Checkpoints, config: RunConfig, position: int) -> tuple[int, bool]:
+def _train(
+    run: Run, checkpoints: Checkpoints, config: RunConfig, milestones: Milestones, position: int
+) -> tuple[int, bool]:
+    """Segment after segment, each scored at its end. (samples seen, whether all of the run is done)."""
+    for end in milestones.after(position):
+        position, done = _train_segment(run, checkpoints, config, Segment(end), position)
+        if not done:
+            return position, False
+        milestones.score(position)
+        if run.recorder is not None:
+            run.recorder.speed.pause()
+    return position, True
+
+
+def _train_segment(
+    run: Run, checkpoints: Checkpoints, config: RunConfig, segment: Segment, position: int
+) -> tuple[int, bool]:
     """The loop, begun anew from the last checkpoint whenever a step asks for it."""
     while True:
         try:
-            return train(run, Segment(run.clock.end), position=position)
+            return train(run, segment, position=position)
         except Rewind:
             position, name = checkpoints.restore(run.stepper)
             if name is None:
@@ -117,29 +144,6 @@ def _begin_anew(stepper: Stepper, config: RunConfig) -> None:
     stepper.load_model_state(initial, where="the initial weights")
     stepper.load_optimizer_state({name: ParameterState({}, 0.0) for name in stepper.names})
     stepper.scale = first_scale(config.optimisation.precision)
-
-
-class Watch:
-    """Signs of life of every rank: pid and step in ranks/rank_00.json, and the audit log if the recipe wants it."""
-
-    def __init__(self, folder: RunFolder, world: World, config: RunConfig) -> None:
-        self.folder, self.world, self.audit = folder, world, config.engine.audit
-        self._every = HEARTBEAT_S if folder.local is not None else FLUSH_S
-        self._beat(0)
-
-    def __call__(self, progress: Progress, batch: Batch, result: Result) -> None:
-        if self.audit:
-            real = batch.weight > 0
-            line = {"step": progress.step + 1, "samples": batch.sample[real].tolist(),
-                    "positions": batch.position[real].tolist()}  # fmt: skip
-            self.folder.append(f"ranks/audit_{self.world.rank:02d}.jsonl", json.dumps(line))
-        if time.monotonic() - self._said > self._every:
-            self._beat(progress.step + 1)
-
-    def _beat(self, step: int) -> None:
-        self._said = time.monotonic()
-        life = {"pid": os.getpid(), "host": socket.gethostname(), "step": step, "time": time.time()}
-        self.folder.write_json(f"ranks/rank_{self.world.rank:02d}.json", life)
 
 
 def _use_threads(config: RunConfig, world: World) -> None:

@@ -2,16 +2,29 @@
 
 import os
 import signal
+import socket
 import sys
 import threading
 from types import FrameType, TracebackType
-from typing import Protocol
+from typing import Literal, Protocol
 
 from datapipe.command import COMPLETE, INTERRUPTED, STOPPED
+
+Doing = Literal["data", "forward", "backward"]
+"""What a rank is at in a step: waiting for its batch, or saving before that; in its own forward; in what follows, where
+it waits for the other ranks, too."""
 
 
 class Host(Protocol):
     """The scheduler's side of a run."""
+
+    def place(self) -> str:
+        """The machine that this rank is on, in a person's terms."""
+        ...
+
+    def alive(self, step: int, doing: Doing) -> None:
+        """This rank has come so far: `step` steps are done. Cheap; called a few times in each step."""
+        ...
 
     def preempted(self) -> bool:
         """True when this process was told to save and end. Cheap; asked at every step, may differ between ranks."""
@@ -35,6 +48,8 @@ class LocalHost:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        """The first signal; SIGTERM for a notice."""
+        self._signalled = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "LocalHost":
@@ -52,12 +67,23 @@ class LocalHost:
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._before.clear()
 
+    def notice(self, words: str) -> None:
+        """The machine will be taken away: as if SIGTERM had come."""
+        print(f"stopping: this machine will be taken away ({words})", file=sys.stderr, flush=True)
+        self.received = self.received or signal.SIGTERM
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self._signalled:
             os.write(2, b"second signal: stopping at once; the last checkpoint stays\n")
             os._exit(exit_code(number))
-        self.received = number
+        self.received, self._signalled = number, True
         os.write(2, b"stopping: the step is finished and saved first; a second signal stops at once\n")
+
+    def place(self) -> str:
+        return socket.gethostname()
+
+    def alive(self, step: int, doing: Doing) -> None:
+        """Nobody watches."""
 
     def preempted(self) -> bool:
         return self.received is not None

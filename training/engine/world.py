@@ -56,6 +56,11 @@ class World:
         firsts = self.gather(self.rank - self.local_rank)
         return tuple(sorted(set(firsts)).index(first) for first in firsts)
 
+    def expect_within(self, seconds: float) -> None:
+        """From now on a rank that waits longer for the others gives up with an error."""
+        if self.size > 1:
+            dist.set_timeout(timedelta(seconds=seconds))
+
     def wait(self) -> None:
         """Return once every rank has come here."""
         if self.size > 1:

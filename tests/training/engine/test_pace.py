@@ -1,0 +1,88 @@
+"""Who keeps the others waiting: from numbers, and on real ranks one of which is slow."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.flow.tiny import generated, recipe
+from tests.ranks import run_ranks
+from training import config as recipes
+from training.engine.host import LocalHost
+from training.engine.pace import SLOWER, WINDOW_STEPS, Share, stragglers
+from training.engine.world import World
+from training.methods.pass_reid import Pass
+from training.pretrain import pretrain
+
+STEPS = 3 * WINDOW_STEPS + 3
+SLOW_S = 0.05
+
+
+def _shares(*own: float, step: float = 1.0) -> list[Share]:
+    return [Share(forward, 0.0, step) for forward in own]
+
+
+@pytest.mark.parametrize(("shares", "slow"), [
+    (_shares(0.5, 0.5, 0.5), set()),
+    (_shares(0.5, 0.5 * SLOWER + 0.06, 0.5), {1}),
+    (_shares(0.01, 0.03, 0.01), set()),  # three times as slow, and nobody cares
+    (_shares(0.4, 0.9), {1}),
+    (_shares(0.9), set()),
+    ([Share(0.3, 0.0, 1.0), Share(0.3, 0.4, 1.0)], {1}),  # waits for data, and the others for it
+    ([Share(0.3, 0.4, 1.0), Share(0.3, 0.4, 1.0)], set()),
+])  # fmt: skip
+def test_stragglers__by_their_own_time(shares: list[Share], slow: set[int]) -> None:
+    assert stragglers(shares) == slow
+
+
+class NamedHost(LocalHost):
+    """A host that keeps what it hears."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank, self.said = rank, []  # type: ignore[var-annotated]
+        self.steps: list[tuple[int, str]] = []
+
+    def place(self) -> str:
+        return f"machine-{self.rank}"
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+    def alive(self, step: int, doing: Any) -> None:
+        self.steps.append((step, doing))
+
+
+def _one_slow(world: World, path: str) -> tuple[list[str], list[tuple[int, str]]]:
+    """Rank 1's forward pass takes longer in the middle of the run."""
+    host = NamedHost(world.rank)
+    forward = Pass.forward
+
+    def slow(self: Pass, *arguments: Any) -> Any:
+        step = host.steps[-1][0]
+        time.sleep(SLOW_S if world.rank == 1 and step < 2 * WINDOW_STEPS else 0)
+        return forward(self, *arguments)
+
+    Pass.forward = slow  # type: ignore[method-assign]
+    pretrain(recipes.load(path), world=world, host=host)
+    return host.said, host.steps
+
+
+@pytest.mark.slow
+def test_pace__a_slow_rank_is_named_with_its_machine_though_all_steps_take_as_long(tmp_path: Path) -> None:
+    path = recipe(tmp_path, generated(tmp_path), str(tmp_path / "run"), epochs=STEPS * 6 / 18)
+    (said, steps), _ = run_ranks(2, _one_slow, str(path))
+    named = [line for line in said if line.startswith("straggler")]
+    assert len(named) == 1 and "rank 1 on machine-1 needs" in named[0]
+    assert "rank 1 on machine-1 keeps up again" in said
+    assert all(line in (tmp_path / "run" / "log.txt").read_text() for line in named)
+    windows = [json.loads(line) for line in (tmp_path / "run" / "ranks" / "pace.jsonl").read_text().splitlines()]
+    assert [window["step"] for window in windows] == [WINDOW_STEPS, 2 * WINDOW_STEPS, 3 * WINDOW_STEPS]
+    slow, fast = windows[0]["own_s"][1], windows[0]["own_s"][0]
+    assert slow > SLOW_S and slow - fast > SLOW_S / 2 and len(windows[0]["wait_share"]) == 2
+    kept = (tmp_path / "run" / "ranks" / "rank_01.log").read_text()
+    assert "rank 1 of 2" in kept and "machine-1" in kept and f"step {WINDOW_STEPS}: " in kept and "ended" in kept
+    assert [doing for _, doing in steps[:5]] == ["forward", "backward", "forward", "backward", "data"]
+    assert steps[-1] == (STEPS, "data")

@@ -1,0 +1,164 @@
+"""How much time each rank needs by itself, and which one keeps the others waiting.
+
+A step takes as long on every rank, as all wait for the slowest; so what counts is the time before they meet: waiting
+for data, and the forward pass. With ZeRO-3 ranks meet in the forward pass already: there only the data is seen.
+"""
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from training.engine.host import Host
+from training.engine.world import World
+from training.methods.base import Method
+
+log = logging.getLogger(__name__)
+
+WINDOW_STEPS = 20
+"""Steps that are averaged. Ranks exchange their times once in so many."""
+SLOWER = 1.5
+"""Own time over the middle of the others' from which a rank counts as a straggler."""
+SHARE = 0.1
+"""Part of a step that the difference must be, at least."""
+
+
+class Share(NamedTuple):
+    """A rank's seconds per step."""
+
+    forward_s: float
+    waited_s: float
+    """For data."""
+    step_s: float
+
+    @property
+    def own_s(self) -> float:
+        """Before the ranks meet."""
+        return self.forward_s + self.waited_s
+
+
+def stragglers(shares: Sequence[Share]) -> set[int]:
+    """The ranks that keep the others waiting."""
+    slow = set()
+    for rank, share in enumerate(shares):
+        others = [other.own_s for place, other in enumerate(shares) if place != rank]
+        usual = statistics.median(others) if others else share.own_s
+        if share.own_s > SLOWER * usual and share.own_s - usual > SHARE * share.step_s:
+            slow.add(rank)
+    return slow
+
+
+class Pace:
+    """Measures this rank, compares all. Made on every rank, called once per step on every rank."""
+
+    def __init__(self, method: Method, host: Host, world: World, say: Callable[[str], None]) -> None:
+        self._host, self._world, self.say = host, world, say
+        self._places = world.gather(host.place())
+        self._steps = 0
+        self._slow: set[int] = set()
+        self._suspected: set[int] = set()
+        self._asked: tuple[list[torch.Tensor], dist.Work] | None = None
+        self._timer = _Timer(world.device)
+        self._begin()
+        method.register_forward_pre_hook(self._enter)
+        method.register_forward_hook(self._leave)
+
+    def step(self, done: int, waited_s: float) -> list[Share] | None:
+        """Note a step; `done`: steps done with it. Every WINDOW_STEPS the shares of all ranks, one step late."""
+        self._steps, self._done = self._steps + 1, done
+        self._waited_s += waited_s
+        self._host.alive(done, "data")
+        answer = self._answer()
+        if self._steps % WINDOW_STEPS == 0:
+            self._ask()
+        return answer
+
+    def reset(self) -> None:
+        """Forget what was not a step: a rehearsal."""
+        self._begin()
+
+    def mine(self) -> Share:
+        """This rank's own share in the window so far."""
+        steps = max(1, (self._steps - 1) % WINDOW_STEPS + 1)
+        return Share(self._timer.total_s() / steps, self._waited_s / steps, (time.perf_counter() - self._began) / steps)
+
+    def _begin(self) -> None:
+        self._began, self._waited_s = time.perf_counter(), 0.0
+        self._done = getattr(self, "_done", 0)
+        self._timer.reset()
+
+    def _enter(self, *_: Any) -> None:
+        self._host.alive(self._done, "forward")
+        self._timer.start()
+
+    def _leave(self, *_: Any) -> None:
+        self._timer.stop()
+        self._host.alive(self._done, "backward")
+
+    def _ask(self) -> None:
+        mine = torch.tensor(self.mine(), device=self._world.device)
+        self._begin()
+        log.info("step %d: %.3f s a step, of them %.3f s forward, %.3f s waiting for data", self._done,
+                 *(float(mine[part]) for part in (2, 0, 1)))  # fmt: skip
+        if self._world.size > 1:
+            shares = [torch.empty_like(mine) for _ in range(self._world.size)]
+            self._asked = shares, dist.all_gather(shares, mine, async_op=True)
+
+    def _answer(self) -> list[Share] | None:
+        if self._asked is None:
+            return None
+        tensors, work = self._asked
+        self._asked = None
+        work.wait()
+        shares = [Share(*tensor.tolist()) for tensor in tensors]
+        self._judge(shares)
+        return shares
+
+    def _judge(self, shares: Sequence[Share]) -> None:
+        """Tell who has begun or ceased to lag, in two windows in a row: one slow moment is none."""
+        found = stragglers(shares)
+        certain = found & (self._suspected | self._slow)
+        for rank in sorted(certain - self._slow):
+            own = shares[rank]
+            usual = statistics.median(share.own_s for place, share in enumerate(shares) if place != rank)
+            self.say(f"straggler: rank {rank} on {self._places[rank]} needs {own.own_s:.3f} s a step by itself "
+                      f"({own.forward_s:.3f} s forward, {own.waited_s:.3f} s waiting for data), "
+                      f"the others {usual:.3f} s")  # fmt: skip
+        for rank in sorted(self._slow - found):
+            self.say(f"rank {rank} on {self._places[rank]} keeps up again")
+        self._slow, self._suspected = certain, found
+
+
+class _Timer:
+    """Sums stretches of work on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self.reset()
+
+    def reset(self) -> None:
+        self._sum_s, self._began = 0.0, 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def start(self) -> None:
+        if self._cuda:
+            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self._events[-1][0].record()
+        self._began = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._cuda:
+            self._events[-1][1].record()
+        else:
+            self._sum_s += time.perf_counter() - self._began
+
+    def total_s(self) -> float:
+        """Waits for the device, so ask seldom."""
+        if not self._cuda or not self._events:
+            return self._sum_s
+        self._events[-1][1].synchronize()
+        return sum(first.elapsed_time(last) for first, last in self._events) / 1_000

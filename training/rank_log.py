@@ -1,0 +1,66 @@
+"""What each rank says for itself: ranks/rank_03.log in the run folder, warnings and the trace of an error included."""
+
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+
+from training.engine.host import Host
+from training.engine.world import World
+from training.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("datapipe", "training", "cluster")
+"""Whose lines are kept."""
+
+
+class _Lines(logging.Handler):
+    """Appends lines to a file of the run folder. Calls come from any thread, one at a time."""
+
+    def __init__(self, folder: RunFolder, name: str) -> None:
+        super().__init__(logging.INFO)
+        self._folder, self._name = folder, name
+        form = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S")
+        form.converter = time.gmtime
+        self.setFormatter(form)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._folder.append(self._name, self.format(record))
+        except Exception:  # noqa: BLE001  (a log that cannot be written must not end a run)
+            self.handleError(record)
+
+    def flush(self) -> None:
+        self._folder.flush()
+
+
+@contextlib.contextmanager
+def rank_log(folder: RunFolder, world: World, host: Host) -> Iterator[None]:
+    """Keep what the rank logs for as long as the context lasts. Warnings go to stderr as they did before."""
+    handler = _Lines(RunFolder(folder.url, folder.storage), f"ranks/rank_{world.rank:02d}.log")
+    stderr = logging.StreamHandler(sys.stderr)
+    stderr.setLevel(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in PACKAGES]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    if not logging.root.handlers:  # with a handler of ours Python no longer prints warnings by itself
+        logging.root.addHandler(stderr)
+    try:
+        log.info("rank %d of %d, process %d on %s, %s", world.rank, world.size, os.getpid(), host.place(), world.device)
+        yield
+        log.info("ended")
+    except BaseException:
+        log.exception("ended by an error")
+        raise
+    finally:
+        logging.root.removeHandler(stderr)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+        handler.flush()
+        handler.close()

@@ -1,0 +1,56 @@
+"""What every rank leaves behind while it trains: signs of life, its share of the time, the audit log."""
+
+import json
+import os
+import socket
+import time
+
+from datapipe.loader import Batch
+from training.config import RunConfig
+from training.engine.pace import Pace, Share
+from training.engine.stepper import Result
+from training.engine.world import World
+from training.methods.base import Progress
+from training.run_folder import FLUSH_S, RunFolder
+
+HEARTBEAT_S = 0.5
+"""Seconds between signs of life on a local run folder; on object storage they come as seldom as other growing files."""
+
+
+class Watch:
+    """Signs of life of every rank in ranks/rank_00.json, all ranks' times in ranks/pace.jsonl, and the audit log if the
+    recipe wants it. Called after each step, on every rank."""
+
+    def __init__(self, folder: RunFolder, world: World, config: RunConfig, pace: Pace) -> None:
+        self.folder, self.world, self.pace = folder, world, pace
+        self.audit, self.timeout_s = config.engine.audit, config.cluster.collective_timeout_s
+        self._every = HEARTBEAT_S if folder.local is not None else FLUSH_S
+        self._steps = 0
+        self._beat(0)
+
+    def __call__(self, progress: Progress, batch: Batch, result: Result) -> None:
+        done = progress.step + 1
+        self._steps += 1
+        if self._steps == 1:
+            self.world.expect_within(self.timeout_s)  # imports and compilation are behind all ranks
+        shares = self.pace.step(done, batch.waited_s)
+        if shares and self.world.leads:
+            self._share(done, shares)
+        if self.audit:
+            real = batch.weight > 0
+            line = {"step": done, "samples": batch.sample[real].tolist(), "positions": batch.position[real].tolist()}
+            self.folder.append(f"ranks/audit_{self.world.rank:02d}.jsonl", json.dumps(line))
+        if time.monotonic() - self._said > self._every:
+            self._beat(done)
+
+    def _share(self, done: int, shares: list[Share]) -> None:
+        """Seconds per step of every rank by itself, and the part of the step that it waited for data."""
+        waits = [share.waited_s / share.step_s for share in shares]
+        line = {"step": done - 1, "own_s": [share.own_s for share in shares], "wait_share": waits}
+        self.folder.append("ranks/pace.jsonl", json.dumps(line))
+
+    def _beat(self, step: int) -> None:
+        self._said = time.monotonic()
+        life = {"pid": os.getpid(), "host": socket.gethostname(), "world": self.world.size, "step": step,
+                "time": time.time()}  # fmt: skip
+        self.folder.write_json(f"ranks/rank_{self.world.rank:02d}.json", life)

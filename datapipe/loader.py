@@ -9,8 +9,9 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from threading import Lock
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +27,23 @@ from datapipe.views import ViewSpec, make_views
 
 FEWEST_ROWS = 8
 """Smallest piece of a batch that is handed to a thread."""
+
+
+class Intake(NamedTuple):
+    """What a loader has done so far, in all."""
+
+    replaced: int = 0
+    """Samples whose crop was broken, so that another took its place."""
+    fetched: int = 0
+    """Bytes asked of the storage."""
+    cached: int = 0
+    """Crops that came from a cache ..."""
+    sought: int = 0
+    """... of so many that one was asked for."""
+    reading_s: float = 0.0
+    """Seconds that its threads spent on getting bytes ..."""
+    making_s: float = 0.0
+    """... and on making views of them."""
 
 
 @dataclass
@@ -78,7 +96,8 @@ class Loader:
     multiple of `micro_batch`; what is missing is padding, so that all ranks have equal micro-batches. With `nodes`, the
     node of each rank, it gets as many, but those whose blocks are at home on its node: see `Assignment`.
     `allocate(shape, dtype)` makes the slots, prefetch + 2 of them (training passes pinned memory). `ranks_here`: ranks
-    that share this machine's cores. Use as a context manager, or close.
+    that share this machine's cores. `labels` of all rows take the place of the stream's identities. Use as a context
+    manager, or close.
     """
 
     def __init__(
@@ -96,6 +115,7 @@ class Loader:
         allocate: Callable[..., Any] = np.empty,
         ranks_here: int = 1,
         nodes: tuple[int, ...] = (),
+        labels: Ints | None = None,
     ) -> None:
         if order.rows != stream.rows:
             raise ValueError(f"the order is for {order.rows} rows, the stream has {stream.rows}")
@@ -103,7 +123,7 @@ class Loader:
             raise ValueError(f"impossible: batch {global_batch}, micro-batch {micro_batch}, rank {rank} of {world}")
         if nodes and len(nodes) != world:
             raise ValueError(f"{len(nodes)} nodes are given for {world} ranks")
-        self.stream, self.order, self.spec, self.seed = stream, order, spec, seed
+        self.stream, self.order, self.spec, self.seed, self._labels = stream, order, spec, seed, labels
         self.global_batch, self.rank, self.world, self.micro_batch = global_batch, rank, world, micro_batch
         self.rows = -(-global_batch // (world * micro_batch)) * micro_batch
         self._assignment = Assignment(self.rows, nodes or (0,) * world, order.together)
@@ -112,12 +132,15 @@ class Loader:
         self._piece = min(micro_batch, max(FEWEST_ROWS, -(-self.rows // self.threads)))
         self._pool = ThreadPoolExecutor(self.threads, "datapipe-views")
         self._slots = [self._slot(allocate) for _ in range(config.prefetch + 2)]
+        self._lock = Lock()
+        self._reading_s, self._making_s = 0.0, 0.0
         self._running: Generator[Batch, None, None] | None = None
 
     @property
-    def bad(self) -> int:
-        """Samples that were replaced because they were broken, so far."""
-        return self.stream.replaced
+    def intake(self) -> Intake:
+        """What has been done so far."""
+        stream = self.stream
+        return Intake(stream.replaced, stream.bytes_read, *stream.cached, self._reading_s, self._making_s)
 
     def after(self, position: int, until: int) -> Iterator[Batch]:
         """The batches of the stream positions [position, until), the last one shorter where they do not divide.
@@ -215,13 +238,18 @@ class Loader:
         if not real:
             return
         part = part._part(slice(0, real))
+        began = perf_counter()
         rows, data = self.stream.fetch(part.sample)
+        fetched = perf_counter()
         if part.masks is not None:
             part.masks[:] = draw_masks(self.spec.masks, self.seed, part.position)
         for row in make_views(data, self.spec, self.seed, part.position, part.views, part.boxes):
             rows[row] = self._substitute(part._part(slice(row, row + 1)), int(rows[row]))
-        part.label[:] = self.stream.pid[rows]
+        part.label[:] = (self.stream.pid if self._labels is None else self._labels)[rows]
         part.camera[:] = self.stream.camera[rows]
+        with self._lock:
+            self._reading_s += fetched - began
+            self._making_s += perf_counter() - fetched
 
     def _substitute(self, one: Batch, row: int) -> int:
         """Other crops in place of one that does not decode, until one does; the stream counts, and ends it."""

@@ -9,7 +9,7 @@ Floats are written so that they read back exactly. Readers keep the last record 
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,7 +19,7 @@ from training.engine.stepper import Result
 from training.health import Course
 from training.methods.base import Progress
 from training.run_folder import RunFolder
-from training.speed import Speed, duration
+from training.speed import Rates, Speed, Spent, duration, in_words
 
 STATUS_S = 5.0
 """Seconds between status lines."""
@@ -43,10 +43,10 @@ class Recorder:
         self._board = _board(folder)
 
     def record(
-        self, progress: Progress, now: StepSettings, result: Result, *, images: int, waited_s: float, bad: int
+        self, progress: Progress, now: StepSettings, result: Result, *, images: int, spent: Sequence[Spent]
     ) -> None:
-        """Note one step. `progress`: before the step; `images`: of the global batch."""
-        images_per_s, wait_share = self.speed.step(images, waited_s)
+        """Note one step. `progress`: before the step; `images`: of the global batch; `spent`: rank by rank so far."""
+        rates = self.speed.step(images, spent)
         line: dict[str, Any] = {
             "step": progress.step + 1,
             "samples": progress.samples + images,
@@ -57,9 +57,10 @@ class Recorder:
             "weight_decay": now.weight_decay,
             "momentum": now.ema,
             "grad_norm": float(result.norms.square().sum().sqrt()),
-            "images_per_s": images_per_s,
-            "wait_share": wait_share,
-            "replaced_samples": bad,
+            **{name: value for name, value in rates._asdict().items() if value is not None},
+            "bytes_fetched": int(sum(rank.intake.fetched for rank in spent)),
+            "replaced_samples": int(sum(rank.intake.replaced for rank in spent)),
+            "bottleneck": rates.bottleneck,
             "time": time.time(),
         }
         for change in self.course.see(line):
@@ -68,12 +69,12 @@ class Recorder:
         self.folder.append(self.name, json.dumps(line | standing))
         if self._board is not None:
             for key, value in line.items():
-                if key not in ("step", "time"):
+                if key not in ("step", "time", "bottleneck"):
                     self._board.add_scalar(key, value, progress.step + 1)
         last = progress.step + 1 == progress.total_steps
         if last or time.monotonic() - self._spoke > STATUS_S:
             self._spoke = time.monotonic()
-            self.say(self._status(progress, line, images))
+            self.say(self._status(progress, line, images, rates))
 
     def say(self, line: str) -> None:
         """A line for the person who watches and for the run's log."""
@@ -86,7 +87,7 @@ class Recorder:
         if self._board is not None:
             self._board.close()
 
-    def _status(self, progress: Progress, line: Mapping[str, float], images: int) -> str:
+    def _status(self, progress: Progress, line: Mapping[str, float], images: int, rates: Rates) -> str:
         left = (progress.total_steps - progress.step - 1) * images
         seconds = self.speed.remaining_s(left)
         end = datetime.fromtimestamp(time.time() + seconds).strftime("%a %H:%M") if seconds == seconds else "?"
@@ -94,7 +95,7 @@ class Recorder:
         return (
             f"step {progress.step + 1:,}/{progress.total_steps:,} {100 * line['step'] / progress.total_steps:5.1f} %"
             f"  loss {line['loss']:.4f}  {terms}  |g| {line['grad_norm']:.2f}  lr {line['lr']:.2e}"
-            f"  m {line['momentum']:.4f}  {line['images_per_s']:,.0f} img/s  wait {100 * line['wait_share']:.0f} %"
+            f"  m {line['momentum']:.4f}  {in_words(rates)}"
             f"  ETA {duration(seconds)} ({end})"
         )
 

@@ -40,6 +40,7 @@ from training.placing import Place
 from training.provenance import about, describe, resume_command
 from training.rank_log import rank_log
 from training.run_folder import RunFolder
+from training.speed import Tally
 from training.watch import Watch
 
 
@@ -87,7 +88,7 @@ def _pretrain(config: RunConfig, folder: RunFolder, world: World, host: Host, re
             place=Place(world.device, config.views.statistics),
             optimisation=config.optimisation, micro_batch=share.micro, checkpoints=checkpoints,
             stop=Stop(host, world), host=host, faults=Faults(folder, world, say),
-            watch=Watch(folder, world, config, pace),
+            tally=Tally(world), watch=Watch(folder, world, config, pace),
         )  # fmt: skip
         milestones = Milestones(config, clock, folder, world, host, say)
         if position >= clock.end:

@@ -30,6 +30,7 @@ from training.report_page import (
     table,
 )
 from training.report_plots import Curve, Plot
+from training.report_speed import speed_section
 from training.run_folder import RunFolder
 
 NAME = "report.html"
@@ -60,7 +61,7 @@ def render(files: RunFiles) -> str:
         ("Retrieval", _scores(files)),
         ("Ranked lists", _ranked_lists(files, pictures)),
         ("Loss", _loss(files)),
-        ("Speed", _speed(files)),
+        ("Speed", speed_section(files)),
         ("Attempts and restarts", _attempts(files)),
         ("Steps that were not finite", faults_section(files, pictures)),
         ("First batch", pictures.figure("first_batch.jpg", "What the network saw: crops and their views.")),
@@ -226,16 +227,6 @@ def _loss(files: RunFiles) -> str:
         return missing("metrics/attempt_001.jsonl")
     curves = [curve(files.records, key, strong=key == "loss") for key in terms]
     return wide(Plot("Loss and its terms", curves, marks=restarts(files), wide=True))
-
-
-def _speed(files: RunFiles) -> str:
-    plots = []
-    for key, title, factor in (("images_per_s", "Images per second", 1), ("wait_share", "Waiting for data, %", 100)):
-        if any(key in record for record in files.records):
-            plots.append(Plot(title, [curve(files.records, key, factor=factor)], marks=restarts(files), zero=True))
-    if not plots:
-        return missing("metrics/attempt_001.jsonl")
-    return soft("Vertical lines: restarts. A high waiting share means the data cannot keep up.") + grid(plots)
 
 
 def _attempts(files: RunFiles) -> str:

@@ -8,11 +8,12 @@ from training.report_curves import curve, grid, keys, restarts
 from training.report_data import Record, RunFiles
 from training.report_page import Row, count, missing, soft, table
 from training.report_plots import Curve, Plot
+from training.report_speed import SPEED_KEYS
 
 _ELSEWHERE = frozenset(
-    ("attempt", "step", "samples", "epoch", "time", "lr", "weight_decay", "momentum", "images_per_s", "wait_share")
+    ("attempt", "step", "samples", "epoch", "time", "lr", "weight_decay", "momentum")
     + ("loss", "images_compared", "uniform_entropy", "uniform_entropy_patch")
-)
+) | SPEED_KEYS
 """Numbers of a record that have a place of their own, or that others are judged by."""
 
 

@@ -1,26 +1,122 @@
-"""Images per second, waiting share, and when the run will end."""
+"""Images per second, who waits for whom, and when the run will end."""
 
 import time
 from collections import deque
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
+
+from datapipe.loader import Intake
+from training.engine.world import World
+
+UNNOTICED = 0.05
+"""Share of the time spent waiting for data below which data is not what limits a run."""
+
+Bottleneck = Literal["training", "reading", "views"]
+
+
+class Spent(NamedTuple):
+    """What one rank's steps took so far, in all."""
+
+    waited_s: float
+    """Seconds it stood still for data."""
+    intake: Intake
+
+
+class Tally:
+    """The same figures of every rank, a step late where there are several, so that nobody waits for them."""
+
+    def __init__(self, world: World = World()) -> None:  # noqa: B008  (frozen)
+        self.world = world
+        self._waited_s = 0.0
+        self._asked: tuple[torch.Tensor, dist.Work] | None = None
+
+    def of_all(self, waited_s: float, intake: Intake) -> list[Spent]:
+        """Call once per step on every rank, `waited_s` in this step; rank by rank, nothing after the first step."""
+        self._waited_s += waited_s
+        if self.world.size == 1:
+            return [Spent(self._waited_s, intake)]
+        table = torch.zeros(self.world.size, 1 + len(intake), dtype=torch.float64, device=self.world.device)
+        table[self.world.rank] = torch.tensor([self._waited_s, *intake], dtype=torch.float64)
+        before, self._asked = self._asked, (table, dist.all_reduce(table, async_op=True))
+        if before is None:
+            return []
+        before[1].wait()
+        return [Spent(waited, Intake(*rest)) for waited, *rest in before[0].tolist()]
+
+
+class Rates(NamedTuple):
+    """Rates over the most recent steps, of all ranks together."""
+
+    images_per_s: float
+    wait_share: float
+    """Share of the time that the rank which waits most for data stood still: the others wait for it."""
+    reading_share: float
+    """Of the time that the loaders' threads worked: on getting bytes, rather than on making views."""
+    fetched_mb_per_s: float
+    """Megabytes (10^6 bytes) asked of the storage."""
+    cache_hits: float | None
+    """Share of the crops that came from a cache; None where there is none."""
+
+    @property
+    def bottleneck(self) -> Bottleneck:
+        """What would have to be faster for the run to be faster."""
+        return bottleneck(self.wait_share, self.reading_share)
+
+
+def bottleneck(wait_share: float, reading_share: float) -> Bottleneck:
+    """See `Rates`. "training": the steps themselves; on a CPU also whatever else wants its cores."""
+    if wait_share < UNNOTICED:
+        return "training"
+    return "reading" if reading_share > 0.5 else "views"
+
+
+def in_words(rates: Rates) -> str:
+    """`812 img/s  wait 12 %  read 7.5 MB/s  cache 96 %  limit: reading`."""
+    cache = "" if rates.cache_hits is None else f"  cache {100 * rates.cache_hits:.0f} %"
+    speed = f"{rates.images_per_s:,.0f} img/s  wait {100 * rates.wait_share:.0f} %"
+    return f"{speed}  read {rates.fetched_mb_per_s:.1f} MB/s{cache}  limit: {rates.bottleneck}"
 
 
 class Speed:
     """Rates over the most recent steps."""
 
     def __init__(self, window: int = 50) -> None:
-        self._steps: deque[tuple[float, int, float]] = deque(maxlen=window)
+        self._steps: deque[tuple[float, int]] = deque(maxlen=window)
+        self._spent: deque[list[Spent]] = deque(maxlen=window + 1)
         self._last = time.perf_counter()
 
-    def step(self, images: int, waited_s: float) -> tuple[float, float]:
-        """Note one step; (images per second of the whole run, share of the time spent waiting for data)."""
+    def step(self, images: int, spent: Sequence[Spent]) -> Rates:
+        """Note one step of the whole run; `spent`: what `Tally` gave."""
         now = time.perf_counter()
-        self._steps.append((now - self._last, images, waited_s))
+        self._steps.append((now - self._last, images))
         self._last = now
+        if spent:
+            if not self._spent:
+                self._spent.append([Spent(0.0, Intake())] * len(spent))
+            self._spent.append(list(spent))
         seconds = sum(step[0] for step in self._steps)
-        return sum(step[1] for step in self._steps) / seconds, sum(step[2] for step in self._steps) / seconds
+        waited, intake = self._lately()
+        worked = intake.reading_s + intake.making_s
+        return Rates(
+            images_per_s=sum(step[1] for step in self._steps) / seconds,
+            wait_share=waited / seconds,
+            reading_share=intake.reading_s / worked if worked else 0.0,
+            fetched_mb_per_s=intake.fetched / seconds / 1e6,
+            cache_hits=intake.cached / intake.sought if intake.sought else None,
+        )
+
+    def _lately(self) -> tuple[float, Intake]:
+        """(seconds that the rank which waited most waited, all ranks' intake) in these steps."""
+        if not self._spent:
+            return 0.0, Intake()
+        first, last = self._spent[0], self._spent[-1]
+        waited = max(now.waited_s - before.waited_s for now, before in zip(last, first, strict=True))
+        gained = ([a - b for a, b in zip(now.intake, before.intake, strict=True)]
+                  for now, before in zip(last, first, strict=True))  # fmt: skip
+        return waited, Intake(*map(sum, zip(*gained, strict=True)))
 
     def pause(self) -> None:
         """Forget the time since the last step: a save or a rehearsal is not training speed."""

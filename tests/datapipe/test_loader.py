@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from datapipe.config import JitterConfig, StorageConfig, StreamConfig, ViewConfig
 from datapipe.errors import DataError
-from datapipe.loader import Batch, Loader
+from datapipe.loader import Batch, Intake, Loader
 from datapipe.manifest import Manifest
 from datapipe.masking import MaskConfig, MaskLaw, draw_masks
 from datapipe.order import Order
@@ -223,6 +223,20 @@ def test_after__reports_the_time_it_waited(crops: CropSet) -> None:
         assert all(batch.waited_s >= 0 for batch in running.after(0, 60))
 
 
+def test_intake__counts_bytes_and_hits_and_seconds(crops: CropSet) -> None:
+    """Of whole blocks kept in memory: the second epoch reads nothing."""
+    with loader(crops, batch=ROWS, micro_batch=ROWS) as running:
+        assert running.intake == Intake()
+        list(running.after(0, ROWS))
+        once = running.intake
+        assert once.fetched >= sum(map(len, crops.jpegs)) and (once.sought, once.replaced) == (ROWS, 0)
+        assert once.reading_s > 0 and once.making_s > 0
+        list(running.after(ROWS, 2 * ROWS))
+        twice = running.intake
+        assert twice.fetched == once.fetched and twice.cached - once.cached == twice.sought - once.sought == ROWS
+        assert twice.reading_s > once.reading_s and twice.making_s > once.making_s
+
+
 def test_after__a_crop_that_does_not_decode_is_replaced_by_the_next_of_its_block(tmp_path: Path) -> None:
     crops = crop_set.write(tmp_path / "set", 20, no_images=(6, 7, 14))
     order = Order(20, 9, 5, 3)
@@ -230,7 +244,7 @@ def test_after__a_crop_that_does_not_decode_is_replaced_by_the_next_of_its_block
         config = StreamConfig(block=5, window=3, threads=threads, max_bad=1.0)
         with loader(crops, batch=20, micro_batch=20, config=config) as running:
             (batch,) = [copy(batch) for batch in running.after(0, 20)]
-            assert running.bad == 3
+            assert running.intake.replaced == 3
         np.testing.assert_array_equal(batch.sample, order.samples(np.arange(20)))
         served = np.array([{6: 8, 7: 8, 14: 10}.get(row, row) for row in batch.sample.tolist()])
         np.testing.assert_array_equal(batch.label, served // 2)

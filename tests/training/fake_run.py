@@ -55,7 +55,11 @@ def record(step: int, attempt: int) -> dict[str, Any]:
         "grad_norm": 1 + noise,
         "replaced_samples": 0,
         "images_per_s": 250 + 40 * noise + (-150 if step in (1, 101, 201) else 0),
-        "wait_share": 0.03 + 0.02 * abs(noise),
+        "wait_share": 0.03 + 0.02 * abs(noise) + (0.2 if step > 315 else 0),
+        "reading_share": 0.7,
+        "fetched_mb_per_s": 2.5,
+        "bytes_fetched": 10_000 * step,
+        "bottleneck": "reading" if step > 315 else "training",
         "time": 1_795_000_000.0 + 400 * attempt + step * 0.26,
     }
 

@@ -106,6 +106,9 @@ def test_report__says_what_was_run_and_what_it_is_worth(report: str) -> None:
         "240 queries · 960 gallery images · 2 queries without a match, left out",
         "worker 1 died (SIGKILL)",
         "1 unfinished line of metrics",
+        "in 90.0 % of the steps: training, the steps themselves: data kept up with them. "
+        "in 10.0 % of the steps: reading, bytes came too slowly: raise stream.reads",
+        "7.9 MB were fetched in all",
         "cpu <b>",
     ):
         assert expected in text, expected

@@ -1,10 +1,10 @@
 """The loop that every kind of training goes through."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from datapipe.loader import Batch
+from datapipe.loader import Batch, Intake
 from training import ema
 from training.checkpoint import Checkpoints
 from training.config import OptimisationConfig
@@ -17,14 +17,15 @@ from training.engine.stepper import Result, Stepper
 from training.engine.stop import Stop
 from training.methods.base import Method, Progress, Views
 from training.metrics import Recorder
+from training.speed import Tally
 
 
 class Source(Protocol):
     """Where batches come from: a `datapipe.loader.Loader`, or fixed batches in a test."""
 
     @property
-    def bad(self) -> int:
-        """Samples replaced so far because they were broken."""
+    def intake(self) -> Intake:
+        """What it has done so far."""
         ...
 
     def after(self, position: int, until: int) -> Iterator[Batch]:
@@ -55,6 +56,8 @@ class Run:
     stop: Stop
     host: Host
     faults: Faults
+    tally: Tally = field(default_factory=Tally)
+    """What all ranks spent on waiting and reading."""
     recorder: Recorder | None = None
     """On the leading rank."""
     watch: Callable[[Progress, Batch, Result], None] | None = None
@@ -121,9 +124,9 @@ def _follow(run: Run, momentum: float) -> None:
 
 
 def _record(run: Run, progress: Progress, now: StepSettings, batch: Batch, result: Result) -> None:
+    spent = run.tally.of_all(batch.waited_s, run.loader.intake)
     if run.recorder is not None:
-        images = batch.after - batch.start
-        run.recorder.record(progress, now, result, images=images, waited_s=batch.waited_s, bad=run.loader.bad)
+        run.recorder.record(progress, now, result, images=batch.after - batch.start, spent=spent)
     if run.watch is not None:
         run.watch(progress, batch, result)
 

@@ -1,0 +1,85 @@
+"""Rates of the last steps, of all ranks; and what would have to be faster."""
+
+import pytest
+
+from datapipe.loader import Intake
+from tests.ranks import run_ranks
+from training import speed
+from training.engine.world import World
+from training.speed import Speed, Spent, Tally, bottleneck, in_words
+
+
+class Clock:
+    """Goes on by a second at each look."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1
+        return self.now
+
+
+@pytest.fixture
+def second_by_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed.time, "perf_counter", Clock())
+
+
+def rank(waited_s: float, **intake: float) -> Spent:
+    return Spent(waited_s, Intake(**intake))  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("second_by_second")
+def test_step__rates_are_of_the_last_steps_and_all_ranks() -> None:
+    meter = Speed(window=2)
+    meter.step(10, [rank(0.9, fetched=9_000_000), rank(0.0)])
+    first = [rank(1.0, fetched=10_000_000, cached=4, sought=8, reading_s=3.0, making_s=1.0), rank(0.0, sought=2)]
+    meter.step(20, first)
+    meter.step(30, [rank(1.1, fetched=10_000_000, cached=4, sought=8, reading_s=3.5, making_s=1.0),
+                    rank(0.3, fetched=4_000_000, cached=1, sought=4, making_s=1.0)])  # fmt: skip
+    after = [rank(1.2, fetched=11_000_000, cached=9, sought=18, reading_s=4.0, making_s=2.0),
+             rank(0.6, fetched=5_000_000, cached=3, sought=6, making_s=4.5)]  # fmt: skip
+    found = meter.step(40, after)
+    assert found.images_per_s == 35 and found.fetched_mb_per_s == pytest.approx(3.0)
+    assert found.wait_share == pytest.approx(0.3)  # of the second rank: .6 of 2 s
+    assert found.cache_hits == (5 + 3) / (10 + 4)
+    assert found.reading_share == pytest.approx(1.0 / 6.5)
+    assert found.bottleneck == "views"
+    assert in_words(found) == "35 img/s  wait 30 %  read 3.0 MB/s  cache 57 %  limit: views"
+
+
+@pytest.mark.usefixtures("second_by_second")
+def test_step__counts_from_the_first_one() -> None:
+    meter = Speed()
+    found = meter.step(10, [rank(0.5, fetched=2_000_000, reading_s=1.0)])
+    assert found == (10, 0.5, 1.0, 2.0, None) and found.bottleneck == "reading"
+    assert "cache" not in in_words(found)
+    assert Speed().step(10, []) == (10, 0.0, 0.0, 0.0, None)  # of several ranks, nobody knows yet
+
+
+@pytest.mark.parametrize(("wait", "reading", "name"), [(0.04, 0.9, "training"), (0.06, 0.6, "reading"),
+                                                       (0.06, 0.4, "views"), (0.0, 0.0, "training")])
+def test_bottleneck__is_what_the_slowest_waits_for(wait: float, reading: float, name: str) -> None:
+    assert bottleneck(wait, reading) == name
+
+
+def test_tally__of_one_rank_is_its_own() -> None:
+    tally = Tally()
+    tally.of_all(0.25, Intake(fetched=3))
+    assert tally.of_all(0.5, Intake(fetched=7)) == [Spent(0.75, Intake(fetched=7))]
+
+
+def _told(world: World) -> list[list[Spent]]:
+    tally = Tally(world)
+    steps = ((0.5 * world.rank, Intake(fetched=1 + world.rank)), (1.0, Intake(fetched=5, making_s=0.5)), (0, Intake()))
+    return [tally.of_all(*step) for step in steps]
+
+
+@pytest.mark.slow
+def test_tally__tells_every_rank_of_all_a_step_late() -> None:
+    first, second = run_ranks(2, _told)
+    assert first == second == [
+        [],
+        [Spent(0.0, Intake(fetched=1)), Spent(0.5, Intake(fetched=2))],
+        [Spent(1.0, Intake(fetched=5, making_s=0.5)), Spent(1.5, Intake(fetched=5, making_s=0.5))],
+    ]  # fmt: skip

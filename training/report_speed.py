@@ -1,0 +1,52 @@
+"""The report's section on speed: images per second, who waited for whom, and what came from the storage."""
+
+from collections import Counter
+
+from training.report_curves import curve, grid, restarts
+from training.report_data import RunFiles
+from training.report_page import missing, percent, soft
+from training.report_plots import Plot
+
+_PLOTS = (
+    ("images_per_s", "Images per second", 1),
+    ("wait_share", "Waiting for data, % of the time of the rank that waits most", 100),
+    ("fetched_mb_per_s", "Fetched from the storage, MB/s", 1),
+    ("cache_hits", "Crops from the cache, %", 100),
+    ("reading_share", "Reading, % of the work of the loaders' threads", 100),
+)
+"""Key of a record, title, factor."""
+SPEED_KEYS = frozenset(key for key, _, _ in _PLOTS) | {"bytes_fetched"}
+"""Numbers of a record that this section shows."""
+_MEANING = {
+    "training": "the steps themselves: data kept up with them.",
+    "reading": "bytes came too slowly: raise stream.reads or the cache (stream.cache_mb, stream.cache_gb), or bring "
+               "the data set closer.",
+    "views": "views were made too slowly: more cores, stream.threads, or views.interpolation = \"linear\".",
+}  # fmt: skip
+
+
+def speed_section(files: RunFiles) -> str:
+    """What limited the run, then the curves."""
+    plots = [
+        Plot(title, [curve(files.records, key, factor=factor)], marks=restarts(files), zero=True)
+        for key, title, factor in _PLOTS
+        if any(key in record for record in files.records)
+    ]
+    if not plots:
+        return missing("metrics/attempt_001.jsonl")
+    return _limits(files) + soft(f"Vertical lines: restarts. {_fetched(files)}") + grid(plots)
+
+
+def _limits(files: RunFiles) -> str:
+    """For each thing that limited the run in some of its steps, in how many, and what to do about it."""
+    found = Counter(str(record["bottleneck"]) for record in files.records if "bottleneck" in record)
+    parts = (f"in {percent(steps / found.total())} of the steps: {name}, {_MEANING.get(name, '')}"
+             for name, steps in found.most_common())  # fmt: skip
+    return soft(f"What limited the run, {' '.join(parts)}") if found else ""
+
+
+def _fetched(files: RunFiles) -> str:
+    """The bytes of all attempts; each one's last record has its sum."""
+    last = (attempt.records[-1].get("bytes_fetched", 0) for attempt in files.attempts if attempt.records)
+    total = sum(last)
+    return f"{total / 1e6:,.1f} MB were fetched in all." if total else ""

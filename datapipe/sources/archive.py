@@ -38,7 +38,7 @@ class ArchiveSource:
 
     UNDERSTANDS = (
         "a zip, a tar (.tar, .tar.gz, .tgz) of images or of WebDataset samples, a folder or a {00..12} "
-        "pattern of them, or their pieces (.zip.001, .tar.aa)"
+        "pattern of them, or their pieces (.zip.001, .tar.aa, .z01)"
     )
 
     url: str
@@ -62,11 +62,11 @@ class ArchiveSource:
 
     def _slices(self, archive: Archive) -> Iterator[ArchiveUnit]:
         with open_archive(archive, self.storage) as stream:
-            start, size, shift = zips.find_directory(stream, archive.url)
+            start, size, shift = zips.find_directory(stream, archive.volumes, archive.url)
             begin = position = start
             crops = packed = 0
             digest = hashlib.sha256(archive.name.encode("utf-8", "surrogateescape"))
-            for entry in zips.list_entries(stream, start, size, archive.url):
+            for entry in zips.list_entries(stream, start, size, archive.volumes, archive.url):
                 zips.check_readable(entry, archive.url)
                 digest.update(entry.facts)
                 position = entry.end
@@ -81,7 +81,7 @@ class ArchiveSource:
     def _zip(self, stream: BinaryIO, unit: ArchiveUnit) -> Iterator[Crop]:
         stream.seek(unit.start)
         listed = io.BytesIO(stream.read(unit.size))
-        for entry in zips.list_entries(listed, 0, unit.size, unit.archive.url):
+        for entry in zips.list_entries(listed, 0, unit.size, unit.archive.volumes, unit.archive.url):
             if is_wanted(entry.name, entry.special):
                 data, problem = zips.read_entry(stream, entry, unit.shift, unit.archive.url)
                 yield labelled(self.label, unit.archive.prefix + entry.name, data, problem=problem)

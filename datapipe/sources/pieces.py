@@ -1,4 +1,4 @@
-"""Archives as the file system holds them: whole, or cut by bytes into pieces that are read as one."""
+"""Archives as the file system holds them: whole, or in pieces (cut by bytes, or volumes of a zip) read as one."""
 
 import io
 import itertools
@@ -29,11 +29,18 @@ class Archive:
     sizes: tuple[int, ...]
     prefix: str
     """Put before the names of the members: archives of one source may use the same names."""
+    spanned: bool
+    """The pieces are volumes of a zip, which names places by volume."""
 
     @property
     def size(self) -> int:
         """Bytes."""
         return sum(self.sizes)
+
+    @property
+    def volumes(self) -> tuple[int, ...]:
+        """Where each volume begins in the pieces put together; a zip that is not spanned has one."""
+        return tuple(itertools.accumulate(self.sizes[:-1], initial=0)) if self.spanned else (0,)
 
     @property
     def is_zip(self) -> bool:
@@ -49,15 +56,22 @@ class Archive:
 def list_archives(url: str, storage: StorageConfig) -> Iterator[Archive]:
     """The archives at a url, in the order of its listing. Raises DataError where a piece is missing."""
     found: dict[tuple[str, str], list[tuple[str, File]]] = {}
+    spanned: dict[tuple[str, str], list[tuple[str, File]]] = {}
     for file in list_files(url, storage, ARCHIVES):
         match = ARCHIVE.fullmatch(file.name)
         assert match  # else it were no archive
         if match["spanned"]:
-            raise spanned(f"{file.folder.rstrip('/')}/{match['spanned']}.zip")
-        found.setdefault((file.folder, match["archive"]), []).append((match["part"] or "", file))
+            last = f"{match['spanned']}.{'ZIP' if '.Z' in file.name else 'zip'}"
+            found.setdefault((file.folder, last), [])
+            spanned.setdefault((file.folder, last), []).append((match["volume"], file))
+        else:
+            found.setdefault((file.folder, match["archive"]), []).append((match["part"] or "", file))
     for (folder, name), pieces in found.items():
+        volumes = spanned.get((folder, name), [])
         whole = [file for part, file in pieces if not part]
-        files = whole or _in_order(pieces)
+        if volumes and not whole:
+            raise volumes_missing(f"{folder.rstrip('/')}/{name}")
+        files = [*_in_order(volumes), *whole] if volumes else whole or _in_order(pieces)
         alone = len(found) == 1 and folder != url
         yield Archive(
             folder,
@@ -65,6 +79,7 @@ def list_archives(url: str, storage: StorageConfig) -> Iterator[Archive]:
             tuple(file.name for file in files),
             tuple(file.size for file in files),
             "" if alone else f"{name}/",
+            bool(volumes),
         )
 
 
@@ -84,13 +99,12 @@ def plain_name(name: str) -> str:
     return name
 
 
-def spanned(url: str) -> DataError:
-    """What to tell about a zip that PKZIP's way of splitting has spread over x.z01, x.z02 ... x.zip."""
-    name = url.rpartition("/")[2].removesuffix(".zip")
+def volumes_missing(url: str) -> DataError:
+    """What to tell about a spanned zip (x.z01, x.z02 ... x.zip) of which not everything is there."""
     return DataError(
-        "the zip is spanned (.z01, .z02 ...): its pieces cannot be read where they lie",
+        "a volume of the spanned zip is missing, or there is one too many",
         where=url,
-        hint=f"with all pieces in one folder: zip -s 0 {name}.zip --out {name}-joined.zip",
+        hint="copy all of .z01, .z02 ... and the .zip itself, which is the last one, into one folder",
     )
 
 

@@ -22,10 +22,10 @@ TABLE_ENDINGS = (".parquet", ".pq")
 ARCHIVE = re.compile(
     r"(?P<archive>.+\.(?:zip|tar\.gz|tgz|tar))"
     r"(?:\.(?:part[-_.]?)?(?P<part>\d{1,5}|(?!gz|xz|bz|lz|br|zst|idx|txt|csv|asc|sig|sha|tmp)[a-z]{2,3}))?"
-    r"|(?P<spanned>.+)\.z\d\d+",
+    r"|(?P<spanned>.+)\.z(?P<volume>\d{2,5})",
     re.IGNORECASE,
 )
-"""An archive, a piece of one that was cut by bytes ("x.zip.001", "x.tar.ab"), a piece that PKZIP spanned ("x.z01")."""
+"""An archive, a piece of one that was cut by bytes ("x.zip.001", "x.tar.ab"), a volume of a spanned zip ("x.z01")."""
 PEEKED = 1_000
 """Names of a folder that are looked at to tell what it holds."""
 
@@ -171,16 +171,24 @@ def file_urls(url: str, storage: StorageConfig) -> list[str]:
 
 
 def _pieces(folder: str, name: str, storage: StorageConfig) -> list[str]:
-    """ "x.zip" or "x.zip.001" may mean "x.zip.001", "x.zip.002" and so on."""
+    """ "x.zip" or "x.zip.001" may mean "x.zip.001", "x.zip.002" and so on; "x.zip" or "x.z01" the volumes of a spanned
+    zip, "x.z01", "x.z02" ... "x.zip"."""
     match = ARCHIVE.fullmatch(name)
-    store = open_store(folder, storage)
-    if not match or match["spanned"] or (not match["part"] and store.exists(name)):
+    if not match:
         return []
+    stem = match["spanned"] or re.sub(r"\.zip$", "", match["archive"], flags=re.IGNORECASE)
     try:
-        names = [piece.name for piece in store.list(f"{match['archive']}.")]
+        names = [piece.name for piece in open_store(folder, storage).list(f"{stem}.")]
     except NotFoundError:
         return []
-    return [f"{folder}/{piece}" for piece in names if (found := ARCHIVE.fullmatch(piece)) and found["part"]]
+    found = [(piece, parts) for piece in names if (parts := ARCHIVE.fullmatch(piece))]
+    if not match["part"] and any(parts["spanned"] == stem for _, parts in found):
+        last = (f"{stem}.zip".lower(), None)
+        return [f"{folder}/{piece}" for piece, parts in found
+                if parts["spanned"] == stem or (piece.lower(), parts["part"]) == last]
+    if not match["part"] and name in names:
+        return []
+    return [f"{folder}/{piece}" for piece, parts in found if parts["archive"] == match["archive"] and parts["part"]]
 
 
 def _peek(url: str, storage: StorageConfig) -> Iterator[str]:

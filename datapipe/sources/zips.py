@@ -8,11 +8,11 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 from datapipe.errors import DataError
-from datapipe.sources.pieces import MOST_MEMBER_BYTES, plain_name, spanned
+from datapipe.sources.pieces import MOST_MEMBER_BYTES, plain_name, volumes_missing
 
 END, END_SIGNATURE = struct.Struct("<4s4H2LH"), b"PK\5\6"
 END64, END64_SIGNATURE = struct.Struct("<4sQ2H2L4Q"), b"PK\6\6"
@@ -45,7 +45,7 @@ class Entry(NamedTuple):
     packed: int
     size: int
     place: int
-    """Of its local header."""
+    """Of its local header, in the volumes put together."""
     special: str
     """"a symbolic link", "a device" ...; empty for a file."""
     encrypted: bool
@@ -55,8 +55,8 @@ class Entry(NamedTuple):
     """The entry itself, for the digest."""
 
 
-def find_directory(stream: BinaryIO, url: str) -> Directory:
-    """Raises DataError where the end of the zip is missing, or the zip is spanned over several files."""
+def find_directory(stream: BinaryIO, volumes: Sequence[int], url: str) -> Directory:
+    """`volumes`: where each begins in the stream. Raises DataError where the end of the zip or a volume is missing."""
     total = stream.seek(0, 2)
     tail_start = max(0, total - END.size - MOST_COMMENT)
     stream.seek(tail_start)
@@ -67,16 +67,18 @@ def find_directory(stream: BinaryIO, url: str) -> Directory:
     _, disk, first_disk, _, _, size, offset, _ = END.unpack_from(tail, found)
     end = tail_start + found
     if ESCAPE in (size, offset) or 0xFFFF in (disk, first_disk) or _has_locator(stream, end):
-        size, offset, end, disk = _read_end64(stream, end, url)
-    if disk:
-        raise spanned(url)
-    start = end - size
-    if start < 0 or start < offset:
+        disk, first_disk, size, offset, end = _read_end64(stream, end, url)
+    if disk + 1 != len(volumes) or first_disk > disk:
+        raise volumes_missing(url)
+    start, named = end - size, volumes[first_disk] + offset
+    if start < 0 or start < named:
         raise _cut("its beginning, or a piece in the middle, is missing", url)
-    return Directory(start, size, start - offset)
+    return Directory(start, size, start - named)
 
 
-def list_entries(stream: BinaryIO, start: int, size: int, url: str) -> Iterator[Entry]:
+def list_entries(
+    stream: BinaryIO, start: int, size: int, volumes: Sequence[int], url: str
+) -> Iterator[Entry]:
     """The members in a part of the directory, folders left out. Reads the stream from `start` on, in order."""
     position = start
     while position < start + size:
@@ -99,7 +101,7 @@ def list_entries(stream: BinaryIO, start: int, size: int, url: str) -> Iterator[
             name_size,
             extra_size,
             comment_size,
-            _,
+            disk,
             _,
             attributes,
             place,
@@ -107,6 +109,8 @@ def list_entries(stream: BinaryIO, start: int, size: int, url: str) -> Iterator[
         rest = stream.read(name_size + extra_size)
         position += ENTRY.size + name_size + extra_size + comment_size
         unpacked, packed, place = _widened((unpacked, packed, place), rest[name_size:])
+        if disk >= len(volumes):
+            raise volumes_missing(url)
         name = _text(rest[:name_size], flags)
         if not name.endswith("/"):
             special = _special(attributes >> 16) if system in (UNIX, DARWIN) else ""
@@ -116,7 +120,7 @@ def list_entries(stream: BinaryIO, start: int, size: int, url: str) -> Iterator[
                 crc,
                 packed,
                 unpacked,
-                place,
+                volumes[disk] + place,
                 special,
                 bool(flags & ENCRYPTED),
                 position,
@@ -166,19 +170,17 @@ def _has_locator(stream: BinaryIO, end: int) -> bool:
     return stream.read(4) == LOCATOR_SIGNATURE
 
 
-def _read_end64(stream: BinaryIO, end: int, url: str) -> tuple[int, int, int, int]:
-    """(bytes of the directory, its place, end of the directory, number of the disk) of a large zip."""
+def _read_end64(stream: BinaryIO, end: int, url: str) -> tuple[int, int, int, int, int]:
+    """Of a large zip: number of this volume and of the directory's first one, bytes of the directory, its place there,
+    and its end in the stream."""
     stream.seek(max(0, end - LOCATOR.size - END64.size))
     data = stream.read(END64.size + LOCATOR.size)
     if len(data) < END64.size + LOCATOR.size or data[END64.size :][:4] != LOCATOR_SIGNATURE:
         raise _cut("the end of its directory is missing", url)
-    _, _, _, disks = LOCATOR.unpack_from(data, END64.size)
-    signature, _, _, _, _, _, _, _, size, offset = END64.unpack_from(data)
-    if disks > 1:
-        raise spanned(url)
+    signature, _, _, _, disk, first_disk, _, _, size, offset = END64.unpack_from(data)
     if signature != END64_SIGNATURE:
         raise _cut("the end of its directory is damaged", url)
-    return size, offset, end - LOCATOR.size - END64.size, 0
+    return disk, first_disk, size, offset, end - LOCATOR.size - END64.size
 
 
 def _widened(numbers: tuple[int, ...], extra: bytes) -> Iterator[int]:

@@ -10,6 +10,8 @@ Size = tuple[int, int]
 """(height, width) in pixels, always in this order."""
 Range = tuple[float, float]
 """(lowest, highest)."""
+Statistics = Literal["imagenet", "half"]
+"""Names of channel means and deviations."""
 
 
 @settings
@@ -213,6 +215,9 @@ class ViewConfig:
     interpolation: Literal["bicubic", "linear"] = "bicubic"
     """"bicubic": antialiased, as PIL does and the published recipes use. "linear": area when shrinking, linear when
     enlarging; several times faster."""
+    statistics: Statistics = "imagenet"
+    """What the device normalises with: ImageNet's channel means and deviations, as published pre-training does, or
+    "half" (.5 and .5), as TransReID's fine-tuning does."""
 
 
 @settings

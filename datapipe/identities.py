@@ -16,6 +16,20 @@ IDENTITY_ORDER_VERSION = 1
 """Part of every key; raised whenever the same arguments would give another order."""
 
 
+def numbered(pids: Ints, *, fraction: float = 1.0, seed: int = 0) -> Ints:
+    """Identities as 0, 1, 2 ... in ascending order; -1 for negative ones and for those that take no part.
+
+    `fraction` of the identities, rounded, at least one, are drawn by the seed: those of a smaller fraction are among
+    those of a larger one.
+    """
+    known = np.unique(pids[pids >= 0])
+    count = max(1, round(fraction * len(known)))
+    drawn = np.argsort(words(seed, "identities/fraction", known, 1)[:, 0], kind="stable")[:count]
+    taken = known[np.sort(drawn)]
+    place = np.searchsorted(taken, pids).clip(max=max(len(taken) - 1, 0))
+    return np.where(taken[place] == pids, place, -1) if len(taken) else np.full(len(pids), -1)
+
+
 @dataclass(frozen=True)
 class Deal:
     """Hands of `hand` different cards out of `cards`, without end, all cards used evenly. Whole arrays at once.

@@ -52,6 +52,9 @@ class ViewGroup:
     iou: Range = (0.0, 1.0)
     boxed: bool = False
     """Report where the crops of this group were cut."""
+    pad: int | None = None
+    """A number: `scale` and `ratio` do not apply. The whole image is resized to `size`, so many black pixels are put
+    around it, and a piece of that size is cut at random."""
 
     def __post_init__(self) -> None:
         if len(self.bands) != len(self.photometric):
@@ -142,6 +145,14 @@ def regions(config: ViewConfig, law: RegionLaw, *, size: Size, pair: bool, masks
     return ViewSpec((first, second) if pair else (first,), interpolation=config.interpolation, masks=masks)
 
 
+def padded(config: ViewConfig, *, size: Size, pad: int) -> ViewSpec:
+    """One view of the whole person, "image", moved by up to `pad` pixels: for fine-tuning (TransReID's)."""
+    whole: Band = (0.0, 1.0)
+    group = ViewGroup(name="image", size=size, scale=whole, ratio=whole, flip=config.flip, bands=(whole,),
+                      photometric=(Photometric(),), pad=pad)  # fmt: skip
+    return ViewSpec((group,), interpolation=config.interpolation)
+
+
 def make_views(
     jpegs: list[bytes], spec: ViewSpec, seed: int, positions: Ints, out: dict[str, View], boxes: Ints | None = None
 ) -> list[int]:
@@ -172,7 +183,7 @@ def _numbers_needed(spec: ViewSpec) -> dict[str, int]:
     for group in spec.groups:
         for view, colours in enumerate(group.photometric):
             purpose = f"views/{group.name}/{view}"
-            needed[f"{purpose}/crop"] = cuts.NUMBERS * _draws(group)
+            needed[f"{purpose}/crop"] = cuts.NUMBERS * _draws(group) if group.pad is None else 2
             needed[_flip_purpose(group, view)] = 1
             for operation, count in photometric.numbers_needed(colours).items():
                 needed[f"{purpose}/{operation}"] = count
@@ -199,13 +210,17 @@ def _fill(images: list[View], spec: ViewSpec, unit: dict[str, Floats], targets: 
     for group in spec.groups:
         for view, (band, colours) in enumerate(zip(group.bands, group.photometric, strict=True)):
             purpose = f"views/{group.name}/{view}"
-            crops = _crops(unit[f"{purpose}/crop"], sizes, band, group, cut.get(group.near))
+            numbers = unit[f"{purpose}/crop"]
+            crops = _crops(numbers, sizes, band, group, cut.get(group.near)) if group.pad is None else _whole(sizes)
             flips = unit[_flip_purpose(group, view)][:, 0] < group.flip
             cut.setdefault(group.name, crops)
             if group.boxed:
                 found.append(np.concatenate([crops, flips[:, None]], axis=1)[None])
             mine = {name: unit[f"{purpose}/{name}"] for name in photometric.numbers_needed(colours)}
             steps = photometric.plan(colours, mine, group.size, len(images))
+            if group.pad is not None:
+                moves = np.floor(numbers * (2 * group.pad + 1)).astype(np.int64) - group.pad
+                steps = [[(_move, move), *todo] for move, todo in zip(moves.tolist(), steps, strict=True)]
             for source, box, flip, todo, target in zip(
                 sources, crops.tolist(), flips.tolist(), steps, targets[group.name][view], strict=True
             ):
@@ -226,6 +241,16 @@ def _crops(unit: Floats, sizes: Ints, band: Band, group: ViewGroup, other: Ints 
     tried = np.stack([cuts.crops(numbers, bottom - top, width, group.scale, group.ratio) for numbers in tries])
     tried[..., 0] += top
     return tried[0] if other is None else cuts.nearest(tried, other, group.iou)
+
+
+def _whole(sizes: Ints) -> Ints:
+    return np.concatenate([np.zeros_like(sizes), sizes], axis=1)
+
+
+def _move(target: View, by: list[int]) -> None:
+    """Rows down and columns to the right, black where nothing is."""
+    matrix = np.array([[1, 0, by[1]], [0, 1, by[0]]], dtype=np.float64)
+    target[...] = cv2.warpAffine(target, matrix, (target.shape[1], target.shape[0]), flags=cv2.INTER_NEAREST)
 
 
 def _resize_linear(image: View, box: list[int], target: View) -> None:

@@ -17,6 +17,7 @@ from training.methods.dino import DinoConfig
 from training.methods.pass_reid import PassConfig
 from training.methods.personmae import PersonMaeConfig
 from training.methods.personvit import PersonVitConfig
+from training.methods.supervised import SupervisedConfig
 from training.stem import CHANNELS
 
 FULL = 4
@@ -89,6 +90,8 @@ def student_stacks(config: RunConfig, images: int) -> list[Stack]:
             parts, near, views = method.parts, 1, len(method.areas)
         case DinoConfig() | PersonVitConfig():
             parts, near, views = 0, 0, method.locals
+        case SupervisedConfig():
+            return [Stack(images, backbone.size, patches, 1 + method.parts + patches)]
     small = math.prod(side // backbone.patch for side in method.local_size)
     whole = Stack(GLOBALS * images, backbone.size, patches, 1 + parts + patches)
     return [whole, Stack(views * images, method.local_size, small, 1 + near + small)][: 2 if views else 1]
@@ -145,6 +148,8 @@ def saved(config: RunConfig, images: int, how: Numerics, *, hidden: int | None =
     }
     if isinstance(config.method, PersonMaeConfig):
         return found | _reconstruction(config.method, backbone, images, stacks[0], how)
+    if isinstance(config.method, SupervisedConfig):
+        return found  # its head keeps a few features per image
     rows = scored(config, images, hidden)
     return found | _distillation(backbone.shape.width, config.method.head, rows)
 

@@ -2,6 +2,8 @@
 
 import math
 import tomllib
+from contextlib import closing
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,10 +11,14 @@ import torch
 
 from datapipe.data import Data, load_data
 from datapipe.errors import ConfigError, DataError
+from datapipe.identities import IdentityOrder, numbered
 from datapipe.loader import Batch, Loader
 from datapipe.masking import draw_masks
+from datapipe.mixed_stream import MixedStream
+from datapipe.order import SampleOrder
 from datapipe.preview import TrainingViews
-from datapipe.randomness import words
+from datapipe.randomness import Ints, words
+from datapipe.stream import Stream
 from datapipe.views import ViewSpec
 from training import checkpoint, methods
 from training import config as recipes
@@ -23,7 +29,7 @@ from training.engine.plain import PlainStepper
 from training.engine.stepper import Stepper
 from training.engine.world import World
 from training.initial_weights import refuse_missing, start_from
-from training.methods.base import Method, refuse_fp16_on_cpu
+from training.methods.base import ByIdentity, Method, refuse_fp16_on_cpu
 from training.run_folder import RunFolder
 
 FREE_TO_CHANGE = ("out", "storage", "engine", "checkpoints", "cluster", "optimisation.micro_batch",
@@ -55,8 +61,8 @@ def refuse_split(config: RunConfig, share: Portion, *, couples: bool) -> None:
     """Raises ConfigError where a batch must not be taken in micro-batches. `couples`: see `Method.couples_batch`."""
     if couples and share.rows > share.micro:
         raise ConfigError(
-            f"{config.method.name} couples the images of a batch (Sinkhorn targets, batch norm in the stem), so a "
-            f"batch cannot be taken in {share.rows // share.micro} micro-batches",
+            f"{config.method.name} couples the images of a batch (Sinkhorn targets, batch norm in the stem, mining), so "
+            f"a batch cannot be taken in {share.rows // share.micro} micro-batches",
             where="optimisation.micro_batch, method.targets, backbone.stem",
             hint=f"optimisation.micro_batch = {share.rows}, more workers, or targets and a stem that do not couple",
         )
@@ -119,9 +125,10 @@ def deepspeed_json(config: RunConfig, world: World, share: Portion) -> dict[str,
 
 
 def make_loader(config: RunConfig, data: Data, world: World, share: Portion) -> Loader:
+    stream = data.stream(config.storage, config.stream)
     return Loader(
-        data.stream(config.storage, config.stream),
-        data.order(config.seed, config.stream),
+        stream,
+        order_of(config, data, stream),
         view_spec(config),
         seed=config.seed,
         global_batch=config.optimisation.batch,
@@ -132,7 +139,59 @@ def make_loader(config: RunConfig, data: Data, world: World, share: Portion) -> 
         allocate=_pinned if world.device.type == "cuda" else np.empty,
         ranks_here=world.local_size,
         nodes=world.nodes() if config.stream.assignment == "node" else (),
+        labels=labels_of(config, stream.pid),
     )
+
+
+def order_of(config: RunConfig, data: Data, stream: Stream | MixedStream) -> SampleOrder:
+    """Which sample comes when. Raises DataError where there are too few identities for a batch of them."""
+    sampling = sampling_of(config)
+    if sampling is None:
+        return data.order(config.seed, config.stream)
+    identities = config.optimisation.batch // sampling.instances
+    labels = labels_of(config, stream.pid)
+    return IdentityOrder(labels, seed=config.seed, identities=identities, instances=sampling.instances)
+
+
+def labels_of(config: RunConfig, pids: Ints) -> Ints:
+    """Every row's label as the method gets it: what the index says, or numbers from 0 where batches are made up of
+    identities, -1 for those that take no part."""
+    sampling = sampling_of(config)
+    return pids if sampling is None else numbered(pids, fraction=sampling.fraction, seed=config.seed)
+
+
+def sampling_of(config: RunConfig) -> ByIdentity | None:
+    """How the recipe's batches are made up of identities, if they are. Raises ConfigError where the batch does not
+    divide."""
+    sampling = methods.METHODS[config.method.name].by_identity(config.method)
+    if sampling is not None and config.optimisation.batch % sampling.instances:
+        raise ConfigError(f"a batch of {config.optimisation.batch} is not whole identities of {sampling.instances} "
+                          "images each", where="optimisation.batch, method.instances",
+                          hint="a batch that is a multiple of method.instances")  # fmt: skip
+    return sampling
+
+
+def resolved(config: RunConfig, data: Data) -> RunConfig:
+    """The recipe with what only the data tells: for methods that learn from identities how many there are, and how
+    long an epoch is, as the reference's sampler has it (TransReID `datasets/sampler.py`).
+
+        epoch = sum over identities of max(K, images - images mod K)
+
+    Raises ConfigError where the recipe says otherwise.
+    """
+    sampling = sampling_of(config)
+    if sampling is None:
+        return config
+    with closing(data.stream(config.storage, config.stream)) as stream:
+        labels = labels_of(config, stream.pid)
+    images = np.bincount(labels[labels >= 0])
+    method: Any = config.method
+    if method.classes not in (0, len(images)):
+        raise ConfigError(f"the recipe is for {method.classes} identities, the data has {len(images)}",
+                          where="method.classes", hint="0: as many as there are")  # fmt: skip
+    epoch = int(np.maximum(sampling.instances, images - images % sampling.instances).sum())
+    method = replace(method, classes=len(images))
+    return replace(config, method=method, samples_per_epoch=config.samples_per_epoch or epoch)
 
 
 def _pinned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -151,7 +210,7 @@ def fake_batch(spec: ViewSpec, share: Portion, config: RunConfig) -> Batch:
         views[group.name] = np.ascontiguousarray(noise).view(np.uint8)[:, :values].reshape(shape)
     rows = np.arange(n, dtype=np.int64)
     return Batch(
-        views=views, sample=rows, position=rows, weight=np.full(n, 1 / n), label=rows, camera=rows,
+        views=views, sample=rows, position=rows, weight=np.full(n, 1 / n), label=rows % 2, camera=rows,
         start=0, after=n, waited_s=0.0,
         masks=draw_masks(spec.masks, config.seed, rows) if spec.masks else None,
         boxes=np.broadcast_to([0, 0, *config.backbone.size, 0], (spec.boxed, n, 5)).copy() if spec.boxed else None,
@@ -177,6 +236,7 @@ def check(config: RunConfig) -> Data:
     Raises ConfigError, DataError or StorageError.
     """
     data = load_data(config.stream, config.storage)
+    config = resolved(config, data)
     clock_of(config, data.rows)
     if config.init.weights:
         refuse_missing(config.init, config.storage)

@@ -30,18 +30,27 @@ class OptimisationConfig:
     micro_batch: int = Field(default=64, ge=1)
     """Most images that one rank takes through forward and backward at once; the memory dial. Changes no result
     beyond rounding: gradients, centres and metrics are sums over the global batch."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """"sgd": with momentum, for the published fine-tuning; its weight decay is not decoupled."""
+    schedule: Literal["step", "epoch"] = "step"
+    """When the learning rate changes. "step": at every step, as in pre-training; "epoch": once an epoch, along the
+    cosine of timm as TransReID's fine-tuning has it, which the warm-up does not delay."""
     lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate, for this very batch. The published recipes use 5e-4 * batch / 256."""
     final_lr: float = Field(default=1e-6, ge=0)
     """Learning rate that the cosine falls to."""
     warmup_epochs: float = Field(default=10.0, ge=0)
-    """Epochs in which the learning rate rises linearly from zero."""
+    """Epochs in which the learning rate rises linearly."""
+    warmup_lr: float = Field(default=0.0, ge=0)
+    """Learning rate that it rises from."""
     betas: Range = (0.9, 0.999)
     """AdamW's decay of the first and second moment."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """SGD's decay of the velocity."""
     eps: float = Field(default=1e-8, gt=0)
     """AdamW's epsilon."""
     weight_decay: float = Field(default=0.04, ge=0)
-    """Decoupled weight decay at the start; biases and norms are exempt."""
+    """Decoupled weight decay at the start; the method says what is exempt, as a rule biases and norms."""
     final_weight_decay: float = Field(default=0.4, ge=0)
     """Weight decay at the end, along a cosine."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
@@ -92,6 +101,21 @@ class CheckpointConfig:
 
 
 @settings
+class EvaluationConfig:
+    """Scores of the run's own weights, by retrieval, while it goes on."""
+
+    data: str = ""
+    """Test set, as `python -m training evaluate --data` takes it. Empty: none."""
+    every_epochs: float = Field(default=0.0, ge=0)
+    """Epochs between scores; the end is always scored. 0: only the end."""
+    quote: Literal["last", "best"] = "last"
+    """Which score is the run's result. The best of several on a test set was chosen on the test set, and is reported
+    as that."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How test images are resized. TransReID bilinear, HAP bicubic."""
+
+
+@settings
 class RunConfig:
     out: str = "runs/pretraining"
     """Run folder, local or s3://bucket/prefix. Started again with the same folder, a run goes on."""
@@ -117,6 +141,8 @@ class RunConfig:
     """How a step is carried out."""
     checkpoints: CheckpointConfig = CheckpointConfig()
     """What is saved, when, and how long it stays."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """What is scored while the run goes on."""
     cluster: ClusterConfig = ClusterConfig()
     """Workers and restarts under Ray."""
 

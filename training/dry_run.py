@@ -10,7 +10,7 @@ import torch
 from datapipe.data import load_data
 from datapipe.errors import ConfigError
 from training import memory
-from training.assembly import clock_of, portion, refuse_split, refuse_unsuited
+from training.assembly import clock_of, portion, refuse_split, refuse_unsuited, sampling_of
 from training.config import RunConfig
 from training.deviations import Comparison, compare
 from training.engine.clock import Clock
@@ -79,6 +79,9 @@ def dry_run(config: RunConfig, *, rows: int = 0, gpu_memory_gb: float = 0.0) -> 
     Memory is that of a GPU unless the recipe asks for a CPU. Raises what starting the run would, but for want of data.
     """
     refuse_unsuited(config, torch.device("cpu" if config.engine.device == "cpu" else "cuda"))
+    if sampling_of(config) is not None:
+        raise ConfigError("a dry run is of pre-training: its memory is that of a student and a teacher",
+                          where="method.name", hint="start the fine-tuning; its first batch tells whether it fits")  # fmt: skip
     rows, known_from = _rows(config, rows)
     sizes = memory.census(config)
     share = portion(config.optimisation.batch, config.optimisation.micro_batch, config.cluster.max_workers)

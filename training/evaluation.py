@@ -4,20 +4,25 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError, NotFoundError
 from datapipe.storage import open_store
 from training import checkpoint
+from training import config as recipes
 from training import weights as exports
 from training.assembly import build_method, saved_config
 from training.backbone import VisionTransformer
 from training.config import RunConfig
+from training.methods.base import Method
+from training.placing import MEAN_STD
 from training.reid import zero_shot
 from training.reid.datasets import ReIDSet, open_reid
 from training.reid.embed import EmbedConfig
 from training.reid.zero_shot import COLOUR_HISTOGRAM, RANDOM, Weights
 from training.run_folder import RunFolder
-from training.weights import load_counted
+from training.weights import Provenance, load_counted
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ def tasks(run: str, data: str, storage: StorageConfig) -> list[Task]:
     return [Task(run, data, chosen, storage) for chosen in weights]
 
 
-def score(task: Task, *, threads: int = 2) -> dict[str, Any]:
+def score(task: Task, *, threads: int = 2, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Score one task and write its folder below `evaluation/`; what is there already and of the same weights stays."""
     folder, config = open_run(task.run, task.storage)
     reid = open_reid(task.data, task.storage)
@@ -64,10 +69,13 @@ def score(task: Task, *, threads: int = 2) -> dict[str, Any]:
     if task.weights.name == COLOUR_HISTOGRAM:
         evaluation = zero_shot.evaluate_histogram(reid)
     else:
-        backbone = load_backbone(task.weights, folder, config)
+        backbone = load_backbone(task.weights, folder, config).to(device)
+        mean, std = MEAN_STD[config.views.statistics]
+        how = EmbedConfig(threads=threads, mean=mean, std=std, interpolation=config.evaluation.interpolation)
         evaluation = zero_shot.evaluate_backbone(
-            backbone, reid, task.weights, size=config.backbone.size, config=EmbedConfig(threads=threads)
-        )
+            backbone, reid, task.weights, size=config.backbone.size, device=device, config=how,
+            headline=feature_of(config.method.name, backbone.parts),
+        )  # fmt: skip
     evaluation = replace(evaluation, settings=evaluation.settings | {"identity": identity})
     zero_shot.save(evaluation, reid, folder.store)
     return zero_shot.metrics(evaluation, reid)
@@ -81,19 +89,48 @@ def score_export(url: str, data: str, storage: StorageConfig, *, threads: int = 
     config = EmbedConfig(threads=threads, mean=tuple(card["input"]["mean"]), std=tuple(card["input"]["std"]))
     backbone = exports.load_backbone(store)
     weights = Weights("exported", card.get("step"), card.get("samples"))
-    evaluation = zero_shot.evaluate_backbone(backbone, reid, weights, size=backbone.config.size, config=config)
+    evaluation = zero_shot.evaluate_backbone(
+        backbone, reid, weights, size=backbone.config.size, config=config,
+        headline=feature_of(card.get("method", ""), backbone.parts),
+    )  # fmt: skip
     zero_shot.save(evaluation, reid, store)
     return zero_shot.metrics(evaluation, reid)
 
 
 def load_backbone(weights: Weights, folder: RunFolder, config: RunConfig) -> VisionTransformer:
     """The backbone that is evaluated, in eval mode: of the fresh method, or of a checkpoint (verified)."""
+    return load_method(weights, folder, config).backbone().eval()
+
+
+def load_method(weights: Weights, folder: RunFolder, config: RunConfig) -> Method:
+    """The same with the whole method, on the CPU."""
     method = build_method(config)
     if weights.name != RANDOM:
         store = folder.at("checkpoints")
         _, state = checkpoint.read_state(store, weights.name)
         load_counted(method, checkpoint.model_tensors(state), where=store.address(weights.name))
-    return method.backbone().eval()
+    return method
+
+
+def feature_of(method: str, parts: int) -> str:
+    """The feature that is quoted: what fine-tuning ranked by, where there was one; else that of CLS."""
+    return "cls+parts" if method == "supervised" and parts else "cls"
+
+
+def headline(metrics: dict[str, Any]) -> dict[str, float]:
+    """The scores of the feature that is quoted, of the content of a metrics.json."""
+    found: dict[str, float] = metrics["features"][metrics["headline"]]
+    return found
+
+
+def provenance(weights: Weights, folder: RunFolder, config: RunConfig) -> Provenance:
+    """What the card of exported weights of a run says of them."""
+    marker = checkpoint.read_marker(folder.at("checkpoints"), weights.name)
+    mean, std = MEAN_STD[config.views.statistics]
+    return Provenance(
+        method=config.method.name, recipe=recipes.to_tree(config), manifest=marker.manifest, licence=licence_of(folder),
+        samples=marker.samples, step=marker.step, origin=marker.origin, mean=mean, std=std,
+    )  # fmt: skip
 
 
 def licence_of(folder: RunFolder) -> str:

@@ -14,7 +14,7 @@ from datapipe.storage import open_store, split_url
 from training.backbone import BackboneConfig, Shape, VisionTransformer
 from training.methods.base import Method
 from training.published import Network, Published, Stated, read_published
-from training.resizing import resized, resizing
+from training.resizing import Interpolation, resized, resizing
 from training.weights import CARD, first_few, load_backbone, load_card, load_counted
 
 CENTRES = {"center": "centre_cls", "center2": "centre_patch"}
@@ -35,6 +35,9 @@ class InitConfig:
     network: Literal["teacher", "student", "both"] = "teacher"
     """Which network of a training checkpoint student and teacher both start from. "both": each from its own, to go on
     with that training; the file is read twice."""
+    positions: Interpolation = "bicubic"
+    """How position tables are resized: "bicubic" to go on with pre-training, "bilinear" for fine-tuning, both as the
+    references do."""
     heads: bool = False
     """Take the projection heads too, from a training checkpoint of the same method with heads of the same shape; and
     the centres of the loss, where the checkpoint and the recipe have them."""
@@ -61,7 +64,7 @@ def start_from(method: Method, init: InitConfig, backbone: BackboneConfig, stora
     for name, network in networks.items():
         fresh |= _start(network, sources[wanted[name]], init, backbone)
     source = sources[wanted["student"]]
-    moved = resizing(source.backbone.config.size, backbone.size, "bicubic")
+    moved = resizing(source.backbone.config.size, backbone.size, init.positions)
     about = {**source.origin, **moved, "heads": init.heads, "fresh": sorted(fresh)}
     if init.network == "both":
         about["network"] = "both"
@@ -82,7 +85,7 @@ def _start(network: nn.Module, source: Published, init: InitConfig, backbone: Ba
     """Fill one network. The names of what stays fresh."""
     _refuse_another_architecture(source.backbone.config, backbone, init.weights)
     assert isinstance(network.backbone, VisionTransformer)
-    tensors = _by_name(resized(source.backbone, backbone.size, "bicubic"), source.aside)
+    tensors = _by_name(resized(source.backbone, backbone.size, init.positions), source.aside)
     if init.heads and isinstance(getattr(network, "head", None), nn.Module):
         _fill_head(network.get_submodule("head"), source.aside, where=init.weights)
     return _fill(network.backbone, tensors, where=init.weights)

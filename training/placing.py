@@ -4,23 +4,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datapipe.config import Statistics
 from datapipe.loader import Batch
 from training.methods.base import Views
+from training.weights import Triple
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Channel statistics (RGB, of values in 0..1) that all published pre-training recipes normalise with."""
+MEAN_STD: dict[Statistics, tuple[Triple, Triple]] = {
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+"""What images are normalised with. Fine-tuning in the references uses halves, their pre-training ImageNet's."""
 
 
 class Place:
     """Copies one micro-batch to the device and normalises it there: (value / 255 - mean) / std."""
 
-    def __init__(self, device: torch.device, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, device: torch.device, statistics: Statistics = "imagenet", *, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.device, self.dtype = device, dtype
-        shape = (3, 1, 1)
-        scale = 255 * torch.tensor(IMAGENET_STD, dtype=torch.float64)
+        shape, (mean, std) = (3, 1, 1), MEAN_STD[statistics]
+        scale = 255 * torch.tensor(std, dtype=torch.float64)
         self._scale = (1 / scale).reshape(shape).to(device, dtype)
-        self._shift = (-255 * torch.tensor(IMAGENET_MEAN, dtype=torch.float64) / scale).reshape(shape).to(device, dtype)
+        self._shift = (-255 * torch.tensor(mean, dtype=torch.float64) / scale).reshape(shape).to(device, dtype)
 
     def __call__(self, batch: Batch) -> Views:
         views: Views = {

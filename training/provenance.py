@@ -16,7 +16,7 @@ from datapipe.order import ORDER_VERSION
 from datapipe.preview import hide, view_sheet
 from datapipe.views import make_views
 from training import config as recipes
-from training.assembly import Portion, deepspeed_json, training_views, view_spec
+from training.assembly import Portion, deepspeed_json, order_of, training_views, view_spec
 from training.config import RunConfig
 from training.engine.world import World
 from training.run_folder import RunFolder
@@ -51,8 +51,8 @@ def first_views(config: RunConfig, data: Data, *, count: int) -> dict[str, np.nd
     """The views of the first samples of the stream, uint8 [V, count, H, W, 3]: the pixels that training sees,
     patches that are hidden from the student in grey."""
     positions = np.arange(count, dtype=np.int64)
-    order = data.order(config.seed, config.stream)
     stream, spec = data.stream(config.storage, config.stream), view_spec(config)
+    order = order_of(config, data, stream)
     out = {group.name: np.zeros(spec.shape(group, count), np.uint8) for group in spec.groups}
     make_views(stream.fetch(order.samples(positions)).data, spec, config.seed, positions, out)
     hide(out, spec, config.seed, positions)

@@ -13,23 +13,16 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from datapipe.config import Size, StorageConfig
+from datapipe.config import Size, Statistics, StorageConfig
 from datapipe.errors import DataError
 from datapipe.storage import open_store, split_url
 from training.backbone import ARCHITECTURES, BackboneConfig, Shape, VisionTransformer
 from training.weight_files import Arguments, read_weights
-from training.weights import Triple, digest, first_few, load_counted, unfilled
+from training.weights import digest, first_few, load_counted, unfilled
 
 Network = Literal["teacher", "student"]
-Statistics = Literal["imagenet", "half"]
-MEAN_STD: dict[Statistics, tuple[Triple, Triple]] = {
-    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-"""What images are normalised with. Fine-tuning in the references uses halves, their pre-training ImageNet's."""
 
 PROJECTION = {"head.*": "projection head of pre-training"}
 UNUSED = {"fc.*": "1000-way layer that no forward pass uses"}

@@ -30,6 +30,24 @@ def warmup_cosine(
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * share))
 
 
+def epochwise(epoch: int, *, epochs: float, warmup_epochs: float) -> tuple[float, float, float]:
+    """Shares of the learning rate that warm-up starts from, of the peak and of the final one in that of an epoch.
+
+    timm's CosineLRScheduler as TransReID drives it (PASS `PASS_transreid/solver/cosine_lr.py` _get_lr): it is stepped
+    after an epoch, so that the first one trains with the warm-up's start, and counts the cosine from 0, so that the
+    peak is never reached. A group's own factor belongs to its peak alone.
+
+        epoch < warmup_epochs:   start + (peak - start) * epoch / warmup_epochs
+        epoch < epochs:          final + (peak - final) * (1 + cos(pi * epoch / epochs)) / 2
+        otherwise:               final
+    """
+    if epoch < warmup_epochs:
+        risen = epoch / warmup_epochs
+        return 1 - risen, risen, 0.0
+    left = 0.5 * (1 + math.cos(math.pi * min(epoch / epochs, 1.0)))
+    return 0.0, left, 1 - left
+
+
 def teacher_temperature(epoch: int, *, warmup: float, final: float, warmup_epochs: int) -> float:
     """Linear over `warmup_epochs` points from `warmup` to `final`, one per epoch; then `final`."""
     if epoch >= warmup_epochs:

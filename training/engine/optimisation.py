@@ -29,6 +29,12 @@ class StepSettings(NamedTuple):
     lr: float
     weight_decay: float
     ema: float
+    base_lr: float = 0.0
+    """The part of `lr` that the factors of parameter groups do not multiply."""
+
+    def lr_of(self, factor: float) -> float:
+        """The learning rate of a group."""
+        return self.base_lr + factor * (self.lr - self.base_lr)
 
 
 def group_parameters(method: Method, *, layer_decay: float = 1.0) -> tuple[ParameterGroup, ...]:
@@ -50,16 +56,24 @@ def group_parameters(method: Method, *, layer_decay: float = 1.0) -> tuple[Param
 
 
 def settings_at(config: OptimisationConfig, progress: Progress) -> StepSettings:
-    """Learning rate, weight decay and teacher momentum of a step (DINO's schedules, one value per iteration)."""
-    total = progress.total_steps
-    warmup = config.warmup_epochs * progress.epoch_steps
-    lr = schedules.warmup_cosine(
-        progress.step, base=config.lr, final=config.final_lr, total_steps=total, warmup_steps=warmup
-    )
+    """Learning rate, weight decay and teacher momentum of a step."""
     decay = schedules.warmup_cosine(
-        progress.step, base=config.weight_decay, final=config.final_weight_decay, total_steps=total, warmup_steps=0
-    )
-    return StepSettings(lr, decay, _ema(config, progress))
+        progress.step, base=config.weight_decay, final=config.final_weight_decay, total_steps=progress.total_steps,
+    )  # fmt: skip
+    lr, base_lr = _lr(config, progress)
+    return StepSettings(lr, decay, _ema(config, progress), base_lr)
+
+
+def _lr(config: OptimisationConfig, progress: Progress) -> tuple[float, float]:
+    """(learning rate, the part of it that is the same for all groups)."""
+    if config.schedule == "step":
+        return schedules.warmup_cosine(
+            progress.step, base=config.lr, final=config.final_lr, start=config.warmup_lr,
+            total_steps=progress.total_steps, warmup_steps=config.warmup_epochs * progress.epoch_steps,
+        ), 0.0  # fmt: skip
+    start, peak, final = schedules.epochwise(progress.epoch, epochs=config.epochs, warmup_epochs=config.warmup_epochs)
+    common = start * config.warmup_lr + final * config.final_lr
+    return common + peak * config.lr, common
 
 
 def _ema(config: OptimisationConfig, progress: Progress) -> float:
@@ -73,5 +87,5 @@ def _ema(config: OptimisationConfig, progress: Progress) -> float:
 def apply(groups: Sequence[ParameterGroup], targets: Sequence[dict], now: StepSettings, progress: Progress) -> None:
     """Write the settings of a step into the optimizer's parameter groups, which are in the order of `groups`."""
     for group, target in zip(groups, targets, strict=True):
-        target["lr"] = 0.0 if group.frozen(progress) else now.lr * group.lr_factor
+        target["lr"] = 0.0 if group.frozen(progress) else now.lr_of(group.lr_factor)
         target["weight_decay"] = now.weight_decay if group.decay else 0.0

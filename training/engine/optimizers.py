@@ -34,7 +34,10 @@ class ParameterState(NamedTuple):
 def make_optimizer(config: OptimisationConfig, groups: Sequence[Sequence[Tensor]]) -> Optimizer:
     """The recipe's optimizer over groups of parameters, in their order. Learning rate and decay are set at each step
     (`optimisation.apply`)."""
-    return torch.optim.AdamW([{"params": list(group)} for group in groups], betas=config.betas, eps=config.eps)
+    members = [{"params": list(group)} for group in groups]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(members, lr=config.lr, momentum=config.momentum)
+    return torch.optim.AdamW(members, betas=config.betas, eps=config.eps)
 
 
 def state_tensors(optimizer: Optimizer) -> tuple[str, ...]:

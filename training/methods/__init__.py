@@ -1,4 +1,4 @@
-"""The pre-training methods, one file each, and the only place where their names are listed."""
+"""The methods, one file each, and the only place where their names are listed."""
 
 from typing import Annotated
 
@@ -10,11 +10,16 @@ from training.methods.dino import Dino, DinoConfig
 from training.methods.pass_reid import Pass, PassConfig
 from training.methods.personmae import PersonMae, PersonMaeConfig
 from training.methods.personvit import PersonVit, PersonVitConfig
+from training.methods.supervised import Supervised, SupervisedConfig
 
-MethodConfig = Annotated[DinoConfig | PassConfig | PersonVitConfig | PersonMaeConfig, Field(discriminator="name")]
+MethodConfig = Annotated[
+    DinoConfig | PassConfig | PersonVitConfig | PersonMaeConfig | SupervisedConfig, Field(discriminator="name")
+]
 """The settings of any method; a union told apart by `name`."""
 
-METHODS: dict[str, type[Method]] = {"dino": Dino, "pass": Pass, "personvit": PersonVit, "personmae": PersonMae}
+METHODS: dict[str, type[Method]] = {
+    "dino": Dino, "pass": Pass, "personvit": PersonVit, "personmae": PersonMae, "supervised": Supervised,
+}  # fmt: skip
 """Name in a recipe -> class."""
 
 

@@ -26,11 +26,12 @@ Views = TypedDict(
         "local": Tensor,  # [V, B, 3, H, W]
         "region_a": Tensor,  # [V, B, 3, H, W]
         "region_b": Tensor,  # [V, B, 3, H, W]
+        "image": Tensor,  # [1, B, 3, H, W]: the whole person
         "mask": Tensor,  # [V, B, rows, columns] bool, True: hidden from the student
         "boxes": Tensor,  # [V, B, 5] int64: top, left, height, width in the source image, flipped; 0 for padding
         "sample": Tensor,  # [B] int64: row of the data set; -1 marks padding
         "position": Tensor,  # [B] int64: place in the stream, unique even where a sample repeats; best kept on the host
-        "label": Tensor,  # [B] int64, where known
+        "label": Tensor,  # [B] int64, where known; numbered from 0 for methods that batch by identity
         "camera": Tensor,  # [B] int64, where known
         "weight": Tensor,  # [B]: 1 / real images of the GLOBAL batch; 0 marks padding
     },
@@ -79,6 +80,15 @@ class Role(NamedTuple):
     """Before this epoch the parameter has no gradient: no step, no decay, no moments."""
 
 
+class ByIdentity(NamedTuple):
+    """How a method that learns from identities wants its batches."""
+
+    instances: int
+    """Images of each identity, side by side."""
+    fraction: float
+    """Share of the identities that takes part."""
+
+
 class Method(nn.Module, ABC):
     """One objective: a `student` the optimizer sees, maybe a `teacher` only the moving average touches, and their loss.
 
@@ -97,6 +107,13 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def views(config: Any, views: ViewConfig, backbone: BackboneConfig) -> ViewSpec:
         """What the loader must make; picklable."""
+
+    @staticmethod
+    def by_identity(config: Any) -> ByIdentity | None:
+        """How batches are made up of identities; None: they are not, and labels are not needed. The settings of a
+        method that asks for it have a field `classes`, which takes their number."""
+        del config
+        return None
 
     @abstractmethod
     def forward(self, views: Views, progress: Progress) -> Outcome:

@@ -66,6 +66,7 @@ def evaluate_backbone(
     size: Size,
     device: torch.device | str = "cpu",
     config: EmbedConfig | None = None,
+    headline: str = "",
 ) -> Evaluation:
     """Embed query and gallery at `size` (height, width) and score every feature; errors as `embed` and `evaluate`."""
     config = config or EmbedConfig()
@@ -74,7 +75,7 @@ def evaluate_backbone(
         embed(backbone, part.paths.tolist(), reid.read, size=size, device=device, config=config)
         for part in (reid.query, reid.gallery)
     )
-    scored = evaluate_features(query, gallery, reid, weights)
+    scored = evaluate_features(query, gallery, reid, weights, headline=headline)
     settings = {
         "size": list(size),
         "interpolation": config.interpolation,

@@ -93,7 +93,7 @@ def _run(
         return stepper
 
     training.pretrain.make_stepper = scaled
-    training.pretrain.Place = lambda device: PoisonedPlace(device, poison)  # type: ignore[assignment,misc]
+    training.pretrain.Place = lambda device, _: PoisonedPlace(device, poison)  # type: ignore[assignment,misc]
     pretrain(recipes.load(path, ["--out", out, *flags]), world=world, host=StoppingHost(stop))
 
 

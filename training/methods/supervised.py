@@ -1,0 +1,223 @@
+"""Supervised fine-tuning on identities: the published one of TransReID, TransReID-SSL, PASS and PersonViT
+(`processor.py` do_train, `make_model.py`, `make_loss.py`), and the one for masked autoencoders (HAP
+`downstream_tasks/person_reid`).
+
+A batch is P identities with K images each. The loss is the cross-entropy of an identity classifier behind a batch norm
+(the "BNNeck", whose bias is frozen at 0), plus a triplet loss with hard mining on the feature in front of it. Mining
+and batch statistics go over the real images of all ranks.
+
+Shapes: B images of this process, N of all ranks, H x W pixels, C channels of a token, P part tokens, F channels of the
+feature, K identities.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from datapipe.config import ViewConfig
+from datapipe.settings import settings
+from datapipe.views import ViewSpec, padded
+from training import metric_losses, stem
+from training.backbone import BackboneConfig, VisionTransformer, keep_masks
+from training.erasing import erase
+from training.gathering import gathered
+from training.measures import of_features
+from training.methods.base import (
+    ByIdentity,
+    Method,
+    Outcome,
+    Precision,
+    Progress,
+    Role,
+    Views,
+    at_least_float32,
+    full,
+    lowered,
+)
+
+
+@settings
+class SupervisedConfig:
+    """Fine-tuning on identities. Of the settings under `views` only `flip`, `interpolation` and `statistics` apply."""
+
+    name: Literal["supervised"] = "supervised"
+    """The method."""
+    instances: int = Field(default=4, ge=1)
+    """Images of each identity in a batch, K; `optimisation.batch` must be a multiple of it."""
+    label_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of the training identities that is used, drawn by the seed; those of a smaller share are among those of a
+    larger one."""
+    classes: int = Field(default=0, ge=0)
+    """Training identities. 0: counted when the run starts."""
+    parts: int = Field(default=0, ge=0)
+    """Part tokens of the backbone. With parts the feature is [CLS ; mean of the parts], as in PASS; without, CLS."""
+    neck: Literal["one", "each", "none"] = "one"
+    """Batch norm in front of the classifier. "one": of the feature; "each": CLS and every part have their own (PASS's
+    multi-neck); "none" (HAP)."""
+    identity_weight: float = Field(default=1.0, ge=0)
+    """Factor of the classifier's loss."""
+    triplet_weight: float = Field(default=1.0, ge=0)
+    """Factor of the triplet loss."""
+    margin: float = Field(default=0.0, ge=0)
+    """Of the triplet loss. 0: the soft margin, as published."""
+    smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Label smoothing of the classifier's loss."""
+    pad: int = Field(default=10, ge=0)
+    """Black pixels around the resized image before it is cut at random."""
+    erase: float = Field(default=0.5, ge=0, le=1)
+    """Share of images with a rectangle of noise."""
+    decay: Literal["all", "weights"] = "all"
+    """What weight decay applies to: everything, as published, or what has two or more dimensions but for tokens and
+    positions (HAP)."""
+    bias_lr_factor: float = Field(default=2.0, gt=0)
+    """Learning rate of biases over that of all else."""
+
+
+class Said(NamedTuple):
+    """What the network makes of images."""
+
+    feature_BF: Tensor
+    """In front of the neck: what the triplet loss compares and retrieval ranks by."""
+    logits_BK: Tensor
+
+
+class Neck(stem.PooledBatchNorm):
+    """Batch norm of features [B, C] whose bias stays 0, so that identities are told by angles (BNNeck)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.bias.requires_grad_(False)
+
+    def forward(self, values_BC: Tensor, real_B: Tensor | None) -> Tensor:
+        return super().forward(values_BC[:, :, None, None], real_B)[:, :, 0, 0]
+
+
+class IdentityHead(nn.Module):
+    """Necks and classifier, under the names of the reference's state dicts."""
+
+    def __init__(self, config: SupervisedConfig, width: int) -> None:
+        super().__init__()
+        self.neck = config.neck
+        channels = width * (2 if config.parts else 1)
+        if config.neck != "none":
+            self.bottleneck = Neck(channels if config.neck == "one" else width)
+        if config.neck == "each":
+            for part in range(1, config.parts + 1):
+                self.add_module(f"bottleneck_{part}", Neck(width))
+        self.classifier = nn.Linear(channels, config.classes, bias=config.neck == "none")
+        nn.init.normal_(self.classifier.weight, std=0.02 if config.neck == "none" else 0.001)
+
+    def forward(self, cls_BC: Tensor, parts_BPC: Tensor, real_B: Tensor) -> Said:
+        feature_BF = _joined(cls_BC, parts_BPC)
+        return Said(feature_BF, self.classifier(self._normed(feature_BF, cls_BC, parts_BPC, real_B)))
+
+    def _normed(self, feature_BF: Tensor, cls_BC: Tensor, parts_BPC: Tensor, real_B: Tensor) -> Tensor:
+        if self.neck == "none":
+            return feature_BF
+        if self.neck == "one":
+            return self.bottleneck(feature_BF, real_B)
+        necks = [self.get_submodule(f"bottleneck_{part}") for part in range(1, parts_BPC.shape[1] + 1)]
+        parts = [neck(part_BC, real_B) for neck, part_BC in zip(necks, parts_BPC.unbind(dim=1), strict=True)]
+        return _joined(self.bottleneck(cls_BC, real_B), torch.stack(parts, dim=1) if parts else parts_BPC)
+
+
+class SupervisedStudent(nn.Module):
+    """Backbone and head."""
+
+    def __init__(self, config: SupervisedConfig, backbone: BackboneConfig) -> None:
+        super().__init__()
+        self.backbone = VisionTransformer(backbone, parts=config.parts)
+        self.head = IdentityHead(config, self.backbone.width)
+
+    def forward(self, images_BIHW: Tensor, real_B: Tensor, *, precision: Precision, keep: Tensor | None) -> Said:
+        with lowered(precision, images_BIHW.device):
+            seen = self.backbone(images_BIHW, keep=keep, real=real_B)
+        with full(images_BIHW.device):
+            return self.head(at_least_float32(seen.cls), at_least_float32(seen.parts), real_B)
+
+
+class Supervised(Method):
+    """Identity classification and metric learning."""
+
+    student: SupervisedStudent
+
+    def __init__(self, config: SupervisedConfig, backbone: BackboneConfig) -> None:
+        super().__init__(config, backbone)
+        self.config: SupervisedConfig = config
+        self.student = SupervisedStudent(config, backbone)
+
+    @staticmethod
+    def views(config: SupervisedConfig, views: ViewConfig, backbone: BackboneConfig) -> ViewSpec:
+        return padded(views, size=backbone.size, pad=config.pad)
+
+    @staticmethod
+    def by_identity(config: SupervisedConfig) -> ByIdentity:
+        return ByIdentity(config.instances, config.label_fraction)
+
+    def forward(self, views: Views, progress: Progress) -> Outcome:
+        """loss[b] = identity_weight * cross-entropy[b] + triplet_weight * triplet[b]"""
+        weight_B, position_B = views["weight"], views["position"]
+        real_B = weight_B > 0
+        label_B = views["label"].to(weight_B.device).masked_fill(~real_B, -1)
+        images_BIHW = erase(views["image"][0], position_B, probability=self.config.erase, seed=progress.seed)
+        rates = self.student.backbone.config.drop_rates
+        keep = keep_masks(rates, seed=progress.seed, purpose="drop_path/image", position=position_B, views=1)
+        said = self.student(images_BIHW, real_B, precision=self.precision, keep=keep)
+        with full(weight_B.device):
+            identity_B, triplet_B = self._losses(said, label_B)
+            loss_B = self.config.identity_weight * identity_B + self.config.triplet_weight * triplet_B
+            weight_B = weight_B.to(loss_B.dtype)
+            metrics = {
+                "loss_identity": identity_B.detach(),
+                "loss_triplet": triplet_B.detach(),
+                "identified": (said.logits_BK.argmax(dim=1) == label_B).to(loss_B.dtype),
+                **of_features(said.feature_BF.detach(), weight_B),
+            }
+            return Outcome((weight_B * loss_B).sum(), stem.take_statistics(self, weight_B.sum()), metrics)
+
+    def after_step(self, sums: dict[str, Tensor], progress: Progress) -> None:
+        stem.settle(self, sums)
+
+    def roles(self) -> dict[str, Role]:
+        return {name: self._role(name, value) for name, value in self.named_parameters() if value.requires_grad}
+
+    def backbone(self) -> VisionTransformer:
+        return self.student.backbone
+
+    def couples_batch(self) -> bool:
+        """Mining and batch norm do."""
+        return True
+
+    def _losses(self, said: Said, label_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the classifier and of the triplets: [B] both; 0 for an image of unknown identity."""
+        features_NF, label_N = gathered(said.feature_BF), gathered(label_B)
+        far = metric_losses.distances(said.feature_BF, features_NF)
+        positive_B, negative_B = metric_losses.hardest(far, label_B, label_N)
+        triplet_B = metric_losses.triplet(positive_B, negative_B, self.config.margin) * (label_B >= 0)
+        return metric_losses.identity(said.logits_BK, label_B, smoothing=self.config.smoothing), triplet_B
+
+    def _role(self, name: str, parameter: nn.Parameter) -> Role:
+        network, _, rest = name.removeprefix("student.").partition(".")
+        backbone = self.student.backbone
+        table = "." not in rest  # tokens and positions are the backbone's own parameters
+        return Role(
+            decay=self.config.decay == "all" or (parameter.ndim > 1 and not table),
+            depth=backbone.depth_of(rest) if network == "backbone" else len(backbone.blocks) + 1,
+            lr_factor=self.config.bias_lr_factor if name.endswith("bias") else 1.0,
+        )
+
+
+def _joined(cls_BC: Tensor, parts_BPC: Tensor) -> Tensor:
+    """[CLS ; mean of the parts], or CLS where there are none."""
+    if not parts_BPC.shape[1]:
+        return cls_BC
+    return torch.cat([cls_BC, parts_BPC.mean(dim=1)], dim=1)
+
+
+def to_transreid(method: Supervised) -> dict[str, Tensor]:
+    """All weights under the names of TransReID's state dicts: base.*, bottleneck*, classifier.*."""
+    student = method.student
+    named = {f"base.{name}": tensor for name, tensor in student.backbone.state_dict().items()}
+    return {name: tensor.cpu().contiguous() for name, tensor in (named | student.head.state_dict()).items()}

@@ -1,0 +1,123 @@
+"""Scores of a run's own weights at milestones while it trains: each is the end of a segment, with a checkpoint of its
+own, so that a run that was stopped there makes up for what is missing.
+
+    evaluation/<set>/step_0001200/     scores, pictures
+    evaluation/<set>/milestones.json   the last and the best of all milestones, and which of them is quoted
+    exports/last, exports/best         their backbones, and where it was fine-tuned the whole in TransReID's layout
+"""
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import safetensors.torch
+
+from datapipe.errors import NotFoundError
+from training import checkpoint, evaluation
+from training import weights as exports
+from training.config import EvaluationConfig, RunConfig
+from training.engine.clock import Clock
+from training.engine.host import Host
+from training.engine.world import World
+from training.evaluation import Task
+from training.methods.supervised import Supervised, to_transreid
+from training.reid.zero_shot import Weights
+from training.run_folder import RunFolder
+
+ALIVE_S = 5.0
+"""Seconds between signs of life while one rank scores and the others wait for it."""
+FINE_TUNED = "fine_tuned.safetensors"
+RULES = {
+    "last": "the last weights, whatever their score",
+    "best": "the best of all milestones by mAP on this very test set: chosen on the test set",
+}
+
+
+class Milestones:
+    """Where segments end, and what is done there. Every rank calls every method."""
+
+    def __init__(
+        self, config: RunConfig, clock: Clock, folder: RunFolder, world: World, host: Host, say: Callable[[str], None]
+    ) -> None:
+        self.config, self.clock, self.folder, self.world, self.host, self.say = config, clock, folder, world, host, say
+
+    def after(self, position: int) -> list[int]:
+        """The ends of segments from a place of the stream on, that place included."""
+        return [end for end in ends(self.config.evaluation, self.clock) if end >= position]
+
+    def score(self, position: int) -> None:
+        """Score the checkpoint that was saved here, unless that was done before; return when all is written."""
+        if not self.config.evaluation.data:
+            return
+        step = position // self.clock.batch
+        with _alive(self.host, step):
+            if self.world.leads:
+                self._score(Weights(checkpoint.name_of(step), step, position))
+            self.world.wait()
+
+    def _score(self, weights: Weights) -> None:
+        task = Task(self.config.out, self.config.evaluation.data, weights, self.config.storage)
+        found = evaluation.score(task, device=self.world.device)
+        ours = {checkpoint.name_of(end // self.clock.batch) for end in ends(self.config.evaluation, self.clock)}
+        scores = scored(self.folder, found["set"], ours)
+        chosen = summary(scores, self.config.evaluation.quote)
+        for which in ("last", "best"):
+            if chosen[which]["weights"] == weights.name:
+                self._export(weights, which)
+        self.folder.write_json(f"evaluation/{found['set']}/milestones.json", chosen)
+        now, best = (evaluation.headline(one) for one in (found, chosen["best"]))
+        self.say(f"step {weights.step:,}: mAP {100 * now['mAP']:.1f}, Rank-1 {100 * now['rank1']:.1f} on {found['set']}"
+                 f" (best: {100 * best['mAP']:.1f} at step {chosen['best']['step']:,})")  # fmt: skip
+
+    def _export(self, weights: Weights, which: str) -> None:
+        method = evaluation.load_method(weights, self.folder, self.config)
+        out = self.folder.at("exports", which)
+        exports.export(method.backbone(), out, evaluation.provenance(weights, self.folder, self.config))
+        if isinstance(method, Supervised):
+            out.replace(FINE_TUNED, safetensors.torch.save(to_transreid(method)))
+
+
+def ends(config: EvaluationConfig, clock: Clock) -> list[int]:
+    """Samples seen at the end of each segment: whole steps, the nearest to every so many epochs, and the last one."""
+    if not config.data or not config.every_epochs:
+        return [clock.end]
+    count = int(clock.total_steps / (config.every_epochs * clock.epoch_steps))
+    steps = (round(number * config.every_epochs * clock.epoch_steps) for number in range(1, count + 1))
+    return sorted({clock.end, *(step * clock.batch for step in steps if 0 < step < clock.total_steps)})
+
+
+def scored(folder: RunFolder, name: str, milestones: set[str]) -> list[dict[str, Any]]:
+    """The scores of the milestones reached so far, oldest first."""
+    found = []
+    for weights in sorted(milestones, key=lambda weights: checkpoint.step_of(weights) or 0):
+        with contextlib.suppress(NotFoundError):
+            found.append(json.loads(folder.store.read(f"evaluation/{name}/{weights}/metrics.json")))
+    return found
+
+
+def summary(scores: list[dict[str, Any]], quote: str) -> dict[str, Any]:
+    """The last and the best milestone, and which one is the run's result by the rule that was set beforehand."""
+    best = max(scores, key=lambda score: evaluation.headline(score)["mAP"])  # of equals the earliest
+    chosen = {"last": scores[-1], "best": best}
+    course = [{"step": score["step"], **evaluation.headline(score)} for score in scores]
+    return {"quoted": quote, "rule": RULES[quote], "result": chosen[quote], **chosen, "milestones": course}
+
+
+@contextlib.contextmanager
+def _alive(host: Host, step: int) -> Iterator[None]:
+    """Tell the host so now and then, for as long as the context lasts."""
+    ended = threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(ALIVE_S):
+            host.alive(step, "data")
+
+    thread = threading.Thread(target=tell, name="alive", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -30,7 +30,7 @@ def test_bench__reports_finite_figures(name: str, toy: Scale) -> None:
         assert len(figures) == (3 if row.against else 1)
         assert all(isfinite(spread.median) and 0 <= spread.low <= spread.median <= spread.high for spread in figures)
         assert row.what in str(table)
-    assert name in ("order", "opening") or all(row.ratio for row in table.rows)
+    assert name in ("order", "opening", "retrieval") or all(row.ratio for row in table.rows)
 
 
 def test_rates__are_of_cpu_time_and_leave_the_first_round_out() -> None:

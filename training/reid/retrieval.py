@@ -1,23 +1,19 @@
-"""CMC, mAP and mINP by the Market-1501 protocol, a chunk of queries at a time.
+"""CMC, mAP and mINP by the Market-1501 protocol, a chunk of queries at a time; no query x gallery matrix is ever held.
 
-No query x gallery matrix is ever held, and nothing is sorted: the place of a positive in the ranking is one more than
-the number of gallery images that are nearer. Equal to `eval_func` of TransReID (PASS_transreid/utils/metrics.py:28)
-and, for mINP, to fast-reid's `eval_market1501` (fastreid/evaluation/rank.py:99).
+Equal to `eval_func` of TransReID (PASS_transreid/utils/metrics.py:28) and, for mINP, to fast-reid's `eval_market1501`
+(fastreid/evaluation/rank.py:99).
 
 Shapes: Q queries, G gallery images, C channels.
 """
 
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from datapipe.errors import DataError
-
-Floats = NDArray[np.floating]
-Integers = NDArray[np.integer]
+from training.reid.ranking import Floats, Integers, Labels, Ranking, distance_chunks, rank
+from training.reid.reranking import RerankConfig, reranked
 
 CHUNK_MB = 64.0
 """Distances held at once, in megabytes (10^6 bytes)."""
@@ -34,7 +30,9 @@ class RetrievalResult:
     queries: NDArray[np.int64]
     """[valid]: the rows of the query set that were scored, ascending."""
     average_precision: NDArray[np.float64]
-    """[valid]: mean of the precision at each match (not the trapezoid of the official Market-1501 code)."""
+    """[valid]: mean of the precision at each match."""
+    trapezoid_precision: NDArray[np.float64]
+    """[valid]: area under precision over recall by trapezoids, as in the official Market-1501 code; lower."""
     inverse_negative_penalty: NDArray[np.float64]
     """[valid]: matches over the place of the last one."""
     first_match: NDArray[np.int64]
@@ -43,28 +41,18 @@ class RetrievalResult:
     """Queries whose identity no other camera of the gallery has seen."""
     nearest: NDArray[np.int64]
     """[Q, keep]: gallery rows in ranked order, same-camera images and junk left out; -1 where there are no more."""
+    nearest_distances: Floats
+    """[Q, keep]: their distances; infinite where there are no more. Squared Euclidean between unit features (0..4), or
+    those that were given, or re-ranked ones (0..1)."""
+    matching: Floats
+    """Distances of pairs of one person and two cameras: an even sample, at most `ranking.SAMPLED` of each query."""
+    others: Floats
+    """Distances of pairs of two people, likewise."""
 
-
-@dataclass(frozen=True)
-class _Labels:
-    query_pids: Integers
-    gallery_pids: Integers
-    query_cameras: Integers
-    gallery_cameras: Integers
-
-    def __post_init__(self) -> None:
-        for part, pids, cameras in (
-            ("query", self.query_pids, self.query_cameras),
-            ("gallery", self.gallery_pids, self.gallery_cameras),
-        ):
-            if pids.ndim != 1 or pids.shape != cameras.shape:
-                raise DataError(f"{part}: {pids.shape} identities but {cameras.shape} cameras")
-
-
-@dataclass(frozen=True)
-class _Ranked:
-    places: NDArray[np.int64]  # [positives], 1-based, ascending
-    nearest: NDArray[np.int64]  # [keep]
+    @property
+    def trapezoid_mAP(self) -> float:  # noqa: N802
+        """The mAP of the official Market-1501 code; tables of the literature have the other one."""
+        return float(self.trapezoid_precision.mean())
 
 
 def evaluate(
@@ -75,26 +63,27 @@ def evaluate(
     q_cams: Integers,
     g_cams: Integers,
     *,
+    reranking: RerankConfig | None = None,
     ranks: int = 50,
     keep: int = 0,
     chunk_mb: float = CHUNK_MB,
     threads: int = 2,
 ) -> RetrievalResult:
-    """Rank the gallery for every query by the cosine of the features [Q, C] and [G, C].
+    """Rank the gallery for every query by the squared Euclidean distance of the normalised features [Q, C] and [G, C].
 
-    The order is that of the squared Euclidean distance between L2-normalised features. Gallery images of the query's
-    identity and camera, and junk (pid -1), are left out. Equal distances keep the order of the gallery. `keep` asks
-    for the first places of every ranking, taken from the very numbers that are scored.
+    Gallery images of the query's identity and camera, and junk (pid -1), are left out. Equal distances keep the order
+    of the gallery. `keep` asks for the first places of every ranking, taken from the very numbers that are scored.
+    With `reranking` the k-reciprocal distances decide instead.
     Errors: `DataError` for features that are not finite or do not fit, and when no query has a match.
     """
-    labels = _Labels(np.asarray(q_pids), np.asarray(g_pids), np.asarray(q_cams), np.asarray(g_cams))
-    query, gallery = normalised(query_features, "query"), normalised(gallery_features, "gallery")
-    if query.shape[1] != gallery.shape[1]:
-        raise DataError(f"query features have {query.shape[1]} channels, gallery features {gallery.shape[1]}")
-    for part, features, pids in (("query", query, labels.query_pids), ("gallery", gallery, labels.gallery_pids)):
-        if len(features) != len(pids):
-            raise DataError(f"{part}: {len(features)} features for {len(pids)} labels")
-    return _evaluate(_cosine_chunks(query, gallery, chunk_mb), labels, ranks=ranks, keep=keep, threads=threads)
+    labels = Labels(np.asarray(q_pids), np.asarray(g_pids), np.asarray(q_cams), np.asarray(g_cams))
+    features = _stacked(query_features, gallery_features, labels)
+    queries = len(labels.query_pids)
+    if reranking is not None:
+        chunks = reranked(features, queries, reranking, chunk_mb=chunk_mb, threads=threads)
+        return _summary(rank(chunks, labels, keep=keep, threads=threads), ranks)
+    chunks = distance_chunks(features[:queries], features[queries:], chunk_mb)
+    return _summary(rank(chunks, labels, keep=keep, threads=threads), ranks, offset=2.0)
 
 
 def evaluate_distances(
@@ -109,18 +98,48 @@ def evaluate_distances(
     threads: int = 2,
 ) -> RetrievalResult:
     """The same for distances [Q, G] that somebody else has computed; any dtype, smaller is nearer."""
-    labels = _Labels(np.asarray(q_pids), np.asarray(g_pids), np.asarray(q_cams), np.asarray(g_cams))
+    labels = Labels(np.asarray(q_pids), np.asarray(g_pids), np.asarray(q_cams), np.asarray(g_cams))
     expected = (len(labels.query_pids), len(labels.gallery_pids))
     if distances.shape != expected:
         raise DataError(f"distances of shape {distances.shape} for {expected[0]} queries and {expected[1]} images")
     if np.isnan(distances).any():
         raise DataError("distances contain NaN")
-    chunks = ((row, distances[row : row + 1].copy()) for row in range(len(distances)))
-    return _evaluate(chunks, labels, ranks=ranks, keep=keep, threads=threads)
+    rows = max(1, int(CHUNK_MB * 1e6 / max(1, distances[:1].nbytes)))
+    chunks = ((start, distances[start : start + rows].copy()) for start in range(0, len(distances), rows))
+    return _summary(rank(chunks, labels, keep=keep, threads=threads), ranks)
 
 
-def normalised(features: Floats, part: str = "these") -> Floats:
-    """Rows divided by their L2 norm; what is lower than float32 is raised to it. A row of zeros stays one."""
+def per_camera(result: RetrievalResult, query_cameras: Integers) -> dict[int, float]:
+    """mAP of the scored queries of each camera (as numbered in `query_cameras`), cameras ascending."""
+    cameras = np.asarray(query_cameras)[result.queries]
+    return {int(camera): float(result.average_precision[cameras == camera].mean()) for camera in np.unique(cameras)}
+
+
+def confident_mistakes(result: RetrievalResult, count: int) -> NDArray[np.int64]:
+    """Scored queries whose nearest image shows somebody else, the nearest such image first: positions in
+    `result.queries`. Wants `keep` of at least 1."""
+    wrong = np.flatnonzero(result.first_match > 1)
+    distances = result.nearest_distances[result.queries[wrong], 0]
+    return wrong[np.argsort(distances, kind="stable")][:count]
+
+
+def _stacked(query: Floats, gallery: Floats, labels: Labels) -> Floats:
+    """[Q + G, C]: the rows of both, divided by their L2 norm; what is lower than float32 is raised to it."""
+    for part, features, pids in (("query", query, labels.query_pids), ("gallery", gallery, labels.gallery_pids)):
+        _refuse_unfit(features, part)
+        if len(features) != len(pids):
+            raise DataError(f"{part}: {len(features)} features for {len(pids)} labels")
+    if query.shape[1] != gallery.shape[1]:
+        raise DataError(f"query features have {query.shape[1]} channels, gallery features {gallery.shape[1]}")
+    dtype = np.result_type(query, gallery, np.float32)
+    features = np.empty((len(query) + len(gallery), query.shape[1]), dtype)
+    features[: len(query)], features[len(query) :] = query, gallery
+    norms = np.sqrt(np.einsum("nc,nc->n", features, features))
+    features /= np.maximum(norms, np.finfo(dtype).tiny)[:, None]  # a row of zeros stays one
+    return features
+
+
+def _refuse_unfit(features: Floats, part: str) -> None:
     if features.ndim != 2:
         raise DataError(f"{part} features have shape {features.shape}; expected (images, channels)")
     bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
@@ -129,67 +148,18 @@ def normalised(features: Floats, part: str = "these") -> Floats:
             f"{len(bad)} of {len(features)} {part} features are not finite (the first: row {bad[0]})",
             hint="the weights may be broken, or the precision too low: evaluate in fp32",
         )
-    values = features.astype(np.promote_types(features.dtype, np.float32), copy=False)
-    norms = np.linalg.norm(values, axis=1, keepdims=True)
-    return values / np.maximum(norms, np.finfo(values.dtype).tiny)
 
 
-def _cosine_chunks(query: Floats, gallery: Floats, chunk_mb: float) -> Iterator[tuple[int, Floats]]:
-    """(first row, negative cosines [rows, G]); one buffer, overwritten by the next chunk."""
-    rows = max(1, min(len(query), int(chunk_mb * 1e6 / max(1, gallery.itemsize * len(gallery)))))
-    buffer = np.empty((rows, len(gallery)), np.result_type(query, gallery))
-    for start in range(0, len(query), rows):
-        part = query[start : start + rows]
-        yield start, np.matmul(-part, gallery.T, out=buffer[: len(part)])
-
-
-def _evaluate(
-    chunks: Iterable[tuple[int, Floats]], labels: _Labels, *, ranks: int, keep: int, threads: int
-) -> RetrievalResult:
-    by_pid = _ByIdentity(labels.gallery_pids)
-    junk = np.flatnonzero(labels.gallery_pids == -1)
-
-    def rank(query: int, row: Floats) -> _Ranked:
-        same = by_pid.rows(labels.query_pids[query])
-        other_camera = labels.gallery_cameras[same] != labels.query_cameras[query]
-        row[same[~other_camera]] = np.inf
-        row[junk] = np.inf
-        positives = same[other_camera] if labels.query_pids[query] != -1 else same[:0]
-        return _Ranked(np.sort(_places(row, positives)), _nearest(row, keep))
-
-    ranked: list[_Ranked] = []
-    with ThreadPoolExecutor(max_workers=threads) as pool:  # numpy compares and counts without the interpreter's lock
-        for start, block in chunks:
-            ranked.extend(pool.map(rank, range(start, start + len(block)), block))
-    return _summary(ranked, ranks, keep)
-
-
-def _places(row: Floats, positives: Integers) -> NDArray[np.int64]:
-    """1-based place of each positive in the stable ranking: the nearer ones, and the equally near ones before it."""
-    nearer = [np.count_nonzero(row[:at] <= row[at]) + np.count_nonzero(row[at + 1 :] < row[at]) for at in positives]
-    return np.array(nearer, np.int64) + 1
-
-
-def _nearest(row: Floats, keep: int) -> NDArray[np.int64]:
-    first = np.full(keep, -1, np.int64)
-    if keep == 0:
-        return first
-    border = np.partition(row, keep - 1)[keep - 1] if keep < len(row) else np.inf
-    candidates = np.flatnonzero((row <= border) & (row < np.inf))
-    best = candidates[np.argsort(row[candidates], kind="stable")][:keep]
-    first[: len(best)] = best
-    return first
-
-
-def _summary(ranked: list[_Ranked], ranks: int, keep: int) -> RetrievalResult:
-    queries = np.array([row for row, one in enumerate(ranked) if len(one.places)], np.int64)
+def _summary(rankings: list[Ranking], ranks: int, *, offset: float = 0.0) -> RetrievalResult:
+    """`offset` is added to the distances that are reported."""
+    queries = np.array([row for row, one in enumerate(rankings) if len(one.places)], np.int64)
     if not len(queries):
         raise DataError(
-            f"none of the {len(ranked)} queries has an image of its identity from another camera in the gallery",
+            f"none of the {len(rankings)} queries has an image of its identity from another camera in the gallery",
             hint="check the identity and camera numbers in the file names",
         )
-    places = [ranked[row].places for row in queries]
-    precision = np.array([np.mean(np.arange(1, len(at) + 1) / at) for at in places])
+    places = [rankings[row].places for row in queries]
+    precision, trapezoid = (np.array([mean(at) for at in places]) for mean in (_precision, _trapezoid))
     penalty = np.array([len(at) / at[-1] for at in places])
     first = np.array([at[0] for at in places], np.int64)
     return RetrievalResult(
@@ -198,20 +168,24 @@ def _summary(ranked: list[_Ranked], ranks: int, keep: int) -> RetrievalResult:
         mINP=float(penalty.mean()),
         queries=queries,
         average_precision=precision,
+        trapezoid_precision=trapezoid,
         inverse_negative_penalty=penalty,
         first_match=first,
-        skipped=len(ranked) - len(queries),
-        nearest=np.stack([one.nearest for one in ranked]) if keep else np.empty((len(ranked), 0), np.int64),
+        skipped=len(rankings) - len(queries),
+        nearest=np.stack([one.nearest for one in rankings]),
+        nearest_distances=np.stack([one.nearest_distances for one in rankings]) + offset,
+        matching=np.concatenate([one.matching for one in rankings]) + offset,
+        others=np.concatenate([one.others for one in rankings]) + offset,
     )
 
 
-class _ByIdentity:
-    """Gallery rows of an identity, ascending, without a search through the gallery."""
+def _precision(places: NDArray[np.int64]) -> float:
+    """Mean of the precision at each match."""
+    return float(np.mean(np.arange(1, len(places) + 1) / places))
 
-    def __init__(self, pids: Integers) -> None:
-        self._order = np.argsort(pids, kind="stable")
-        self._sorted = pids[self._order]
 
-    def rows(self, pid: np.integer) -> NDArray[np.int64]:
-        start, end = np.searchsorted(self._sorted, [pid, pid + 1])
-        return self._order[start:end]
+def _trapezoid(places: NDArray[np.int64]) -> float:
+    """Mean over the matches of the precision at the match and just before it; that before the first image is 1."""
+    matches = np.arange(1, len(places) + 1)
+    before = np.where(places > 1, (matches - 1) / np.maximum(places - 1, 1), 1.0)
+    return float(np.mean((matches / places + before) / 2))

@@ -1,0 +1,133 @@
+"""Re-ranking by k-reciprocal encoding (Zhong et al., CVPR 2017) in bounded memory.
+
+Equal to `re_ranking` of the reference (PASS_transreid/utils/reranking.py:29) with its intermediate results in float32:
+it keeps membership weights and Jaccard distances in float16, which moves distances by up to 2.4e-3 and mAP by up to
+1.3e-3. Here no image x image matrix is held: the nearest neighbours come from products a few rows at a time, and
+memberships are sparse.
+
+Shapes: N images, queries first; Q queries, G gallery images, C channels.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from scipy.sparse import csc_array, csr_array
+
+from datapipe.settings import settings
+from training.reid.ranking import Chunk, Floats, Integers, distance_chunks, in_slices, nearest
+
+ROWS = 128
+"""Images whose neighbourhoods are worked out at once."""
+
+
+@settings
+class RerankConfig:
+    k1: int = Field(default=20, ge=1)
+    """Neighbours among which reciprocal ones are looked for."""
+    k2: int = Field(default=6, ge=1)
+    """Neighbours (the image itself is the first) over which memberships are averaged; 1: not at all."""
+    weight: float = Field(default=0.3, ge=0, le=1)
+    """Share of the original distance in the final one (lambda in the paper); the rest is the Jaccard distance."""
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """What the products of all images with all images leave behind."""
+
+    nearest: Integers
+    """[N, k1 + 1]: nearest first; the image itself among them."""
+    furthest: Floats
+    """[N]: the largest squared distance from the image to any, by which the reference divides."""
+
+
+def reranked(features: Floats, queries: int, config: RerankConfig, *, chunk_mb: float, threads: int) -> Iterator[Chunk]:
+    """Re-ranked distances (0..1) of every query to the gallery, a few queries at a time; unit rows [N, C]."""
+    found = neighbours(features, config.k1, chunk_mb=chunk_mb, threads=threads)
+    members = memberships(features, found, config)
+    of_queries, of_gallery = members[:queries], members[queries:].tocsc()
+    del members
+    for start, distances in distance_chunks(features[:queries], features[queries:], chunk_mb):
+        distances += 2
+        distances *= config.weight / found.furthest[start : start + len(distances), None]
+        for query, row in enumerate(distances, start=start):
+            row += (1 - config.weight) * _jaccard(of_queries, query, of_gallery)
+        yield start, distances
+
+
+def neighbours(features: Floats, k1: int, *, chunk_mb: float, threads: int) -> Neighbours:
+    """Of every image among all."""
+    keep = min(k1 + 1, len(features))
+
+    def look(_: int, rows: Floats) -> list[tuple[Integers, np.floating]]:
+        return [(nearest(row, keep).astype(np.int32), row.max() + 2) for row in rows]
+
+    found = list(in_slices(distance_chunks(features, features, chunk_mb), look, threads))
+    return Neighbours(np.stack([first for first, _ in found]), np.array([far for _, far in found], features.dtype))
+
+
+def memberships(features: Floats, found: Neighbours, config: RerankConfig) -> csr_array:
+    """[N, N], sparse, rows of sum 1: how much each image belongs to the neighbourhood of each row's image."""
+    half = found.nearest[:, : int(np.around(config.k1 / 2)) + 1]
+    mutual, mutual_half = _mutual(found.nearest), _mutual(half)
+    parts = [
+        _encoded(features, found, np.arange(start, min(start + ROWS, len(features))), half, mutual, mutual_half)
+        for start in range(0, len(features), ROWS)
+    ]
+    counts, columns, weights = (np.concatenate(part) for part in zip(*parts, strict=True))
+    shape = (len(features), len(features))
+    encoded = csr_array((weights, columns, np.concatenate([[0], np.cumsum(counts)])), shape=shape)
+    if config.k2 == 1:
+        return encoded
+    first = found.nearest[:, : config.k2]
+    starts = np.arange(0, first.size + 1, first.shape[1])
+    mean = csr_array((np.full(first.size, 1 / first.shape[1], features.dtype), first.ravel(), starts), shape=shape)
+    return csr_array(mean @ encoded)
+
+
+def _mutual(nearest_rows: Integers) -> NDArray[np.bool_]:
+    """[N, k]: whether the image is among the k nearest of its neighbour as well."""
+    found = np.empty(nearest_rows.shape, bool)
+    for start in range(0, len(found), ROWS):
+        rows = np.arange(start, min(start + ROWS, len(found)))
+        found[rows] = (nearest_rows[nearest_rows[rows]] == rows[:, None, None]).any(axis=2)
+    return found
+
+
+def _encoded(
+    features: Floats,
+    found: Neighbours,
+    rows: Integers,
+    half: Integers,
+    mutual: NDArray[np.bool_],
+    mutual_half: NDArray[np.bool_],
+) -> tuple[Integers, Integers, Floats]:
+    """(entries of each row, their columns, their weights): the image's mutual neighbours, and those of each of them
+    that shares more than two thirds of its own with the image; weighted by exp(-distance).
+    """
+    near, is_mutual = found.nearest[rows], mutual[rows]
+    further = half[near]  # [rows, k1 + 1, k1 / 2 + 1]
+    is_further = mutual_half[near] & is_mutual[:, :, None]
+    own = np.where(is_mutual, near, -1)
+    shared = (further[..., None] == own[:, None, None, :]).any(axis=3) & is_further
+    is_further &= (shared.sum(axis=2) > 2 / 3 * is_further.sum(axis=2))[:, :, None]
+    first, _ = np.nonzero(is_mutual)
+    second, _, _ = np.nonzero(is_further)
+    row = np.concatenate([first, second])
+    column = np.concatenate([near[is_mutual], further[is_further]]).astype(np.int64)
+    row, column = np.divmod(np.unique(row * len(features) + column), len(features))
+    cosines = np.einsum("nc,nc->n", features[rows[row]], features[column])
+    weights = np.exp((2 * cosines - 2) / found.furthest[rows[row]])
+    sums = np.bincount(row, weights, len(rows)).astype(features.dtype)
+    return np.bincount(row, minlength=len(rows)), column.astype(np.int32), weights / sums[row]
+
+
+def _jaccard(of_queries: csr_array, query: int, of_gallery: csc_array) -> Floats:
+    """[G]: Jaccard distance of a query's neighbourhood to those of the gallery: shared over united membership."""
+    here = slice(of_queries.indptr[query], of_queries.indptr[query + 1])
+    columns = of_gallery[:, of_queries.indices[here]]
+    smaller = np.minimum(columns.data, np.repeat(of_queries.data[here], np.diff(columns.indptr)))
+    shared = np.bincount(columns.indices, smaller, columns.shape[0]).astype(of_gallery.dtype)
+    return 1 - shared / (2 - shared)

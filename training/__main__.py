@@ -24,12 +24,13 @@ from training.dry_run import dry_run
 from training.engine.host import LocalHost, exit_code
 from training.engine.notice import Notice
 from training.engine.world import alone
+from training.evaluate_command import evaluate
 from training.placing import MEAN_STD
 from training.pretrain import pretrain as run_recipe
 from training.published import Network, Stated, read_published
 from training.reid.zero_shot import Weights
 from training.resizing import Interpolation, resized, resizing
-from training.weights import CARD, Provenance, create_model_call
+from training.weights import Provenance, create_model_call
 from training.weights import export as export_backbone
 
 
@@ -116,30 +117,6 @@ def checkpoints(arguments: list[str]) -> int:
         raise DataError("no complete checkpoint", where=store.url, hint="is this a run folder?")
     print("\n".join(lines))
     return command.FAILED if any("DAMAGED" in line for line in lines) else command.COMPLETE
-
-
-@settings
-class EvaluateCommand:
-    run: tyro.conf.Positional[str]
-    """Run folder, or the folder of an export or import, local or s3://bucket/prefix."""
-    data: str
-    """Test set in the Market-1501 layout (query, bounding_box_test), local or s3://bucket/prefix."""
-    storage: StorageConfig = StorageConfig()
-    """How object stores are reached."""
-
-
-def evaluate(arguments: list[str]) -> int:
-    """Score random weights, every kept checkpoint and the colour histogram by zero-shot retrieval; or an export."""
-    chosen = tyro.cli(EvaluateCommand, args=arguments, prog="python -m training evaluate")
-    if open_store(chosen.run, chosen.storage).exists(CARD):
-        print(evaluation.table([evaluation.score_export(chosen.run, chosen.data, chosen.storage)]))
-        return command.COMPLETE
-    scores = []
-    for task in evaluation.tasks(chosen.run, chosen.data, chosen.storage):
-        scores.append(evaluation.score(task))
-        print(f"scored {task.weights.name}", flush=True)
-    print(evaluation.table(scores))
-    return command.COMPLETE
 
 
 @settings

@@ -32,8 +32,8 @@ from training.initial_weights import refuse_missing, start_from
 from training.methods.base import ByIdentity, Method, refuse_fp16_on_cpu
 from training.run_folder import RunFolder
 
-FREE_TO_CHANGE = ("out", "storage", "engine", "checkpoints", "cluster", "optimisation.micro_batch",
-                  "backbone.checkpoint_blocks", "backbone.compile_blocks",
+FREE_TO_CHANGE = ("out", "storage", "engine", "checkpoints", "cluster", "evaluation.data", "evaluation.every_epochs",
+                  "optimisation.micro_batch", "backbone.checkpoint_blocks", "backbone.compile_blocks",
                   "stream.threads", "stream.prefetch", "stream.cache_mb", "stream.cache_gb", "stream.cache_dir",
                   "stream.reads", "stream.max_bad", "stream.assignment")  # fmt: skip
 """Settings that may differ when a run is continued: they change where, how fast and how often, not what is learnt.
@@ -61,8 +61,8 @@ def refuse_split(config: RunConfig, share: Portion, *, couples: bool) -> None:
     """Raises ConfigError where a batch must not be taken in micro-batches. `couples`: see `Method.couples_batch`."""
     if couples and share.rows > share.micro:
         raise ConfigError(
-            f"{config.method.name} couples the images of a batch (Sinkhorn targets, batch norm in the stem, mining), so "
-            f"a batch cannot be taken in {share.rows // share.micro} micro-batches",
+            f"{config.method.name} couples the images of a batch (Sinkhorn targets, batch norm in the stem, mining), "
+            f"so a batch cannot be taken in {share.rows // share.micro} micro-batches",
             where="optimisation.micro_batch, method.targets, backbone.stem",
             hint=f"optimisation.micro_batch = {share.rows}, more workers, or targets and a stem that do not couple",
         )

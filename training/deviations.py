@@ -68,8 +68,18 @@ def compare(config: RunConfig) -> Comparison:
 
 
 def nearest(config: RunConfig) -> str:
-    """The recipe of the same method and architecture."""
+    """The recipe of the same method and architecture; of fine-tuning the one for such weights and size."""
+    if config.method.name == "supervised":
+        return _fine_tuning(config)
     return f"{config.method.name}_{SIZES.get(config.backbone.arch, 'vits')}"
+
+
+def _fine_tuning(config: RunConfig) -> str:
+    if config.optimisation.optimizer == "adamw":
+        return "supervised_mae"
+    if config.method.name == "supervised" and config.method.parts:
+        return "supervised_pass"
+    return "supervised_384" if config.backbone.size == (384, 128) else "supervised"
 
 
 def leaves(config: RunConfig) -> dict[str, Any]:

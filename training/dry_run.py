@@ -81,7 +81,7 @@ def dry_run(config: RunConfig, *, rows: int = 0, gpu_memory_gb: float = 0.0) -> 
     refuse_unsuited(config, torch.device("cpu" if config.engine.device == "cpu" else "cuda"))
     if sampling_of(config) is not None:
         raise ConfigError("a dry run is of pre-training: its memory is that of a student and a teacher",
-                          where="method.name", hint="start the fine-tuning; its first batch tells whether it fits")  # fmt: skip
+                          where="method.name", hint="start it: the rehearsal tells whether it fits")  # fmt: skip
     rows, known_from = _rows(config, rows)
     sizes = memory.census(config)
     share = portion(config.optimisation.batch, config.optimisation.micro_batch, config.cluster.max_workers)

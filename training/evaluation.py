@@ -81,9 +81,9 @@ def score(task: Task, *, threads: int = 2, device: torch.device | str = "cpu") -
     return zero_shot.metrics(evaluation, reid)
 
 
-def score_export(url: str, data: str, storage: StorageConfig, *, threads: int = 2) -> dict[str, Any]:
-    """Score the weights of an export or import, at the size and with the statistics on its card; write its
-    `evaluation/`."""
+def score_export(url: str, data: str, storage: StorageConfig, *, out: str = "", threads: int = 2) -> dict[str, Any]:
+    """Score the weights of an export or import, at the size and with the statistics on its card; write `evaluation/`
+    below `out`, or beside them."""
     store = open_store(url, storage)
     card, reid = exports.load_card(store), open_reid(data, storage)
     config = EmbedConfig(threads=threads, mean=tuple(card["input"]["mean"]), std=tuple(card["input"]["std"]))
@@ -91,9 +91,9 @@ def score_export(url: str, data: str, storage: StorageConfig, *, threads: int = 
     weights = Weights("exported", card.get("step"), card.get("samples"))
     evaluation = zero_shot.evaluate_backbone(
         backbone, reid, weights, size=backbone.config.size, config=config,
-        headline=feature_of(card.get("method", ""), backbone.parts),
+        headline=feature_of(_method_of(card), backbone.parts),
     )  # fmt: skip
-    zero_shot.save(evaluation, reid, store)
+    zero_shot.save(evaluation, reid, open_store(out, storage) if out else store)
     return zero_shot.metrics(evaluation, reid)
 
 
@@ -115,6 +115,12 @@ def load_method(weights: Weights, folder: RunFolder, config: RunConfig) -> Metho
 def feature_of(method: str, parts: int) -> str:
     """The feature that is quoted: what fine-tuning ranked by, where there was one; else that of CLS."""
     return "cls+parts" if method == "supervised" and parts else "cls"
+
+
+def _method_of(card: dict[str, Any]) -> str:
+    """What the weights on a card were trained by; others' fine-tuned ones are supervised too."""
+    layout = str(card.get("origin", {}).get("layout", ""))
+    return "supervised" if layout.endswith("fine_tuned") else str(card.get("method", ""))
 
 
 def headline(metrics: dict[str, Any]) -> dict[str, float]:

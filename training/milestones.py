@@ -2,7 +2,7 @@
 own, so that a run that was stopped there makes up for what is missing.
 
     evaluation/<set>/step_0001200/     scores, pictures
-    evaluation/<set>/milestones.json   the last and the best of all milestones, and which of them is quoted
+    evaluation/milestones.json         the last and the best of all milestones, and which of them is quoted
     exports/last, exports/best         their backbones, and where it was fine-tuned the whole in TransReID's layout
 """
 
@@ -28,7 +28,7 @@ from training.run_folder import RunFolder
 
 ALIVE_S = 5.0
 """Seconds between signs of life while one rank scores and the others wait for it."""
-FINE_TUNED = "fine_tuned.safetensors"
+SUMMARY, FINE_TUNED = "evaluation/milestones.json", "fine_tuned.safetensors"
 RULES = {
     "last": "the last weights, whatever their score",
     "best": "the best of all milestones by mAP on this very test set: chosen on the test set",
@@ -66,7 +66,7 @@ class Milestones:
         for which in ("last", "best"):
             if chosen[which]["weights"] == weights.name:
                 self._export(weights, which)
-        self.folder.write_json(f"evaluation/{found['set']}/milestones.json", chosen)
+        self.folder.write_json(SUMMARY, {"set": found["set"], **chosen})
         now, best = (evaluation.headline(one) for one in (found, chosen["best"]))
         self.say(f"step {weights.step:,}: mAP {100 * now['mAP']:.1f}, Rank-1 {100 * now['rank1']:.1f} on {found['set']}"
                  f" (best: {100 * best['mAP']:.1f} at step {chosen['best']['step']:,})")  # fmt: skip

@@ -21,7 +21,7 @@ DEVIATIONS = {
 
 
 def test_published__every_recipe_of_a_method() -> None:
-    assert {path.stem for path in SHIPPED.glob("*_vit*.toml")} == set(RECIPES) > set(DATA)
+    assert {path.stem for path in SHIPPED.glob("*.toml")} - {"demo"} == set(RECIPES) > set(DATA)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -72,6 +72,14 @@ def test_nearest__another_architecture_is_compared_with_the_smallest() -> None:
     config = load("dino_vitl")
     assert nearest(config) == "dino_vitl"
     assert nearest(replace(config, backbone=replace(config.backbone, arch="vit_tiny"))) == "dino_vits"
+
+
+@pytest.mark.parametrize(("flags", "expected"), [
+    ((), "supervised"), (("--backbone.size", "384", "128"), "supervised_384"),
+    (("--method.parts", "3"), "supervised_pass"), (("--optimisation.optimizer", "adamw"), "supervised_mae"),
+])  # fmt: skip
+def test_nearest__fine_tuning_by_weights_and_size(flags: tuple[str, ...], expected: str) -> None:
+    assert nearest(load("supervised", flags)) == expected
 
 
 def test_comments__behind_a_value_or_on_the_line_above(tmp_path: Path) -> None:

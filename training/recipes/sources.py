@@ -109,6 +109,76 @@ PERSONMAE = _by("abstract (Hu et al., 2023)", {
     "method.name": "personmae", "method.regions": "pair", "method.mask_kind": "block", "method.loss_on": "all",
 }) | _by("MAE main_pretrain.py; PersonMAE's own is not public", {"optimisation.precision": "fp16"})  # fmt: skip
 
+FINE_TUNING = {
+    "views.flip": 0.5,
+    "views.interpolation": "bicubic",
+    "backbone.drop_path": 0.1,
+    "method.name": "supervised",
+    "method.label_fraction": 1.0,
+    "method.margin": 0.0,
+    "method.smoothing": 0.0,
+    "method.pad": 10,
+    "method.erase": 0.5,
+    "optimisation.batch": 64,
+    "optimisation.clip": "none",
+    "optimisation.precision": "fp16",
+}
+"""What TransReID's family and HAP have in common."""
+
+SUPERVISED = _by("TransReID-SSL, PASS, PersonViT transreid configs", {
+    **FINE_TUNING,
+    "views.statistics": "half",
+    "init.positions": "bilinear",
+    "evaluation.quote": "last",
+    "evaluation.interpolation": "bilinear",
+    "method.instances": 4,
+    "method.neck": "one",
+    "method.identity_weight": 1.0,
+    "method.triplet_weight": 1.0,
+    "method.decay": "all",
+    "method.bias_lr_factor": 2.0,
+    "optimisation.optimizer": "sgd",
+    "optimisation.momentum": 0.9,
+    "optimisation.schedule": "epoch",
+    "optimisation.epochs": 120.0,
+    "optimisation.lr": 4e-4,
+    "optimisation.warmup_lr": 4e-6,
+    "optimisation.final_lr": 8e-7,
+    "optimisation.warmup_epochs": 20.0,
+    "optimisation.weight_decay": 1e-4,
+    "optimisation.final_weight_decay": 1e-4,
+    "optimisation.layer_decay": 1.0,
+})  # fmt: skip
+
+SUPERVISED_MAE = _by("HAP downstream_tasks/person_reid; PersonMAE's own is not public", {
+    **FINE_TUNING,
+    "views.statistics": "imagenet",
+    "backbone.size": [256, 128],
+    "init.positions": "bicubic",
+    "evaluation.interpolation": "bicubic",
+    "method.instances": 8,
+    "method.neck": "none",
+    "method.identity_weight": 0.5,
+    "method.triplet_weight": 0.5,
+    "method.decay": "weights",
+    "method.bias_lr_factor": 1.0,
+    "optimisation.optimizer": "adamw",
+    "optimisation.betas": [0.9, 0.999],
+    "optimisation.schedule": "step",
+    "optimisation.epochs": 100.0,
+    "optimisation.lr": 8e-3,
+    "optimisation.warmup_lr": 0.0,
+    "optimisation.final_lr": 0.0,
+    "optimisation.warmup_epochs": 5.0,
+    "optimisation.weight_decay": 0.05,
+    "optimisation.final_weight_decay": 0.05,
+    "optimisation.layer_decay": 0.4,
+})  # fmt: skip
+
+
+def _size(height: int, width: int) -> dict[str, Published]:
+    return _by("TransReID-SSL, PASS, PersonViT transreid configs", {"backbone.size": [height, width]})
+
 
 def _arch(name: str, source: str) -> dict[str, Published]:
     return _by(source, {"backbone.arch": name})
@@ -132,6 +202,11 @@ PUBLISHED: Mapping[str, Table] = {
     "personmae_vits": PERSONMAE,
     "personmae_vitb": PERSONMAE | _arch("vit_base", "abstract (Hu et al., 2023)"),
     "personmae_vitl": PERSONMAE,
+    "supervised": SUPERVISED | _size(256, 128),
+    "supervised_384": SUPERVISED | _size(384, 128),
+    "supervised_pass": SUPERVISED | _size(256, 128)
+    | _by("PASS make_model.py, number of keys in its fine-tuned weights", {"method.parts": 3, "method.neck": "each"}),
+    "supervised_mae": SUPERVISED_MAE,
 }  # fmt: skip
 """Recipe -> key -> what was published. Nothing was for ViT-L, and nothing for PersonMAE's ViT-S: there, what the
 smaller models, or the abstract, say."""

@@ -1,4 +1,4 @@
-"""The training part of a labelled data set as a source of `datapipe`, so that fine-tuning reads shards like all else."""
+"""The training part of a labelled data set as a source of `datapipe`: fine-tuning reads shards like all else."""
 
 import hashlib
 from collections.abc import Iterator

@@ -1,0 +1,120 @@
+"""Supervised fine-tuning as an evaluation: weights, a labelled data set and a recipe -> a run that scores itself.
+
+Everything it starts from comes to lie in the run folder, so that it goes on from there alone:
+
+    init/<checksum>/   the weights as an export        shards/   the training part of the data set
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from datapipe.config import StorageConfig
+from datapipe.errors import ConfigError, DataError, NotFoundError
+from datapipe.storage import Store, open_store
+from training import checkpoint, evaluation
+from training import config as recipes
+from training import weights as exports
+from training.assembly import saved_config
+from training.backbone import BackboneConfig
+from training.config import RunConfig
+from training.methods.supervised import SupervisedConfig
+from training.placing import MEAN_STD
+from training.published import Stated, read_published
+from training.reid.datasets import open_reid
+from training.reid.training_part import shard_training_part
+from training.reid.zero_shot import Weights
+from training.run_folder import RunFolder
+from training.weight_files import FILES
+from training.weights import CARD, Provenance
+
+RANDOM = "random"
+"""In place of weights: none; the recipe's backbone as it is drawn."""
+MASKED_AUTOENCODERS = ("personmae", "mae")
+"""Methods and layouts whose weights want the recipe of masked autoencoders."""
+GIVEN = ("arch", "patch", "stem", "width", "depth", "heads", "mlp_ratio", "layer_scale")
+"""Settings of a backbone that its weights decide."""
+
+
+def prepare(
+    weights: str, data: str, out: str, *, recipe: str = "", flags: Sequence[str] = (),
+    storage: StorageConfig = StorageConfig(), prog: str | None = None,  # noqa: B008  (frozen)
+) -> RunConfig:  # fmt: skip
+    """The resolved recipe of fine-tuning `weights` on `data`, after what it starts from was put into `out`.
+
+    `recipe`: empty for the one that suits the weights. `flags`: dotted ones of the recipe, which come last; with
+    `--stream.manifest` training images are read from there. Raises ConfigError, DataError, StorageError.
+    """
+    if not out:
+        raise ConfigError("fine-tuning needs a run folder", where="--out", hint="--out runs/market1501")
+    reid = open_reid(data, storage)
+    start = "" if weights == RANDOM else as_export(weights, out, storage)
+    card = exports.load_card(open_store(start, storage)) if start else {}
+    config = _suited(recipes.load(recipe or suited_recipe(card)), card)
+    changed = replace(config, out=out, storage=storage, init=replace(config.init, weights=start),
+                      evaluation=replace(config.evaluation, data=data))  # fmt: skip
+    final = recipes.override(changed, flags, prog=prog)
+    if not isinstance(final.method, SupervisedConfig):
+        raise ConfigError(f"the recipe is of {final.method.name}, not of fine-tuning", where="--recipe",
+                          hint="supervised, supervised_384, supervised_pass or supervised_mae")  # fmt: skip
+    if final.stream.manifest or final.stream.mix:
+        return final
+    manifest = shard_training_part(reid, open_store(out, storage).address("shards"), storage)
+    return replace(final, stream=replace(final.stream, manifest=manifest.url))
+
+
+def suited_recipe(card: dict[str, Any]) -> str:
+    """Name of the recipe for weights with this card."""
+    if {card.get("method"), card.get("origin", {}).get("layout")} & set(MASKED_AUTOENCODERS):
+        return "supervised_mae"
+    return "supervised_pass" if card.get("parts") else "supervised"
+
+
+def as_export(weights: str, out: str, storage: StorageConfig) -> str:
+    """The folder of an export with these weights: they are one, or it is made below `out`: of a run's newest
+    checkpoint, or of a file that others published."""
+    store = open_store(weights, storage)
+    if weights.endswith(FILES):
+        return _imported(weights, out, storage)
+    if store.exists(CARD):
+        return weights
+    folder = RunFolder(weights, storage)
+    config = saved_config(folder)
+    if config is None:
+        raise NotFoundError("there are no weights here", where=weights,
+                            hint="a run folder, the folder of an export or import, or a file of weights")  # fmt: skip
+    return _exported(folder, config, out, storage)
+
+
+def _imported(file: str, out: str, storage: StorageConfig) -> str:
+    published = read_published(file, storage, Stated())
+    mean, std = MEAN_STD[published.statistics]
+    store = _below(out, published.origin["sha256"], storage)
+    exports.export(published.backbone, store, Provenance(origin=published.origin, mean=mean, std=std))
+    return store.url
+
+
+def _exported(run: RunFolder, config: RunConfig, out: str, storage: StorageConfig) -> str:
+    names = checkpoint.complete(run.at("checkpoints"))
+    if not names:
+        raise DataError("the run has no complete checkpoint", where=run.url, hint="let it reach its first save")
+    newest = Weights(names[-1])
+    store = _below(out, checkpoint.read_marker(run.at("checkpoints"), newest.name).sha256, storage)
+    backbone = evaluation.load_backbone(newest, run, config)
+    exports.export(backbone, store, evaluation.provenance(newest, run, config))
+    return store.url
+
+
+def _below(out: str, sha256: str, storage: StorageConfig) -> Store:
+    """A folder for these weights and no others: a run never goes on with others than it began with."""
+    return open_store(out, storage).at("init", sha256[:12])
+
+
+def _suited(config: RunConfig, card: dict[str, Any]) -> RunConfig:
+    """The recipe with the backbone of the weights."""
+    if not card or not isinstance(config.method, SupervisedConfig):
+        return config
+    own = BackboneConfig(**card["backbone"])
+    backbone = replace(config.backbone, **{name: getattr(own, name) for name in GIVEN})
+    neck = config.method.neck if card["parts"] or config.method.neck != "each" else "one"
+    return replace(config, backbone=backbone, method=replace(config.method, parts=card["parts"], neck=neck))

@@ -20,6 +20,7 @@ from training.assembly import (
     resolved,
     view_spec,
 )
+from training.audit import Audit
 from training.checkpoint import Checkpoints
 from training.config import RunConfig
 from training.engine.clock import Clock
@@ -41,6 +42,7 @@ from training.provenance import about, describe, resume_command
 from training.rank_log import rank_log
 from training.run_folder import RunFolder
 from training.speed import Tally
+from training.succession import Succession
 from training.watch import Watch
 
 
@@ -82,13 +84,14 @@ def _pretrain(config: RunConfig, folder: RunFolder, world: World, host: Host, re
     )
     position, resumed = checkpoints.restore(stepper)
     pace = Pace(method, host, world, say)
+    watch = Watch(folder, world, config, pace)
     with make_loader(config, data, world, share) as loader:
         run = Run(
             method=method, stepper=stepper, loader=loader, clock=clock,
             place=Place(world.device, config.views.statistics),
             optimisation=config.optimisation, micro_batch=share.micro, checkpoints=checkpoints,
             stop=Stop(host, world), host=host, faults=Faults(folder, world, say),
-            tally=Tally(world), watch=Watch(folder, world, config, pace),
+            tally=Tally(world), watch=watch,
         )  # fmt: skip
         milestones = Milestones(config, clock, folder, world, host, say)
         if position >= clock.end:
@@ -97,11 +100,14 @@ def _pretrain(config: RunConfig, folder: RunFolder, world: World, host: Host, re
             return Ending(clock.total_steps, True)
         rehearse(run, fake_batch(view_spec(config), share, config))
         pace.reset()
+        if config.engine.audit:
+            watch.also.append(Audit(method, folder, world))
         if world.leads:
             run.recorder = Recorder(folder, host, about={
                 "world": world.size, "resumed_from": resumed, "step": position // clock.batch, "reason": reason,
             })  # fmt: skip
             pace.say = milestones.say = run.recorder.say
+            watch.also.append(Succession(loader, data, checkpoints, folder, world, run.recorder.say))
             run.recorder.say(_opening(config, data, clock, resumed, method))
             if origin and resumed is None:
                 run.recorder.say(in_words(origin))

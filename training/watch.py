@@ -1,9 +1,10 @@
-"""What every rank leaves behind while it trains: signs of life, its share of the time, the audit log."""
+"""What every rank leaves behind while it trains: signs of life, its share of the time."""
 
 import json
 import os
 import socket
 import time
+from collections.abc import Callable
 
 from datapipe.loader import Batch
 from training.config import RunConfig
@@ -18,12 +19,14 @@ HEARTBEAT_S = 0.5
 
 
 class Watch:
-    """Signs of life of every rank in ranks/rank_00.json, all ranks' times in ranks/pace.jsonl, and the audit log if the
-    recipe wants it. Called after each step, on every rank."""
+    """Signs of life of every rank in ranks/rank_00.json, all ranks' times in ranks/pace.jsonl, and what `also` does.
+    Called after each step, on every rank."""
 
     def __init__(self, folder: RunFolder, world: World, config: RunConfig, pace: Pace) -> None:
         self.folder, self.world, self.pace = folder, world, pace
-        self.audit, self.timeout_s = config.engine.audit, config.cluster.collective_timeout_s
+        self.timeout_s = config.cluster.collective_timeout_s
+        self.also: list[Callable[[int, Batch], None]] = []
+        """Called after each step with the steps done and its batch."""
         self._every = HEARTBEAT_S if folder.local is not None else FLUSH_S
         self._steps = 0
         self._beat(0)
@@ -36,10 +39,8 @@ class Watch:
         shares = self.pace.step(done, batch.waited_s)
         if shares and self.world.leads:
             self._share(done, shares)
-        if self.audit:
-            real = batch.weight > 0
-            line = {"step": done, "samples": batch.sample[real].tolist(), "positions": batch.position[real].tolist()}
-            self.folder.append(f"ranks/audit_{self.world.rank:02d}.jsonl", json.dumps(line))
+        for note in self.also:
+            note(done, batch)
         if time.monotonic() - self._said > self._every:
             self._beat(done)
 

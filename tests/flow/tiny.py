@@ -113,10 +113,8 @@ def final_state(run: Path) -> dict[str, Tensor]:
 
 
 def audited(run: Path) -> dict[int, list[int]]:
-    """Step -> samples, over all ranks; where a step was redone, the last record of each rank."""
-    steps: dict[int, list[int]] = {}
-    for log in sorted((run / "ranks").glob("audit_*.jsonl")):
-        own = {line["step"]: line["samples"] for line in map(json.loads, log.read_text().splitlines())}
-        for step, samples in own.items():
-            steps[step] = steps.get(step, []) + samples
-    return steps
+    """Step -> samples, over all ranks; where a step was redone, by the world that did it last."""
+    logs = sorted((run / "ranks").glob("audit_*.jsonl"))
+    last = [{line["step"]: line for line in map(json.loads, log.read_text().splitlines())} for log in logs]
+    return {step: [sample for own in last[: line["world"]] for sample in own[step]["samples"]]
+            for step, line in last[0].items()}  # fmt: skip

@@ -1,0 +1,31 @@
+"""A log of the samples that training really saw, for whoever wants to prove that none was lost or doubled."""
+
+import json
+from typing import Any
+
+from datapipe.loader import Batch
+from training.engine.world import World
+from training.methods.base import Method
+from training.run_folder import RunFolder
+
+
+class Audit:
+    """Writes ranks/audit_00.jsonl of this rank: a line for each step that counted, from what reached the method's
+    forward pass, micro-batch by micro-batch, padding left out. To be made after the rehearsal, which is no step."""
+
+    def __init__(self, method: Method, folder: RunFolder, world: World) -> None:
+        self._folder, self._name, self._world = folder, f"ranks/audit_{world.rank:02d}.jsonl", world.size
+        self._seen: dict[int, int] = {}
+        method.register_forward_pre_hook(self._note)
+
+    def __call__(self, done: int, batch: Batch) -> None:
+        """The line of the step that ends with `done` steps done."""
+        seen = {place: sample for place, sample in sorted(self._seen.items()) if batch.start <= place < batch.after}
+        self._seen.clear()  # also of what went through forward in steps that were not carried out
+        line = {"step": done, "world": self._world, "samples": [*seen.values()], "positions": [*seen]}
+        self._folder.append(self._name, json.dumps(line))
+
+    def _note(self, method: Method, inputs: tuple[Any, ...]) -> None:
+        views = inputs[0]
+        real = views["position"] >= 0
+        self._seen.update(zip(views["position"][real].tolist(), views["sample"][real].tolist(), strict=True))

@@ -1,14 +1,14 @@
 """Score a backbone, or any features, by retrieval without fine-tuning, and keep what a person wants to see.
 
-Written per set and weights: ranked_best.jpg, ranked_median.jpg, ranked_worst.jpg, queries.csv and, last of all,
-metrics.json. The pictures show the very rankings that were scored.
+Written per set and weights: ranked_best.jpg, ranked_median.jpg, ranked_worst.jpg, ranked_mistake_1.jpg ..., queries.csv
+and, last of all, metrics.json. The pictures show the very rankings that were scored.
 """
 
 import csv
 import io
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,21 @@ import torch
 
 from datapipe.config import Size
 from datapipe.errors import DataError
+from datapipe.settings import settings
 from datapipe.storage import Store
 from training.reid.baselines import colour_histogram
 from training.reid.datasets import Labelled, ReIDSet
 from training.reid.embed import Backbone, EmbedConfig, Features, decode, embed
 from training.reid.figures import Picture, Tile, ranked_list, to_jpeg
-from training.reid.retrieval import RetrievalResult, evaluate
+from training.reid.reranking import RerankConfig
+from training.reid.retrieval import RetrievalResult, confident_mistakes, evaluate, per_camera
 
 SHOWN = 10
 """Gallery images in a ranked list."""
+MISTAKES = 3
+"""Queries whose nearest image is most surely taken for the same person, and is not."""
+BINS = 50
+"""Of the histograms of distances."""
 
 RANDOM, COLOUR_HISTOGRAM = "random", "colour_histogram"
 """Names of the two baselines among the weights."""
@@ -39,6 +45,17 @@ class Weights:
     samples: int | None = None
 
 
+@settings
+class ScoringConfig:
+    rerank: bool = False
+    """Score every feature once more, re-ranked by k-reciprocal encoding. Minutes for MSMT17."""
+    reranking: RerankConfig = RerankConfig()
+    """How. Published scores are without it."""
+    trapezoid: bool = False
+    """Report the mAP of the official Market-1501 code too (trapezoids; about a point lower), as `trapezoid_mAP`. Tables
+    of the literature have the other one."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Scores of one set of weights on one test set."""
@@ -51,6 +68,8 @@ class Evaluation:
     """The feature that is quoted where there is room for one number, and shown in the pictures."""
     seconds: float
     settings: dict[str, Any]
+    """What the scores depend on besides weights and data."""
+    scoring: ScoringConfig = ScoringConfig()
 
     @property
     def best(self) -> RetrievalResult:
@@ -67,6 +86,7 @@ def evaluate_backbone(
     device: torch.device | str = "cpu",
     config: EmbedConfig | None = None,
     headline: str = "",
+    scoring: ScoringConfig | None = None,
 ) -> Evaluation:
     """Embed query and gallery at `size` (height, width) and score every feature; errors as `embed` and `evaluate`."""
     config = config or EmbedConfig()
@@ -75,46 +95,59 @@ def evaluate_backbone(
         embed(backbone, part.paths.tolist(), reid.read, size=size, device=device, config=config)
         for part in (reid.query, reid.gallery)
     )
-    scored = evaluate_features(query, gallery, reid, weights, headline=headline)
-    settings = {
+    scored = evaluate_features(query, gallery, reid, weights, headline=headline, scoring=scoring)
+    used = {
         "size": list(size),
         "interpolation": config.interpolation,
         "mean": list(config.mean),
         "std": list(config.std),
         "precision": config.precision,
     }
-    return replace(scored, seconds=time.perf_counter() - started, settings=settings)
+    return replace(scored, seconds=time.perf_counter() - started, settings=scored.settings | used)
 
 
-def evaluate_histogram(reid: ReIDSet) -> Evaluation:
+def evaluate_histogram(reid: ReIDSet, *, scoring: ScoringConfig | None = None) -> Evaluation:
     """The colour histogram's score: what colours alone can do on this set."""
     started = time.perf_counter()
     query, gallery = (
         {"histogram": colour_histogram(decode(reid.read(path), path) for path in part.paths.tolist())}
         for part in (reid.query, reid.gallery)
     )
-    scored = evaluate_features(query, gallery, reid, Weights(COLOUR_HISTOGRAM))
+    scored = evaluate_features(query, gallery, reid, Weights(COLOUR_HISTOGRAM), scoring=scoring)
     return replace(scored, seconds=time.perf_counter() - started)
 
 
 def evaluate_features(
-    query: Features, gallery: Features, reid: ReIDSet, weights: Weights, *, headline: str = ""
+    query: Features,
+    gallery: Features,
+    reid: ReIDSet,
+    weights: Weights,
+    *,
+    headline: str = "",
+    scoring: ScoringConfig | None = None,
 ) -> Evaluation:
-    """Score features [N, C] by name. The headline is the first one, unless another is named."""
+    """Score features [N, C] by name, re-ranked ones as "NAME re-ranked". The headline is the first or the named one."""
     if not query or query.keys() != gallery.keys():
         raise DataError(f"query features are {sorted(query)}, gallery features {sorted(gallery)}: not the same")
+    scoring = scoring or ScoringConfig()
     started = time.perf_counter()
     labels = (reid.query.pids, reid.gallery.pids, reid.query.cameras, reid.gallery.cameras)
-    results = {name: evaluate(query[name], gallery[name], *labels, keep=SHOWN) for name in query}
+    ways = {"": None, " re-ranked": scoring.reranking} if scoring.rerank else {"": None}
+    results = {
+        f"{name}{ending}": evaluate(query[name], gallery[name], *labels, keep=SHOWN, reranking=reranking)
+        for name in query
+        for ending, reranking in ways.items()
+    }
     seconds = time.perf_counter() - started
-    return Evaluation(reid.name, weights, results, headline or next(iter(results)), seconds, {})
+    used = {"reranking": asdict(scoring.reranking)} if scoring.rerank else {}
+    return Evaluation(reid.name, weights, results, headline or next(iter(results)), seconds, used, scoring)
 
 
 def save(evaluation: Evaluation, reid: ReIDSet, run: Store) -> Store:
     """Write everything below evaluation/<set>/<weights>/ of a run folder; metrics.json last. Returns that folder."""
     folder = run.at("evaluation", evaluation.set_name, evaluation.weights.name)
     ranked = {}
-    for which, query in chosen_queries(evaluation.best).items():
+    for which, query in (chosen_queries(evaluation.best) | _mistakes(evaluation.best)).items():
         picture, ranked[which] = _ranked(evaluation, reid, which, query)
         folder.replace(f"ranked_{which}.jpg", to_jpeg(picture))
     folder.replace("queries.csv", _queries_csv(evaluation.best, reid.query))
@@ -124,17 +157,21 @@ def save(evaluation: Evaluation, reid: ReIDSet, run: Store) -> Store:
 
 
 def metrics(evaluation: Evaluation, reid: ReIDSet) -> dict[str, Any]:
-    """The content of metrics.json; scores are fractions (0..1)."""
+    """The content of metrics.json; scores are fractions (0..1). Cameras and distances are those of the headline."""
+    best = evaluation.best
     return {
         "weights": evaluation.weights.name,
         "set": evaluation.set_name,
         "step": evaluation.weights.step,
         "samples": evaluation.weights.samples,
-        "features": {name: _scores(result) for name, result in evaluation.results.items()},
+        "features": {name: _scores(result, evaluation.scoring) for name, result in evaluation.results.items()},
         "headline": evaluation.headline,
+        "data": reid.about(),
+        "per_camera": {f"c{camera + 1}": score for camera, score in per_camera(best, reid.query.cameras).items()},
+        "distances": histograms(best),
         "queries": len(reid.query),
         "gallery": len(reid.gallery),
-        "skipped": evaluation.best.skipped,
+        "skipped": best.skipped,
         "seconds": round(evaluation.seconds, 3),
         "settings": evaluation.settings,
     }
@@ -146,9 +183,23 @@ def chosen_queries(result: RetrievalResult) -> dict[str, int]:
     return {"best": int(order[0]), "median": int(order[len(order) // 2]), "worst": int(order[-1])}
 
 
-def _scores(result: RetrievalResult) -> dict[str, float]:
+def histograms(result: RetrievalResult, bins: int = BINS) -> dict[str, list[float]]:
+    """How far pairs of one person and pairs of two people are apart: bin edges, and the share of the pairs in each."""
+    edges = np.histogram_bin_edges(np.concatenate([result.matching, result.others]), bins)
+    pairs = {"matching": result.matching, "others": result.others}
+    shares = {name: np.histogram(found, edges)[0] / max(1, len(found)) for name, found in pairs.items()}
+    return {"edges": edges.tolist(), **{name: share.tolist() for name, share in shares.items()}}
+
+
+def _mistakes(result: RetrievalResult) -> dict[str, int]:
+    """The most confident ones, by the names of their pictures."""
+    return {f"mistake_{rank}": int(at) for rank, at in enumerate(confident_mistakes(result, MISTAKES), start=1)}
+
+
+def _scores(result: RetrievalResult, scoring: ScoringConfig) -> dict[str, float]:
     ranks = {f"rank{rank}": float(result.cmc[rank - 1]) for rank in (1, 5, 10)}
-    return {"mAP": result.mAP, **ranks, "mINP": result.mINP}
+    trapezoid = {"trapezoid_mAP": result.trapezoid_mAP} if scoring.trapezoid else {}
+    return {"mAP": result.mAP, **ranks, "mINP": result.mINP, **trapezoid}
 
 
 def _ranked(evaluation: Evaluation, reid: ReIDSet, which: str, position: int) -> tuple[Picture, dict[str, Any]]:
@@ -163,12 +214,13 @@ def _ranked(evaluation: Evaluation, reid: ReIDSet, which: str, position: int) ->
         for row, right in zip(rows, correct, strict=True)
     ]
     of = f"{evaluation.weights.name}, {evaluation.headline}"
-    title = f"{which} query: average precision {100 * precision:.1f} %  ({of})"
+    title = f"{which.replace('_', ' ')} query: average precision {100 * precision:.1f} %  ({of})"
     picture = ranked_list(_image(reid, reid.query, query), f"query  {_caption(reid.query, query)}", tiles, title)
     return picture, {
         "query": str(reid.query.paths[query]),
         "average_precision": precision,
         "gallery": [str(reid.gallery.paths[row]) for row in rows],
+        "distances": result.nearest_distances[query, : len(rows)].tolist(),
         "correct": correct,
     }
 

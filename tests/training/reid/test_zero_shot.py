@@ -14,8 +14,10 @@ from tests.training.reid.people import market
 from tests.training.reid.test_embed import Means
 from training.reid.datasets import ReIDSet, open_reid
 from training.reid.embed import decode
+from training.reid.reranking import RerankConfig
 from training.reid.zero_shot import (
     Evaluation,
+    ScoringConfig,
     Weights,
     chosen_queries,
     evaluate_backbone,
@@ -116,3 +118,42 @@ def test_save__counts_skipped_queries(tmp_path: Path) -> None:
     folder = save(evaluate_histogram(reid), reid, open_store(str(tmp_path / "run")))
     assert json.loads(folder.read("metrics.json"))["skipped"] == 1
     assert list(csv.DictReader(io.StringIO(folder.read("queries.csv").decode())))[-1]["average_precision"] == ""
+
+
+def test_metrics__say_what_the_data_are_and_how_cameras_and_distances_differ(
+    folder: Store, scored: Evaluation, reid: ReIDSet
+) -> None:
+    content = json.loads(folder.read("metrics.json"))
+    assert content["data"] == reid.about() and content["data"]["counts"]["query"]["images"] == 18
+    precision = {camera: scored.best.average_precision[reid.query.cameras == camera - 1].mean() for camera in (1, 2, 3)}
+    assert content["per_camera"] == {f"c{camera}": pytest.approx(mean) for camera, mean in precision.items()}
+    found = content["distances"]
+    middles = (np.array(found["edges"][1:]) + found["edges"][:-1]) / 2
+    assert len(found["matching"]) == len(found["others"]) == len(middles) == 50
+    assert sum(found["matching"]) == pytest.approx(1) and sum(found["others"]) == pytest.approx(1)
+    assert middles @ found["matching"] < middles @ found["others"]
+
+
+def test_mistakes__are_shown_most_confident_first(reid: ReIDSet, tmp_path: Path) -> None:
+    random = np.random.default_rng(3)
+    query, gallery = (
+        {"noise": random.standard_normal((len(part), 4)).astype(np.float32)} for part in (reid.query, reid.gallery)
+    )
+    noise = evaluate_features(query, gallery, reid, Weights("random"))
+    ranked = json.loads(save(noise, reid, open_store(str(tmp_path))).read("metrics.json"))["ranked"]
+    mistakes = [ranked[f"mistake_{rank}"] for rank in (1, 2, 3)]
+    first = [mistake["distances"][0] for mistake in mistakes]
+    assert first == sorted(first) and not any(mistake["correct"][0] for mistake in mistakes)
+    rows = noise.best.nearest[:, 0]
+    wrong = reid.gallery.pids[rows] != reid.query.pids
+    assert first[0] == noise.best.nearest_distances[wrong, 0].min()
+
+
+def test_scoring__re_ranked_and_trapezoid_scores_by_name(reid: ReIDSet) -> None:
+    scoring = ScoringConfig(rerank=True, reranking=RerankConfig(k1=5, k2=2), trapezoid=True)
+    found = evaluate_backbone(Means(), reid, Weights("w"), size=(32, 16), scoring=scoring)
+    assert list(found.results)[:2] == ["cls", "cls re-ranked"] and found.headline == "cls"
+    content = metrics(found, reid)
+    assert content["settings"]["reranking"] == {"k1": 5, "k2": 2, "weight": 0.3}
+    assert content["features"]["cls"]["trapezoid_mAP"] == found.best.trapezoid_mAP < found.best.mAP
+    assert found.results["cls re-ranked"].mAP != found.best.mAP

@@ -83,8 +83,8 @@ class TestSet:
 
     @property
     def checkpoints(self) -> list[Score]:
-        """Scores along training, by step."""
-        found = [(score.step, score) for score in self.scores if score.step is not None and score.features]
+        """Scores along training, by step; of imported weights too."""
+        found = [(score.step or 0, score) for score in self.scores if score.weights not in BASELINES and score.features]
         return [score for _, score in sorted(found, key=lambda pair: pair[0])]
 
     @property
@@ -117,6 +117,11 @@ class RunFiles:
     def bytes(self, name: str) -> bytes | None:
         """A file's bytes."""
         return self.folder.store.read(name) if name in self.names else None
+
+    @property
+    def trained(self) -> bool:
+        """Is it the folder of a run? Else it may be one of scores alone."""
+        return bool(self.names & {"config.toml", "command.txt", "environment.json"} or self.attempts)
 
     @cached_property
     def recipe(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ LARGE_PICTURE_BYTES = 1_500_000
 """A picture above this is shrunk to WIDEST pixels and encoded anew."""
 WIDEST = 1_800
 
-MAIN, RIGHT = ' class="main"', ' class="n"'
+RIGHT = ' class="n"'
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#1c1f24;--soft:#5b626d;--line:#dfe3e8;--box:#f5f7f9;--good:#117a46;
@@ -36,7 +36,7 @@ table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums
 caption{text-align:left;padding-bottom:.3rem}
 th,td{text-align:left;vertical-align:top;padding:.25rem .9rem .25rem 0;border-bottom:1px solid var(--line)}
 th{font-weight:600}thead th{vertical-align:bottom}
-td.n,th.n{text-align:right;white-space:nowrap}tr.main td{font-weight:600}
+td.n,th.n{text-align:right;white-space:nowrap}tr.main td{font-weight:600}tr.grey td{color:var(--soft);font-style:italic}
 table.facts th{color:var(--soft);font-weight:400;white-space:nowrap}table.facts td{overflow-wrap:anywhere}
 pre{margin:.4rem 0;padding:.7rem .8rem;background:var(--box);overflow-x:auto;font-size:.8rem;line-height:1.45}
 pre.wrap{white-space:pre-wrap;overflow-wrap:anywhere}
@@ -97,15 +97,22 @@ def _moderate(data: bytes) -> bytes:
 
 
 class Row(NamedTuple):
-    """Cells of a table; `main` rows stand out."""
+    """Cells of a table; `main` rows stand out, `grey` ones stand back."""
 
     cells: Sequence[str]
     main: bool = False
+    grey: bool = False
+
+    @property
+    def kind(self) -> str:
+        """As an attribute of the element."""
+        name = "main" if self.main else "grey" if self.grey else ""
+        return f' class="{name}"' if name else ""
 
 
 def table(head: Sequence[str], rows: Iterable[Row], *, numbers: Sequence[int]) -> str:
     """A table that scrolls sideways on a narrow screen; the columns in `numbers` are aligned to the right."""
-    lines = [f"<tr{MAIN if row.main else ''}>{_cells('td', row.cells, numbers)}</tr>\n" for row in rows]
+    lines = [f"<tr{row.kind}>{_cells('td', row.cells, numbers)}</tr>\n" for row in rows]
     body = f"<thead><tr>{_cells('th', head, numbers)}</tr></thead>\n<tbody>\n{''.join(lines)}</tbody>"
     return f'<div class="scroll"><table>{body}</table></div>'
 

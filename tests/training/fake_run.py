@@ -35,6 +35,12 @@ ENVIRONMENT = {
 ATTEMPTS = ((1, 1, 180, None, "start"), (2, 101, 260, "step_0000100", "worker 1 died (SIGKILL)"))
 ATTEMPTS += ((3, 201, 350, "step_0000200", "stopped by SIGTERM"),)
 
+RANKED = ("best", "median", "worst", "mistake_1")
+DATA = {"official": "", "counts": {}, "differences": [], "warnings": ["2 of 240 queries are odd <u>"]}
+MODEL = {"family": "pass", "arch": "vit_small", "stem": "patch", "parts": 3, "task": "supervised", "trained_on": "",
+         "label_fraction": 1.0, "sha256": "0f" * 32}  # fmt: skip
+DISTANCES = {"edges": [0.0, 1.0, 2.0], "matching": [0.75, 0.25], "others": [0.5, 0.5]}
+
 
 def record(step: int, attempt: int) -> dict[str, Any]:
     """The line of one step; the loss tells which attempt wrote it."""
@@ -91,9 +97,11 @@ def write_scores(root: Path, set_name: str = "people") -> None:
         scores = {name: _scores(value + 0.02 * place) for place, name in enumerate(features)}
         content = {"weights": weights, "set": set_name, "step": step, "samples": 64 * step if step else step}
         content |= {"features": scores, "headline": features[0], "queries": 240, "gallery": 960, "skipped": 2}
-        content["ranked"] = {which: {"average_precision": value} for which in ("best", "median", "worst")}
+        content["ranked"] = {which: {"average_precision": value} for which in RANKED}
+        content |= {"data": DATA | {"name": set_name}, "settings": {"size": [256, 128], "model": MODEL}}
+        content |= {"per_camera": {"c1": value, "c3": value / 2}, "distances": DISTANCES}
         folder.replace("metrics.json", json.dumps(content).encode())
-        for seed, which in enumerate(("best", "median", "worst")):
+        for seed, which in enumerate(RANKED):
             tiles = [Tile(picture(10 * seed + place, 40, 20), place % 3 == 0, f"id {place} c1") for place in range(10)]
             folder.replace(f"ranked_{which}.jpg", to_jpeg(ranked_list(picture(99, 40, 20), "query", tiles, which)))
 

@@ -15,14 +15,16 @@ from datapipe.config import StorageConfig
 from datapipe.errors import DataError
 from datapipe.storage import open_store
 from tests.conftest import S3Server
-from tests.training.fake_run import ATTEMPTS, fake_run, picture, record, write_metrics
+from tests.training.fake_run import ATTEMPTS, MODEL, fake_run, picture, record, write_metrics, write_scores
 from training import health, report_page
 from training.reid.figures import to_jpeg
+from training.reid.literature import BY_NAME
 from training.report import write_report
 from training.report_data import RunFiles
 from training.report_faults import MOST_IMAGES, MOST_SHEETS
 from training.report_page import duration
 from training.report_plots import MOST_POINTS, Curve, Plot, thinned, to_svg
+from training.report_published import not_comparable
 from training.run_folder import RunFolder
 
 
@@ -89,7 +91,7 @@ def test_report__is_well_formed_and_small(report: str) -> None:
     page = Page(report)
     assert page.open == []
     assert len(report.encode()) < 20e6
-    assert page.tags.count("img") == 4 and page.tags.count("svg") >= 9
+    assert page.tags.count("img") == 5 and page.tags.count("svg") >= 9
     assert "data:image/jpeg;base64," in report
 
 
@@ -113,6 +115,63 @@ def test_report__says_what_was_run_and_what_it_is_worth(report: str) -> None:
     ):
         assert expected in text, expected
     assert "not in the run folder" not in text
+
+
+def test_report__shows_mistakes_distances_and_cameras(report: str) -> None:
+    text = " ".join(" ".join(Page(report).text).split())
+    assert "Confident mistake 1: average precision 38.0 %" in text
+    assert "75.0 % of the two areas is common to both" in text
+    assert 'aria-label="Distances on people, % of the pairs"' in report
+    assert re.search(r"c1 38\.0 c3 19\.0", text)
+    assert "Note: 2 of 240 queries are odd <u>." in text
+
+
+def published_rows(report: str) -> list[tuple[bool, list[str]]]:
+    """(whether it is grey, cells) of every row of the table of published scores."""
+    table = report[report.index("<h2>Beside published") : report.index("<h2>Ranked lists")]
+    rows = re.findall(r"<tr([^>]*)>(.*?)</tr>", table, re.DOTALL)[1:]
+    return [("grey" in kind, re.findall(r"<td[^>]*>([^<]*)</td>", row)) for kind, row in rows]
+
+
+def test_report__greys_published_scores_that_are_not_comparable(report: str) -> None:
+    ours, *theirs = published_rows(report)
+    assert ours[1][:6] == ["ours (step_0000350, cls)", "vit_small", "256 × 128", "people", "38.0", "60.8"]
+    assert len(theirs) == 12 and all(cells[0] == "PASS" and grey for grey, cells in theirs)
+    assert all("another data set" in cells[-1] for _, cells in theirs)
+
+
+def test_report__sets_the_same_row_beside_ours(tmp_path: Path) -> None:
+    write_scores(tmp_path, "market1501")
+    ours, *theirs = published_rows(Path(write_report(str(tmp_path))).read_text())
+    assert ours[1][3] == "market1501" and [grey for grey, _ in theirs] == [False] + 11 * [True]
+    assert theirs[0][1] == ["PASS", "vit_small", "256 × 128", "Market-1501", "92.2", "96.3", "PASS README", "yes"]
+    reasons = {cells[-1] for _, cells in theirs}
+    assert "no: another size of images" in reasons and "no: another data set" in reasons
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"task": "zero-shot"}, "theirs is fine-tuned, ours not fine-tuned"),
+        ({"trained_on": "msmt17"}, "ours is fine-tuned on msmt17"),
+        ({"label_fraction": 0.1}, "ours has fewer labels"),
+        ({"parts": 0}, "another backbone"),
+    ],
+)
+def test_not_comparable__names_the_reason(change: dict[str, object], reason: str) -> None:
+    data = {"name": "market1501", "differences": []}
+    content = {"data": data, "settings": {"size": [256, 128], "model": MODEL | change}}
+    assert not_comparable(BY_NAME["pass-vits-market1501"], content) == [reason]
+    whole = content["settings"] | {"model": MODEL}
+    short = {"data": data | {"differences": ["query has 3 of 3,368 images"]}, "settings": whole}
+    assert not_comparable(BY_NAME["pass-vits-market1501"], short) == ["our data set is not whole"]
+
+
+def test_report__of_scores_alone(tmp_path: Path) -> None:
+    write_scores(tmp_path)
+    page = Page(Path(write_report(str(tmp_path))).read_text())
+    said = " ".join("".join(page.text).split())
+    assert "mAP 38.0 %" in said and "Loss" not in said and "not in the run folder" not in said and page.open == []
 
 
 def test_report__marks_restarts_and_counts_what_was_redone(report: str) -> None:

@@ -1,0 +1,79 @@
+"""Scores of a run beside those that publications report: what is comparable, and why the rest is not."""
+
+from typing import Any
+
+from training.reid.literature import ROWS, Task
+from training.reid.literature import Row as Published
+from training.reid.published import PUBLISHED
+from training.report_data import RunFiles, Score
+from training.report_page import Row, escape, missing, soft, table
+
+_HEAD = ("method", "backbone", "height × width", "data set", "mAP", "Rank-1", "source", "comparable")
+_ABOUT = "Scores of the literature, without re-ranking, for weights of the same kind; what is not comparable is grey."
+
+
+def published_section(files: RunFiles) -> str:
+    """One table for each test set."""
+    found = [_beside(test_set.last) for test_set in files.test_sets if test_set.last]
+    return "\n".join(found) or missing("evaluation/<set>/<weights>/metrics.json")
+
+
+def _beside(score: Score) -> str:
+    title = f"<h3>{escape(score.set_name)}, {escape(score.weights)}</h3>"
+    if "model" not in score.content.get("settings", {}):
+        return title + soft("metrics.json does not say what the weights are: score them again.")
+    rows = [_row(row, not_comparable(row, score.content)) for row in alike(score.content)]
+    rows.sort(key=lambda row: row.grey)
+    return "\n".join([title, soft(_ABOUT), table(_HEAD, [_ours(score), *rows], numbers=(4, 5))])
+
+
+def alike(content: dict[str, Any]) -> list[Published]:
+    """Rows for weights that were pre-trained by the same method; if none were, all on the same data set; else all that
+    can be carried out."""
+    model, data = content["settings"]["model"], content["data"]["name"]
+    possible = [row for row in ROWS if not row.refusal]
+    family = [row for row in possible if row.family and row.family == model["family"]]
+    return family or [row for row in possible if row.data == data] or possible
+
+
+def not_comparable(row: Published, content: dict[str, Any]) -> list[str]:
+    """Why a published score cannot be held against ours; empty: it can."""
+    settings, data = content["settings"], content["data"]
+    model = settings["model"]
+    backbone = (model["arch"], model["stem"], model["parts"])
+    reasons = {
+        "another data set": row.data != data["name"],
+        "our data set is not whole": row.data == data["name"] and bool(data["differences"]),
+        "another size of images": list(row.size) != list(settings["size"]),
+        "another backbone": bool(row.arch) and (row.arch, row.stem, row.parts) != backbone,
+        f"theirs is {_said(row.task)}, ours {_said(model['task'])}": row.task != model["task"],
+        f"ours is fine-tuned on {model['trained_on']}": model["trained_on"] not in ("", data["name"]),
+        "ours has fewer labels": model["label_fraction"] < 1,
+    }
+    return [reason for reason, holds in reasons.items() if holds]
+
+
+def _said(task: Task) -> str:
+    return {"zero-shot": "not fine-tuned", "supervised": "fine-tuned"}.get(task, task)
+
+
+def _ours(score: Score) -> Row:
+    settings = score.content["settings"]
+    model = settings["model"]
+    cells = [f"ours ({score.weights}, {score.headline})", model["arch"], _size(settings["size"]), score.set_name]
+    return Row([*cells, *(_percent(score.value(key)) for key in ("mAP", "rank1")), "this run", ""], main=True)
+
+
+def _row(row: Published, reasons: list[str]) -> Row:
+    data = PUBLISHED[row.data].title if row.data in PUBLISHED else row.data
+    rank1 = "" if row.rank1 is None else f"{row.rank1:.1f}"
+    cells = [row.method, row.arch, _size(row.size), data, f"{row.mAP:.1f}", rank1, row.source]
+    return Row([*cells, f"no: {'; '.join(reasons)}" if reasons else "yes"], grey=bool(reasons))
+
+
+def _size(size: Any) -> str:
+    return f"{size[0]} × {size[1]}"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"

@@ -30,7 +30,8 @@ class Recorder:
     """Writes the metrics of one attempt. Made on the leading rank only."""
 
     def __init__(self, folder: RunFolder, host: Host, *, about: Mapping[str, Any]) -> None:
-        """`about` goes into the attempt's first line: world, resumed_from, step, reason."""
+        """`about` goes into the attempt's first line: world, resumed_from, step, reason, and when which stage of the
+        start was over (`Startup`)."""
         self.folder, self.host = folder, host
         self.attempt = 1 + max((int(match[1]) for match in map(_ATTEMPT.fullmatch, folder.names("metrics/")) if match),
                                default=0)  # fmt: skip

@@ -42,6 +42,7 @@ from training.provenance import about, describe, resume_command
 from training.rank_log import rank_log
 from training.run_folder import RunFolder
 from training.speed import Tally
+from training.startup import Startup
 from training.succession import Succession
 from training.watch import Watch
 
@@ -65,6 +66,7 @@ def pretrain(config: RunConfig, *, world: World, host: Host, reason: str = "star
 
 
 def _pretrain(config: RunConfig, folder: RunFolder, world: World, host: Host, reason: str) -> Ending:
+    startup = Startup()
     refuse_unsuited(config, world.device)
     _use_threads(config, world)
     data = check(config) if world.leads else load_data(config.stream, config.storage)
@@ -82,7 +84,9 @@ def _pretrain(config: RunConfig, folder: RunFolder, world: World, host: Host, re
         folder.at("checkpoints"), config.checkpoints, world, about=about(config, data, world, origin), say=say,
         replaces=data.replaces,
     )
+    startup.reached("engine")
     position, resumed = checkpoints.restore(stepper)
+    startup.reached("restored")
     pace = Pace(method, host, world, say)
     watch = Watch(folder, world, config, pace)
     with make_loader(config, data, world, share) as loader:
@@ -91,7 +95,7 @@ def _pretrain(config: RunConfig, folder: RunFolder, world: World, host: Host, re
             place=Place(world.device, config.views.statistics),
             optimisation=config.optimisation, micro_batch=share.micro, checkpoints=checkpoints,
             stop=Stop(host, world), host=host, faults=Faults(folder, world, say),
-            tally=Tally(world), watch=watch,
+            tally=Tally(world), watch=watch, flush=folder.flush,
         )  # fmt: skip
         milestones = Milestones(config, clock, folder, world, host, say)
         if position >= clock.end:
@@ -105,6 +109,7 @@ def _pretrain(config: RunConfig, folder: RunFolder, world: World, host: Host, re
         if world.leads:
             run.recorder = Recorder(folder, host, about={
                 "world": world.size, "resumed_from": resumed, "step": position // clock.batch, "reason": reason,
+                "startup": startup.times,
             })  # fmt: skip
             pace.say = milestones.say = run.recorder.say
             watch.also.append(Succession(loader, data, checkpoints, folder, world, run.recorder.say))

@@ -62,6 +62,9 @@ class Run:
     """On the leading rank."""
     watch: Callable[[Progress, Batch, Result], None] | None = None
     """Called after each step, on every rank: audit logs, heartbeats, tests."""
+    flush: Callable[[], None] = lambda: None
+    """Writes what this rank still holds of its growing files. Called before each save: a checkpoint outlives the
+    process, and so must what was recorded until then."""
 
 
 def train(run: Run, segment: Segment, *, position: int = 0) -> tuple[int, bool]:
@@ -132,8 +135,8 @@ def _record(run: Run, progress: Progress, now: StepSettings, batch: Batch, resul
 
 
 def _save(run: Run, checkpoints: Checkpoints, step: int, samples: int) -> None:
+    run.flush()
     checkpoints.save(step, samples, run.stepper)
     run.host.saved(step)
     if run.recorder is not None:
-        run.recorder.folder.flush()
         run.recorder.speed.pause()

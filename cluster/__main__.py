@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -9,6 +10,7 @@ from cluster.session import chosen_address
 from datapipe import command
 from datapipe.config import StorageConfig
 from datapipe.settings import settings
+from training.reid.scoring import ScoringConfig
 
 
 @settings
@@ -62,7 +64,9 @@ class EvaluateCommand:
     run: tyro.conf.Positional[str]
     """Run folder, local or s3://bucket/prefix."""
     data: str
-    """Test set in the Market-1501 layout (query, bounding_box_test), local or s3://bucket/prefix."""
+    """Labelled data set: a folder or s3://bucket/prefix with its files, or its shards."""
+    scoring: Annotated[ScoringConfig, tyro.conf.arg(name="")] = ScoringConfig()
+    """How the data set is taken and scored."""
     storage: StorageConfig = StorageConfig()
     """How object stores are reached."""
     address: str = ""
@@ -77,7 +81,7 @@ def evaluate(arguments: list[str]) -> int:
 
     chosen = tyro.cli(EvaluateCommand, args=arguments, prog="python -m cluster evaluate")
     address = chosen_address(chosen.address)
-    print(table(run(chosen.run, chosen.data, storage=chosen.storage, address=address)))
+    print(table(run(chosen.run, chosen.data, storage=chosen.storage, scoring=chosen.scoring, address=address)))
     return command.COMPLETE
 
 

@@ -8,12 +8,15 @@ from datapipe.config import StorageConfig
 from datapipe.storage import is_remote
 from training import evaluation
 from training.evaluation import Task
+from training.reid.scoring import ScoringConfig
 
 
-def run(run_folder: str, data: str, *, storage: StorageConfig, address: str = "local") -> list[dict[str, Any]]:
+def run(
+    run_folder: str, data: str, *, storage: StorageConfig, scoring: ScoringConfig, address: str = "local"
+) -> list[dict[str, Any]]:
     """Score the colour histogram, random weights and every kept checkpoint; their metrics in that order."""
     run_folder, data = (place if is_remote(place) else os.path.abspath(place) for place in (run_folder, data))
-    tasks = evaluation.tasks(run_folder, data, storage)
+    tasks = evaluation.tasks(run_folder, data, storage, scoring)
     cores = os.cpu_count() or 1
     with ray_session(address, cpus=cores):
         import ray

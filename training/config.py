@@ -19,6 +19,7 @@ from training.initial_weights import InitConfig
 from training.methods import METHODS, MethodConfig
 from training.methods.base import Precision
 from training.methods.pass_reid import PassConfig
+from training.reid.scoring import ScoringConfig
 
 
 @settings
@@ -113,6 +114,8 @@ class EvaluationConfig:
     as that."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """How test images are resized. TransReID bilinear, HAP bicubic."""
+    scoring: ScoringConfig = ScoringConfig()
+    """What the test set is, and how features are scored on it."""
 
 
 @settings

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -17,6 +17,7 @@ from training.engine.world import alone
 from training.milestones import SUMMARY
 from training.pretrain import pretrain
 from training.reid import supervised
+from training.reid.scoring import ScoringConfig
 from training.run_folder import RunFolder
 from training.weight_files import FILES
 from training.weights import CARD
@@ -41,6 +42,8 @@ class EvaluateCommand:
     suits the weights."""
     label_fraction: float = 1.0
     """Share of the training identities that fine-tuning may use."""
+    scoring: Annotated[ScoringConfig, tyro.conf.arg(name="")] = ScoringConfig()
+    """How the data set is taken and scored."""
     storage: StorageConfig = StorageConfig()
     """How object stores are reached."""
 
@@ -61,21 +64,26 @@ def _zero_shot(chosen: EvaluateCommand) -> list[dict[str, Any]]:
         if not chosen.out:
             raise ConfigError("scores of a file need a folder", where="--out", hint="--out scores/market1501")
         export = supervised.as_export(chosen.weights, chosen.out, chosen.storage)
-        return [evaluation.score_export(export, chosen.data, chosen.storage, out=chosen.out)]
+        return [_scored(export, chosen)]
     if open_store(chosen.weights, chosen.storage).exists(CARD):
-        return [evaluation.score_export(chosen.weights, chosen.data, chosen.storage, out=chosen.out)]
+        return [_scored(chosen.weights, chosen)]
     scores = []
-    for task in evaluation.tasks(chosen.weights, chosen.data, chosen.storage):
+    for task in evaluation.tasks(chosen.weights, chosen.data, chosen.storage, chosen.scoring):
         scores.append(evaluation.score(task))
         print(f"scored {task.weights.name}", flush=True)
     return scores
+
+
+def _scored(export: str, chosen: EvaluateCommand) -> dict[str, Any]:
+    return evaluation.score_export(export, chosen.data, chosen.storage, out=chosen.out, scoring=chosen.scoring)
 
 
 def _fine_tuned(chosen: EvaluateCommand, flags: Sequence[str]) -> int:
     """Prepare, train to the end or a stop, and print the last and the best score, and which of them is the result."""
     fraction = ["--method.label-fraction", str(chosen.label_fraction)] if chosen.label_fraction < 1 else []
     config = supervised.prepare(chosen.weights, chosen.data, chosen.out, recipe=chosen.recipe,
-                                flags=[*fraction, *flags], storage=chosen.storage, prog=PROG)  # fmt: skip
+                                flags=[*fraction, *flags], scoring=chosen.scoring, storage=chosen.storage,
+                                prog=PROG)  # fmt: skip
     with LocalHost() as host, alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world:
         ending = pretrain(config, world=world, host=host)
     if not ending.complete:

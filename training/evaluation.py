@@ -18,8 +18,9 @@ from training.config import RunConfig
 from training.methods.base import Method
 from training.placing import MEAN_STD
 from training.reid import zero_shot
-from training.reid.datasets import ReIDSet, open_reid
+from training.reid.datasets import ReIDSet, check_images, open_reid
 from training.reid.embed import EmbedConfig
+from training.reid.scoring import ScoringConfig
 from training.reid.zero_shot import COLOUR_HISTOGRAM, RANDOM, Weights
 from training.run_folder import RunFolder
 from training.weights import Provenance, load_counted
@@ -33,6 +34,13 @@ class Task:
     data: str
     weights: Weights
     storage: StorageConfig
+    scoring: ScoringConfig = ScoringConfig()
+
+
+def open_data(url: str, storage: StorageConfig, scoring: ScoringConfig, *, images: bool = True) -> ReIDSet:
+    """A test set as the settings say what it is, its images compared too; raises as `open_reid` and `check_images`."""
+    found = open_reid(url, storage, name=scoring.data_name, allow_partial=scoring.allow_partial)
+    return check_images(found, allow_partial=scoring.allow_partial) if images else found
 
 
 def open_run(url: str, storage: StorageConfig) -> tuple[RunFolder, RunConfig]:
@@ -45,53 +53,63 @@ def open_run(url: str, storage: StorageConfig) -> tuple[RunFolder, RunConfig]:
     return folder, config
 
 
-def tasks(run: str, data: str, storage: StorageConfig) -> list[Task]:
-    """What there is to score: colour histogram, random weights, and the complete checkpoints, oldest first."""
+def tasks(
+    run: str, data: str, storage: StorageConfig, scoring: ScoringConfig = ScoringConfig()  # noqa: B008  (frozen)
+) -> list[Task]:
+    """What there is to score: colour histogram, random weights, and the complete checkpoints, oldest first.
+
+    The test set is checked first, its images too: see `check_images`.
+    """
     folder, _ = open_run(run, storage)
     store = folder.at("checkpoints")
     names = checkpoint.complete(store)
     if not names:
         raise DataError("the run has no complete checkpoint", where=store.url, hint="let it reach its first save")
+    open_data(data, storage, scoring)
     markers = [(name, checkpoint.read_marker(store, name)) for name in names]
     weights = [Weights(COLOUR_HISTOGRAM), Weights(RANDOM, 0, 0)]
     weights += [Weights(name, marker.step, marker.samples) for name, marker in markers]
-    return [Task(run, data, chosen, storage) for chosen in weights]
+    return [Task(run, data, chosen, storage, scoring) for chosen in weights]
 
 
 def score(task: Task, *, threads: int = 2, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Score one task and write its folder below `evaluation/`; what is there already and of the same weights stays."""
     folder, config = open_run(task.run, task.storage)
-    reid = open_reid(task.data, task.storage)
-    identity = _identity(task, folder, config)
+    reid = open_data(task.data, task.storage, task.scoring, images=task.scoring.allow_partial)  # `tasks` has refused
+    identity = _identity(task, reid, folder, config)
     before = _scored(folder, reid, task.weights, identity)
     if before is not None:
         return before
     if task.weights.name == COLOUR_HISTOGRAM:
-        evaluation = zero_shot.evaluate_histogram(reid)
+        evaluation = zero_shot.evaluate_histogram(reid, scoring=task.scoring)
     else:
         backbone = load_backbone(task.weights, folder, config).to(device)
         mean, std = MEAN_STD[config.views.statistics]
         how = EmbedConfig(threads=threads, mean=mean, std=std, interpolation=config.evaluation.interpolation)
         evaluation = zero_shot.evaluate_backbone(
             backbone, reid, task.weights, size=config.backbone.size, device=device, config=how,
-            headline=feature_of(config.method.name, backbone.parts),
+            headline=feature_of(config.method.name, backbone.parts), scoring=task.scoring,
         )  # fmt: skip
     evaluation = replace(evaluation, settings=evaluation.settings | {"identity": identity})
     zero_shot.save(evaluation, reid, folder.store)
     return zero_shot.metrics(evaluation, reid)
 
 
-def score_export(url: str, data: str, storage: StorageConfig, *, out: str = "", threads: int = 2) -> dict[str, Any]:
+def score_export(
+    url: str, data: str, storage: StorageConfig, *, out: str = "", threads: int = 2,
+    scoring: ScoringConfig = ScoringConfig(),  # noqa: B008  (frozen)
+) -> dict[str, Any]:  # fmt: skip
     """Score the weights of an export or import, at the size and with the statistics on its card; write `evaluation/`
     below `out`, or beside them."""
     store = open_store(url, storage)
-    card, reid = exports.load_card(store), open_reid(data, storage)
+    card = exports.load_card(store)
+    reid = open_data(data, storage, scoring)
     config = EmbedConfig(threads=threads, mean=tuple(card["input"]["mean"]), std=tuple(card["input"]["std"]))
     backbone = exports.load_backbone(store)
     weights = Weights("exported", card.get("step"), card.get("samples"))
     evaluation = zero_shot.evaluate_backbone(
         backbone, reid, weights, size=backbone.config.size, config=config,
-        headline=feature_of(_method_of(card), backbone.parts),
+        headline=feature_of(_method_of(card), backbone.parts), scoring=scoring,
     )  # fmt: skip
     zero_shot.save(evaluation, reid, open_store(out, storage) if out else store)
     return zero_shot.metrics(evaluation, reid)
@@ -145,13 +163,14 @@ def licence_of(folder: RunFolder) -> str:
     return json.loads(text)["manifest"]["licence"] if text else ""
 
 
-def _identity(task: Task, folder: RunFolder, config: RunConfig) -> str:
+def _identity(task: Task, reid: ReIDSet, folder: RunFolder, config: RunConfig) -> str:
     """What must be equal for old scores to stand."""
+    data = f"{task.data} {reid.about()['counts']} {task.scoring}"
     if task.weights.name == COLOUR_HISTOGRAM:
-        return task.data
+        return data
     if task.weights.name == RANDOM:
-        return f"{task.data} seed {config.seed} {config.backbone}"
-    return f"{task.data} {checkpoint.read_marker(folder.at('checkpoints'), task.weights.name).sha256}"
+        return f"{data} seed {config.seed} {config.backbone}"
+    return f"{data} {checkpoint.read_marker(folder.at('checkpoints'), task.weights.name).sha256}"
 
 
 def _scored(folder: RunFolder, reid: ReIDSet, weights: Weights, identity: str) -> dict[str, Any] | None:
@@ -164,10 +183,13 @@ def _scored(folder: RunFolder, reid: ReIDSet, weights: Weights, identity: str) -
 
 def table(scores: list[dict[str, Any]]) -> str:
     """The scores as lines of a plain table, in percent."""
-    lines = [f"{'weights':<20}{'samples':>12}  {'feature':<10}{'mAP':>7}{'R1':>7}{'R5':>7}{'R10':>7}"]
+    names = [name for row in scores for name in row["features"]]
+    width = max(map(len, [*names, "feature"])) + 2
+    lines = [f"{'weights':<20}{'samples':>12}  {'feature':<{width}}{'mAP':>7}{'R1':>7}{'R5':>7}{'R10':>7}{'mINP':>7}"]
     for row in scores:
         for name, found in row["features"].items():
             samples = "" if row["samples"] is None else f"{row['samples']:,}"
-            numbers = "".join(f"{100 * found[key]:7.1f}" for key in ("mAP", "rank1", "rank5", "rank10"))
-            lines.append(f"{row['weights']:<20}{samples:>12}  {name:<10}{numbers}")
+            numbers = "".join(f"{100 * found[key]:7.1f}" for key in ("mAP", "rank1", "rank5", "rank10", "mINP"))
+            trapezoid = f"  trapezoid mAP {100 * found['trapezoid_mAP']:.1f}" if "trapezoid_mAP" in found else ""
+            lines.append(f"{row['weights']:<20}{samples:>12}  {name:<{width}}{numbers}{trapezoid}")
     return "\n".join(lines)

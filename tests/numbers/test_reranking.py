@@ -4,8 +4,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.golden import golden, tolerance
-from training.reid.reranking import RerankConfig, reranked
+from training.reid.reranking import reranked
 from training.reid.retrieval import evaluate, evaluate_distances
+from training.reid.scoring import RerankConfig
 
 LABELS = ("query_pids", "gallery_pids", "query_camids", "gallery_camids")
 

@@ -13,24 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 from scipy.sparse import csc_array, csr_array
 
-from datapipe.settings import settings
 from training.reid.ranking import Chunk, Floats, Integers, distance_chunks, in_slices, nearest
+from training.reid.scoring import RerankConfig
 
 ROWS = 128
 """Images whose neighbourhoods are worked out at once."""
-
-
-@settings
-class RerankConfig:
-    k1: int = Field(default=20, ge=1)
-    """Neighbours among which reciprocal ones are looked for."""
-    k2: int = Field(default=6, ge=1)
-    """Neighbours (the image itself is the first) over which memberships are averaged; 1: not at all."""
-    weight: float = Field(default=0.3, ge=0, le=1)
-    """Share of the original distance in the final one (lambda in the paper); the rest is the Jaccard distance."""
 
 
 @dataclass(frozen=True)

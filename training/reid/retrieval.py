@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from datapipe.errors import DataError
 from training.reid.ranking import Floats, Integers, Labels, Ranking, distance_chunks, rank
-from training.reid.reranking import RerankConfig, reranked
+from training.reid.reranking import reranked
+from training.reid.scoring import RerankConfig
 
 CHUNK_MB = 64.0
 """Distances held at once, in megabytes (10^6 bytes)."""

@@ -21,7 +21,7 @@ from training.config import RunConfig
 from training.methods.supervised import SupervisedConfig
 from training.placing import MEAN_STD
 from training.published import Stated, read_published
-from training.reid.datasets import open_reid
+from training.reid.scoring import ScoringConfig
 from training.reid.training_part import shard_training_part
 from training.reid.zero_shot import Weights
 from training.run_folder import RunFolder
@@ -38,7 +38,8 @@ GIVEN = ("arch", "patch", "stem", "width", "depth", "heads", "mlp_ratio", "layer
 
 def prepare(
     weights: str, data: str, out: str, *, recipe: str = "", flags: Sequence[str] = (),
-    storage: StorageConfig = StorageConfig(), prog: str | None = None,  # noqa: B008  (frozen)
+    scoring: ScoringConfig = ScoringConfig(), storage: StorageConfig = StorageConfig(),  # noqa: B008  (frozen)
+    prog: str | None = None,
 ) -> RunConfig:  # fmt: skip
     """The resolved recipe of fine-tuning `weights` on `data`, after what it starts from was put into `out`.
 
@@ -47,12 +48,12 @@ def prepare(
     """
     if not out:
         raise ConfigError("fine-tuning needs a run folder", where="--out", hint="--out runs/market1501")
-    reid = open_reid(data, storage)
+    reid = evaluation.open_data(data, storage, scoring)
     start = "" if weights == RANDOM else as_export(weights, out, storage)
     card = exports.load_card(open_store(start, storage)) if start else {}
     config = _suited(recipes.load(recipe or suited_recipe(card)), card)
     changed = replace(config, out=out, storage=storage, init=replace(config.init, weights=start),
-                      evaluation=replace(config.evaluation, data=data))  # fmt: skip
+                      evaluation=replace(config.evaluation, data=data, scoring=scoring))  # fmt: skip
     final = recipes.override(changed, flags, prog=prog)
     if not isinstance(final.method, SupervisedConfig):
         raise ConfigError(f"the recipe is of {final.method.name}, not of fine-tuning", where="--recipe",

@@ -16,14 +16,13 @@ import torch
 
 from datapipe.config import Size
 from datapipe.errors import DataError
-from datapipe.settings import settings
 from datapipe.storage import Store
 from training.reid.baselines import colour_histogram
 from training.reid.datasets import Labelled, ReIDSet
 from training.reid.embed import Backbone, EmbedConfig, Features, decode, embed
 from training.reid.figures import Picture, Tile, ranked_list, to_jpeg
-from training.reid.reranking import RerankConfig
 from training.reid.retrieval import RetrievalResult, confident_mistakes, evaluate, per_camera
+from training.reid.scoring import ScoringConfig
 
 SHOWN = 10
 """Gallery images in a ranked list."""
@@ -43,17 +42,6 @@ class Weights:
     name: str
     step: int | None = None
     samples: int | None = None
-
-
-@settings
-class ScoringConfig:
-    rerank: bool = False
-    """Score every feature once more, re-ranked by k-reciprocal encoding. Minutes for MSMT17."""
-    reranking: RerankConfig = RerankConfig()
-    """How. Published scores are without it."""
-    trapezoid: bool = False
-    """Report the mAP of the official Market-1501 code too (trapezoids; about a point lower), as `trapezoid_mAP`. Tables
-    of the literature have the other one."""
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ import pytest
 from numpy.typing import NDArray
 
 from datapipe.errors import DataError
-from training.reid.reranking import RerankConfig, memberships, neighbours, reranked
+from training.reid.reranking import memberships, neighbours, reranked
 from training.reid.retrieval import evaluate
+from training.reid.scoring import RerankConfig
 
 
 def unit(seed: int, images: int = 90, people: int = 12, spread: float = 0.5) -> NDArray:

@@ -14,10 +14,9 @@ from tests.training.reid.people import market
 from tests.training.reid.test_embed import Means
 from training.reid.datasets import ReIDSet, open_reid
 from training.reid.embed import decode
-from training.reid.reranking import RerankConfig
+from training.reid.scoring import RerankConfig, ScoringConfig
 from training.reid.zero_shot import (
     Evaluation,
-    ScoringConfig,
     Weights,
     chosen_queries,
     evaluate_backbone,

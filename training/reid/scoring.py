@@ -1,0 +1,32 @@
+"""How a labelled data set is taken, and how features are scored on it."""
+
+from pydantic import Field
+
+from datapipe.settings import settings
+
+
+@settings
+class RerankConfig:
+    k1: int = Field(default=20, ge=1)
+    """Neighbours among which reciprocal ones are looked for."""
+    k2: int = Field(default=6, ge=1)
+    """Neighbours (the image itself is the first) over which memberships are averaged; 1: not at all."""
+    weight: float = Field(default=0.3, ge=0, le=1)
+    """Share of the original distance in the final one (lambda in the paper); the rest is the Jaccard distance."""
+
+
+@settings
+class ScoringConfig:
+    data_name: str = ""
+    """What the data set is: market1501, dukemtmc, occluded_duke, msmt17, msmt17_v2, cuhk03_detected, cuhk03_labeled, or
+    "own" for images of one's own in the layout of Market-1501. Empty: it is recognised."""
+    allow_partial: bool = False
+    """Go on where images of a published data set are missing, or where train and test overlap. It is logged, and said
+    beside the scores."""
+    rerank: bool = False
+    """Score every feature once more, re-ranked by k-reciprocal encoding. Minutes for MSMT17."""
+    reranking: RerankConfig = RerankConfig()
+    """How. Published scores are without it."""
+    trapezoid: bool = False
+    """Report the mAP of the official Market-1501 code too (trapezoids; about a point lower), as `trapezoid_mAP`. Tables
+    of the literature have the other one."""

@@ -15,10 +15,10 @@ def test_object_storage__the_whole_way(
     tmp_path: Path, s3: S3Server, write_crops: Callable[..., dict[str, bytes]]
 ) -> None:
     bucket = s3.bucket()
-    write_crops(tmp_path / "crops" / "bounding_box_train", 40)
+    write_crops(tmp_path / "train", 40)
     for name, count in (("query", 8), ("bounding_box_test", 24)):
         write_crops(tmp_path / "crops" / name, count, seed=1)
-    data = shards(tmp_path / "crops" / "bounding_box_train", f"s3://{bucket}/shards", s3.storage)
+    data = shards(tmp_path / "train", f"s3://{bucket}/shards", s3.storage)
     run = f"s3://{bucket}/runs/tiny"
     path = recipe(tmp_path, data.url, run, epochs=2.0)
     flags = ("--storage.endpoint-url", s3.endpoint)

@@ -7,7 +7,6 @@ import pytest
 from tests.golden import ABSENT, ROOT, golden_folder
 
 WAITING = {
-    "reid_losses": "supervised fine-tuning",
     "jaccard_dbscan": "unsupervised and domain-adaptive evaluation",
     "cluster_memory": "unsupervised and domain-adaptive evaluation",
 }

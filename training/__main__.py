@@ -1,4 +1,4 @@
-"""python -m training pretrain | views | checkpoints | evaluate | export | import | report | warm"""
+"""python -m training pretrain | views | checkpoints | evaluate | reproduce | export | import | report | warm"""
 
 import argparse
 import json
@@ -29,6 +29,7 @@ from training.placing import MEAN_STD
 from training.pretrain import pretrain as run_recipe
 from training.published import Network, Stated, read_published
 from training.reid.zero_shot import Weights
+from training.reproduce_command import reproduce
 from training.resizing import Interpolation, resized, resizing
 from training.weights import Provenance, create_model_call
 from training.weights import export as export_backbone
@@ -244,6 +245,7 @@ COMMANDS = {
     "views": views,
     "checkpoints": checkpoints,
     "evaluate": evaluate,
+    "reproduce": reproduce,
     "export": export,
     "import": import_published,
     "report": report,

@@ -10,17 +10,18 @@ from datapipe import command
 from datapipe.config import StorageConfig
 from datapipe.errors import ConfigError
 from datapipe.settings import settings
-from datapipe.storage import open_store
 from training import evaluation
+from training.config import RunConfig
 from training.engine.host import LocalHost, exit_code
-from training.engine.world import alone
+from training.engine.world import alone, choose_device
+from training.evaluation import Task
 from training.milestones import SUMMARY
 from training.pretrain import pretrain
 from training.reid import supervised
 from training.reid.scoring import ScoringConfig
+from training.report import write_report
 from training.run_folder import RunFolder
 from training.weight_files import FILES
-from training.weights import CARD
 
 PROG = "python -m training evaluate"
 
@@ -52,43 +53,47 @@ def evaluate(arguments: list[str]) -> int:
     """Score weights by retrieval: a run's checkpoints beside baselines, an export, a file; or after fine-tuning."""
     chosen, flags = tyro.cli(EvaluateCommand, args=arguments, prog=PROG, return_unknown_args=True)
     if chosen.task == "supervised":
-        return _fine_tuned(chosen, flags)
+        config = fine_tuning(chosen, flags, prog=PROG)
+        with LocalHost() as host, alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world:
+            ending = pretrain(config, world=world, host=host)
+        return conclude(config) if ending.complete else exit_code(host.received)
+    scores = []
+    for task in zero_shot_tasks(chosen, flags, prog=PROG):
+        scores.append(evaluation.score(task, device=choose_device("auto", 0)))
+        print(f"scored {task.weights.name}", flush=True)
+    return show(chosen, scores)
+
+
+def zero_shot_tasks(chosen: EvaluateCommand, flags: Sequence[str], *, prog: str) -> list[Task]:
+    """What there is to score; raises UserError for all that can be wrong before that."""
     if flags:
-        raise ConfigError(f"unknown: {' '.join(flags)}", where=PROG, hint="--help lists what there is")
-    print(evaluation.table(_zero_shot(chosen)))
+        raise ConfigError(f"unknown: {' '.join(flags)}", where=prog, hint="--help lists what there is")
+    weights = chosen.weights
+    if weights.endswith(FILES):
+        if not chosen.out:
+            raise ConfigError("scores of a file need a folder", where="--out", hint="--out scores/market1501")
+        weights = supervised.as_export(weights, chosen.out, chosen.storage)
+    return evaluation.tasks(weights, chosen.data, chosen.storage, chosen.scoring, out=chosen.out)
+
+
+def show(chosen: EvaluateCommand, scores: list[dict[str, Any]]) -> int:
+    """Print the table of scores and write the report of the folder that holds them."""
+    print(evaluation.table(scores))
+    print(write_report(chosen.out or evaluation.checkpoint_of(chosen.weights)[0], chosen.storage))
     return command.COMPLETE
 
 
-def _zero_shot(chosen: EvaluateCommand) -> list[dict[str, Any]]:
-    if chosen.weights.endswith(FILES):
-        if not chosen.out:
-            raise ConfigError("scores of a file need a folder", where="--out", hint="--out scores/market1501")
-        export = supervised.as_export(chosen.weights, chosen.out, chosen.storage)
-        return [_scored(export, chosen)]
-    if open_store(chosen.weights, chosen.storage).exists(CARD):
-        return [_scored(chosen.weights, chosen)]
-    scores = []
-    for task in evaluation.tasks(chosen.weights, chosen.data, chosen.storage, chosen.scoring):
-        scores.append(evaluation.score(task))
-        print(f"scored {task.weights.name}", flush=True)
-    return scores
-
-
-def _scored(export: str, chosen: EvaluateCommand) -> dict[str, Any]:
-    return evaluation.score_export(export, chosen.data, chosen.storage, out=chosen.out, scoring=chosen.scoring)
-
-
-def _fine_tuned(chosen: EvaluateCommand, flags: Sequence[str]) -> int:
-    """Prepare, train to the end or a stop, and print the last and the best score, and which of them is the result."""
+def fine_tuning(chosen: EvaluateCommand, flags: Sequence[str], *, prog: str) -> RunConfig:
+    """The run that fine-tunes and scores itself."""
     fraction = ["--method.label-fraction", str(chosen.label_fraction)] if chosen.label_fraction < 1 else []
-    config = supervised.prepare(chosen.weights, chosen.data, chosen.out, recipe=chosen.recipe,
-                                flags=[*fraction, *flags], scoring=chosen.scoring, storage=chosen.storage,
-                                prog=PROG)  # fmt: skip
-    with LocalHost() as host, alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world:
-        ending = pretrain(config, world=world, host=host)
-    if not ending.complete:
-        return exit_code(host.received)
+    return supervised.prepare(chosen.weights, chosen.data, chosen.out, recipe=chosen.recipe, flags=[*fraction, *flags],
+                              scoring=chosen.scoring, storage=chosen.storage, prog=prog)  # fmt: skip
+
+
+def conclude(config: RunConfig) -> int:
+    """Print the last and the best score of a complete run, and which of them is the result; write its report."""
     found = json.loads(RunFolder(config.out, config.storage).store.read(SUMMARY))
     print(evaluation.table([found["last"], found["best"]]))
     print(f"result: {found['result']['weights']}, {found['rule']}")
+    print(write_report(config.out, config.storage))
     return command.COMPLETE

@@ -1,21 +1,25 @@
-"""Scores of a run's weights: the random ones it began with, every checkpoint it kept, and the colour histogram."""
+"""Scores of a run's weights: the random ones it began with, every checkpoint it kept, and the colour histogram; and
+of exported or imported ones."""
 
 import json
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError, NotFoundError
-from datapipe.storage import open_store
+from datapipe.storage import Store, open_store
 from training import checkpoint
 from training import config as recipes
+from training import pedigree as pedigrees
 from training import weights as exports
 from training.assembly import build_method, saved_config
 from training.backbone import VisionTransformer
 from training.config import RunConfig
 from training.methods.base import Method
+from training.pedigree import Pedigree
 from training.placing import MEAN_STD
 from training.reid import zero_shot
 from training.reid.datasets import ReIDSet, check_images, open_reid
@@ -23,7 +27,10 @@ from training.reid.embed import EmbedConfig
 from training.reid.scoring import ScoringConfig
 from training.reid.zero_shot import COLOUR_HISTOGRAM, RANDOM, Weights
 from training.run_folder import RunFolder
-from training.weights import Provenance, load_counted
+from training.weights import CARD, Provenance, first_few, load_counted
+
+EXPORTED = "exported"
+"""Name of the weights of an export or import among the scores."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +38,28 @@ class Task:
     """One set of weights to score on one test set. Picklable."""
 
     run: str
+    """Run folder, or the folder of an export or import."""
     data: str
     weights: Weights
     storage: StorageConfig
     scoring: ScoringConfig = ScoringConfig()
+    out: str = ""
+    """Folder that `evaluation/` goes into; empty: `run`."""
+    interpolation: Literal["", "bilinear", "bicubic"] = ""
+    """How test images are resized; empty: as the run's recipe says, bilinear for exports."""
+
+
+class Subject(NamedTuple):
+    """What is to be scored, before anything heavy is read."""
+
+    weights: Weights
+    identity: str
+    """What must be equal, beside data and settings, for old scores to stand."""
+    pedigree: Pedigree | None
+    """None: no weights, the colour histogram."""
+    embed: EmbedConfig
+    headline: str
+    load: Callable[[], VisionTransformer]
 
 
 def open_data(url: str, storage: StorageConfig, scoring: ScoringConfig, *, images: bool = True) -> ReIDSet:
@@ -54,65 +79,101 @@ def open_run(url: str, storage: StorageConfig) -> tuple[RunFolder, RunConfig]:
 
 
 def tasks(
-    run: str, data: str, storage: StorageConfig, scoring: ScoringConfig = ScoringConfig()  # noqa: B008  (frozen)
-) -> list[Task]:
-    """What there is to score: colour histogram, random weights, and the complete checkpoints, oldest first.
+    address: str, data: str, storage: StorageConfig, scoring: ScoringConfig = ScoringConfig(), *,  # noqa: B008  (frozen)
+    out: str = "", interpolation: Literal["", "bilinear", "bicubic"] = "",
+) -> list[Task]:  # fmt: skip
+    """What there is to score at an address, in the order in which it is shown.
 
-    The test set is checked first, its images too: see `check_images`.
+    Of a run: colour histogram, random weights, and the complete checkpoints, oldest first; of one of its checkpoints
+    (`.../checkpoints/step_0012000`), or of an export or import: that alone. The test set is checked first, its images
+    too: see `check_images`.
     """
+    run, found = _found(address, storage)
+    open_data(data, storage, scoring)
+    return [Task(run, data, weights, storage, scoring, out, interpolation) for weights in found]
+
+
+def _found(address: str, storage: StorageConfig) -> tuple[str, list[Weights]]:
+    """(folder of the run or export, weights in it)."""
+    if open_store(address, storage).exists(CARD):
+        card = exports.load_card(open_store(address, storage))
+        return address, [Weights(EXPORTED, card.get("step"), card.get("samples"))]
+    run, name = checkpoint_of(address)
     folder, _ = open_run(run, storage)
     store = folder.at("checkpoints")
     names = checkpoint.complete(store)
     if not names:
         raise DataError("the run has no complete checkpoint", where=store.url, hint="let it reach its first save")
-    open_data(data, storage, scoring)
-    markers = [(name, checkpoint.read_marker(store, name)) for name in names]
-    weights = [Weights(COLOUR_HISTOGRAM), Weights(RANDOM, 0, 0)]
-    weights += [Weights(name, marker.step, marker.samples) for name, marker in markers]
-    return [Task(run, data, chosen, storage, scoring) for chosen in weights]
+    if name and name not in names:
+        raise DataError("this checkpoint is not complete", where=address, hint=f"complete are {first_few(names)}")
+    markers = [(one, checkpoint.read_marker(store, one)) for one in ([name] if name else names)]
+    baselines = [] if name else [Weights(COLOUR_HISTOGRAM), Weights(RANDOM, 0, 0)]
+    return run, baselines + [Weights(one, marker.step, marker.samples) for one, marker in markers]
+
+
+def checkpoint_of(address: str) -> tuple[str, str]:
+    """(run, name of its checkpoint) of the folder of a checkpoint; any other address and nothing."""
+    run, between, name = address.rstrip("/").rpartition("/checkpoints/")
+    return (run, name) if between and "/" not in name else (address, "")
 
 
 def score(task: Task, *, threads: int = 2, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Score one task and write its folder below `evaluation/`; what is there already and of the same weights stays."""
-    folder, config = open_run(task.run, task.storage)
+    exported = task.weights.name == EXPORTED
+    subject = _of_export(task, threads) if exported else _of_run(task, threads)
     reid = open_data(task.data, task.storage, task.scoring, images=task.scoring.allow_partial)  # `tasks` has refused
-    identity = _identity(task, reid, folder, config)
-    before = _scored(folder, reid, task.weights, identity)
+    out = open_store(task.out or task.run, task.storage)
+    identity = _identity(task, subject, reid)
+    before = _scored(out, reid, task.weights, identity)
     if before is not None:
         return before
-    if task.weights.name == COLOUR_HISTOGRAM:
+    if subject.pedigree is None:
         evaluation = zero_shot.evaluate_histogram(reid, scoring=task.scoring)
     else:
-        backbone = load_backbone(task.weights, folder, config).to(device)
-        mean, std = MEAN_STD[config.views.statistics]
-        how = EmbedConfig(threads=threads, mean=mean, std=std, interpolation=config.evaluation.interpolation)
+        backbone = subject.load().to(device)
         evaluation = zero_shot.evaluate_backbone(
-            backbone, reid, task.weights, size=config.backbone.size, device=device, config=how,
-            headline=feature_of(config.method.name, backbone.parts), scoring=task.scoring,
+            backbone, reid, task.weights, size=backbone.config.size, device=device, config=subject.embed,
+            headline=subject.headline, scoring=task.scoring,
         )  # fmt: skip
-    evaluation = replace(evaluation, settings=evaluation.settings | {"identity": identity})
-    zero_shot.save(evaluation, reid, folder.store)
+        evaluation.settings["model"] = subject.pedigree.to_tree()
+    evaluation.settings["identity"] = identity
+    zero_shot.save(evaluation, reid, out)
     return zero_shot.metrics(evaluation, reid)
 
 
-def score_export(
-    url: str, data: str, storage: StorageConfig, *, out: str = "", threads: int = 2,
-    scoring: ScoringConfig = ScoringConfig(),  # noqa: B008  (frozen)
-) -> dict[str, Any]:  # fmt: skip
-    """Score the weights of an export or import, at the size and with the statistics on its card; write `evaluation/`
-    below `out`, or beside them."""
-    store = open_store(url, storage)
-    card = exports.load_card(store)
-    reid = open_data(data, storage, scoring)
-    config = EmbedConfig(threads=threads, mean=tuple(card["input"]["mean"]), std=tuple(card["input"]["std"]))
-    backbone = exports.load_backbone(store)
-    weights = Weights("exported", card.get("step"), card.get("samples"))
-    evaluation = zero_shot.evaluate_backbone(
-        backbone, reid, weights, size=backbone.config.size, config=config,
-        headline=feature_of(_method_of(card), backbone.parts), scoring=scoring,
+def _of_run(task: Task, threads: int) -> Subject:
+    folder, config = open_run(task.run, task.storage)
+    mean, std = MEAN_STD[config.views.statistics]
+    interpolation = task.interpolation or config.evaluation.interpolation
+    method: Any = config.method
+    parts, name = getattr(method, "parts", 0), task.weights.name
+    pedigree, identity = None, ""
+    if name == RANDOM:
+        identity = f"seed {config.seed} {config.backbone}"
+        pedigree = pedigrees.of_run(config, parts, task.data)
+    elif name != COLOUR_HISTOGRAM:
+        marker = checkpoint.read_marker(folder.at("checkpoints"), name)
+        identity = marker.sha256
+        pedigree = pedigrees.of_run(config, parts, task.data, sha256=marker.sha256, origin=marker.origin)
+    return Subject(
+        task.weights, identity, pedigree,
+        EmbedConfig(threads=threads, mean=mean, std=std, interpolation=interpolation),
+        feature_of(method.name == "supervised", parts),
+        lambda: load_backbone(task.weights, folder, config),
     )  # fmt: skip
-    zero_shot.save(evaluation, reid, open_store(out, storage) if out else store)
-    return zero_shot.metrics(evaluation, reid)
+
+
+def _of_export(task: Task, threads: int) -> Subject:
+    """At the size and with the statistics on its card."""
+    store = open_store(task.run, task.storage)
+    card = exports.load_card(store)
+    mean, std = (tuple(card["input"][key]) for key in ("mean", "std"))
+    return Subject(
+        task.weights, card["file"]["sha256"], pedigrees.of_card(card, task.data),
+        EmbedConfig(threads=threads, mean=mean, std=std, interpolation=task.interpolation or "bilinear"),
+        feature_of(pedigrees.is_fine_tuned(card), card["parts"]),
+        lambda: exports.load_backbone(store),
+    )  # fmt: skip
 
 
 def load_backbone(weights: Weights, folder: RunFolder, config: RunConfig) -> VisionTransformer:
@@ -130,15 +191,9 @@ def load_method(weights: Weights, folder: RunFolder, config: RunConfig) -> Metho
     return method
 
 
-def feature_of(method: str, parts: int) -> str:
+def feature_of(fine_tuned: bool, parts: int) -> str:
     """The feature that is quoted: what fine-tuning ranked by, where there was one; else that of CLS."""
-    return "cls+parts" if method == "supervised" and parts else "cls"
-
-
-def _method_of(card: dict[str, Any]) -> str:
-    """What the weights on a card were trained by; others' fine-tuned ones are supervised too."""
-    layout = str(card.get("origin", {}).get("layout", ""))
-    return "supervised" if layout.endswith("fine_tuned") else str(card.get("method", ""))
+    return "cls+parts" if fine_tuned and parts else "cls"
 
 
 def headline(metrics: dict[str, Any]) -> dict[str, float]:
@@ -163,19 +218,15 @@ def licence_of(folder: RunFolder) -> str:
     return json.loads(text)["manifest"]["licence"] if text else ""
 
 
-def _identity(task: Task, reid: ReIDSet, folder: RunFolder, config: RunConfig) -> str:
-    """What must be equal for old scores to stand."""
+def _identity(task: Task, subject: Subject, reid: ReIDSet) -> str:
+    """What must be equal for old scores to stand: data, weights, settings."""
     data = f"{task.data} {reid.about()['counts']} {task.scoring}"
-    if task.weights.name == COLOUR_HISTOGRAM:
-        return data
-    if task.weights.name == RANDOM:
-        return f"{data} seed {config.seed} {config.backbone}"
-    return f"{data} {checkpoint.read_marker(folder.at('checkpoints'), task.weights.name).sha256}"
+    return " ".join(filter(None, [data, task.interpolation, subject.identity]))
 
 
-def _scored(folder: RunFolder, reid: ReIDSet, weights: Weights, identity: str) -> dict[str, Any] | None:
+def _scored(out: Store, reid: ReIDSet, weights: Weights, identity: str) -> dict[str, Any] | None:
     try:
-        before = json.loads(folder.store.read(f"evaluation/{reid.name}/{weights.name}/metrics.json"))
+        before = json.loads(out.read(f"evaluation/{reid.name}/{weights.name}/metrics.json"))
     except NotFoundError:
         return None
     return before if before.get("settings", {}).get("identity") == identity else None

@@ -162,7 +162,7 @@ def read_published(url: str, storage: StorageConfig, stated: Stated) -> Publishe
     origin = {
         "file": name, "bytes": len(data), "sha256": digest(data), "layout": layout.name, "about": layout.about,
         "network": stated.network if layout.pair else "", "tensors": len(used), "left_out": left_out,
-        "arguments": _arguments(content),
+        "arguments": _arguments(content), **_identities(aside),
     }  # fmt: skip
     return Published(backbone.eval(), aside, origin, layout.statistics, _centres(entries) if layout.pair else {})
 
@@ -266,6 +266,12 @@ def _grid(patches: int, patch: int, native: Size | None, where: str) -> tuple[in
     raise DataError(f"a position table of {patches} patches fits no image of height : width "
                     f"{', '.join(f'{ratio} : 1' for ratio in sorted(RATIOS))}", where=where,
                     hint="import it with --native HEIGHT WIDTH; overlapping patches are not supported")  # fmt: skip
+
+
+def _identities(aside: Mapping[str, Any]) -> dict[str, int]:
+    """How many people the classifier of fine-tuned weights tells apart."""
+    classifier = aside.get("classifier.weight")
+    return {"identities": len(classifier)} if isinstance(classifier, Tensor) else {}
 
 
 def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:

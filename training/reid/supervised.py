@@ -11,7 +11,7 @@ from typing import Any
 
 from datapipe.config import StorageConfig
 from datapipe.errors import ConfigError, DataError, NotFoundError
-from datapipe.storage import Store, open_store
+from datapipe.storage import Store, open_store, split_url
 from training import checkpoint, evaluation
 from training import config as recipes
 from training import weights as exports
@@ -73,36 +73,42 @@ def suited_recipe(card: dict[str, Any]) -> str:
 
 def as_export(weights: str, out: str, storage: StorageConfig) -> str:
     """The folder of an export with these weights: they are one, or it is made below `out`: of a run's newest
-    checkpoint, or of a file that others published."""
-    store = open_store(weights, storage)
+    checkpoint, of the one that is named, or of a file that others published."""
+    folder, name = split_url(weights)
+    if name == exports.WEIGHTS and open_store(folder, storage).exists(CARD):
+        return folder
     if weights.endswith(FILES):
         return _imported(weights, out, storage)
-    if store.exists(CARD):
+    if open_store(weights, storage).exists(CARD):
         return weights
-    folder = RunFolder(weights, storage)
-    config = saved_config(folder)
+    run, chosen = evaluation.checkpoint_of(weights)
+    config = saved_config(RunFolder(run, storage))
     if config is None:
         raise NotFoundError("there are no weights here", where=weights,
-                            hint="a run folder, the folder of an export or import, or a file of weights")  # fmt: skip
-    return _exported(folder, config, out, storage)
+                            hint="a run folder, a checkpoint in it, the folder of an export or import, or a file of "
+                            "weights")  # fmt: skip
+    return _exported(RunFolder(run, storage), chosen, config, out, storage)
 
 
 def _imported(file: str, out: str, storage: StorageConfig) -> str:
     published = read_published(file, storage, Stated())
     mean, std = MEAN_STD[published.statistics]
     store = _below(out, published.origin["sha256"], storage)
-    exports.export(published.backbone, store, Provenance(origin=published.origin, mean=mean, std=std))
+    if not store.exists(CARD):
+        exports.export(published.backbone, store, Provenance(origin=published.origin, mean=mean, std=std))
     return store.url
 
 
-def _exported(run: RunFolder, config: RunConfig, out: str, storage: StorageConfig) -> str:
+def _exported(run: RunFolder, chosen: str, config: RunConfig, out: str, storage: StorageConfig) -> str:
     names = checkpoint.complete(run.at("checkpoints"))
-    if not names:
-        raise DataError("the run has no complete checkpoint", where=run.url, hint="let it reach its first save")
-    newest = Weights(names[-1])
-    store = _below(out, checkpoint.read_marker(run.at("checkpoints"), newest.name).sha256, storage)
-    backbone = evaluation.load_backbone(newest, run, config)
-    exports.export(backbone, store, evaluation.provenance(newest, run, config))
+    if not names or chosen not in ("", *names):
+        raise DataError(f"the run has no complete checkpoint {chosen}".rstrip(), where=run.url,
+                        hint="let it reach its first save; `python -m training checkpoints` lists them")  # fmt: skip
+    weights = Weights(chosen or names[-1])
+    store = _below(out, checkpoint.read_marker(run.at("checkpoints"), weights.name).sha256, storage)
+    if not store.exists(CARD):
+        backbone = evaluation.load_backbone(weights, run, config)
+        exports.export(backbone, store, evaluation.provenance(weights, run, config))
     return store.url
 
 

@@ -1,0 +1,103 @@
+"""What weights are and where they come from, as far as it decides what their scores may be compared with."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any
+
+from datapipe.storage import is_remote
+from training.backbone import BackboneConfig
+from training.config import RunConfig
+
+FINE_TUNED = "fine_tuned"
+"""How the names of layouts of others' fine-tuned weights end."""
+FAMILIES = {"pass": "pass", "ics": "dino", "dino": "dino", "personvit": "personvit"}
+"""Begin of a layout's name -> the method that such weights were pre-trained by. A bare ViT may be anything."""
+
+
+@dataclass(frozen=True)
+class Pedigree:
+    """Facts about one set of weights."""
+
+    family: str
+    """How they were pre-trained, as recipes write it; empty: unknown, or not at all."""
+    task: str
+    """"supervised" where they were fine-tuned on identities, else "zero-shot"."""
+    arch: str
+    stem: str
+    parts: int
+    sha256: str = ""
+    """Of the weights' file; empty: random ones."""
+    trained_on: str = ""
+    """Where fine-tuning learnt from, if not from the data set that is scored."""
+    label_fraction: float = 1.0
+    """Share of the identities that fine-tuning learnt from."""
+    file: str = ""
+    """The file of others that they began as."""
+
+    def to_tree(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def of_run(
+    config: RunConfig, parts: int, data: str, *, sha256: str = "", origin: Mapping[str, Any] = MappingProxyType({})
+) -> Pedigree:
+    """Of weights of a run, scored on `data`: of a checkpoint, whose marker has both its digest and what the run started
+    from; or, without them, of those that the run's seed draws."""
+    method: Any = config.method
+    tuned = method.name == "supervised" and bool(sha256)
+    return Pedigree(
+        family="" if not sha256 else _family(origin) if tuned else method.name,
+        task="supervised" if tuned else "zero-shot",
+        arch=config.backbone.arch, stem=config.backbone.stem, parts=parts, sha256=sha256,
+        trained_on=_other(config.evaluation.data, data) if tuned else "",
+        label_fraction=method.label_fraction if tuned else 1.0,
+        file=_file(origin),
+    )  # fmt: skip
+
+
+def of_card(card: Mapping[str, Any], data: str) -> Pedigree:
+    """Of exported or imported weights, scored on `data`."""
+    own = card.get("method") == "supervised"
+    recipe = card.get("recipe", {}) if own else {}
+    backbone = BackboneConfig(**card["backbone"])
+    return Pedigree(
+        family=_family(card), task="supervised" if is_fine_tuned(card) else "zero-shot",
+        arch=backbone.arch, stem=backbone.stem, parts=int(card["parts"]), sha256=card["file"]["sha256"],
+        trained_on=_other(recipe.get("evaluation", {}).get("data", ""), data),
+        label_fraction=recipe.get("method", {}).get("label_fraction", 1.0),
+        file=_file(card.get("origin") or {}),
+    )  # fmt: skip
+
+
+def is_fine_tuned(card: Mapping[str, Any]) -> bool:
+    """Was it fine-tuned on identities, here or by others?"""
+    layout = str((card.get("origin") or {}).get("layout", ""))
+    return card.get("method") == "supervised" or layout.endswith(FINE_TUNED)
+
+
+def _family(about: Mapping[str, Any]) -> str:
+    """Of a card, or of what a marker says of the weights a run began with; fine-tuned ones are asked for theirs."""
+    if about.get("method") not in (None, "", "supervised"):
+        return str(about["method"])
+    layout = str(about.get("layout", ""))
+    named = next((family for begin, family in FAMILIES.items() if layout.startswith(begin)), "")
+    return named or (_family(about["origin"]) if isinstance(about.get("origin"), Mapping) else "")
+
+
+def _file(origin: Mapping[str, Any]) -> str:
+    inner = origin.get("origin")
+    return _file(inner) if isinstance(inner, Mapping) and inner else str(origin.get("file", ""))
+
+
+def _other(learnt: str, scored: str) -> str:
+    """The data set that was learnt from, by the end of its address; empty: the one that is scored, or unknown."""
+    if not learnt or _whole(learnt) == _whole(scored):
+        return ""
+    return learnt.rstrip("/").rpartition("/")[2]
+
+
+def _whole(address: str) -> str:
+    return address.rstrip("/") if is_remote(address) else os.path.abspath(address)

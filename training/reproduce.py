@@ -1,0 +1,218 @@
+"""Carry out the evaluation behind a published score, or behind one of the user's own, and hold ours against it.
+
+    OUT/reproduction.json     the row, our scores, and whether they agree
+    OUT/evaluation/, ...      what `evaluate` writes; for fine-tuning a whole run folder
+"""
+
+import difflib
+import json
+import tomllib
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
+
+from datapipe.config import StorageConfig
+from datapipe.errors import ConfigError, DataError
+from datapipe.storage import open_store
+from training import evaluation
+from training import weights as exports
+from training.engine.host import Host
+from training.engine.world import alone, choose_device
+from training.milestones import SUMMARY
+from training.pedigree import Pedigree, is_fine_tuned, of_card
+from training.pretrain import pretrain
+from training.reid import supervised
+from training.reid.datasets import ReIDSet
+from training.reid.literature import BY_NAME, TASKS, Row
+from training.reid.scoring import ScoringConfig
+
+RESULT = "reproduction.json"
+LIST = "`python -m training reproduce --list` has all rows"
+_METRICS = {"mAP": "mAP", "rank1": "Rank-1"}
+
+
+class Agreement(NamedTuple):
+    """One score of ours beside the published one, both in percent."""
+
+    metric: str
+    ours: float
+    published: float
+    tolerance: float
+
+    @property
+    def difference(self) -> float:
+        """Points; above 0: ours is better."""
+        return self.ours - self.published
+
+    @property
+    def within(self) -> bool:
+        """Not further apart than the tolerance. Scores are printed with one digit: half of the last one is nothing."""
+        return abs(self.difference) < self.tolerance + 0.05
+
+
+class Reproduction(NamedTuple):
+    """What came of it."""
+
+    row: Row
+    scores: dict[str, Any]
+    """The content of metrics.json."""
+    agreements: tuple[Agreement, ...]
+
+    @property
+    def within(self) -> bool:
+        """Do all scores agree?"""
+        return all(one.within for one in self.agreements)
+
+    def to_tree(self) -> dict[str, Any]:
+        """Plain values, for the file."""
+        scores = {one.metric: {**one._asdict(), "difference": one.difference, "within": one.within}
+                  for one in self.agreements}  # fmt: skip
+        return {"reproduced": self.within, "agreements": scores, "row": asdict(self.row), "scores": self.scores}
+
+
+def read_row(name: str) -> Row:
+    """The row of this name, or that of a TOML file of the user's own; a recipe it names may lie beside the file.
+
+    Raises ConfigError with every mistake of the file.
+    """
+    if not name.endswith(".toml"):
+        if name not in BY_NAME:
+            near = difflib.get_close_matches(name, list(BY_NAME), n=1)
+            raise ConfigError(f"no published score is called {name!r}", where="reproduce",
+                              hint=f"{f'did you mean {near[0]}? ' if near else ''}{LIST}")  # fmt: skip
+        return BY_NAME[name]
+    path = Path(name)
+    try:
+        row = TypeAdapter(Row).validate_python(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ConfigError(f"the row cannot be read: {error.strerror}", where=name, hint=LIST) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"not a TOML file: {error}", where=name, hint="check quotes and brackets") from error
+    except ValidationError as error:
+        keys = ", ".join(field.name for field in fields(Row))
+        mistakes = "\n".join(f"    {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise ConfigError(f"mistakes in the row:\n{mistakes}", where=name, hint=f"its keys are {keys}") from None
+    beside = path.parent / row.recipe
+    return replace(row, recipe=str(beside)) if beside.is_file() else row
+
+
+def reproduce(row: Row, weights: str, data: str, out: str, storage: StorageConfig, host: Host) -> Reproduction | None:
+    """Score `weights` on `data` as the row's publication does, fine-tuned first unless they are; None where the host
+    was told to stop on the way.
+
+    Raises ConfigError or DataError, before any work, where task, data set or weights are not those of the row.
+    """
+    if row.refusal:
+        raise ConfigError(f"{row.name} cannot be reproduced here: {row.refusal}", where="reproduce", hint=LIST)
+    scoring = ScoringConfig(data_name=row.data, rerank=row.reranking)
+    reid = evaluation.open_data(data, storage, scoring)
+    export = supervised.as_export(weights, out, storage)
+    card = exports.load_card(open_store(export, storage))
+    refuse_others(row, card, of_card(card, data), reid, weights)
+    if row.task == "supervised" and not is_fine_tuned(card):
+        scores = _fine_tuned(row, export, data, out, scoring, storage, host)
+    else:
+        scores = _scored(row, export, data, out, scoring, storage)
+    if scores is None:
+        return None
+    done = Reproduction(row, scores, agreements(row, scores))
+    open_store(out, storage).replace(RESULT, (json.dumps(done.to_tree(), indent=1) + "\n").encode())
+    return done
+
+
+def refuse_others(row: Row, card: dict[str, Any], pedigree: Pedigree, reid: ReIDSet, where: str) -> None:
+    """Raises DataError for weights that the row's score cannot be of."""
+    tuned = is_fine_tuned(card)
+    learnt = (card.get("origin") or {}).get("identities")
+    there = reid.train.identities if reid.train is not None else learnt
+    wrong = {
+        f"they are {pedigree.family}, the row is {row.method}": bool(row.family and pedigree.family)
+        and row.family != pedigree.family,
+        f"they are {_backbone(pedigree.arch, pedigree.stem, pedigree.parts)}, the row is "
+        f"{_backbone(row.arch, row.stem, row.parts)}": bool(row.arch)
+        and (row.arch, row.stem, row.parts) != (pedigree.arch, pedigree.stem, pedigree.parts),
+        "they are fine-tuned, the row is of features as pre-training leaves them": tuned and row.task == "zero-shot",
+        f"they were fine-tuned on {pedigree.trained_on}, not on {row.data}": tuned and bool(pedigree.trained_on),
+        f"they were fine-tuned on {learnt} identities, {row.data} has {there} to train on": tuned and learnt != there,
+        f"they are for images of {_size(card['input']['size'])}, the row of {_size(row.size)}": (
+            tuned or row.task == "zero-shot"
+        )
+        and tuple(card["input"]["size"]) != tuple(row.size),
+    }
+    if found := [said for said, holds in wrong.items() if holds]:
+        raise DataError(f"these are not weights for {row.name}: {'; '.join(found)}", where=where, hint=LIST)
+
+
+def agreements(row: Row, scores: dict[str, Any]) -> tuple[Agreement, ...]:
+    """Ours beside the row's, for every score that it has. `scores`: the content of metrics.json."""
+    feature = scores["headline"] + (" re-ranked" if row.reranking else "")
+    found = scores["features"][feature]
+    published = {"mAP": row.mAP, "rank1": row.rank1}
+    return tuple(
+        Agreement(title, 100 * found[key], value, row.tolerance)
+        for key, title in _METRICS.items()
+        if (value := published[key]) is not None
+    )
+
+
+def page(done: Reproduction) -> str:
+    """Ours beside the published, as text."""
+    row = done.row
+    lines = [about(row), f"{'':<8}{'ours':>8}{'published':>11}{'difference':>12}{'tolerance':>11}"]
+    for one in done.agreements:
+        verdict = "within" if one.within else "OUTSIDE"
+        lines.append(f"{one.metric:<8}{one.ours:>8.1f}{one.published:>11.1f}{one.difference:>+12.1f}"
+                     f"{one.tolerance:>11.1f}  {verdict}")  # fmt: skip
+    lines += [f"note: {row.remark}"] if row.remark else []
+    return "\n".join([*lines, f"{row.name}: {'reproduced' if done.within else 'NOT reproduced'}"])
+
+
+def about(row: Row) -> str:
+    """One line."""
+    arch = f"{_backbone(row.arch, row.stem, row.parts)}, " if row.arch else ""
+    return f"{row.method}, {arch}{_size(row.size)}, {row.data}, {TASKS[row.task]} ({row.source})"
+
+
+def listing() -> str:
+    """Every row by name."""
+    head = f"{'name':<50}{'mAP':>6}{'Rank-1':>8}  {'again':<12}{'tolerance':>9}  {'height x width':<15}{'source'}"
+    lines = []
+    for row in BY_NAME.values():
+        rank1 = "-" if row.rank1 is None else f"{row.rank1:.1f}"
+        again = "" if row.again is None else "{:.1f}/{:.1f}".format(*row.again)
+        note = f"   NOT HERE: {row.refusal}" if row.refusal else f"   note: {row.remark}" if row.remark else ""
+        lines.append(f"{row.name:<50}{row.mAP:>6.1f}{rank1:>8}  {again:<12}{row.tolerance:>9.1f}  "
+                     f"{_size(row.size):<15}{row.source}{note}")  # fmt: skip
+    return "\n".join([head, *lines])
+
+
+def _fine_tuned(
+    row: Row, export: str, data: str, out: str, scoring: ScoringConfig, storage: StorageConfig, host: Host
+) -> dict[str, Any] | None:
+    """The scores that the recipe quotes of the weights it ends with; None: told to stop."""
+    size = [str(side) for side in row.size]
+    flags = ["--backbone.size", *size, "--evaluation.interpolation", row.interpolation, *row.flags]
+    config = supervised.prepare(export, data, out, recipe=row.recipe, flags=flags, scoring=scoring, storage=storage)
+    with alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world:
+        if not pretrain(config, world=world, host=host).complete:
+            return None
+    result: dict[str, Any] = json.loads(open_store(out, storage).read(SUMMARY))["result"]
+    return result
+
+
+def _scored(
+    row: Row, export: str, data: str, out: str, scoring: ScoringConfig, storage: StorageConfig
+) -> dict[str, Any]:
+    """The scores of the weights as they are."""
+    (task,) = evaluation.tasks(export, data, storage, scoring, out=out, interpolation=row.interpolation)
+    return evaluation.score(task, device=choose_device("auto", 0))
+
+
+def _backbone(arch: str, stem: str, parts: int) -> str:
+    return f"{arch}{' with ICS stem' if stem == 'ics' else ''}{f' with {parts} part tokens' if parts else ''}"
+
+
+def _size(size: Any) -> str:
+    return f"{size[0]} x {size[1]}"

@@ -2,15 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
 from cluster.session import chosen_address
 from datapipe import command
-from datapipe.config import StorageConfig
 from datapipe.settings import settings
-from training.reid.scoring import ScoringConfig
 
 
 @settings
@@ -59,30 +56,11 @@ def _address(arguments: list[str]) -> tuple[str, list[str]]:
     return chosen_address(arguments[place + 1]), arguments[:place] + arguments[place + 2 :]
 
 
-@settings
-class EvaluateCommand:
-    run: tyro.conf.Positional[str]
-    """Run folder, local or s3://bucket/prefix."""
-    data: str
-    """Labelled data set: a folder or s3://bucket/prefix with its files, or its shards."""
-    scoring: Annotated[ScoringConfig, tyro.conf.arg(name="")] = ScoringConfig()
-    """How the data set is taken and scored."""
-    storage: StorageConfig = StorageConfig()
-    """How object stores are reached."""
-    address: str = ""
-    """Address of a running cluster. Empty: the one that this process is a job of (RAY_ADDRESS), else a Ray inside this
-    process. "local": always the latter."""
-
-
 def evaluate(arguments: list[str]) -> int:
-    """Score random weights, every kept checkpoint and the colour histogram; resumable."""
-    from cluster.evaluate_job import run
-    from training.evaluation import table
+    """Score weights by retrieval, as they are or after fine-tuning; killed and started again it goes on."""
+    from cluster.evaluate_command import evaluate as run
 
-    chosen = tyro.cli(EvaluateCommand, args=arguments, prog="python -m cluster evaluate")
-    address = chosen_address(chosen.address)
-    print(table(run(chosen.run, chosen.data, storage=chosen.storage, scoring=chosen.scoring, address=address)))
-    return command.COMPLETE
+    return run(arguments)
 
 
 COMMANDS = {"demo": demo, "shard": shard, "pretrain": pretrain, "evaluate": evaluate}

@@ -6,7 +6,7 @@ from dataclasses import replace
 from subprocess import CalledProcessError
 from time import monotonic
 
-from tests.bench import peers
+from tests.bench.peers import NEEDED
 from tests.bench.record import load_average, record
 from tests.bench.run import BENCHES, measured_alone
 from tests.bench.scale import Scale, full
@@ -16,7 +16,8 @@ def main() -> None:
     """Run benches one after the other; print each table as soon as it is there."""
     arguments = _arguments()
     if arguments.setup:
-        peers.install()
+        for environment in NEEDED.values():
+            environment.install()
         return
     benches = _possible(arguments.benches or BENCHES)
     scale = replace(full(Scale()) if arguments.full else Scale(), rounds=arguments.rounds)
@@ -31,14 +32,15 @@ def main() -> None:
 
 
 def _possible(benches: Sequence[str]) -> list[str]:
-    """All of them, where the environment of the other libraries is there or can be made now."""
-    if "ingest_peers" in benches:
+    """All of them but ingest_peers, where other libraries cannot be installed; the loader bench says what it lacks."""
+    lacking = set()
+    for name in set(benches) & NEEDED.keys():
         try:
-            peers.install()
+            NEEDED[name].install()
         except (OSError, CalledProcessError) as error:
-            print(f"left out: ingest_peers: {peers.MISSING}: {error}\n")
-            return [name for name in benches if name != "ingest_peers"]
-    return list(benches)
+            print(f"left out of {name}: {NEEDED[name].missing}: {error}\n")
+            lacking.add(name)
+    return [name for name in benches if name != "ingest_peers" or name not in lacking]
 
 
 def _arguments() -> argparse.Namespace:
@@ -46,7 +48,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("benches", nargs="*", metavar="BENCH", help=f"{', '.join(BENCHES)}; all if none is named")
     parser.add_argument("--full", action="store_true", help="retrieval at MSMT17's size: minutes, 1.5 GB")
     parser.add_argument("--rounds", type=int, default=Scale.rounds, help="counted rounds (default %(default)s)")
-    parser.add_argument("--setup", action="store_true", help="only install the libraries that ingest_peers needs")
+    parser.add_argument("--setup", action="store_true", help="only install the libraries to compare with")
     parser.add_argument("--record", action="store_true", help="append the tables to BENCHMARKS.md")
     parser.add_argument("--note", default="", help="a sentence to record with them")
     arguments = parser.parse_args()

@@ -1,6 +1,5 @@
 """Files -> tars by libraries that check nothing, against ours, which decodes and hashes every crop on the way."""
 
-import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, redirect_stderr
@@ -15,11 +14,10 @@ from datapipe.config import ShardConfig, StorageConfig
 from datapipe.ingest import ingest
 from tests.bench.crops import ABOUT, KINDS, Crops, crops
 from tests.bench.measure import Work, rates, tree_cpu_s
-from tests.bench.peers import ask, peer
+from tests.bench.peers import HERE, INGEST, Process, answer, tell
 from tests.bench.scale import Scale
 from tests.bench.table import Row, Table, Target, compare
 
-Process = subprocess.Popen[str]
 OURS = "ingestion"
 AGAINST = {"img2dataset": ("img2dataset, leanest", Target(2)),
            "img2dataset_defaults": ("img2dataset, defaults", None),
@@ -29,7 +27,7 @@ AGAINST = {"img2dataset": ("img2dataset, leanest", Target(2)),
 def ingest_peers(scale: Scale) -> Table:
     """The whole of `python -m datapipe shard` in one process, and other libraries' way from files to tars."""
     with ExitStack() as stack:
-        peers = {name: stack.enter_context(peer(name)) for name in AGAINST}
+        peers = {name: stack.enter_context(INGEST.start(name, str(HERE / "peer_process.py"), name)) for name in AGAINST}
         rows = tuple(row for kind in KINDS for row in _rows(crops(kind, scale), scale, peers))
     notes = (
         ABOUT,
@@ -47,7 +45,7 @@ def _rows(found: Crops, scale: Scale, peers: dict[str, Process]) -> Iterator[Row
         works, clocks = {OURS: _work(partial(_ingest, found), found, Path(outputs, OURS))}, {OURS: process_time}
         for name, process in peers.items():
             title, _ = AGAINST[name]
-            works[title] = _work(partial(ask, process, found.files), found, Path(outputs, name))
+            works[title] = _work(partial(_ask, process, found.files), found, Path(outputs, name))
             clocks[title] = partial(tree_cpu_s, process.pid)
         measured = rates(works, scale.rounds, clocks)
     for title, target in AGAINST.values():
@@ -71,6 +69,12 @@ def _work(write: Callable[[Path], int], found: Crops, folder: Path) -> Work:
 def _ingest(found: Crops, out: Path) -> int:
     with redirect_stderr(StringIO()):
         return ingest([str(found.files)], str(out), ShardConfig(workers=1), StorageConfig()).manifest.rows
+
+
+def _ask(process: Process, files: Path, out: Path) -> int:
+    """Have the files written as tars into the new folder `out`; how many there were."""
+    tell(process, f"{files}\t{out}")
+    return int(answer(process))
 
 
 def _check(out: Path, found: Crops) -> None:

@@ -1,12 +1,11 @@
 """Decode and one random resized crop, through loaders: what does the machinery cost?"""
 
-import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from math import exp, log, sqrt
+from functools import partial
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 import torchvision.transforms as transforms
@@ -22,20 +21,25 @@ from datapipe.order import Order
 from datapipe.stream import Stream
 from datapipe.views import make_views
 from tests.bench.crops import ABOUT, KINDS, Crops, crops
-from tests.bench.measure import Rates, Work, rates
+from tests.bench.cut import cut, decoded_and_cut
+from tests.bench.measure import Clock, Rates, Work, rates, tree_cpu_s
+from tests.bench.peers import LOADERS, Process, answer, tell
 from tests.bench.reference import BICUBIC, normalised
 from tests.bench.scale import Scale
 from tests.bench.specs import GLOBAL, ONE_RATIO, ONE_SCALE, one_view
 from tests.bench.table import Row, Table, Target, compare
+from tests.golden import ROOT
 
 BARE, VIEWS_ALONE = "no loader: a bare loop", "make_views alone"
 WEBDATASET, TORCHVISION = "webdataset, same decode", "PIL + torchvision ImageFolder"
+APART = {"litdata": ("litdata, same decode", Target(1.35)), "mosaic": ("mosaic streaming, same decode", Target(2.2))}
+"""Those in an environment of their own: name in it, name here, target."""
 PIL_SHARE = 3
 """The slowest contender gets one of so many images."""
 
 
 def loader(scale: Scale) -> Table:
-    """Stream and Loader against no loader, against webdataset with the same decode, against the usual recipe."""
+    """Stream and Loader against no loader, against other loaders with the same decode, against the usual recipe."""
     rows = [row for kind in KINDS for row in _rows(kind, scale.workers or 1, _measured(crops(kind, scale), scale))]
     notes = (
         ABOUT,
@@ -43,14 +47,18 @@ def loader(scale: Scale) -> Table:
         "ours reads each crop from its tar (stream.cache_mb = 0, as with a data set of LUPerson's size on a local "
         "disk) and checks it; the bare loop has the bytes in memory, draws boxes in plain Python and does nothing else",
         "ImageFolder: bicubic, ToTensor, Normalize; all files are in the page cache",
-        "left out: litdata and mosaic streaming, which need an environment of their own",
+        "litdata: chunks of 64 MB, StreamingDataLoader; mosaic streaming: MDS shards, torch's DataLoader; "
+        "workers stay; versions: tests/bench/loader_peers.txt",
     )
+    if not _apart(scale):
+        notes = (*notes[:-1], f"left out: litdata and mosaic streaming: {LOADERS.missing}")
     about = "decode and one 256x128 random resized crop"
     return Table("loader", about, "img/s per CPU-second", tuple(rows), notes)
 
 
 def _measured(found: Crops, scale: Scale) -> Rates:
     torch.set_num_threads(1)
+    clocks: dict[str, Clock] = {}
     with ExitStack() as stack:  # the others first: they fork, which is best done before there are threads
         works: dict[str, Work] = {
             WEBDATASET: stack.enter_context(_webdataset(found, scale)),
@@ -58,9 +66,13 @@ def _measured(found: Crops, scale: Scale) -> Rates:
             BARE: _bare(found, scale),
             VIEWS_ALONE: _views_alone(found, scale),
         }
+        for peer in _apart(scale):
+            process = stack.enter_context(_peer(peer, found, scale))
+            works[APART[peer][0]] = partial(_epoch_of, process)
+            clocks[APART[peer][0]] = partial(tree_cpu_s, process.pid)
         for threads in {1, scale.workers or 1}:
             works[_name(threads)] = stack.enter_context(_ours(found, scale, threads))
-        return rates(works, scale.rounds)
+        return rates(works, scale.rounds, clocks)
 
 
 def _rows(kind: str, threads: int, found: Rates) -> list[Row]:
@@ -71,7 +83,8 @@ def _rows(kind: str, threads: int, found: Rates) -> list[Row]:
     rows = [row(VIEWS_ALONE, BARE), row(_name(1), BARE, Target(0.9))]
     if threads > 1:
         rows.append(row(many, BARE, Target(0.9)))
-    return [*rows, row(many, WEBDATASET, Target(1.5)), row(many, TORCHVISION, Target(5))]
+    apart = [row(many, against, target) for against, target in APART.values() if against in found]
+    return [*rows, row(many, WEBDATASET, Target(1.5)), *apart, row(many, TORCHVISION, Target(5))]
 
 
 def _name(threads: int) -> str:
@@ -102,7 +115,7 @@ def _bare(found: Crops, scale: Scale) -> Work:
 
     def work() -> int:
         for number, data in enumerate(found.jpegs):
-            _cut(decode(data), out[number % scale.batch])
+            cut(decode(data), out[number % scale.batch])
         return len(found.jpegs)
 
     return work
@@ -127,7 +140,7 @@ def _webdataset(found: Crops, scale: Scale) -> Iterator[Work]:
     urls = [f"{found.dataset}/{shard.name}" for shard in Manifest.load(found.dataset).shards]
     dataset = (
         webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False)
-        .shuffle(1000).to_tuple("jpg").map_tuple(_decoded_and_cut).batched(scale.batch)
+        .shuffle(1000).to_tuple("jpg").map_tuple(decoded_and_cut).batched(scale.batch)
     )
     yield _epoch(webdataset.WebLoader(dataset, batch_size=None, num_workers=scale.workers,
                                       persistent_workers=scale.workers > 0))
@@ -142,31 +155,25 @@ def _torchvision(found: Crops, scale: Scale) -> Iterator[Work]:
                             persistent_workers=scale.workers > 0))
 
 
+def _apart(scale: Scale) -> list[str]:
+    return list(APART) if scale.loader_peers and LOADERS.ready() else []
+
+
+@contextmanager
+def _peer(name: str, found: Crops, scale: Scale) -> Iterator[Process]:
+    """A library in its own environment, with the crops in its own format."""
+    with TemporaryDirectory(prefix=f"{name}-", dir=scale.cache) as folder:
+        words = (name, str(found.files), f"{folder}/data", str(scale.batch), str(scale.workers))
+        with LOADERS.start(name, "-m", "tests.bench.loader_peer_process", *words, cwd=ROOT) as process:
+            answer(process)  # ready
+            yield process
+
+
+def _epoch_of(process: Process) -> int:
+    tell(process, "epoch")
+    return int(answer(process))
+
+
 def _epoch(batches: Any) -> Work:
     """The workers start in the round that is not counted and stay; each round is one epoch, from end to end."""
     return lambda: sum(len(batch[0]) for batch in batches)
-
-
-def _decoded_and_cut(data: bytes) -> np.ndarray:
-    out = np.empty((*GLOBAL, 3), np.uint8)
-    _cut(decode(data), out)
-    return out
-
-
-def _cut(image: np.ndarray, out: np.ndarray) -> None:
-    """A random resized crop, resized as `datapipe.views` does it with "linear"."""
-    top, left, height, width = _box(*image.shape[:2])
-    shrinks = height > out.shape[0] and width > out.shape[1]
-    cv2.resize(image[top:top + height, left:left + width], out.shape[1::-1], dst=out,
-               interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-
-
-def _box(height: int, width: int) -> tuple[int, int, int, int]:
-    """Torchvision's law in plain Python; the fall-back, which these proportions hardly need, is the whole image."""
-    for _ in range(10):
-        area = height * width * random.uniform(*ONE_SCALE)
-        ratio = exp(random.uniform(log(ONE_RATIO[0]), log(ONE_RATIO[1])))
-        tall, wide = round(sqrt(area / ratio)), round(sqrt(area * ratio))
-        if 0 < tall <= height and 0 < wide <= width:
-            return random.randint(0, height - tall), random.randint(0, width - wide), tall, wide
-    return 0, 0, height, width

@@ -23,6 +23,8 @@ class Scale:
     """Images in one batch of a loader."""
     workers: int = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     """Threads of our loader and processes of the others; 0 makes the others work in this process."""
+    loader_peers: bool = True
+    """Compare with litdata and mosaic streaming too, where they are installed."""
     order_rows: int = 10**8
     opened_rows: int = 4_180_000
     """Crops of the data set that is opened: LUPerson's number."""
@@ -33,8 +35,8 @@ class Scale:
     """Queries that the loop of argsorts gets: its time is proportional to them."""
 
 
-TOY = Scale(rounds=1, crops=24, images=2, batch=8, workers=0, order_rows=10**5, opened_rows=25_000, queries=30,
-            gallery=200, channels=8, looped=30)
+TOY = Scale(rounds=1, crops=24, images=2, batch=8, workers=0, loader_peers=False, order_rows=10**5,
+            opened_rows=25_000, queries=30, gallery=200, channels=8, looped=30)
 """For the test: every line runs, no figure means anything."""
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import peers
 from tests.bench.measure import Spread, cpu_s, rates, ratio
+from tests.bench.peers import INGEST, LOADERS
 from tests.bench.record import record
 from tests.bench.run import BENCHES, measured
 from tests.bench.scale import TOY, Scale
@@ -21,8 +21,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Scale:
 
 @pytest.mark.parametrize("name", BENCHES)
 def test_bench__reports_finite_figures(name: str, toy: Scale) -> None:
-    if name == "ingest_peers" and not peers.ready():
-        pytest.skip(peers.MISSING)
+    if name == "ingest_peers" and not INGEST.ready():
+        pytest.skip(INGEST.missing)
     table = measured(name, toy)
     assert table.name == name and table.rows
     for row in table.rows:
@@ -31,6 +31,15 @@ def test_bench__reports_finite_figures(name: str, toy: Scale) -> None:
         assert all(isfinite(spread.median) and 0 <= spread.low <= spread.median <= spread.high for spread in figures)
         assert row.what in str(table)
     assert name in ("order", "opening", "retrieval") or all(row.ratio for row in table.rows)
+
+
+@pytest.mark.slow
+def test_loader__compares_with_libraries_in_an_environment_of_their_own(toy: Scale) -> None:
+    if not LOADERS.ready():
+        pytest.skip(LOADERS.missing)
+    table = measured("loader", replace(toy, loader_peers=True))
+    for name in ("litdata", "mosaic"):
+        assert sum(name in row.against for row in table.rows) == 2
 
 
 def test_rates__are_of_cpu_time_and_leave_the_first_round_out() -> None:

@@ -1,0 +1,225 @@
+"""Supervised fine-tuning through the steppers that users run, beside the same training written naively with PyTorch's
+own layers; and on several ranks beside one."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from datapipe.loader import Batch
+from tests.ranks import run_ranks
+from tests.trajectory import FixedBatches, NoFaults
+from training.assembly import Portion, portion
+from training.backbone import BackboneConfig, keep_masks
+from training.config import OptimisationConfig
+from training.engine.clock import Clock
+from training.engine.host import LocalHost
+from training.engine.loop import Run, Segment, train
+from training.engine.optimisation import group_parameters, settings_at
+from training.engine.plain import PlainStepper
+from training.engine.stop import Stop
+from training.engine.world import World
+from training.methods.base import Progress, Views
+from training.methods.supervised import Neck, Supervised, SupervisedConfig, to_transreid
+
+BACKBONE = BackboneConfig(arch="custom", size=(16, 8), patch=4, width=12, depth=2, heads=2, drop_path=0.2, init_std=0.2)
+CLASSES, BATCH, STEPS = 5, 8, 6
+OPTIMISATION = OptimisationConfig(
+    optimizer="sgd", schedule="epoch", epochs=3, warmup_epochs=1, batch=BATCH, micro_batch=BATCH, precision="fp32",
+    lr=0.05, warmup_lr=0.01, final_lr=0.001, weight_decay=0.01, final_weight_decay=0.01, clip="none",
+)  # fmt: skip
+CLOCK = Clock(BATCH, 2 * BATCH, 3, seed=5)
+
+
+class LabelledBatches(FixedBatches):
+    """Two fixed batches by turns: two images each of four identities; the identities of the second are others."""
+
+    def _rows(self, views: dict[str, np.ndarray], start: int) -> Batch:
+        batch = super()._rows(views, start)
+        shift = start // self.size % 2
+        batch.label[:] = np.where(batch.weight > 0, (batch.position % self.size // 2 + shift) % CLASSES, -1)
+        return batch
+
+
+def pictures() -> list[dict[str, np.ndarray]]:
+    random = np.random.default_rng(0)
+    return [{"image": random.normal(size=(1, BATCH, 3, *BACKBONE.size))} for _ in range(2)]
+
+
+def method_of(**settings: Any) -> Supervised:
+    torch.manual_seed(1)
+    config = SupervisedConfig(**{"classes": CLASSES, "instances": 2, "erase": 0.0, **settings})
+    return Supervised(config, BACKBONE).double()
+
+
+def place(batch: Batch) -> Views:
+    return {"image": torch.from_numpy(batch.views["image"]), "label": torch.from_numpy(batch.label.copy()),
+            "position": torch.from_numpy(batch.position), "weight": torch.from_numpy(batch.weight)}  # fmt: skip
+
+
+def fine_tune(world: World, settings: dict[str, Any], rows: int = 0) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses and final state; `rows`: images of a rank, padding included, where that is not as few as will do."""
+    method = method_of(**settings)
+    share = Portion(rows, rows) if rows else portion(BATCH, BATCH, world.size)
+    stepper = PlainStepper(method, group_parameters(method), OPTIMISATION, world)
+    losses: list[float] = []
+    run = Run(
+        method=method, stepper=stepper, loader=LabelledBatches(pictures(), BATCH, share, world.rank), place=place,
+        clock=CLOCK, optimisation=OPTIMISATION, micro_batch=share.micro, checkpoints=None, host=LocalHost(),
+        stop=Stop(LocalHost(), world), faults=NoFaults(),
+        watch=lambda progress, batch, result: losses.append(result.loss),
+    )  # fmt: skip
+    train(run, Segment(STEPS * BATCH))
+    return losses, {name: value.clone() for name, value in method.state_dict().items()}
+
+
+def steps() -> Iterator[tuple[Progress, Views]]:
+    for batch in LabelledBatches(pictures(), BATCH, Portion(BATCH, BATCH), 0).after(0, STEPS * BATCH):
+        yield CLOCK.at(batch.start), place(batch)
+
+
+def naive_triplet(features: Tensor, label: Tensor) -> Tensor:
+    losses, rows = [], features.unbind()
+    for row, own in zip(rows, label.tolist(), strict=True):
+        others = [other for other in zip(rows, label.tolist(), strict=True) if other[0] is not row]
+        near = torch.stack([(row - other).norm() for other, who in others if who == own]).max()
+        off = torch.stack([(row - other).norm() for other, who in others if who != own]).min()
+        losses.append(torch.log1p(torch.exp(near - off)))
+    return torch.stack(losses).mean()
+
+
+def necks_of(method: Supervised, width: int) -> list[nn.BatchNorm1d]:
+    """PyTorch's own, with a bias that does not train."""
+    config = method.config
+    widths = [width * (2 if config.parts else 1)] if config.neck == "one" else [width] * (1 + config.parts)
+    necks = [nn.BatchNorm1d(channels).double() for channels in widths]
+    for neck in necks:
+        neck.bias.requires_grad_(False)
+    return necks
+
+
+def naive(settings: dict[str, Any]) -> tuple[list[float], dict[str, Tensor], list[nn.BatchNorm1d]]:
+    """The same training with batch norms, SGD and cross-entropy of PyTorch. The method's backbone is used."""
+    method = method_of(**settings)
+    backbone, classifier = method.student.backbone, method.student.head.classifier
+    necks = necks_of(method, BACKBONE.shape.width)
+    trained = {f"backbone.{name}": value for name, value in backbone.named_parameters()}
+    trained |= {"classifier": classifier.weight} | {f"neck.{n}": neck.weight for n, neck in enumerate(necks)}
+    biases = [value for name, value in trained.items() if name.endswith("bias")]
+    others = [value for name, value in trained.items() if not name.endswith("bias")]
+    optimizer = torch.optim.SGD([{"params": others}, {"params": biases}], lr=1, momentum=0.9, weight_decay=0.01)
+    losses = []
+    for progress, views in steps():
+        for group, factor in zip(optimizer.param_groups, (1, 2), strict=True):
+            group["lr"] = settings_at(OPTIMISATION, progress).lr_of(factor)
+        keep = keep_of(progress, views)
+        seen = backbone(views["image"][0], keep=keep)
+        tokens = [seen.cls, *seen.parts.unbind(dim=1)]
+        feature = torch.cat([seen.cls, *([sum(tokens[1:]) / len(tokens[1:])] if tokens[1:] else [])], dim=1)
+        if len(necks) == 1:
+            normal = necks[0](feature)
+        else:
+            each = [neck(token) for neck, token in zip(necks, tokens, strict=True)]
+            normal = torch.cat([each[0], sum(each[1:]) / len(each[1:])], dim=1)
+        loss = F.cross_entropy(classifier(normal), views["label"]) + naive_triplet(feature, views["label"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses, trained, necks
+
+
+def keep_of(progress: Progress, views: Views) -> Tensor | None:
+    return keep_masks(BACKBONE.drop_rates, seed=progress.seed, purpose="drop_path/image", position=views["position"],
+                      views=1)  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", [{}, {"parts": 2}, {"parts": 2, "neck": "each"}], ids=["cls", "one", "each"])
+def test_training__equals_a_naive_one(settings: dict[str, Any]) -> None:
+    ours, state = fine_tune(World(), settings)
+    theirs, trained, necks = naive(settings)
+    assert ours == pytest.approx(theirs, rel=1e-9)
+    assert len(set(ours)) == STEPS
+    for name, value in trained.items():
+        if name.startswith("backbone"):
+            torch.testing.assert_close(state[f"student.{name}"], value.detach(), rtol=0, atol=1e-9)
+    for number, neck in enumerate(necks):
+        prefix = f"student.head.bottleneck{f'_{number}' if number else ''}."
+        for name, value in neck.state_dict().items():
+            torch.testing.assert_close(state[prefix + name], value, rtol=0, atol=1e-9)
+
+
+SHARES = (4, 6)
+"""Rows of each of two ranks: even ones, and six, of which the second rank has four as padding."""
+
+
+def _both(world: World, settings: dict[str, Any]) -> list[tuple[list[float], dict[str, Tensor]]]:
+    return [fine_tune(world, settings, rows) for rows in SHARES]
+
+
+def test_training__two_processes_as_one() -> None:
+    settings = {"parts": 1, "neck": "each", "erase": 0.5}
+    losses, state = fine_tune(World(), settings)
+    for found in run_ranks(2, _both, settings):
+        for share, (other_losses, other) in zip(SHARES, found, strict=True):
+            assert other_losses == pytest.approx(losses, rel=1e-9), share
+            for name, value in state.items():
+                torch.testing.assert_close(other[name], value, rtol=0, atol=1e-9)
+
+
+def test_mining__sees_the_whole_batch_of_all_ranks() -> None:
+    """With mining within ranks the losses would differ: here the hardest negatives lie on the other rank."""
+    method = method_of()
+    progress, views = next(steps())
+    whole = method(views, progress).loss
+    halves: list[Views] = [{name: value[..., part, :, :, :] if name == "image" else value[part]  # type: ignore[misc]
+                            for name, value in views.items()} for part in (slice(0, 4), slice(4, 8))]  # fmt: skip
+    apart = sum(method(half, progress).loss for half in halves)
+    assert abs(float(whole.detach()) - float(apart.detach())) > 1e-3
+
+
+def test_loss__an_image_of_unknown_identity_counts_for_nothing() -> None:
+    method = method_of(identity_weight=1.0)
+    progress, views = next(steps())
+    views["label"][3] = -1
+    outcome = method(views, progress)
+    assert outcome.metrics["loss_identity"][3] == 0 == outcome.metrics["loss_triplet"][3]
+    assert outcome.metrics["identified"][3] == 0 and torch.isfinite(outcome.loss)
+
+
+def test_neck__bias_stays_zero_and_padding_stays_out() -> None:
+    neck = Neck(3).double()
+    values = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    real = torch.tensor([True, True, True, False])
+    library = nn.BatchNorm1d(3).double()
+    torch.testing.assert_close(neck(values, real)[:3], library(values[:3]))
+    assert not neck.bias.requires_grad and not neck.bias.any()
+
+
+def test_roles__of_both_published_recipes() -> None:
+    roles = method_of().roles()
+    assert all(role.decay for role in roles.values())
+    assert {role.lr_factor for name, role in roles.items() if name.endswith("bias")} == {2.0}
+    assert {role.lr_factor for name, role in roles.items() if not name.endswith("bias")} == {1.0}
+    assert "student.head.bottleneck.bias" not in roles
+    masked = method_of(decay="weights", bias_lr_factor=1.0, neck="none").roles()
+    decayed = {name for name, role in masked.items() if role.decay}
+    assert "student.head.classifier.weight" in decayed and "student.backbone.blocks.0.attn.qkv.weight" in decayed
+    assert not {name for name in decayed if name.endswith(("bias", "cls_token", "pos_embed", "norm1.weight"))}
+    depths = {name: role.depth for name, role in masked.items()}
+    assert depths["student.backbone.patch_embed.proj.weight"] == 0 == depths["student.backbone.pos_embed"]
+    assert depths["student.backbone.blocks.1.norm1.weight"] == 2
+    assert depths["student.head.classifier.bias"] == 3 == depths["student.backbone.norm.weight"]
+
+
+def test_to_transreid__names_of_the_reference() -> None:
+    names = to_transreid(method_of(parts=3, neck="each")).keys()
+    assert {"base.cls_token", "base.part_token3", "base.blocks.0.attn.qkv.weight", "bottleneck.weight",
+            "bottleneck_3.running_var", "classifier.weight"} < names  # fmt: skip
+    assert {name.split(".")[0] for name in names} == {
+        "base", "bottleneck", "bottleneck_1", "bottleneck_2", "bottleneck_3", "classifier"
+    }  # fmt: skip

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datapipe.loader import Batch
+from datapipe.loader import Batch, Intake
 from tests.golden import golden, group
 from training.assembly import Portion, portion
 from training.backbone import BackboneConfig
@@ -82,7 +82,7 @@ class NoFaults(Faults):
 class FixedBatches:
     """The golden batches in order, epoch after epoch; this rank's rows of each, padded like the loader's."""
 
-    bad = 0
+    intake = Intake()
 
     def __init__(self, batches: list[dict[str, np.ndarray]], size: int, share: Portion, rank: int) -> None:
         self.batches, self.size, self.share, self.rank = batches, size, share, rank

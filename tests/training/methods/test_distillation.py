@@ -13,6 +13,7 @@ from datapipe.config import ViewConfig
 from datapipe.errors import ConfigError
 from datapipe.masking import MaskConfig, draw_masks
 from tests.ranks import run_ranks
+from tests.training.methods.batches import gradients, rows, same_images, taken_apart
 from training import ema
 from training.backbone import BackboneConfig
 from training.config import OptimisationConfig
@@ -22,7 +23,7 @@ from training.engine.world import World
 from training.heads import HeadConfig
 from training.losses import hidden_patch_cross_entropies
 from training.methods import METHODS, build
-from training.methods.base import Outcome, Progress, Views
+from training.methods.base import Progress, Views
 from training.methods.dino import Dino, DinoConfig
 from training.methods.distillation import Distillation, DistillationConfig
 from training.methods.personvit import PersonVit, PersonVitConfig
@@ -70,25 +71,6 @@ def batch(images: int = 4, dtype: torch.dtype = torch.float64) -> Views:
         "position": torch.arange(images) + 100,
         "sample": torch.arange(images),
     }
-
-
-AXES = {"global": (1, 0.3), "local": (1, 0.3), "mask": (1, False), "weight": (0, 0.0), "position": (0, -1),
-        "sample": (0, -1)}  # fmt: skip
-"""Of the images, and what padding holds (anything, where the loss must not see it)."""
-
-
-def rows(views: Views, start: int, stop: int, padding: int = 0) -> Views:
-    """Part of a batch, with padding rows at its end."""
-    found = {}
-    for name, (axis, filler) in AXES.items():
-        kept = views[name].narrow(axis, start, stop - start)  # type: ignore[literal-required]
-        shape = [*kept.shape[:axis], padding, *kept.shape[axis + 1 :]]
-        found[name] = torch.cat([kept, torch.full(shape, filler, dtype=kept.dtype)], dim=axis)
-    return found  # type: ignore[return-value]
-
-
-def gradients(made: Distillation) -> dict[str, Tensor]:
-    return {name: value.grad.clone() for name, value in made.named_parameters() if value.grad is not None}
 
 
 # -- the losses, by their formulas ---------------------------------------------------------------------------------
@@ -197,26 +179,10 @@ def test_hidden_patch_cross_entropies__equal_naive_loops() -> None:
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_micro_batches_and_padding__loss_sums_and_gradients_add_up(kind: str, drop_path: float) -> None:
     made, views = method(kind, {"drop_path": drop_path}), batch()
-    whole = made(views, START)
-    whole.loss.backward()
-    expected = gradients(made)
-    made.zero_grad()
-    parts: list[Outcome] = []
-    for part in (rows(views, 0, 3), rows(views, 3, 4, padding=2), rows(views, 0, 0, padding=3)):
-        parts.append(made(part, START))
-        parts[-1].loss.backward()
-    torch.testing.assert_close(sum(part.loss for part in parts), whole.loss, rtol=1e-12, atol=0)
-    for name, value in whole.sums.items():
-        torch.testing.assert_close(sum(part.sums[name] for part in parts), value, rtol=1e-12, atol=1e-15)
-    found = gradients(made)
-    assert found.keys() == expected.keys() == made.roles().keys()
-    for name, value in found.items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-14)
-    for name, metric in whole.metrics.items():
-        assert all(part.metrics[name].isfinite().all() for part in parts), name
+    whole, parts = taken_apart(made, views, START)
+    for name in whole.metrics:
         if name.startswith("loss") or name in ("hidden", "target_entropy", "uniform_entropy"):  # others compare images
-            both = torch.cat([parts[0].metrics[name], parts[1].metrics[name][:1]])
-            torch.testing.assert_close(both, metric, rtol=1e-12, atol=1e-12)
+            same_images(whole, parts, name)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

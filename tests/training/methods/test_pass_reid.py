@@ -9,11 +9,12 @@ from torch import Tensor
 
 from datapipe.config import ViewConfig
 from datapipe.errors import ConfigError
+from tests.training.methods.batches import gradients, rows, same_images, taken_apart
 from training.backbone import BackboneConfig
 from training.heads import HeadConfig
 from training.measures import cosine_to_others
 from training.methods import METHODS, build
-from training.methods.base import Outcome, Progress, Views
+from training.methods.base import Progress, Views
 from training.methods.pass_reid import Pass, PassConfig
 
 START = Progress(samples=0, step=0, epoch=0, fraction=0.0, total_steps=10, epoch_steps=5.0, seed=3)
@@ -46,28 +47,6 @@ def batch(images: int = 4, locals_: int = 6, dtype: torch.dtype = torch.float64)
         "position": torch.arange(images) + 100,
         "sample": torch.arange(images),
     }
-
-
-def rows(views: Views, start: int, stop: int, padding: int = 0) -> Views:
-    """Part of a batch, with padding rows at its end as the loader makes them."""
-
-    def cut(values: Tensor, axis: int, filler: float) -> Tensor:
-        kept = values.narrow(axis, start, stop - start)
-        shape = list(kept.shape)
-        shape[axis] = padding
-        return torch.cat([kept, torch.full(shape, filler, dtype=kept.dtype)], dim=axis)
-
-    return {
-        "global": cut(views["global"], 1, 0.0),
-        "local": cut(views["local"], 1, 0.0),
-        "weight": cut(views["weight"], 0, 0.0),
-        "position": cut(views["position"], 0, -1),
-        "sample": cut(views["sample"], 0, -1),
-    }
-
-
-def gradients(made: Pass) -> dict[str, Tensor]:
-    return {name: value.grad.clone() for name, value in made.named_parameters() if value.grad is not None}
 
 
 def naive_loss(made: Pass, views: Views, image: int, temperature: float) -> float:
@@ -118,24 +97,10 @@ def test_loss__equals_naive_loops() -> None:
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
 def test_micro_batches_and_padding__loss_sums_and_gradients_add_up(drop_path: float) -> None:
     made, views = method(drop_path), batch()
-    whole = made(views, START)
-    whole.loss.backward()
-    expected = gradients(made)
-    made.zero_grad()
-    parts: list[Outcome] = []
-    for part in (rows(views, 0, 3), rows(views, 3, 4, padding=2), rows(views, 0, 0, padding=3)):
-        parts.append(made(part, START))
-        parts[-1].loss.backward()
-    torch.testing.assert_close(sum(part.loss for part in parts), whole.loss, rtol=1e-12, atol=0)
-    for name, value in whole.sums.items():
-        torch.testing.assert_close(sum(part.sums[name] for part in parts), value, rtol=1e-12, atol=1e-15)
-    for name, value in gradients(made).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-14)
-    for name, metric in whole.metrics.items():
-        assert all(part.metrics[name].isfinite().all() for part in parts), name
+    whole, parts = taken_apart(made, views, START)
+    for name in whole.metrics:
         if name.startswith("loss") or "entropy" in name:  # the others compare images
-            both = torch.cat([parts[0].metrics[name], parts[1].metrics[name][:1]])
-            torch.testing.assert_close(both, metric, rtol=1e-12, atol=1e-12)
+            same_images(whole, parts, name)
 
 
 @torch.no_grad()

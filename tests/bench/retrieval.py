@@ -1,7 +1,8 @@
 """Scores of a retrieval, against the matrix product they need and against sorting the gallery for every query."""
 
-import resource
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter, process_time
 
 import numpy as np
@@ -91,7 +92,9 @@ def _sizes(memory_mb: float, scale: Scale) -> list[Row]:
 
 
 def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    """Of this process since it began (`ru_maxrss` would count what its parent held)."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e6
 
 
 def _task(scale: Scale, *, noise: float) -> _Task:

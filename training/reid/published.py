@@ -61,7 +61,7 @@ class Published:
 
 MARKET_NAME = r"(?P<pid>-?\d+)_c(?P<camera>\d+)"
 """0002_c1s1_000451_03.jpg; DukeMTMC-reID's 0005_c2_f0046985.jpg likewise."""
-MSMT17_NAME = r"(?P<pid>\d+)_(?:\d+_|c)(?P<camera>\d+)"
+MSMT17_NAME = r"(?P<pid>-?\d+)_(?:\d+_|c)(?P<camera>\d+)"
 """0000_000_01_0303morning_0015_0.jpg: the camera is the third field; and the names of copies in Market's layout."""
 CUHK03_NAME = r"\d+_(?P<pid>\d+)_(?P<camera>[12])_\d+"
 """1_001_1_01.png: pair of cameras, person within the pair, camera within the pair, image."""

@@ -2,11 +2,19 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score
 
 from datapipe.errors import DataError
-from training.reid.retrieval import RetrievalResult, evaluate, evaluate_distances
+from training.reid.retrieval import (
+    RetrievalResult,
+    confident_mistakes,
+    evaluate,
+    evaluate_distances,
+    per_camera,
+)
 
 Case = tuple[NDArray, NDArray, NDArray, NDArray, NDArray, NDArray]
 
@@ -166,3 +174,92 @@ def test_evaluate__refuses_what_does_not_fit() -> None:
         evaluate(query, gallery, labels[0] + 5_000, *labels[1:])
     with pytest.raises(DataError, match="NaN"):
         evaluate_distances(np.full((40, 170), np.nan), *labels)
+
+
+def test_trapezoid__equals_the_official_loop() -> None:
+    """Recall and precision after every image of the ranking, trapezoids between them."""
+    case = random_case(4)
+    distances, result = distances_of(case), evaluate(*case)
+    for position, query in enumerate(result.queries):
+        area, recall_before, precision_before = 0.0, 0.0, 1.0
+        hits = hits_of(distances, case, int(query))
+        for place, found in enumerate(np.cumsum(hits), start=1):
+            recall, precision = found / sum(hits), found / place
+            area += (recall - recall_before) * (precision_before + precision) / 2
+            recall_before, precision_before = recall, precision
+        assert result.trapezoid_precision[position] == pytest.approx(area, abs=1e-12)
+    assert result.trapezoid_mAP == result.trapezoid_precision.mean() < result.mAP
+
+
+def hits_of(distances: NDArray, case: Case, query: int) -> list[bool]:
+    """Whether each image of the query's ranking shows its person."""
+    _, _, q_pids, g_pids, q_cams, g_cams = case
+    ranking = sorted(range(len(g_pids)), key=lambda row: (distances[query][row], row))
+    own = (q_pids[query], q_cams[query])
+    kept = [row for row in ranking if g_pids[row] != -1 and (g_pids[row], g_cams[row]) != own]
+    return [bool(g_pids[row] == q_pids[query]) for row in kept]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.data())
+def test_evaluate_distances__equals_sorting_on_any_small_case(data: st.DataObject) -> None:
+    """Few different distances, identities and cameras: ties, junk, distractors and lonely queries everywhere."""
+    queries, gallery = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 150))
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    distances = random.integers(0, data.draw(st.integers(1, 40)), (queries, gallery)).astype(np.float32)
+    q_pids, g_pids = random.integers(0, 4, queries), random.integers(-1, 4, gallery)
+    q_cams, g_cams = random.integers(0, 2, queries), random.integers(0, 2, gallery)
+    case = (distances, distances, q_pids, g_pids, q_cams, g_cams)
+    hits = [hits_of(distances, case, query) for query in range(queries)]
+    scored = [query for query in range(queries) if any(hits[query])]
+    if not scored:
+        with pytest.raises(DataError, match="none of the"):
+            evaluate_distances(distances, *case[2:])
+        return
+    result = evaluate_distances(distances, *case[2:], keep=gallery, threads=data.draw(st.integers(1, 3)))
+    assert result.queries.tolist() == scored and result.skipped == queries - len(scored)
+    for position, query in enumerate(scored):
+        places = np.flatnonzero(hits[query]) + 1
+        precision = np.mean(np.arange(1, len(places) + 1) / places)
+        assert result.average_precision[position] == pytest.approx(precision, abs=1e-12)
+        assert result.first_match[position] == places[0]
+        shown = result.nearest[query][result.nearest[query] >= 0]
+        assert (g_pids[shown] == q_pids[query]).tolist() == hits[query]
+        assert result.nearest_distances[query][: len(shown)].tolist() == distances[query][shown].tolist()
+
+
+def test_per_camera__means_of_the_cameras_queries() -> None:
+    case = random_case(6)
+    result = evaluate(*case)
+    found = per_camera(result, case[4])
+    cameras = case[4][result.queries]
+    assert found == {camera: pytest.approx(result.average_precision[cameras == camera].mean()) for camera in (0, 1, 2)}
+    assert sum(found[camera] * (cameras == camera).mean() for camera in found) == pytest.approx(result.mAP)
+
+
+def test_confident_mistakes__nearest_wrong_images_first() -> None:
+    case = random_case(8)
+    result = evaluate(*case, keep=3)
+    found = confident_mistakes(result, 5)
+    nearest = np.sqrt(np.abs(result.nearest_distances[result.queries[found], 0]))
+    assert len(found) == 5 and (np.diff(nearest) >= 0).all()
+    assert (result.first_match[found] > 1).all()
+    query = case[0] / np.linalg.norm(case[0], axis=1, keepdims=True)
+    gallery = case[1] / np.linalg.norm(case[1], axis=1, keepdims=True)
+    rows = result.queries[found]
+    apart = np.linalg.norm(query[rows] - gallery[result.nearest[rows, 0]], axis=1)
+    np.testing.assert_allclose(nearest, apart, atol=1e-5)
+
+
+def test_pairs__are_sampled_from_what_was_ranked() -> None:
+    case = random_case(9)
+    result, squared = evaluate(*case), distances_of(case)
+    _, _, q_pids, g_pids, q_cams, g_cams = case
+    same = q_pids[:, None] == g_pids
+    kept = g_pids[None] != -1
+    matching = squared[same & kept & (q_cams[:, None] != g_cams)]
+    np.testing.assert_allclose(np.sort(result.matching), np.sort(matching), atol=1e-5)  # few enough to keep them all
+    assert len(result.others) > 20 * len(q_pids)
+    others = squared[~same & kept]
+    assert np.abs(result.others[::8, None] - others).min(axis=1).max() < 1e-5
+    assert result.others.mean() == pytest.approx(others.mean(), abs=0.1)

@@ -1,4 +1,4 @@
-"""python -m cluster demo | shard | pretrain | evaluate"""
+"""python -m cluster demo | shard | pretrain | evaluate | submit | status"""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,7 @@ import tyro
 
 from cluster.session import chosen_address
 from datapipe import command
+from datapipe.config import StorageConfig
 from datapipe.settings import settings
 
 
@@ -63,7 +64,32 @@ def evaluate(arguments: list[str]) -> int:
     return run(arguments)
 
 
-COMMANDS = {"demo": demo, "shard": shard, "pretrain": pretrain, "evaluate": evaluate}
+@settings
+class StatusCommand:
+    place: tyro.conf.Positional[str] = "runs"
+    """Run folder, or a folder of runs, local or s3://bucket/prefix."""
+    storage: StorageConfig = StorageConfig()
+    """How object stores are reached."""
+
+
+def status(arguments: list[str]) -> int:
+    """Show runs: state, last step, age, workers, restarts, checkpoints. Reads files alone."""
+    from cluster.status import statuses, table
+
+    chosen = tyro.cli(StatusCommand, args=arguments, prog="python -m cluster status")
+    print(table(statuses(chosen.place, chosen.storage)))
+    return command.COMPLETE
+
+
+def submit(arguments: list[str]) -> int:
+    """Hand in pretrain, shard or evaluate as a Ray job; prints how to follow, stop and resume it."""
+    from cluster.jobs import submit as hand_in
+
+    return hand_in(arguments)
+
+
+COMMANDS = {"demo": demo, "shard": shard, "pretrain": pretrain, "evaluate": evaluate, "submit": submit,
+            "status": status}  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:

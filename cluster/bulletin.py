@@ -1,16 +1,39 @@
-"""The board on which driver and workers leave each other notes: status lines, the stop word, a fatal mistake."""
+"""The board on which driver, controller and workers leave each other notes: one actor beside the driver."""
 
-import threading
+import time
 import uuid
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ray
-from ray import train
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.restarts import Failure
+from cluster.vigil import Pulse
 from datapipe.errors import UserError
 
-POLL_S = 1.0
 NAMESPACE = "reid"
+
+Word = Literal["go", "leave", "stop"]
+"""What workers are to do: "leave": save and make room, to be started anew; "stop": save and end the run."""
+
+
+class Leaving(Exception):
+    """A worker has saved and makes room; Ray Train starts the group anew."""
+
+
+class Place(NamedTuple):
+    """Where a rank is."""
+
+    rank: int
+    node: str
+    """Ray's id of the machine."""
+    address: str
+    pid: int
+
+    @property
+    def name(self) -> str:
+        """The machine in a person's terms; several may share an address."""
+        return f"{self.address} (node {self.node[:8]})"
 
 
 class Notes(NamedTuple):
@@ -19,75 +42,152 @@ class Notes(NamedTuple):
     lines: list[str]
     failure: UserError | None
     ending: tuple[int, bool] | None
+    """(steps done, complete) of the last group of workers that ended by itself."""
+    restarts: list[dict[str, Any]]
+    pulses: list[Pulse]
+    places: dict[int, Place]
+    waiting_s: float
+    """Since when there are no workers; 0 while there are."""
+    wanted: int
+    """Workers that are, or are to be, started."""
+    stop: str
+    """Why a worker's machine wants the whole run to stop; empty: it does not."""
+
+
+class Situation(NamedTuple):
+    """What the controller must know when workers have ended."""
+
+    stopping: bool
+    over: bool
+    """A mistake that no restart mends has been met, or the run is complete."""
+    leaving: str
+    blame: Failure | None
+    places: dict[int, Place]
+    step: int
+    saved: int
 
 
 class Board:
-    """State of the board; runs as an actor that lives as long as the driver."""
+    """State of the board; runs as an actor that lives as long as the driver. A group is one start of all workers."""
 
-    def __init__(self) -> None:
+    def __init__(self, saved: int) -> None:
         self._lines: list[str] = []
-        self._stopped = False
+        self._restarts: list[dict[str, Any]] = []
         self._failure: UserError | None = None
         self._ending: tuple[int, bool] | None = None
-        self._starts = 0
+        self._stopping, self._stop_reason = False, ""
+        self._group, self._step, self._saved = 0, saved, saved
+        self._reason = "started"
+        self.open(0)
+        self._waiting_since: float | None = time.monotonic()
+
+    # ------------------------------------------------------------------------------------------- by the controller
+
+    def open(self, workers: int) -> None:
+        """A group is about to be started."""
+        self._group += 1
+        self._wanted = workers
+        self._leaving = ""
+        self._blame: Failure | None = None
+        self._places: dict[int, Place] = {}
+        self._pulses: dict[int, tuple[Pulse, float]] = {}
+
+    def place(self, places: list[Place]) -> None:
+        """The group's processes are there."""
+        self._places = {place.rank: place for place in places}
+        self._waiting_since = None
+
+    def close(self) -> None:
+        """The group is gone."""
+        self._pulses.clear()
+        if self._waiting_since is None:
+            self._waiting_since = time.monotonic()
+
+    def situation(self) -> Situation:
+        over = self._failure is not None or (self._ending is not None and self._ending[1])
+        return Situation(self._stopping, over, self._leaving, self._blame, dict(self._places), self._step, self._saved)
+
+    def note_restart(self, record: dict[str, Any]) -> None:
+        """Why the next group is started."""
+        self._restarts.append(record)
+        self._reason = f"restarted: {record['reason']}"
+
+    def left(self) -> bool:
+        """Have all ranks of the group ended, or was it never there?"""
+        return not self._pulses
+
+    # ------------------------------------------------------------------------------------------------- by workers
+
+    def enter(self) -> tuple[int, str, bool]:
+        """(group, why it was started, is there anything left to do), for a worker that begins."""
+        return self._group, self._reason, self._failure is None
+
+    def beat(self, group: int, pulse: Pulse) -> Word:
+        """A rank lives."""
+        if group == self._group:
+            self._pulses[pulse.rank] = pulse, time.monotonic()
+            self._step = max(self._step, pulse.step)
+        return "stop" if self._stopping else "leave" if self._leaving else "go"
+
+    def gone(self, group: int, rank: int) -> Word:
+        """A rank is done with its work."""
+        if group == self._group:
+            self._pulses.pop(rank, None)
+        return "stop" if self._stopping else "leave"
+
+    def saved(self, step: int) -> None:
+        self._saved = max(self._saved, step)
 
     def say(self, line: str) -> None:
         self._lines.append(line)
-
-    def stop(self) -> None:
-        self._stopped = True
-
-    def stopping(self) -> bool:
-        return self._stopped
 
     def fail(self, failure: UserError) -> None:
         """A mistake that no restart mends. The first one stays."""
         self._failure = self._failure or failure
 
-    def failed(self) -> bool:
-        return self._failure is not None
-
     def end(self, step: int, complete: bool) -> None:
         self._ending = step, complete
 
-    def start(self) -> int:
-        """Number of times that the workers were started, this one included."""
-        self._starts += 1
-        return self._starts
+    def blame(self, failure: Failure) -> None:
+        """Who ended the group; the first one stays, as others fail for want of the first."""
+        self._blame = self._blame or failure
+
+    def leave(self, reason: str) -> None:
+        """All ranks are to save and make room. The first reason stays."""
+        self._leaving = self._leaving or reason
+
+    def ask_stop(self, reason: str) -> None:
+        """The machine of the driver itself will be taken away."""
+        self._stop_reason = self._stop_reason or reason
+
+    # --------------------------------------------------------------------------------------------- by the driver
+
+    def stop(self) -> None:
+        self._stopping = True
 
     def take(self) -> Notes:
-        """Lines since the last call, and how the run failed or ended if it did."""
+        """Lines and restarts since the last call, and how all stands."""
+        now = time.monotonic()
         lines, self._lines = self._lines, []
-        return Notes(lines, self._failure, self._ending)
+        restarts, self._restarts = self._restarts, []
+        pulses = [
+            pulse._replace(silent_s=now - heard, stood_s=pulse.stood_s + now - heard)
+            for pulse, heard in self._pulses.values()
+        ]
+        waiting_s = 0.0 if self._waiting_since is None else now - self._waiting_since
+        return Notes(lines, self._failure, self._ending, restarts, pulses, dict(self._places), waiting_s,
+                     self._wanted, self._stop_reason)  # fmt: skip
 
 
-def open_board() -> tuple[str, Any]:
-    """(name, actor handle) of a fresh board."""
+def open_board(saved: int) -> tuple[str, Any]:
+    """(name, actor handle) of a fresh board on this machine. `saved`: step of the newest checkpoint, 0 without one."""
     name = f"board-{uuid.uuid4().hex[:12]}"
-    return name, ray.remote(num_cpus=0)(Board).options(name=name, namespace=NAMESPACE).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0)(Board).options(name=name, namespace=NAMESPACE, scheduling_strategy=here)
+    return name, actor.remote(saved)
 
 
-class RayHost:
-    """A worker's host: hears the stop word and preemption notices, and writes to the board."""
+def find_board(name: str) -> Any:
+    """The handle of a board, anywhere in the cluster."""
+    return ray.get_actor(name, namespace=NAMESPACE)
 
-    def __init__(self, board: Any) -> None:
-        self._board = board
-        self._stopped = threading.Event()
-        threading.Thread(target=self._listen, name="stop word", daemon=True).start()
-
-    def _listen(self) -> None:
-        while not self._stopped.wait(POLL_S):
-            try:
-                if ray.get(self._board.stopping.remote()):
-                    self._stopped.set()
-            except (ray.exceptions.RayError, RuntimeError):
-                return  # the driver is gone, and this process will be ended with it
-
-    def preempted(self) -> bool:
-        return self._stopped.is_set()
-
-    def saved(self, step: int) -> None:
-        train.report({"step": step})
-
-    def say(self, line: str) -> None:
-        self._board.say.remote(line)

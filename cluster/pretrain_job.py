@@ -1,6 +1,8 @@
-"""Pre-training as a Ray Train job: workers that are restarted from the last checkpoint until the run is complete."""
+"""Pre-training as a Ray Train job: workers that are started anew from the last checkpoint until the run is complete."""
 
 import dataclasses
+import json
+import math
 import os
 import threading
 import time
@@ -8,43 +10,64 @@ from typing import Any
 
 import torch
 
-from cluster.session import prepare, ray_session
-from datapipe.command import COMPLETE
+from cluster.in_job import refuse_relative
+from cluster.jobs import paths_of
+from cluster.restarts import END, HISTORY, Failure
+from cluster.session import LOCAL, prepare, ray_session
+from cluster.vigil import end_process, hung
+from datapipe.command import COMPLETE, STOPPED
 from datapipe.errors import ClusterError, ConfigError, DataError, UserError
 from datapipe.storage import is_remote
+from training import checkpoint
 from training import config as recipes
 from training.assembly import check, clock_of, refuse_unsuited
 from training.config import RunConfig
 from training.engine.host import LocalHost, exit_code
 from training.engine.world import World, choose_device
 from training.pretrain import pretrain
+from training.run_folder import RunFolder
+from training.speed import duration
 
 POLL_S = 0.3
+WAITING_S = 30.0
+"""Seconds between lines that say what is waited for."""
+IDLE_S = 5.0
+"""Seconds without workers after which a stop needs no save."""
+PLACEMENT_S = 20.0
+"""Seconds after which room that was counted, but is not there, is counted again."""
 
 
-def run(config: RunConfig, *, address: str = "local") -> int:
+def run(config: RunConfig, *, address: str = LOCAL) -> int:
     """Train until complete, stopped or failed; the exit code says which. Raises UserError on a clear mistake.
 
     The first SIGTERM or Ctrl-C lets the workers finish their step and save; a second one ends everything at once.
     """
+    refuse_relative(paths_of(config))
     config = _absolute(config)
-    if address == "local":
+    if address == LOCAL:
         refuse_unsuited(config, choose_device(config.engine.device, 0))
     data = check(config)
     clock = clock_of(config, data.rows)
+    machine = config.cluster
+    workers = f"{machine.least_workers} to {machine.max_workers}" if _elastic(config) else str(machine.max_workers)
     print(f"pretrain: {config.method.name}, {data.rows:,} crops, {clock.total_steps:,} steps, "
-          f"{config.cluster.max_workers} workers; run folder {config.out}", flush=True)  # fmt: skip
+          f"{workers} workers; run folder {config.out}", flush=True)  # fmt: skip
     with LocalHost() as signals, ray_session(address, cpus=_cpus(config)) as scratch:
         signals.listen()
-        ending = _train(config, signals, scratch)
-    if ending[1]:
+        driver = Driver(config, signals, scratch, embedded=address == LOCAL)
+        complete = driver.train()
+    if complete:
         return COMPLETE
-    return exit_code(signals.received)
+    return STOPPED if signals.received is None else exit_code(signals.received)
+
+
+def _elastic(config: RunConfig) -> bool:
+    return config.cluster.least_workers < config.cluster.max_workers
 
 
 def _cpus(config: RunConfig) -> int:
     """Cores that an embedded Ray may hand out: at least what its workers ask for."""
-    return max(os.cpu_count() or 1, int(config.cluster.max_workers * config.cluster.cpus_per_worker))
+    return max(os.cpu_count() or 1, math.ceil(config.cluster.max_workers * config.cluster.cpus_per_worker))
 
 
 def _absolute(config: RunConfig) -> RunConfig:
@@ -58,127 +81,231 @@ def _absolute_address(address: str) -> str:
     return os.path.abspath(address) if address and not is_remote(address) else address
 
 
-def _train(config: RunConfig, signals: LocalHost, scratch: str) -> tuple[int, bool]:
-    """Start the workers, pass on their lines and our stop word; (steps done, complete)."""
-    import ray
+class Driver:
+    """Starts the workers, passes on their lines and our stop word, ends those that hang, keeps the history."""
 
-    from cluster.bulletin import open_board
+    def __init__(self, config: RunConfig, signals: LocalHost, scratch: str, *, embedded: bool) -> None:
+        from cluster.bulletin import open_board
 
-    name, board = open_board()
-    outcome: dict[str, BaseException] = {}
-    trainer = _trainer(config, name, scratch)
+        self.config, self.signals, self.embedded = config, signals, embedded
+        self.folder = RunFolder(config.out, config.storage)
+        self._name, self._board = open_board(self._begin())
+        self._trainer = _trainer(config, self._name, scratch, embedded=embedded)
+        self._error: BaseException | None = None
+        self._told, self._spoke = False, 0.0
+        self._ended: set[int] = set()
 
-    def fit() -> None:
+    def train(self) -> bool:
+        """True: complete; False: stopped, and resumable. Raises UserError."""
+        ending = "failed"
         try:
-            trainer.fit()
-        except BaseException as error:  # noqa: BLE001  (carried to the main thread, judged there)
-            outcome["error"] = error
+            complete = self._train()
+            ending = "complete" if complete else "stopped"
+        finally:
+            self._record({"time": time.time(), "kind": END, "reason": ending})
+        return complete
 
-    # Off the main thread Ray Train leaves our signal handlers alone.
-    fitting = threading.Thread(target=fit, name="ray train", daemon=True)
-    fitting.start()
-    told = False
-    while True:
-        alive = fitting.is_alive()
-        notes = ray.get(board.take.remote())
+    def _train(self) -> bool:
+        import ray
+
+        fitting = threading.Thread(target=self._fit, name="ray train", daemon=True)
+        fitting.start()  # off the main thread Ray Train leaves our signal handlers alone
+        while True:
+            alive = fitting.is_alive()
+            try:
+                notes = ray.get(self._board.take.remote())
+            except ray.exceptions.RayError as error:
+                raise self._lost(error) from error
+            self._tell(notes)
+            if notes.failure is not None:
+                raise notes.failure
+            if not alive:
+                return self._ending(notes)
+            if self._told and notes.waiting_s > IDLE_S:
+                print("stopped while no workers were there; the last checkpoint stays", flush=True)
+                return False
+            self._guard(notes)
+            time.sleep(POLL_S)
+
+    def _fit(self) -> None:
+        try:
+            self._trainer.fit()
+        except BaseException as error:  # noqa: BLE001  (judged in the main thread)
+            self._error = error
+
+    def _begin(self) -> int:
+        """The step of the newest checkpoint; a run that goes on has the new start in its history."""
+        names = checkpoint.complete(self.folder.at("checkpoints"))
+        saved = checkpoint.step_of(names[-1]) or 0 if names else 0
+        if any(self.folder.names("metrics/")):
+            self._record({"time": time.time(), "kind": "driver", "reason": "the command was run again",
+                          "step": saved, "saved": saved})  # fmt: skip
+        return saved
+
+    def _tell(self, notes: Any) -> None:
+        """Pass on what was noted: lines to the terminal, restarts to the history, the stop word to the workers."""
         for line in notes.lines:
             print(line, flush=True)
-        if signals.received is not None and not told:
-            board.stop.remote()
-            told = True
-        if not alive:
-            break
-        time.sleep(POLL_S)
-    if notes.failure is not None:
-        raise notes.failure
-    if "error" in outcome and notes.ending is None:
-        raise _broken(outcome["error"], config) from outcome["error"]
-    if notes.ending is None:
-        hint = "start again to go on; --debug and Ray's logs say more"
-        raise ClusterError("the workers ended without saying how", where=config.out, hint=hint)
-    return notes.ending
+        for restart in notes.restarts:
+            self._record(restart)
+            self._ended.clear()
+            then = "giving up" if restart["gave_up"] else f"again in {restart['delay_s']:.0f} s" if restart[
+                "delay_s"] else "again at once"  # fmt: skip
+            print(f"workers ended after step {restart['step']:,} ({restart['kind']}): {restart['reason']}; {then} from "
+                  f"step {restart['saved']:,}", flush=True)  # fmt: skip
+        if notes.stop and self.signals.received is None:
+            self.signals.notice(notes.stop)
+        if self.signals.received is not None and not self._told:
+            self._told = True
+            self._board.stop.remote()
+
+    def _record(self, restart: dict[str, Any]) -> None:
+        self.folder.append(HISTORY, json.dumps(restart))
+        self.folder.flush()
+
+    def _guard(self, notes: Any) -> None:
+        """End workers that hang; say what is waited for, and not for ever."""
+        machine = self.config.cluster
+        for rank, reason in hung(notes.pulses, start_s=machine.start_timeout_s, hang_s=machine.hang_timeout_s):
+            place = notes.places.get(rank)
+            if place is not None and place.pid not in self._ended:
+                self._end(place, reason)
+        if notes.waiting_s > machine.start_timeout_s:
+            raise ClusterError(f"no room for workers in {duration(notes.waiting_s)}: {self._shortage()}",
+                               where=self.config.out, hint="start again when there is; the run goes on")  # fmt: skip
+        if notes.waiting_s > WAITING_S and time.monotonic() - self._spoke > WAITING_S:
+            self._spoke = time.monotonic()
+            print(f"waiting for workers: {self._shortage()}", flush=True)
+
+    def _end(self, place: Any, reason: str) -> None:
+        import ray
+
+        said = f"rank {place.rank} on {place.name}: {reason}"
+        print(f"hung: {said}; SIGKILL to process {place.pid}", flush=True)
+        ray.get(self._board.blame.remote(Failure("hang", said, place.node, place.rank)))
+        self._ended.add(place.pid)
+        end_process(place.node, place.pid)
+
+    def _shortage(self) -> str:
+        import ray
+
+        config, has = self.config, ray.cluster_resources()
+        each = ", ".join(f"{value:g} {name}" for name, value in _resources(config).items())
+        there = ", ".join(f"{has.get(name, 0):g} {name}" for name in _resources(config))
+        return (f"at least {config.cluster.least_workers} of {each} each are needed; the cluster has {there} "
+                f"on {sum(node['Alive'] for node in ray.nodes())} machines")  # fmt: skip
+
+    def _ending(self, notes: Any) -> bool:
+        if notes.ending is not None and (notes.ending[1] or self._told):
+            return bool(notes.ending[1])
+        if self._told:
+            return False  # told to stop between two groups of workers
+        raise self._lost(self._error) from self._error
+
+    def _lost(self, error: BaseException | None) -> UserError:
+        last = [line for line in str(error or "").splitlines() if line.strip()][-1:] or ["it did not say why"]
+        return ClusterError(f"Ray Train ended by itself: {last[0]}", where=self.config.out,
+                            hint="--debug shows the whole trace; started again, the run goes on")  # fmt: skip
 
 
-def _broken(error: BaseException, config: RunConfig) -> UserError:
-    text = str(error).strip() or type(error).__name__
-    last = [line for line in text.splitlines() if line.strip()][-1]
-    return ClusterError(
-        f"training failed {config.cluster.max_failures + 1} times in all or could not start: {last}",
-        where=config.out,
-        hint="--debug shows the whole trace; started again, the run goes on from its last checkpoint",
-    )
-
-
-def _trainer(config: RunConfig, board: str, scratch: str) -> Any:
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.start_timeout_s)
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.cluster.hang_timeout_s)
+def _trainer(config: RunConfig, board: str, scratch: str, *, embedded: bool) -> Any:
+    machine = config.cluster
+    patience = PLACEMENT_S if _elastic(config) else machine.start_timeout_s
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(patience)
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(machine.start_timeout_s + machine.hang_timeout_s)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    gpus = config.engine.device != "cpu" and _cluster_has_gpus()
+    from cluster.guard import Guard
+    from cluster.ray_host import TakeSigterm
+
+    resources = _resources(config)
+    gpus = "GPU" in resources
     refuse_unsuited(config, torch.device("cuda" if gpus else "cpu"))
+    variables = dict(variable.split("=", 1) for variable in machine.environment)
+    workers: Any = (machine.least_workers, machine.max_workers) if _elastic(config) else machine.max_workers
+    callbacks: list[Any] = [Guard(board, machine, config.out), TakeSigterm()]
     return TorchTrainer(
         work,
-        train_loop_config={"config": recipes.to_tree(config), "board": board},
+        train_loop_config={"config": recipes.to_tree(config), "board": board, "embedded": embedded},
         torch_config=TorchConfig(
             backend="nccl" if gpus else "gloo",
-            timeout_s=round(config.cluster.start_timeout_s + config.cluster.collective_timeout_s),
+            timeout_s=round(machine.start_timeout_s + machine.collective_timeout_s),
         ),
         scaling_config=ScalingConfig(
-            num_workers=config.cluster.max_workers,
+            num_workers=workers,
             use_gpu=gpus,
-            resources_per_worker={"CPU": config.cluster.cpus_per_worker, **({"GPU": 1} if gpus else {})},
+            resources_per_worker=resources,
+            placement_strategy=machine.placement.upper(),
+            elastic_resize_monitor_interval_s=machine.resize_every_s,  # type: ignore[call-arg]
         ),
         run_config=RayRunConfig(
             name=board,
             storage_path=scratch,
-            failure_config=FailureConfig(  # mypy sees the fields of Ray Train's first version
-                max_failures=config.cluster.max_failures,
-                controller_failure_limit=config.cluster.max_failures,  # type: ignore[call-arg]
+            callbacks=callbacks,
+            failure_config=FailureConfig(  # Guard counts; mypy sees the fields of Ray Train's first version
+                max_failures=-1,
+                controller_failure_limit=-1,  # type: ignore[call-arg]
             ),
+            worker_runtime_env={"env_vars": variables} if variables else None,
         ),
     )
 
 
-def _cluster_has_gpus() -> bool:
+def _resources(config: RunConfig) -> dict[str, float]:
+    """What Ray sets aside for a worker: its cores, and a GPU where the cluster has any."""
     import ray
 
-    return ray.cluster_resources().get("GPU", 0) > 0
+    machine = config.cluster
+    cpus = machine.cpus_per_worker
+    if machine.workers_per_node:
+        cores = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+        smallest = min(filter(None, cores), default=0)
+        cpus = max(cpus, math.floor(100 * smallest / machine.workers_per_node) / 100)
+    gpus = config.engine.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
+    return {"CPU": cpus, **({"GPU": 1} if gpus else {})}
 
 
 def work(settings: dict[str, Any]) -> None:
-    """What each worker does, in every attempt."""
+    """What each worker does, in every group."""
     prepare()
     os.environ["REID_ENTRY"] = "cluster"
     import ray
     from ray import train
 
-    from cluster.bulletin import NAMESPACE, RayHost
+    from cluster.bulletin import Leaving, find_board
+    from cluster.ray_host import RayHost
 
-    board = ray.get_actor(settings["board"], namespace=NAMESPACE)
-    if ray.get(board.failed.remote()):
-        return  # the attempt before met a mistake that a restart does not mend
+    board = find_board(settings["board"])
+    group, reason, wanted = ray.get(board.enter.remote())
+    if not wanted:
+        return  # the group before met a mistake that a restart does not mend
     config = recipes.validate(settings["config"], where="the driver's recipe")
     context = train.get_context()
-    rank = context.get_world_rank()
     local_rank = context.get_local_rank()
     world = World(
-        rank=rank,
+        rank=context.get_world_rank(),
         size=context.get_world_size(),
         local_rank=local_rank,
         local_size=context.get_local_world_size(),
         device=choose_device(config.engine.device, local_rank),
     )
-    reason = "started"
-    if rank == 0:
-        starts = ray.get(board.start.remote())
-        reason = "started" if starts == 1 else "restarted after a failure of the workers"
+    host = RayHost(board, group, world, config.cluster, embedded=settings["embedded"])
     try:
-        ending = pretrain(config, world=world, host=RayHost(board), reason=reason)
+        ending = pretrain(config, world=world, host=host, reason=reason)
     except (ConfigError, DataError) as error:
         ray.get(board.fail.remote(error))
         raise
-    if rank == 0:
+    except Exception as error:
+        said = f"rank {world.rank} on {host.place()}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        ray.get(board.blame.remote(Failure("crash", said, host.where.node, world.rank)))
+        raise
+    finally:
+        word = host.close()
+    if world.leads:
         ray.get(board.end.remote(ending.step, ending.complete))
+    if not ending.complete and word != "stop":
+        raise Leaving(f"saved after step {ending.step}")

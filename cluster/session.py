@@ -48,21 +48,38 @@ def ray_session(address: str, *, cpus: int) -> Iterator[str]:
     scratch = tempfile.mkdtemp(prefix="reid_")
     try:
         if address == LOCAL:
-            ray.init(
-                address=LOCAL,
-                num_cpus=cpus,
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=scratch,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            with _on_loopback() as host:
+                ray.init(
+                    address=LOCAL,
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _temp_dir=scratch,
+                    _node_ip_address=host,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
         else:
             _join(address)
         yield scratch
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[str]:
+    """The address for an embedded Ray. Ray puts the machine's own in its place, but on desktop systems: told so, all of
+    its ports and those of its workers are on loopback."""
+    import ray._private.ray_constants as constants
+
+    if os.path.exists("/sys/class/net/lo"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    before, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield "127.0.0.1"
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
 
 
 def _join(address: str) -> None:

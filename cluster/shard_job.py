@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
+from cluster.in_job import refuse_relative
 from cluster.session import LOCAL, chosen_address, ray_session, result
 from cluster.shared_paths import Witness, marked, unseen, witnesses
 from datapipe.__main__ import ShardCommand, run_shard
@@ -40,6 +41,7 @@ class ClusterShardCommand(ShardCommand):
 
 def run(command: ClusterShardCommand) -> int:
     """Do the same as `python -m datapipe shard` with all CPUs of a cluster; the exit code says how it ended."""
+    refuse_relative(places_of(command))
     address = chosen_address(command.address)
     command = _anywhere(command, joined=address != LOCAL)
     stop = _Stop()
@@ -52,6 +54,12 @@ def run(command: ClusterShardCommand) -> int:
             raise
         print("stopped by SIGTERM; the same command again goes on from here", flush=True)
         return STOPPED
+
+
+def places_of(command: ShardCommand) -> dict[str, str]:
+    """Every place that sharding reads from or writes to."""
+    sources = {f"source {number}": source for number, source in enumerate(command.sources, start=1)}
+    return {**sources, "out": command.out, "config.spool": command.config.spool}
 
 
 def _run(command: ShardCommand, *, joined: bool) -> int:

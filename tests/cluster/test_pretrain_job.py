@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -45,7 +46,9 @@ def test_pretrain_job__a_killed_worker_changes_nothing(tmp_path: Path, write_cro
     assert killed and code == 0, output + errors
     attempts = [json.loads(log.read_text().splitlines()[0]) for log in sorted((run / "metrics").glob("*.jsonl"))]
     assert [attempt["resumed_from"] for attempt in attempts] == [None, "step_0000006"]
-    assert "restarted" in attempts[1]["reason"]
+    assert re.fullmatch(r"restarted: rank 1 on 127.0.0.1 \(node \w{8}\): its process died", attempts[1]["reason"])
+    (restart,) = map(json.loads, (run / "restarts.jsonl").read_text().splitlines())
+    assert (restart["kind"], restart["rank"], restart["saved"]) == ("crash", 1, 6) and restart["step"] >= 6
     run_ranks(2, _until, str(path), str(undisturbed), "deepspeed", 0)
     before, after = final_state(undisturbed), final_state(run)
     assert before.keys() == after.keys()

@@ -1,0 +1,172 @@
+"""In Ray Train's controller: why workers ended, whether and when they begin again, and room made for a new size."""
+
+import re
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller.state import (
+    PreemptingState,
+    ReschedulingState,
+    ResizingState,
+    RestartingState,
+)
+
+from cluster.bulletin import Leaving, Place, Situation, find_board
+from cluster.restarts import Failure, Restarts
+from training.cluster_config import ClusterConfig
+
+POLL_S = 0.2
+ANSWER_S = 2.0
+"""Seconds for a living worker to answer."""
+_DEATHS = (
+    (r"its node has died|node was terminated|node failure", "its machine is gone"),
+    (r"running low on memory", "Ray killed it for want of memory"),
+    (r"exit code (\d+)", "its process ended with code {}"),
+)
+"""What Ray says of a dead worker, and what that means, the most telling first."""
+
+
+class Over(Exception):
+    """Ends Ray Train's run. What there is to say is on the board."""
+
+
+class Guard(ControllerCallback, WorkerGroupCallback):
+    """Ray Train restarts without end; this decides when it ends, and waits before it begins again."""
+
+    def __init__(self, board: str, config: ClusterConfig, out: str) -> None:
+        self._name, self._config = board, config
+        self._restarts = Restarts(config, out)
+        self._actors: dict[int, Any] = {}
+
+    @property
+    def _board(self) -> Any:
+        return find_board(self._name)
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        ray.get(self._board.open.remote(worker_group_context.num_workers))
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        places = [
+            Place(worker.distributed_context.world_rank, worker.metadata.node_id, worker.metadata.node_ip,
+                  worker.metadata.pid)
+            for worker in worker_group.get_workers()
+        ]  # fmt: skip
+        self._actors = {worker.distributed_context.world_rank: worker.actor for worker in worker_group.get_workers()}
+        ray.get(self._board.place.remote(places))
+
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        ray.get(self._board.close.remote())
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        if isinstance(current_state, PreemptingState):
+            nodes = ", ".join(node[:8] for node in current_state.preemption_info.preempted_node_ids)
+            ray.get(self._board.leave.remote(f"machine {nodes} is drained and will be taken away"))
+        elif isinstance(current_state, ResizingState):
+            decided: Any = current_state.scaling_decision
+            self._make_room(decided.num_workers)
+        elif isinstance(current_state, RestartingState | ReschedulingState):
+            self._judge(current_state.training_failed_error)
+
+    def _make_room(self, workers: int) -> None:
+        """Let the workers save before Ray ends them for a new size."""
+        before = len(ray.get(self._board.situation.remote()).places)
+        reason = f"from {before} to {workers} workers, as there is room" if workers > before else (
+            f"from {before} to {workers} workers, as there is no more room")  # fmt: skip
+        ray.get(self._board.leave.remote(reason))
+        end = time.monotonic() + self._config.hang_timeout_s
+        while time.monotonic() < end and not ray.get(self._board.left.remote()):
+            time.sleep(POLL_S)
+        self._follow(Failure("resize", reason), ray.get(self._board.situation.remote()))
+
+    def _judge(self, error: Exception) -> None:
+        cause = getattr(error, "controller_failure", error)
+        situation = self._situation(cause)
+        if situation.stopping or situation.over:
+            raise Over
+        if not isinstance(cause, WorkerGroupStartupTimeoutError):  # no room yet: the driver sees to how long
+            self._follow(describe(cause, situation, self._dead()), situation)
+
+    def _situation(self, cause: Exception) -> Situation:
+        """How all stands. Where workers left, one of them knows why, and may be about to say so."""
+        failures = getattr(cause, "worker_failures", {}).values()
+        left = any(isinstance(failure, Leaving) for failure in failures)
+        end = time.monotonic() + ANSWER_S
+        while True:
+            situation: Situation = ray.get(self._board.situation.remote())
+            if situation.leaving or situation.stopping or not left or time.monotonic() > end:
+                return situation
+            time.sleep(POLL_S)
+
+    def _follow(self, failure: Failure, situation: Situation) -> None:
+        nodes = {place.node for place in situation.places.values()}
+        decision = self._restarts.decide(failure, saved=situation.saved, nodes=len(nodes))
+        record = {
+            "time": time.time(), "kind": failure.kind, "reason": failure.reason, "rank": failure.rank,
+            "node": failure.node, "workers": len(situation.places), "step": situation.step, "saved": situation.saved,
+            "in_a_row": decision.row, "delay_s": decision.delay_s, "gave_up": decision.give_up is not None,
+        }  # fmt: skip
+        ray.get(self._board.note_restart.remote(record))
+        if decision.give_up is not None:
+            ray.get(self._board.fail.remote(decision.give_up))
+            raise Over
+        self._wait(decision.delay_s)
+
+    def _dead(self) -> dict[int, str]:
+        """The ranks whose processes are gone, and how they ended. Those that live fail for want of them, and often say
+        so first."""
+        asked = {actor.get_metadata.remote(): rank for rank, actor in self._actors.items()}
+        self._actors = {}
+        ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S) if asked else None
+        found = {}
+        for answer, rank in asked.items():
+            try:
+                ray.get(answer, timeout=0)
+            except RayActorError as death:
+                found[rank] = death_in_words(death)
+            except GetTimeoutError:
+                found[rank] = "does not answer"
+        return found
+
+    def _wait(self, delay_s: float) -> None:
+        end = time.monotonic() + delay_s
+        while time.monotonic() < end:
+            if ray.get(self._board.situation.remote()).stopping:
+                raise Over
+            time.sleep(POLL_S)
+
+
+def describe(error: Exception, situation: Situation, dead: dict[int, str]) -> Failure:
+    """Who is to blame, in words: whoever hung, else whose process died, else who said first that it failed.
+
+    `dead`: rank -> how its process ended.
+    """
+    if situation.leaving:
+        return Failure("preemption", situation.leaving)
+    blame = situation.blame
+    if blame is not None and (blame.kind == "hang" or not dead):
+        return blame
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    if not dead and not failures:
+        return Failure("start", f"workers did not come up: {_first_line(error)}")
+    rank = min(dead or failures)
+    what = dead[rank] if dead else _first_line(failures[rank])
+    place = situation.places.get(rank)
+    where = f" on {place.name}" if place else ""
+    return Failure("crash", f"rank {rank}{where}: {what}", place.node if place else "", rank)
+
+
+def death_in_words(death: Exception) -> str:
+    """How a worker's process came to its end."""
+    for pattern, meaning in _DEATHS:
+        if found := re.search(pattern, str(death), re.IGNORECASE):
+            return meaning.format(*found.groups())
+    return "its process died"
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

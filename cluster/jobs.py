@@ -1,0 +1,122 @@
+"""Handing in our commands as Ray jobs."""
+
+import argparse
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cluster.in_job import refuse_relative
+from datapipe.errors import ClusterError
+from training import config as recipes
+from training.config import RunConfig
+
+PACKAGES = ("cluster", "datapipe", "training")
+MOST_MB = 20.0
+"""Megabytes (10^6 bytes) that a job may upload. Our code is one."""
+RECIPE = "recipe.toml"
+
+
+def paths_of(config: RunConfig) -> dict[str, str]:
+    """Every place that a run reads from or writes to."""
+    mix = {f"stream.mix[{number}]": address for number, address in enumerate(config.stream.mix)}
+    return {"out": config.out, "stream.manifest": config.stream.manifest, **mix, "init.weights": config.init.weights}
+
+
+def submit(arguments: Sequence[str]) -> int:
+    """Hand in `pretrain`, `shard` or `evaluate` as a Ray job. Raises UserError for what could not run there."""
+    parser = argparse.ArgumentParser(prog="python -m cluster submit", allow_abbrev=False,
+                                     usage="%(prog)s [--address ADDRESS] {pretrain,shard,evaluate} ...")  # fmt: skip
+    parser.add_argument("--address", default=None, help="of the dashboard, such as http://127.0.0.1:8265. Left out: "
+                        "RAY_API_SERVER_ADDRESS, or that of a cluster on this machine.")  # fmt: skip
+    parser.add_argument("command", choices=_PREPARE)
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="as for `python -m cluster COMMAND`")
+    chosen = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="reid_job_") as folder:
+        words = _PREPARE[chosen.command](list(chosen.rest), Path(folder))
+        _stage(Path(folder))
+        client = _client(chosen.address)
+        with _reached(chosen.address):
+            job = client.submit_job(entrypoint=shlex.join(["python", "-m", "cluster", chosen.command, *words]),
+                                    runtime_env={"working_dir": folder})  # fmt: skip
+    print(_told(job, client.get_address(), arguments))
+    return 0
+
+
+def _pretrain(arguments: list[str], folder: Path) -> list[str]:
+    """The resolved recipe goes along, so that its mistakes are met here, and flags need no quoting there."""
+    from training.__main__ import read_recipe
+
+    config = read_recipe(arguments, prog="python -m cluster submit pretrain RECIPE")
+    refuse_relative(paths_of(config), job=True)
+    (folder / RECIPE).write_text(recipes.to_toml(config), encoding="utf-8")
+    return [RECIPE]
+
+
+def _shard(arguments: list[str], folder: Path) -> list[str]:
+    from cluster.shard_job import ClusterShardCommand, places_of
+    from datapipe.parsing import parse
+
+    command = parse(ClusterShardCommand, arguments, "shard", program="python -m cluster submit")
+    refuse_relative(places_of(command), job=True)
+    return arguments
+
+
+def _evaluate(arguments: list[str], folder: Path) -> list[str]:
+    from cluster.evaluate_command import parse_evaluate
+
+    refuse_relative(parse_evaluate(arguments)[0].places, job=True)
+    return arguments
+
+
+_PREPARE: dict[str, Callable[[list[str], Path], list[str]]] = {
+    "pretrain": _pretrain, "shard": _shard, "evaluate": _evaluate,
+}  # fmt: skip
+
+
+def _stage(folder: Path) -> None:
+    """Our code beside what is there already: nothing else of the working tree is uploaded."""
+    root = Path(__file__).parents[1]
+    for name in PACKAGES:
+        shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    size_mb = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+    if size_mb > MOST_MB:
+        raise ClusterError(f"the job's files have {size_mb:.0f} MB, more than {MOST_MB:.0f}", where=str(root),
+                           hint="something large lies among the code")  # fmt: skip
+
+
+def _client(address: str | None) -> Any:
+    from cluster.session import prepare
+
+    prepare()
+    from ray.job_submission import JobSubmissionClient
+
+    with _reached(address):
+        return JobSubmissionClient(address)
+
+
+@contextmanager
+def _reached(address: str | None) -> Iterator[None]:
+    try:
+        yield
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"the cluster takes no job: {str(error).strip().partition(chr(10))[0]}", where=address or "this machine",
+            hint="--address http://HEAD:8265, the dashboard's; `ray start --head` starts one on its first machine",
+        ) from error  # fmt: skip
+
+
+def _told(job: str, address: str, arguments: Sequence[str]) -> str:
+    """What to do with the job from now on."""
+    again = shlex.join(["python", "-m", "cluster", "submit", *arguments])
+    return "\n".join([
+        f"submitted {job} to {address}",
+        f"  follow:  ray job logs --address {address} -f {job}",
+        f"  state:   ray job status --address {address} {job}",
+        f"  stop:    ray job stop --address {address} {job}",
+        "           (saved first, where Ray was started with RAY_JOB_STOP_WAIT_TIME_S=120 or so; its own 3 s are few)",
+        f"  resume:  {again}",
+    ])  # fmt: skip

@@ -1,0 +1,118 @@
+"""A worker's host under Ray: its life, its machine's end, and the words of the driver."""
+
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import ray
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.train.v2._internal.execution.callback import WorkerCallback
+
+from cluster.bulletin import Place, Word
+from cluster.vigil import Pulse
+from training.cluster_config import ClusterConfig
+from training.engine.host import Doing
+from training.engine.notice import Notice
+from training.engine.world import World
+
+POLL_S = 0.5
+"""Seconds between signs of life, each of which brings back the driver's word."""
+PREEMPTION = 2
+"""Ray's number for "this machine will be taken away"."""
+GRACE_S = 120
+"""Seconds that a machine has after a notice, as far as Ray is told; clouds give 30 to 120."""
+
+_terminated = threading.Event()
+
+
+class TakeSigterm(WorkerCallback):
+    """Lets a worker process live on after SIGTERM until its state is saved. Ray runs it in the main thread, which
+    training is not in; a second signal ends the process."""
+
+    def after_init_train_context(self) -> None:
+        _terminated.clear()
+        signal.signal(signal.SIGTERM, _receive)
+
+
+def _receive(number: int, _: object) -> None:
+    if _terminated.is_set():
+        os._exit(128 + number)
+    _terminated.set()
+
+
+class RayHost:
+    """What `training` asks of a rank's place and tells it; a thread carries it to the board and back."""
+
+    def __init__(self, board: Any, group: int, world: World, config: ClusterConfig, *, embedded: bool) -> None:
+        """`embedded`: Ray lives in the driver's process, so that no other machine could go on."""
+        context = ray.get_runtime_context()
+        self.where = Place(world.rank, context.get_node_id(), ray.util.get_node_ip_address(), os.getpid())
+        self._board, self._group, self._world, self._embedded = board, group, world, embedded
+        self._word: Word = "go"
+        self._first: int | None = None
+        """Steps that were done when this attempt began."""
+        self._doing: Doing = "data"
+        self._step, self._moved = 0, time.monotonic()
+        self._done = threading.Event()
+        watched = config.notice if world.local_rank == 0 else ""
+        self._notice = Notice(watched, every_s=config.notice_every_s, heard=self._going)
+        threading.Thread(target=self._live, name="signs of life", daemon=True).start()
+
+    def _live(self) -> None:
+        while not self._done.is_set():
+            try:
+                self._word = ray.get(self._board.beat.remote(self._group, self._pulse()))
+            except (ray.exceptions.RayError, RuntimeError):
+                return  # the driver is gone, and this process will be ended with it
+            self._pass_on()
+            self._done.wait(POLL_S)
+
+    def _pass_on(self) -> None:
+        """Tell why all must leave, if this process has been told to. The board keeps the first reason."""
+        if _terminated.is_set():
+            ray.get(self._board.leave.remote(f"rank {self._world.rank} on {self.place()} was told to end (SIGTERM)"))
+
+    def _pulse(self) -> Pulse:
+        begun = self._first is not None and self._step > self._first
+        stood_s = time.monotonic() - self._moved
+        return Pulse(self._world.rank, self._step, self._doing, stood_s, 0.0, begun)
+
+    def _going(self, words: str) -> None:
+        """This machine will be taken away: everybody saves, and Ray starts nothing here any more."""
+        reason = f"{self.place()} will be taken away ({words})"
+        if self._embedded:
+            self._board.ask_stop.remote(reason)
+            return
+        self._board.leave.remote(reason)
+        deadline_ms = round((time.time() + GRACE_S) * 1_000)
+        GcsClient(address=ray.get_runtime_context().gcs_address).drain_node(
+            self.where.node, PREEMPTION, reason, deadline_ms
+        )
+
+    def close(self) -> Word:
+        """The work is over, well or not: no more signs of life. What is to follow."""
+        self._done.set()
+        self._notice.close()
+        self._pass_on()
+        word: Word = ray.get(self._board.gone.remote(self._group, self._world.rank))
+        return word
+
+    def place(self) -> str:
+        return self.where.name
+
+    def alive(self, step: int, doing: Doing) -> None:
+        if self._first is None:
+            self._first = step
+        self._step, self._doing, self._moved = step, doing, time.monotonic()
+
+    def preempted(self) -> bool:
+        return self._word != "go" or _terminated.is_set()
+
+    def saved(self, step: int) -> None:
+        if self._world.leads:
+            self._board.saved.remote(step)
+
+    def say(self, line: str) -> None:
+        self._board.say.remote(line)

@@ -1,0 +1,94 @@
+"""When workers are ended and started anew, decided from what is known: no Ray, no processes."""
+
+from typing import Any
+
+import pytest
+
+from cluster.bulletin import Place, Situation
+from cluster.guard import death_in_words, describe
+from cluster.restarts import BAD_NODE_FAILURES, LONGEST_DELAY_S, Failure, Restarts
+from cluster.vigil import Pulse, hung
+from training.cluster_config import ClusterConfig
+
+CRASH = Failure("crash", "rank 1 on a: its process died", "a", 1)
+
+
+def _pulse(rank: int, step: int, doing: Any = "backward", stood: float = 0.0, silent: float = 0.0, begun: bool = True):  # type: ignore[no-untyped-def]
+    return Pulse(rank, step, doing, stood, silent, begun)
+
+
+@pytest.mark.parametrize(("pulses", "ended"), [
+    ([], []),
+    ([_pulse(0, 7, stood=99), _pulse(1, 7)], []),  # one still moves
+    ([_pulse(0, 7, stood=9), _pulse(1, 7, stood=9)], []),
+    ([_pulse(0, 7, stood=11, silent=1), _pulse(1, 7, stood=12, silent=12)], [1]),  # stopped: it says nothing
+    ([_pulse(0, 7, stood=11), _pulse(1, 7, "forward", stood=11)], [1]),  # stuck: the furthest behind
+    ([_pulse(0, 7, "data", stood=11), _pulse(1, 6, stood=11)], [1]),
+    ([_pulse(0, 7, stood=11), _pulse(1, 7, stood=11)], [0, 1]),  # nobody knows: all
+    ([_pulse(0, 0, stood=99, begun=False), _pulse(1, 0, stood=99, begun=False)], []),  # imports take long
+    ([_pulse(0, 0, stood=101, begun=False), _pulse(1, 1, stood=101)], [0]),
+])  # fmt: skip
+def test_hung__who_is_ended(pulses: list[Pulse], ended: list[int]) -> None:
+    found = hung(pulses, start_s=100, hang_s=10)
+    assert [one.rank for one in found] == ended and all(one.reason for one in found)
+
+
+def test_restarts__wait_longer_each_time_and_end() -> None:
+    restarts = Restarts(ClusterConfig(max_failures=9, restart_delay_s=2.0), "runs/one")
+    decisions = [restarts.decide(CRASH, saved=0, nodes=1) for _ in range(10)]
+    assert [one.delay_s for one in decisions[:8]] == [0, 2, 4, 8, 16, 32, 64, LONGEST_DELAY_S]
+    assert all(one.give_up is None for one in decisions[:9]) and decisions[9].give_up is not None
+    said = str(decisions[9].give_up)
+    assert "10 times in a row" in said and CRASH.reason in said and "runs/one" in said
+
+
+def test_restarts__a_new_checkpoint_breaks_the_row() -> None:
+    restarts = Restarts(ClusterConfig(max_failures=1), "")
+    for saved in (10, 20, 30, 40):
+        assert restarts.decide(CRASH, saved=saved, nodes=1) == (1, 0.0, None)
+    assert restarts.decide(Failure("resize", "from 2 to 4"), saved=40, nodes=1) == (1, 0.0, None)
+    assert restarts.decide(CRASH, saved=40, nodes=1).row == 2
+
+
+@pytest.mark.parametrize(("names", "nodes", "named"), [("aaa", 2, True), ("aaa", 1, False), ("aba", 2, False)])
+def test_restarts__a_bad_machine_is_named_soon(names: str, nodes: int, named: bool) -> None:
+    restarts = Restarts(ClusterConfig(max_failures=8), "")
+    assert len(names) == BAD_NODE_FAILURES
+    for name in names:
+        last = restarts.decide(Failure("crash", "dead", name, 0), saved=0, nodes=nodes)
+    assert (last.give_up is not None) == named
+    assert not named or "machine a" in str(last.give_up)
+
+
+def _situation(**known: Any) -> Situation:
+    places = {rank: Place(rank, f"{rank}" * 16, "10.0.0.1", 100 + rank) for rank in (0, 1)}
+    return Situation(**{"stopping": False, "over": False, "leaving": "", "blame": None, "places": places, "step": 9,
+                        "saved": 6, **known})  # fmt: skip
+
+
+class Failed(Exception):
+    def __init__(self, failures: dict[int, Exception]) -> None:
+        self.worker_failures = failures
+
+
+def test_describe__the_dead_are_to_blame_not_those_that_miss_them() -> None:
+    collateral = Failure("crash", "rank 0 on ...: RuntimeError: Connection closed by peer", "0" * 16, 0)
+    error = Failed({0: RuntimeError("Connection closed by peer")})
+    found = describe(error, _situation(blame=collateral), {1: "its process died"})
+    assert found == Failure("crash", "rank 1 on 10.0.0.1 (node 11111111): its process died", "1" * 16, 1)
+    assert describe(error, _situation(blame=collateral), {}) == collateral
+    hang = Failure("hang", "rank 1", "1" * 16, 1)
+    assert describe(error, _situation(blame=hang), {1: "its process died"}) == hang
+    assert describe(error, _situation(leaving="spot"), {}).kind == "preemption"
+    assert describe(error, _situation(), {}).reason.endswith("Connection closed by peer")
+    assert describe(RuntimeError("no"), _situation(), {}).kind == "start"
+
+
+@pytest.mark.parametrize(("said", "meant"), [
+    ("The actor died because its node has died. Node Id: 3f", "its machine is gone"),
+    ("Worker unexpectedly exits with a connection error code 2. (1) killed by OOM killer", "its process died"),
+    ("Task was killed due to the node running low on memory.", "Ray killed it for want of memory"),
+    ("Worker exits with an exit code 143.", "its process ended with code 143"),
+])  # fmt: skip
+def test_death__in_words(said: str, meant: str) -> None:
+    assert death_in_words(RuntimeError(said)) == meant

@@ -5,14 +5,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from time import process_time
 from typing import Any
 
 import boto3
 
-from datapipe.config import StorageConfig, StreamConfig
+from datapipe.config import ShardConfig, StorageConfig, StreamConfig
+from datapipe.ingest import ingest
 from datapipe.loader import Loader
 from datapipe.manifest import Manifest
 from datapipe.order import Order
@@ -33,8 +35,6 @@ server.start()
 print(*server.get_host_and_port(), flush=True)
 sys.stdin.read()
 """
-BLOCK = 192
-"""A block is cut where a shard ends: in these small shards the default of 256 would make halves."""
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
@@ -44,18 +44,20 @@ def streaming(scale: Scale) -> Table:
     notes = (
         ABOUT,
         f"decode and one 256x128 random resized crop, batches of {scale.batch}, 1 thread; only the client's CPU time",
-        "each round begins with an empty cache, so every block is fetched, checked, written, and read crop by crop",
+        "one shard, blocks of 256 crops; each round begins with an empty cache, so every block is fetched, checked, "
+        "written, and read crop by crop",
     )
     return Table("streaming", "from S3 against local disk", "img/s per CPU-second", tuple(rows), notes)
 
 
 def _measured(found: Crops, scale: Scale) -> Rates:
+    local = _in_one_shard(found)
     with ExitStack() as stack:
-        url, storage = stack.enter_context(_served(found))
+        url, storage = stack.enter_context(_served(local))
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=scale.cache))
         blocks = stack.enter_context(_loading(url, storage, scale, cache_dir=folder))
         works = {
-            LOCAL: stack.enter_context(_loading(found.dataset, StorageConfig(), scale)),
+            LOCAL: stack.enter_context(_loading(str(local), StorageConfig(), scale)),
             BLOCKS: lambda: _from_empty(Path(folder), blocks),
             SINGLY: stack.enter_context(_loading(url, storage, scale, cache_gb=0)),
         }
@@ -79,7 +81,7 @@ def _from_empty(folder: Path, work: Work) -> int:
 @contextmanager
 def _loading(url: str, storage: StorageConfig, scale: Scale, **settings: Any) -> Iterator[Work]:
     """An epoch through the loader; what opening costs is another bench."""
-    config = StreamConfig(threads=1, cache_mb=0, block=BLOCK, **settings)
+    config = StreamConfig(threads=1, cache_mb=0, **settings)
     stream = Stream(Manifest.load(url, storage), storage, config)
     order = Order(stream.rows, 0, config.block, config.window)
     begin = 0
@@ -96,8 +98,19 @@ def _loading(url: str, storage: StorageConfig, scale: Scale, **settings: Any) ->
     stream.close()
 
 
+def _in_one_shard(found: Crops) -> Path:
+    """The crops as they are sharded by default, which makes blocks whole; once."""
+    folder = found.folder / "one_shard"
+    if not folder.exists():
+        part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+        with redirect_stderr(StringIO()):
+            ingest([str(found.files)], str(part), ShardConfig(workers=1), StorageConfig())
+        part.rename(folder)
+    return folder
+
+
 @contextmanager
-def _served(found: Crops) -> Iterator[tuple[str, StorageConfig]]:
+def _served(folder: Path) -> Iterator[tuple[str, StorageConfig]]:
     """The data set in a bucket of a server process."""
     os.environ.update(CREDENTIALS)
     server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -106,7 +119,6 @@ def _served(found: Crops) -> Iterator[tuple[str, StorageConfig]]:
         storage = StorageConfig(endpoint_url="http://{}:{}".format(*server.stdout.readline().split()))
         client = boto3.client("s3", endpoint_url=storage.endpoint_url)
         client.create_bucket(Bucket="bench")
-        folder = Path(found.dataset)
         for path in folder.rglob("*"):
             if path.is_file():
                 client.upload_file(str(path), "bench", f"set/{path.relative_to(folder)}")

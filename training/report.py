@@ -30,6 +30,7 @@ from training.report_page import (
 )
 from training.report_plots import Plot
 from training.report_published import published_section
+from training.report_restarts import restarts_section
 from training.report_retrieval import distances_section, ranked_section, scores_section, verdict
 from training.report_speed import speed_section
 from training.run_folder import RunFolder
@@ -78,7 +79,7 @@ def _training(files: RunFiles, pictures: Pictures) -> list[tuple[str, str]]:
     return [
         ("Loss", _loss(files)),
         ("Speed", speed_section(files)),
-        ("Attempts and restarts", _attempts(files)),
+        ("Attempts and restarts", _attempts(files) + restarts_section(files)),
         ("Steps that were not finite", faults_section(files, pictures)),
         ("First batch", pictures.figure("first_batch.jpg", "What the network saw: crops and their views.")),
         ("Schedules", _schedules(files)),

@@ -107,7 +107,7 @@ class RunFiles:
     def names(self) -> frozenset[str]:
         """Every file that the report may use."""
         parts = ("command.txt", "config.toml", "deepspeed.json", "environment.json", "first_batch.jpg", "checkpoints/")
-        prefixes = (*parts, "metrics/", "evaluation/", "exports/", "faults/")
+        prefixes = (*parts, "metrics/", "evaluation/", "exports/", "faults/", "restarts.jsonl", "ranks/pace.jsonl")
         return frozenset(name for prefix in prefixes for name in self.folder.names(prefix))
 
     def text(self, name: str) -> str | None:

@@ -1,0 +1,117 @@
+"""What there is to score at an address, what the scores say of the weights, and what is not done twice."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from datapipe.config import StorageConfig
+from datapipe.errors import DataError
+from tests.flow.tiny import generated, recipe
+from tests.training.reid.people import market
+from tests.training.test_reproduce import PEOPLE, SIZE, weights
+from training import checkpoint, evaluation
+from training.__main__ import main
+from training.config import RunConfig
+from training.initial_weights import InitConfig
+from training.methods.supervised import SupervisedConfig
+from training.pedigree import of_card, of_run
+from training.reid.scoring import ScoringConfig
+
+STORAGE = StorageConfig()
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(market(tmp_path_factory.mktemp("data") / "people", identities=PEOPLE))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    assert main(["pretrain", str(recipe(folder, generated(folder), str(folder / "run")))]) == 0
+    return folder / "run"
+
+
+def test_tasks__of_a_run_of_one_checkpoint_and_of_an_export(run: Path, people: str, tmp_path: Path) -> None:
+    whole = evaluation.tasks(str(run), people, STORAGE)
+    (name,) = checkpoint.complete(evaluation.open_run(str(run), STORAGE)[0].at("checkpoints"))
+    assert [task.weights.name for task in whole] == ["colour_histogram", "random", name]
+    (one,) = evaluation.tasks(f"{run}/checkpoints/{name}/", people, STORAGE)
+    assert one.run == str(run) and one.weights == whole[-1].weights
+    assert main(["export", str(run), "--out", str(tmp_path / "export")]) == 0
+    (exported,) = evaluation.tasks(str(tmp_path / "export"), people, STORAGE, out=str(tmp_path / "scores"))
+    ours, theirs = evaluation.score(exported), evaluation.score(one)
+    assert ours["features"] == theirs["features"] and ours["settings"]["model"]["family"] == "pass"
+    assert (tmp_path / "scores" / "evaluation" / "people" / "exported" / "metrics.json").is_file()
+    with pytest.raises(DataError, match="this checkpoint is not complete"):
+        evaluation.tasks(f"{run}/checkpoints/step_0000099", people, STORAGE)
+
+
+def test_score__is_not_done_twice_unless_settings_differ(run: Path, people: str, tmp_path: Path) -> None:
+    task = evaluation.tasks(str(run), people, STORAGE, out=str(tmp_path))[-1]
+    path = tmp_path / "evaluation" / "people" / task.weights.name / "metrics.json"
+    first = evaluation.score(task)
+    written = path.stat().st_mtime_ns
+    again = evaluation.score(task)
+    assert again["features"] == first["features"] and path.stat().st_mtime_ns == written
+    reranked = evaluation.score(replace(task, scoring=ScoringConfig(rerank=True)))
+    assert "cls re-ranked" in reranked["features"] and path.stat().st_mtime_ns > written
+    assert evaluation.score(replace(task, interpolation="bicubic"))["settings"]["interpolation"] == "bicubic"
+
+
+def test_evaluate__a_file_and_the_file_of_an_export(
+    people: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", people, "--out", str(tmp_path / "scores")]
+    assert main(["evaluate", weights(tmp_path), *words]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "scores" / "report.html")
+    path = tmp_path / "scores" / "evaluation" / "people" / "exported" / "metrics.json"
+    model = json.loads(path.read_text())["settings"]["model"]
+    assert (model["arch"], model["task"], model["file"]) == ("vit_tiny", "zero-shot", "weights.pth")
+    written = path.stat().st_mtime_ns
+    (export,) = (tmp_path / "scores" / "init").iterdir()
+    assert main(["evaluate", str(export / "backbone.safetensors"), *words]) == 0
+    assert path.stat().st_mtime_ns == written  # the same weights on the same images
+    report = (tmp_path / "scores" / "report.html").read_text()
+    assert "no: another data set; another size of images; another backbone; theirs is fine-tuned, ours not" in report
+
+
+def card(**changes: object) -> dict[str, object]:
+    """Of weights that are exported."""
+    backbone = {"arch": "vit_tiny", "size": list(SIZE)}
+    return {"method": "", "backbone": backbone, "parts": 0, "file": {"sha256": "ab"}, "origin": {}} | changes
+
+
+TUNED = {"evaluation": {"data": "data/msmt17"}, "method": {"label_fraction": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "family", "task"),
+    [
+        ({"method": "personvit"}, "personvit", "zero-shot"),
+        ({"origin": {"layout": "pass_fine_tuned", "file": "x.pth"}}, "pass", "supervised"),
+        ({"origin": {"layout": "ics", "file": "x.pth"}}, "dino", "zero-shot"),
+        ({"origin": {"layout": "fine_tuned", "file": "x.pth"}}, "", "supervised"),
+        ({"method": "supervised", "origin": {"layout": "export", "method": "personmae"}}, "personmae", "supervised"),
+        ({"method": "supervised", "origin": {"layout": "export", "method": "", "origin": {"layout": "pass"}}}, "pass",
+         "supervised"),
+    ],
+)  # fmt: skip
+def test_pedigree__of_a_card(changes: dict[str, object], family: str, task: str) -> None:
+    found = of_card(card(**changes), "data/market1501")
+    assert (found.family, found.task, found.sha256, found.trained_on) == (family, task, "ab", "")
+
+
+def test_pedigree__of_weights_fine_tuned_elsewhere_with_fewer_labels() -> None:
+    elsewhere = of_card(card(method="supervised", recipe=TUNED), "data/market1501")
+    assert (elsewhere.trained_on, elsewhere.label_fraction) == ("msmt17", 0.1)
+    assert of_card(card(method="supervised", recipe=TUNED), "data/../data/msmt17/").trained_on == ""
+
+
+def test_pedigree__random_weights_are_of_no_method() -> None:
+    config = RunConfig(method=SupervisedConfig(label_fraction=0.5), init=InitConfig(weights="x"))
+    assert (of_run(config, 0, "people").family, of_run(config, 0, "people").task) == ("", "zero-shot")
+    tuned = of_run(config, 0, "people", sha256="ab", origin={"layout": "pass", "file": "x.pth"})
+    assert (tuned.family, tuned.task, tuned.label_fraction, tuned.file) == ("pass", "supervised", 0.5, "x.pth")

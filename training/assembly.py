@@ -177,13 +177,14 @@ def resolved(config: RunConfig, data: Data) -> RunConfig:
 
         epoch = sum over identities of max(K, images - images mod K)
 
-    Raises ConfigError where the recipe says otherwise.
+    Raises ConfigError where the recipe says otherwise, DataError where there are too few identities for a batch.
     """
     sampling = sampling_of(config)
     if sampling is None:
         return config
     with closing(data.stream(config.storage, config.stream)) as stream:
         labels = labels_of(config, stream.pid)
+        order_of(config, data, stream)  # refuses too few identities
     images = np.bincount(labels[labels >= 0])
     method: Any = config.method
     if method.classes not in (0, len(images)):

@@ -129,7 +129,7 @@ def _train(
     """Segment after segment, each scored at its end. (samples seen, whether all of the run is done)."""
     for end in milestones.after(position):
         position, done = _train_segment(run, checkpoints, config, Segment(end), position)
-        if not done:
+        if not done or (run.stop.reached and config.evaluation.data):  # scoring can wait for the next start
             return position, False
         milestones.score(position)
         if run.recorder is not None:

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from datapipe.errors import DataError
-from datapipe.identities import IDENTITY_ORDER_VERSION, IdentityOrder
+from datapipe.identities import IDENTITY_ORDER_VERSION, IdentityOrder, numbered
 
 SMALL = [10, -1, 10, 0, 40, -1, 10, 40, 30, 20, 0, 40, 10, 10, -1, -1, 40, 30, 0, -1]
 GOLDEN_SMALL = [9, 9, 9, 11, 16, 7, 13, 6, 12, 8, 17, 8, 9, 9, 9, 18, 10, 3, 17, 8, 17, 11, 4, 16]
@@ -171,3 +171,23 @@ def test_order__leaves_junk_out() -> None:
 def test_order__refuses_impossible_sizes(wrong: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="impossible"):
         IdentityOrder(np.array([1]), seed=0, identities=wrong[0], instances=wrong[1])
+
+
+def test_numbered__ascending_from_zero_without_the_negative() -> None:
+    assert numbered(np.array(SMALL)).tolist() == [1, -1, 1, 0, 4, -1, 1, 4, 3, 2, 0, 4, 1, 1, -1, -1, 4, 3, 0, -1]
+    assert numbered(np.array([-1, -2])).tolist() == [-1, -1]
+
+
+def test_numbered__a_smaller_fraction_is_part_of_a_larger_one() -> None:
+    pids = np.repeat(np.arange(3, 203), 4)
+    kept = {}
+    for fraction in (0.001, 0.1, 0.5, 1.0):
+        labels = numbered(pids, fraction=fraction, seed=7)
+        kept[fraction] = set(pids[labels >= 0].tolist())
+        assert np.unique(labels[labels >= 0]).tolist() == list(range(max(1, round(200 * fraction))))
+        assert all(len(set(labels[pids == pid].tolist())) == 1 for pid in range(3, 203)), "all images of one or none"
+        chosen = pids[labels >= 0]
+        assert (np.diff(labels[labels >= 0][np.argsort(chosen, kind="stable")]) >= 0).all()
+    assert kept[0.001] < kept[0.1] < kept[0.5] < kept[1.0]
+    other = numbered(pids, fraction=0.5, seed=8)
+    assert set(pids[other >= 0].tolist()) != kept[0.5]

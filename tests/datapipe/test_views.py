@@ -2,6 +2,7 @@
 
 import pickle
 from io import BytesIO
+from itertools import product
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from datapipe.config import JitterConfig, ViewConfig
 from datapipe.decoding import decode
 from datapipe.photometric import Photometric
 from datapipe.randomness import draw
-from datapipe.views import ViewGroup, ViewSpec, make_views, multi_crop
+from datapipe.views import ViewGroup, ViewSpec, make_views, multi_crop, padded
 from tests.datapipe.crop_set import jpegs
 
 BANDS = ((0.0, 0.5),) * 3 + ((0.25, 0.75),) * 3 + ((0.5, 1.0),) * 3
@@ -174,3 +175,20 @@ def test_multi_crop__bands_hold_their_crops() -> None:
 def test_view_group__refuses_unequal_lists() -> None:
     with pytest.raises(ValueError, match="2 bands but 1"):
         ViewGroup("a", (2, 1), (0, 1), (1, 1), 0.5, ((0, 1), (0, 1)), (Photometric(),))
+
+
+@pytest.mark.parametrize("pad", [0, 5])
+def test_padded__equals_torchvisions_resize_flip_pad_and_crop(pad: int) -> None:
+    crops, positions, size = list(jpegs(24)), np.arange(24), (64, 32)
+    views = make(crops, padded(PLAIN, size=size, pad=pad), 3, positions)["image"][0]
+    moves = set()
+    for data, view in zip(crops, views, strict=True):
+        image = functional.resize(Image.fromarray(decode(data)), list(size), transforms.InterpolationMode.BICUBIC)
+        places = list(product((False, True), range(2 * pad + 1), range(2 * pad + 1)))
+        around = {flip: functional.pad(functional.hflip(image) if flip else image, pad) for flip in (False, True)}
+        found = [place for place in places
+                 if np.array_equal(view, np.asarray(functional.crop(around[place[0]], *place[1:], *size)))]  # fmt: skip
+        assert len(found) == 1, "no place, or several"
+        moves.add(found[0])
+    assert len({flip for flip, *_ in moves}) == 2
+    assert len(moves) > 15 if pad else len(moves) == 2

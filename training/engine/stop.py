@@ -13,12 +13,18 @@ class Stop:
     def __init__(self, host: Host, world: World) -> None:
         self._host, self._world = host, world
         self._asked: tuple[torch.Tensor, dist.Work] | None = None
+        self.reached = False
+        """Was it agreed to stop? Equal on all ranks."""
 
     def agreed(self) -> bool:
         """Call once per step on every rank: True on all of them in the same step.
 
         With several ranks the answer is to the question asked one step earlier.
         """
+        self.reached = self._answer()
+        return self.reached
+
+    def _answer(self) -> bool:
         heard = self._host.preempted()
         if self._world.size == 1:
             return heard

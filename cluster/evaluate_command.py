@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import tyro
 
+from cluster.in_job import refuse_relative
+from cluster.in_job import refuse_relative
 from cluster.session import chosen_address
 from datapipe import command
 from datapipe.settings import settings
@@ -39,7 +41,9 @@ def parse_evaluate(arguments: Sequence[str]) -> tuple[EvaluateCommand, list[str]
 def evaluate(arguments: list[str]) -> int:
     """Score weights by retrieval, as they are or after fine-tuning; killed and started again it goes on."""
     chosen, flags = parse_evaluate(arguments)
+    refuse_relative(chosen.places)
     address = chosen_address(chosen.address)
+    refuse_relative(chosen.places)
     weights, data, out = (_absolute(chosen.places.get(name, "")) for name in ("weights", "data", "out"))
     chosen = replace(chosen, weights=weights or chosen.weights, data=data, out=out)
     if chosen.task == "supervised":

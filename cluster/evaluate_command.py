@@ -7,7 +7,6 @@ from dataclasses import replace
 import tyro
 
 from cluster.in_job import refuse_relative
-from cluster.in_job import refuse_relative
 from cluster.session import chosen_address
 from datapipe import command
 from datapipe.settings import settings

@@ -42,7 +42,6 @@ def evaluate(arguments: list[str]) -> int:
     chosen, flags = parse_evaluate(arguments)
     refuse_relative(chosen.places)
     address = chosen_address(chosen.address)
-    refuse_relative(chosen.places)
     weights, data, out = (_absolute(chosen.places.get(name, "")) for name in ("weights", "data", "out"))
     chosen = replace(chosen, weights=weights or chosen.weights, data=data, out=out)
     if chosen.task == "supervised":

@@ -85,9 +85,18 @@ def open_source(url: str, storage: StorageConfig) -> Source:
 
 
 class FolderSource(Source):
-    """Loose files."""
+    """Loose files. A folder is listed once."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self._images: dict[str, list[Entry]] = {}
 
     def images(self, folder: str) -> list[Entry]:
+        if folder not in self._images:
+            self._images[folder] = self._list(folder)
+        return self._images[folder]
+
+    def _list(self, folder: str) -> list[Entry]:
         try:
             entries = [entry for entry in self.store.at(folder).list() if entry.name.lower().endswith(IMAGE_SUFFIXES)]
         except NotFoundError:

@@ -1,0 +1,193 @@
+"""Where faults happen: machines, an object store that may die and misbehave, and one pre-training run on them."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import boto3
+import psutil
+import pytest
+from botocore.exceptions import BotoCoreError, ClientError
+
+from datapipe.config import StorageConfig
+from datapipe.errors import StorageError
+from tests.cluster.local_nodes import PATIENCE_S, Watched, local_nodes
+from tests.conftest import CREDENTIALS
+from tests.faults.gate import Gate
+from tests.faults.poison import environment
+from tests.faulty_proxy import Faults, FaultyProxy
+from tests.flow.tiny import command
+from tests.golden import ROOT
+from training.engine.world import free_port
+from training.run_folder import RunFolder
+
+BUCKET = "bucket-faults"
+CPUS = 2
+"""Of each machine: one is enough for both workers."""
+NO_FAULTS = Faults()
+CONTROLLER = "ray::TrainController"
+"""How the process of Ray Train's controller is called."""
+
+
+class Objects:
+    """An S3-compatible server in a process of its own, behind a proxy that misbehaves when told to."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._port = folder, free_port()
+        self.direct = StorageConfig(endpoint_url=f"http://127.0.0.1:{self._port}", attempts=3, timeout_s=20)
+        self.client = boto3.client("s3", endpoint_url=self.direct.endpoint_url)
+        self.gate = Gate()
+        self.proxy = FaultyProxy(self.direct.endpoint_url, before=self.gate)
+        self.start()
+        self.client.create_bucket(Bucket=BUCKET)
+
+    def start(self) -> None:
+        """Start the server, with all that it held before; returns when it answers."""
+        words = [sys.executable, "-m", "tests.faults.s3_server", str(self._port), str(self._folder)]
+        self._process = subprocess.Popen(words, cwd=ROOT)
+        end = time.monotonic() + PATIENCE_S
+        while True:
+            with contextlib.suppress(BotoCoreError, ClientError):
+                self.client.list_buckets()
+                return
+            assert time.monotonic() < end and self._process.poll() is None, "the S3 server does not come up"
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        """SIGKILL the server."""
+        self._process.kill()
+        self._process.wait()
+
+
+@contextlib.contextmanager
+def object_store(folder: Path) -> Iterator[Objects]:
+    """The server and its proxy; what is started meanwhile has its keys."""
+    before = {name: os.environ.get(name) for name in CREDENTIALS}
+    os.environ.update(CREDENTIALS)
+    objects = Objects(folder)
+    try:
+        with objects.proxy:
+            yield objects
+    finally:
+        objects.kill()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@contextlib.contextmanager
+def machines(count: int) -> Iterator[Any]:
+    """A cluster whose head does no work, and `count` machines on each of which all workers have room."""
+    with pytest.MonkeyPatch.context() as patch, local_nodes(0) as cluster:
+        patch.setenv("PYTHONPATH", str(ROOT))  # for what is put into workers
+        for _ in range(count):
+            cluster.add_node(num_cpus=CPUS)
+        yield cluster
+
+
+@dataclass
+class Scene:
+    """One run and all that it stands on."""
+
+    cluster: Any
+    folder: Path
+    """For the recipe and the notes to the workers."""
+    recipe: Path
+    url: str
+    """The run folder."""
+    storage: StorageConfig = StorageConfig()
+    """How the run reaches it."""
+    objects: Objects | None = None
+    """The store that the run folder is in."""
+    flags: Sequence[str] = ()
+    random: Random = field(default_factory=Random)
+    runs: list[Watched] = field(default_factory=list)
+    """The commands, each the one before over again."""
+
+    def __post_init__(self) -> None:
+        direct = self.objects.direct if self.objects else StorageConfig()
+        self._run_folder = RunFolder(self.url, direct)
+        self.poison = self.folder / "poison.json"
+
+    def start(self) -> None:
+        """`python -m cluster pretrain`, for the first time or again."""
+        words = ["pretrain", str(self.recipe), "--address", self.cluster.address, "--out", self.url,
+                 "--cluster.placement", "spread", "--cluster.environment", *environment(self.poison), *self.flags]
+        if self.objects:
+            words += ["--storage.endpoint-url", self.objects.proxy.endpoint]
+        self.runs.append(Watched(command("cluster", *words)))
+
+    @property
+    def run(self) -> Watched:
+        return self.runs[-1]
+
+    def running(self) -> bool:
+        return self.run.process.poll() is None
+
+    # ------------------------------------------------------------------------------------ what the run folder says
+
+    def read(self, name: str) -> str:
+        """A file of the run folder as far as it has whole lines; empty where there is none, or nobody answers."""
+        with contextlib.suppress(StorageError):
+            text = self._run_folder.read_text(name) or ""
+            return text[: text.rfind("\n") + 1]
+        return ""
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.read(name).splitlines()]
+
+    def names(self, prefix: str) -> list[str]:
+        with contextlib.suppress(StorageError):
+            return sorted(self._run_folder.names(prefix))
+        return []
+
+    def restarts(self) -> list[dict[str, Any]]:
+        return self.lines("restarts.jsonl")
+
+    def attempts(self) -> list[str]:
+        return self.names("metrics/attempt_")
+
+    def pid(self, rank: int) -> int | None:
+        """The live worker process of a rank."""
+        text = self.read(f"ranks/rank_{rank:02d}.json")
+        if not text:
+            return None
+        pid = int(json.loads(text)["pid"])
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return pid if psutil.Process(pid).cmdline()[0].startswith("ray::") else None
+        return None
+
+    # ----------------------------------------------------------------------------------------------------- blows
+
+    def kill(self, pid: int, number: int = signal.SIGKILL) -> None:
+        """Send a signal to a process of the cluster."""
+        os.kill(pid, number)
+
+    def machine_of(self, pid: int) -> Any:
+        """The machine that a worker process is on."""
+        raylets = {node.all_processes["raylet"][0].process.pid: node for node in self.cluster.worker_nodes}
+        return next(raylets[parent.pid] for parent in psutil.Process(pid).parents() if parent.pid in raylets)
+
+    def kill_machine(self, node: Any) -> None:
+        """SIGKILL a machine's raylet and everything below it."""
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        for process in (raylet, *raylet.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def add_machine(self) -> None:
+        self.cluster.add_node(num_cpus=CPUS)
+
+    def controller(self) -> int:
+        """The process of Ray Train's controller."""
+        head = psutil.Process(self.cluster.head_node.all_processes["raylet"][0].process.pid)
+        return next(child.pid for child in head.children(recursive=True) if child.cmdline()[0].startswith(CONTROLLER))

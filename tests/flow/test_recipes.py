@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from datapipe.config import ViewConfig
 from datapipe.errors import ConfigError
 from tests.flow import tiny
 from training import methods
@@ -20,6 +21,7 @@ from training.pretrain import pretrain
 FOLDER = Path(methods.__file__).parents[1] / "recipes"
 FAMILY = {"dino": DinoConfig, "pass": PassConfig, "personvit": PersonVitConfig}
 SIZES = {"vits": "vit_small", "vitb": "vit_base", "vitl": "vit_large"}
+DEMO = FOLDER / "demo.toml"
 RECIPES = sorted(path for name in FAMILY for path in FOLDER.glob(f"{name}_*.toml"))
 METRICS = {"dino": set(), "pass": {"loss_part"}, "personvit": {"loss_patch", "hidden"}}
 
@@ -27,6 +29,14 @@ METRICS = {"dino": set(), "pass": {"loss_part"}, "personvit": {"loss_patch", "hi
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny.generated(tmp_path_factory.mktemp("crops"))
+
+
+@pytest.mark.parametrize("path", sorted(set(FOLDER.glob("*.toml")) - {DEMO}), ids=lambda path: path.stem)
+def test_recipes__of_publications_resize_as_these_do(path: Path) -> None:
+    """Antialiased bicubic; what names no publication gets the fast way."""
+    assert load(path).views.interpolation == "bicubic"
+    assert load(DEMO).views.interpolation == "linear"
+    assert ViewConfig().interpolation == "linear"
 
 
 def shrunk(config: RunConfig, manifest: str, out: Path) -> RunConfig:

@@ -48,5 +48,15 @@ class Place:
         return views
 
     def _normalised(self, pixels_VBHWI: np.ndarray) -> Tensor:
-        moved = torch.from_numpy(pixels_VBHWI).to(self.device).permute(0, 1, 4, 2, 3)
+        moved = self._moved(pixels_VBHWI).permute(0, 1, 4, 2, 3)
         return torch.addcmul(self._shift, moved.to(self.dtype, memory_format=torch.contiguous_format), self._scale)
+
+    def _moved(self, pixels: np.ndarray) -> Tensor:
+        """On the device. To a GPU view by view: of a micro-batch only these are in one piece, and only such pinned
+        memory is copied beside the computation. The step ends with a wait for the GPU, long before a slot is reused."""
+        if self.device.type != "cuda":
+            return torch.from_numpy(pixels).to(self.device)
+        moved = torch.empty(pixels.shape, dtype=torch.uint8, device=self.device)
+        for view, source in zip(moved, pixels, strict=True):
+            view.copy_(torch.from_numpy(source), non_blocking=True)
+        return moved

@@ -2,7 +2,9 @@
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
 import boto3
 import numpy as np
@@ -89,6 +91,21 @@ def test_fetch__reads_from_other_stores_in_parallel(
     source = Stream(Manifest.load(store.url), StorageConfig(), config)
     assert everything(source) == crops.jpegs
     assert ("one by one" in caplog.text) == (config is DIRECT)
+    source.close()
+
+
+def test_fetch__several_requests_are_in_flight(crops: CropSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of four blocks' reads waits for the other three."""
+    source = Stream(Manifest.load(f"local://{crops.folder}"), StorageConfig(), replace(CACHED, reads=4))
+    store, together = source._now.reader.store, Barrier(4)
+    read = store.read
+
+    def held(name: str, *, start: int = 0, size: int | None = None) -> bytes:
+        together.wait(30)
+        return read(name, start=start, size=size)
+
+    monkeypatch.setattr(store, "read", held)
+    assert source.fetch(np.array([0, 7, 14, 28])).data == [crops.jpegs[row] for row in (0, 7, 14, 28)]
     source.close()
 
 

@@ -92,10 +92,17 @@ def _client(address: str | None) -> Any:
     from cluster.session import prepare
 
     prepare()
+    import ray
     from ray.job_submission import JobSubmissionClient
 
     with _reached(address):
-        return JobSubmissionClient(address)
+        try:
+            return JobSubmissionClient(address)
+        except ray.exceptions.AuthenticationError as error:
+            raise ClusterError(
+                "the cluster wants Ray's token", where=address or "this machine",
+                hint="RAY_AUTH_MODE=token, and its token in ~/.ray/auth_token or where RAY_AUTH_TOKEN_PATH says",
+            ) from error  # fmt: skip
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class Doomed(LocalHost):
 
 
 def _rank(world: World, path: str, out: str, at: int) -> None:
-    flags = ["--out", out, "--optimisation.batch", str(BATCH)]
+    flags = ["--out", out, "--optimisation.batch", str(BATCH), "--stream.threads", str(world.size)]
     pretrain(recipes.load(path, flags), world=world, host=Doomed(at if world.rank == world.size - 1 else 0))
 
 

@@ -114,7 +114,13 @@ def final_state(run: Path) -> dict[str, Tensor]:
 
 def audited(run: Path) -> dict[int, list[int]]:
     """Step -> samples, over all ranks; where a step was redone, by the world that did it last."""
+    return {step: [sample for _, sample in pairs] for step, pairs in seen_in_forward(run).items()}
+
+
+def seen_in_forward(run: Path) -> dict[int, list[tuple[int, int]]]:
+    """Step -> (position, sample) of all that reached the forward pass of any rank, of the world that did it last."""
     logs = sorted((run / "ranks").glob("audit_*.jsonl"))
     last = [{line["step"]: line for line in map(json.loads, log.read_text().splitlines())} for log in logs]
-    return {step: [sample for own in last[: line["world"]] for sample in own[step]["samples"]]
+    return {step: [pair for own in last[: line["world"]]
+                   for pair in zip(own[step]["positions"], own[step]["samples"], strict=True)]
             for step, line in last[0].items()}  # fmt: skip

@@ -38,7 +38,7 @@ def test_settings_at__ends_of_the_schedules() -> None:
     config = OptimisationConfig(epochs=10, batch=10, warmup_epochs=1, lr=1e-3, final_lr=1e-6)
     clock = Clock(batch=10, epoch_samples=100, epochs=10, seed=0)
     first, peak, last = (settings_at(config, clock.at(samples)) for samples in (0, 90, 990))
-    assert first == pytest.approx((0.0, 0.04, 0.996))
+    assert first == pytest.approx((0.0, 0.04, 0.996, 0.0))
     assert peak.lr == pytest.approx(1e-3)
     assert 1e-6 < last.lr < 2e-6 and 0.39 < last.weight_decay < 0.4 and 0.9999 < last.ema < 1
 
@@ -83,3 +83,14 @@ def test_portion__covers_the_batch_with_little_padding(
     found = portion(batch, micro, world)
     assert tuple(found) == expected
     assert found.rows * world >= batch and found.rows % found.micro == 0 and found.micro <= micro
+
+
+def test_lr_of__a_factor_multiplies_the_peak_alone() -> None:
+    """A group of twice the rate begins its warm-up where all do, and ends where all do."""
+    config = OptimisationConfig(schedule="epoch", epochs=10, batch=10, warmup_epochs=2, lr=1e-3, warmup_lr=1e-4,
+                                final_lr=1e-5)  # fmt: skip
+    clock = Clock(batch=10, epoch_samples=100, epochs=10, seed=0)
+    start, half, end = (settings_at(config, clock.at(samples)) for samples in (90, 100, 1_000))
+    assert start.lr == pytest.approx(1e-4) and start.lr_of(2) == pytest.approx(1e-4)
+    assert half.lr == pytest.approx(5.5e-4) and half.lr_of(2) == pytest.approx(10.5e-4)
+    assert end.lr_of(1) == pytest.approx(1e-5) == end.lr_of(2)

@@ -23,17 +23,18 @@ def _beside(score: Score) -> str:
     if "model" not in score.content.get("settings", {}):
         return title + soft("metrics.json does not say what the weights are: score them again.")
     rows = [_row(row, not_comparable(row, score.content)) for row in alike(score.content)]
+    if not rows:
+        return title + soft("Nothing is published for weights of this kind, nor on this data set.")
     rows.sort(key=lambda row: row.grey)
     return "\n".join([title, soft(_ABOUT), table(_HEAD, [_ours(score), *rows], numbers=(4, 5))])
 
 
 def alike(content: dict[str, Any]) -> list[Published]:
-    """Rows for weights that were pre-trained by the same method; if none were, all on the same data set; else all that
-    can be carried out."""
+    """Rows for weights that were pre-trained by the same method; if none were, those on the same data set."""
     model, data = content["settings"]["model"], content["data"]["name"]
     possible = [row for row in ROWS if not row.refusal]
     family = [row for row in possible if row.family and row.family == model["family"]]
-    return family or [row for row in possible if row.data == data] or possible
+    return family or [row for row in possible if row.data == data]
 
 
 def not_comparable(row: Published, content: dict[str, Any]) -> list[str]:
@@ -72,7 +73,7 @@ def _row(row: Published, reasons: list[str]) -> Row:
 
 
 def _size(size: Any) -> str:
-    return f"{size[0]} × {size[1]}"
+    return f"{size[0]}\u00a0×\u00a0{size[1]}"  # not broken between lines
 
 
 def _percent(share: float | None) -> str:

@@ -1,10 +1,11 @@
 """What the weights of a run are worth: scores, ranked lists, distances, cameras."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from training.report_curves import grid, wide
 from training.report_data import BASELINES, RunFiles, Score, TestSet
-from training.report_page import Pictures, Row, count, details, escape, missing, percent, soft, table
+from training.report_page import Pictures, Row, count, details, escape, facts, missing, percent, soft, table
 from training.report_plots import Curve, Plot
 
 _METRICS = (("mAP", "mAP"), ("rank1", "Rank-1"), ("rank5", "Rank-5"), ("rank10", "Rank-10"), ("mINP", "mINP"))
@@ -73,13 +74,26 @@ def _scores_of(test_set: TestSet) -> str:
     parts.append(table(head, rows, numbers=_NUMBERS))
     if others:
         parts.append(details("Other features", table(head, others, numbers=_NUMBERS)))
+    if "settings" in about:
+        parts.append(details("What was scored, and how", facts(_how(about))))
     return "\n".join(parts)
 
 
-def _remarks(about: dict[str, object]) -> list[str]:
+def _how(about: dict[str, Any]) -> list[tuple[str, str]]:
+    """Of the last weights: settings, what they are and where from, and the counts of the data."""
+    counts = about.get("data", {}).get("counts", {})
+    parts = [(f"data: {name}", ", ".join(f"{number:,} {what}" for what, number in part.items()))
+             for name, part in counts.items()]  # fmt: skip
+    model = about["settings"].get("model", {})
+    settings = {key: value for key, value in about["settings"].items() if key not in ("model", "identity")}
+    said = {f"weights: {key}": value for key, value in model.items()} | settings
+    return [*parts, *((name, str(value)) for name, value in said.items() if value not in ("", None))]
+
+
+def _remarks(about: dict[str, Any]) -> list[str]:
     """How the data set differs from the published one, and what else is odd about it."""
-    data = about.get("data")
-    return [*data.get("differences", ()), *data.get("warnings", ())] if isinstance(data, dict) else []
+    data = about.get("data", {})
+    return [*data.get("differences", ()), *data.get("warnings", ())]
 
 
 def _score_row(score: Score, feature: str, *, main: bool = False) -> Row:

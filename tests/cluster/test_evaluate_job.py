@@ -13,12 +13,12 @@ import pytest
 from cluster.evaluate_command import parse_evaluate
 from cluster.in_job import IN_JOB
 from datapipe.errors import ConfigError
-from tests.cluster.tasks import PATIENCE_S
 from tests.flow.tiny import command, finished, generated, recipe
 from tests.training.reid.people import market
 from tests.training.test_reproduce import RECIPE, weights
 from training.__main__ import main
 
+PATIENCE_S = 240
 LINE = "\n[checkpoints]\nevery_steps = 1\n[backbone]\nsize = [64, 32]\n[evaluation]\nevery_epochs = 4\n"
 
 

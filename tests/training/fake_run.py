@@ -36,7 +36,8 @@ ATTEMPTS = ((1, 1, 180, None, "start"), (2, 101, 260, "step_0000100", "worker 1 
 ATTEMPTS += ((3, 201, 350, "step_0000200", "stopped by SIGTERM"),)
 
 RANKED = ("best", "median", "worst", "mistake_1")
-DATA = {"official": "", "counts": {}, "differences": [], "warnings": ["2 of 240 queries are odd <u>"]}
+DATA = {"official": "", "counts": {"query": {"images": 240, "cameras": 6}},
+        "differences": [], "warnings": ["2 of 240 queries are odd <u>"]}  # fmt: skip
 MODEL = {"family": "pass", "arch": "vit_small", "stem": "patch", "parts": 3, "task": "supervised", "trained_on": "",
          "label_fraction": 1.0, "sha256": "0f" * 32}  # fmt: skip
 DISTANCES = {"edges": [0.0, 1.0, 2.0], "matching": [0.75, 0.25], "others": [0.5, 0.5]}

@@ -75,7 +75,7 @@ def test_evaluate__a_file_and_the_file_of_an_export(
     assert main(["evaluate", str(export / "backbone.safetensors"), *words]) == 0
     assert path.stat().st_mtime_ns == written  # the same weights on the same images
     report = (tmp_path / "scores" / "report.html").read_text()
-    assert "no: another data set; another size of images; another backbone; theirs is fine-tuned, ours not" in report
+    assert "Nothing is published for weights of this kind, nor on this data set." in report
 
 
 def card(**changes: object) -> dict[str, object]:

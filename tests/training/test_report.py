@@ -24,7 +24,7 @@ from training.report_data import RunFiles
 from training.report_faults import MOST_IMAGES, MOST_SHEETS
 from training.report_page import duration
 from training.report_plots import MOST_POINTS, Curve, Plot, thinned, to_svg
-from training.report_published import not_comparable
+from training.report_published import alike, not_comparable
 from training.run_folder import RunFolder
 
 
@@ -123,6 +123,7 @@ def test_report__shows_mistakes_distances_and_cameras(report: str) -> None:
     assert "75.0 % of the two areas is common to both" in text
     assert 'aria-label="Distances on people, % of the pairs"' in report
     assert re.search(r"c1 38\.0 c3 19\.0", text)
+    assert "data: query 240 images, 6 cameras" in text and f"weights: sha256 {'0f' * 32}" in text
     assert "Note: 2 of 240 queries are odd <u>." in text
 
 
@@ -135,7 +136,7 @@ def published_rows(report: str) -> list[tuple[bool, list[str]]]:
 
 def test_report__greys_published_scores_that_are_not_comparable(report: str) -> None:
     ours, *theirs = published_rows(report)
-    assert ours[1][:6] == ["ours (step_0000350, cls)", "vit_small", "256 × 128", "people", "38.0", "60.8"]
+    assert ours[1][:6] == ["ours (step_0000350, cls)", "vit_small", "256\u00a0×\u00a0128", "people", "38.0", "60.8"]
     assert len(theirs) == 12 and all(cells[0] == "PASS" and grey for grey, cells in theirs)
     assert all("another data set" in cells[-1] for _, cells in theirs)
 
@@ -144,7 +145,8 @@ def test_report__sets_the_same_row_beside_ours(tmp_path: Path) -> None:
     write_scores(tmp_path, "market1501")
     ours, *theirs = published_rows(Path(write_report(str(tmp_path))).read_text())
     assert ours[1][3] == "market1501" and [grey for grey, _ in theirs] == [False] + 11 * [True]
-    assert theirs[0][1] == ["PASS", "vit_small", "256 × 128", "Market-1501", "92.2", "96.3", "PASS README", "yes"]
+    assert theirs[0][1][:2] == ["PASS", "vit_small"]
+    assert theirs[0][1][3:] == ["Market-1501", "92.2", "96.3", "PASS README", "yes"]
     reasons = {cells[-1] for _, cells in theirs}
     assert "no: another size of images" in reasons and "no: another data set" in reasons
 
@@ -165,6 +167,12 @@ def test_not_comparable__names_the_reason(change: dict[str, object], reason: str
     whole = content["settings"] | {"model": MODEL}
     short = {"data": data | {"differences": ["query has 3 of 3,368 images"]}, "settings": whole}
     assert not_comparable(BY_NAME["pass-vits-market1501"], short) == ["our data set is not whole"]
+
+
+def test_alike__weights_of_no_published_method_are_set_beside_all_on_their_data() -> None:
+    content = {"data": {"name": "msmt17"}, "settings": {"model": MODEL | {"family": ""}}}
+    assert {row.data for row in alike(content)} == {"msmt17"} and len({row.method for row in alike(content)}) > 5
+    assert alike(content | {"data": {"name": "people"}}) == []
 
 
 def test_report__of_scores_alone(tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CROPS ?=
 DEMO := demo
+FAULTS ?= 20
+SEED ?= 0
 
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo demo-clean test test-fast lint bench clean
+.PHONY: setup demo demo-clean test test-fast lint bench chaos clean
 
 setup: $(READY)
 
@@ -40,6 +42,9 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m tests.bench
+
+chaos: setup
+	$(BIN)/python -m tests.faults.chaos --faults $(FAULTS) --seed $(SEED)
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -32,7 +32,7 @@ HANG_S = 10
 OURS_S, ALL_S = 5.0, 30.0
 """On a quiet machine: longest from restored weights to the first step, and of a whole recovery."""
 STAGES = ("detected", "process", "imported", "engine", "restored", "first step")
-WIDTHS = (25, 22, *(9 for _ in STAGES), 7, 7)
+WIDTHS = (25, 22, *(11 for _ in STAGES), 7, 8)
 
 
 def flags(stepper: str) -> tuple[str, ...]:
@@ -75,9 +75,9 @@ def row(event: Event) -> str:
     return line(event.kind, event.moment, *spent, f"{event.back - event.at:.1f}", str(event.redone), said)
 
 
-def reference(world: World, path: str, out: str, stepper: str) -> None:
+def reference(world: World, path: str, out: str, stepper: str, *more: str) -> None:
     """One rank of the run that nobody disturbs."""
-    given = ["--out", out, "--engine.stepper", stepper, "--checkpoints.every-steps", str(EVERY)]
+    given = ["--out", out, "--engine.stepper", stepper, "--checkpoints.every-steps", str(EVERY), *more]
     pretrain(recipes.load(path, given), world=world, host=LocalHost())
 
 

@@ -217,7 +217,8 @@ def flip(scene: Scene) -> str:
 
 
 def _damage(scene: Scene, change: Callable[[bytes], bytes]) -> str:
-    """Change a file of the newest checkpoint, then kill a worker: the run must go back to the one before."""
+    """Change a file of the newest checkpoint, then kill all workers, so that none finishes the save that is under way:
+    the run must go back to the one before."""
     client = _objects(scene).client
     entries = client.list_objects_v2(Bucket=BUCKET, Prefix=f"{_prefix(scene)}/checkpoints/")["Contents"]
     newest = max(found[1] for entry in entries if (found := MARKING.search("/" + entry["Key"])))
@@ -225,7 +226,8 @@ def _damage(scene: Scene, change: Callable[[bytes], bytes]) -> str:
     key = scene.random.choice([file for file in files if SAVING.search("/" + file)])
     content = client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
     client.put_object(Bucket=BUCKET, Key=key, Body=change(content))
-    kill_worker(scene)
+    for pid in filter(None, [scene.pid(0), scene.pid(1)]):
+        scene.kill(pid)
     return key.removeprefix(f"{_prefix(scene)}/checkpoints/")
 
 

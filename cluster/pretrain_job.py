@@ -20,7 +20,7 @@ from datapipe.errors import ClusterError, ConfigError, DataError, UserError
 from datapipe.storage import is_remote
 from training import checkpoint
 from training import config as recipes
-from training.assembly import check, clock_of, refuse_unsuited
+from training.assembly import check, clock_of, refuse_unsuited, resolved
 from training.config import RunConfig
 from training.engine.host import LocalHost, exit_code
 from training.engine.world import World, choose_device
@@ -30,7 +30,7 @@ from training.speed import duration
 
 POLL_S = 0.3
 WAITING_S = 30.0
-"""Seconds between lines that say what is waited for."""
+"""Seconds between lines that say why there are no workers yet."""
 IDLE_S = 5.0
 """Seconds without workers after which a stop needs no save."""
 PLACEMENT_S = 20.0
@@ -47,7 +47,7 @@ def run(config: RunConfig, *, address: str = LOCAL) -> int:
     if address == LOCAL:
         refuse_unsuited(config, choose_device(config.engine.device, 0))
     data = check(config)
-    clock = clock_of(config, data.rows)
+    clock = clock_of(resolved(config, data), data.rows)
     machine = config.cluster
     workers = f"{machine.least_workers} to {machine.max_workers}" if _elastic(config) else str(machine.max_workers)
     print(f"pretrain: {config.method.name}, {data.rows:,} crops, {clock.total_steps:,} steps, "
@@ -175,7 +175,7 @@ class Driver:
                                where=self.config.out, hint="start again when there is; the run goes on")  # fmt: skip
         if notes.waiting_s > WAITING_S and time.monotonic() - self._spoke > WAITING_S:
             self._spoke = time.monotonic()
-            print(f"waiting for workers: {self._shortage()}", flush=True)
+            print(f"workers are not up yet: {self._shortage()}", flush=True)
 
     def _end(self, place: Any, reason: str) -> None:
         import ray

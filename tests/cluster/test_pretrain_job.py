@@ -1,5 +1,6 @@
 """Ray Train with real workers: one is killed, training goes on, and the weights are those of the undisturbed run."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -57,20 +59,41 @@ def test_pretrain_job__a_killed_worker_changes_nothing(tmp_path: Path, write_cro
 
 
 @pytest.mark.slow
-def test_pretrain_job__sigterm_saves_and_says_how_to_go_on(tmp_path: Path, write_crops: Write) -> None:
+@pytest.mark.parametrize("told_by", ["SIGTERM", "notice"])
+def test_pretrain_job__saves_and_says_how_to_go_on(tmp_path: Path, write_crops: Write, told_by: str) -> None:
+    """All ports of an embedded Ray and of its workers are on loopback, meanwhile, but for the one at which PyTorch's
+    ranks meet: it cannot be told an address."""
     write_crops(tmp_path / "crops", 50)
     data = shards(tmp_path / "crops", str(tmp_path / "shards"))
     path = recipe(tmp_path, data.url, str(tmp_path / "run"), epochs=2000.0)
-    process = command("cluster", "pretrain", str(path), "--checkpoints.every-steps", "100000")
+    process = command("cluster", "pretrain", str(path), "--checkpoints.every-steps", "100000", "--cluster.max-workers",
+                      "2", "--cluster.notice", str(tmp_path / "going"), "--cluster.notice-every-s", "0.2")  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step "):
             break
-    process.send_signal(signal.SIGTERM)
+    listening = _listening(process.pid)
+    open_to_all = [place for place in listening if place[0] not in ("127.0.0.1", "::ffff:127.0.0.1", "::1")]
+    assert len(listening) > 5 and len(open_to_all) <= 1, listening
+    if told_by == "SIGTERM":
+        process.send_signal(signal.SIGTERM)
+    else:
+        (tmp_path / "going").write_text("at noon")
     code, output, errors = finished(process)
     assert code == 75, output + errors
     assert "go on with: python -m cluster pretrain" in output
+    assert told_by == "SIGTERM" or "will be taken away (at noon)" in errors
     assert list((tmp_path / "run" / "checkpoints").glob("step_*/checkpoint.json"))
+
+
+def _listening(root: int) -> set[tuple[str, int]]:
+    """Addresses and ports on which a process or any below it takes connections."""
+    found = set()
+    for process in [psutil.Process(root), *psutil.Process(root).children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            sockets = process.net_connections("inet")
+            found |= {(one.laddr.ip, one.laddr.port) for one in sockets if one.status == psutil.CONN_LISTEN}
+    return found
 
 
 @pytest.mark.slow

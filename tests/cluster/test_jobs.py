@@ -1,0 +1,220 @@
+"""Ray jobs as a user hands them in: on a cluster made by `ray start --head`, from a working tree full of other things.
+
+One run on object storage with a secret of its own serves several tests.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+from uuid import uuid4
+
+import pytest
+
+from cluster.jobs import PACKAGES, submit
+from cluster.session import prepare
+from cluster.status import status
+from datapipe.errors import ClusterError, ConfigError
+from datapipe.storage import open_store
+from tests.conftest import S3Server
+from tests.flow.tiny import command, finished, recipe, shards
+from tests.golden import ROOT
+from training.engine.world import free_port
+
+PATIENCE_S = 240
+CLUTTER = (".venv/lib/large.bin", "runs/old/large.bin", "data/large.bin", "crops/large.bin", "notes.txt")
+
+
+class Head(NamedTuple):
+    """A running `ray start --head`."""
+
+    dashboard: str
+    address: str
+    session: Path
+    secrets: tuple[str, ...]
+    keys: dict[str, str]
+    """What whoever hands in jobs has in the environment: Ray's token, and that it is to be used."""
+
+
+@pytest.fixture(scope="module")
+def head(s3: S3Server) -> Iterator[Head]:
+    """A cluster of one machine with dashboard; its secret is in the environment of its machine, and nowhere else."""
+    prepare()
+    secret, token, gcs, dashboard = uuid4().hex, uuid4().hex, free_port(), free_port()
+    with TemporaryDirectory(prefix="ray_") as folder, TemporaryDirectory(prefix="token_") as keys:
+        (Path(keys) / "token").write_text(token)
+        authorised = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{keys}/token"}
+        line = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--num-cpus=2",
+                f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={folder}",
+                f"--ray-client-server-port={free_port()}", "--disable-usage-stats"]  # fmt: skip
+        environment = {**os.environ, **authorised, "AWS_SECRET_ACCESS_KEY": secret, "OMP_NUM_THREADS": "1",
+                       "RAY_JOB_STOP_WAIT_TIME_S": "120", "AWS_ENDPOINT_URL": s3.endpoint}  # fmt: skip
+        nowhere = subprocess.DEVNULL
+        process = subprocess.Popen(line, env=environment, cwd=ROOT, stdout=nowhere, stderr=nowhere)
+        _answers(f"http://127.0.0.1:{dashboard}/api/version")
+        yield Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", Path(folder), (secret, token), authorised)
+        process.send_signal(signal.SIGTERM)  # ends the processes that it started
+        process.wait(PATIENCE_S)
+
+
+def _answers(address: str) -> None:
+    """Return once a server answers; it tells nobody when it begins to."""
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        try:
+            urllib.request.urlopen(address, timeout=5).close()
+            return
+        except urllib.error.HTTPError:
+            return  # it is there, and wants Ray's token
+        except OSError:
+            time.sleep(0.2)
+    raise AssertionError(f"nobody answers at {address}")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working tree with our code, and files of 300 MB that must not travel."""
+    root = tmp_path_factory.mktemp("tree")
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / ".rayignore", root)
+    for name in CLUTTER:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        with (root / name).open("wb") as file:
+            file.truncate(300_000_000)
+    return root
+
+
+class Done(NamedTuple):
+    """A job that has ended."""
+
+    code: int
+    output: str
+    url: str
+    bucket: str
+    commands: set[bytes]
+    """Command lines of all processes that were seen on the way."""
+
+
+@pytest.fixture(scope="module")
+def done(head: Head, tree: Path, s3: S3Server, write_crops: Callable[..., dict[str, bytes]]) -> Done:
+    """`ray job submit --working-dir . -- python -m cluster pretrain RECIPE`, as it is written."""
+    bucket = s3.bucket()
+    write_crops(tree / "crops" / "few", 24)
+    data = shards(tree / "crops" / "few", f"s3://{bucket}/set", s3.storage)
+    recipe(tree, data.url, f"s3://{bucket}/run", epochs=2.0)
+    process = _ray(head, tree, "submit", "--working-dir", ".", "--", "python", "-m", "cluster", "pretrain", "tiny.toml",
+                   "--cluster.max-workers", "2", "--storage.endpoint-url", s3.endpoint)  # fmt: skip
+    commands: set[bytes] = set()
+    watching = threading.Thread(target=_collect, args=(process, commands))
+    watching.start()
+    code, output, errors = finished(process, timeout_s=PATIENCE_S)
+    watching.join()
+    return Done(code, output + errors, f"s3://{bucket}/run", bucket, commands)
+
+
+def _ray(head: Head, tree: Path, word: str, *words: str) -> subprocess.Popen[str]:
+    line = [str(Path(sys.executable).with_name("ray")), "job", word, "--address", head.dashboard, *words]
+    return subprocess.Popen(line, cwd=tree, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, **head.keys})  # fmt: skip
+
+
+def _collect(process: subprocess.Popen[str], commands: set[bytes]) -> None:
+    while process.poll() is None:
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                commands.add(entry.read_bytes())
+            except OSError:
+                continue
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_job__trains_on_the_cluster_that_it_was_handed_to(done: Done, head: Head, s3: S3Server) -> None:
+    assert done.code == 0, done.output
+    assert "complete: 8 steps" in done.output and "succeeded" in done.output
+    ask = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); print(ray.nodes()[0]['NodeID'])"
+    node = subprocess.run([sys.executable, "-c", ask, head.address], capture_output=True, text=True, check=True,
+                          env={**os.environ, **head.keys})  # fmt: skip
+    for rank in (0, 1):
+        said = open_store(done.url, s3.storage).read(f"ranks/rank_{rank:02d}.log").decode()
+        assert f"(node {node.stdout.strip()[:8]})" in said
+
+
+@pytest.mark.slow
+def test_job__uploads_our_code_and_nothing_else(done: Done, head: Head) -> None:
+    (copy,) = head.session.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/cluster")
+    names = {path.name for path in copy.parent.iterdir()}
+    assert names == {*PACKAGES, "tiny.toml"}
+    assert sum(path.stat().st_size for path in copy.parent.rglob("*") if path.is_file()) < 20e6
+
+
+@pytest.mark.slow
+def test_secrets__are_in_no_log_run_folder_or_process_list(done: Done, head: Head, s3: S3Server) -> None:
+    assert done.code == 0, done.output
+    assert any(b"ray::" in line for line in done.commands)
+    kept = s3.objects(done.bucket)
+    assert any("checkpoints/step_" in name for name in kept)
+    logs = [path for path in head.session.rglob("*") if path.is_file()]
+    assert any("job-driver" in path.name for path in logs)
+    for secret in map(str.encode, head.secrets):
+        assert secret not in done.output.encode()
+        assert not [line for line in done.commands if secret in line]
+        assert not [name for name, content in kept.items() if secret in content]
+        assert not [path for path in logs if secret in path.read_bytes()]
+
+
+@pytest.mark.slow
+def test_job__relative_paths_are_refused(done: Done, head: Head, tree: Path) -> None:
+    process = _ray(head, tree, "submit", "--working-dir", ".", "--", "python", "-m", "cluster", "pretrain", "tiny.toml",
+                   "--out", "runs/here")  # fmt: skip
+    code, output, errors = finished(process, timeout_s=PATIENCE_S)
+    assert code == 1, output + errors
+    assert "relative paths in a Ray job" in output + errors and "out = runs/here" in output + errors
+
+
+@pytest.mark.slow
+def test_submit__in_one_line_and_stopped_after_a_save(done: Done, head: Head, tree: Path, s3: S3Server) -> None:
+    url = f"s3://{done.bucket}/long"
+    flags = ("--out", url, "--optimisation.epochs", "1e6", "--checkpoints.every-steps", "1000000",
+             "--storage.endpoint-url", s3.endpoint)  # fmt: skip
+    line = ("submit", "--address", head.dashboard, "pretrain", str(tree / "tiny.toml"), *flags)
+    code, output, errors = finished(command("cluster", *line, **head.keys))
+    assert code == 0, errors
+    job = output.split()[1]
+    for word in ("follow:", "state:", "stop:", "resume:"):
+        assert word in output
+    logs = _ray(head, tree, "logs", "-f", job)
+    assert logs.stdout is not None
+    for said in logs.stdout:
+        if said.startswith("step "):
+            break
+    assert "was stopped" in "".join(finished(_ray(head, tree, "stop", job), timeout_s=PATIENCE_S)[1:])
+    finished(logs, timeout_s=PATIENCE_S)
+    found = status(url, s3.storage)
+    assert (found.state, found.checkpoints) == ("stopped", 1) and found.step > 0
+
+
+@pytest.mark.parametrize("words", [
+    ["pretrain", "demo", "--out", "runs/here", "--stream.manifest", "/data"],
+    ["shard", "s3://bucket/crops", "--out", "here"],
+    ["evaluate", "s3://bucket/run", "--data", "here"],
+])  # fmt: skip
+def test_submit__refuses_relative_paths_before_anything_travels(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match="relative paths in a Ray job"):
+        submit(words)
+
+
+def test_submit__no_cluster() -> None:
+    words = ["--address", "http://127.0.0.1:1", "shard", "s3://bucket/crops", "--out", "s3://bucket/out"]
+    with pytest.raises(ClusterError, match="takes no job"):
+        submit(words)

@@ -12,7 +12,7 @@ import pytest
 
 from cluster.session import prepare
 
-PATIENCE_S = 240
+PATIENCE_S = 480
 QUICK = {"health_check_period_ms": 500, "health_check_timeout_ms": 2_000, "health_check_failure_threshold": 3,
          "health_check_initial_delay_ms": 2_000}  # fmt: skip
 """Ray notices a dead machine after seconds in place of half a minute."""

@@ -30,7 +30,7 @@ from tests.flow.tiny import command, finished, recipe, shards
 from tests.golden import ROOT
 from training.engine.world import free_port
 
-PATIENCE_S = 240
+PATIENCE_S = 480
 CLUTTER = (".venv/lib/large.bin", "runs/old/large.bin", "data/large.bin", "crops/large.bin", "notes.txt")
 
 

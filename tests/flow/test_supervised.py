@@ -20,7 +20,6 @@ from training import milestones
 from training.__main__ import main
 from training.assembly import labels_of, order_of, resolved
 from training.config import RunConfig, load
-from training.dry_run import dry_run
 from training.engine.clock import Clock
 from training.engine.host import LocalHost
 from training.engine.world import World
@@ -228,8 +227,6 @@ def test_refused__before_anything_starts(data: str, tmp_path: Path) -> None:
         run(fine_tuning(data, tmp_path / "e", "--optimisation.micro-batch", "4"))
     with pytest.raises(NotFoundError, match="no weights here"):
         fine_tuning(data, tmp_path / "f", weights=str(tmp_path))
-    with pytest.raises(ConfigError, match="a dry run is of pre-training"):
-        dry_run(load("supervised"))
 
 
 def test_training_part__all_images_with_the_reader_s_labels(data: str, tmp_path: Path) -> None:

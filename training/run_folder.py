@@ -1,6 +1,8 @@
 """The folder a run leaves behind: plain files, local or on object storage, that everything else only reads."""
 
+import errno
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,8 +39,7 @@ class RunFolder:
         if self.local is not None:
             path = self.local / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            _append(path, (line + "\n").encode())
             return
         self._growing.setdefault(name, self._present(name)).append(line)
         if time.monotonic() - self._flushed > FLUSH_S:
@@ -74,3 +75,12 @@ class RunFolder:
     def _present(self, name: str) -> list[str]:
         text = self.read_text(name)
         return text.splitlines() if text else []
+
+
+def _append(path: Path, data: bytes) -> None:
+    """All of it or nothing: on a full disk half a line would spoil the next one, too. Raises OSError."""
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if file.write(data) < len(data):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

@@ -27,8 +27,9 @@ from training.pretrain import pretrain
 CROPS, EVERY = 48, 20
 STEPS_PER_FAULT = 90
 """A fault waits for its moment after a save; then the run must be over it and save once more."""
-HANG_S = 10
-"""Within which, and a few seconds, a worker that stands still is replaced."""
+HANG_S = 40
+"""After which, and a few seconds, a worker that stands still is replaced. The object store is away for half of that:
+ranks that wait for it are no case of hanging."""
 OURS_S, ALL_S = 5.0, 30.0
 """On a quiet machine: longest from restored weights to the first step, and of a whole recovery."""
 STAGES = ("detected", "process", "imported", "engine", "restored", "first step")

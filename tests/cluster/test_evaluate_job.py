@@ -18,7 +18,7 @@ from tests.training.reid.people import market
 from tests.training.test_reproduce import RECIPE, weights
 from training.__main__ import main
 
-PATIENCE_S = 240
+PATIENCE_S = 600
 LINE = "\n[checkpoints]\nevery_steps = 1\n[backbone]\nsize = [64, 32]\n[evaluation]\nevery_epochs = 4\n"
 
 

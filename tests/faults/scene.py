@@ -150,7 +150,8 @@ class Scene:
         return []
 
     def restarts(self) -> list[dict[str, Any]]:
-        return self.lines("restarts.jsonl")
+        """Why workers were started anew, and no more."""
+        return [record for record in self.lines("restarts.jsonl") if record["kind"] != "end"]
 
     def attempts(self) -> list[str]:
         return self.names("metrics/attempt_")

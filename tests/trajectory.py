@@ -273,7 +273,17 @@ def run_trajectory(
         rehearse(run, next(source.after(0, config.batch)))
     train(run, Segment(clock.end))
     found.names = stepper.names
-    found.state = {name: value.detach().clone() for name, value in stepper.model_state().items()}
+    found.state = model_state(stepper, world)
+    return found
+
+
+def model_state(stepper: Stepper, world: World) -> dict[str, Tensor]:
+    """Parameters and buffers, put together from what the ranks hold."""
+    found: dict[str, Tensor] = {}
+    for pieces in world.gather([(*piece[:3], piece.values.cpu().clone()) for piece in stepper.pieces({})]):
+        for key, shape, start, values in pieces:
+            whole = found.setdefault(key.removeprefix("model/"), torch.empty(shape, dtype=values.dtype))
+            whole.view(-1)[start : start + len(values)] = values
     return found
 
 

@@ -14,12 +14,12 @@ import tyro
 
 from datapipe import command
 from datapipe.config import Size, Statistics, StorageConfig
-from datapipe.errors import DataError
 from datapipe.settings import settings
 from datapipe.storage import open_store
-from training import checkpoint, dry_run_page, evaluation
 from training import config as recipes
+from training import dry_run_page, evaluation
 from training.assembly import training_views
+from training.checkpoint.command import checkpoints, newest
 from training.dry_run import dry_run
 from training.engine.host import LocalHost, exit_code
 from training.engine.notice import Notice
@@ -102,25 +102,6 @@ def views(arguments: list[str]) -> int:
 
 
 @settings
-class CheckpointsCommand:
-    run: tyro.conf.Positional[str]
-    """Run folder, local or s3://bucket/prefix."""
-    storage: StorageConfig = StorageConfig()
-    """How object stores are reached."""
-
-
-def checkpoints(arguments: list[str]) -> int:
-    """List a run's checkpoints and verify each."""
-    chosen = tyro.cli(CheckpointsCommand, args=arguments, prog="python -m training checkpoints")
-    store = open_store(chosen.run, chosen.storage).at("checkpoints")
-    lines = checkpoint.describe(store)
-    if not lines:
-        raise DataError("no complete checkpoint", where=store.url, hint="is this a run folder?")
-    print("\n".join(lines))
-    return command.FAILED if any("DAMAGED" in line for line in lines) else command.COMPLETE
-
-
-@settings
 class ExportCommand:
     run: tyro.conf.Positional[str]
     """Run folder, local or s3://bucket/prefix."""
@@ -137,7 +118,7 @@ def export(arguments: list[str]) -> int:
     chosen = tyro.cli(ExportCommand, args=arguments, prog="python -m training export")
     folder, config = evaluation.open_run(chosen.run, chosen.storage)
     store = folder.at("checkpoints")
-    name = chosen.checkpoint or _newest(store)
+    name = chosen.checkpoint or newest(store)
     weights = Weights(name)
     backbone = evaluation.load_backbone(weights, folder, config)
     out = open_store(chosen.out, chosen.storage) if chosen.out else folder.at("exports")
@@ -145,13 +126,6 @@ def export(arguments: list[str]) -> int:
     print(f"exported {name} to {out.url}")
     print(create_model_call(card))
     return command.COMPLETE
-
-
-def _newest(store: checkpoint.Store) -> str:
-    found = checkpoint.newest_good(store, lambda line: print(line, file=sys.stderr))
-    if found is None:
-        raise DataError("the run has no good checkpoint", where=store.url, hint="let it reach its first save")
-    return found[0]
 
 
 @settings

@@ -27,7 +27,7 @@ from training.reid.embed import EmbedConfig
 from training.reid.scoring import ScoringConfig
 from training.reid.zero_shot import COLOUR_HISTOGRAM, RANDOM, Weights
 from training.run_folder import RunFolder
-from training.weights import CARD, Provenance, first_few, load_counted
+from training.weights import CARD, Provenance, first_few
 
 EXPORTED = "exported"
 """Name of the weights of an export or import among the scores."""
@@ -185,9 +185,7 @@ def load_method(weights: Weights, folder: RunFolder, config: RunConfig) -> Metho
     """The same with the whole method, on the CPU."""
     method = build_method(config)
     if weights.name != RANDOM:
-        store = folder.at("checkpoints")
-        _, state = checkpoint.read_state(store, weights.name)
-        load_counted(method, checkpoint.model_tensors(state), where=store.address(weights.name))
+        checkpoint.load_model(folder.at("checkpoints"), weights.name, method)
     return method
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from training.checkpoint import Saved
 from training.engine.host import Host
 from training.engine.optimisation import StepSettings
 from training.engine.stepper import Result
@@ -76,6 +77,13 @@ class Recorder:
         if last or time.monotonic() - self._spoke > STATUS_S:
             self._spoke = time.monotonic()
             self.say(self._status(progress, line, images, rates))
+
+    def saved(self, checkpoint: Saved) -> None:
+        """Note a checkpoint that exists: a line of its own, without a "step"."""
+        self.folder.append(self.name, json.dumps({
+            "checkpoint": checkpoint.step, "save_stood_s": checkpoint.stood_s, "save_took_s": checkpoint.took_s,
+            "save_share": checkpoint.share, "time": time.time(),
+        }))  # fmt: skip
 
     def say(self, line: str) -> None:
         """A line for the person who watches and for the run's log."""

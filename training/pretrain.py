@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,8 +28,8 @@ from training.engine.clock import Clock
 from training.engine.faults import Faults, Rewind
 from training.engine.host import Host
 from training.engine.loop import Run, Segment, rehearse, train
-from training.engine.optimizers import ParameterState
 from training.engine.pace import Pace
+from training.engine.pieces import Piece
 from training.engine.scaling import first_scale
 from training.engine.stepper import Stepper
 from training.engine.stop import Stop
@@ -82,7 +83,7 @@ def _pretrain(config: RunConfig, folder: RunFolder, world: World, host: Host, re
     stepper = make_stepper(config, method, world, share)
     checkpoints = Checkpoints(
         folder.at("checkpoints"), config.checkpoints, world, about=about(config, data, world, origin), say=say,
-        replaces=data.replaces,
+        replaces=data.replaces, epoch_steps=clock.epoch_steps,
     )
     startup.reached("engine")
     position, resumed = checkpoints.restore(stepper)
@@ -94,7 +95,7 @@ def _pretrain(config: RunConfig, folder: RunFolder, world: World, host: Host, re
             method=method, stepper=stepper, loader=loader, clock=clock,
             place=Place(world.device, config.views.statistics),
             optimisation=config.optimisation, micro_batch=share.micro, checkpoints=checkpoints,
-            stop=Stop(host, world), host=host, faults=Faults(folder, world, say),
+            stop=Stop(host, world, checkpoints), host=host, faults=Faults(folder, world, say),
             tally=Tally(world), watch=watch, flush=folder.flush,
         )  # fmt: skip
         milestones = Milestones(config, clock, folder, world, host, say)
@@ -152,9 +153,14 @@ def _train_segment(
 
 def _begin_anew(stepper: Stepper, config: RunConfig) -> None:
     """The state before the first step: initial weights, no moments."""
-    initial = initial_method(config)[0].state_dict()
-    stepper.load_model_state(initial, where="the initial weights")
-    stepper.load_optimizer_state({name: ParameterState({}, 0.0) for name in stepper.names})
+    initial = {f"model/{name}": value.view(-1) for name, value in initial_method(config)[0].state_dict().items()}
+
+    def fill(pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            piece.values.copy_(initial[piece.key][piece.start : piece.end])
+
+    with torch.no_grad():
+        stepper.restore({}, fill)
     stepper.scale = first_scale(config.optimisation.precision)
 
 

@@ -28,6 +28,8 @@ class Attempt:
     records: tuple[Record, ...]
     cut_lines: int
     """Lines that a kill left unfinished."""
+    saves: tuple[Record, ...] = ()
+    """The checkpoints that came to exist: how long the loop stood still, and how long it took."""
 
     @property
     def first(self) -> int | None:
@@ -178,4 +180,5 @@ class RunFiles:
                 cut += 1
         header: Record = next((line for line in lines if "attempt" in line), {})
         records = {line["step"]: line for line in lines if "attempt" not in line and "step" in line}
-        return Attempt(number, header, tuple(records[step] for step in sorted(records)), cut)
+        saves = tuple(line for line in lines if "checkpoint" in line)
+        return Attempt(number, header, tuple(records[step] for step in sorted(records)), cut, saves)

@@ -1,6 +1,7 @@
 """The report's section on speed: images per second, who waited for whom, and what came from the storage."""
 
 from collections import Counter
+from statistics import median
 
 from training.report_curves import curve, grid, restarts
 from training.report_data import RunFiles
@@ -34,7 +35,20 @@ def speed_section(files: RunFiles) -> str:
     ]
     if not plots:
         return missing("metrics/attempt_001.jsonl")
-    return _limits(files) + soft(f"Vertical lines: restarts. {_fetched(files)}") + grid(plots)
+    return _limits(files) + soft(f"Vertical lines: restarts. {_fetched(files)}{_saves(files)}") + grid(plots)
+
+
+def _saves(files: RunFiles) -> str:
+    """What checkpoints cost: of each save the time that the loop stood still, over that since the save before."""
+    found = [save for attempt in files.attempts for save in attempt.saves]
+    if not found:
+        return ""
+    stood = [save["save_stood_s"] for save in found]
+    between = sum(save["save_stood_s"] / save["save_share"] for save in found if save["save_share"])
+    took = median(save["save_took_s"] for save in found)
+    share = f", {100 * sum(stood) / between:.2f} % of the time" if between else ""
+    return (f" {len(found)} checkpoints: the loop stood still for {sum(stood):.2f} s in all{share}, for "
+            f"{max(stood):.2f} s at most; half of them existed within {took:.1f} s.")  # fmt: skip
 
 
 def _limits(files: RunFiles) -> str:

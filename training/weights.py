@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors.torch
 import torch
@@ -137,8 +137,15 @@ def load_counted(
     return len(given)
 
 
+class Shaped(Protocol):
+    """A tensor, or what is known of one."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
 def check_counted(
-    own: Mapping[str, Sequence[int]], given: Mapping[str, Tensor], *, absent: Sequence[str] = (), where: str = ""
+    own: Mapping[str, Sequence[int]], given: Mapping[str, Shaped], *, absent: Sequence[str] = (), where: str = ""
 ) -> None:
     """Raise a DataError that names what is missing, left over, or of another shape than `own` says.
 

@@ -88,6 +88,11 @@ class LocalStore(Store):
             with suppress(OSError):  # object stores have no empty folders either
                 path.parent.rmdir()
 
+    def unfinished(self) -> Iterator[str]:
+        with self._faults(""):
+            for path in sorted(Path(self.url).rglob(f".*{TEMPORARY}")):
+                yield str(path.relative_to(self.url))
+
     def at(self, *parts: str) -> Store:
         return LocalStore(os.path.join(self.url, *parts))
 

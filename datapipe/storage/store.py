@@ -93,3 +93,8 @@ class Store(ABC):
     def address(self, name: str) -> str:
         """The full path or URL of an object, for messages."""
         return f"{self.url.rstrip('/')}/{name}" if name else self.url
+
+    def unfinished(self) -> Iterator[str]:
+        """Names of what writers that were killed left half-written here, which `list` leaves out. Those that are still
+        at it are among them. Object stores have none."""
+        yield from ()

@@ -7,14 +7,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from datapipe.config import ShardConfig, StorageConfig
 from datapipe.ingest import ingest
 from datapipe.manifest import Manifest
+from datapipe.storage import open_store
 from tests.datapipe.crop_set import jpegs
 from tests.golden import ROOT
+from training.checkpoint import Reader, complete
 from training.config import RunConfig
 
 RECIPE = """
@@ -109,7 +110,9 @@ def finished(process: subprocess.Popen[str], *, timeout_s: float = 300) -> tuple
 
 def final_state(run: Path) -> dict[str, Tensor]:
     """All tensors of a run's newest checkpoint."""
-    return load_file(max((run / "checkpoints").glob("step_*/state.safetensors")))
+    store = open_store(str(run / "checkpoints"))
+    reader = Reader(store, complete(store)[-1])
+    return {key: reader.whole(key) for key in reader.marker.tensors}
 
 
 def audited(run: Path) -> dict[int, list[int]]:

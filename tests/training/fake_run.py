@@ -83,6 +83,7 @@ def write_metrics(root: Path) -> None:
         header = {"attempt": number, "time": f"2026-11-21T08:0{number}:00+00:00", "world": 2, "resumed_from": resumed}
         lines = [header | {"step": first - 1, "reason": reason}]
         lines += [record(step, number) for step in range(first, last + 1)]
+        lines += [{"checkpoint": last, "save_stood_s": number / 10, "save_took_s": number, "save_share": number / 500}]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         cut = '{"step": 261, "lo' if number == 2 else ""
         (root / "metrics" / f"attempt_{number:03d}.jsonl").write_text(text + cut)

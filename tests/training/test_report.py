@@ -111,6 +111,8 @@ def test_report__says_what_was_run_and_what_it_is_worth(report: str) -> None:
         "in 90.0 % of the steps: training, the steps themselves: data kept up with them. "
         "in 10.0 % of the steps: reading, bytes came too slowly: raise stream.reads",
         "7.9 MB were fetched in all",
+        "3 checkpoints: the loop stood still for 0.60 s in all, 0.40 % of the time, for 0.30 s at most",
+        "half of them existed within 2.0 s",
         "cpu <b>",
     ):
         assert expected in text, expected

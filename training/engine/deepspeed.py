@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 from training.config import EngineConfig, OptimisationConfig
 from training.engine.layouts import LAYOUTS
 from training.engine.optimisation import ParameterGroup, StepSettings
-from training.engine.optimizers import ParameterState, make_optimizer
+from training.engine.optimizers import make_optimizer
+from training.engine.pieces import Piece
 from training.engine.stepper import Stepper
 from training.engine.world import World
 from training.methods.base import Method, Outcome, Progress, Views
@@ -156,25 +157,19 @@ class DeepSpeedStepper(Stepper):
 
     # -- state ---------------------------------------------------------------------------------------------------
 
-    def optimizer_state(self) -> dict[str, ParameterState]:
-        found: dict[str, ParameterState] = {}
-        for index, group in enumerate(self.groups):
-            for name in group.names:
-                state = self._layout.state(index, name)
-                if self.world.leads:
-                    found[name] = ParameterState({}, 0.0) if name in self._frozen else state
-        return found
+    def _counts(self) -> dict[str, float]:
+        return self._layout.counts()
 
-    def load_optimizer_state(self, state: Mapping[str, ParameterState]) -> None:
+    def _model_pieces(self) -> list[Piece]:
+        return self._layout.model_pieces()
+
+    def _state_pieces(self, names: Collection[str]) -> list[Piece]:
+        return self._layout.state_pieces(names)
+
+    def _begin(self, steps: Mapping[str, float]) -> None:
         # what was released before has moments and a step count, which must stay
-        self._released = {index for index, group in enumerate(self.groups) if state[group.names[0]].tensors}
-        self._layout.load(state)
+        self._released = {index for index, group in enumerate(self.groups) if group.names[0] in steps}
+        self._layout.begin(steps)
 
     def held(self, network: torch.nn.Module) -> dict[str, Tensor]:
         return self._layout.held(network)
-
-    def model_state(self) -> dict[str, Tensor]:
-        return self._layout.model_state()
-
-    def load_model_state(self, state: Mapping[str, Tensor], *, where: str) -> None:
-        self._layout.load_model_state(state, where=where)

@@ -1,4 +1,4 @@
-"""Where each ZeRO stage keeps parameters, gradients and optimizer state, and how they are reached, whole and in part.
+"""Where each ZeRO stage keeps parameters, gradients and optimizer state, and how a rank reaches its part of them.
 
     stage 0     everything whole on every rank, gradients in `grad`
     stages 1, 2 parameters whole; gradients and state of a group in one flat partition per rank
@@ -9,25 +9,17 @@ reached by their addresses. Frozen parameters (the teacher's) follow the paramet
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from training.engine.optimisation import ParameterGroup
-from training.engine.optimizers import (
-    ParameterState,
-    load_whole,
-    set_state,
-    state_tensors,
-    step_count,
-    whole_state,
-)
+from training.engine.optimizers import begun, state_tensors, step_count, whole_pieces, whole_steps, zero_state
+from training.engine.pieces import Piece, whole
 from training.engine.world import World
 from training.methods.base import Method
-from training.weights import check_counted
 
 
 class Layout(ABC):
@@ -70,43 +62,36 @@ class Layout(ABC):
         return self.optimizer.param_groups[index]["params"]
 
     def forget(self, index: int) -> None:
-        """Fresh moments and a step count of zero for a group."""
+        """State as before the first step for a group."""
         for tensor in self.tensors(index):
-            for value in self.optimizer.state.get(tensor, {}).values():
-                if torch.is_tensor(value):
-                    value.zero_()
+            zero_state(self.optimizer, tensor, None)
 
-    def state(self, index: int, name: str) -> ParameterState:
-        """What the optimizer keeps of a parameter of a group. A collective in stages 1 to 3."""
-        first = self.tensors(index)[0]
-        begun = self.optimizer.state.get(first, {})
-        names = [key for key in state_tensors(self.optimizer) if begun.get(key) is not None]
-        return ParameterState({key: self.whole(index, name, key).cpu() for key in names},
-                              step_count(self.optimizer, first))  # fmt: skip
+    def counts(self) -> dict[str, float]:
+        """Step counts of the parameters that the optimizer has begun with."""
+        found = {}
+        for index, group in enumerate(self.groups):
+            first = self.tensors(index)[0]
+            if begun(self.optimizer, first):
+                found.update(dict.fromkeys(group.names, step_count(self.optimizer, first)))
+        return found
+
+    def model_pieces(self) -> list[Piece]:
+        """Parameters and buffers as this rank holds them."""
+        return [whole(f"model/{name}", value) for name, value in self.method.state_dict().items()]
 
     @abstractmethod
-    def whole(self, index: int, name: str, key: str) -> Tensor:
-        """One state tensor of a parameter of a group, whole."""
+    def state_pieces(self, names: Collection[str]) -> list[Piece]:
+        """What this rank's optimizer keeps of the parameters in `names`."""
 
-    @abstractmethod
-    def load(self, state: Mapping[str, ParameterState]) -> None:
-        """Take over parameters, already in the module, and optimizer state."""
+    def begin(self, steps: Mapping[str, float]) -> None:
+        """Take over the parameters that the module has now; state of zeros with these step counts."""
+        for index, group in enumerate(self.groups):
+            for tensor in self.tensors(index):
+                zero_state(self.optimizer, tensor, steps.get(group.names[0]))
 
     def held(self, network: torch.nn.Module) -> dict[str, Tensor]:
         """The part of each parameter of a submodule that this rank changes: for the moving average."""
         return dict(network.named_parameters())
-
-    def model_state(self) -> dict[str, Tensor]:
-        """Parameters and buffers of the method, whole. A collective in stage 3."""
-        return dict(self.method.state_dict())
-
-    def load_model_state(self, state: Mapping[str, Tensor], *, where: str) -> None:
-        """Fill parameters and buffers. Raises DataError for tensors that do not fit."""
-        own = self.method.state_dict()
-        check_counted({name: value.shape for name, value in own.items()}, state, where=where)
-        with torch.no_grad():
-            for name, value in own.items():
-                value.copy_(state[name])
 
 
 class WholeLayout(Layout):
@@ -124,15 +109,15 @@ class WholeLayout(Layout):
     def discard(self) -> None:
         self.engine.zero_grad()
 
-    def state(self, index: int, name: str) -> ParameterState:
-        return whole_state(self.optimizer, self.parameters[name])
+    def counts(self) -> dict[str, float]:
+        return whole_steps(self.optimizer, self.parameters)
 
-    def whole(self, index: int, name: str, key: str) -> Tensor:
-        found: Tensor = self.optimizer.state[self.parameters[name]][key]
-        return found
+    def state_pieces(self, names: Collection[str]) -> list[Piece]:
+        return whole_pieces(self.optimizer, self.parameters, names)
 
-    def load(self, state: Mapping[str, ParameterState]) -> None:
-        load_whole(self.optimizer, self.parameters, state)
+    def begin(self, steps: Mapping[str, float]) -> None:
+        for name, parameter in self.parameters.items():
+            zero_state(self.optimizer, parameter, steps.get(name))
 
 
 class FlatLayout(Layout):
@@ -154,43 +139,33 @@ class FlatLayout(Layout):
             self.zero.averaged_gradients[index] = None
             self.zero.all_grad_tensors[index] = None
 
-    def whole(self, index: int, name: str, key: str) -> Tensor:
-        parameter = self.parameters[name]
-        whole = torch.zeros(parameter.numel(), dtype=parameter.dtype, device=parameter.device)
-        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    def _parts(self, name: str) -> Iterator[tuple[Any, Any]]:
+        """(where it lies in the whole parameter, where in the flat partition) of the part that this rank steps, if any:
+        each a `start` and a `numel`."""
+        mapping = self.parameters[name]._hp_mapping  # type: ignore[attr-defined]
         if mapping is not None:
-            self._of(mapping, whole).copy_(self._in(mapping, self.optimizer.state[self.tensors(index)[0]][key]))
-        return self.world.add(whole).view_as(parameter)
+            yield mapping.lp_fragment_address, mapping.hp_fragment_address
 
-    @staticmethod
-    def _of(mapping: Any, whole: Tensor) -> Tensor:
-        """The part of a whole tensor that this rank holds."""
-        address = mapping.lp_fragment_address
-        return whole.reshape(-1).narrow(0, address.start, address.numel)
-
-    @staticmethod
-    def _in(mapping: Any, flat: Tensor) -> Tensor:
-        """The same part in a flat partition, or in a state tensor of that layout."""
-        address = mapping.hp_fragment_address
-        return flat.narrow(0, address.start, address.numel)
-
-    def load(self, state: Mapping[str, ParameterState]) -> None:
-        self.optimizer.state.clear()
+    def state_pieces(self, names: Collection[str]) -> list[Piece]:
+        found = []
         for index, group in enumerate(self.groups):
-            flat, first = self.tensors(index)[0], state[group.names[0]]
-            held = {key: torch.zeros_like(flat) for key in first.tensors}
-            for name in group.names:
-                self._fill(self.parameters[name], flat, held, state[name])
-            if held:
-                set_state(self.optimizer, flat, held, first.step)
+            state = self.optimizer.state.get(self.tensors(index)[0], {})
+            for name in (name for name in group.names if name in names):
+                for within, held in self._parts(name):
+                    for key in state_tensors(self.optimizer):
+                        values = state[key].narrow(0, held.start, held.numel)
+                        found.append(Piece(f"{key}/{name}", tuple(self.parameters[name].shape), within.start, values,
+                                           shared=False))  # fmt: skip
+        return found
 
-    def _fill(self, parameter: Tensor, flat: Tensor, held: Mapping[str, Tensor], saved: ParameterState) -> None:
-        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-        if mapping is None:
-            return
-        wholes = [(flat.data, parameter.detach()), *((held[key], value) for key, value in saved.tensors.items())]
-        for target, whole in wholes:
-            self._in(mapping, target).copy_(self._of(mapping, whole))
+    def begin(self, steps: Mapping[str, float]) -> None:
+        super().begin(steps)
+        for index, group in enumerate(self.groups):
+            flat = self.tensors(index)[0].data
+            for name in group.names:
+                for within, held in self._parts(name):
+                    source = self.parameters[name].detach().view(-1).narrow(0, within.start, within.numel)
+                    flat.narrow(0, held.start, held.numel).copy_(source)
 
 
 class ShardLayout(Layout):
@@ -219,64 +194,37 @@ class ShardLayout(Layout):
         part, offset, size = self.zero.grad_position[self.zero.get_param_id(parameter)]
         return self.zero.fp32_partitioned_groups_flat[part], int(offset), int(size)
 
-    def whole(self, index: int, name: str, key: str) -> Tensor:
-        flat, offset, size = self._place(name)
-        return self._whole(self.parameters[name], self.optimizer.state[flat][key].narrow(0, offset, size))
+    def model_pieces(self) -> list[Piece]:
+        parameters: dict[str, Any] = dict(self.method.named_parameters())
+        buffers = {name: value for name, value in self.method.state_dict().items() if name not in parameters}
+        shards = [self._piece(f"model/{name}", value, value.ds_tensor) for name, value in parameters.items()]
+        return shards + [whole(f"model/{name}", value) for name, value in buffers.items()]
 
-    def _whole(self, parameter: Any, shard: Tensor) -> Tensor:
-        """All ranks' shards put together. A collective."""
-        parts = [torch.empty_like(shard) for _ in range(self.world.size)]
-        dist.all_gather(parts, shard.detach().contiguous())
-        return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
+    def state_pieces(self, names: Collection[str]) -> list[Piece]:
+        found = []
+        for name in (name for group in self.groups for name in group.names if name in names):
+            flat, offset, size = self._place(name)
+            for key in state_tensors(self.optimizer):
+                shard = self.optimizer.state[flat][key].narrow(0, offset, size)
+                found.append(self._piece(f"{key}/{name}", self.parameters[name], shard))
+        return found
 
-    def _shard(self, parameter: Any, whole: Tensor) -> Tensor:
-        """This rank's shard of a whole tensor, padded with zeros."""
-        size = parameter.ds_tensor.numel()
-        padded = whole.new_zeros(size * self.world.size)
-        padded[: whole.numel()] = whole.reshape(-1)
-        return padded.narrow(0, self.world.rank * size, size)
+    def _piece(self, key: str, parameter: Any, shard: Tensor) -> Piece:
+        """The part of this rank's shard that is not padding."""
+        start = min(self.world.rank * shard.numel(), parameter.ds_numel)
+        real = min(shard.numel(), parameter.ds_numel - start)
+        return Piece(key, tuple(parameter.ds_shape), start, shard.detach().view(-1)[:real], shared=False)
 
-    def load(self, state: Mapping[str, ParameterState]) -> None:
-        self.optimizer.state.clear()
-        for index, group in enumerate(self.groups):
-            first = state[group.names[0]]
-            for flat in self.tensors(index):
-                if first.tensors:
-                    held = {key: torch.zeros_like(flat) for key in first.tensors}
-                    set_state(self.optimizer, flat, held, first.step)
-            for name in group.names:
-                self._fill(name, state[name])
-
-    def _fill(self, name: str, saved: ParameterState) -> None:
-        parameter: Any = self.parameters[name]
-        flat, offset, size = self._place(name)
-        flat.data.narrow(0, offset, size).copy_(parameter.ds_tensor.reshape(-1))
-        for key, value in saved.tensors.items():
-            shard = self._shard(parameter, value)
-            self.optimizer.state[flat][key].narrow(0, offset, size).copy_(shard)
+    def begin(self, steps: Mapping[str, float]) -> None:
+        super().begin(steps)
+        for name in self.parameters:
+            flat, offset, size = self._place(name)
+            shard = self.parameters[name].ds_tensor  # type: ignore[attr-defined]
+            flat.data.narrow(0, offset, size).copy_(shard.view(-1))
 
     def held(self, network: torch.nn.Module) -> dict[str, Tensor]:
         parameters: dict[str, Any] = dict(network.named_parameters())
         return {name: parameter.ds_tensor for name, parameter in parameters.items()}
-
-    def model_state(self) -> dict[str, Tensor]:
-        state = {name: value for name, value in self.method.named_buffers()}
-        for name, parameter in self.method.named_parameters():
-            state[name] = self._whole(parameter, parameter.ds_tensor.reshape(-1))  # type: ignore[attr-defined]
-        return state
-
-    def load_model_state(self, state: Mapping[str, Tensor], *, where: str) -> None:
-        buffers: dict[str, Tensor] = dict(self.method.named_buffers())
-        parameters: dict[str, Any] = dict(self.method.named_parameters())
-        shapes = {name: value.shape for name, value in buffers.items()}
-        shapes |= {name: value.ds_shape for name, value in parameters.items()}
-        check_counted(shapes, state, where=where)
-        with torch.no_grad():
-            for name, value in buffers.items():
-                value.copy_(state[name])
-            for name, parameter in parameters.items():
-                shard = self._shard(parameter, state[name].to(parameter.ds_tensor))
-                parameter.ds_tensor.data.copy_(shard.view_as(parameter.ds_tensor))
 
 
 LAYOUTS: dict[int, type[Layout]] = {0: WholeLayout, 1: FlatLayout, 2: FlatLayout, 3: ShardLayout}

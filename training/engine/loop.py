@@ -85,8 +85,8 @@ def train(run: Run, segment: Segment, *, position: int = 0) -> tuple[int, bool]:
             run.faults.handle(progress, batch, result, run.stepper.names)  # raises Rewind, or the step is skipped
         position = batch.after
         last = run.stop.agreed()
-        if run.checkpoints is not None and (run.checkpoints.due(progress.step + 1) or last or position >= segment.end):
-            _save(run, run.checkpoints, progress.step + 1, position)
+        if run.checkpoints is not None:
+            _keep(run, run.checkpoints, progress.step + 1, position, stops=last, ends=position >= segment.end)
         if last:
             break
     return position, position >= segment.end
@@ -134,9 +134,16 @@ def _record(run: Run, progress: Progress, now: StepSettings, batch: Batch, resul
         run.watch(progress, batch, result)
 
 
-def _save(run: Run, checkpoints: Checkpoints, step: int, samples: int) -> None:
-    run.flush()
-    checkpoints.save(step, samples, run.stepper)
-    run.host.saved(step)
-    if run.recorder is not None:
-        run.recorder.speed.pause()
+def _keep(run: Run, checkpoints: Checkpoints, step: int, samples: int, *, stops: bool, ends: bool) -> None:
+    """Begin a checkpoint where one is due, tell of those that exist by now. At a stop and at the end it is waited for;
+    an end without its checkpoint is an error."""
+    if checkpoints.due(step) or stops or ends:
+        checkpoints.save(step, samples, run.stepper, first=run.flush)
+        if stops or ends:
+            checkpoints.finish(needed=ends)
+        if run.recorder is not None:
+            run.recorder.speed.pause()
+    for saved in checkpoints.collect():
+        run.host.saved(saved.step)
+        if run.recorder is not None:
+            run.recorder.saved(saved)

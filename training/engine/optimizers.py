@@ -4,14 +4,15 @@ To add one: make it in `make_optimizer`, and name its state tensors in `STATE_TE
 begin as zeros, and may be cut into pieces like the parameter itself.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from training.config import OptimisationConfig
+from training.engine.pieces import Piece, whole
 
 STATE_TENSORS: dict[type[Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
@@ -20,15 +21,6 @@ STATE_TENSORS: dict[type[Optimizer], tuple[str, ...]] = {
 """Optimizer -> the tensors it keeps per parameter. A step count, where there is one, is kept beside them."""
 COUNTING = (torch.optim.AdamW,)
 """Optimizers that count the steps of each parameter."""
-
-
-class ParameterState(NamedTuple):
-    """What an optimizer keeps of one parameter, whole."""
-
-    tensors: dict[str, Tensor]
-    """Empty before the first step."""
-    step: float
-    """Steps that were counted; 0 too for an optimizer that does not count."""
 
 
 def make_optimizer(config: OptimisationConfig, groups: Sequence[Sequence[Tensor]]) -> Optimizer:
@@ -45,30 +37,44 @@ def state_tensors(optimizer: Optimizer) -> tuple[str, ...]:
     return STATE_TENSORS[type(optimizer)]
 
 
+def begun(optimizer: Optimizer, tensor: Tensor) -> bool:
+    """Has the optimizer stepped this tensor since its state was last zeroed?"""
+    state = optimizer.state.get(tensor, {})
+    if any(state.get(name) is None for name in state_tensors(optimizer)):
+        return False
+    return not isinstance(optimizer, COUNTING) or bool(state["step"] > 0)
+
+
 def step_count(optimizer: Optimizer, tensor: Tensor) -> float:
-    """Steps of this tensor that the optimizer counted."""
+    """Steps of this tensor that the optimizer counted; 0 where it does not count."""
     return float(optimizer.state.get(tensor, {}).get("step", 0.0))
 
 
-def set_state(optimizer: Optimizer, tensor: Tensor, tensors: Mapping[str, Tensor], step: float) -> None:
-    """Let the optimizer go on from this state of a tensor that it steps."""
-    state: dict[str, Any] = dict(tensors)
+def zero_state(optimizer: Optimizer, tensor: Tensor, step: float | None) -> None:
+    """State of zeros and this step count for a tensor that the optimizer steps, in the memory that its state has
+    already. None: as before the first step."""
+    if step is None and not optimizer.state.get(tensor):
+        return
+    state: dict[str, Any] = optimizer.state[tensor]
+    for name in state_tensors(optimizer):
+        if state.get(name) is None:
+            state[name] = torch.zeros_like(tensor)
+        else:
+            state[name].zero_()
     if isinstance(optimizer, COUNTING):
-        state["step"] = torch.tensor(step, dtype=torch.float32)
-    optimizer.state[tensor] = state
+        state["step"] = torch.tensor(step or 0.0, dtype=torch.float32)
 
 
-def whole_state(optimizer: Optimizer, parameter: Tensor) -> ParameterState:
-    """What the optimizer keeps of a parameter that it steps as a whole, on the CPU."""
-    state = optimizer.state.get(parameter, {})
-    held = {name: state[name].cpu() for name in state_tensors(optimizer) if state.get(name) is not None}
-    return ParameterState(held, step_count(optimizer, parameter))
+def whole_steps(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
+    """Step counts of the parameters, stepped as wholes, that the optimizer has begun with."""
+    return {name: step_count(optimizer, value) for name, value in parameters.items() if begun(optimizer, value)}
 
 
-def load_whole(optimizer: Optimizer, parameters: Mapping[str, Tensor], state: Mapping[str, ParameterState]) -> None:
-    """Give an optimizer over whole parameters its state; a parameter that never stepped stays without."""
-    optimizer.state.clear()
-    for name, parameter in parameters.items():
-        if state[name].tensors:
-            tensors = {key: value.to(parameter) for key, value in state[name].tensors.items()}
-            set_state(optimizer, parameter, tensors, state[name].step)
+def whole_pieces(optimizer: Optimizer, parameters: Mapping[str, Tensor], names: Collection[str]) -> list[Piece]:
+    """The state of those of the parameters, stepped as wholes, that are named."""
+    return [
+        whole(f"{key}/{name}", optimizer.state[parameter][key])
+        for name, parameter in parameters.items()
+        if name in names
+        for key in state_tensors(optimizer)
+    ]

@@ -1,13 +1,14 @@
 """The yardstick: PyTorch's optimizers, gradients of all ranks summed by one all-reduce, no DeepSpeed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from training.config import OptimisationConfig
 from training.engine.optimisation import ParameterGroup
-from training.engine.optimizers import ParameterState, load_whole, make_optimizer, whole_state
+from training.engine.optimizers import make_optimizer, whole_pieces, whole_steps, zero_state
+from training.engine.pieces import Piece
 from training.engine.stepper import Stepper
 from training.engine.world import World
 from training.methods.base import Method, Outcome, Progress, Views
@@ -63,10 +64,12 @@ class PlainStepper(Stepper):
     def _discard(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def optimizer_state(self) -> dict[str, ParameterState]:
-        if not self.world.leads:
-            return {}
-        return {name: whole_state(self.optimizer, value) for name, value in self.parameters.items()}
+    def _counts(self) -> dict[str, float]:
+        return whole_steps(self.optimizer, self.parameters)
 
-    def load_optimizer_state(self, state: Mapping[str, ParameterState]) -> None:
-        load_whole(self.optimizer, self.parameters, state)
+    def _state_pieces(self, names: Collection[str]) -> list[Piece]:
+        return whole_pieces(self.optimizer, self.parameters, names)
+
+    def _begin(self, steps: Mapping[str, float]) -> None:
+        for name, parameter in self.parameters.items():
+            zero_state(self.optimizer, parameter, steps.get(name))

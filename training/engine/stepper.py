@@ -5,7 +5,7 @@ losses, sums and metrics are those of the whole global batch, on every rank.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,11 +14,10 @@ from torch import Tensor
 from training.config import OptimisationConfig
 from training.engine import optimisation
 from training.engine.optimisation import ParameterGroup, StepSettings
-from training.engine.optimizers import ParameterState
+from training.engine.pieces import Piece, whole
 from training.engine.scaling import first_scale
 from training.engine.world import World
 from training.methods.base import Method, Outcome, Progress, Views
-from training.weights import load_counted
 
 
 class Result(NamedTuple):
@@ -98,25 +97,26 @@ class Stepper(ABC):
         self._discard()
         self._totals.clear()
 
-    @abstractmethod
-    def optimizer_state(self) -> dict[str, ParameterState]:
-        """By parameter name, whole and on the CPU, on rank 0 (empty elsewhere). All ranks must call."""
+    def steps(self) -> dict[str, float]:
+        """Parameter -> steps that its optimizer counted, of those that it has begun with; without those frozen now,
+        whose state means nothing."""
+        return {name: count for name, count in self._counts().items() if name not in self._frozen}
 
-    @abstractmethod
-    def load_optimizer_state(self, state: Mapping[str, ParameterState]) -> None:
-        """Put back what `optimizer_state` gave, at any world size. Called after the module's own tensors are loaded."""
+    def pieces(self, steps: Mapping[str, float]) -> list[Piece]:
+        """The state as this rank holds it: parameters and buffers of the method, and what the optimizer keeps of the
+        parameters in `steps`."""
+        return self._model_pieces() + self._state_pieces(steps)
+
+    def restore(self, steps: Mapping[str, float], fill: Callable[[Sequence[Piece]], None]) -> None:
+        """Take over a state in the memory of the present one. `fill` writes the values of pieces; what `steps` does not
+        have is as before its first step. No collective."""
+        fill(self._model_pieces())
+        self._begin(steps)
+        fill(self._state_pieces(steps))
 
     def held(self, network: torch.nn.Module) -> dict[str, Tensor]:
         """The part of each parameter of a submodule that this rank changes; the teacher follows the student there."""
         return dict(network.named_parameters())
-
-    def model_state(self) -> dict[str, Tensor]:
-        """Parameters and buffers of the method, whole. All ranks must call."""
-        return dict(self.method.state_dict())
-
-    def load_model_state(self, state: Mapping[str, Tensor], *, where: str) -> None:
-        """Put back what `model_state` gave, by counted keys. Raises DataError naming what does not fit."""
-        load_counted(self.method, state, where=where)
 
     # -- what a subclass knows -----------------------------------------------------------------------------------
 
@@ -133,6 +133,21 @@ class Stepper(ABC):
     @abstractmethod
     def _multiply(self, factors: Mapping[str, float]) -> None:
         """Multiply gradients; names that are absent stay as they are."""
+
+    @abstractmethod
+    def _counts(self) -> dict[str, float]:
+        """Step counts of the parameters that the optimizer has begun with, frozen ones too."""
+
+    def _model_pieces(self) -> list[Piece]:
+        return [whole(f"model/{name}", value) for name, value in self.method.state_dict().items()]
+
+    @abstractmethod
+    def _state_pieces(self, names: Collection[str]) -> list[Piece]:
+        """What this rank's optimizer keeps of the parameters in `names`, with all of which it has begun."""
+
+    @abstractmethod
+    def _begin(self, steps: Mapping[str, float]) -> None:
+        """Take over the parameters that the module has now. Optimizer state of zeros, with the given step counts."""
 
     @abstractmethod
     def _advance(self) -> None: ...

@@ -57,7 +57,7 @@ def test_frozen_parameters__neither_move_nor_count_steps() -> None:
         stepper._totals = {"loss": torch.tensor(1.0)}
         assert stepper.step().finite
         assert torch.equal(before, stepper.parameters[frozen]) == (samples < 20)
-    assert stepper.optimizer_state()[frozen].step == 1
+    assert stepper.steps()[frozen] == 1
 
 
 def test_step__a_gradient_that_is_not_finite_changes_nothing() -> None:

@@ -71,15 +71,17 @@ class PoisonedPlace(Place):
 
 
 class StoppingHost(LocalHost):
-    """Tells the run to end once a checkpoint of this step exists; 0: never."""
+    """Tells the run to end after this step; 0: never."""
 
     def __init__(self, step: int) -> None:
         super().__init__()
-        self.step = step
+        self.step, self.asked = step, 0
 
-    def saved(self, step: int) -> None:
-        if step == self.step:
+    def preempted(self) -> bool:
+        self.asked += 1  # once a step
+        if self.asked == self.step:
             self.received = signal.SIGTERM
+        return super().preempted()
 
 
 def _run(

@@ -1,0 +1,70 @@
+import pytest
+
+from training.checkpoint.marker import MARKER
+from training.checkpoint.retention import due, kept, strays, superseded
+from training.config import CheckpointConfig
+
+
+def _files(*steps: int, partial: tuple[int, ...] = ()) -> list[str]:
+    found = [f"step_{step:07d}/{name}" for step in steps for name in ("rank_00000.aa-1.safetensors", MARKER)]
+    return sorted(found + [f"step_{step:07d}/rank_00000.bb-1.safetensors" for step in partial])
+
+
+def _left(config: CheckpointConfig, files: list[str], newest: int, epoch_steps: float = 10.0) -> list[int]:
+    going = superseded(config, files, f"step_{newest:07d}", epoch_steps)
+    return sorted({int(file[5:12]) for file in files if file not in going})
+
+
+@pytest.mark.parametrize(
+    ("config", "steps"),
+    [
+        (CheckpointConfig(every_steps=4), [4, 8, 12, 16, 20, 24]),
+        (CheckpointConfig(every_steps=10, keep_every_steps=8), [8, 10, 16, 20, 24]),
+        (CheckpointConfig(every_steps=0, keep_every_epochs=1), [11, 21]),
+        (CheckpointConfig(every_steps=0, keep_every_epochs=0.5), [6, 11, 16, 21]),
+        (CheckpointConfig(every_steps=0), []),
+    ],
+)
+def test_due__by_steps_and_by_epochs(config: CheckpointConfig, steps: list[int]) -> None:
+    """Epochs of 10.5 steps: the first step at or after each."""
+    assert [step for step in range(1, 26) if due(config, step, 10.5)] == steps
+
+
+def test_kept__once_per_multiple_whatever_the_rounding() -> None:
+    config = CheckpointConfig(keep_every_epochs=0.1)
+    found = [step for step in range(1, 3_001) if kept(config, step, 1_000.0)]
+    assert found == list(range(100, 3_001, 100))
+
+
+def test_superseded__the_last_and_those_for_evaluation_stay() -> None:
+    config = CheckpointConfig(keep_last=2, keep_every_steps=20)
+    assert _left(config, _files(10, 20, 30, 40, 50, 60, 70), 70) == [20, 40, 60, 70]
+    assert _left(CheckpointConfig(keep_last=3), _files(10, 20, 30, 40), 40) == [20, 30, 40]
+    assert _left(CheckpointConfig(keep_every_epochs=2), _files(10, 20, 30, 40, 50), 50) == [20, 40, 50]
+
+
+def test_superseded__partial_ones_of_older_steps_go_younger_ones_may_be_somebodys() -> None:
+    files = _files(10, 20, partial=(5, 15, 20, 30))
+    assert _left(CheckpointConfig(), files, 20) == [10, 20, 30]
+
+
+def test_superseded__damaged_ones_ahead_do_not_count() -> None:
+    """After falling back from 30 and 40 to 10, step 20 is new: 10 and 20 are the last two."""
+    assert _left(CheckpointConfig(keep_last=2), _files(10, 20, 30, 40), 20) == [10, 20, 30, 40]
+
+
+def test_superseded__markers_go_first() -> None:
+    going = superseded(CheckpointConfig(), _files(10, 20, 30, 40), "step_0000040", 10.0)
+    assert [name.endswith(MARKER) for name in going] == [True, True, False, False]
+
+
+def test_strays__all_that_the_marker_does_not_know() -> None:
+    files = [*_files(20, partial=(20, 30)), "step_0000020/rank_00000.aa-1.json"]
+    assert strays(files, "step_0000020", ["rank_00000.aa-1.safetensors"]) == [
+        "step_0000020/rank_00000.bb-1.safetensors",
+        "step_0000020/rank_00000.aa-1.json",
+    ]
+
+
+def test_superseded__foreign_files_are_left_alone() -> None:
+    assert superseded(CheckpointConfig(), ["notes.txt", "step_1/x", "other/step_0000001"], "step_0000040", 10.0) == []

@@ -1,0 +1,155 @@
+"""What a checkpoint says of itself: where it stands in the run, and which file holds which numbers of which tensor."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from datapipe.errors import DataError, NotFoundError
+from datapipe.storage import Store
+
+FORMAT = 2
+MARKER = "checkpoint.json"
+_NAME = re.compile(r"step_(\d{7,})")
+
+
+class Form(NamedTuple):
+    """Shape of a whole tensor, and its type as safetensors names it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Fragment(NamedTuple):
+    """A stretch of a flattened tensor in a file."""
+
+    key: str
+    start: int
+    """Place of the first number in the tensor."""
+    numel: int
+    offset: int
+    """Place of the first byte in the file."""
+    xxh3: str
+    """Of its bytes, 128 bits: quick, against accidents."""
+
+
+@dataclass(frozen=True)
+class File:
+    """What one rank wrote."""
+
+    name: str
+    bytes: int
+    sha256: str
+    fragments: tuple[Fragment, ...]
+    """In the order in which they lie in the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Marker:
+    """Everything but the numbers. Written last."""
+
+    step: int
+    samples: int
+    manifest: str
+    manifest_rows: int
+    seed: int
+    batch: int
+    world: int
+    tensors: dict[str, Form]
+    """"model/..." or the optimizer's name of it, such as "exp_avg/...", and the parameter's or buffer's name."""
+    files: tuple[File, ...]
+    steps: dict[str, float]
+    """The optimizer's step count of each parameter that it has begun with; 0 where it does not count."""
+    loss_scale: dict[str, Any] = field(default_factory=dict)
+    """The fields of `LossScale`; empty where the loss was not scaled."""
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
+    """The pretrained weights that the run began with, where it did."""
+    time: float = 0.0
+    format: int = FORMAT
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.bytes for file in self.files)
+
+    @property
+    def sha256(self) -> str:
+        """Of all the marker says, hence of every number in the checkpoint."""
+        return _digest(asdict(self))
+
+    def to_bytes(self) -> bytes:
+        """As it is stored: JSON with its own checksum."""
+        return json.dumps(asdict(self) | {"sha256": self.sha256}, separators=(",", ":")).encode()
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_from(content: dict[str, Any]) -> File:
+    """The inverse of `asdict`."""
+    fragments = tuple(Fragment(*row) for row in content["fragments"])
+    return File(content["name"], content["bytes"], content["sha256"], fragments)
+
+
+def name_of(step: int) -> str:
+    """The folder of a checkpoint: `step_0000100`, steps done."""
+    return f"step_{step:07d}"
+
+
+def step_of(name: str) -> int | None:
+    """The steps done that a folder name states; None for another name."""
+    match = _NAME.fullmatch(name)
+    return int(match.group(1)) if match else None
+
+
+def complete(store: Store) -> list[str]:
+    """Names of the checkpoints that have their marker, oldest first. `store`: the run's `checkpoints` folder."""
+    try:
+        return completed(entry.name for entry in store.list())
+    except NotFoundError:
+        return []
+
+
+def completed(files: Iterable[str]) -> list[str]:
+    """The same, from the names of all files below the folder."""
+    folders = (folder for folder, _, file in (name.rpartition("/") for name in files) if file == MARKER)
+    return sorted((name for name in folders if step_of(name) is not None), key=lambda name: step_of(name) or 0)
+
+
+def read_marker(store: Store, name: str) -> Marker:
+    """Raises DataError for a marker that is damaged or of another format."""
+    try:
+        content = json.loads(store.read(f"{name}/{MARKER}"))
+        if content.get("format") != FORMAT:
+            raise ValueError(f"format {content.get('format')}, this version reads {FORMAT}")
+        stated = content.pop("sha256", None)
+        if stated != _digest(content):
+            raise ValueError("its checksum is wrong")
+        content["tensors"] = {key: Form(tuple(shape), dtype) for key, (shape, dtype) in content["tensors"].items()}
+        content["files"] = tuple(file_from(file) for file in content["files"])
+        marker = Marker(**content)
+        _refuse_gaps(marker)
+        return marker
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"the checkpoint's marker is damaged: {error}", where=store.address(f"{name}/{MARKER}"), hint="delete it"
+        ) from error
+
+
+def _refuse_gaps(marker: Marker) -> None:
+    """Raises ValueError unless the files hold every number of every tensor once."""
+    found: dict[str, list[tuple[int, int]]] = {key: [] for key in marker.tensors}
+    for file in marker.files:
+        for fragment in file.fragments:
+            found[fragment.key].append((fragment.start, fragment.start + fragment.numel))
+    for key, ranges in found.items():
+        ranges.sort()
+        edges = [0, *(end for _, end in ranges)]
+        if [start for start, _ in ranges] != edges[:-1] or edges[-1] != math.prod(marker.tensors[key].shape):
+            raise ValueError(f"its files do not hold {key} whole")

@@ -1,0 +1,110 @@
+"""One rank's file of a checkpoint, put together in host memory that is used again for the next.
+
+The file is safetensors, so that other programs can look into it; the copy from the device goes right to its place.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+import xxhash
+
+from training.checkpoint.marker import File, Form, Fragment
+from training.engine.pieces import Piece
+
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Types as safetensors names them."""
+TYPES = {name: dtype for dtype, name in NAMES.items()}
+ALIGNMENT = 8
+"""Bytes: numbers begin at multiples of their size when the largest come first."""
+
+
+class Place(NamedTuple):
+    """Where a piece lies in the file."""
+
+    key: str
+    start: int
+    numel: int
+    offset: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rank's file, ready to be written, in memory that the next one will overwrite."""
+
+    content: memoryview
+    places: tuple[Place, ...]
+    tensors: dict[str, Form]
+
+    def file(self, name: str) -> File:
+        """Its entry in the marker under this name. Reads all of it twice, for hashes of the fragments and the whole."""
+        fragments = tuple(
+            Fragment(place.key, place.start, place.numel, place.offset, xxhash.xxh3_128_hexdigest(self._bytes(place)))
+            for place in self.places
+        )
+        return File(name, len(self.content), hashlib.sha256(self.content).hexdigest(), fragments)
+
+    def _bytes(self, place: Place) -> memoryview:
+        return self.content[place.offset : place.offset + place.bytes]
+
+
+class Snapshots:
+    """Copies state from the device into host memory; page-locked for a GPU, allocated once for all saves."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, pieces: Sequence[Piece]) -> Part:
+        """The state as it is now. It overwrites the part before."""
+        ordered = sorted(pieces, key=lambda piece: -piece.values.element_size())
+        head, places = _arrange(ordered)
+        total = places[-1].offset + places[-1].bytes if places else len(head)
+        memory = self._sized(total)
+        memory[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+        for piece, place in zip(ordered, places, strict=True):
+            target = memory[place.offset : place.offset + place.bytes].view(piece.values.dtype)
+            target.copy_(piece.values, non_blocking=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        tensors = {piece.key: Form(piece.shape, NAMES[piece.values.dtype]) for piece in ordered}
+        return Part(memoryview(memory.numpy().data), tuple(places), tensors)
+
+    def _sized(self, total: int) -> torch.Tensor:
+        if self._memory.numel() < total:
+            self._memory = torch.empty(0, dtype=torch.uint8)  # gives the old memory back first
+            self._memory = torch.empty(total, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        return self._memory[:total]
+
+
+def _arrange(pieces: Sequence[Piece]) -> tuple[bytes, list[Place]]:
+    """(what a safetensors file begins with, where each piece lies in the file)."""
+    ends = [0, *accumulate(piece.bytes for piece in pieces)]
+    table = {
+        piece.key: {"dtype": NAMES[piece.values.dtype], "shape": [piece.values.numel()], "data_offsets": offsets}
+        for piece, offsets in zip(pieces, pairwise(ends), strict=True)
+    }
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    head = len(text).to_bytes(8, "little") + text
+    places = [
+        Place(piece.key, piece.start, piece.values.numel(), len(head) + end, piece.bytes)
+        for piece, end in zip(pieces, ends[:-1], strict=True)
+    ]
+    return head, places

@@ -1,0 +1,165 @@
+"""The tensors of a checkpoint: verified file by file, read by ranges, each fragment checked by its hash."""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from datapipe.errors import DataError, NotFoundError
+from datapipe.storage import Store
+from training.checkpoint.marker import File, Form, Fragment, Marker, complete, read_marker
+from training.checkpoint.part import TYPES
+from training.engine.pieces import Piece, whole
+from training.weights import check_counted
+
+BLOCK = 8 << 20
+"""Bytes read at a time: fragments that lie side by side are fetched together up to this many."""
+HINT = "use an older checkpoint, or delete this one"
+
+
+def verify(store: Store, name: str, files: Sequence[File]) -> None:
+    """Raises DataError or NotFoundError for the first of these files of a checkpoint that is not as it was written."""
+    for file in files:
+        path = f"{name}/{file.name}"
+        size = store.size(path)
+        if size != file.bytes:
+            raise DataError(f"a file has {size:,} bytes, should have {file.bytes:,}", where=store.address(path),
+                            hint=HINT)  # fmt: skip
+        digest = hashlib.sha256()
+        for start in range(0, file.bytes, BLOCK):
+            digest.update(store.read(path, start=start, size=min(BLOCK, file.bytes - start)))
+        if digest.hexdigest() != file.sha256:
+            raise DataError("the checksum of a file is wrong", where=store.address(path), hint=HINT)
+
+
+def newest_good(store: Store, warn: Callable[[str], None]) -> tuple[str, Marker] | None:
+    """The newest checkpoint that verifies. A damaged one is passed over with a warning for the one before it."""
+    for name in reversed(complete(store)):
+        try:
+            marker = read_marker(store, name)
+            verify(store, name, marker.files)
+            return name, marker
+        except (DataError, NotFoundError) as error:
+            warn(passed_over(name, error))
+    return None
+
+
+def passed_over(name: str, error: DataError | NotFoundError) -> str:
+    """The warning about a damaged checkpoint."""
+    return f"warning: checkpoint {name} is passed over: {error.what} ({error.where})"
+
+
+class _Copy(NamedTuple):
+    """Numbers that a piece wants out of a fragment."""
+
+    file: str
+    fragment: Fragment
+    bytes: int
+    """Of the whole fragment: it is checked as a whole."""
+    piece: Piece
+
+
+class Reader:
+    """The tensors of one checkpoint, without reading more than is asked for, or holding more than about one of them."""
+
+    def __init__(self, store: Store, name: str, marker: Marker | None = None) -> None:
+        """Raises DataError for a damaged marker."""
+        self.store, self.name = store, name
+        self.marker = marker or read_marker(store, name)
+        self._fragments: dict[str, list[tuple[str, Fragment]]] = {key: [] for key in self.marker.tensors}
+        for file in self.marker.files:
+            for fragment in file.fragments:
+                self._fragments[fragment.key].append((file.name, fragment))
+
+    @property
+    def where(self) -> str:
+        return self.store.address(self.name)
+
+    def forms(self, kind: str) -> dict[str, Form]:
+        """Names and forms of the tensors of one kind, such as "model"."""
+        start = f"{kind}/"
+        return {key.removeprefix(start): form for key, form in self.marker.tensors.items() if key.startswith(start)}
+
+    def fill(self, pieces: Sequence[Piece]) -> None:
+        """Write the saved values into the pieces. Raises DataError where the checkpoint has no such tensor, or a
+        fragment is damaged."""
+        copies = sorted((copy for piece in pieces for copy in self._wanted(piece)),
+                        key=lambda copy: (copy.file, copy.fragment.offset))  # fmt: skip
+        for file, rows in groupby(copies, key=lambda copy: copy.file):
+            for stretch in _stretches(rows):
+                self._read(file, stretch)
+
+    def whole(self, key: str) -> Tensor:
+        """One tensor, put together."""
+        form = self.marker.tensors[key]
+        found = torch.empty(form.shape, dtype=TYPES[form.dtype])
+        self.fill([whole(key, found)])
+        return found
+
+    def _wanted(self, piece: Piece) -> Iterator[_Copy]:
+        form = self.marker.tensors.get(piece.key)
+        if form is None or form.shape != piece.shape:
+            has = "nothing" if form is None else f"shape {form.shape}"
+            raise DataError(f"the checkpoint does not fit: it has {has} for {piece.key} {piece.shape}",
+                            where=self.where, hint="was it made with these settings?")  # fmt: skip
+        size = TYPES[form.dtype].itemsize
+        for file, fragment in self._fragments[piece.key]:
+            if fragment.start < piece.end and piece.start < fragment.start + fragment.numel:
+                yield _Copy(file, fragment, fragment.numel * size, piece)
+
+    def _read(self, file: str, stretch: Sequence[_Copy]) -> None:
+        path, start = f"{self.name}/{file}", stretch[0].fragment.offset
+        size = stretch[-1].fragment.offset + stretch[-1].bytes - start
+        content = memoryview(self.store.read(path, start=start, size=size))
+        for copy in stretch:
+            begin = copy.fragment.offset - start
+            data = content[begin : begin + copy.bytes]
+            if xxhash.xxh3_128_hexdigest(data) != copy.fragment.xxh3:
+                raise DataError(f"the checksum of {copy.fragment.key} is wrong", where=self.store.address(path),
+                                hint=HINT)  # fmt: skip
+            self._place(copy, data)
+
+    def _place(self, copy: _Copy, data: memoryview) -> None:
+        dtype = TYPES[self.marker.tensors[copy.fragment.key].dtype]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the bytes cannot be written to, which nobody does
+            values = torch.frombuffer(data, dtype=dtype)
+        fragment, piece = copy.fragment, copy.piece
+        low, high = max(fragment.start, piece.start), min(fragment.start + fragment.numel, piece.end)
+        piece.values[low - piece.start : high - piece.start] = values[low - fragment.start : high - fragment.start].to(
+            piece.values.device
+        )
+
+
+def _stretches(copies: Iterator[_Copy]) -> Iterator[list[_Copy]]:
+    """Fragments that lie side by side, together up to BLOCK bytes; a larger one by itself."""
+    held: list[_Copy] = []
+    for copy in copies:
+        if held:
+            last = held[-1].fragment.offset + held[-1].bytes
+            size = copy.fragment.offset + copy.bytes - held[0].fragment.offset
+            if copy.fragment.offset != last or size > BLOCK:
+                yield held
+                held = []
+        held.append(copy)
+    if held:
+        yield held
+
+
+def load_model(store: Store, name: str, method: nn.Module) -> Marker:
+    """Fill student, teacher and centres from a checkpoint by counted keys; its marker. Raises DataError."""
+    reader = Reader(store, name)
+    state = method.state_dict()
+    refuse_misfit(reader, {key: tuple(value.shape) for key, value in state.items()})
+    reader.fill([whole(f"model/{key}", value) for key, value in state.items()])
+    return reader.marker
+
+
+def refuse_misfit(reader: Reader, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises DataError, naming them, where a checkpoint's parameters and buffers are not these."""
+    check_counted(shapes, reader.forms("model"), where=reader.where)

@@ -1,0 +1,298 @@
+"""The checkpoints of one run, as the loop uses them. The loop stands still for a copy to host memory, no longer.
+
+    save     every rank copies its state and starts a thread that writes its part
+    hear     with the all-reduce of every step the ranks tell how far their threads are; when all parts are written the
+             leading rank's thread writes the marker, and when that is written the checkpoint exists, on all ranks in
+             the same step
+    finish   waits for a save; at the end, at a stop, before going back, and before another save
+
+The ranks' view of a save changes in the same step on all of them, so they need no other agreement.
+"""
+
+import logging
+import math
+import secrets
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from datapipe.errors import DataError, NotFoundError, StorageError
+from datapipe.storage import Store
+from training.checkpoint import retention, saving
+from training.checkpoint.marker import Marker, complete, name_of, read_marker
+from training.checkpoint.part import Snapshots
+from training.checkpoint.reader import Reader, passed_over, refuse_misfit, verify
+from training.config import CheckpointConfig
+from training.engine.pieces import Piece, divide
+from training.engine.scaling import LossScale, first_scale
+from training.engine.stepper import Stepper
+from training.engine.world import World
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def _nothing() -> None:
+    """Nothing has to be done first."""
+
+
+class Report(NamedTuple):
+    """What a rank tells the others with every step; heard as the sum over the ranks."""
+
+    written: float = 0.0
+    """1: this rank's part of the save in flight is written, or what else it had to do."""
+    failed: float = 0.0
+    """1: it could not be."""
+    due: float = 0.0
+    """1: the leading rank's clock says that it is time to save."""
+
+
+class Saved(NamedTuple):
+    """A checkpoint that exists."""
+
+    step: int
+    stood_s: float
+    """Seconds that the loop stood still for it."""
+    took_s: float
+    """Seconds from the request until it existed."""
+    share: float
+    """Of the time since the save before (or the start), the part that the loop stood still."""
+
+
+@dataclass
+class _Flight:
+    """A save that is not done yet."""
+
+    step: int
+    samples: int
+    token: str
+    began: float
+    since_s: float
+    """Seconds since the save before began."""
+    task: saving.Task
+    about: dict[str, Any]
+    """The marker's fields."""
+    stood_s: float = 0.0
+    parts_written: bool = False
+    took_s: list[float] = field(default_factory=list)
+    """On the leading rank, one number once the marker is there."""
+
+    @property
+    def name(self) -> str:
+        return name_of(self.step)
+
+
+class Checkpoints:
+    """See the module. Every rank makes one, and calls every method in the same steps."""
+
+    def __init__(
+        self,
+        store: Store,
+        config: CheckpointConfig,
+        world: World,
+        *,
+        about: Mapping[str, Any],
+        say: Callable[[str], None],
+        replaces: Collection[str] = (),
+        epoch_steps: float = math.inf,
+    ) -> None:
+        """`about`: the fields of `Marker` that do not change during a run. `replaces`: as `Manifest.replaces`.
+        `say`: tells a person; on the leading rank."""
+        self.store, self.config, self.world, self.say = store, config, world, say
+        self.about, self.replaces, self.epoch_steps = dict(about), replaces, epoch_steps
+        self._attempt = world.tell(secrets.token_hex(4))
+        self._snapshots = Snapshots(world.device)
+        self._flight: _Flight | None = None
+        self._saved: list[Saved] = []
+        self._saves, self._failures = 0, 0
+        self._began = time.monotonic()
+        self._time_is_up = False
+        self._tidying: saving.Task | None = None
+
+    # -- saving --------------------------------------------------------------------------------------------------
+
+    def due(self, step: int) -> bool:
+        """Is it time to save after this many steps?"""
+        return self._time_is_up or retention.due(self.config, step, self.epoch_steps)
+
+    def save(self, step: int, samples: int, stepper: Stepper, *, first: Callable[[], None] = _nothing) -> None:
+        """Begin a checkpoint of the state as it is now. Waits for the one before where that is not done yet.
+
+        `first`: what must be on storage when this checkpoint exists; its time counts.
+        """
+        now = time.monotonic()
+        if self._flight is not None:
+            self.say(f"step {step:,}: the checkpoint of step {self._flight.step:,} is not written yet; waiting for it")
+            self.finish()
+        first()
+        self._saves += 1
+        token, name = f"{self._attempt}-{self._saves}", name_of(step)
+        steps = stepper.steps()
+        part = self._snapshots.take(divide(stepper.pieces(steps), self.world.rank, self.world.size))
+        about = self.about | {"step": step, "samples": samples, "steps": steps, "world": self.world.size,
+                              "loss_scale": {} if stepper.scale is None else asdict(stepper.scale)}  # fmt: skip
+        task = saving.Task(lambda: saving.write_part(self.store, name, self.world.rank, token, part))
+        self._flight = _Flight(step, samples, token, now, now - self._began, task, about)
+        self._began, self._time_is_up = now, False
+        self._flight.stood_s = time.monotonic() - now
+
+    @property
+    def stage(self) -> tuple[int, bool]:
+        """How far saving is; the same on all ranks. What was told at another stage is not to be heard."""
+        return self._saves, self._flight is not None and self._flight.parts_written
+
+    def report(self) -> Report:
+        """What this rank tells with this step."""
+        flight = self._flight
+        late = time.monotonic() - self._began > 60 * self.config.every_minutes > 0
+        due = float(self.world.leads and flight is None and late)
+        if flight is None or not flight.task.done:
+            return Report(due=due)
+        failed = bool(flight.task.failure)
+        return Report(float(not failed), float(failed), due)
+
+    def hear(self, told: Report) -> None:
+        """Take in the sum of what all ranks told at this stage. Raises StorageError after too many failed saves."""
+        flight = self._flight
+        self._time_is_up = told.due > 0
+        if flight is None or told.written + told.failed < self.world.size:
+            return
+        if told.failed:
+            self._give_up(flight)
+        elif not flight.parts_written:
+            flight.parts_written = True
+            if self.world.leads:
+                flight.task = saving.Task(lambda: self._complete(flight))
+        else:
+            self._flight, self._failures = None, 0
+            took_s = flight.took_s[0] if flight.took_s else math.nan
+            self._saved.append(Saved(flight.step, flight.stood_s, took_s, flight.stood_s / max(flight.since_s, 1e-9)))
+
+    def finish(self, *, needed: bool = False) -> None:
+        """Return when no save is in flight. `needed`: the last one must exist; raises StorageError if it does not."""
+        began, failures = time.monotonic(), self._failures
+        while (flight := self._flight) is not None:
+            flight.task.join()
+            told = self.world.gather(self.report())
+            flight.stood_s += time.monotonic() - began
+            began = time.monotonic()
+            self.hear(Report(*map(sum, zip(*told, strict=True))))
+        if self._tidying is not None:
+            self._tidying.join()
+        if needed and self._failures > failures:
+            raise StorageError(
+                "the last checkpoint could not be saved",
+                where=self.store.url,
+                hint="make room or mend the store; started again, the run goes on from the one before",
+            )
+
+    def collect(self) -> list[Saved]:
+        """The checkpoints that have come into existence since the last call; the same on all ranks, but for times."""
+        saved, self._saved = self._saved, []
+        return saved
+
+    def _complete(self, flight: _Flight) -> None:
+        """In the leading rank's thread: all parts are written."""
+        marker = saving.write_marker(self.store, flight.token, flight.about)
+        flight.took_s.append(time.monotonic() - flight.began)
+        saving.tidy(partial(saving.prune, self.store, self.config, marker, self.epoch_steps), log.warning)
+
+    def _give_up(self, flight: _Flight) -> None:
+        """The save failed somewhere: say why, take its files back, go on without. The checkpoints before stay."""
+        why = saving.unlike(self.world.gather(flight.task.failure))
+        self._flight = None
+        self._failures += 1
+        sweep = partial(saving.sweep, self.store, flight.name, self.world.rank, flight.token)
+        self._tidying = saving.Task(lambda: saving.tidy(sweep, log.warning))
+        most = self.config.max_failed_saves
+        if self._failures >= most:
+            raise StorageError(
+                f"{self._failures} checkpoints in a row could not be saved: {why}",
+                where=self.store.url,
+                hint="make room or mend the store; started again, the run goes on from the last one",
+            )
+        self.say(f"warning: the checkpoint of step {flight.step:,} could not be saved: {why}; the run goes on without "
+                 f"it ({self._failures} in a row, {most} end the run)")  # fmt: skip
+
+    # -- restoring -----------------------------------------------------------------------------------------------
+
+    def restore(self, stepper: Stepper) -> tuple[int, str | None]:
+        """(samples seen, name) of the newest good checkpoint after loading it; (0, None) where there is none."""
+        self.finish()
+        chosen = self._newest_good()
+        self._began = time.monotonic()
+        if chosen is None:
+            return 0, None
+        name, marker = chosen
+        where = self.store.address(name)
+        refuse_other_data(marker, self.about["manifest"], self.about["manifest_rows"], self.replaces, where=where)
+        self._together(lambda: self._load(Reader(self.store, name, marker), stepper))
+        stepper.scale = LossScale(**marker.loss_scale) if marker.loss_scale else first_scale(stepper.config.precision)
+        return marker.samples, name
+
+    def _newest_good(self) -> tuple[str, Marker] | None:
+        """The newest that verifies, each rank having read its share of the files; all pass over a damaged one."""
+        names = self._together(lambda: complete(self.store) if self.world.leads else [])[0]
+        for name in reversed(names):
+            found: list[Marker] = []
+            damage = self._together(lambda name=name, found=found: self._damage(name, found))  # type: ignore[misc]
+            if not any(damage):
+                return name, found[0]
+            self.say(next(text for text in damage if text))
+        return None
+
+    def _damage(self, name: str, found: list[Marker]) -> str:
+        """The warning that this rank has about a checkpoint; without one its marker is `found`."""
+        try:
+            marker = read_marker(self.store, name)
+            verify(self.store, name, marker.files[self.world.rank :: self.world.size])
+        except (DataError, NotFoundError) as error:
+            return passed_over(name, error)
+        found.append(marker)
+        return ""
+
+    def _load(self, reader: Reader, stepper: Stepper) -> None:
+        def fill(pieces: Sequence[Piece]) -> None:
+            with torch.no_grad():
+                reader.fill(pieces)
+
+        shapes = {piece.key.removeprefix("model/"): piece.shape for piece in stepper.pieces({})}
+        refuse_misfit(reader, shapes)
+        stepper.restore(reader.marker.steps, fill)
+
+    def _together(self, work: Callable[[], T]) -> list[T]:
+        """`work` of all ranks. Where one fails all raise, and none waits for it in vain."""
+        mine: T | Exception
+        try:
+            mine = work()
+        except (DataError, StorageError) as error:
+            mine = error
+        results = self.world.gather(mine)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        return results
+
+
+def refuse_other_data(marker: Marker, manifest: str, rows: int, replaces: Collection[str], *, where: str) -> None:
+    """Raises DataError when a checkpoint was made on another data set than the one at hand.
+
+    It is the same data set where crops have been taken out since: `replaces` are the ids of the versions before, which
+    had the same order, row for row.
+    """
+    if marker.manifest not in (manifest, *replaces):
+        raise DataError(
+            f"this checkpoint was trained on other data: manifest {_short(marker.manifest)} "
+            f"({marker.manifest_rows:,} crops), now {_short(manifest)} ({rows:,} crops)",
+            where=where,
+            hint="give stream.manifest of the data it began with, or start anew in another folder with --out",
+        )
+
+
+def _short(manifest: str) -> str:
+    """Enough of an id, or of each one's of a mix, to tell them apart."""
+    return " + ".join(identity[:12] for identity in manifest.split("+"))

@@ -1,0 +1,109 @@
+"""What the thread of a save does: writes this rank's part; on the leading rank, then, the marker that makes it exist.
+
+Nothing here communicates: the ranks agree in `run.py`.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from datapipe.errors import DataError, StorageError, UserError
+from datapipe.storage import Store
+from training.checkpoint.marker import MARKER, Form, Marker, file_from, name_of
+from training.checkpoint.part import Part
+from training.checkpoint.retention import strays, superseded
+from training.config import CheckpointConfig
+
+
+class Task(threading.Thread):
+    """Work beside the training. It does not keep the process from ending: what it leaves is partial, and absent."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self._work = work
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # noqa: BLE001  (carried to the thread that asks)
+            self._error = error
+
+    @property
+    def done(self) -> bool:
+        return not self.is_alive()
+
+    @property
+    def failure(self) -> str:
+        """What went wrong, for a person; empty while nothing has. Raises what no user can act on."""
+        if self._error is not None and not isinstance(self._error, UserError):
+            raise self._error
+        return "" if self._error is None else f"{self._error.what} ({self._error.where})"
+
+
+def part_name(rank: int, save: str) -> str:
+    """A rank's file within the checkpoint's folder. `save`: told apart from every other attempt and save."""
+    return f"rank_{rank:05d}.{save}.safetensors"
+
+
+def note_name(rank: int, save: str) -> str:
+    """Its entry for the marker, until there is one."""
+    return f"rank_{rank:05d}.{save}.json"
+
+
+def write_part(store: Store, folder: str, rank: int, save: str, part: Part) -> None:
+    """The rank's file, then the note that says what is in it."""
+    name = part_name(rank, save)
+    store.replace(f"{folder}/{name}", part.content)
+    note = {"file": asdict(part.file(name)), "tensors": part.tensors}
+    store.replace(f"{folder}/{note_name(rank, save)}", json.dumps(note).encode())
+
+
+def write_marker(store: Store, save: str, about: Mapping[str, Any]) -> Marker:
+    """The marker, from all ranks' notes. Raises StorageError when a part is gone: another attempt swept it.
+
+    `about`: the fields of `Marker` but for files and tensors.
+    """
+    folder = name_of(about["step"])
+    files, tensors = [], {}
+    for rank in range(about["world"]):
+        note = json.loads(store.read(f"{folder}/{note_name(rank, save)}"))
+        file = file_from(note["file"])
+        if store.size(f"{folder}/{file.name}") != file.bytes:
+            raise StorageError("a part is not as it was written", where=store.address(f"{folder}/{file.name}"))
+        files.append(file)
+        tensors.update({key: Form(tuple(shape), dtype) for key, (shape, dtype) in note["tensors"].items()})
+    marker = Marker(files=tuple(files), tensors=tensors, time=time.time(), **about)
+    store.replace(f"{folder}/{MARKER}", marker.to_bytes())
+    return marker
+
+
+def prune(store: Store, config: CheckpointConfig, marker: Marker, epoch_steps: float) -> None:
+    """Delete what the new checkpoint supersedes, and what in its folder is not its own."""
+    newest, names = name_of(marker.step), [*(entry.name for entry in store.list()), *store.unfinished()]
+    own = [file.name for file in marker.files]
+    for name in (*superseded(config, names, newest, epoch_steps), *strays(names, newest, own)):
+        store.delete(name)
+
+
+def sweep(store: Store, folder: str, rank: int, save: str) -> None:
+    """Take back what a rank wrote for a save that failed."""
+    for name in (part_name(rank, save), note_name(rank, save)):
+        store.delete(f"{folder}/{name}")
+
+
+def tidy(work: Callable[[], object], warn: Callable[[str], None]) -> None:
+    """Tidying: its faults are told, and the next save tidies again."""
+    try:
+        work()
+    except (StorageError, DataError) as error:
+        warn(f"warning: old checkpoint files were not deleted: {error.what} ({error.where})")
+
+
+def unlike(texts: Sequence[str]) -> str:
+    """What several ranks tell, each once."""
+    return "; ".join(dict.fromkeys(text for text in texts if text))

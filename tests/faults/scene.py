@@ -116,6 +116,7 @@ class Scene:
         direct = self.objects.direct if self.objects else StorageConfig()
         self._run_folder = RunFolder(self.url, direct)
         self.poison = self.folder / "poison.json"
+        self._started = 0.0
 
     def start(self) -> None:
         """`python -m cluster pretrain`, for the first time or again."""
@@ -123,6 +124,7 @@ class Scene:
                  "--cluster.placement", "spread", "--cluster.environment", *environment(self.poison), *self.flags]
         if self.objects:
             words += ["--storage.endpoint-url", self.objects.proxy.endpoint]
+        self._started = time.time()
         self.runs.append(Watched(command("cluster", *words)))
 
     @property
@@ -157,11 +159,12 @@ class Scene:
         return self.names("metrics/attempt_")
 
     def pid(self, rank: int) -> int | None:
-        """The live worker process of a rank."""
+        """The live worker process of a rank, started by the present command."""
         text = self.read(f"ranks/rank_{rank:02d}.json")
-        if not text:
+        life = json.loads(text) if text else {"time": 0.0}
+        if life["time"] < self._started:
             return None
-        pid = int(json.loads(text)["pid"])
+        pid = int(life["pid"])
         with contextlib.suppress(psutil.NoSuchProcess):
             return pid if psutil.Process(pid).cmdline()[0].startswith("ray::") else None
         return None

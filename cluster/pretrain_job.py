@@ -33,6 +33,8 @@ WAITING_S = 30.0
 """Seconds between lines that say why there are no workers yet."""
 IDLE_S = 5.0
 """Seconds without workers after which a stop needs no save."""
+FAREWELL_S = 10.0
+"""For Ray Train to end by itself: a process that shuts Ray down under its thread may die of a segmentation fault."""
 PLACEMENT_S = 20.0
 """Seconds after which room that was counted, but is not there, is counted again."""
 
@@ -106,10 +108,17 @@ class Driver:
         return complete
 
     def _train(self) -> bool:
-        import ray
-
         fitting = threading.Thread(target=self._fit, name="ray train", daemon=True)
         fitting.start()  # off the main thread Ray Train leaves our signal handlers alone
+        try:
+            return self._accompany(fitting)
+        finally:
+            fitting.join(FAREWELL_S)
+
+    def _accompany(self, fitting: threading.Thread) -> bool:
+        """What `train` returns and raises, once it is clear."""
+        import ray
+
         while True:
             alive = fitting.is_alive()
             try:

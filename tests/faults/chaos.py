@@ -25,7 +25,7 @@ from training.engine.world import World
 from training.pretrain import pretrain
 
 CROPS, EVERY = 48, 20
-STEPS_PER_FAULT = 90
+STEPS_PER_FAULT = 60
 """A fault waits for its moment after a save; then the run must be over it and save once more."""
 HANG_S = 40
 """After which, and a few seconds, a worker that stands still is replaced. The object store is away for half of that:

@@ -39,7 +39,8 @@ class _Lines(logging.Handler):
 
 @contextlib.contextmanager
 def rank_log(folder: RunFolder, world: World, host: Host) -> Iterator[None]:
-    """Keep what the rank logs for as long as the context lasts. Warnings go to stderr as they did before."""
+    """Keep what the rank logs for as long as the context lasts. Warnings go to stderr as they did before; the trace of
+    the error that ends it does not."""
     handler = _Lines(RunFolder(folder.url, folder.storage), f"ranks/rank_{world.rank:02d}.log")
     stderr = logging.StreamHandler(sys.stderr)
     stderr.setLevel(logging.WARNING)
@@ -55,7 +56,9 @@ def rank_log(folder: RunFolder, world: World, host: Host) -> Iterator[None]:
         yield
         log.info("ended")
     except BaseException:
-        log.exception("ended by an error")
+        # into this file only: whoever raised it to here tells the person, once
+        trace = log.makeRecord(log.name, logging.ERROR, __file__, 0, "ended by an error", (), sys.exc_info())
+        handler.handle(trace)
         raise
     finally:
         logging.root.removeHandler(stderr)

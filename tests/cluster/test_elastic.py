@@ -37,11 +37,12 @@ class Elastic:
         self.run = Watched(command("cluster", "pretrain", str(path), *flags))
 
     def attempts(self) -> list[list[dict[str, Any]]]:
-        """Header and records of each attempt, whole lines only."""
+        """Header and steps of each attempt, whole lines only."""
         found = []
         for log in sorted((self.folder / "metrics").glob("attempt_*.jsonl")):
             text = log.read_text()
-            found.append([json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()])
+            lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
+            found.append([line for line in lines if "checkpoint" not in line])
         return found
 
     def worlds(self) -> list[int]:

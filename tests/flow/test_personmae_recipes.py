@@ -1,7 +1,6 @@
 """Each PersonMAE recipe runs: its own settings, a tiny backbone, generated crops, three real steps."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -30,8 +29,7 @@ def test_recipe__runs_three_real_steps(path: Path, manifest: str, tmp_path: Path
     config = tiny.shrunk(load(path), manifest, tmp_path / "run")
     ending = pretrain(config, world=World(), host=LocalHost())
     assert ending.complete and ending.step == 3
-    lines = (tmp_path / "run" / "metrics" / "attempt_001.jsonl").read_text().splitlines()
-    records = [record for record in map(json.loads, lines) if "loss_pixel" in record]
+    records = tiny.step_records(tmp_path / "run")
     assert [record["step"] for record in records] == [1, 2, 3]
     told = {"loss_pixel", "loss_feature", "feature_cosine", "feature_rank", "student_teacher_cosine"}
     assert told <= records[-1].keys()

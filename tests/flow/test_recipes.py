@@ -1,6 +1,5 @@
 """Each recipe of the DINO family runs: its own settings, a tiny backbone, generated crops, three real steps."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,8 +56,7 @@ def test_recipe__runs_three_real_steps(path: Path, manifest: str, tmp_path: Path
     config = shrunk(load(path), manifest, tmp_path / "run")
     ending = pretrain(config, world=World(), host=LocalHost())
     assert ending.complete and ending.step == 3
-    lines = (tmp_path / "run" / "metrics" / "attempt_001.jsonl").read_text().splitlines()
-    records = [record for record in map(json.loads, lines) if "loss_cls" in record]
+    records = tiny.step_records(tmp_path / "run")
     assert [record["step"] for record in records] == [1, 2, 3]
     wanted = {"loss", "loss_cls", "target_entropy", "target_information", "feature_cosine", "feature_rank",
               "student_teacher_cosine"}

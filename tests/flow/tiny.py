@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -113,6 +114,12 @@ def final_state(run: Path) -> dict[str, Tensor]:
     store = open_store(str(run / "checkpoints"))
     reader = Reader(store, complete(store)[-1])
     return {key: reader.whole(key) for key in reader.marker.tensors}
+
+
+def step_records(run: Path, attempt: int = 1) -> list[dict[str, Any]]:
+    """What an attempt recorded of each step, in order: no line about the attempt or its checkpoints."""
+    lines = (run / "metrics" / f"attempt_{attempt:03d}.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if "step" in record and "attempt" not in record]
 
 
 def audited(run: Path) -> dict[int, list[int]]:

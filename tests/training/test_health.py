@@ -1,6 +1,5 @@
 """Signs of collapse: in collapses that were brought about in real trainings, in healthy ones, and rule by rule."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import pytest
 
 from datapipe.config import SynthConfig
 from datapipe.synth import TRAIN, render
-from tests.flow.tiny import shards
+from tests.flow.tiny import shards, step_records
 from training import config as recipes
 from training import health
 from training.config import RunConfig
@@ -113,11 +112,6 @@ def _run(config: RunConfig) -> Path:
     return Path(config.out)
 
 
-def _records(run: Path) -> list[dict[str, Any]]:
-    lines = (run / "metrics" / "attempt_001.jsonl").read_text().splitlines()[1:]
-    return [json.loads(line) for line in lines]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", list(HEALTHY))
 def test_healthy_run__shows_no_sign(tmp_path: Path, manifest: str, kind: str) -> None:
@@ -125,7 +119,7 @@ def test_healthy_run__shows_no_sign(tmp_path: Path, manifest: str, kind: str) ->
     config = _config(tmp_path, manifest, HEALTHY[kind], steps=SETTLED_STEPS + 2 * WINDOW)
     if kind == "dino, centring":  # with a faster teacher or a higher rate it does lose the images for a while
         config = replace(config, optimisation=replace(config.optimisation, lr=5e-4, ema=0.99))
-    records = _records(_run(config))
+    records = step_records(_run(config))
     assert len(records) == SETTLED_STEPS + 2 * WINDOW
     assert signs(records) == [] and not any("signs" in record for record in records)
     judged = {rule.name for rule in health.RULES if rule.broken(records[-1]) is not None}
@@ -144,7 +138,7 @@ def test_induced_collapse__is_told_early_and_reported(tmp_path: Path, manifest: 
     if cause == "momentum 0":
         config = replace(config, optimisation=replace(config.optimisation, ema=0.0, final_ema=0.0))
     run = _run(config)
-    records = _records(run)
+    records = step_records(run)
     (first, *_) = signs(records)
     assert first.rule.name == "constant_targets" and first.since <= FLAGGED_WITHIN
     assert "constant_targets" in records[first.since - 1]["signs"] and "signs" not in records[first.since - 2]

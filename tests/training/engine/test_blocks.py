@@ -1,6 +1,5 @@
 """Activation checkpointing and torch.compile act block by block and change no result, with drop path on."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 from datapipe.errors import ConfigError
-from tests.flow.tiny import final_state, recipe, shards
+from tests.flow.tiny import final_state, recipe, shards, step_records
 from tests.ranks import run_ranks
 from training import config as recipes
 from training.assembly import refuse_unsuited
@@ -71,8 +70,7 @@ def _of_visible_patches(config: BackboneConfig) -> float:
 
 
 def _losses(run: Path) -> torch.Tensor:
-    lines = map(json.loads, (run / "metrics" / "attempt_001.jsonl").read_text().splitlines())
-    return torch.tensor([line["loss"] for line in lines if "loss" in line], dtype=torch.float64)
+    return torch.tensor([record["loss"] for record in step_records(run)], dtype=torch.float64)
 
 
 @pytest.mark.slow

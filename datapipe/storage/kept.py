@@ -2,7 +2,6 @@
 
 import os
 import resource
-from collections import OrderedDict
 from threading import Lock
 
 from datapipe.storage.local import LocalStore, _read_fully
@@ -21,7 +20,7 @@ class KeptStore(LocalStore):
         allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = MOST_OPEN if allowed == resource.RLIM_INFINITY else min(MOST_OPEN, allowed // 4)
         self._lock = Lock()
-        self._files: OrderedDict[str, _File] = OrderedDict()
+        self._files: dict[str, _File] = {}
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
         return KeptStore, (self.url,)
@@ -29,7 +28,9 @@ class KeptStore(LocalStore):
     def read(self, name: str, *, start: int = 0, size: int | None = None) -> bytes:
         if size is not None:
             try:
-                file = self._file(name)
+                file = self._files.get(name)  # as a rule it is there, and no lock is needed
+                if file is None or file.gone():
+                    file = self._open(name)
                 data = os.pread(file.number, size, start)
                 return data if len(data) == size else _read_fully(file.number, start, size)
             except OSError:
@@ -41,15 +42,13 @@ class KeptStore(LocalStore):
         with self._lock:
             self._files.clear()
 
-    def _file(self, name: str) -> "_File":
+    def _open(self, name: str) -> "_File":
         with self._lock:
-            file = self._files.get(name)
-            if file is None or not os.fstat(file.number).st_nlink:
-                file = self._files[name] = _File(self.address(name))
-            self._files.move_to_end(name)
+            self._files.pop(name, None)
+            file = self._files[name] = _File(self.address(name))
             if len(self._files) > self._most:
-                self._files.popitem(last=False)
-            return file
+                del self._files[next(iter(self._files))]  # the one opened first
+        return file
 
 
 class _File:
@@ -57,6 +56,10 @@ class _File:
 
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def gone(self) -> bool:
+        """Whether its name means another file, or none, by now."""
+        return not os.fstat(self.number).st_nlink
 
     def __del__(self) -> None:
         if hasattr(self, "number"):

@@ -15,6 +15,7 @@ from datapipe.config import StorageConfig
 from datapipe.data import load_data
 from datapipe.errors import ConfigError, DataError, NotFoundError
 from tests.flow import tiny
+from tests.ranks import run_ranks
 from tests.training.reid.people import market
 from training import milestones
 from training.__main__ import main
@@ -156,6 +157,36 @@ def test_export__the_whole_in_transreid_s_layout_loads_and_scores_the_same(strai
     (task,) = tasks(str(straight / "exports" / "last"), data, StorageConfig(), out=str(tmp_path))
     scored = score(task)
     assert scored["features"]["cls"] == summary_of(straight)["last"]["features"]["cls"]
+
+
+def test_export__trained_on_one_set_and_scored_on_another(straight: Path, tmp_path: Path) -> None:
+    """Direct transfer: no image of the other set was trained on, and the scores say where the weights come from."""
+    other = market(tmp_path / "other", identities=5, cameras=2, images=1)
+    (task,) = tasks(str(straight / "exports" / "last"), str(other), StorageConfig(), out=str(tmp_path / "scores"))
+    scored = score(task)
+    assert scored["set"] == "other" and scored["data"]["counts"]["query"]["images"] == 10
+    assert scored["settings"]["model"]["trained_on"] == "people"
+    assert scored["features"]["cls"] != summary_of(straight)["last"]["features"]["cls"]
+
+
+def _deepspeed(world: World, data: str, out: str) -> None:
+    stepper = ("--engine.stepper", "deepspeed", "--engine.zero-stage", "2", "--optimisation.micro-batch", "4")
+    run_on = pretrain(fine_tuning(data, Path(out), *stepper), world=world, host=LocalHost())
+    assert run_on == Ending(STEPS, True)
+
+
+@pytest.mark.slow
+def test_run__on_two_ranks_of_deepspeed_is_that_of_one(data: str, straight: Path, tmp_path: Path) -> None:
+    """Triplets are mined in the whole batch, which neither rank holds; the rates are those of the batch."""
+    fine_tuning(data, tmp_path / "run")  # shards the training part, once
+    run_ranks(2, _deepspeed, data, str(tmp_path / "run"))
+    runs = (tmp_path / "run", straight)
+    losses, expected_losses = ([one["loss"] for one in tiny.step_records(run)] for run in runs)
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    found, expected = (load_backbone(str(run / "exports" / "last")).state_dict() for run in runs)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    assert len(summary_of(tmp_path / "run")["milestones"]) == 3
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ __all__ = ["DISTRACTOR", "JUNK", "OWN", "Images", "Labelled", "ReIDSet", "check_
 
 log = logging.getLogger(__name__)
 
-PARTIAL = "--allow-partial goes on with what is there; its scores are then marked as not comparable with published ones"
+PARTIAL = "`evaluate --allow-partial` goes on with what is there; scores are then marked as not comparable"
 UNPACK = f"unpack the archive again, or look which data set it is. {PARTIAL}"
 APART = f"scores would be too good: take them out of one side. {PARTIAL}"
 

@@ -64,7 +64,9 @@ class Situation(NamedTuple):
     blame: Failure | None
     places: dict[int, Place]
     step: int
+    """The last one that workers told of; they do so now and then, not after every step."""
     saved: int
+    """The step of the last checkpoint that they told of."""
 
 
 class Board:
@@ -137,6 +139,7 @@ class Board:
 
     def saved(self, step: int) -> None:
         self._saved = max(self._saved, step)
+        self._step = max(self._step, step)
 
     def say(self, line: str) -> None:
         self._lines.append(line)

@@ -52,8 +52,10 @@ def test_pretrain_job__a_killed_worker_changes_nothing(tmp_path: Path, write_cro
     records = map(json.loads, (run / "restarts.jsonl").read_text().splitlines())
     (restart,) = (record for record in records if record["kind"] == "crash")
     first, second = (attempt["resumed_from"] for attempt in attempts)
-    assert first is None and 6 <= (step_of(second) or 0) <= restart["step"]
-    assert restart["rank"] == 1 and restart["saved"] <= (step_of(second) or 0)  # the last one may not have been told of
+    resumed = step_of(second) or 0
+    assert first is None and resumed >= 6
+    assert restart["rank"] == 1
+    assert restart["saved"] <= min(restart["step"], resumed)  # the last one may not have been told of
     run_ranks(2, _until, str(path), str(undisturbed), "deepspeed", 0)
     before, after = final_state(undisturbed), final_state(run)
     assert before.keys() == after.keys()

@@ -61,17 +61,18 @@ def pretrain(config: RunConfig, *, world: World, host: Host, reason: str = "star
 
     Every rank calls this with the same `config`. Returns the same Ending on all ranks.
     """
-    folder = RunFolder(config.out, config.storage)
-    with rank_log(folder, world, host):
-        return _pretrain(config, folder, world, host, reason)
-
-
-def _pretrain(config: RunConfig, folder: RunFolder, world: World, host: Host, reason: str) -> Ending:
     startup = Startup()
-    refuse_unsuited(config, world.device)
+    refuse_unsuited(config, world.device)  # and what `check` refuses: nothing has been written by then
     _use_threads(config, world)
     data = check(config) if world.leads else load_data(config.stream, config.storage)
-    config = resolved(config, data)
+    folder = RunFolder(config.out, config.storage)
+    with rank_log(folder, world, host):
+        return _pretrain(resolved(config, data), data, folder, world, host, reason, startup)
+
+
+def _pretrain(
+    config: RunConfig, data: Data, folder: RunFolder, world: World, host: Host, reason: str, startup: Startup
+) -> Ending:
     clock = clock_of(config, data.rows)
     method, origin = initial_method(config)
     method = method.to(world.device)

@@ -92,21 +92,22 @@ def test_elastic__machines_go_and_come_back(tmp_path: Path, write_crops: Callabl
         cluster.remove_node(drained)
         for _ in range(2):
             cluster.add_node(num_cpus=1)
-        one.trained(4, 3, 2, 2, 2, 4)
+        one.run.until(lambda: one.worlds()[5:] in ([4], [3, 4]) and len(one.attempts()[-1]) > 50)
         one.run.process.send_signal(signal.SIGTERM)
         code, output, errors = one.run.end()
     assert code == 75, output + errors
 
     *restarts, ended = one.restarts()
     kinds, reasons = ([restart[key] for restart in restarts] for key in ("kind", "reason"))
-    assert kinds == ["crash", "preemption", "hang", "preemption", "resize"], restarts
+    assert kinds[:5] == ["crash", "preemption", "hang", "preemption", "resize"], restarts
+    assert kinds[5:] in ([], ["resize"]), restarts  # the two machines may be seen one by one
     assert (ended["kind"], ended["reason"]) == ("end", "stopped")
     assert lost.node_id[:8] in reasons[0] and "rank 3 on" in reasons[0]
     assert drained.node_id[:8] in reasons[1] and "will be taken away" in reasons[1]
     assert "rank 1 on" in reasons[2] and f"SIGKILL to process {stopped}" in output
     assert float(re.search(r"for (\d+) s", reasons[2])[1]) <= HANG_S + 4  # type: ignore[index]
     assert "rank 1 on" in reasons[3] and "SIGTERM" in reasons[3]
-    assert "from 2 to 4 workers" in reasons[4]
+    assert "from 2 to " in reasons[4] and "to 4 workers" in reasons[-1]
     for before, restart, after in zip(one.attempts(), restarts, one.attempts()[1:], strict=False):
         if restart["kind"] in ("preemption", "resize"):  # saved first: nothing is done again
             assert after[0]["step"] == before[-1]["step"] == restart["saved"]

@@ -222,7 +222,7 @@ class _Held(NamedTuple):
         return self.config.engine.zero_stage if self.config.engine.stepper == "deepspeed" else 0
 
     def state(self) -> dict[str, int]:
-        """Parameters, moments, and the float32 copy that ZeRO steps."""
+        """Parameters, moments, the float32 copy that ZeRO steps, and the gradients of stage 3."""
         sizes = self.sizes
         parts = self.world if self.stage == 3 else 1
         found = {
@@ -233,6 +233,8 @@ class _Held(NamedTuple):
         }
         if self.stage:
             found["ZeRO's copy of its parameters"] = FULL * self._own
+        if self.stage == 3:  # the other stages let them go with the step
+            found["gradients"] = FULL * self._own
         return found
 
     @property
@@ -249,8 +251,8 @@ class _Held(NamedTuple):
         return FULL * min(student, max(reach, self.sizes.largest, self._zero()["stage3_prefetch_bucket_size"]))
 
     def gradients(self) -> int:
-        """Between two micro-batches, and when the step begins."""
-        return FULL * self._own
+        """Between two micro-batches, and when the step begins, where they are not there throughout."""
+        return 0 if self.stage == 3 else FULL * self._own
 
     def reduction(self) -> int:
         """Numbers alive when the ranks' gradients are added up."""
@@ -261,7 +263,7 @@ class _Held(NamedTuple):
             return trained + min(bucket, trained)
         if self.stage == 1:  # all gradients wait for the end of the backward pass
             return trained + bucket + self._own
-        return self._own + bucket + self.sizes.largest
+        return bucket + self.sizes.largest + (self._own if self.stage == 2 else 0)
 
     def step(self) -> int:
         """Bytes of norms in float64 or of AdamW's temporaries, whichever is more."""

@@ -88,6 +88,7 @@ def test_state__is_split_as_the_stage_says(world: int) -> None:
     for state in states[:3]:
         assert state["student"] == 4 * sum(sizes.student.values()) and state["teacher"] == 4 * sizes.teacher
     assert states[3]["teacher"] == 4 * -(-sizes.teacher // world)
+    assert states[3]["gradients"] == 4 * own and not any("gradients" in state for state in states[:3])
 
 
 def test_moments__gradients_are_whole_where_nothing_splits_them() -> None:

@@ -18,6 +18,7 @@ from training.reid.labelled import JUNK
 
 Floats = NDArray[np.floating]
 Integers = NDArray[np.integer]
+Flags = NDArray[np.bool_]
 T = TypeVar("T")
 Chunk = tuple[int, Floats]
 """(first query, distances [queries, G]); overwritten while it is ranked."""
@@ -117,9 +118,10 @@ class _Ranker:
         self._sample = np.arange(min(SAMPLED, gallery)) * max(1, gallery // SAMPLED)
 
     def rank(self, first: int, block: Floats) -> list[Ranking]:
-        return [self._ranking(query, row) for query, row in enumerate(block, start=first)]
+        scratch = np.empty(block.shape[1:], bool)  # made anew for every comparison, it would take as long as these
+        return [self._ranking(query, row, scratch) for query, row in enumerate(block, start=first)]
 
-    def _ranking(self, query: int, row: Floats) -> Ranking:
+    def _ranking(self, query: int, row: Floats, scratch: Flags) -> Ranking:
         pid = self._labels.query_pids[query]
         start, end = np.searchsorted(self._sorted_pids, [pid, pid + 1])
         same = self._by_identity[start:end]
@@ -129,7 +131,7 @@ class _Ranker:
         matches = same[other_camera] if pid != JUNK else same[:0]
         first = nearest(row, self._keep)
         return Ranking(
-            places=_places(row, matches),
+            places=_places(row, matches, scratch),
             nearest=first,
             nearest_distances=np.where(first >= 0, row[first], np.inf).astype(row.dtype),
             matching=row[matches[:: -(-len(matches) // SAMPLED) or 1]],
@@ -143,14 +145,22 @@ class _Ranker:
         return distances[(self._labels.gallery_pids[sample] != pid) & (distances < np.inf)]
 
 
-def _places(row: Floats, matches: Integers) -> NDArray[np.int64]:
+def _places(row: Floats, matches: Integers, scratch: Flags) -> NDArray[np.int64]:
     """1-based places of the matches in the stable ranking, ascending: one more than the nearer images, and the equally
-    near ones before it."""
+    near ones before it. `scratch` [G] is overwritten."""
     if not len(matches):
         return np.empty(0, np.int64)
-    near = row <= row[matches].max()
+    near = np.less_equal(row, row[matches].max(), out=scratch)
     if np.count_nonzero(near) < len(row) // 8:  # good features: all that matters lies among a few
         kept = np.flatnonzero(near)
-        row, matches = row[kept], np.searchsorted(kept, matches)
-    nearer = [np.count_nonzero(row[:at] <= row[at]) + np.count_nonzero(row[at + 1 :] < row[at]) for at in matches]
-    return np.sort(np.array(nearer, np.int64)) + 1
+        row, matches, scratch = row[kept], np.searchsorted(kept, matches), scratch[: len(kept)]
+    places = np.array([_place(row, int(at), scratch) for at in matches], np.int64)
+    places.sort()
+    return places
+
+
+def _place(row: Floats, at: int, scratch: Flags) -> int:
+    np.less_equal(row[:at], row[at], out=scratch[:at])
+    scratch[at] = True  # itself: places begin with 1
+    np.less(row[at + 1 :], row[at], out=scratch[at + 1 :])
+    return int(np.count_nonzero(scratch))

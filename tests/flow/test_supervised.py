@@ -1,7 +1,6 @@
 """Fine-tuning from a labelled folder to scores: run, stopped and gone on with, exported, scored anew."""
 
 import json
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,20 +40,6 @@ TINY = [
 ]  # fmt: skip
 STEPS = 9
 """Three epochs of 24: six identities with three images each, which count as four, by batches of eight."""
-
-
-class StoppingHost(LocalHost):
-    """Told to end in the step after this one: a run of one process asks once a step."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self.left = step
-
-    def preempted(self) -> bool:
-        self.left -= 1
-        if self.left < 0:
-            self.received = signal.SIGTERM
-        return super().preempted()
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +94,7 @@ def test_run__stopped_and_gone_on_with_ends_as_if_never_stopped(step: int, ends:
                                                                  tmp_path: Path) -> None:  # fmt: skip
     """Told to after a step, it ends after the next one, a milestone too: whose score is left to the next start."""
     saves = "--checkpoints.every-steps", str(step)
-    stopped = run(fine_tuning(data, tmp_path / "run", *saves), StoppingHost(step))
+    stopped = run(fine_tuning(data, tmp_path / "run", *saves), tiny.StoppingHost(ends))
     assert stopped == Ending(ends, False)
     scored = {path.parent.name for path in (tmp_path / "run" / "evaluation").rglob("metrics.json")}
     assert scored == {f"step_{milestone:07d}" for milestone in (3, 6, 9) if milestone <= step}

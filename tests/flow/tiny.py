@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ from tests.datapipe.crop_set import jpegs
 from tests.golden import ROOT
 from training.checkpoint import Reader, complete
 from training.config import RunConfig
+from training.engine.host import LocalHost
 
 RECIPE = """
 out = "{out}"
@@ -107,6 +109,20 @@ def finished(process: subprocess.Popen[str], *, timeout_s: float = 300) -> tuple
     """(exit code, output, errors) of a command."""
     output, errors = process.communicate(timeout=timeout_s)
     return process.returncode, output, errors
+
+
+class StoppingHost(LocalHost):
+    """Tells a run of one process to end in this step, as SIGTERM would; 0: never."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step, self.asked = step, 0
+
+    def preempted(self) -> bool:
+        self.asked += 1  # once a step
+        if self.asked == self.step:
+            self.received = signal.SIGTERM
+        return super().preempted()
 
 
 def final_state(run: Path) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ Float16 needs a GPU, but scaling does not: it is carried out here in float32, wh
 """
 
 import json
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import training.pretrain
 from datapipe.errors import ConfigError
 from datapipe.loader import Batch
 from datapipe.storage import open_store
-from tests.flow.tiny import audited, command, final_state, finished, recipe, shards
+from tests.flow.tiny import StoppingHost, audited, command, final_state, finished, recipe, shards
 from tests.ranks import run_ranks
 from training import checkpoint
 from training import config as recipes
@@ -68,20 +67,6 @@ class PoisonedPlace(Place):
             self.step = 0
             views["global"][0, 0] = float("nan")
         return views
-
-
-class StoppingHost(LocalHost):
-    """Tells the run to end after this step; 0: never."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self.step, self.asked = step, 0
-
-    def preempted(self) -> bool:
-        self.asked += 1  # once a step
-        if self.asked == self.step:
-            self.received = signal.SIGTERM
-        return super().preempted()
 
 
 def _run(

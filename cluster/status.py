@@ -9,8 +9,9 @@ from datapipe.config import StorageConfig
 from datapipe.errors import DataError
 from training import checkpoint
 from training.assembly import clock_of, saved_config
+from training.growing import FLUSH_S
 from training.report_data import RunFiles
-from training.run_folder import FLUSH_S, RunFolder
+from training.run_folder import RunFolder
 from training.speed import duration
 
 CONFIG = "config.toml"

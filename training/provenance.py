@@ -19,7 +19,7 @@ from training import config as recipes
 from training.assembly import Portion, deepspeed_json, order_of, training_views, view_spec
 from training.config import RunConfig
 from training.engine.world import World
-from training.run_folder import RunFolder
+from training.run_folder import RunFolder, as_json
 
 
 def about(config: RunConfig, data: Data, world: World, origin: dict[str, Any]) -> dict[str, Any]:
@@ -37,14 +37,14 @@ def about(config: RunConfig, data: Data, world: World, origin: dict[str, Any]) -
 
 
 def describe(config: RunConfig, folder: RunFolder, data: Data, world: World, share: Portion) -> None:
-    """Write everything that is known before the first step."""
-    folder.write("command.txt", shlex.join(resume_command(config)) + "\n")
-    folder.write("config.toml", recipes.to_toml(config))
+    """Write everything that is known before the first step; on object storage before the first checkpoint exists."""
+    folder.write_soon("command.txt", shlex.join(resume_command(config)) + "\n")
+    folder.write_soon("config.toml", recipes.to_toml(config))
     if config.engine.stepper == "deepspeed":
-        folder.write_json("deepspeed.json", deepspeed_json(config, world, share))
-    folder.write_json("environment.json", environment(data, world))
-    folder.write("views.json", training_views(config).to_json() + "\n")
-    folder.write("first_batch.jpg", view_sheet(first_views(config, data, count=8)))
+        folder.write_soon("deepspeed.json", as_json(deepspeed_json(config, world, share)))
+    folder.write_soon("environment.json", as_json(environment(data, world)))
+    folder.write_soon("views.json", training_views(config).to_json() + "\n")
+    folder.write_soon("first_batch.jpg", view_sheet(first_views(config, data, count=8)))
 
 
 def first_views(config: RunConfig, data: Data, *, count: int) -> dict[str, np.ndarray]:

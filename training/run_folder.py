@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,7 @@ from typing import Any
 from datapipe.config import StorageConfig
 from datapipe.errors import NotFoundError
 from datapipe.storage import Store, is_remote, open_store
-
-FLUSH_S = 20.0
-"""Object stores cannot append: a growing file is written anew this often."""
+from training.growing import GrowingFiles
 
 
 class RunFolder:
@@ -27,8 +24,7 @@ class RunFolder:
         self.url, self.storage = url, storage
         self.store: Store = open_store(url, storage)
         self.local: Path | None = None if is_remote(url) else Path(self.store.url)
-        self._growing: dict[str, list[str]] = {}
-        self._flushed = time.monotonic()
+        self._growing = GrowingFiles(self.store)
 
     def at(self, *parts: str) -> Store:
         """The store of a sub-folder."""
@@ -41,22 +37,25 @@ class RunFolder:
             path.parent.mkdir(parents=True, exist_ok=True)
             _append(path, (line + "\n").encode())
             return
-        self._growing.setdefault(name, self._present(name)).append(line)
-        if time.monotonic() - self._flushed > FLUSH_S:
-            self.flush()
+        self._growing.append(name, line)
 
     def flush(self) -> None:
-        """Write growing files to object storage now."""
-        for name, lines in self._growing.items():
-            self.store.replace(name, ("\n".join(lines) + "\n").encode())
-        self._flushed = time.monotonic()
+        """Returns when all that was appended is on storage; from any thread. Raises StorageError."""
+        self._growing.flush()
+
+    def write_soon(self, name: str, content: str | bytes) -> None:
+        """Write a whole file anew: on object storage not at once, and if it changes before, only the last content."""
+        if self.local is not None:
+            self.write(name, content)
+        else:
+            self._growing.replace(name, _bytes(content))
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a whole file anew."""
-        self.store.replace(name, content.encode() if isinstance(content, str) else content)
+        self.store.replace(name, _bytes(content))
 
     def write_json(self, name: str, value: Any) -> None:
-        self.write(name, json.dumps(value, indent=2) + "\n")
+        self.write(name, as_json(value))
 
     def read_text(self, name: str) -> str | None:
         """A file's text; None if it is not there."""
@@ -72,9 +71,14 @@ class RunFolder:
         except NotFoundError:
             return
 
-    def _present(self, name: str) -> list[str]:
-        text = self.read_text(name)
-        return text.splitlines() if text else []
+
+def as_json(value: Any) -> str:
+    """As the run folder's files have it."""
+    return json.dumps(value, indent=2) + "\n"
+
+
+def _bytes(content: str | bytes) -> bytes:
+    return content.encode() if isinstance(content, str) else content
 
 
 def _append(path: Path, data: bytes) -> None:

@@ -12,10 +12,10 @@ from training.engine.pace import Pace, Share
 from training.engine.stepper import Result
 from training.engine.world import World
 from training.methods.base import Progress
-from training.run_folder import FLUSH_S, RunFolder
+from training.run_folder import RunFolder, as_json
 
 HEARTBEAT_S = 0.5
-"""Seconds between signs of life on a local run folder; on object storage they come as seldom as other growing files."""
+"""Seconds between signs of life; on object storage they arrive as seldom as other growing files."""
 
 
 class Watch:
@@ -27,9 +27,8 @@ class Watch:
         self.timeout_s = config.cluster.collective_timeout_s
         self.also: list[Callable[[int, Batch], None]] = []
         """Called after each step with the steps done and its batch."""
-        self._every = HEARTBEAT_S if folder.local is not None else FLUSH_S
         self._steps = 0
-        self._beat(0)
+        self.folder.write(*self._life(0))
 
     def __call__(self, progress: Progress, batch: Batch, result: Result) -> None:
         done = progress.step + 1
@@ -41,8 +40,8 @@ class Watch:
             self._share(done, shares)
         for note in self.also:
             note(done, batch)
-        if time.monotonic() - self._said > self._every:
-            self._beat(done)
+        if time.monotonic() - self._said > HEARTBEAT_S:
+            self.folder.write_soon(*self._life(done))
 
     def _share(self, done: int, shares: list[Share]) -> None:
         """Seconds per step of every rank by itself, and the part of the step that it waited for data."""
@@ -50,8 +49,9 @@ class Watch:
         line = {"step": done - 1, "own_s": [share.own_s for share in shares], "wait_share": waits}
         self.folder.append("ranks/pace.jsonl", json.dumps(line))
 
-    def _beat(self, step: int) -> None:
+    def _life(self, step: int) -> tuple[str, str]:
+        """The file that says that this rank lives, and what it says."""
         self._said = time.monotonic()
         life = {"pid": os.getpid(), "host": socket.gethostname(), "world": self.world.size, "step": step,
                 "time": time.time()}  # fmt: skip
-        self.folder.write_json(f"ranks/rank_{self.world.rank:02d}.json", life)
+        return f"ranks/rank_{self.world.rank:02d}.json", as_json(life)

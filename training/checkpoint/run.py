@@ -122,20 +122,24 @@ class Checkpoints:
     def save(self, step: int, samples: int, stepper: Stepper, *, first: Callable[[], None] = _nothing) -> None:
         """Begin a checkpoint of the state as it is now. Waits for the one before where that is not done yet.
 
-        `first`: what must be on storage when this checkpoint exists; its time counts.
+        `first`: puts on storage what must be there when this checkpoint exists; done in the thread of the save.
         """
         now = time.monotonic()
         if self._flight is not None:
             self.say(f"step {step:,}: the checkpoint of step {self._flight.step:,} is not written yet; waiting for it")
             self.finish()
-        first()
         self._saves += 1
         token, name = f"{self._attempt}-{self._saves}", name_of(step)
         steps = stepper.steps()
         part = self._snapshots.take(divide(stepper.pieces(steps), self.world.rank, self.world.size))
         about = self.about | {"step": step, "samples": samples, "steps": steps, "world": self.world.size,
                               "loss_scale": {} if stepper.scale is None else asdict(stepper.scale)}  # fmt: skip
-        task = saving.Task(lambda: saving.write_part(self.store, name, self.world.rank, token, part))
+
+        def write() -> None:
+            first()
+            saving.write_part(self.store, name, self.world.rank, token, part)
+
+        task = saving.Task(write)
         self._flight = _Flight(step, samples, token, now, now - self._began, task, about)
         self._began, self._time_is_up = now, False
         self._flight.stood_s = time.monotonic() - now

@@ -1,0 +1,86 @@
+"""Files that change all the time, on a store that cannot append, as object stores cannot."""
+
+import logging
+import threading
+import time
+
+from datapipe.errors import NotFoundError, UserError
+from datapipe.storage import Store
+
+log = logging.getLogger(__name__)
+
+FLUSH_S = 20.0
+"""From a line to the file that has it, at most, as long as writing is quick."""
+REST = 20.0
+"""Times as long as writing took, nothing is written: a file of many MB is written more seldom."""
+
+
+class GrowingFiles:
+    """Keeps files that only this process writes. A thread of its own writes them anew at intervals, so that nobody who
+    has something to add waits for the store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._contents: dict[str, bytearray] = {}
+        self._changed: set[str] = set()
+        self._kept, self._writing = threading.Lock(), threading.Lock()
+        self._due = threading.Event()
+        self._writer: threading.Thread | None = None
+
+    def append(self, name: str, line: str) -> None:
+        """Add a line to a file; to what was there before, when it is the first one. Raises StorageError then only."""
+        if name not in self._contents:
+            present = self._present(name)
+            with self._kept:
+                self._contents.setdefault(name, present)
+        with self._kept:
+            self._contents[name] += line.encode() + b"\n"
+            self._change(name)
+
+    def replace(self, name: str, content: bytes) -> None:
+        """What the file is to hold from now on, and nothing else."""
+        with self._kept:
+            self._contents[name] = bytearray(content)
+            self._change(name)
+
+    def flush(self) -> None:
+        """Returns when all that was given by now is on the store. Raises StorageError: it is not, but none of it is
+        lost as long as this process lives."""
+        with self._writing:
+            with self._kept:
+                contents = {name: bytes(self._contents[name]) for name in sorted(self._changed)}
+                self._changed.clear()
+            try:
+                for name, content in contents.items():
+                    self._store.replace(name, content)
+            except BaseException:
+                with self._kept:
+                    self._changed.update(contents)
+                raise
+
+    def _change(self, name: str) -> None:
+        self._changed.add(name)
+        self._due.set()
+        if self._writer is None:
+            self._writer = threading.Thread(target=self._write_at_intervals, name="growing files", daemon=True)
+            self._writer.start()
+
+    def _write_at_intervals(self) -> None:
+        took_s = 0.0
+        while True:
+            self._due.wait()
+            time.sleep(max(FLUSH_S, REST * took_s))
+            self._due.clear()
+            began = time.monotonic()
+            try:
+                self.flush()
+            except UserError as error:  # all is kept, and a save that needs it on the store says so itself
+                log.warning("not written now, will be tried again: %s (%s)", error.what, error.where)
+                self._due.set()
+            took_s = time.monotonic() - began
+
+    def _present(self, name: str) -> bytearray:
+        try:
+            return bytearray(self._store.read(name))
+        except NotFoundError:
+            return bytearray()

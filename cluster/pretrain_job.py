@@ -175,7 +175,9 @@ class Driver:
     def _guard(self, notes: Any) -> None:
         """End workers that hang; say what is waited for, and not for ever."""
         machine = self.config.cluster
-        for rank, reason in hung(notes.pulses, start_s=machine.start_timeout_s, hang_s=machine.hang_timeout_s):
+        found = hung(notes.pulses, start_s=machine.start_timeout_s, hang_s=machine.hang_timeout_s,
+                     silence_s=machine.silence_timeout_s)  # fmt: skip
+        for rank, reason in found:
             place = notes.places.get(rank)
             if place is not None and place.pid not in self._ended:
                 self._end(place, reason)

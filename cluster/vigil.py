@@ -34,14 +34,19 @@ class Hung(NamedTuple):
     reason: str
 
 
-def hung(pulses: Sequence[Pulse], *, start_s: float, hang_s: float) -> list[Hung]:
+def hung(pulses: Sequence[Pulse], *, start_s: float, hang_s: float, silence_s: float) -> list[Hung]:
     """The ranks to end, worst first; none while all is well. `start_s`: patience until every rank has made a step.
 
-    A process that is stopped falls silent. A thread that is stuck does not: then nobody comes further, as the others
-    wait for it, and those that are furthest behind are meant; all of them where they stand at the same place.
+    A process that is stopped falls silent, and is meant after `silence_s`; where all are silent it may be their
+    listener that was away, and they have `hang_s`. A thread that is stuck does not silence its process: nobody comes
+    further, as the others wait for it, and after `hang_s` those that are furthest behind are meant; all of them where
+    they stand at the same place.
     """
-    patience = hang_s if pulses and all(pulse.begun for pulse in pulses) else start_s
-    silent = [pulse for pulse in pulses if pulse.silent_s > patience]
+    begun = bool(pulses) and all(pulse.begun for pulse in pulses)
+    patience = hang_s if begun else start_s
+    heard = any(pulse.silent_s <= silence_s for pulse in pulses)
+    longest = min(silence_s, patience) if begun and heard else patience
+    silent = [pulse for pulse in pulses if pulse.silent_s > longest]
     if silent:
         return [Hung(one.rank, f"no sign of life for {one.silent_s:.0f} s after step {one.step}") for one in silent]
     if not pulses or any(pulse.stood_s <= patience for pulse in pulses):

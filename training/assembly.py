@@ -84,7 +84,7 @@ def initial_method(config: RunConfig) -> tuple[Method, dict[str, Any]]:
     method = build_method(config)
     if not config.init.weights:
         return method, {}
-    return method, start_from(method, config.init, config.backbone, config.storage)
+    return method, start_from(method, config.init, config.backbone, config.storage, statistics=config.views.statistics)
 
 
 def build_method(config: RunConfig) -> Method:

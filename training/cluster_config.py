@@ -51,8 +51,11 @@ class ClusterConfig:
     """Seconds for room to be found, and seconds for workers to make their first step; imports and a first compilation
     are slow."""
     hang_timeout_s: float = Field(default=180.0, gt=0)
-    """Seconds after the first step without a next one, or without a sign of life, after which a worker counts as hung
-    and is killed. Longer than the longest save."""
+    """Seconds after the first step without a next one on any worker, after which those that are furthest behind count
+    as hung and are killed. Longer than the longest save and than an outage of the storage that is to be survived."""
+    silence_timeout_s: float = Field(default=60.0, gt=0)
+    """Seconds after the first step without a sign of life from a worker's process (it gives one twice a second, also
+    while it waits for data or storage) after which it counts as hung, as long as others do give signs."""
     collective_timeout_s: float = Field(default=600.0, gt=0)
     """Seconds after the first step after which a worker no longer waits for its peers; the last resort. Before it
     start_timeout_s is added."""

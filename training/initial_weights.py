@@ -7,12 +7,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from datapipe.config import StorageConfig
+from datapipe.config import Statistics, StorageConfig
 from datapipe.errors import ConfigError, DataError, NotFoundError
 from datapipe.settings import settings
 from datapipe.storage import open_store, split_url
 from training.backbone import BackboneConfig, Shape, VisionTransformer
 from training.methods.base import Method
+from training.placing import MEAN_STD
 from training.published import Network, Published, Stated, read_published
 from training.resizing import Interpolation, resized, resizing
 from training.weights import CARD, first_few, load_backbone, load_card, load_counted
@@ -51,8 +52,16 @@ def refuse_missing(init: InitConfig, storage: StorageConfig) -> None:
                             hint="init.weights: an export's folder or a file")  # fmt: skip
 
 
-def start_from(method: Method, init: InitConfig, backbone: BackboneConfig, storage: StorageConfig) -> dict[str, Any]:
-    """Fill a fresh method's backbones, and heads if asked for. What the weights are, and which parameters stay fresh.
+def start_from(
+    method: Method,
+    init: InitConfig,
+    backbone: BackboneConfig,
+    storage: StorageConfig,
+    *,
+    statistics: Statistics = "imagenet",
+) -> dict[str, Any]:
+    """Fill a fresh method's backbones, and heads if asked for. What the weights are, which parameters stay fresh, and
+    whether `statistics`, which the run normalises with, are others than those of the weights' training.
 
     Positions are resized as for views of another size. A position of CLS that lies in the common table becomes PASS's
     own, and the other way round. Raises DataError, ConfigError.
@@ -68,6 +77,8 @@ def start_from(method: Method, init: InitConfig, backbone: BackboneConfig, stora
     about = {**source.origin, **moved, "heads": init.heads, "fresh": sorted(fresh)}
     if init.network == "both":
         about["network"] = "both"
+    if source.statistics != statistics:
+        about["normalised"] = [source.statistics, statistics]
     return about | ({"centres": _take_centres(method, source.centres, init.weights)} if init.heads else {})
 
 
@@ -78,7 +89,10 @@ def in_words(origin: Mapping[str, Any]) -> str:
         origin.get("network", ""), f"; student and teacher from its {origin.get('network')}"
     )
     centres = f"; centres of the loss: {origin['centres']}" if origin.get("centres") else ""
-    return f"starts from {origin['file']} ({origin['layout']}, sha256 {origin['sha256'][:12]}){which}{fresh}{centres}"
+    normalised = ("; its images were normalised with {!r}, this run's are with {!r} (views.statistics)".format(
+        *origin["normalised"]) if origin.get("normalised") else "")  # fmt: skip
+    start = f"starts from {origin['file']} ({origin['layout']}, sha256 {origin['sha256'][:12]})"
+    return f"{start}{which}{fresh}{centres}{normalised}"
 
 
 def _start(network: nn.Module, source: Published, init: InitConfig, backbone: BackboneConfig) -> set[str]:
@@ -128,7 +142,9 @@ def _read(init: InitConfig, network: Network, backbone: BackboneConfig, storage:
     card = load_card(store)
     origin = {"file": split_url(init.weights)[1], "sha256": card["file"]["sha256"], "layout": "export"}
     origin |= {key: card[key] for key in ("method", "manifest", "licence", "samples", "origin") if key in card}
-    return Published(load_backbone(store), {}, origin)
+    normalised = tuple(tuple(card["input"][key]) for key in ("mean", "std"))
+    named: dict[Any, Statistics] = {value: name for name, value in MEAN_STD.items()}
+    return Published(load_backbone(store), {}, origin, named.get(normalised, "imagenet"))
 
 
 def _refuse_another_architecture(found: BackboneConfig, wanted: BackboneConfig, where: str) -> None:

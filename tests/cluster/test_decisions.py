@@ -21,7 +21,10 @@ def _pulse(rank: int, step: int, doing: Any = "backward", stood: float = 0.0, si
     ([], []),
     ([_pulse(0, 7, stood=99), _pulse(1, 7)], []),  # one still moves
     ([_pulse(0, 7, stood=9), _pulse(1, 7, stood=9)], []),
-    ([_pulse(0, 7, stood=11, silent=1), _pulse(1, 7, stood=12, silent=12)], [1]),  # stopped: it says nothing
+    ([_pulse(0, 7, stood=5, silent=1), _pulse(1, 7, stood=5, silent=5)], [1]),  # stopped: it says nothing
+    ([_pulse(0, 7, stood=5, silent=5), _pulse(1, 7, stood=5, silent=5)], []),  # nobody listened
+    ([_pulse(0, 7, stood=12, silent=11), _pulse(1, 7, stood=12, silent=12)], [0, 1]),
+    ([_pulse(0, 0, stood=5, silent=5, begun=False), _pulse(1, 0, stood=5)], []),  # imports silence, too
     ([_pulse(0, 7, stood=11), _pulse(1, 7, "forward", stood=11)], [1]),  # stuck: the furthest behind
     ([_pulse(0, 7, "data", stood=11), _pulse(1, 6, stood=11)], [1]),
     ([_pulse(0, 7, stood=11), _pulse(1, 7, stood=11)], [0, 1]),  # nobody knows: all
@@ -29,7 +32,7 @@ def _pulse(rank: int, step: int, doing: Any = "backward", stood: float = 0.0, si
     ([_pulse(0, 0, stood=101, begun=False), _pulse(1, 1, stood=101)], [0]),
 ])  # fmt: skip
 def test_hung__who_is_ended(pulses: list[Pulse], ended: list[int]) -> None:
-    found = hung(pulses, start_s=100, hang_s=10)
+    found = hung(pulses, start_s=100, hang_s=10, silence_s=4)
     assert [one.rank for one in found] == ended and all(one.reason for one in found)
 
 

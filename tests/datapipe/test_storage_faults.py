@@ -131,7 +131,7 @@ def test_s3__no_right_ends_at_once(operation: str, s3_without_rights: StorageCon
     began = time.monotonic()
     with pytest.raises(RefusedError, match="refuses access") as caught:
         OPERATIONS[operation](store)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 8
     assert "s3://locked" in caught.value.where and "AWS_ACCESS_KEY_ID" in caught.value.hint
 
 

@@ -28,8 +28,9 @@ CROPS, EVERY = 48, 20
 STEPS_PER_FAULT = 60
 """A fault waits for its moment after a save; then the run must be over it and save once more."""
 HANG_S = 40
-"""After which, and a few seconds, a worker that stands still is replaced. The object store is away for half of that:
-ranks that wait for it are no case of hanging."""
+"""Without a step. The object store is away for half of that: ranks that wait for it are no case of hanging."""
+SILENCE_S = 10
+"""After which, and a few seconds, a worker that is stopped is replaced."""
 OURS_S, ALL_S = 5.0, 30.0
 """On a quiet machine: longest from restored weights to the first step, and of a whole recovery."""
 STAGES = ("detected", "process", "imported", "engine", "restored", "first step")
@@ -38,8 +39,9 @@ WIDTHS = (25, 22, *(11 for _ in STAGES), 7, 8)
 
 def flags(stepper: str) -> tuple[str, ...]:
     """What the tiny recipe is given on the command line."""
-    return ("--cluster.max-workers", "2", "--cluster.hang-timeout-s", str(HANG_S), "--cluster.restart-delay-s", "0.5",
-            "--engine.stepper", stepper, "--checkpoints.every-steps", str(EVERY))  # fmt: skip
+    return ("--cluster.max-workers", "2", "--cluster.hang-timeout-s", str(HANG_S), "--cluster.silence-timeout-s",
+            str(SILENCE_S), "--cluster.restart-delay-s", "0.5", "--engine.stepper", stepper,
+            "--checkpoints.every-steps", str(EVERY))  # fmt: skip
 
 
 def plan(count: int, random: Random) -> list[tuple[str, Moment]]:

@@ -124,6 +124,14 @@ def _see_save(scene: Scene, event: Event, struck: float) -> None:
     event.back = scene.run.until(lambda: [when for when, _ in gate.marked if when > struck])[0]
 
 
+def storm(scene: Scene, count: int) -> None:
+    """Kill a worker of so many groups in a row, as soon as the group is there."""
+    for _ in range(count):
+        pids = scene.run.until(lambda: all(found := (scene.pid(0), scene.pid(1))) and found)
+        scene.kill(scene.random.choice(pids))
+        scene.run.until(lambda pids=pids: not scene.running() or not {scene.pid(0), scene.pid(1)} & {*pids})
+
+
 # ---------------------------------------------------------------------------------------------------------- the blows
 
 

@@ -118,10 +118,11 @@ class Scene:
         self.poison = self.folder / "poison.json"
         self._started = 0.0
 
-    def start(self) -> None:
-        """`python -m cluster pretrain`, for the first time or again."""
+    def start(self, *more: str) -> None:
+        """`python -m cluster pretrain`, for the first time or again. `more`: flags of this time only."""
         words = ["pretrain", str(self.recipe), "--address", self.cluster.address, "--out", self.url,
-                 "--cluster.placement", "spread", "--cluster.environment", *environment(self.poison), *self.flags]
+                 "--cluster.placement", "spread", "--cluster.environment", *environment(self.poison), *self.flags,
+                 *more]  # fmt: skip
         if self.objects:
             words += ["--storage.endpoint-url", self.objects.proxy.endpoint]
         self._started = time.time()

@@ -1,4 +1,5 @@
-"""Runs on a Ray cluster with one fault of each kind: nothing tells afterwards that there were any."""
+"""A run on a Ray cluster with a storm of faults, then one of each kind: nothing tells afterwards that there were any.
+What needs no object store is in `test_disk.py`: a full disk, a straggler, a NaN that comes again."""
 
 from pathlib import Path
 from random import Random
@@ -7,7 +8,7 @@ import pytest
 
 from tests.faults import chaos
 from tests.faults.judge import fetch, other_weights, wrong_samples
-from tests.faults.kinds import BATCH, Moment, inflict
+from tests.faults.kinds import BATCH, KINDS, Moment, inflict, storm
 from tests.faults.scene import BUCKET, Scene, machines, object_store
 from tests.flow.tiny import generated, recipe
 from tests.ranks import run_ranks
@@ -19,13 +20,21 @@ FAULTS: tuple[tuple[str, Moment], ...] = (
     ("checkpoint bit-flipped", "in a save"),
     ("storage errors in a save", "in a save"),
     ("machine killed", "before the marker"),
+    ("slow storage in a load", "between saves"),
     ("S3 server killed", "in a save"),
+    ("controller killed", "between saves"),
+    ("checkpoint truncated", "before the marker"),
     ("worker hangs", "between saves"),
+    ("slow storage in a save", "in a save"),
     ("driver killed", "before the marker"),
+    ("storage errors in a load", "in a save"),
 )
 STEPS = chaos.STEPS_PER_FAULT * (len(FAULTS) + 1)
-REPLACED_S = chaos.HANG_S + 10
-"""Within which a worker that stands still is found out, on a busy machine."""
+REPLACED_S = chaos.SILENCE_S + 10
+"""Within which a worker that is stopped is found out, on a busy machine."""
+MOST_FAILURES = 2
+"""That the storm exceeds."""
+ELSEWHERE = {"straggler"}
 
 
 @pytest.mark.slow
@@ -35,15 +44,24 @@ def test_matrix__one_fault_of_each_kind_changes_nothing(tmp_path: Path) -> None:
     with object_store(tmp_path / "s3") as objects, machines(2) as cluster:
         scene = Scene(cluster, tmp_path, path, f"s3://{BUCKET}/run", objects=objects, flags=chaos.flags("deepspeed"),
                       random=Random(SEED))  # fmt: skip
+        scene.start("--cluster.max-failures", str(MOST_FAILURES))
+        storm(scene, MOST_FAILURES + 1)
+        code, output, errors = scene.run.end()
+        assert code == 1 and "Traceback" not in errors, output + errors
+        assert f"the workers failed {MOST_FAILURES + 1} times in a row without a new checkpoint" in errors
+        assert [restart["gave_up"] for restart in scene.restarts()] == [False] * MOST_FAILURES + [True]
+
         scene.start()
+        scene.run.until(lambda: scene.pid(0) and scene.pid(1))
         events = {name: inflict(scene, name, moment) for name, moment in FAULTS}
         code, output, errors = scene.run.end()
         assert code == 0, output + errors
         run = fetch(scene, tmp_path / "run")
 
+    assert {*events} == {*KINDS} - ELSEWHERE
     assert events["worker killed"].attempt[0]["resumed_from"] is None
-    damaged = events["checkpoint bit-flipped"]
-    assert damaged.attempt[0]["resumed_from"] < damaged.note.partition("/")[0]
+    for damaged in (events["checkpoint bit-flipped"], events["checkpoint truncated"]):
+        assert damaged.attempt[0]["resumed_from"] < damaged.note.partition("/")[0]
     assert events["worker hangs"].stages["detected"] < REPLACED_S
     assert objects.proxy.met.total() > objects.proxy.met[""]
     assert wrong_samples(run, chaos.CROPS, STEPS) == {}

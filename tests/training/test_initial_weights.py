@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from datapipe.config import StorageConfig
+from datapipe.config import StorageConfig, ViewConfig
 from datapipe.errors import ConfigError, DataError, NotFoundError
 from datapipe.storage import open_store
 from tests.golden import difference, golden, group, tolerance
@@ -74,7 +74,9 @@ def test_start__from_a_training_checkpoint_of_the_same_method(item: str, make: A
     both, origin = initial_method(replace(config, init=replace(config.init, network="both")))
     for network, other in ((both.student, student.student), (both.teacher, method.teacher)):
         assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in network.state_dict().items())
-    assert "student and teacher each from its own" in in_words(origin)
+    assert "student and teacher each from its own" in in_words(origin) and "normalised" not in in_words(origin)
+    _, origin = initial_method(replace(config, views=ViewConfig(statistics="half")))
+    assert "its images were normalised with 'imagenet', this run's are with 'half'" in in_words(origin)
 
 
 @torch.no_grad()

@@ -12,12 +12,15 @@ from time import process_time
 from typing import Any
 
 import boto3
+import obstore
+from obstore.store import S3Store
 
 from datapipe.config import ShardConfig, StorageConfig, StreamConfig
 from datapipe.ingest import ingest
 from datapipe.loader import Loader
 from datapipe.manifest import Manifest
 from datapipe.order import Order
+from datapipe.storage import open_store
 from datapipe.stream import Stream
 from tests.bench.crops import ABOUT, KINDS, Crops, crops
 from tests.bench.measure import Rates, Spread, Work, rates, ratio
@@ -26,6 +29,7 @@ from tests.bench.specs import one_view
 from tests.bench.table import Row, Table, Target
 
 LOCAL, BLOCKS, SINGLY = "local disk", "S3, blocks kept on disk", "S3, crop by crop"
+OURS, OBSTORE = "our store (boto3)", "obstore"
 SERVER = """
 import logging, sys
 from moto.server import ThreadedMotoServer
@@ -40,12 +44,16 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench", "
 
 def streaming(scale: Scale) -> Table:
     """The loader on the same data set from a local disk and from an S3 server on this machine."""
-    rows = [row for kind in KINDS for row in _rows(kind, _measured(crops(kind, scale), scale))]
+    rows = []
+    for kind in KINDS:
+        found = crops(kind, scale)
+        rows += [*_rows(kind, _measured(found, scale)), _reading(kind, found, scale)]
     notes = (
         ABOUT,
         f"decode and one 256x128 random resized crop, batches of {scale.batch}, 1 thread; only the client's CPU time",
         "one shard, blocks of 256 crops; each round begins with an empty cache, so every block is fetched, checked, "
         "written, and read crop by crop",
+        "blocks alone: ranges of 256 crops one after the other, as bytes in memory",
     )
     return Table("streaming", "from S3 against local disk", "img/s per CPU-second", tuple(rows), notes)
 
@@ -70,6 +78,32 @@ def _rows(kind: str, found: Rates) -> list[Row]:
                    ratio(found[LOCAL], found[what]), target)  # fmt: skip
 
     return [row(BLOCKS, Target(1.15, at_least=False)), row(SINGLY)]
+
+
+def _reading(kind: str, found: Crops, scale: Scale) -> Row:
+    """Blocks and nothing else, by our store and by another well-kept client."""
+    local = _in_one_shard(found)
+    with _served(local) as (url, storage):
+        (shard,) = Manifest.load(str(local)).shards
+        size = StreamConfig().block * shard.bytes // shard.rows
+        starts = range(0, shard.bytes - size, size)
+        ours = open_store(url, storage)
+        bucket = S3Store("bench", endpoint=storage.endpoint_url, client_options={"allow_http": True},
+                         access_key_id=CREDENTIALS["AWS_ACCESS_KEY_ID"], region=CREDENTIALS["AWS_DEFAULT_REGION"],
+                         secret_access_key=CREDENTIALS["AWS_SECRET_ACCESS_KEY"])  # fmt: skip
+
+        def by_obstore(start: int) -> bytes:
+            return obstore.get_range(bucket, f"set/{shard.name}", start=start, length=size).to_bytes()
+
+        assert by_obstore(size) == ours.read(shard.name, start=size, size=size)
+        works = {
+            OURS: lambda: sum(len(ours.read(shard.name, start=start, size=size)) for start in starts),
+            OBSTORE: lambda: sum(len(by_obstore(start)) for start in starts),
+        }
+        rated = rates(works, scale.rounds, dict.fromkeys(works, process_time))
+    rated = {name: [figure / 1e6 for figure in figures] for name, figures in rated.items()}
+    return Row(f"{kind}: MB per CPU-second, blocks alone, {OURS}", Spread.of(rated[OURS]), OBSTORE,
+               Spread.of(rated[OBSTORE]), ratio(rated[OURS], rated[OBSTORE]), None)  # fmt: skip
 
 
 def _from_empty(folder: Path, work: Work) -> int:

@@ -94,6 +94,24 @@ def test_s3__tries_as_often_as_it_may(s3: S3Server, caplog: pytest.LogCaptureFix
     assert proxy.met == {"500": 4} and [line.count("as ordered; try") for line in caplog.messages] == [1, 1, 1]
 
 
+def test_s3__waits_double_each_time_up_to_a_limit_and_no_two_clients_alike(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.2)
+    waits: list[float] = []
+    monkeypatch.setattr(retry.time, "sleep", waits.append)
+    with FaultyProxy(s3.endpoint, Faults(rate=1.0, kinds=("500",), most=ALWAYS)) as proxy:
+        store = open_store("s3://bucket", StorageConfig(endpoint_url=proxy.endpoint, attempts=9, give_up_s=1e6))
+        for _ in range(2):
+            with pytest.raises(StorageError, match="after 9 tries"):
+                store.read("name")
+    longest = [0.4, 0.8, 1.6, 3.2, 6.4, *[retry.LONGEST_WAIT_S] * 3]
+    once, again = waits[:8], waits[8:]
+    for waited in (once, again):
+        assert all(most / 2 <= wait <= most for wait, most in zip(waited, longest, strict=True))
+    assert once != again
+
+
 def test_s3__waits_as_long_as_the_store_asks(s3: S3Server) -> None:
     bucket = s3.bucket()
     s3.client.put_object(Bucket=bucket, Key="name", Body=DATA)

@@ -12,6 +12,11 @@ WINDOW by `constant_targets*`, at step SETTLED_STEPS + WINDOW (or WINDOW after t
 What is looked at, by method: dino, pass and personvit all signs. PersonMAE has no prototypes: only `alike_images`,
 `one_direction` and `views_as_images`, of the features that its decoder predicts. Its pixel loss keeps them alive: with
 a teacher momentum of 0 it was seen to learn on, where the others collapse.
+
+Fine-tuning on identities has a sign of its own in place of `alike_images`: its features may lie close together, as the
+batch norm behind them takes out what they share, and yet tell identities apart. As long as its classifier knows
+identities no better than chance once the warm-up is over, the triplet loss has drawn all features together, or nothing
+is learnt at all.
 """
 
 from collections import deque
@@ -26,6 +31,8 @@ WINDOW = 20
 """Steps that are looked at together."""
 SETTLED_STEPS = 200
 """Steps before which a run is too young for some signs."""
+WARM_UP = 0.25
+"""Share of a fine-tuning run in which its classifier may know nothing yet."""
 LEAST_IMAGES = 8
 """Of a micro-batch, below which comparing its images tells nothing."""
 
@@ -124,7 +131,14 @@ def _share_of_uniform(record: Record) -> float | None:
 
 
 def _feature_cosine(record: Record) -> float | None:
-    return record.get("feature_cosine") if _compares(record) else None
+    return record.get("feature_cosine") if _compares(record) and "loss_identity" not in record else None
+
+
+def _identity_loss(record: Record) -> float | None:
+    """As a share of that at chance, ln K."""
+    if record.get("done", 0) <= WARM_UP or not record.get("uniform_entropy_identity"):
+        return None
+    return record["loss_identity"] / record["uniform_entropy_identity"]
 
 
 def _feature_rank(record: Record) -> float | None:
@@ -155,6 +169,9 @@ RULES = (
          _share_of_uniform, 0.98, False, "a lower method.teacher_temp, a longer warm-up or a lower lr"),
     Rule("alike_images", "the features of different images are nearly the same (feature_cosine)",
          _feature_cosine, 0.99, False, "a higher optimisation.ema or a lower optimisation.lr"),
+    Rule("identities_at_chance", "the classifier knows identities no better than chance (loss_identity is ln K)",
+         _identity_loss, 0.98, False, "another optimisation.lr, larger batches, the views.statistics of the weights' "
+         "own training, or a lower method.triplet_weight"),
     Rule("one_direction", "features differ in little more than one direction (feature_rank)",
          _feature_rank, 1.05, True, "a lower optimisation.lr, or more different crops"),
     Rule("views_as_images", "views of one image are hardly more alike than different images (student_teacher_cosine - "

@@ -53,6 +53,7 @@ class Recorder:
             "step": progress.step + 1,
             "samples": progress.samples + images,
             "epoch": (progress.step + 1) / progress.epoch_steps,
+            "done": (progress.step + 1) / progress.total_steps,
             "loss": result.loss,
             **result.metrics,
             "lr": now.lr,

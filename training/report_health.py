@@ -11,8 +11,8 @@ from training.report_plots import Curve, Plot
 from training.report_speed import SPEED_KEYS
 
 _ELSEWHERE = frozenset(
-    ("attempt", "step", "samples", "epoch", "time", "lr", "weight_decay", "momentum")
-    + ("loss", "images_compared", "uniform_entropy", "uniform_entropy_patch")
+    ("attempt", "step", "samples", "epoch", "done", "time", "lr", "weight_decay", "momentum")
+    + ("loss", "images_compared", "uniform_entropy", "uniform_entropy_patch", "uniform_entropy_identity")
 ) | SPEED_KEYS
 """Numbers of a record that have a place of their own, or that others are judged by."""
 

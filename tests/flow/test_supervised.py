@@ -215,7 +215,8 @@ def test_recipe__runs(recipe: str, data: str, tmp_path: Path) -> None:
     ending = run(fine_tuning(data, tmp_path / "run", *short, recipe=recipe))
     assert ending.complete
     records = tiny.step_records(tmp_path / "run")
-    assert {"loss_identity", "loss_triplet", "identified", "feature_rank"} <= records[-1].keys()
+    told = {"loss_identity", "uniform_entropy_identity", "done", "loss_triplet", "identified", "feature_rank"}
+    assert told <= records[-1].keys()
     assert not (tmp_path / "run" / "evaluation").exists()
 
 

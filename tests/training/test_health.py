@@ -157,12 +157,22 @@ def healthy(step: int, **changes: float) -> dict[str, Any]:
     } | changes  # fmt: skip
 
 
+SUPERVISED = {"loss_identity": 3.0, "uniform_entropy_identity": 4.0, "done": 0.5}
+"""What such records have besides in a run that fine-tunes on identities."""
+
+
+def base(name: str) -> dict[str, float]:
+    """What healthy records have besides where this rule applies."""
+    return SUPERVISED if name == "identities_at_chance" else {}
+
+
 COLLAPSED: dict[str, dict[str, float]] = {
     "constant_targets": {"target_information": 0.005},
     "constant_targets_part": {"target_information_part": 0.005},
     "constant_targets_patch": {"target_information_patch": 0.005},
     "loss_at_ln_k": {"loss_cls": 3.99, "target_entropy": 3.99},
     "alike_images": {"feature_cosine": 0.995, "student_teacher_cosine": 1.01},
+    "identities_at_chance": {"loss_identity": 3.99},
     "one_direction": {"feature_rank": 1.02},
     "views_as_images": {"student_teacher_cosine": 0.405},
 }
@@ -170,10 +180,10 @@ COLLAPSED: dict[str, dict[str, float]] = {
 
 @pytest.mark.parametrize("name", [rule.name for rule in health.RULES])
 def test_rule__appears_after_half_a_window_and_goes_after_a_whole_one(name: str) -> None:
-    start = 1_000
-    course = [healthy(step) for step in range(1, start)]
-    course += [healthy(step, **COLLAPSED[name]) for step in range(start, start + 100)]
-    course += [healthy(step) for step in range(start + 100, start + 200)]
+    start, more = 1_000, base(name)
+    course = [healthy(step, **more) for step in range(1, start)]
+    course += [healthy(step, **more | COLLAPSED[name]) for step in range(start, start + 100)]
+    course += [healthy(step, **more) for step in range(start + 100, start + 200)]
     (found,) = signs(course)
     assert found.rule.name == name
     assert (found.since, found.until) == (start + WINDOW // 2, start + 99 + WINDOW)
@@ -185,11 +195,18 @@ def test_rule__appears_after_half_a_window_and_goes_after_a_whole_one(name: str)
 def test_rule__from_the_start(name: str) -> None:
     """Targets are looked at from the first step on; the rest is natural at the start, and in the first epoch."""
     (rule,) = (rule for rule in health.RULES if rule.name == name)
-    course = [healthy(step, **COLLAPSED[name]) for step in range(1, 400)]
+    course = [healthy(step, **base(name) | COLLAPSED[name]) for step in range(1, 400)]
     (found,) = signs(course)
     assert found.since == WINDOW if rule.young else found.since == SETTLED_STEPS + WINDOW
     first_epoch = [record | {"epoch": record["step"] / 1_000} for record in course]
     assert bool(signs(first_epoch)) == rule.young
+
+
+def test_signs__fine_tuning_may_bring_features_together_and_take_its_time() -> None:
+    together = SUPERVISED | COLLAPSED["alike_images"]
+    assert signs([healthy(step, **together) for step in range(1, 600)]) == []
+    warming = SUPERVISED | COLLAPSED["identities_at_chance"] | {"done": health.WARM_UP}
+    assert signs([healthy(step, **warming) for step in range(1, 600)]) == []
 
 
 def test_signs__single_bad_steps_are_none() -> None:

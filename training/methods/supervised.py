@@ -10,6 +10,7 @@ Shapes: B images of this process, N of all ranks, H x W pixels, C channels of a 
 feature, K identities.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -157,7 +158,10 @@ class Supervised(Method):
         return ByIdentity(config.instances, config.label_fraction)
 
     def forward(self, views: Views, progress: Progress) -> Outcome:
-        """loss[b] = identity_weight * cross-entropy[b] + triplet_weight * triplet[b]"""
+        """loss[b] = identity_weight * cross-entropy[b] + triplet_weight * triplet[b]
+
+        Recorded of each image: both losses, ln K as the former's value at chance, whether the classifier is right.
+        """
         weight_B, position_B = views["weight"], views["position"]
         real_B = weight_B > 0
         label_B = views["label"].to(weight_B.device).masked_fill(~real_B, -1)
@@ -172,6 +176,7 @@ class Supervised(Method):
             metrics = {
                 "loss_identity": identity_B.detach(),
                 "loss_triplet": triplet_B.detach(),
+                "uniform_entropy_identity": torch.full_like(triplet_B, math.log(self.config.classes)).detach(),
                 "identified": (said.logits_BK.argmax(dim=1) == label_B).to(loss_B.dtype),
                 **of_features(said.feature_BF.detach(), weight_B),
             }

@@ -67,6 +67,25 @@ def _quiet() -> Iterator[None]:
             os.environ.pop("DS_ACCELERATOR", None)
 
 
+def _import() -> Any:
+    """The package, and beforehand its Muon, which `initialize` imports whatever the optimizer is: decorated with
+    torch.compile, that would load a compiler for seconds at every start."""
+    import deepspeed
+
+    compiled, torch.compile = torch.compile, _as_it_is
+    try:
+        with contextlib.suppress(ImportError):
+            import deepspeed.runtime.zero.muon.original_muon
+    finally:
+        torch.compile = compiled
+    return deepspeed
+
+
+def _as_it_is(*_: Any, **__: Any) -> Any:
+    """A decorator that changes nothing."""
+    return lambda function: function
+
+
 def prepare_environment(world: World) -> None:
     """Let DeepSpeed find ninja, its compiled op (built by `make setup` in the virtual environment), and its rank."""
     os.environ["LOCAL_RANK"] = str(world.local_rank)
@@ -80,8 +99,7 @@ def warm_up(world: World) -> None:
     """Make one engine of a tiny module, so that DeepSpeed compiles its communication op. Needs a process group."""
     prepare_environment(world)
     with _quiet():
-        import deepspeed
-
+        deepspeed = _import()
         module = torch.nn.Linear(2, 2)
         settings = derive_json(EngineConfig(), rows=1, micro=1, world=world.size)
         optimizer = torch.optim.AdamW(module.parameters())
@@ -103,8 +121,7 @@ class DeepSpeedStepper(Stepper):
         super().__init__(method, groups, config, world)
         prepare_environment(world)
         with _quiet():
-            import deepspeed
-
+            deepspeed = _import()
             optimizer = make_optimizer(config, self.grouped())
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=method, optimizer=optimizer, config=settings, dist_init_required=False

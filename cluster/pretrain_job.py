@@ -228,9 +228,10 @@ def _trainer(config: RunConfig, board: str, scratch: str, *, embedded: bool) -> 
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     from cluster.guard import Guard
+    from cluster.meeting import MeetingConfig
     from cluster.ray_host import TakeSigterm
 
     resources = _resources(config)
@@ -242,7 +243,7 @@ def _trainer(config: RunConfig, board: str, scratch: str, *, embedded: bool) -> 
     return TorchTrainer(
         work,
         train_loop_config={"config": recipes.to_tree(config), "board": board, "embedded": embedded},
-        torch_config=TorchConfig(
+        torch_config=MeetingConfig(
             backend="nccl" if gpus else "gloo",
             timeout_s=round(machine.start_timeout_s + machine.collective_timeout_s),
         ),

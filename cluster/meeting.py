@@ -65,5 +65,6 @@ def meet(backend: str, rank: int, size: int, host: str, port: int, timeout_s: fl
         assert _listening is not None
         given["master_listen_fd"], _listening = _listening.detach(), None
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # a failing collective ends the worker
+    os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
     store = dist.TCPStore(host, port, size, rank == 0, timeout, wait_for_workers=False, **given)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)

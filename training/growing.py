@@ -37,6 +37,12 @@ class GrowingFiles:
             self._contents[name] += line.encode() + b"\n"
             self._change(name)
 
+    def begin(self, name: str, content: bytes) -> None:
+        """Make a file that is to grow, at once: from now on its name is taken. Raises StorageError."""
+        self._store.replace(name, content)
+        with self._kept:
+            self._contents[name] = bytearray(content)
+
     def replace(self, name: str, content: bytes) -> None:
         """What the file is to hold from now on, and nothing else."""
         with self._kept:

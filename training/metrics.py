@@ -38,7 +38,7 @@ class Recorder:
                                default=0)  # fmt: skip
         self.name = f"metrics/attempt_{self.attempt:03d}.jsonl"
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        folder.write_soon(self.name, json.dumps({"attempt": self.attempt, "time": now, **about}) + "\n")
+        folder.begin(self.name, json.dumps({"attempt": self.attempt, "time": now, **about}))
         self.speed = Speed()
         self.course = Course()
         self._spoke = 0.0

@@ -30,6 +30,13 @@ class RunFolder:
         """The store of a sub-folder."""
         return self.store.at(*parts)
 
+    def begin(self, name: str, line: str) -> None:
+        """Make a file that is to grow, with its first line; it is there at once, so that its name is taken."""
+        if self.local is not None:
+            self.write(name, line + "\n")
+        else:
+            self._growing.begin(name, _bytes(line + "\n"))
+
     def append(self, name: str, line: str) -> None:
         """Add a line to a file that only this process writes."""
         if self.local is not None:

@@ -36,9 +36,13 @@ def test_append__asks_the_store_once_and_writes_once(s3: S3Server) -> None:
             folder.append("log.txt", line)
             folder.write_soon("life.json", str(number))
         assert asked == {("GET", "log.txt"): 1}
+        folder.begin("new.txt", "first")
+        assert s3.objects(bucket) == {"new.txt": b"first\n"}
+        folder.append("new.txt", "second")
         folder.flush()
         folder.flush()
-        assert asked == {("GET", "log.txt"): 1, ("PUT", "log.txt"): 1, ("PUT", "life.json"): 1}
+        once = {("GET", "log.txt"): 1, ("PUT", "log.txt"): 1, ("PUT", "life.json"): 1}
+        assert asked == once | {("PUT", "new.txt"): 2} and s3.objects(bucket)["new.txt"] == b"first\nsecond\n"
         again = _folder(s3, proxy, bucket)
         again.append("log.txt", "afterwards")
         again.flush()

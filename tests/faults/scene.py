@@ -165,10 +165,7 @@ class Scene:
         life = json.loads(text) if text else {"time": 0.0}
         if life["time"] < self._started:
             return None
-        pid = int(life["pid"])
-        with contextlib.suppress(psutil.NoSuchProcess):
-            return pid if psutil.Process(pid).cmdline()[0].startswith("ray::") else None
-        return None
+        return life["pid"] if _called(life["pid"], "ray::") else None
 
     # ----------------------------------------------------------------------------------------------------- blows
 
@@ -195,4 +192,11 @@ class Scene:
     def controller(self) -> int:
         """The process of Ray Train's controller."""
         head = psutil.Process(self.cluster.head_node.all_processes["raylet"][0].process.pid)
-        return next(child.pid for child in head.children(recursive=True) if child.cmdline()[0].startswith(CONTROLLER))
+        return next(child.pid for child in head.children(recursive=True) if _called(child.pid, CONTROLLER))
+
+
+def _called(pid: int, name: str) -> bool:
+    """Whether there is such a process, whose command begins so. One that is ending has none."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return "".join(psutil.Process(pid).cmdline()[:1]).startswith(name)
+    return False

@@ -14,9 +14,8 @@ What is looked at, by method: dino, pass and personvit all signs. PersonMAE has 
 a teacher momentum of 0 it was seen to learn on, where the others collapse.
 
 Fine-tuning on identities has a sign of its own in place of `alike_images`: its features may lie close together, as the
-batch norm behind them takes out what they share, and yet tell identities apart. As long as its classifier knows
-identities no better than chance once the warm-up is over, the triplet loss has drawn all features together, or nothing
-is learnt at all.
+batch norm behind them takes out what they share, and yet tell identities apart. Where its classifier knows identities
+no better than chance once the warm-up is over, the triplet loss is all that teaches, or nothing does.
 """
 
 from collections import deque

@@ -125,10 +125,14 @@ def _see_save(scene: Scene, event: Event, struck: float) -> None:
 
 
 def storm(scene: Scene, count: int) -> None:
-    """Kill a worker of so many groups in a row, as soon as the group is there."""
+    """Kill a worker of so many groups in a row, as soon as the group is there: now on one machine, now on another, as a
+    single bad one is found out sooner."""
+    struck = None
     for _ in range(count):
         pids = scene.run.until(lambda: all(found := (scene.pid(0), scene.pid(1))) and found)
-        scene.kill(scene.random.choice(pids))
+        pid = next(pid for pid in pids if scene.machine_of(pid) is not struck)
+        struck = scene.machine_of(pid)
+        scene.kill(pid)
         scene.run.until(lambda pids=pids: not scene.running() or not {scene.pid(0), scene.pid(1)} & {*pids})
 
 

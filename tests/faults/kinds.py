@@ -130,7 +130,7 @@ def storm(scene: Scene, count: int) -> None:
     struck = None
     for _ in range(count):
         pids = scene.run.until(lambda: all(found := (scene.pid(0), scene.pid(1))) and found)
-        pid = next(pid for pid in pids if scene.machine_of(pid) is not struck)
+        pid = next((pid for pid in pids if scene.machine_of(pid) is not struck), pids[0])
         struck = scene.machine_of(pid)
         scene.kill(pid)
         scene.run.until(lambda pids=pids: not scene.running() or not {scene.pid(0), scene.pid(1)} & {*pids})

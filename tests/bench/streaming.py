@@ -85,7 +85,7 @@ def _reading(kind: str, found: Crops, scale: Scale) -> Row:
     local = _in_one_shard(found)
     with _served(local) as (url, storage):
         (shard,) = Manifest.load(str(local)).shards
-        size = StreamConfig().block * shard.bytes // shard.rows
+        size = min(StreamConfig().block, shard.rows // 3) * shard.bytes // shard.rows
         starts = range(0, shard.bytes - size, size)
         ours = open_store(url, storage)
         bucket = S3Store("bench", endpoint=storage.endpoint_url, client_options={"allow_http": True},

@@ -25,7 +25,7 @@ from training.pretrain import pretrain
 from training.report_data import RunFiles
 from training.run_folder import RunFolder
 
-CROPS, BATCH, EPOCHS = 50, 6, 1.5
+CROPS, BATCH, EPOCHS = 50, 6, 3.12  # more than 20 steps after a stop
 STEPS = int(EPOCHS * CROPS) // BATCH
 
 

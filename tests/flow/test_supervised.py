@@ -154,17 +154,15 @@ def test_export__trained_on_one_set_and_scored_on_another(straight: Path, tmp_pa
     assert scored["features"]["cls"] != summary_of(straight)["last"]["features"]["cls"]
 
 
-def _deepspeed(world: World, data: str, out: str) -> None:
-    stepper = ("--engine.stepper", "deepspeed", "--engine.zero-stage", "2", "--optimisation.micro-batch", "4")
-    run_on = pretrain(fine_tuning(data, Path(out), *stepper), world=world, host=LocalHost())
-    assert run_on == Ending(STEPS, True)
+def _fine_tune(world: World, config: RunConfig) -> None:
+    assert pretrain(config, world=world, host=LocalHost()) == Ending(STEPS, True)
 
 
 @pytest.mark.slow
 def test_run__on_two_ranks_of_deepspeed_is_that_of_one(data: str, straight: Path, tmp_path: Path) -> None:
     """Triplets are mined in the whole batch, which neither rank holds; the rates are those of the batch."""
-    fine_tuning(data, tmp_path / "run")  # shards the training part, once
-    run_ranks(2, _deepspeed, data, str(tmp_path / "run"))
+    stepper = ("--engine.stepper", "deepspeed", "--engine.zero-stage", "2", "--optimisation.micro-batch", "4")
+    run_ranks(2, _fine_tune, fine_tuning(data, tmp_path / "run", *stepper))
     runs = (tmp_path / "run", straight)
     losses, expected_losses = ([one["loss"] for one in tiny.step_records(run)] for run in runs)
     assert losses == pytest.approx(expected_losses, rel=1e-5)

@@ -17,7 +17,8 @@ from training.methods.pass_reid import Pass
 from training.pretrain import pretrain
 
 STEPS = 3 * WINDOW_STEPS + 3
-SLOW_S = 0.05
+SLOW_S = 0.2
+"""More than a busy machine costs the other rank."""
 
 
 def _shares(*own: float, step: float = 1.0) -> list[Share]:

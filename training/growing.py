@@ -39,9 +39,18 @@ class GrowingFiles:
 
     def begin(self, name: str, content: bytes) -> None:
         """Make a file that is to grow, at once: from now on its name is taken. Raises StorageError."""
-        self._store.replace(name, content)
         with self._kept:
-            self._contents[name] = bytearray(content)
+            self._contents[name] = bytearray()
+        self.write(name, content)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file at once, in place of what was to be written of it. Raises StorageError."""
+        with self._writing:
+            with self._kept:
+                self._changed.discard(name)
+                if name in self._contents:
+                    self._contents[name] = bytearray(content)
+            self._store.replace(name, content)
 
     def replace(self, name: str, content: bytes) -> None:
         """What the file is to hold from now on, and nothing else."""

@@ -59,7 +59,10 @@ class RunFolder:
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a whole file anew."""
-        self.store.replace(name, _bytes(content))
+        if self.local is not None:
+            self.store.replace(name, _bytes(content))
+        else:
+            self._growing.write(name, _bytes(content))
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, as_json(value))

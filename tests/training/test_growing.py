@@ -1,20 +1,18 @@
 """Files that change all the time on an S3 server: who has something to add does not wait for it, nothing is lost."""
 
-import time
 from collections import Counter
-from collections.abc import Callable
+from threading import Condition
 
 import pytest
 
 from datapipe.config import StorageConfig
 from datapipe.errors import StorageError
 from tests.conftest import S3Server
-from tests.faulty_proxy import ALWAYS, Faults, FaultyProxy
+from tests.faulty_proxy import FaultyProxy
 from training import growing
 from training.run_folder import RunFolder
 
 LINES = [f"line {number}" for number in range(50)]
-DOWN = Faults(rate=1.0, kinds=("500",), most=ALWAYS)
 
 
 class Asked(Counter[tuple[str, str]]):
@@ -22,6 +20,27 @@ class Asked(Counter[tuple[str, str]]):
 
     def __call__(self, method: str, path: str) -> None:
         self[method, path.rpartition("/")[2]] += 1
+
+
+class Tried:
+    """Counts attempts to write; refuses them while `down`."""
+
+    def __init__(self) -> None:
+        self.writes, self.down = 0, False
+        self._more = Condition()
+
+    def __call__(self, method: str, path: str) -> None:
+        if method == "PUT":
+            with self._more:
+                self.writes += 1
+                self._more.notify_all()
+            if self.down:
+                raise ConnectionAbortedError("down")
+
+    def wait(self, writes: int) -> None:
+        """Return once there were so many."""
+        with self._more:
+            assert self._more.wait_for(lambda: self.writes >= writes, 30), "nothing is written"
 
 
 def _folder(s3: S3Server, proxy: FaultyProxy, bucket: str) -> RunFolder:
@@ -50,25 +69,31 @@ def test_append__asks_the_store_once_and_writes_once(s3: S3Server) -> None:
         assert again.read_text("life.json") == "49"
 
 
+def test_write__takes_the_place_of_what_was_to_be_written(s3: S3Server) -> None:
+    bucket = s3.bucket()
+    folder = RunFolder(f"s3://{bucket}", s3.storage)
+    folder.write_soon("environment.json", "before")
+    folder.write("environment.json", "after")
+    folder.flush()
+    assert s3.objects(bucket) == {"environment.json": b"after"}
+
+
 def test_append__is_written_by_itself_and_after_an_outage(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growing, "FLUSH_S", 0.05)
     monkeypatch.setattr(growing, "REST", 0.0)
-    bucket = s3.bucket()
-    with FaultyProxy(s3.endpoint) as proxy:
+    tried, bucket = Tried(), s3.bucket()
+    with FaultyProxy(s3.endpoint, before=tried) as proxy:
         folder = _folder(s3, proxy, bucket)
         folder.append("log.txt", "before")
-        _until(lambda: s3.objects(bucket).get("log.txt") == b"before\n")
-        proxy.faults = DOWN
+        tried.wait(1)
+        folder.flush()  # returns when the thread has written; has nothing to write itself
+        assert s3.objects(bucket) == {"log.txt": b"before\n"} and tried.writes == 1
+        tried.down = True
         folder.append("log.txt", "meanwhile")  # neither waits nor fails
-        _until(lambda: proxy.met["500"] > 3)
+        tried.wait(3)
         with pytest.raises(StorageError):
             folder.flush()
-        proxy.faults = Faults()
-        _until(lambda: s3.objects(bucket)["log.txt"] == b"before\nmeanwhile\n")
-
-
-def _until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.02)
+        tried.down = False
+        tried.wait(tried.writes + 1)
+        folder.flush()
+        assert s3.objects(bucket) == {"log.txt": b"before\nmeanwhile\n"}

@@ -7,14 +7,15 @@ from typing import Any, Literal, NamedTuple
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.restarts import Failure
+from cluster.restarts import Decision, Failure, Restarts
 from cluster.vigil import Pulse
 from datapipe.errors import UserError
 
 NAMESPACE = "reid"
 
-Word = Literal["go", "leave", "stop"]
-"""What workers are to do: "leave": save and make room, to be started anew; "stop": save and end the run."""
+Word = Literal["go", "leave", "stop", "end"]
+"""What workers are to do: "leave": save and make room, to be started anew; "stop": save and end the run; "end": end at
+once, as others have taken their place."""
 
 
 class Leaving(Exception):
@@ -72,7 +73,8 @@ class Situation(NamedTuple):
 class Board:
     """State of the board; runs as an actor that lives as long as the driver. A group is one start of all workers."""
 
-    def __init__(self, saved: int) -> None:
+    def __init__(self, saved: int, restarts: Restarts) -> None:
+        self._counted = restarts
         self._lines: list[str] = []
         self._restarts: list[dict[str, Any]] = []
         self._failure: UserError | None = None
@@ -109,10 +111,19 @@ class Board:
         over = self._failure is not None or (self._ending is not None and self._ending[1])
         return Situation(self._stopping, over, self._leaving, self._blame, dict(self._places), self._step, self._saved)
 
-    def note_restart(self, record: dict[str, Any]) -> None:
-        """Why the next group is started."""
-        self._restarts.append(record)
-        self._reason = f"restarted: {record['reason']}"
+    def follow(self, failure: Failure) -> Decision:
+        """What follows a failure, which is why the next group is started; noted for the run's history."""
+        nodes = {place.node for place in self._places.values()}
+        decision = self._counted.decide(failure, saved=self._saved, nodes=len(nodes))
+        self._restarts.append({
+            "time": time.time(), "kind": failure.kind, "reason": failure.reason, "rank": failure.rank,
+            "node": failure.node, "workers": len(self._places), "step": self._step, "saved": self._saved,
+            "in_a_row": decision.row, "delay_s": decision.delay_s, "gave_up": decision.give_up is not None,
+        })  # fmt: skip
+        self._reason = f"restarted: {failure.reason}"
+        if decision.give_up is not None:
+            self.fail(decision.give_up)
+        return decision
 
     def left(self) -> bool:
         """Have all ranks of the group ended, or was it never there?"""
@@ -126,9 +137,10 @@ class Board:
 
     def beat(self, group: int, pulse: Pulse) -> Word:
         """A rank lives."""
-        if group == self._group:
-            self._pulses[pulse.rank] = pulse, time.monotonic()
-            self._step = max(self._step, pulse.step)
+        if group != self._group:
+            return "end"
+        self._pulses[pulse.rank] = pulse, time.monotonic()
+        self._step = max(self._step, pulse.step)
         return "stop" if self._stopping else "leave" if self._leaving else "go"
 
     def gone(self, group: int, rank: int) -> Word:
@@ -168,6 +180,11 @@ class Board:
     def stop(self) -> None:
         self._stopping = True
 
+    def abandon(self) -> None:
+        """The group has nobody that looks after it: where it still works, it ends."""
+        self._group += 1
+        self.close()
+
     def take(self) -> Notes:
         """Lines and restarts since the last call, and how all stands."""
         now = time.monotonic()
@@ -182,12 +199,12 @@ class Board:
                      self._wanted, self._stop_reason)  # fmt: skip
 
 
-def open_board(saved: int) -> tuple[str, Any]:
+def open_board(saved: int, restarts: Restarts) -> tuple[str, Any]:
     """(name, actor handle) of a fresh board on this machine. `saved`: step of the newest checkpoint, 0 without one."""
     name = f"board-{uuid.uuid4().hex[:12]}"
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(num_cpus=0)(Board).options(name=name, namespace=NAMESPACE, scheduling_strategy=here)
-    return name, actor.remote(saved)
+    return name, actor.remote(saved, restarts)
 
 
 def find_board(name: str) -> Any:

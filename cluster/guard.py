@@ -16,7 +16,7 @@ from ray.train.v2._internal.execution.controller.state import (
 )
 
 from cluster.bulletin import Leaving, Place, Situation, find_board
-from cluster.restarts import Failure, Restarts
+from cluster.restarts import Failure
 from training.cluster_config import ClusterConfig
 
 POLL_S = 0.2
@@ -37,9 +37,8 @@ class Over(Exception):
 class Guard(ControllerCallback, WorkerGroupCallback):
     """Ray Train restarts without end; this decides when it ends, and waits before it begins again."""
 
-    def __init__(self, board: str, config: ClusterConfig, out: str) -> None:
+    def __init__(self, board: str, config: ClusterConfig) -> None:
         self._name, self._config = board, config
-        self._restarts = Restarts(config, out)
         self._actors: dict[int, Any] = {}
 
     @property
@@ -80,7 +79,7 @@ class Guard(ControllerCallback, WorkerGroupCallback):
         end = time.monotonic() + self._config.hang_timeout_s
         while time.monotonic() < end and not ray.get(self._board.left.remote()):
             time.sleep(POLL_S)
-        self._follow(Failure("resize", reason), ray.get(self._board.situation.remote()))
+        self._follow(Failure("resize", reason))
 
     def _judge(self, error: Exception) -> None:
         cause = getattr(error, "controller_failure", error)
@@ -88,7 +87,7 @@ class Guard(ControllerCallback, WorkerGroupCallback):
         if situation.stopping or situation.over:
             raise Over
         if not isinstance(cause, WorkerGroupStartupTimeoutError):  # no room yet: the driver sees to how long
-            self._follow(describe(cause, situation, self._dead()), situation)
+            self._follow(describe(cause, situation, self._dead()))
 
     def _situation(self, cause: Exception) -> Situation:
         """How all stands. Where workers left, one of them knows why, and may be about to say so."""
@@ -101,17 +100,9 @@ class Guard(ControllerCallback, WorkerGroupCallback):
                 return situation
             time.sleep(POLL_S)
 
-    def _follow(self, failure: Failure, situation: Situation) -> None:
-        nodes = {place.node for place in situation.places.values()}
-        decision = self._restarts.decide(failure, saved=situation.saved, nodes=len(nodes))
-        record = {
-            "time": time.time(), "kind": failure.kind, "reason": failure.reason, "rank": failure.rank,
-            "node": failure.node, "workers": len(situation.places), "step": situation.step, "saved": situation.saved,
-            "in_a_row": decision.row, "delay_s": decision.delay_s, "gave_up": decision.give_up is not None,
-        }  # fmt: skip
-        ray.get(self._board.note_restart.remote(record))
+    def _follow(self, failure: Failure) -> None:
+        decision = ray.get(self._board.follow.remote(failure))
         if decision.give_up is not None:
-            ray.get(self._board.fail.remote(decision.give_up))
             raise Over
         self._wait(decision.delay_s)
 

@@ -6,13 +6,14 @@ import math
 import os
 import threading
 import time
+import uuid
 from typing import Any
 
 import torch
 
 from cluster.in_job import refuse_relative
 from cluster.jobs import paths_of
-from cluster.restarts import END, HISTORY, Failure
+from cluster.restarts import END, HISTORY, Failure, Restarts
 from cluster.session import LOCAL, prepare, ray_session
 from cluster.vigil import end_process, hung
 from datapipe.command import COMPLETE, STOPPED
@@ -89,11 +90,12 @@ class Driver:
     def __init__(self, config: RunConfig, signals: LocalHost, scratch: str, *, embedded: bool) -> None:
         from cluster.bulletin import open_board
 
-        self.config, self.signals, self.embedded = config, signals, embedded
+        self.config, self.signals, self.scratch, self.embedded = config, signals, scratch, embedded
         self.folder = RunFolder(config.out, config.storage)
-        self._name, self._board = open_board(self._begin())
+        self._name, self._board = open_board(self._begin(), Restarts(config.cluster, config.out))
         self._trainer = _trainer(config, self._name, scratch, embedded=embedded)
         self._error: BaseException | None = None
+        self._leaving = threading.Event()
         self._told, self._spoke = False, 0.0
         self._ended: set[int] = set()
 
@@ -108,19 +110,25 @@ class Driver:
         return complete
 
     def _train(self) -> bool:
-        fitting = threading.Thread(target=self._fit, name="ray train", daemon=True)
-        fitting.start()  # off the main thread Ray Train leaves our signal handlers alone
+        self._start_controller()
         try:
-            return self._accompany(fitting)
+            return self._accompany()
         finally:
-            fitting.join(FAREWELL_S)
+            self._leaving.set()
+            self._fitting.join(FAREWELL_S)
 
-    def _accompany(self, fitting: threading.Thread) -> bool:
+    def _start_controller(self, delay_s: float = 0.0) -> None:
+        """Off the main thread Ray Train leaves our signal handlers alone."""
+        self._error = None
+        self._fitting = threading.Thread(target=self._fit, args=(delay_s,), name="ray train", daemon=True)
+        self._fitting.start()
+
+    def _accompany(self) -> bool:
         """What `train` returns and raises, once it is clear."""
         import ray
 
         while True:
-            alive = fitting.is_alive()
+            alive = self._fitting.is_alive()
             try:
                 notes = ray.get(self._board.take.remote())
             except ray.exceptions.RayError as error:
@@ -129,18 +137,39 @@ class Driver:
             if notes.failure is not None:
                 raise notes.failure
             if not alive:
-                return self._ending(notes)
+                if not self._orphaned(notes):
+                    return self._ending(notes)
+                self._replace_controller()
             if self._told and notes.waiting_s > IDLE_S:
                 print("stopped while no workers were there; the last checkpoint stays", flush=True)
                 return False
             self._guard(notes)
             time.sleep(POLL_S)
 
-    def _fit(self) -> None:
+    def _fit(self, delay_s: float) -> None:
+        if self._leaving.wait(delay_s):
+            return
         try:
             self._trainer.fit()
         except BaseException as error:  # noqa: BLE001  (judged in the main thread)
             self._error = error
+
+    def _orphaned(self, notes: Any) -> bool:
+        """Has Ray Train's controller died, and is there work left?"""
+        from ray.exceptions import RayActorError
+
+        complete = notes.ending is not None and notes.ending[1]
+        return isinstance(self._error, RayActorError) and not complete and not self._told
+
+    def _replace_controller(self) -> None:
+        """Have the workers of the dead one end, if Ray has not yet seen to it, and start another one with its own."""
+        import ray
+
+        ray.get(self._board.abandon.remote())
+        decision = ray.get(self._board.follow.remote(Failure("controller", "Ray Train's controller died")))
+        if decision.give_up is None:
+            self._trainer = _trainer(self.config, self._name, self.scratch, embedded=self.embedded)
+            self._start_controller(decision.delay_s)
 
     def _begin(self) -> int:
         """The step of the newest checkpoint; a run that goes on has the new start in its history."""
@@ -220,6 +249,7 @@ class Driver:
 
 
 def _trainer(config: RunConfig, board: str, scratch: str, *, embedded: bool) -> Any:
+    """A run of Ray Train. Its name is new each time, as Ray Train goes by what it finds under a name it has had."""
     machine = config.cluster
     patience = PLACEMENT_S if _elastic(config) else machine.start_timeout_s
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(patience)
@@ -239,7 +269,7 @@ def _trainer(config: RunConfig, board: str, scratch: str, *, embedded: bool) -> 
     refuse_unsuited(config, torch.device("cuda" if gpus else "cpu"))
     variables = dict(variable.split("=", 1) for variable in machine.environment)
     workers: Any = (machine.least_workers, machine.max_workers) if _elastic(config) else machine.max_workers
-    callbacks: list[Any] = [Guard(board, machine, config.out), TakeSigterm()]
+    callbacks: list[Any] = [Guard(board, machine), TakeSigterm()]
     return TorchTrainer(
         work,
         train_loop_config={"config": recipes.to_tree(config), "board": board, "embedded": embedded},
@@ -255,7 +285,7 @@ def _trainer(config: RunConfig, board: str, scratch: str, *, embedded: bool) -> 
             elastic_resize_monitor_interval_s=machine.resize_every_s,  # type: ignore[call-arg]
         ),
         run_config=RayRunConfig(
-            name=board,
+            name=f"run-{uuid.uuid4().hex[:12]}",
             storage_path=scratch,
             callbacks=callbacks,
             failure_config=FailureConfig(  # Guard counts; mypy sees the fields of Ray Train's first version

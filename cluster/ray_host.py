@@ -66,6 +66,8 @@ class RayHost:
                 self._word = ray.get(self._board.beat.remote(self._group, self._pulse()))
             except (ray.exceptions.RayError, RuntimeError):
                 return  # the driver is gone, and this process will be ended with it
+            if self._word == "end":
+                os._exit(1)  # its controller died, and another group works on the same run
             self._pass_on()
             self._done.wait(POLL_S)
 

@@ -5,8 +5,9 @@ from typing import Literal, NamedTuple
 from datapipe.errors import ClusterError
 from training.cluster_config import ClusterConfig
 
-Kind = Literal["crash", "hang", "start", "preemption", "resize", "driver"]
-"""Why workers were started anew. "start": they did not come up; "driver": the command itself was run again."""
+Kind = Literal["crash", "hang", "start", "preemption", "resize", "controller", "driver"]
+"""Why workers were started anew. "start": they did not come up; "controller": Ray Train's, which they live by, died;
+"driver": the command itself was run again."""
 
 HISTORY = "restarts.jsonl"
 """In the run folder: each restart of the workers and of the driver with its reason, and how each driver ended."""

@@ -89,6 +89,8 @@ def _pretrain(
     startup.reached("engine")
     position, resumed = checkpoints.restore(stepper)
     startup.reached("restored")
+    if resumed is not None:
+        host.saved(position // clock.batch)  # whoever was to say so may have died before
     pace = Pace(method, host, world, say)
     watch = Watch(folder, world, config, pace)
     with make_loader(config, data, world, share) as loader:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from cluster.bulletin import Place, Situation
+from cluster.bulletin import Board, Place, Situation
 from cluster.guard import death_in_words, describe
 from cluster.restarts import BAD_NODE_FAILURES, LONGEST_DELAY_S, Failure, Restarts
 from cluster.vigil import Pulse, hung
@@ -61,6 +61,30 @@ def test_restarts__a_bad_machine_is_named_soon(names: str, nodes: int, named: bo
         last = restarts.decide(Failure("crash", "dead", name, 0), saved=0, nodes=nodes)
     assert (last.give_up is not None) == named
     assert not named or "machine a" in str(last.give_up)
+
+
+def test_board__counts_failures_over_a_controllers_death() -> None:
+    board = Board(20, Restarts(ClusterConfig(max_failures=2), "runs/one"))
+    board.open(2)
+    assert board.follow(CRASH).row == 1
+    board.abandon()
+    assert board.follow(Failure("controller", "it died")) == (2, 2.0, None)
+    assert board.enter()[1] == "restarted: it died"
+    assert board.follow(CRASH).give_up is not None and board.situation().over
+    assert board.enter()[2] is False
+    assert [(note["kind"], note["in_a_row"], note["gave_up"]) for note in board.take().restarts] == [
+        ("crash", 1, False), ("controller", 2, False), ("crash", 3, True)]  # fmt: skip
+
+
+def test_board__tells_a_group_that_was_given_up_to_end() -> None:
+    board = Board(0, Restarts(ClusterConfig(), ""))
+    board.open(1)
+    group, *_ = board.enter()
+    assert board.beat(group, _pulse(0, 7)) == "go" and board.take().pulses
+    board.abandon()
+    assert board.beat(group, _pulse(0, 8)) == "end" and not board.take().pulses
+    board.open(1)
+    assert board.beat(group, _pulse(0, 9)) == "end" and board.beat(board.enter()[0], _pulse(0, 7)) == "go"
 
 
 def _situation(**known: Any) -> Situation:

@@ -22,56 +22,65 @@ class GrowingFiles:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._contents: dict[str, bytearray] = {}
+        self._unread: set[str] = set()
+        """Files whose earlier content, which goes before what is in `_contents`, has not been fetched yet."""
         self._changed: set[str] = set()
         self._kept, self._writing = threading.Lock(), threading.Lock()
-        self._due = threading.Event()
+        self._due, self._hurry = threading.Event(), threading.Event()
         self._writer: threading.Thread | None = None
 
     def append(self, name: str, line: str) -> None:
-        """Add a line to a file; to what was there before, when it is the first one. Raises StorageError then only."""
-        if name not in self._contents:
-            present = self._present(name)
-            with self._kept:
-                self._contents.setdefault(name, present)
+        """Add a line to a file, after what was there before."""
         with self._kept:
+            if name not in self._contents:
+                self._contents[name] = bytearray()
+                self._unread.add(name)
             self._contents[name] += line.encode() + b"\n"
             self._change(name)
-
-    def begin(self, name: str, content: bytes) -> None:
-        """Make a file that is to grow, at once: from now on its name is taken. Raises StorageError."""
-        with self._kept:
-            self._contents[name] = bytearray()
-        self.write(name, content)
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file at once, in place of what was to be written of it. Raises StorageError."""
         with self._writing:
             with self._kept:
                 self._changed.discard(name)
+                self._unread.discard(name)
                 if name in self._contents:
                     self._contents[name] = bytearray(content)
             self._store.replace(name, content)
 
-    def replace(self, name: str, content: bytes) -> None:
-        """What the file is to hold from now on, and nothing else."""
+    def replace(self, name: str, content: bytes, *, hurry: bool = False) -> None:
+        """What the file is to hold from now on, and nothing else. `hurry`: it is written without delay, as all else
+        that has changed."""
         with self._kept:
             self._contents[name] = bytearray(content)
+            self._unread.discard(name)
             self._change(name)
+        if hurry:
+            self._hurry.set()
 
     def flush(self) -> None:
         """Returns when all that was given by now is on the store. Raises StorageError: it is not, but none of it is
         lost as long as this process lives."""
         with self._writing:
             with self._kept:
-                contents = {name: bytes(self._contents[name]) for name in sorted(self._changed)}
+                names = sorted(self._changed)
                 self._changed.clear()
             try:
-                for name, content in contents.items():
-                    self._store.replace(name, content)
+                for name in names:
+                    self._store.replace(name, self._content(name))
             except BaseException:
                 with self._kept:
-                    self._changed.update(contents)
+                    self._changed.update(names)
                 raise
+
+    def _content(self, name: str) -> bytes:
+        """All that the file is to hold by now."""
+        before = self._present(name) if name in self._unread else b""
+        with self._kept:
+            if name in self._unread:
+                self._contents[name][:0] = before
+                self._unread.discard(name)
+            return bytes(self._contents[name])
 
     def _change(self, name: str) -> None:
         self._changed.add(name)
@@ -84,8 +93,9 @@ class GrowingFiles:
         took_s = 0.0
         while True:
             self._due.wait()
-            time.sleep(max(FLUSH_S, REST * took_s))
+            self._hurry.wait(max(FLUSH_S, REST * took_s))
             self._due.clear()
+            self._hurry.clear()
             began = time.monotonic()
             try:
                 self.flush()
@@ -94,8 +104,8 @@ class GrowingFiles:
                 self._due.set()
             took_s = time.monotonic() - began
 
-    def _present(self, name: str) -> bytearray:
+    def _present(self, name: str) -> bytes:
         try:
-            return bytearray(self._store.read(name))
+            return self._store.read(name)
         except NotFoundError:
-            return bytearray()
+            return b""

@@ -31,11 +31,9 @@ class RunFolder:
         return self.store.at(*parts)
 
     def begin(self, name: str, line: str) -> None:
-        """Make a file that is to grow, with its first line; it is there at once, so that its name is taken."""
-        if self.local is not None:
-            self.write(name, line + "\n")
-        else:
-            self._growing.begin(name, _bytes(line + "\n"))
+        """Make a file that is to grow, with its first line: there as soon as the store has it, so that its name is
+        taken."""
+        self.write_soon(name, line + "\n", hurry=True)
 
     def append(self, name: str, line: str) -> None:
         """Add a line to a file that only this process writes."""
@@ -47,15 +45,16 @@ class RunFolder:
         self._growing.append(name, line)
 
     def flush(self) -> None:
-        """Returns when all that was appended is on storage; from any thread. Raises StorageError."""
+        """Returns when all that was given is on storage; from any thread. Raises StorageError."""
         self._growing.flush()
 
-    def write_soon(self, name: str, content: str | bytes) -> None:
-        """Write a whole file anew: on object storage not at once, and if it changes before, only the last content."""
+    def write_soon(self, name: str, content: str | bytes, *, hurry: bool = False) -> None:
+        """Write a whole file anew: on object storage by a thread, when it does so anyway or in a hurry; if it changes
+        before, only the last content."""
         if self.local is not None:
             self.write(name, content)
         else:
-            self._growing.replace(name, _bytes(content))
+            self._growing.replace(name, _bytes(content), hurry=hurry)
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a whole file anew."""

@@ -28,7 +28,7 @@ class Watch:
         self.also: list[Callable[[int, Batch], None]] = []
         """Called after each step with the steps done and its batch."""
         self._steps = 0
-        self.folder.write(*self._life(0))
+        self.folder.write_soon(*self._life(0), hurry=True)
 
     def __call__(self, progress: Progress, batch: Batch, result: Result) -> None:
         done = progress.step + 1

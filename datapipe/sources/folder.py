@@ -2,9 +2,9 @@
 
 import hashlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from datapipe.ahead import in_order
 from datapipe.config import StorageConfig
 from datapipe.sources import UNIT_BYTES, UNIT_CROPS, Crop
 from datapipe.sources.labels import labelled
@@ -58,12 +58,7 @@ class FolderSource:
 
     def _contents(self, names: list[str]) -> Iterator[bytes]:
         store = open_store(self.url, self.storage)
-        if not is_remote(self.url):
-            yield from map(store.read, names)
-            return
-        with ThreadPoolExecutor(REMOTE_READS) as pool:
-            for start in range(0, len(names), 4 * REMOTE_READS):  # no more than this many images wait in memory
-                yield from pool.map(store.read, names[start : start + 4 * REMOTE_READS])
+        return in_order(store.read, names, threads=REMOTE_READS if is_remote(self.url) else 0)
 
 
 def _unit(files: list[File]) -> FolderUnit:

@@ -47,6 +47,13 @@ def _folder(s3: S3Server, proxy: FaultyProxy, bucket: str) -> RunFolder:
     return RunFolder(f"s3://{bucket}", StorageConfig(endpoint_url=proxy.endpoint, attempts=1, timeout_s=5))
 
 
+@pytest.fixture
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written at intervals."""
+    monkeypatch.setattr(growing, "FLUSH_S", 3_600.0)
+
+
+@pytest.mark.usefixtures("by_hand")
 def test_append__asks_the_store_once_and_writes_once(s3: S3Server) -> None:
     asked, bucket = Asked(), s3.bucket()
     with FaultyProxy(s3.endpoint, before=asked) as proxy:
@@ -54,19 +61,53 @@ def test_append__asks_the_store_once_and_writes_once(s3: S3Server) -> None:
         for number, line in enumerate(LINES):
             folder.append("log.txt", line)
             folder.write_soon("life.json", str(number))
-        assert asked == {("GET", "log.txt"): 1}
-        folder.begin("new.txt", "first")
-        assert s3.objects(bucket) == {"new.txt": b"first\n"}
-        folder.append("new.txt", "second")
+        assert not asked
         folder.flush()
         folder.flush()
-        once = {("GET", "log.txt"): 1, ("PUT", "log.txt"): 1, ("PUT", "life.json"): 1}
-        assert asked == once | {("PUT", "new.txt"): 2} and s3.objects(bucket)["new.txt"] == b"first\nsecond\n"
+        assert asked == {("GET", "log.txt"): 1, ("PUT", "log.txt"): 1, ("PUT", "life.json"): 1}
         again = _folder(s3, proxy, bucket)
         again.append("log.txt", "afterwards")
         again.flush()
+        again.flush()
+        assert asked["GET", "log.txt"] == 2
         assert (again.read_text("log.txt") or "").splitlines() == [*LINES, "afterwards"]
         assert again.read_text("life.json") == "49"
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_begin__is_written_without_delay_and_grows(s3: S3Server) -> None:
+    tried, bucket = Tried(), s3.bucket()
+    with FaultyProxy(s3.endpoint, before=tried) as proxy:
+        folder = _folder(s3, proxy, bucket)
+        folder.append("log.txt", "before")
+        folder.begin("new.txt", "first")
+        tried.wait(2)
+        folder.flush()  # has nothing to do but to wait for the thread
+        assert s3.objects(bucket) == {"log.txt": b"before\n", "new.txt": b"first\n"} and tried.writes == 2
+        folder.append("new.txt", "second")
+        folder.flush()
+        assert s3.objects(bucket)["new.txt"] == b"first\nsecond\n"
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_append__goes_after_what_was_there_once_it_can_be_read(s3: S3Server) -> None:
+    bucket = s3.bucket()
+    RunFolder(f"s3://{bucket}", s3.storage).write("log.txt", "long ago\n")
+    down = [True]
+
+    def refuse(method: str, _: str) -> None:
+        if method == "GET" and down[0]:
+            raise ConnectionAbortedError("down")
+
+    with FaultyProxy(s3.endpoint, before=refuse) as proxy:
+        folder = _folder(s3, proxy, bucket)
+        folder.append("log.txt", "one")
+        with pytest.raises(StorageError):
+            folder.flush()
+        folder.append("log.txt", "two")
+        down[0] = False
+        folder.flush()
+        assert s3.objects(bucket) == {"log.txt": b"long ago\none\ntwo\n"}
 
 
 def test_write__takes_the_place_of_what_was_to_be_written(s3: S3Server) -> None:

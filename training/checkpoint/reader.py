@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -10,8 +10,9 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from datapipe.ahead import in_order
 from datapipe.errors import DataError, NotFoundError
-from datapipe.storage import Store
+from datapipe.storage import Store, is_remote
 from training.checkpoint.marker import File, Form, Fragment, Marker, complete, read_marker
 from training.checkpoint.part import TYPES
 from training.engine.pieces import Piece, whole
@@ -19,22 +20,28 @@ from training.weights import check_counted
 
 BLOCK = 8 << 20
 """Bytes read at a time: fragments that lie side by side are fetched together up to this many."""
+IN_FLIGHT = 4
+"""Reads at a time from remote stores; local disks are read one after the other."""
 HINT = "use an older checkpoint, or delete this one"
 
 
 def verify(store: Store, name: str, files: Sequence[File]) -> None:
     """Raises DataError or NotFoundError for the first of these files of a checkpoint that is not as it was written."""
+    asks = [_Ask(f"{name}/{file.name}", start, BLOCK) for file in files for start in range(0, file.bytes + 1, BLOCK)]
+    answers = _answers(store, asks)
     for file in files:
-        path = f"{name}/{file.name}"
-        size = store.size(path)
+        size, digest = 0, hashlib.sha256()
+        for _ in range(0, file.bytes + 1, BLOCK):  # one byte more than there should be
+            block = next(answers)
+            size += len(block)
+            digest.update(block)
+            del block  # before the next one is read
+        where = store.address(f"{name}/{file.name}")
         if size != file.bytes:
-            raise DataError(f"a file has {size:,} bytes, should have {file.bytes:,}", where=store.address(path),
-                            hint=HINT)  # fmt: skip
-        digest = hashlib.sha256()
-        for start in range(0, file.bytes, BLOCK):
-            digest.update(store.read(path, start=start, size=min(BLOCK, file.bytes - start)))
+            has = f"{size:,} bytes" if size < file.bytes else "more bytes"
+            raise DataError(f"a file has {has}, should have {file.bytes:,}", where=where, hint=HINT)
         if digest.hexdigest() != file.sha256:
-            raise DataError("the checksum of a file is wrong", where=store.address(path), hint=HINT)
+            raise DataError("the checksum of a file is wrong", where=where, hint=HINT)
 
 
 def newest_good(store: Store, warn: Callable[[str], None]) -> tuple[str, Marker] | None:
@@ -54,6 +61,21 @@ def passed_over(name: str, error: DataError | NotFoundError) -> str:
     return f"warning: checkpoint {name} is passed over: {error.what} ({error.where})"
 
 
+class _Ask(NamedTuple):
+    """Bytes of a file; fewer where it ends before."""
+
+    path: str
+    start: int
+    size: int
+
+
+def _answers(store: Store, asks: Iterable[_Ask]) -> Iterator[bytes]:
+    def read(ask: _Ask) -> bytes:
+        return store.read(ask.path, start=ask.start, size=ask.size)
+
+    return in_order(read, asks, threads=IN_FLIGHT if is_remote(store.url) else 0)
+
+
 class _Copy(NamedTuple):
     """Numbers that a piece wants out of a fragment."""
 
@@ -65,7 +87,8 @@ class _Copy(NamedTuple):
 
 
 class Reader:
-    """The tensors of one checkpoint, without reading more than is asked for, or holding more than about one of them."""
+    """The tensors of one checkpoint, without reading more than is asked for, or holding more than about one of them,
+    IN_FLIGHT from a remote store."""
 
     def __init__(self, store: Store, name: str, marker: Marker | None = None) -> None:
         """Raises DataError for a damaged marker."""
@@ -90,9 +113,10 @@ class Reader:
         fragment is damaged."""
         copies = sorted((copy for piece in pieces for copy in self._wanted(piece)),
                         key=lambda copy: (copy.file, copy.fragment.offset))  # fmt: skip
-        for file, rows in groupby(copies, key=lambda copy: copy.file):
-            for stretch in _stretches(rows):
-                self._read(file, stretch)
+        stretches = [stretch for _, rows in groupby(copies, key=lambda copy: copy.file) for stretch in _stretches(rows)]
+        answers = _answers(self.store, map(self._ask, stretches))
+        for stretch in stretches:
+            self._take(stretch, memoryview(next(answers)))
 
     def whole(self, key: str) -> Tensor:
         """One tensor, put together."""
@@ -112,10 +136,13 @@ class Reader:
             if fragment.start < piece.end and piece.start < fragment.start + fragment.numel:
                 yield _Copy(file, fragment, fragment.numel * size, piece)
 
-    def _read(self, file: str, stretch: Sequence[_Copy]) -> None:
-        path, start = f"{self.name}/{file}", stretch[0].fragment.offset
-        size = stretch[-1].fragment.offset + stretch[-1].bytes - start
-        content = memoryview(self.store.read(path, start=start, size=size))
+    def _ask(self, stretch: Sequence[_Copy]) -> _Ask:
+        first, last = stretch[0], stretch[-1]
+        size = last.fragment.offset + last.bytes - first.fragment.offset
+        return _Ask(f"{self.name}/{first.file}", first.fragment.offset, size)
+
+    def _take(self, stretch: Sequence[_Copy], content: memoryview) -> None:
+        path, start = f"{self.name}/{stretch[0].file}", stretch[0].fragment.offset
         for copy in stretch:
             begin = copy.fragment.offset - start
             data = content[begin : begin + copy.bytes]

@@ -1,14 +1,18 @@
 import json
 import resource
+from collections import Counter
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
 from safetensors.torch import load
 
+from datapipe.config import StorageConfig
 from datapipe.errors import DataError, StorageError
 from datapipe.storage import Store, open_store
 from tests.conftest import S3Server
+from tests.faulty_proxy import FaultyProxy
 from tests.training.checkpoint.toy import (
     make_checkpoints,
     make_method,
@@ -19,7 +23,7 @@ from tests.training.checkpoint.toy import (
     saved,
     tensors,
 )
-from training.checkpoint import MARKER, complete, newest_good, read_marker, verify
+from training.checkpoint import MARKER, complete, newest_good, read_marker, reader, verify
 from training.engine.scaling import LossScale
 from training.engine.world import World
 
@@ -60,7 +64,44 @@ def test_restore__nothing_there(store: Store) -> None:
     assert make_checkpoints(store).restore(make_stepper(make_method())) == (0, None)
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "no marker", "broken marker", "changed marker", "no part"])
+@pytest.mark.parametrize("block", ["one byte less", "as it is", "one byte more", "parts"])
+def test_verify__at_the_edges_of_what_is_read_at_a_time(
+    store: Store, block: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(store, 10)
+    files = read_marker(store, "step_0000010").files
+    size = files[0].bytes
+    monkeypatch.setattr(reader, "BLOCK", {"one byte less": size - 1, "as it is": size, "one byte more": size + 1,
+                                          "parts": size // 7}[block])  # fmt: skip
+    verify(store, "step_0000010", files)
+    part = _part(store, "step_0000010")
+    store.replace(part, store.read(part) + b" ")
+    with pytest.raises(DataError, match=f"has more bytes, should have {size:,}|has {size + 1:,} bytes"):
+        verify(store, "step_0000010", files)
+
+
+def test_restore__asks_an_object_store_for_several_blocks_at_a_time(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "BLOCK", 1 << 10)
+    together, asked = Barrier(reader.IN_FLIGHT), Counter[str]()
+
+    def before(method: str, path: str) -> None:
+        asked[method] += 1
+        if path.endswith(".safetensors") and asked["in turn"] < reader.IN_FLIGHT:
+            asked["in turn"] += 1
+            together.wait(30)  # broken unless so many are under way at the same time
+
+    direct = open_store(f"s3://{s3.bucket()}", s3.storage)
+    wanted = saved(direct, 10)[10]
+    method = make_method(seed=99)
+    with FaultyProxy(s3.endpoint, before=before) as proxy:
+        through = open_store(direct.url, StorageConfig(endpoint_url=proxy.endpoint, attempts=1))
+        assert make_checkpoints(through).restore(make_stepper(method)) == (40, "step_0000010")
+    assert same(method.state_dict(), wanted.state_dict()) and not asked["HEAD"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "grown", "no marker", "broken marker", "changed marker", "no part"])
 def test_restore__a_damaged_checkpoint_is_passed_over_with_a_warning(store: Store, damage: str) -> None:
     methods = saved(store, 10, 20)
     part, marker = _part(store, "step_0000020"), f"step_0000020/{MARKER}"
@@ -69,6 +110,8 @@ def test_restore__a_damaged_checkpoint_is_passed_over_with_a_warning(store: Stor
         store.replace(part, content[:-100] + bytes([content[-100] ^ 1]) + content[-99:])
     elif damage == "cut":
         store.replace(part, content[: len(content) // 2])
+    elif damage == "grown":
+        store.replace(part, content + b" ")
     elif damage == "broken marker":
         store.replace(marker, b"{")
     elif damage == "changed marker":

@@ -44,6 +44,8 @@ class Intake(NamedTuple):
     """Seconds that its threads spent on getting bytes ..."""
     making_s: float = 0.0
     """... and on making views of them."""
+    renewed: int = 0
+    """How often another version of a data set has taken the place of the one before."""
 
 
 @dataclass
@@ -140,7 +142,8 @@ class Loader:
     def intake(self) -> Intake:
         """What has been done so far."""
         stream = self.stream
-        return Intake(stream.replaced, stream.bytes_read, *stream.cached, self._reading_s, self._making_s)
+        spent_s = self._reading_s, self._making_s
+        return Intake(stream.replaced, stream.bytes_read, *stream.cached, *spent_s, stream.renewed)
 
     def after(self, position: int, until: int) -> Iterator[Batch]:
         """The batches of the stream positions [position, until), the last one shorter where they do not divide.

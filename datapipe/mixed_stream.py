@@ -57,6 +57,16 @@ class MixedStream:
         return tuple(manifest for stream in self.streams for manifest in stream.manifests)
 
     @property
+    def renewed(self) -> int:
+        """How often another version of a data set has taken the place of the one before."""
+        return sum(stream.renewed for stream in self.streams)
+
+    def renew(self) -> None:
+        """As `Stream.renew`, for each data set."""
+        for stream in self.streams:
+            stream.renew()
+
+    @property
     def reads_ahead(self) -> bool:
         """Whether `prepare` does anything."""
         return any(stream.reads_ahead for stream in self.streams)

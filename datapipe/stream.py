@@ -92,6 +92,16 @@ class Stream:
         return self._from_newest(lambda reader: self._fetch(reader, np.array([sample])))
 
     @property
+    def renewed(self) -> int:
+        """How often another version has taken the place of the one before."""
+        return len(self._versions) - 1
+
+    def renew(self) -> None:
+        """Go over to the version that took the place of this one, if there is one."""
+        with self._opening:
+            self._succeed()
+
+    @property
     def reads_ahead(self) -> bool:
         """Whether `prepare` does anything."""
         return self._now.reader.ahead is not None
@@ -121,7 +131,7 @@ class Stream:
                         raise
 
     def _succeed(self) -> bool:
-        """Go over to the version that took the place of this one, if there is one."""
+        """`renew`, while nobody else does; was there one?"""
         successor = self._now.manifest.successor(open_store(self._now.manifest.url, self.storage))
         if successor is None:
             return False

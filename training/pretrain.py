@@ -116,10 +116,11 @@ def _pretrain(
                 "startup": startup.times,
             })  # fmt: skip
             pace.say = milestones.say = run.recorder.say
-            watch.also.append(Succession(loader, data, checkpoints, folder, world, run.recorder.say))
             run.recorder.say(_opening(config, data, clock, resumed, method))
             if origin and resumed is None:
                 run.recorder.say(in_words(origin))
+            say = run.recorder.say
+        watch.also.append(Succession(loader, data, checkpoints, folder, world, run.tally, say))
         position, done = _train(run, checkpoints, config, milestones, position)
     if run.recorder is not None:
         run.recorder.say(_closing(config, position // clock.batch, clock, done))

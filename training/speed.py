@@ -32,9 +32,15 @@ class Tally:
         self.world = world
         self._waited_s = 0.0
         self._asked: tuple[torch.Tensor, dist.Work] | None = None
+        self.latest: list[Spent] = []
+        """What `of_all` gave last."""
 
     def of_all(self, waited_s: float, intake: Intake) -> list[Spent]:
         """Call once per step on every rank, `waited_s` in this step; rank by rank, nothing after the first step."""
+        self.latest = self._of_all(waited_s, intake)
+        return self.latest
+
+    def _of_all(self, waited_s: float, intake: Intake) -> list[Spent]:
         self._waited_s += waited_s
         if self.world.size == 1:
             return [Spent(self._waited_s, intake)]

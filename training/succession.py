@@ -9,28 +9,38 @@ from training.checkpoint import Checkpoints
 from training.engine.world import World
 from training.provenance import environment
 from training.run_folder import RunFolder
+from training.speed import Tally
 
 
 class Succession:
-    """On the leading rank: once its loader reads another version of a data set (see `Stream`), checkpoints and
-    environment.json name that one, and the log tells. Checkpoints from before are accepted: it replaces what they
-    name. Ranks go over one by one, each when it meets a shard that is gone."""
+    """Once a rank's loader reads another version of a data set, as it met a shard that is gone (see `Stream`), the
+    others go over to it, too; checkpoints and environment.json name that one, and the log tells. Checkpoints from
+    before are accepted: it replaces what they name. Made on every rank."""
 
     def __init__(
-        self, loader: Loader, data: Data, checkpoints: Checkpoints, folder: RunFolder, world: World,
+        self, loader: Loader, data: Data, checkpoints: Checkpoints, folder: RunFolder, world: World, tally: Tally,
         say: Callable[[str], None],
     ) -> None:  # fmt: skip
+        """`say` is called on the leading rank."""
         self.loader, self.data, self.checkpoints, self.folder = loader, data, checkpoints, folder
-        self.world, self.say = world, say
+        self.world, self.tally, self.say = world, tally, say
+        self._sought = 0
 
     def __call__(self, done: int, batch: Batch) -> None:
         """After each step."""
-        sets = self.loader.stream.manifests
+        stream = self.loader.stream
+        newest = max((int(rank.intake.renewed) for rank in self.tally.latest), default=0)
+        if newest > max(stream.renewed, self._sought):
+            self._sought = newest  # once: where this rank began later it has nothing to go over to
+            stream.renew()
+        sets = stream.manifests
         if all(now is before for now, before in zip(sets, self.data.sets, strict=True)):
             return
         files = [now.file for now, before in zip(sets, self.data.sets, strict=True) if now is not before]
         self.data = replace(self.data, sets=sets)
         self.checkpoints.about["manifest"] = self.data.id
         self.checkpoints.replaces = self.data.replaces
+        if not self.world.leads:
+            return
         self.folder.write_json("environment.json", environment(self.data, self.world))
         self.say(f"step {done:,}: crops were removed from the data set: {', '.join(files)} is read from now on")

@@ -1,0 +1,60 @@
+"""A rank that has met no gap itself goes over to the version of the data set that another rank reads."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from datapipe.config import RemoveConfig, StorageConfig, StreamConfig
+from datapipe.data import load_data
+from datapipe.loader import Batch, Intake, Loader
+from datapipe.manifest import Manifest
+from datapipe.order import Order
+from datapipe.remove import remove
+from datapipe.storage import open_store
+from tests.bench.specs import one_view
+from tests.flow.tiny import shards
+from tests.training.checkpoint.toy import ABOUT, make_checkpoints
+from training.engine.world import World
+from training.run_folder import RunFolder
+from training.speed import Spent, Tally
+from training.succession import Succession
+
+CROPS = 12
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_succession__a_rank_follows_another(
+    rank: int, tmp_path: Path, write_crops: Callable[..., dict[str, bytes]]
+) -> None:
+    write_crops(tmp_path / "crops", CROPS)
+    url = str(tmp_path / "shards")
+    shards(tmp_path / "crops", url, each=6)
+    config = StreamConfig(manifest=url, cache_mb=0)
+    data = load_data(config, StorageConfig())
+    key = data.sets[0].table(["key"])["key"][1].as_py()
+    folder, tally, said = RunFolder(str(tmp_path / "run"), StorageConfig()), Tally(), list[str]()
+    checkpoints = make_checkpoints(open_store(str(tmp_path / "run" / "checkpoints")), about={"manifest": data.id})
+    stream = data.stream(StorageConfig(), config)
+    order = Order(CROPS, 0, config.block, config.window)
+    world = World(rank=rank)
+    with Loader(stream, order, one_view(), seed=0, global_batch=4, rank=0, world=1, micro_batch=4,
+                config=config) as loader:  # fmt: skip
+        succession = Succession(loader, data, checkpoints, folder, world, tally, said.append)
+        batch: Batch = next(loader.after(0, CROPS))
+
+        def step(renewed: int) -> str:
+            tally.latest = [Spent(0.0, loader.intake), Spent(0.0, Intake(renewed=renewed))]
+            succession(1, batch)
+            return str(checkpoints.about["manifest"])
+
+        assert step(0) == data.id and step(1) == data.id  # there is no other version
+        succession = Succession(loader, data, checkpoints, folder, world, tally, said.append)
+        (tmp_path / "keys").write_text(f"{key}\n")
+        remove(url, RemoveConfig(keys=str(tmp_path / "keys"), workers=1), StorageConfig())
+        assert step(0) == data.id
+        newer = Manifest.load(url)
+        assert step(1) == newer.id and checkpoints.replaces == newer.replaces and stream.manifests[0].id == newer.id
+        assert step(1) == newer.id and loader.intake.renewed == 1
+    assert len(said) == (rank == 0) and ABOUT["manifest"] != newer.id
+    assert (folder.read_text("environment.json") is not None) == (rank == 0)

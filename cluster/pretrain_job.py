@@ -165,6 +165,9 @@ class Driver:
         """Have the workers of the dead one end, if Ray has not yet seen to it, and start another one with its own."""
         import ray
 
+        from cluster.trainer import give_back
+
+        give_back()
         ray.get(self._board.abandon.remote())
         decision = ray.get(self._board.follow.remote(Failure("controller", "Ray Train's controller died")))
         if decision.give_up is None:
@@ -258,11 +261,11 @@ def _trainer(config: RunConfig, board: str, scratch: str, *, embedded: bool) -> 
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchTrainer
 
     from cluster.guard import Guard
     from cluster.meeting import MeetingConfig
     from cluster.ray_host import TakeSigterm
+    from cluster.trainer import Trainer
 
     resources = _resources(config)
     gpus = "GPU" in resources
@@ -270,7 +273,7 @@ def _trainer(config: RunConfig, board: str, scratch: str, *, embedded: bool) -> 
     variables = dict(variable.split("=", 1) for variable in machine.environment)
     workers: Any = (machine.least_workers, machine.max_workers) if _elastic(config) else machine.max_workers
     callbacks: list[Any] = [Guard(board, machine), TakeSigterm()]
-    return TorchTrainer(
+    return Trainer(
         work,
         train_loop_config={"config": recipes.to_tree(config), "board": board, "embedded": embedded},
         torch_config=MeetingConfig(

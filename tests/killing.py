@@ -1,10 +1,5 @@
-"""Kill a job at moments spread evenly over its work, start it again, and see that nothing tells it was ever killed.
+"""Kill a job at moments spread evenly over its work, start it again, and see that nothing tells it was ever killed."""
 
-Jobs run in processes that are forked from one which has imported the modules already (multiprocessing's fork server):
-a trial costs no start of an interpreter.
-"""
-
-import multiprocessing
 import os
 import signal
 import time
@@ -15,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import S3Server
+from tests.forked import call, forkserver
 
 MOMENTS, LEAST = 20, 15
 """Trials, and how many of them must fall between the first byte written and the end."""
 TRIES = 4
 """For a moment at which the job happened to be through already: other work makes a shared machine faster or slower."""
 TIMEOUT_S = 120.0
-LATE = ("pandas", "pyarrow.dataset")
-"""pyarrow imports these at the first read of a table, which would take longer than a whole job of the tests."""
 PROBE = ".probe-"
 """What a run writes to see what its store can do; a killed one may leave it."""
 
@@ -42,15 +36,14 @@ class Job:
     """Whether the last one is: there is a manifest."""
 
 
-def kill_evenly(make: Callable[[str], Job], preload: list[str]) -> int:
+def kill_evenly(make: Callable[[str], Job]) -> int:
     """Run `make(name)` undisturbed, then killed at MOMENTS moments and each time finished by a second run.
 
     The moments divide the time between an undisturbed run's first byte and its end. Fails where a killed run leaves
     something else under a final name than the undisturbed one writes there, where the second run ends otherwise than
     that, or where fewer than LEAST trials hit. Returns how many did.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "tests.killing", *LATE, *preload])
+    context = forkserver()
     undisturbed = make("undisturbed")
     duration = _duration(context, undisturbed)
     wanted = undisturbed.objects()
@@ -114,15 +107,9 @@ def _finish(context: Any, job: Job) -> None:
 
 
 def _start(context: Any, job: Job) -> BaseProcess:
-    process = context.Process(target=_run, args=(dict(os.environ), job.function, job.arguments))
+    process = context.Process(target=call, args=(dict(os.environ), job.function, *job.arguments))
     process.start()
     return process
-
-
-def _run(environment: dict[str, str], function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    """In the job's process: the fork server's environment may be that of an earlier test."""
-    os.environ.update(environment)
-    function(*arguments)
 
 
 def _wait(process: BaseProcess, condition: Callable[[], bool]) -> float:

@@ -1,6 +1,7 @@
 """Run a function in several real processes that share a gloo process group on loopback."""
 
 import datetime
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -11,19 +12,25 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from tests.forked import call, forkserver
 from training.engine.world import World
 
 TIMEOUT_S = 300
 
 
-def run_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`function(world, *arguments)` in `count` processes; their picklable results by rank. A failure is raised here."""
+def run_ranks(count: int, function: Callable[..., Any], *arguments: Any, fresh: bool = False) -> list[Any]:
+    """`function(world, *arguments)` in `count` processes; their picklable results by rank. A failure is raised here.
+    `fresh`: processes that have imported nothing yet, as those of users."""
+    method = "spawn" if fresh else forkserver().get_start_method()
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.start_processes(
-            _rank, args=(count, folder, function, arguments), nprocs=count, start_method="spawn"
-        )
+        start = (dict(os.environ), count, folder, function, arguments)
+        multiprocessing.start_processes(_start, args=start, nprocs=count, start_method=method)
         found = [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(count)]
     return found
+
+
+def _start(rank: int, environment: dict[str, str], *rest: Any) -> None:
+    call(environment, _rank, rank, *rest)
 
 
 def _rank(rank: int, count: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -106,7 +106,7 @@ def main() -> None:
         if WORLD * wanted.peak > free:
             print(f"ZeRO {stage}: {WORLD} x {wanted.peak / GB:.2f} GB do not fit into {free / GB:.2f} GB", flush=True)
             continue
-        found = run_ranks(WORLD, measure, config)
+        found = run_ranks(WORLD, measure, config, fresh=True)
         peaks = " ".join(f"{one.peak / GB:.2f}" for one in found)
         off = max(one.peak for one in found) / wanted.peak - 1
         moments = " ".join(f"{name} {size / GB:.2f}" for name, size in wanted.moments.items())

@@ -15,7 +15,6 @@ from datapipe.select import select
 from tests.conftest import S3Server
 from tests.killing import Job, kill_evenly, local_objects, s3_objects
 
-PRELOAD = ["datapipe.reshard", "datapipe.remove", "boto3"]
 FIRST = "manifest-v0001.json"
 RESHARD = ReshardConfig(samples_per_shard=5, workers=1)
 STORAGE = StorageConfig()
@@ -53,7 +52,7 @@ def test_reshard__killed_at_any_moment_ends_with_the_same_bytes(folder: Path, tm
             (out / FIRST).exists,
         )
 
-    kill_evenly(make, PRELOAD)
+    kill_evenly(make)
 
 
 @pytest.mark.slow
@@ -74,7 +73,7 @@ def test_reshard__killed_on_s3_ends_with_the_same_bytes(folder: Path, tmp_path: 
             lambda: keys(f"{name}/{FIRST}"),
         )
 
-    kill_evenly(make, PRELOAD)
+    kill_evenly(make)
 
 
 def without_what_is_to_go(found: Objects, before: Objects) -> Objects:
@@ -105,7 +104,7 @@ def test_remove__killed_at_any_moment_ends_with_the_same_bytes(folder: Path, tmp
             lambda: [path.name[:5] for path in removals.glob("*.json")] != [] and not list(removals.glob("begun-*")),
         )
 
-    assert kill_evenly(make, PRELOAD)
+    assert kill_evenly(make)
     manifest = Manifest.load(str(tmp_path / "undisturbed"))
     assert manifest.removed == 6 and len(list((tmp_path / "undisturbed").glob("manifest-*"))) == 4
 
@@ -130,4 +129,4 @@ def test_remove__killed_on_s3_ends_with_the_same_bytes(folder: Path, s3: S3Serve
             lambda: len(found := names(name)) == 1 and not found[0].startswith("begun-"),
         )
 
-    kill_evenly(make, PRELOAD)
+    kill_evenly(make)

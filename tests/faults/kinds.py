@@ -66,13 +66,15 @@ class Kind:
     """Kinds of restart that the run may call it."""
 
 
-def inflict(scene: Scene, name: str, moment: Moment) -> Event:
-    """Wait for the moment, strike, wait until the run is over it."""
+def inflict(scene: Scene, name: str, moment: Moment, load: str = "") -> Event:
+    """Wait for the moment, strike, wait until the run is over it. `load`: how storage behaves while it recovers."""
     kind, objects = KINDS[name], _objects(scene)
     known = len(scene.restarts())
     reached = _await(scene, moment)
     event = Event(name, moment, time.time())
     event.note = kind.strike(scene)
+    if load:
+        LOADS[load](scene)
     struck = time.time()
     objects.gate.open(drop=kind.fatal)
     if kind.fatal:
@@ -198,14 +200,14 @@ def slow_storage(scene: Scene) -> str:
     return f"each request {SLOW_S:.0f} s"
 
 
-def errors_in_load(scene: Scene) -> str:
-    kill_worker(scene)
-    return storage_errors(scene)
+def at_load(behave: Callable[[Scene], str]) -> Callable[[Scene], str]:
+    """A worker is killed, and storage behaves like this while the run recovers."""
 
+    def strike(scene: Scene) -> str:
+        kill_worker(scene)
+        return behave(scene)
 
-def slow_load(scene: Scene) -> str:
-    kill_worker(scene)
-    return slow_storage(scene)
+    return strike
 
 
 def _misbehave(scene: Scene) -> None:
@@ -272,6 +274,7 @@ def slow_worker(scene: Scene) -> str:
 AHEAD = 30
 """Steps from the last save to a NaN: it has to be ordered before ranks come there."""
 SAVES: tuple[Moment, ...] = ("in a save", "before the marker")
+LOADS = {"storage errors in a load": storage_errors, "slow storage in a load": slow_storage}
 KINDS = {
     "worker killed": Kind(kill_worker, said=("crash",)),
     "machine killed": Kind(kill_machine, said=("crash",)),
@@ -281,8 +284,7 @@ KINDS = {
     "S3 server killed": Kind(kill_server, fatal=False),
     "storage errors in a save": Kind(storage_errors, fatal=False, moments=("in a save",)),
     "slow storage in a save": Kind(slow_storage, fatal=False, moments=("in a save",)),
-    "storage errors in a load": Kind(errors_in_load, said=("crash",)),
-    "slow storage in a load": Kind(slow_load, said=("crash",)),
+    **{name: Kind(at_load(behave), said=("crash",)) for name, behave in LOADS.items()},
     "checkpoint truncated": Kind(truncate, moments=SAVES, said=("crash",)),
     "checkpoint bit-flipped": Kind(flip, moments=SAVES, said=("crash",)),
     "NaN once": Kind(nan, fatal=False, moments=("between saves",)),

@@ -5,11 +5,16 @@ from pathlib import Path
 
 import pytest
 
+import cluster.__main__
+import training.__main__
+from datapipe.command import run
 from datapipe.manifest import Manifest
 from tests.conftest import S3Server
 from tests.flow.tiny import command, finished, recipe, shards
 
 Write = Callable[..., dict[str, bytes]]
+Run = Callable[..., tuple[int, str, str]]
+MAIN = {"training": training.__main__.main, "cluster": cluster.__main__.main}
 
 
 def _fails(code: int, errors: str, *words: str) -> None:
@@ -19,6 +24,18 @@ def _fails(code: int, errors: str, *words: str) -> None:
     assert "  try:   " in errors, errors
     for word in words:
         assert word in errors, errors
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run one of our commands in this process, which has its imports behind it: (exit code, output, errors)."""
+
+    def ran(module: str, *words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = run(MAIN[module], words)
+        return code, *capsys.readouterr()
+
+    return ran
 
 
 @pytest.fixture(scope="module")
@@ -44,61 +61,61 @@ def test_pretrain__debug_shows_the_trace(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_pretrain__fewer_crops_than_a_batch(tmp_path: Path, data: Manifest) -> None:
+def test_pretrain__fewer_crops_than_a_batch(here: Run, tmp_path: Path, data: Manifest) -> None:
     path = recipe(tmp_path, data.url, str(tmp_path / "run"))
-    code, _, errors = finished(command("training", "pretrain", str(path), "--optimisation.batch", "25"))
+    code, _, errors = here("training", "pretrain", str(path), "--optimisation.batch", "25")
     _fails(code, errors, "less than one batch of 25", "optimisation.batch")
 
 
 @pytest.mark.slow
-def test_pretrain__a_missing_shard_is_named(tmp_path: Path, write_crops: Write) -> None:
+def test_pretrain__a_missing_shard_is_named(here: Run, tmp_path: Path, write_crops: Write) -> None:
     write_crops(tmp_path / "crops", 24)
     data = shards(tmp_path / "crops", str(tmp_path / "shards"), each=9)
     (tmp_path / "shards" / data.shards[1].name).unlink()
     path = recipe(tmp_path, data.url, str(tmp_path / "run"))
-    code, _, errors = finished(command("training", "pretrain", str(path)))
+    code, _, errors = here("training", "pretrain", str(path))
     _fails(code, errors, Path(data.shards[1].name).name)
 
 
 @pytest.mark.slow
-def test_pretrain__a_checkpoint_of_other_data(tmp_path: Path, data: Manifest, write_crops: Write) -> None:
+def test_pretrain__a_checkpoint_of_other_data(here: Run, tmp_path: Path, data: Manifest, write_crops: Write) -> None:
     path = recipe(tmp_path, data.url, str(tmp_path / "run"))
-    assert finished(command("training", "pretrain", str(path)))[0] == 0
+    assert here("training", "pretrain", str(path))[0] == 0
     write_crops(tmp_path / "others", 30, seed=9)
     other = shards(tmp_path / "others", str(tmp_path / "shards"))
     for module in ("training", "cluster"):
-        code, _, errors = finished(command(module, "pretrain", str(path), "--stream.manifest", other.url))
+        code, _, errors = here(module, "pretrain", str(path), "--stream.manifest", other.url)
         _fails(code, errors, "other data", data.id[:12], other.id[:12])
 
 
 @pytest.mark.slow
-def test_pretrain__other_settings_in_the_same_folder(tmp_path: Path, data: Manifest) -> None:
+def test_pretrain__other_settings_in_the_same_folder(here: Run, tmp_path: Path, data: Manifest) -> None:
     path = recipe(tmp_path, data.url, str(tmp_path / "run"))
-    assert finished(command("training", "pretrain", str(path)))[0] == 0
-    code, _, errors = finished(command("training", "pretrain", str(path), "--optimisation.lr", "0.5"))
+    assert here("training", "pretrain", str(path))[0] == 0
+    code, _, errors = here("training", "pretrain", str(path), "--optimisation.lr", "0.5")
     _fails(code, errors, "optimisation.lr: 0.002 -> 0.5", "--out")
 
 
 @pytest.mark.slow
-def test_pretrain__a_wrong_bucket(tmp_path: Path, s3: S3Server) -> None:
+def test_pretrain__a_wrong_bucket(here: Run, tmp_path: Path, s3: S3Server) -> None:
     path = recipe(tmp_path, "s3://no-such-bucket/shards", str(tmp_path / "run"))
     flags = ("--storage.endpoint-url", s3.endpoint)
-    code, _, errors = finished(command("training", "pretrain", str(path), *flags))
+    code, _, errors = here("training", "pretrain", str(path), *flags)
     _fails(code, errors, "no-such-bucket")
 
 
 @pytest.mark.slow
-def test_pretrain__an_impossible_loss_stops_with_the_run_resumable(tmp_path: Path, data: Manifest) -> None:
+def test_pretrain__an_impossible_loss_stops_with_the_run_resumable(here: Run, tmp_path: Path, data: Manifest) -> None:
     path = recipe(tmp_path, data.url, str(tmp_path / "run"))
     flags = ("--optimisation.lr", "1e30", "--optimisation.epochs", "6")
-    code, _, errors = finished(command("training", "pretrain", str(path), *flags))
+    code, _, errors = here("training", "pretrain", str(path), *flags)
     _fails(code, errors, "had to be skipped", "optimisation.lr")
 
 
 @pytest.mark.slow
-def test_evaluate_export_report__no_run(tmp_path: Path) -> None:
+def test_evaluate_export_report__no_run(here: Run, tmp_path: Path) -> None:
     for words in (("evaluate", "--data", str(tmp_path)), ("export",), ("checkpoints",)):
-        code, _, errors = finished(command("training", *words, str(tmp_path)))
+        code, _, errors = here("training", *words, str(tmp_path))
         _fails(code, errors, str(tmp_path))
 
 

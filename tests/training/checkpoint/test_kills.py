@@ -5,7 +5,6 @@ The store of the process that dies kills it with SIGKILL before, in the middle o
 """
 
 import datetime
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from datapipe.storage import Data, open_store
 from datapipe.storage.local import LocalStore
 from datapipe.storage.store import TEMPORARY
+from tests.forked import forkserver
 from tests.training.checkpoint.toy import make_checkpoints, make_method, make_step, same, tensors
 from training.checkpoint import complete, read_marker, verify
 from training.config import OptimisationConfig
@@ -71,8 +71,7 @@ def _train(folder: str, rank: int, size: int, meeting: str, deadly: tuple[int, i
 
 def _run(folder: Path, size: int, deadly: tuple[int, int, str] = (-1, 0, "")) -> list[int | None]:
     """Exit codes of all ranks. When one has died, the others are ended too, as a scheduler does."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context = forkserver()
     meeting = folder.with_name(f"{folder.name}-{os.urandom(4).hex()}")
     arguments = [(str(folder), rank, size, str(meeting), deadly) for rank in range(size)]
     processes = [context.Process(target=_train, args=words) for words in arguments]

@@ -19,4 +19,4 @@ def _loaded(world: World) -> tuple[bool, bool]:
 
 def test_start__loads_no_compiler() -> None:
     """It takes a worker longer than all the rest of its engine."""
-    assert run_ranks(1, _loaded) == [(False, True)]
+    assert run_ranks(1, _loaded, fresh=True) == [(False, True)]

@@ -1,0 +1,16 @@
+"""What the fork server of the tests imports once, so that the processes which it forks need not: see `forked.py`."""
+
+import boto3  # noqa: F401
+import pandas  # noqa: F401  (pyarrow imports it, and the next one, at the first read of a table)
+import pyarrow.dataset  # noqa: F401
+import pytest  # noqa: F401
+
+import datapipe.remove
+import datapipe.reshard
+import datapipe.sources.archive
+import datapipe.sources.lmdb_set
+import datapipe.sources.video  # noqa: F401
+import training.pretrain  # noqa: F401
+from training.engine.deepspeed import _import
+
+_import()

@@ -34,8 +34,14 @@ BUCKET = "bucket-faults"
 CPUS = 2
 """Of each machine: one is enough for both workers."""
 NO_FAULTS = Faults()
-CONTROLLER = "ray::TrainController"
-"""How the process of Ray Train's controller is called."""
+CONTROLLER, CLEANER = "ray::TrainController", "ray::PlacementGroupCleaner"
+"""How processes of Ray Train are called."""
+GROUPS = """
+import ray, sys
+from ray.util.placement_group import placement_group_table
+ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
+print(sum(group["state"] != "REMOVED" for group in placement_group_table().values()))
+"""
 
 
 class Objects:
@@ -191,8 +197,18 @@ class Scene:
 
     def controller(self) -> int:
         """The process of Ray Train's controller."""
+        (controller,) = self.on_head(CONTROLLER)
+        return controller
+
+    def on_head(self, name: str) -> list[int]:
+        """The processes of the machine without workers that are called so."""
         head = psutil.Process(self.cluster.head_node.all_processes["raylet"][0].process.pid)
-        return next(child.pid for child in head.children(recursive=True) if _called(child.pid, CONTROLLER))
+        return [child.pid for child in head.children(recursive=True) if _called(child.pid, name)]
+
+    def groups(self) -> int:
+        """Placement groups that hold room for workers."""
+        done = subprocess.run([sys.executable, "-c", GROUPS, self.cluster.address], capture_output=True, text=True)
+        return int(done.stdout)
 
 
 def _called(pid: int, name: str) -> bool:

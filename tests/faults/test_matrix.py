@@ -9,7 +9,7 @@ import pytest
 from tests.faults import chaos
 from tests.faults.judge import fetch, other_weights, wrong_samples
 from tests.faults.kinds import BATCH, KINDS, Moment, inflict, storm
-from tests.faults.scene import BUCKET, Scene, machines, object_store
+from tests.faults.scene import BUCKET, CLEANER, Scene, machines, object_store
 from tests.flow.tiny import generated, recipe
 from tests.ranks import run_ranks
 
@@ -54,6 +54,7 @@ def test_matrix__one_fault_of_each_kind_changes_nothing(tmp_path: Path) -> None:
         scene.start()
         scene.run.until(lambda: scene.pid(0) and scene.pid(1))
         events = {name: inflict(scene, name, moment, load) for name, moment, load in FAULTS}
+        assert scene.groups() == 1 and not scene.on_head(CLEANER)  # a dead controller's room was given back
         code, output, errors = scene.run.end()
         assert code == 0, output + errors
         run = fetch(scene, tmp_path / "run")

@@ -3,7 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import torch
@@ -27,21 +27,27 @@ HINT = "use an older checkpoint, or delete this one"
 
 def verify(store: Store, name: str, files: Sequence[File]) -> None:
     """Raises DataError or NotFoundError for the first of these files of a checkpoint that is not as it was written."""
-    asks = [_Ask(f"{name}/{file.name}", start, BLOCK) for file in files for start in range(0, file.bytes + 1, BLOCK)]
-    answers = _answers(store, asks)
-    for file in files:
+    asks = [_whole(f"{name}/{file.name}", file.bytes) for file in files]
+    answers = _answers(store, chain.from_iterable(asks))
+    for file, parts in zip(files, asks, strict=True):
+        path = f"{name}/{file.name}"
+        if file.bytes >= BLOCK and store.size(path) != file.bytes:
+            raise _of_other_size(store, path, file.bytes)
         size, digest = 0, hashlib.sha256()
-        for _ in range(0, file.bytes + 1, BLOCK):  # one byte more than there should be
+        for _ in parts:
             block = next(answers)
             size += len(block)
             digest.update(block)
             del block  # before the next one is read
-        where = store.address(f"{name}/{file.name}")
         if size != file.bytes:
-            has = f"{size:,} bytes" if size < file.bytes else "more bytes"
-            raise DataError(f"a file has {has}, should have {file.bytes:,}", where=where, hint=HINT)
+            raise _of_other_size(store, path, file.bytes)
         if digest.hexdigest() != file.sha256:
-            raise DataError("the checksum of a file is wrong", where=where, hint=HINT)
+            raise DataError("the checksum of a file is wrong", where=store.address(path), hint=HINT)
+
+
+def _of_other_size(store: Store, path: str, wanted: int) -> DataError:
+    return DataError(f"a file has {store.size(path):,} bytes, should have {wanted:,}", where=store.address(path),
+                     hint=HINT)  # fmt: skip
 
 
 def newest_good(store: Store, warn: Callable[[str], None]) -> tuple[str, Marker] | None:
@@ -67,6 +73,13 @@ class _Ask(NamedTuple):
     path: str
     start: int
     size: int
+
+
+def _whole(path: str, total: int) -> list[_Ask]:
+    """All of a file; of a small one a byte more than it should have, which saves asking for its size."""
+    if total < BLOCK:
+        return [_Ask(path, 0, total + 1)]
+    return [_Ask(path, start, min(BLOCK, total - start)) for start in range(0, total, BLOCK)]
 
 
 def _answers(store: Store, asks: Iterable[_Ask]) -> Iterator[bytes]:

@@ -1,5 +1,4 @@
-"""Processes of tests, forked from one that has imported the slow modules already: half a minute of two cores is spared
-where a test starts a few."""
+"""Processes of tests, forked from one that has imported the slow modules already: those take a fresh one seconds."""
 
 import multiprocessing
 import os

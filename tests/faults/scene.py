@@ -207,7 +207,8 @@ class Scene:
 
     def groups(self) -> int:
         """Placement groups that hold room for workers."""
-        done = subprocess.run([sys.executable, "-c", GROUPS, self.cluster.address], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", GROUPS, self.cluster.address], stdout=subprocess.PIPE,
+                              text=True, check=True)  # fmt: skip
         return int(done.stdout)
 
 

@@ -31,7 +31,7 @@ FAULTS: tuple[tuple[str, Moment, str], ...] = (
 STEPS = chaos.STEPS_PER_FAULT * (len(FAULTS) + 1)
 REPLACED_S = chaos.SILENCE_S + 10
 """Within which a worker that is stopped is found out, on a busy machine."""
-MOST_FAILURES = 1
+MOST_FAILURES = 2
 """That the storm exceeds."""
 ELSEWHERE = {"straggler"}
 
@@ -49,7 +49,7 @@ def test_matrix__one_fault_of_each_kind_changes_nothing(tmp_path: Path) -> None:
         assert code == 1 and "Traceback" not in errors, output + errors
         assert f"the workers failed {MOST_FAILURES + 1} times in a row without a new checkpoint" in errors
         assert [(restart["kind"], restart["gave_up"]) for restart in scene.restarts()] == [
-            ("crash", False), ("controller", True)]
+            ("crash", False), ("controller", False), ("crash", True)]  # fmt: skip
 
         scene.start()
         scene.run.until(lambda: scene.pid(0) and scene.pid(1))

@@ -15,15 +15,21 @@ def in_order(work: Callable[[Ask], Answer], asks: Iterable[Ask], *, threads: int
     if not threads:
         yield from map(work, asks)
         return
-    coming: deque[Future[Answer]] = deque()
     with ThreadPoolExecutor(threads, "datapipe-ahead") as pool:
-        try:
-            for ask in asks:
-                coming.append(pool.submit(work, ask))
-                if len(coming) == threads:
-                    yield coming.popleft().result()
-            while coming:
+        yield from results((pool.submit(work, ask) for ask in asks), most=threads)
+
+
+def results(futures: Iterable[Future[Answer]], *, most: int) -> Iterator[Answer]:
+    """What they give, in order. `futures` makes each of them when it is asked for, and no more than `most` are there at
+    a time; those that are left when it ends early are cancelled."""
+    coming: deque[Future[Answer]] = deque()
+    try:
+        for future in futures:
+            coming.append(future)
+            if len(coming) == most:
                 yield coming.popleft().result()
-        finally:
-            for future in coming:
-                future.cancel()
+        while coming:
+            yield coming.popleft().result()
+    finally:
+        for future in coming:
+            future.cancel()

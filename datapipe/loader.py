@@ -4,7 +4,6 @@ Which samples, which rank and which pixels are pure functions of (seed, position
 change only who makes them and when.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -24,6 +23,7 @@ from datapipe.photometric import View
 from datapipe.randomness import Floats, Ints
 from datapipe.stream import Stream
 from datapipe.views import ViewSpec, make_views
+from datapipe.workers import available_cores
 
 FEWEST_ROWS = 8
 """Smallest piece of a batch that is handed to a thread."""
@@ -129,7 +129,7 @@ class Loader:
         self.global_batch, self.rank, self.world, self.micro_batch = global_batch, rank, world, micro_batch
         self.rows = -(-global_batch // (world * micro_batch)) * micro_batch
         self._assignment = Assignment(self.rows, nodes or (0,) * world, order.together)
-        self.threads = config.threads or max(1, _cores() // ranks_here)
+        self.threads = config.threads or max(1, available_cores() // ranks_here)
         self._prefetch, self._window = config.prefetch, config.window * config.block
         self._piece = min(micro_batch, max(FEWEST_ROWS, -(-self.rows // self.threads)))
         self._pool = ThreadPoolExecutor(self.threads, "datapipe-views")
@@ -261,8 +261,3 @@ class Loader:
             row = int(rows[0])
             if not make_views(data, self.spec, self.seed, one.position, one.views, one.boxes):
                 return row
-
-
-def _cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -4,13 +4,13 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from typing import Any, Protocol, TypeVar
 
+from datapipe.ahead import results
 from datapipe.errors import ClusterError
 
 T = TypeVar("T")
@@ -53,14 +53,9 @@ class Workers:
             for task in tasks:
                 yield function(*task)
             return
-        waiting: deque[Future[T]] = deque()
+        futures = (self._submit(function, task) for task in tasks)
         try:
-            for task in tasks:
-                waiting.append(self._submit(function, task))
-                if len(waiting) >= TASKS_PER_WORKER * self.limit:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            yield from results(futures, most=TASKS_PER_WORKER * self.limit)
         except BrokenProcessPool as error:
             raise ClusterError("a worker process was killed, probably for want of memory",
                                hint="run the same command again, it goes on where it stopped; --workers takes fewer"

@@ -49,11 +49,18 @@ def test_demo__on_a_slice_of_real_crops(tmp_path: Path, real_crops: Path) -> Non
     assert code == 0, again + errors
     assert "already complete" in again and "== kill -9 " not in again
 
-    report.unlink()
-    unscored = ("demo", "--out", str(tmp_path / "demo"), "--crops", str(crops / "bounding_box_train"))  # the same crops
-    code, output, errors = finished(command("cluster", *unscored), timeout_s=500)
+
+@pytest.mark.slow
+def test_demo__a_folder_without_labels_ends_without_scores(tmp_path: Path, real_crops: Path) -> None:
+    crops = tmp_path / "crops" / "deeper"
+    crops.mkdir(parents=True)
+    for number, path in enumerate(sorted((real_crops / "bounding_box_train").glob("*.jpg"))[:80]):
+        shutil.copy(path, crops / f"person {number}.jpg")
+    words = ("demo", "--out", str(tmp_path / "demo"), "--crops", str(crops.parent), "--steps", "4")
+    code, output, errors = finished(command("cluster", *words), timeout_s=500)
     assert code == 0, output + errors
-    assert "already complete" in output and "nothing to score" in output and report.is_file()
+    assert "nothing to score" in output
+    assert (tmp_path / "demo" / "run" / "report.html").is_file()
 
 
 def test_demo__no_such_crops(tmp_path: Path) -> None:

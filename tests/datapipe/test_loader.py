@@ -301,7 +301,7 @@ def test_loader__refuses_what_cannot_be(crops: CropSet) -> None:
 def test_threads__divide_the_cores_among_the_ranks_of_a_machine(
     crops: CropSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("datapipe.loader._cores", lambda: 8)
+    monkeypatch.setattr("datapipe.loader.available_cores", lambda: 8)
     shared = StreamConfig(block=5, window=3)
     for ranks, expected in ((1, 8), (2, 4), (16, 1)):
         with loader(crops, config=shared, ranks_here=ranks) as running:

@@ -33,6 +33,7 @@ from datapipe.config import StorageConfig
 from tests.datapipe.crop_set import jpegs
 from tests.golden import ABSENT, ROOT
 
+HOST = IPv4Address("127.0.0.1")
 CROPS_ABSENT = "real crops absent"
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "tests",
@@ -85,30 +86,38 @@ def s3() -> Iterator[S3Server]:
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate of our own making for 127.0.0.1; its key lies beside it as key.pem."""
+    """The certificate of an authority of our own making. Beside it lies what it signed for 127.0.0.1, server.pem, with
+    the server's key, key.pem."""
     folder = tmp_path_factory.mktemp("tls")
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tests")])
+    authority, server = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    for name, key, address in (("certificate", authority, None), ("server", server, x509.IPAddress(HOST))):
+        made = _certificate(name, key, authority, address)
+        (folder / f"{name}.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    plain = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / "key.pem").write_bytes(server.private_bytes(*plain))
+    return folder / "certificate.pem"
+
+
+def _certificate(name: str, key: Any, authority: Any, address: x509.GeneralName | None) -> x509.Certificate:
+    """Signed by the authority "certificate"; with an address for a server, without one for the authority itself."""
     now = datetime.now(UTC)
+    subject, issuer = (x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, of)]) for of in (name, "certificate"))
     made = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        x509.CertificateBuilder(issuer, subject, key.public_key(), x509.random_serial_number())
         .not_valid_before(now - timedelta(hours=1))
         .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
+        .add_extension(x509.BasicConstraints(ca=address is None, path_length=None), critical=True)
     )
-    plain = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    (folder / "key.pem").write_bytes(key.private_bytes(*plain))
-    (folder / "certificate.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    return folder / "certificate.pem"
+    if address is not None:
+        made = made.add_extension(x509.SubjectAlternativeName([address]), critical=False)
+    return made.sign(authority, hashes.SHA256())
 
 
 @pytest.fixture(scope="session")
 def s3_tls(s3: S3Server, certificate: Path) -> Iterator[S3Server]:
     """The same store over https; AWS_CA_BUNDLE has to name the `certificate`."""
     application = DomainDispatcherApplication(create_backend_app)
-    context = (str(certificate), str(certificate.with_name("key.pem")))
+    context = (str(certificate.with_name("server.pem")), str(certificate.with_name("key.pem")))
     server = make_server("127.0.0.1", 0, application, threaded=True, ssl_context=context)
     Thread(target=server.serve_forever, daemon=True).start()
     endpoint = f"https://127.0.0.1:{server.server_port}"

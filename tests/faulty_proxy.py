@@ -76,6 +76,8 @@ class FaultyProxy:
     """How often each fault was met; "" counts requests that went through."""
     seen: Counter[str] = field(default_factory=Counter)
     """How often each request was made."""
+    signed_by: set[str] = field(default_factory=set)
+    """Access keys that requests were signed with."""
     lock: Any = field(default_factory=Lock)
     ended: Event = field(default_factory=Event)
 
@@ -121,6 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         """Take a request whole, then let its fault happen to it."""
         body = self._body()
+        self.proxy.signed_by.update(re.findall(r"Credential=([^/]+)/", self.headers.get("Authorization", "")))
         asked = DRAWN.sub("", f"{self.command} {self.path} {self.headers.get('Range', '')}")
         fault = self.proxy.fault(asked)
         if fault == "reset":

@@ -1,4 +1,4 @@
-"""A prefix in a bucket of S3 or of any server that speaks its protocol, through boto3."""
+"""A prefix in a bucket of S3 or of any server that speaks its protocol: through boto3, ranges through obstore first."""
 
 import os
 import re
@@ -15,6 +15,7 @@ from datapipe.errors import StorageError
 from datapipe.storage.retry import keep_trying
 from datapipe.storage.s3_client import connection
 from datapipe.storage.s3_faults import ERRORS, Place, code_of, explained, status_of
+from datapipe.storage.s3_ranges import ranges
 from datapipe.storage.store import Data, Entry, Store, WrongRangeError
 
 T = TypeVar("T")
@@ -43,7 +44,16 @@ class S3Store(Store):
             return b""
         if start == 0 and size is None:
             return self._try(lambda: self._client.get_object(**self._target(name))["Body"].read(), name)
-        return self._try(lambda: self._read_range(name, start, size), name)
+        return self._try(self._range(name, start, size), name)
+
+    def _range(self, name: str, start: int, size: int | None) -> Callable[[], bytes]:
+        def request() -> bytes:
+            return self._read_range(name, start, size)
+
+        fast = ranges(self.bucket, self.config, os.getpid()) if size is not None else None
+        if fast is None or size is None or not fast.take(self._key(name)):
+            return request
+        return fast.first(self._key(name), start, size, self._place(name), then=request)
 
     def _read_range(self, name: str, start: int, size: int | None) -> bytes:
         wanted = f"bytes={start}-{'' if size is None else start + size - 1}"
@@ -177,8 +187,11 @@ class S3Store(Store):
         return keep_trying(attempt, self.config, where=self.address(name))
 
     def _explained(self, error: Exception, name: str) -> Exception:
-        client, answered = connection(self.config, os.getpid())
-        return explained(error, Place(self.address(name), self.bucket, client.meta.endpoint_url), answered.is_set())
+        answered = connection(self.config, os.getpid()).answered
+        return explained(error, self._place(name), answered.is_set())
+
+    def _place(self, name: str) -> Place:
+        return Place(self.address(name), self.bucket, self._client.meta.endpoint_url)
 
 
 class _Taken(Exception):

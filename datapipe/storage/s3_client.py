@@ -1,10 +1,12 @@
 """The boto3 client behind S3 stores, and a watch on its answers that botocore does not keep itself."""
 
+import os
 from functools import lru_cache
 from threading import Event
 from typing import Any, NamedTuple
 
 import boto3
+import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, IncompleteReadError
 
@@ -16,9 +18,12 @@ MOST_CONNECTIONS = 32
 
 
 class Connection(NamedTuple):
-    """A client, safe to share between threads, and whether its endpoint has ever answered."""
+    """A client, safe to share between threads, what it was made from, and whether its endpoint has ever answered."""
 
     client: Any
+    session: boto3.session.Session
+    authorities: str
+    """File of certificates that the client trusts, empty for the system's."""
     answered: Event
 
 
@@ -29,12 +34,14 @@ def connection(config: StorageConfig, process: int) -> Connection:
         retries={"total_max_attempts": 1},
         max_pool_connections=MOST_CONNECTIONS,
         read_timeout=config.timeout_s,
-        connect_timeout=min(CONNECT_TIMEOUT_S, config.timeout_s),
+        connect_timeout=connect_timeout_s(config),
         request_checksum_calculation=config.checksums,
         response_checksum_validation=config.checksums,
     )
     try:
-        session = boto3.session.Session()
+        core = botocore.session.get_session()
+        session = boto3.session.Session(botocore_session=core)
+        authorities = core.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE", "")
         region = session.region_name or "us-east-1"
         client = session.client("s3", endpoint_url=config.endpoint_url or None, config=options, region_name=region)
     except (BotoCoreError, ValueError) as error:  # a profile that is not there; no full address
@@ -51,7 +58,12 @@ def connection(config: StorageConfig, process: int) -> Connection:
             _refuse_cut(response_dict)
 
     client.meta.events.register("before-parse.s3", watch)
-    return Connection(client, answered)
+    return Connection(client, session, authorities, answered)
+
+
+def connect_timeout_s(config: StorageConfig) -> float:
+    """Seconds after which an attempt to connect counts as failed."""
+    return min(CONNECT_TIMEOUT_S, config.timeout_s)
 
 
 def _refuse_cut(answer: dict[str, Any]) -> None:

@@ -79,8 +79,7 @@ def explained(error: Exception, place: Place, answered: bool) -> Exception:
         return StorageError(f"no trusted connection: {error}", where=place.where, hint=hint)
     if isinstance(error, BROKEN):
         unreached = isinstance(error, UNREACHED)
-        what = "cannot be reached" if unreached else "did not answer fully"
-        final = StorageError(f"the store {what}: {error}", where=place.where, hint=f"{ENDPOINT} and the network")
+        final = unanswered(str(error), place, what="cannot be reached" if unreached else "did not answer fully")
         return PassingFault(final, within_s=FIRST_CONTACT_S if unreached and not answered else math.inf)
     if isinstance(error, ResponseParserError):
         return _no_s3(place)
@@ -88,6 +87,11 @@ def explained(error: Exception, place: Place, answered: bool) -> Exception:
         return RefusedError(f"the request could not be made: {error}", where=place.where, hint=CREDENTIALS)
     hint = f"{ENDPOINT}, the region and the address"
     return StorageError(f"the request could not be made: {error}", where=place.where, hint=hint)
+
+
+def unanswered(why: str, place: Place, *, what: str = "did not answer fully") -> StorageError:
+    """Where there was no answer, or not the whole one."""
+    return StorageError(f"the store {what}: {why}", where=place.where, hint=f"{ENDPOINT} and the network")
 
 
 def _refusal(error: Any, place: Place) -> StorageError:

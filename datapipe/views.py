@@ -3,7 +3,7 @@
 This is the one implementation: what `preview` shows is what training sees. Normalisation is left to the device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -199,13 +199,18 @@ def _flip_purpose(group: ViewGroup, view: int) -> str:
 
 
 def _fill(images: list[View], spec: ViewSpec, unit: dict[str, Floats], targets: dict[str, list[list[View]]]) -> Ints:
-    """Make the views in place; returns the boxes of the boxed ones, [spec.boxed, n, 5]."""
+    """Make the views in place; returns the boxes of the boxed ones, [spec.boxed, n, 5].
+
+    All that is random is planned first, for all images at once; then each image gets all of its views in turn, while it
+    is in the core's cache.
+    """
     sizes = np.array([image.shape[:2] for image in images], dtype=np.int64)
-    sources: list[Any] = images
+    sources: Iterable[Any] = images
     resize: Callable[[Any, list[int], View], None] = _resize_linear
     if spec.interpolation == "bicubic":
-        sources, resize = [Image.fromarray(image) for image in images], _resize_bicubic
+        sources, resize = map(Image.fromarray, images), _resize_bicubic
     cut: dict[str, Ints] = {}
+    plans = []
     found = [np.empty((0, len(images), 5), dtype=np.int64)]
     for group in spec.groups:
         for view, (band, colours) in enumerate(zip(group.bands, group.photometric, strict=True)):
@@ -221,14 +226,14 @@ def _fill(images: list[View], spec: ViewSpec, unit: dict[str, Floats], targets: 
             if group.pad is not None:
                 moves = np.floor(numbers * (2 * group.pad + 1)).astype(np.int64) - group.pad
                 steps = [[(_move, move), *todo] for move, todo in zip(moves.tolist(), steps, strict=True)]
-            for source, box, flip, todo, target in zip(
-                sources, crops.tolist(), flips.tolist(), steps, targets[group.name][view], strict=True
-            ):
-                resize(source, box, target)
-                if flip:
-                    cv2.flip(target, 1, dst=target)
-                for operation, argument in todo:
-                    operation(target, argument)
+            plans.append(zip(targets[group.name][view], crops.tolist(), flips.tolist(), steps, strict=True))
+    for source, *views in zip(sources, *plans, strict=True):
+        for target, box, flip, todo in views:
+            resize(source, box, target)
+            if flip:
+                cv2.flip(target, 1, dst=target)
+            for operation, argument in todo:
+                operation(target, argument)
     return np.concatenate(found)
 
 

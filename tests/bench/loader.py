@@ -1,6 +1,7 @@
 """Decode and one random resized crop, through loaders: what does the machinery cost?"""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from tempfile import TemporaryDirectory
@@ -30,7 +31,7 @@ from tests.bench.specs import GLOBAL, ONE_RATIO, ONE_SCALE, one_view
 from tests.bench.table import Row, Table, Target, compare
 from tests.golden import ROOT
 
-BARE, VIEWS_ALONE = "no loader: a bare loop", "make_views alone"
+BARE, BARE_LOOPS, VIEWS_ALONE = "no loader: a bare loop", "no loader: bare loops in threads", "make_views alone"
 WEBDATASET, TORCHVISION = "webdataset, same decode", "PIL + torchvision ImageFolder"
 APART = {"litdata": ("litdata, same decode", Target(1.35)), "mosaic": ("mosaic streaming, same decode", Target(2.2))}
 """Those in an environment of their own: name in it, name here, target."""
@@ -46,6 +47,7 @@ def loader(scale: Scale) -> Table:
         f"batches of {scale.batch}, shuffled, linear; threads of ours and worker processes of others: {scale.workers}",
         "ours reads each crop from its tar (stream.cache_mb = 0, as with a data set of LUPerson's size on a local "
         "disk) and checks it; the bare loop has the bytes in memory, draws boxes in plain Python and does nothing else",
+        "bare loops in threads: as many such loops as the loader has threads; they share nothing but the interpreter",
         "ImageFolder: bicubic, ToTensor, Normalize; all files are in the page cache",
         "litdata: chunks of 64 MB, StreamingDataLoader; mosaic streaming: MDS shards, torch's DataLoader; "
         "workers stay; versions: tests/bench/loader_peers.txt",
@@ -63,7 +65,8 @@ def _measured(found: Crops, scale: Scale) -> Rates:
         works: dict[str, Work] = {
             WEBDATASET: stack.enter_context(_webdataset(found, scale)),
             TORCHVISION: stack.enter_context(_torchvision(found, scale)),
-            BARE: _bare(found, scale),
+            BARE: _bare(found.jpegs, scale),
+            BARE_LOOPS: stack.enter_context(_bare_loops(found, scale)),
             VIEWS_ALONE: _views_alone(found, scale),
         }
         for peer in _apart(scale):
@@ -82,7 +85,7 @@ def _rows(kind: str, threads: int, found: Rates) -> list[Row]:
     many = _name(threads)
     rows = [row(VIEWS_ALONE, BARE), row(_name(1), BARE, Target(0.9))]
     if threads > 1:
-        rows.append(row(many, BARE, Target(0.9)))
+        rows += [row(many, BARE, Target(0.9)), row(many, BARE_LOOPS)]
     apart = [row(many, against, target) for against, target in APART.values() if against in found]
     return [*rows, row(many, WEBDATASET, Target(1.5)), *apart, row(many, TORCHVISION, Target(5))]
 
@@ -110,15 +113,24 @@ def _ours(found: Crops, scale: Scale, threads: int) -> Iterator[Work]:
     stream.close()
 
 
-def _bare(found: Crops, scale: Scale) -> Work:
+def _bare(jpegs: list[bytes], scale: Scale) -> Work:
     out = np.empty((scale.batch, *GLOBAL, 3), np.uint8)
 
     def work() -> int:
-        for number, data in enumerate(found.jpegs):
+        for number, data in enumerate(jpegs):
             cut(decode(data), out[number % scale.batch])
-        return len(found.jpegs)
+        return len(jpegs)
 
     return work
+
+
+@contextmanager
+def _bare_loops(found: Crops, scale: Scale) -> Iterator[Work]:
+    """As many loops as the loader has threads, which share nothing but the interpreter."""
+    threads = scale.workers or 1
+    loops = [_bare(found.jpegs[first::threads], scale) for first in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        yield lambda: sum(pool.map(lambda loop: loop(), loops))
 
 
 def _views_alone(found: Crops, scale: Scale) -> Work:

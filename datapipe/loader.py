@@ -28,8 +28,14 @@ from datapipe.workers import available_cores
 FEWEST_ROWS = 8
 """Smallest piece of a batch that is handed to a thread."""
 PIECES_A_THREAD = 2
-"""Pieces of all batches under way, for each thread: enough to keep it busy. Fewer, larger ones cost less: what is drawn
-for a piece takes numpy about as long for 200 rows as for 20."""
+"""Pieces of all batches under way, for each thread: enough to keep it busy. Fewer, larger ones cost less: one view of a
+crop took 280 us in pieces of 8 rows, 195 in pieces of 32 and 159 in pieces of 256."""
+
+
+def rows_of_a_piece(rows: int, threads: int, prefetch: int) -> int:
+    """Into how large pieces a batch of so many rows is cut, where `prefetch` + 1 batches are under way at a time."""
+    pieces = -(-PIECES_A_THREAD * threads // (prefetch + 1))
+    return max(FEWEST_ROWS, -(-rows // pieces))
 
 
 class Intake(NamedTuple):
@@ -134,8 +140,7 @@ class Loader:
         self._assignment = Assignment(self.rows, nodes or (0,) * world, order.together)
         self.threads = config.threads or max(1, available_cores() // ranks_here)
         self._prefetch, self._window = config.prefetch, config.window * config.block
-        pieces = -(-PIECES_A_THREAD * self.threads // (config.prefetch + 1))  # of each batch under way
-        self._piece = min(micro_batch, max(FEWEST_ROWS, -(-self.rows // pieces)))
+        self._piece = min(micro_batch, rows_of_a_piece(self.rows, self.threads, config.prefetch))
         self._pool = ThreadPoolExecutor(self.threads, "datapipe-views")
         self._slots = [self._slot(allocate) for _ in range(config.prefetch + 2)]
         self._lock = Lock()

@@ -23,7 +23,7 @@ from datapipe.stream import Stream
 from datapipe.views import make_views
 from tests.bench.crops import ABOUT, KINDS, Crops, crops
 from tests.bench.cut import cut, decoded_and_cut
-from tests.bench.measure import Clock, Rates, Work, rates, tree_cpu_s
+from tests.bench.measure import Clock, Rates, Work, rates, repeated, tree_cpu_s
 from tests.bench.peers import LOADERS, Process, answer, tell
 from tests.bench.reference import BICUBIC, normalised
 from tests.bench.scale import Scale
@@ -35,6 +35,8 @@ BARE, BARE_LOOPS, VIEWS_ALONE = "no loader: a bare loop", "no loader: bare loops
 WEBDATASET, TORCHVISION = "webdataset, same decode", "PIL + torchvision ImageFolder"
 APART = {"litdata": ("litdata, same decode", Target(1.35)), "mosaic": ("mosaic streaming, same decode", Target(2.2))}
 """Those in an environment of their own: name in it, name here, target."""
+EPOCHS = 4
+"""In a round of the fastest contenders."""
 PIL_SHARE = 3
 """The slowest contender gets one of so many images."""
 
@@ -65,16 +67,16 @@ def _measured(found: Crops, scale: Scale) -> Rates:
         works: dict[str, Work] = {
             WEBDATASET: stack.enter_context(_webdataset(found, scale)),
             TORCHVISION: stack.enter_context(_torchvision(found, scale)),
-            BARE: _bare(found.jpegs, scale),
-            BARE_LOOPS: stack.enter_context(_bare_loops(found, scale)),
-            VIEWS_ALONE: _views_alone(found, scale),
+            BARE: repeated(_bare(found.jpegs, scale), EPOCHS),
+            BARE_LOOPS: repeated(stack.enter_context(_bare_loops(found, scale)), EPOCHS),
+            VIEWS_ALONE: repeated(_views_alone(found, scale), EPOCHS),
         }
         for peer in _apart(scale):
             process = stack.enter_context(_peer(peer, found, scale))
             works[APART[peer][0]] = partial(_epoch_of, process)
             clocks[APART[peer][0]] = partial(tree_cpu_s, process.pid)
         for threads in {1, scale.workers or 1}:
-            works[_name(threads)] = stack.enter_context(_ours(found, scale, threads))
+            works[_name(threads)] = repeated(stack.enter_context(_ours(found, scale, threads)), EPOCHS)
         return rates(works, scale.rounds, clocks)
 
 

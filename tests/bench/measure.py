@@ -51,6 +51,11 @@ def rates(works: Mapping[str, Work], rounds: int, clocks: Mapping[str, Clock] | 
     return found
 
 
+def repeated(work: Work, times: int) -> Work:
+    """The same work so many times in one round: in half a second figures swing by a tenth either way."""
+    return lambda: sum(work() for _ in range(times))
+
+
 def ratio(ours: list[float], theirs: list[float]) -> Spread:
     """Ours over theirs, round by round."""
     return Spread.of([mine / other for mine, other in zip(ours, theirs, strict=True)])

@@ -24,13 +24,13 @@ from datapipe.order import Order
 from datapipe.storage import open_store
 from datapipe.stream import Stream
 from tests.bench.crops import ABOUT, KINDS, Crops, crops
-from tests.bench.measure import Rates, Spread, Work, rates, ratio
+from tests.bench.measure import Rates, Spread, Work, rates, ratio, repeated
 from tests.bench.scale import Scale
 from tests.bench.specs import one_view
 from tests.bench.table import Row, Table, Target
 
 EPOCHS = 4
-"""A round of one epoch takes half a second, in which figures swing by a tenth either way."""
+"""In a round."""
 LOCAL, BLOCKS, SINGLY = "local disk", "S3, blocks kept on disk", "S3, crop by crop"
 OURS, OBSTORE, BOTO3 = "our store", "obstore by itself", "boto3 by itself"
 SERVER = """
@@ -68,8 +68,8 @@ def _measured(found: Crops, scale: Scale) -> Rates:
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=scale.cache))
         blocks = stack.enter_context(_loading(url, storage, scale, cache_dir=folder))
         works = {
-            LOCAL: _repeated(stack.enter_context(_loading(str(local), StorageConfig(), scale))),
-            BLOCKS: _repeated(lambda: _from_empty(Path(folder), blocks)),
+            LOCAL: repeated(stack.enter_context(_loading(str(local), StorageConfig(), scale)), EPOCHS),
+            BLOCKS: repeated(lambda: _from_empty(Path(folder), blocks), EPOCHS),
             SINGLY: stack.enter_context(_loading(url, storage, scale, cache_gb=0)),
         }
         return rates(works, scale.rounds, dict.fromkeys(works, process_time))
@@ -119,10 +119,6 @@ def _reading(kind: str, found: Crops, scale: Scale) -> list[Row]:
             ratio(rated[OURS], rated[peer]), None)
         for peer in (OBSTORE, BOTO3)
     ]  # fmt: skip
-
-
-def _repeated(work: Work) -> Work:
-    return lambda: sum(work() for _ in range(EPOCHS))
 
 
 def _from_empty(folder: Path, work: Work) -> int:

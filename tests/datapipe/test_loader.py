@@ -1,5 +1,6 @@
 """The same samples and pixels for every number of threads, ranks and restarts; errors reach the consumer."""
 
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from datapipe.config import JitterConfig, StorageConfig, StreamConfig, ViewConfig
 from datapipe.errors import DataError
-from datapipe.loader import Batch, Intake, Loader
+from datapipe.loader import FEWEST_ROWS, Batch, Intake, Loader, rows_of_a_piece
 from datapipe.manifest import Manifest
 from datapipe.masking import MaskConfig, MaskLaw, draw_masks
 from datapipe.order import Order
@@ -308,6 +309,17 @@ def test_threads__divide_the_cores_among_the_ranks_of_a_machine(
             assert running.threads == expected
 
 
+
+
+@pytest.mark.parametrize("rows", [1, 12, 64, 250])
+@pytest.mark.parametrize("threads", [1, 2, 3, 8, 16, 64])
+@pytest.mark.parametrize("prefetch", [1, 3, 8])
+def test_rows_of_a_piece__leave_two_pieces_to_every_thread_and_no_more(rows: int, threads: int, prefetch: int) -> None:
+    piece, batches = rows_of_a_piece(rows, threads, prefetch), prefetch + 1
+    pieces = ceil(rows / piece)
+    assert piece >= FEWEST_ROWS
+    assert pieces * batches >= 2 * threads or piece == FEWEST_ROWS
+    assert (pieces - 1) * batches < 2 * threads
 
 
 def test_after__masks_and_boxes_follow_their_images_in_any_world(crops: CropSet) -> None:

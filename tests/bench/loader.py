@@ -14,15 +14,13 @@ import webdataset
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
 
-from datapipe.config import StorageConfig, StreamConfig
+from datapipe.config import StorageConfig
 from datapipe.decoding import decode
-from datapipe.loader import Loader
 from datapipe.manifest import Manifest
-from datapipe.order import Order
-from datapipe.stream import Stream
 from datapipe.views import make_views
 from tests.bench.crops import ABOUT, KINDS, Crops, crops
 from tests.bench.cut import cut, decoded_and_cut
+from tests.bench.loading import loading
 from tests.bench.measure import Clock, Rates, Work, rates, repeated, tree_cpu_s
 from tests.bench.peers import LOADERS, Process, answer, tell
 from tests.bench.reference import BICUBIC, normalised
@@ -76,7 +74,8 @@ def _measured(found: Crops, scale: Scale) -> Rates:
             works[APART[peer][0]] = partial(_epoch_of, process)
             clocks[APART[peer][0]] = partial(tree_cpu_s, process.pid)
         for threads in {1, scale.workers or 1}:
-            works[_name(threads)] = repeated(stack.enter_context(_ours(found, scale, threads)), EPOCHS)
+            ours = stack.enter_context(loading(found.dataset, StorageConfig(), scale, threads=threads))
+            works[_name(threads)] = repeated(ours, EPOCHS)
         return rates(works, scale.rounds, clocks)
 
 
@@ -94,25 +93,6 @@ def _rows(kind: str, threads: int, found: Rates) -> list[Row]:
 
 def _name(threads: int) -> str:
     return f"loader, {threads} thread{'s' if threads > 1 else ''}"
-
-
-@contextmanager
-def _ours(found: Crops, scale: Scale, threads: int) -> Iterator[Work]:
-    config = StreamConfig(manifest=found.dataset, threads=threads, cache_mb=0)
-    stream = Stream(Manifest.load(found.dataset), StorageConfig(), config)
-    order = Order(stream.rows, 0, config.block, config.window)
-    begin = 0
-    with Loader(stream, order, one_view(), seed=0, global_batch=scale.batch, rank=0, world=1, micro_batch=scale.batch,
-                config=config) as batches:
-
-        def work() -> int:
-            nonlocal begin
-            for batch in batches.after(begin, begin + stream.rows):
-                begin = batch.after
-            return stream.rows
-
-        yield work
-    stream.close()
 
 
 def _bare(jpegs: list[bytes], scale: Scale) -> Work:

@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from time import process_time
-from typing import Any
 
 import boto3
 import obstore
@@ -18,15 +17,12 @@ from obstore.store import S3Store
 
 from datapipe.config import ShardConfig, StorageConfig, StreamConfig
 from datapipe.ingest import ingest
-from datapipe.loader import Loader
 from datapipe.manifest import Manifest
-from datapipe.order import Order
 from datapipe.storage import open_store
-from datapipe.stream import Stream
 from tests.bench.crops import ABOUT, KINDS, Crops, crops
+from tests.bench.loading import loading
 from tests.bench.measure import Rates, Spread, Work, rates, ratio, repeated
 from tests.bench.scale import Scale
-from tests.bench.specs import one_view
 from tests.bench.table import Row, Table, Target
 
 EPOCHS = 4
@@ -66,11 +62,11 @@ def _measured(found: Crops, scale: Scale) -> Rates:
     with ExitStack() as stack:
         url, storage = stack.enter_context(_served(local))
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=scale.cache))
-        blocks = stack.enter_context(_loading(url, storage, scale, cache_dir=folder))
+        blocks = stack.enter_context(loading(url, storage, scale, cache_dir=folder))
         works = {
-            LOCAL: repeated(stack.enter_context(_loading(str(local), StorageConfig(), scale)), EPOCHS),
+            LOCAL: repeated(stack.enter_context(loading(str(local), StorageConfig(), scale)), EPOCHS),
             BLOCKS: repeated(lambda: _from_empty(Path(folder), blocks), EPOCHS),
-            SINGLY: stack.enter_context(_loading(url, storage, scale, cache_gb=0)),
+            SINGLY: stack.enter_context(loading(url, storage, scale, cache_gb=0)),
         }
         return rates(works, scale.rounds, dict.fromkeys(works, process_time))
 
@@ -125,26 +121,6 @@ def _from_empty(folder: Path, work: Work) -> int:
     for path in folder.glob("*-*"):
         path.unlink()
     return work()
-
-
-@contextmanager
-def _loading(url: str, storage: StorageConfig, scale: Scale, **settings: Any) -> Iterator[Work]:
-    """An epoch through the loader; what opening costs is another bench."""
-    config = StreamConfig(threads=1, cache_mb=0, **settings)
-    stream = Stream(Manifest.load(url, storage), storage, config)
-    order = Order(stream.rows, 0, config.block, config.window)
-    begin = 0
-    with Loader(stream, order, one_view(), seed=0, global_batch=scale.batch, rank=0, world=1, micro_batch=scale.batch,
-                config=config) as batches:  # fmt: skip
-
-        def work() -> int:
-            nonlocal begin
-            for batch in batches.after(begin, begin + stream.rows):
-                begin = batch.after
-            return stream.rows
-
-        yield work
-    stream.close()
 
 
 def _in_one_shard(found: Crops) -> Path:

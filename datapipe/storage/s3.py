@@ -50,10 +50,10 @@ class S3Store(Store):
         def request() -> bytes:
             return self._read_range(name, start, size)
 
-        fast = ranges(self.bucket, self.config, os.getpid()) if size is not None else None
-        if fast is None or size is None or not fast.take(self._key(name)):
-            return request
-        return fast.first(self._key(name), start, size, self._place(name), then=request)
+        fast = ranges(self.bucket, self.config, os.getpid())
+        if size is not None and fast is not None and fast.take(self._key(name)):
+            return fast.first(self._key(name), start, size, self._place(name), then=request)
+        return request
 
     def _read_range(self, name: str, start: int, size: int | None) -> bytes:
         wanted = f"bytes={start}-{'' if size is None else start + size - 1}"

@@ -6,9 +6,20 @@ import pytest
 
 from tests.golden import ABSENT, ROOT, golden_folder
 
+_UNSUPERVISED = "unsupervised and domain-adaptive evaluation"
+_ANALYSIS = "analysis of what a backbone has learnt"
 WAITING = {
-    "jaccard_dbscan": "unsupervised and domain-adaptive evaluation",
-    "cluster_memory": "unsupervised and domain-adaptive evaluation",
+    "jaccard_dbscan": _UNSUPERVISED,
+    "jaccard_unnormalised": _UNSUPERVISED,
+    "cluster_memory": _UNSUPERVISED,
+    "usl_necks": _UNSUPERVISED,
+    "usl_sampler": _UNSUPERVISED,
+    "usl_retrieval": _UNSUPERVISED,
+    "train_usl": _UNSUPERVISED,
+    "train_usl_pass": _UNSUPERVISED,
+    "cfs_scores": "selection of crops by catastrophic forgetting score",
+    "attention_maps": _ANALYSIS,
+    "pattern_layout": _ANALYSIS,
 }
 """Item -> what it waits for."""
 

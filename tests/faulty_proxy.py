@@ -169,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
         faults = self.proxy.faults
         dropped = FRAMING | {name.lower() for name in faults.without if self.command in faults.without_for}
         headers = {name: value for name, value in self.headers.items() if name.lower() not in dropped}
-        connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=60)
+        connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=300)
         try:
             connection.request(self.command, self.path, body, {**headers, "Content-Length": str(len(body))})
             answer = connection.getresponse()

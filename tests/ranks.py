@@ -29,6 +29,20 @@ def run_ranks(count: int, function: Callable[..., Any], *arguments: Any, fresh: 
     return found
 
 
+def exit_codes(count: int, function: Callable[..., Any], *arguments: Any) -> list[int | None]:
+    """How each process ended, of ranks some of which end before their time; whoever is first to end."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = (dict(os.environ), count, folder, function, arguments)
+        ranks = [forkserver().Process(target=_start, args=(rank, *start)) for rank in range(count)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(TIMEOUT_S)
+            process.kill()
+            process.join()
+        return [process.exitcode for process in ranks]
+
+
 def _start(rank: int, environment: dict[str, str], *rest: Any) -> None:
     call(environment, _rank, rank, *rest)
 

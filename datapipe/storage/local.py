@@ -53,8 +53,12 @@ class LocalStore(Store):
             yield from self._walk(start, prefix, (os.path.realpath(self._path(folder)),))
 
     def _walk(self, folder: str, prefix: str, parents: tuple[str, ...]) -> Iterator[Entry]:
+        """What another process deletes meanwhile is left out, as if it had been deleted before."""
         with self._faults(folder):
-            found = _sorted_names(self._path(folder))
+            try:
+                found = _sorted_names(self._path(folder))
+            except FileNotFoundError:
+                return
         for raw in found:
             name = folder + os.fsdecode(raw)
             if not (name.startswith(prefix) or prefix.startswith(name)) or name.endswith(TEMPORARY):
@@ -62,7 +66,9 @@ class LocalStore(Store):
             path = self.address(name)
             if not name.endswith("/"):
                 with self._faults(name):
-                    yield Entry(name, os.stat(path).st_size)
+                    size = _size_if_present(path)
+                if size is not None:
+                    yield Entry(name, size)
             elif (real := os.path.realpath(path)) not in parents:  # a link to a folder above would never end
                 yield from self._walk(name, prefix, (*parents, real))
 
@@ -145,6 +151,16 @@ class LocalStore(Store):
                 where=where,
                 hint="check the permissions and the free space there",
             ) from error
+
+
+def _size_if_present(path: str) -> int | None:
+    """Bytes; None for a file that was deleted after its name was read. Raises OSError, for a dangling link too."""
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        if os.path.lexists(path):
+            raise
+        return None
 
 
 def _sorted_names(folder: Path) -> np.ndarray:

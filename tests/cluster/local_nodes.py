@@ -54,9 +54,10 @@ class Watched:
         """The first thing that is found; polled, as nobody tells. Fails when the command ends before."""
         end = time.monotonic() + PATIENCE_S
         while time.monotonic() < end:
+            ended = self.process.poll() is not None  # before the look: what it left at its end is seen
             if something := found():
                 return something
-            assert self.process.poll() is None, self.end()
+            assert not ended, self.end()
             time.sleep(0.1)
         self.process.kill()
         raise AssertionError(f"not within {PATIENCE_S} s: {self.end()}")

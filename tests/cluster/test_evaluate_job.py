@@ -28,12 +28,14 @@ def killed(words: tuple[str, ...], begun: Callable[[], Any]) -> None:
     end = time.monotonic() + PATIENCE_S
     try:
         while not begun():
-            assert process.poll() is None, finished(process)
+            assert process.poll() is None or begun(), finished(process)
             assert time.monotonic() < end, "nothing came"
             time.sleep(0.01)
     finally:
-        root = psutil.Process(process.pid)
-        tree = [root, *root.children(recursive=True)]
+        tree: list[psutil.Process] = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root = psutil.Process(process.pid)
+            tree = [root, *root.children(recursive=True)]
         for one in tree:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()

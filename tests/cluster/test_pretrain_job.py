@@ -5,8 +5,6 @@ import json
 import os
 import re
 import signal
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,24 +12,15 @@ import psutil
 import pytest
 import torch
 
+from tests.flow.pause import Pause
 from tests.flow.test_resume import _until
 from tests.flow.tiny import audited, command, final_state, finished, recipe, shards
 from tests.ranks import run_ranks
-from training.checkpoint import MARKER, name_of, step_of
+from training.checkpoint import step_of
 
+KILLED_AFTER = 8
+"""Steps, of 16; a checkpoint is saved after every third."""
 Write = Callable[..., dict[str, bytes]]
-
-
-def _kill_at(step: int, run: Path, killed: list[int]) -> None:
-    """SIGKILL the worker of rank 1 once its audit log tells of this step and that of the one before is saved."""
-    log, marker = run / "ranks" / "audit_01.jsonl", run / "checkpoints" / name_of(step - 1) / MARKER
-    end = time.monotonic() + 240
-    while time.monotonic() < end:
-        if marker.exists() and f'"step": {step},' in log.read_text():
-            killed.append(json.loads((run / "ranks" / "rank_01.json").read_text())["pid"])
-            os.kill(killed[0], signal.SIGKILL)
-            return
-        time.sleep(0.02)  # nobody else writes this file: there is no event to wait for
 
 
 @pytest.mark.slow
@@ -39,21 +28,21 @@ def test_pretrain_job__a_killed_worker_changes_nothing(tmp_path: Path, write_cro
     write_crops(tmp_path / "crops", 50)
     data = shards(tmp_path / "crops", str(tmp_path / "shards"))
     path = recipe(tmp_path, data.url, str(tmp_path / "run"), epochs=2.0)
-    run, undisturbed, killed = tmp_path / "run", tmp_path / "undisturbed", []  # type: ignore[var-annotated]
-    flags = ("--cluster.max-workers", "2", "--engine.stepper", "deepspeed")
-    process = command("cluster", "pretrain", str(path), *flags)
-    killer = threading.Thread(target=_kill_at, args=(7, run, killed))
-    killer.start()
+    run, undisturbed, pause = tmp_path / "run", tmp_path / "undisturbed", Pause(tmp_path, KILLED_AFTER, rank=1)
+    flags = ("--cluster.max-workers", "2", "--engine.stepper", "deepspeed", "--cluster.environment")
+    process = command("cluster", "pretrain", str(path), *flags, *pause.worker_environment, **pause.environment)
+    killed = pause.reached(process)
+    os.kill(killed, signal.SIGKILL)
+    pause.end()
     code, output, errors = finished(process)
-    killer.join()
-    assert killed and code == 0, output + errors
+    assert code == 0, output + errors
     attempts = [json.loads(log.read_text().splitlines()[0]) for log in sorted((run / "metrics").glob("*.jsonl"))]
     assert re.fullmatch(r"restarted: rank 1 on 127.0.0.1 \(node \w{8}\): its process died", attempts[1]["reason"])
     records = map(json.loads, (run / "restarts.jsonl").read_text().splitlines())
     (restart,) = (record for record in records if record["kind"] == "crash")
     first, second = (attempt["resumed_from"] for attempt in attempts)
     resumed = step_of(second) or 0
-    assert first is None and resumed >= 6
+    assert first is None and 0 < resumed <= KILLED_AFTER
     assert restart["rank"] == 1
     assert restart["saved"] <= min(restart["step"], resumed)  # the last one may not have been told of
     run_ranks(2, _until, str(path), str(undisturbed), "deepspeed", 0)

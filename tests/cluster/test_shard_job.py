@@ -94,9 +94,10 @@ def _until(found: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
     """The first thing that is found; polled, as nobody tells. Fails when the process ends before."""
     end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end:
+        ended = process.poll() is not None  # before the look: what it left at its end is seen
         if something := found():
             return something
-        assert process.poll() is None, finished(process)
+        assert not ended, finished(process)
         time.sleep(0.01)
     process.kill()
     raise AssertionError(f"not within {PATIENCE_S} s: {finished(process)}")

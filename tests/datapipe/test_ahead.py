@@ -16,7 +16,7 @@ def test_in_order__works_ahead_by_as_many_as_there_are_threads() -> None:
         with lock:
             begun[0] += 1
         if number < THREADS:
-            together.wait(30)  # broken unless so many are under way at the same time
+            together.wait(300)  # broken unless so many are under way at the same time
         return -number
 
     answers = in_order(work, range(20), threads=THREADS)

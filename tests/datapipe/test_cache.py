@@ -25,6 +25,7 @@ from tests.datapipe.crop_set import CropSet
 from tests.faulty_proxy import Faults, FaultyProxy
 
 ROWS, BLOCK = 60, 5
+PATIENCE_S = 300
 BLOCKS = 12
 
 
@@ -228,15 +229,15 @@ def test_load__one_fetches_and_the_others_wait(tmp_path: Path) -> None:
     def fetch() -> bytes:
         fetched.append(1)
         begun.set()
-        assert go_on.wait(20)
+        assert go_on.wait(PATIENCE_S)
         return b"abc"
 
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(DiskCache(str(tmp_path), 100).load, "key", [(0, 1)], fetch)
-        assert begun.wait(20)
+        assert begun.wait(PATIENCE_S)
         others = [pool.submit(DiskCache(str(tmp_path), 100).load, "key", [(1, 2)], fetch) for _ in range(2)]
         go_on.set()
-        assert first.result(20) == [b"a"] and [other.result(20) for other in others] == [[b"bc"]] * 2
+        assert first.result(PATIENCE_S) == [b"a"] and [other.result(PATIENCE_S) for other in others] == [[b"bc"]] * 2
     assert len(fetched) == 1
 
 
@@ -254,17 +255,17 @@ def test_memory__a_failed_load_fails_all_who_wait_and_is_forgotten() -> None:
     cache, started, release = MemoryCache(100), Barrier(2), Event()
 
     def fail() -> bytes:
-        started.wait(10)
-        release.wait(10)
+        started.wait(PATIENCE_S)
+        release.wait(PATIENCE_S)
         raise DataError("gone")
 
     with ThreadPoolExecutor(2) as pool:
         owner = pool.submit(cache.load, "1", [(0, 4)], fail)
-        started.wait(10)
+        started.wait(PATIENCE_S)
         waiter = pool.submit(cache.load, "1", [(0, 4)], lambda: b"late")  # waits, or comes after the failure
         release.set()
-        assert isinstance(owner.exception(10), DataError)
-        assert isinstance(waiter.exception(10), DataError) or waiter.result() == [b"late"]
+        assert isinstance(owner.exception(PATIENCE_S), DataError)
+        assert isinstance(waiter.exception(PATIENCE_S), DataError) or waiter.result() == [b"late"]
     assert cache.load("2", [(0, 2)], lambda: b"ok") == [b"ok"] == cache.held("2", [(0, 2)])
 
 
@@ -320,7 +321,7 @@ def test_disk__two_processes_share_it_while_a_third_is_killed(crops: CropSet, tm
             assert victim.stdout.readline()
             sizes.append(folder_size(folder))
         victim.kill()
-        outputs = [reader.communicate(timeout=60)[0] for reader in readers]
+        outputs = [reader.communicate(timeout=PATIENCE_S)[0] for reader in readers]
     finally:
         for process in (victim, *readers):
             process.kill()

@@ -156,7 +156,7 @@ def test_usage__out_of_range_is_refused(words: tuple[str, ...], capsys: pytest.C
 def test_errors__end_the_process_with_one_and_show_a_trace_on_request(tmp_path: Path) -> None:
     words = ("shard", tmp_path / "missing", "--out", tmp_path / "out")
     for process, traced in [(start(*words), False), (start(*words, "--debug"), True)]:
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=300)
         assert process.returncode == 1 and ("Traceback" in error) == traced and "does not exist" in error
 
 
@@ -186,20 +186,31 @@ def shard_words(folder: Path, out: object, *more: object) -> list[object]:
     return ["shard", folder / "one", folder / "two", "--out", out, "--samples-per-shard", 2, "--workers", 1, *more]
 
 
-def kill_when(process: "subprocess.Popen[str]", reached: Callable[[], bool]) -> bool:
-    """SIGKILL as soon as the condition holds; False if the process ended before."""
-    with process:
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.002)
-                return False
-            if reached():
-                process.send_signal(signal.SIGKILL)
-                return process.wait() == -signal.SIGKILL
+KILLED = """
+import os, signal, sys
+from datapipe import command, shard, workers
+from datapipe.__main__ import main
+
+def run(self, function, tasks, *, count, run=workers.Workers.run):
+    for done, result in enumerate(run(self, function, tasks, count=count), 1):
+        if function is shard.write_shard and done == last:
+            pid = os.getpid()
+            with open(f"/proc/{pid}/task/{pid}/children") as children:
+                print(children.read(), flush=True)
+            os.kill(pid, signal.SIGKILL)
+        yield result
+
+last, workers.Workers.run = int(sys.argv[1]), run
+command.run(main, sys.argv[2:])
+"""
 
 
-def found(folder: Path, pattern: str) -> int:
-    return sum(1 for _ in folder.glob(pattern))
+def killed(shards: int, *words: object) -> list[int]:
+    """The command, whose process kills itself once so many shards are written. Its children at that moment."""
+    process = subprocess.run([sys.executable, "-c", KILLED, str(shards), *map(str, words)], cwd=ROOT, text=True,
+                             env={**os.environ, **CREDENTIALS}, capture_output=True, check=False)  # fmt: skip
+    assert process.returncode == -signal.SIGKILL, process.stdout + process.stderr
+    return [int(word) for word in process.stdout.splitlines()[-1].split()]
 
 
 @pytest.mark.slow
@@ -208,9 +219,10 @@ def test_shard__killed_goes_on_where_it_was(many: tuple[Path, dict[str, bytes]],
     """What is complete is not done again: no crop is decoded, no shard that has an index is written."""
     folder, undisturbed = many
     out = tmp_path / "out"
-    assert kill_when(start(*shard_words(folder, out)), lambda: found(out, "shards/*.parquet") >= 30)
+    killed(30, *shard_words(folder, out))
     assert not (out / "manifest-v0001.json").exists()
     written = {path: path.stat().st_mtime_ns for path in out.glob("shards/*.parquet")}
+    assert len(written) == 30
     monkeypatch.delattr("datapipe.scan.screen")
     assert run(*shard_words(folder, out)) == 0
     assert {name: data for name, data in contents(out).items() if not name.endswith(".part")} == undisturbed
@@ -221,14 +233,8 @@ def test_shard__killed_goes_on_where_it_was(many: tuple[Path, dict[str, bytes]],
 def test_shard__workers_die_with_a_killed_parent(many: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
     folder, undisturbed = many
     words = [word if word != 1 else 2 for word in shard_words(folder, tmp_path / "out")]
-    process = start(*words)
-    children: list[int] = []
-
-    def reached() -> bool:
-        children[:] = _children(process.pid)
-        return found(tmp_path / "out", "shards/*.tar") >= 1
-
-    assert kill_when(process, reached) and children
+    children = killed(1, *words)
+    assert children
     for child in children:  # a descriptor of a process becomes readable when it ends
         with contextlib.suppress(ProcessLookupError):
             handle = os.pidfd_open(child)
@@ -238,14 +244,8 @@ def test_shard__workers_die_with_a_killed_parent(many: tuple[Path, dict[str, byt
     assert finished == undisturbed
 
 
-def _children(pid: int) -> list[int]:
-    with contextlib.suppress(OSError):
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return []
-
-
 def select_readable(handle: int) -> bool:
-    readable, _, _ = select.select([handle], [], [], 20)
+    readable, _, _ = select.select([handle], [], [], 300)
     os.close(handle)
     return bool(readable)
 

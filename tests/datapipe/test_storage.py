@@ -1,6 +1,7 @@
 """Stores hold what was written, whole or not at all, and say clearly why they cannot."""
 
 import pickle
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from uuid import uuid4
@@ -113,6 +114,17 @@ def test_local__does_not_follow_a_link_to_a_folder_above(tmp_path: Path) -> None
     (tmp_path / "a" / "b" / "up").symlink_to(tmp_path / "a")
     (tmp_path / "other").symlink_to(tmp_path / "a" / "b" / "file")
     assert [entry.name for entry in open_store(str(tmp_path)).list()] == ["a/b/file", "other"]
+
+
+def test_local__lists_what_is_left_of_a_folder_that_others_delete_from(tmp_path: Path) -> None:
+    for name in ("a/1", "b/1", "b/2", "c/1", "d/1"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    listing = open_store(str(tmp_path)).list()
+    assert next(listing).name == "a/1" and next(listing).name == "b/1"
+    (tmp_path / "b" / "2").unlink()
+    shutil.rmtree(tmp_path / "c")
+    assert [entry.name for entry in listing] == ["d/1"]
 
 
 def test_s3__unreachable_endpoint_and_wrong_bucket_are_named(s3: S3Server) -> None:

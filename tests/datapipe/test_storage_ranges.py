@@ -106,11 +106,11 @@ def test_range__is_tried_as_often_as_it_may(kind: str, told: str, attempts: int,
 
 def test_range__a_silent_server_is_left_in_time(s3: S3Server) -> None:
     with FaultyProxy(s3.endpoint, Faults(rate=1.0, kinds=("silence",), most=ALWAYS)) as proxy:
-        store = open_store("s3://bucket", StorageConfig(endpoint_url=proxy.endpoint, timeout_s=0.3, give_up_s=0.5))
+        store = open_store("s3://bucket", StorageConfig(endpoint_url=proxy.endpoint, timeout_s=0.3, give_up_s=3))
         began = time.monotonic()
         with pytest.raises(StorageError, match="did not answer fully"):
             ranged(store, "name", 0, 9)
-        assert time.monotonic() - began < 5 and proxy.met["silence"] > 1
+        assert time.monotonic() - began < 60 and proxy.met["silence"] > 1
 
 
 def test_range__what_is_no_passing_fault_is_told_at_once(s3: S3Server) -> None:
@@ -178,7 +178,7 @@ def test_range__is_signed_with_credentials_that_boto3_keeps_fresh(
     reads, began = 0, time.monotonic()
     with FaultyProxy(s3.endpoint) as proxy:
         store = open_store(f"s3://{bucket}", StorageConfig(endpoint_url=proxy.endpoint, timeout_s=34))
-        while reads < 20 or len(proxy.signed_by) < keys.start and time.monotonic() - began < 60:
+        while reads < 20 or len(proxy.signed_by) < keys.start and time.monotonic() - began < 300:
             assert ranged(store, "name", reads, 5) == DATA[reads : reads + 5]
             reads += 1
     assert len(proxy.signed_by) in keys

@@ -101,7 +101,7 @@ def test_fetch__several_requests_are_in_flight(crops: CropSet, monkeypatch: pyte
     read = store.read
 
     def held(name: str, *, start: int = 0, size: int | None = None) -> bytes:
-        together.wait(30)
+        together.wait(300)
         return read(name, start=start, size=size)
 
     monkeypatch.setattr(store, "read", held)

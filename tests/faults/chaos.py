@@ -15,7 +15,7 @@ from random import Random
 from tempfile import TemporaryDirectory
 
 from tests.faults.judge import fetch, other_weights, wrong_samples
-from tests.faults.kinds import BATCH, KINDS, Event, Moment, inflict
+from tests.faults.kinds import BATCH, KINDS, Event, Moment, arm_first_save, inflict
 from tests.faults.scene import BUCKET, Scene, machines, object_store
 from tests.flow.tiny import generated, recipe
 from tests.ranks import run_ranks
@@ -57,6 +57,7 @@ def disturbed(scene: Scene, faults: Sequence[tuple[str, Moment]]) -> list[Event]
     """The run with these faults, one after the other, to its end. Prints the table as it grows."""
     print(line("fault", "when", *STAGES, "back", "redone", "what the run says"), flush=True)
     events = []
+    arm_first_save(scene)
     scene.start()
     for name, moment in faults:
         events.append(inflict(scene, name, moment))

@@ -48,18 +48,28 @@ class Gate:
             if self._drop:
                 raise ConnectionAbortedError(f"dropped: {path}")
 
-    def stop(self, wanted: re.Pattern[str], running: Callable[[], bool], *, skip: int = 0) -> int:
-        """Hold the next request of this kind, or the one after `skip` more; returns the step of its checkpoint when it
-        has come. AssertionError where the run ends before."""
-        end = time.monotonic() + PATIENCE_S
+    def arm(self, wanted: re.Pattern[str], *, skip: int = 0) -> None:
+        """The next request of this kind is to be held, or the one after `skip` more."""
         with self._changed:
             self._wanted, self._skip = wanted, skip
+
+    def reached(self, running: Callable[[], bool]) -> int:
+        """The step of the checkpoint whose request is held, once it has come. AssertionError where the run ends
+        before."""
+        end = time.monotonic() + PATIENCE_S
+        with self._changed:
             while self.held is None:
                 self._changed.wait(0.1)
-                assert running() and time.monotonic() < end, f"no {wanted.pattern}"
-            found = wanted.search(self.held)
+                ended = not running()
+                assert self.held or not ended and time.monotonic() < end, "the request to be held does not come"
+            found = SAVING.search(self.held) or MARKING.search(self.held)
         assert found
         return int(found[1])
+
+    def stop(self, wanted: re.Pattern[str], running: Callable[[], bool], *, skip: int = 0) -> int:
+        """Hold a request; returns the step of its checkpoint when it has come. See `arm` and `reached`."""
+        self.arm(wanted, skip=skip)
+        return self.reached(running)
 
     def open(self, *, drop: bool) -> None:
         """Let the held request go on, or have it never arrive."""

@@ -86,6 +86,11 @@ def inflict(scene: Scene, name: str, moment: Moment, load: str = "") -> Event:
     return event
 
 
+def arm_first_save(scene: Scene) -> None:
+    """Before the run is started: nothing is saved until the blow "before the first save" has fallen."""
+    _objects(scene).gate.arm(SAVING)
+
+
 def _objects(scene: Scene) -> Objects:
     assert scene.objects is not None
     return scene.objects
@@ -97,7 +102,7 @@ def _await(scene: Scene, moment: Moment) -> int:
     if moment in HELD:
         return gate.stop(HELD[moment], scene.running)
     if moment == "before the first save":
-        scene.run.until(lambda: scene.pid(0) and scene.pid(1))
+        gate.reached(scene.running)  # armed before the run was started
         return 0
     seen = len(gate.marked)
     scene.run.until(lambda: len(gate.marked) > seen)
@@ -134,7 +139,7 @@ def storm(scene: Scene, count: int) -> None:
         pids = scene.run.until(lambda: all(found := (scene.pid(0), scene.pid(1))) and found)
         pid = next((pid for pid in pids if scene.machine_of(pid) is not struck), pids[0])
         struck = scene.machine_of(pid)
-        scene.kill(scene.controller() if turn == 1 else pid)
+        scene.kill(scene.run.until(scene.controller) if turn == 1 else pid)
         scene.run.until(lambda pids=pids: not scene.running() or not {scene.pid(0), scene.pid(1)} & {*pids})
 
 
@@ -154,7 +159,7 @@ def kill_worker(scene: Scene) -> str:
 
 def kill_machine(scene: Scene) -> str:
     """A machine with a worker, and all that runs on it. Another one takes its place."""
-    node = scene.machine_of(_any_worker(scene))
+    node = scene.run.until(lambda: scene.machine_of(_any_worker(scene)))
     scene.kill_machine(node)
     scene.add_machine()
     return f"node {node.node_id[:8]}"
@@ -170,7 +175,7 @@ def kill_driver(scene: Scene) -> str:
 
 def kill_controller(scene: Scene) -> str:
     """Ray Train's controller: the command starts another one."""
-    pid = scene.controller()
+    pid = scene.run.until(scene.controller)
     scene.kill(pid)
     return f"process {pid}"
 
@@ -249,9 +254,11 @@ def _prefix(scene: Scene) -> str:
 
 def nan(scene: Scene) -> str:
     """In a step soon to come, on the one rank that has that place in the stream. Returns once it has been met."""
-    step = _objects(scene).gate.marked[-1][1] + AHEAD
+    gate = _objects(scene).gate
+    step = gate.reached(scene.running) + AHEAD
     poison.write(scene.poison, BATCH * step + scene.random.randrange(BATCH), 1)
     known = len(scene.lines("faults/steps.jsonl"))
+    gate.open(drop=False)
     (record,) = scene.run.until(lambda: scene.lines("faults/steps.jsonl")[known:])
     assert record["action"] == "rewound", record
     return f"step {record['step']} again"
@@ -272,7 +279,8 @@ def slow_worker(scene: Scene) -> str:
 
 
 AHEAD = 30
-"""Steps from the last save to a NaN: it has to be ordered before ranks come there."""
+"""Steps from a save to a NaN: more than to the next save, which waits for the one that is held, so that no rank comes
+there before it is ordered."""
 SAVES: tuple[Moment, ...] = ("in a save", "before the marker")
 LOADS = {"storage errors in a load": storage_errors, "slow storage in a load": slow_storage}
 KINDS = {
@@ -287,6 +295,6 @@ KINDS = {
     **{name: Kind(at_load(behave), said=("crash",)) for name, behave in LOADS.items()},
     "checkpoint truncated": Kind(truncate, moments=SAVES, said=("crash",)),
     "checkpoint bit-flipped": Kind(flip, moments=SAVES, said=("crash",)),
-    "NaN once": Kind(nan, fatal=False, moments=("between saves",)),
+    "NaN once": Kind(nan, fatal=False, moments=("in a save",)),
     "straggler": Kind(slow_worker, fatal=False, moments=("between saves",)),
 }

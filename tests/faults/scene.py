@@ -176,13 +176,17 @@ class Scene:
     # ----------------------------------------------------------------------------------------------------- blows
 
     def kill(self, pid: int, number: int = signal.SIGKILL) -> None:
-        """Send a signal to a process of the cluster."""
-        os.kill(pid, number)
+        """Send a signal to a process of the cluster; one that has just ended needs none."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
     def machine_of(self, pid: int) -> Any:
-        """The machine that a worker process is on."""
+        """The machine that a worker process is on; None for a process that has just ended."""
         raylets = {node.all_processes["raylet"][0].process.pid: node for node in self.cluster.worker_nodes}
-        return next(raylets[parent.pid] for parent in psutil.Process(pid).parents() if parent.pid in raylets)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            above = [parent.pid for parent in psutil.Process(pid).parents()]
+            return next((raylets[parent] for parent in above if parent in raylets), None)
+        return None
 
     def kill_machine(self, node: Any) -> None:
         """SIGKILL a machine's raylet and everything below it."""
@@ -195,10 +199,10 @@ class Scene:
     def add_machine(self) -> None:
         self.cluster.add_node(num_cpus=CPUS)
 
-    def controller(self) -> int:
-        """The process of Ray Train's controller."""
-        (controller,) = self.on_head(CONTROLLER)
-        return controller
+    def controller(self) -> int | None:
+        """The process of Ray Train's controller; None while there is none, or one that is ending beside another."""
+        found = self.on_head(CONTROLLER)
+        return found[0] if len(found) == 1 else None
 
     def on_head(self, name: str) -> list[int]:
         """The processes of the machine without workers that are called so."""

@@ -1,8 +1,6 @@
 """A run on a mix of data sets is killed and goes on with the samples that an enumeration by hand expects."""
 
 import signal
-import subprocess
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +12,7 @@ from datapipe.errors import ConfigError, DataError
 from datapipe.order import Order
 from datapipe.randomness import words
 from tests.datapipe import crop_set
+from tests.flow.pause import Pause
 from tests.flow.tiny import audited, command, recipe
 from training import config as recipes
 from training.config import RunConfig
@@ -42,20 +41,14 @@ def enumerated(config: RunConfig) -> dict[int, list[int]]:
     return {step + 1: samples[step * BATCH : (step + 1) * BATCH] for step in range(STEPS)}
 
 
-def wait_for_step(process: subprocess.Popen[str], log: Path, step: int) -> None:
-    """Return once the audit log tells of this step; a run that ends before is an error."""
-    while not log.exists() or f'"step": {step},' not in log.read_text():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)  # nobody else writes this file: there is no event to wait for
-
-
 @pytest.mark.slow
 def test_mix__a_killed_run_sees_every_sample_it_should(tmp_path: Path) -> None:
     sets = [crop_set.write(tmp_path / name, rows, seed=rows) for name, rows in zip("ab", ROWS, strict=True)]
     path = recipe(tmp_path, "", str(tmp_path / "run"), epochs=2.0)
     mix = ["--stream.mix", *(str(part.folder) for part in sets), "--stream.weights", "3", "1"]
-    killed = command("training", "pretrain", str(path), *mix)
-    wait_for_step(killed, tmp_path / "run" / "ranks" / "audit_00.jsonl", 5)
+    pause = Pause(tmp_path, 5)
+    killed = command("tests.flow.pause", "training", "pretrain", str(path), *mix, **pause.environment)
+    pause.reached(killed)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     config = recipes.load(tmp_path / "run" / "config.toml")

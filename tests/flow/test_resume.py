@@ -2,7 +2,6 @@
 
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from datapipe.manifest import Manifest
 from datapipe.order import Order
 from datapipe.storage import open_store
+from tests.flow.pause import Pause
 from tests.flow.tiny import audited, command, final_state, finished, recipe, shards
 from tests.ranks import run_ranks
 from training import config as recipes
@@ -36,9 +36,9 @@ def data(tmp_path_factory: pytest.TempPathFactory, write_crops: Callable[..., di
     return shards(folder / "crops", str(folder / "shards"))
 
 
-def _start(folder: Path, data: Manifest, *flags: str) -> subprocess.Popen[str]:
-    path = recipe(folder, data.url, str(folder / "run"), epochs=EPOCHS)
-    return command("training", "pretrain", str(path), *flags)
+def _start(folder: Path, data: Manifest, *flags: str, pause: Pause | None = None) -> subprocess.Popen[str]:
+    words = ("training", "pretrain", str(recipe(folder, data.url, str(folder / "run"), epochs=EPOCHS)), *flags)
+    return command("tests.flow.pause", *words, **pause.environment) if pause else command(*words)
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +53,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, data: Manifest) -> Cal
         return folder
 
     return run
-
-
-def _wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
-    """Return once the audit log tells of this step; a run that ends before is an error."""
-    log = run / "ranks" / "audit_00.jsonl"
-    while not log.exists() or f'"step": {step},' not in log.read_text():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)  # nobody else writes this file: there is no event to wait for
 
 
 def _same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
@@ -82,9 +74,11 @@ def _enumerated(data: Manifest) -> dict[int, list[int]]:
 def test_resume__gives_bit_identical_weights(
     undisturbed: Callable[[str], Path], data: Manifest, tmp_path: Path, stepper: str, stop: signal.Signals
 ) -> None:
-    process = _start(tmp_path, data, "--engine.stepper", stepper)
-    _wait_for_step(process, tmp_path / "run", 5)
+    pause = Pause(tmp_path, 5)
+    process = _start(tmp_path, data, "--engine.stepper", stepper, pause=pause)
+    pause.reached(process)
     process.send_signal(stop)
+    pause.end()
     code, output, errors = finished(process)
     assert code == {signal.SIGTERM: 75, signal.SIGINT: 130, signal.SIGKILL: -9}[stop], errors
     if stop != signal.SIGKILL:

@@ -12,6 +12,7 @@ from tests.faulty_proxy import FaultyProxy
 from training import growing
 from training.run_folder import RunFolder
 
+PATIENCE_S = 300
 LINES = [f"line {number}" for number in range(50)]
 
 
@@ -23,24 +24,27 @@ class Asked(Counter[tuple[str, str]]):
 
 
 class Tried:
-    """Counts attempts to write; refuses them while `down`."""
+    """Counts attempts to write, and those of them that it passes on; refuses them while `down`."""
 
     def __init__(self) -> None:
-        self.writes, self.down = 0, False
+        self.writes, self.passed, self.down = 0, 0, False
         self._more = Condition()
 
     def __call__(self, method: str, path: str) -> None:
         if method == "PUT":
             with self._more:
                 self.writes += 1
+                self.passed += not self.down
+                refused = self.down
                 self._more.notify_all()
-            if self.down:
+            if refused:
                 raise ConnectionAbortedError("down")
 
-    def wait(self, writes: int) -> None:
+    def wait(self, *, writes: int = 0, passed: int = 0) -> None:
         """Return once there were so many."""
         with self._more:
-            assert self._more.wait_for(lambda: self.writes >= writes, 30), "nothing is written"
+            enough = self._more.wait_for(lambda: self.writes >= writes and self.passed >= passed, PATIENCE_S)
+            assert enough, "nothing is written"
 
 
 def _folder(s3: S3Server, proxy: FaultyProxy, bucket: str) -> RunFolder:
@@ -81,7 +85,7 @@ def test_begin__is_written_without_delay_and_grows(s3: S3Server) -> None:
         folder = _folder(s3, proxy, bucket)
         folder.append("log.txt", "before")
         folder.begin("new.txt", "first")
-        tried.wait(2)
+        tried.wait(writes=2)
         folder.flush()  # has nothing to do but to wait for the thread
         assert s3.objects(bucket) == {"log.txt": b"before\n", "new.txt": b"first\n"} and tried.writes == 2
         folder.append("new.txt", "second")
@@ -126,15 +130,15 @@ def test_append__is_written_by_itself_and_after_an_outage(s3: S3Server, monkeypa
     with FaultyProxy(s3.endpoint, before=tried) as proxy:
         folder = _folder(s3, proxy, bucket)
         folder.append("log.txt", "before")
-        tried.wait(1)
+        tried.wait(writes=1)
         folder.flush()  # returns when the thread has written; has nothing to write itself
         assert s3.objects(bucket) == {"log.txt": b"before\n"} and tried.writes == 1
         tried.down = True
         folder.append("log.txt", "meanwhile")  # neither waits nor fails
-        tried.wait(3)
+        tried.wait(writes=3)
         with pytest.raises(StorageError):
             folder.flush()
         tried.down = False
-        tried.wait(tried.writes + 1)
+        tried.wait(passed=2)
         folder.flush()
         assert s3.objects(bucket) == {"log.txt": b"before\nmeanwhile\n"}

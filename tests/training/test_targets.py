@@ -69,7 +69,7 @@ def test_sinkhorn__low_temperatures_stay_finite_and_balanced() -> None:
 
 def test_sinkhorn__rows_of_all_ranks_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks as two threads whose collectives meet at a barrier: one with three real rows, one with one."""
-    meeting, waiting = threading.Barrier(2, timeout=30), []
+    meeting, waiting = threading.Barrier(2, timeout=300), []
 
     def all_reduce(values: Tensor, operation: distributed.ReduceOp.RedOpType) -> None:
         waiting.append(values.clone())
@@ -87,5 +87,5 @@ def test_sinkhorn__rows_of_all_ranks_count(monkeypatch: pytest.MonkeyPatch) -> N
     ]
     monkeypatch.setattr(targets, "_all_reduce", all_reduce)
     with ThreadPoolExecutor(2) as ranks:
-        first, second = ranks.map(lambda share: targets.sinkhorn(*share, temperature=0.2), shares, timeout=30)
+        first, second = ranks.map(lambda share: targets.sinkhorn(*share, temperature=0.2), shares, timeout=300)
     torch.testing.assert_close(torch.cat([first, second[:, :1]], dim=1), whole, rtol=1e-12, atol=1e-12)

@@ -26,6 +26,7 @@ from training.engine.plain import PlainStepper
 from training.engine.world import World
 
 STEPS = 4
+PATIENCE_S = 300
 WHEN = ("before", "half", "after")
 WRITES = ("part of 1", "note of 1", "marker of 1", "part of 2", "note of 2", "marker of 2")
 """Of the leading rank, in this order; the others write no markers."""
@@ -57,7 +58,7 @@ def _train(folder: str, rank: int, size: int, meeting: str, deadly: tuple[int, i
     world = World(rank, size, rank, size)
     if size > 1:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size,
-                                timeout=datetime.timedelta(seconds=60))  # fmt: skip
+                                timeout=datetime.timedelta(seconds=300))  # fmt: skip
     store = DeadlyStore(folder, *deadly[1:]) if rank == deadly[0] else open_store(folder)
     method = make_method()
     stepper = PlainStepper(method, group_parameters(method), OptimisationConfig(), world)
@@ -78,11 +79,11 @@ def _run(folder: Path, size: int, deadly: tuple[int, int, str] = (-1, 0, "")) ->
     for process in processes:
         process.start()
     first = processes[deadly[0]] if deadly[0] >= 0 else processes[0]
-    first.join(120)
+    first.join(PATIENCE_S)
     for process in processes:
         if first.exitcode:
             process.kill()
-        process.join(120)
+        process.join(PATIENCE_S)
     return [process.exitcode for process in processes]
 
 

@@ -124,6 +124,7 @@ def _one_rank_fails(world: World, folder: str) -> tuple[list[str], list[int], li
     checkpoints.finish()
     world.wait()
     assert complete(store) == [] and not list(store.list())
+    world.wait()  # the next save writes to the same store
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     checkpoints.save(20, 80, stepper)
     found: list[Saved] = []

@@ -77,7 +77,7 @@ def test_notice__is_heard_once_and_stops_a_run(tmp_path: Path, capsys: pytest.Ca
     notice = Notice(str(tmp_path / "going"), every_s=0.01, heard=heard)
     assert not host.preempted()
     (tmp_path / "going").write_text("at noon")
-    assert told.wait(30)
+    assert told.wait(300)
     notice.close()
     assert host.preempted() and host.received == signal.SIGTERM
     assert "at noon" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from datapipe.config import Size
 from datapipe.randomness import uniform
 from datapipe.settings import settings
 from training.stem import ConvStem
+from training.transfer import to_device
 
 
 class Shape(NamedTuple):
@@ -340,10 +341,11 @@ def _table(rows: int, width: int) -> nn.Parameter:
 
 
 def keep_masks(rates: Sequence[float], *, seed: int, purpose: str, position: Tensor, views: int) -> Tensor | None:
-    """What drop path scales the branches of every block by: [2 * D, views * B] float64, or None if nothing is dropped.
+    """What drop path scales the branches of every block by: [2 * D, views * B] float64 on the host, or None if nothing
+    is dropped. `on_device` brings them to where the images are.
 
     `position` [B] is the images' place in the stream: the same image at the same place drops the same branches on any
-    rank, in any micro-batch and after any restart.
+    rank, in any micro-batch and after any restart. Best on the host: taken from a GPU, it makes the host wait.
 
         keep[2 * d + branch, v * B + b] = 0 with probability rates[d], else 1 / (1 - rates[d])
     """
@@ -354,7 +356,17 @@ def keep_masks(rates: Sequence[float], *, seed: int, purpose: str, position: Ten
     draws = torch.from_numpy(uniform(seed, purpose, place, views * branches))
     draws = draws.reshape(-1, views, branches).permute(2, 1, 0).reshape(branches, -1)
     rate = torch.tensor(rates, dtype=torch.float64).repeat_interleave(2)[:, None]
-    return ((draws >= rate) / (1 - rate)).to(position.device)
+    return (draws >= rate) / (1 - rate)
+
+
+def on_device(keeps: Sequence[Tensor | None], device: torch.device) -> tuple[Tensor | None, ...]:
+    """The drop-path factors of several stacks of views, [2 * D, rows] each, on the device of the images; all in one
+    transfer, which the host does not wait for."""
+    drawn = [keep for keep in keeps if keep is not None]
+    if not drawn:
+        return tuple(keeps)
+    moved = iter(to_device(torch.cat(drawn, dim=1), device).split([keep.shape[1] for keep in drawn], dim=1))
+    return tuple(None if keep is None else next(moved) for keep in keeps)
 
 
 def parameter_count(module: nn.Module) -> int:

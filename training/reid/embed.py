@@ -22,6 +22,7 @@ from torch import Tensor
 from datapipe.config import Size
 from datapipe.errors import DataError
 from datapipe.settings import settings
+from training.transfer import to_device
 
 Features = dict[str, NDArray[np.float32]]
 """Name -> float32 [N, C]."""
@@ -106,8 +107,9 @@ def embed(
 
 def normalise(pixels: NDArray[np.uint8], dtype: torch.dtype, device: torch.device | str, config: EmbedConfig) -> Tensor:
     """uint8 [B, H, W, 3] -> (x / 255 - mean) / std as [B, 3, H, W] on the device."""
-    images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).to(dtype).div(255)
-    mean, std = (torch.tensor(values, dtype=dtype, device=device) for values in (config.mean, config.std))
+    device = torch.device(device)
+    images = to_device(pixels, device).permute(0, 3, 1, 2).to(dtype).div(255)
+    mean, std = (to_device(torch.tensor(values, dtype=dtype), device) for values in (config.mean, config.std))
     return (images - mean[:, None, None]) / std[:, None, None]
 
 

@@ -72,7 +72,7 @@ def census(config: RunConfig) -> Census:
     blocks = sum(count for name, count in lowered.items() if name.startswith("backbone.blocks."))
     return Census(
         student=_parts(method),
-        teacher=sum(value.numel() for value in method.teacher.parameters()),
+        teacher=sum(value.numel() for value in method.teacher.parameters()) if "teacher" in method._modules else 0,
         trained=sum(trained.values()),
         buffers=sum(value.numel() for value in method.buffers()),
         groups=tuple(sum(trained[name] for name in group.names) for group in groups),
@@ -237,13 +237,19 @@ class _Held(NamedTuple):
             "student": FULL * -(-sum(sizes.student.values()) // parts),
             "teacher": FULL * -(-sizes.teacher // parts),
             "buffers": FULL * sizes.buffers,
-            "moments of AdamW": 2 * FULL * self._own,
+            **self._moments(),
         }
         if self.stage:
             found["ZeRO's copy of its parameters"] = FULL * self._own
         if self.stage == 3:  # the other stages let them go with the step
             found["gradients"] = FULL * self._own
         return found
+
+    def _moments(self) -> dict[str, int]:
+        """What the optimizer keeps of the numbers that this rank steps."""
+        if self.config.optimisation.optimizer == "sgd":
+            return {"momentum of SGD": FULL * self._own}
+        return {"moments of AdamW": 2 * FULL * self._own}
 
     @property
     def _own(self) -> int:

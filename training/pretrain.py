@@ -35,6 +35,7 @@ from training.engine.stepper import Stepper
 from training.engine.stop import Stop
 from training.engine.world import World
 from training.initial_weights import in_words
+from training.memory_remedies import training_memory
 from training.methods.base import Method
 from training.metrics import Recorder
 from training.milestones import Milestones
@@ -63,11 +64,12 @@ def pretrain(config: RunConfig, *, world: World, host: Host, reason: str = "star
     """
     startup = Startup()
     refuse_unsuited(config, world.device)  # and what `check` refuses: nothing has been written by then
-    _use_threads(config, world)
-    data = check(config) if world.leads else load_data(config.stream, config.storage)
-    folder = RunFolder(config.out, config.storage)
-    with rank_log(folder, world, host):
-        return _pretrain(resolved(config, data), data, folder, world, host, reason, startup)
+    with training_memory(config, world):
+        _use_threads(config, world)
+        data = check(config) if world.leads else load_data(config.stream, config.storage)
+        folder = RunFolder(config.out, config.storage)
+        with rank_log(folder, world, host):
+            return _pretrain(resolved(config, data), data, folder, world, host, reason, startup)
 
 
 def _pretrain(
@@ -75,11 +77,11 @@ def _pretrain(
 ) -> Ending:
     clock = clock_of(config, data.rows)
     method, origin = initial_method(config)
-    method = method.to(world.device)
     share = portion(config.optimisation.batch, config.optimisation.micro_batch, world.size)
     refuse_split(config, share, couples=method.couples_batch())
     if world.leads:
         describe(config, folder, data, world, share)
+    method = method.to(world.device)
     say = host.say if world.leads else _silent
     stepper = make_stepper(config, method, world, share)
     checkpoints = Checkpoints(

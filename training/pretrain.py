@@ -22,9 +22,11 @@ from training.assembly import (
     view_spec,
 )
 from training.audit import Audit
+from training.backbone import parameter_count
 from training.checkpoint import Checkpoints
 from training.config import RunConfig
 from training.engine.clock import Clock
+from training.engine.determinism import deterministic, guarantee
 from training.engine.faults import Faults, Rewind
 from training.engine.host import Host
 from training.engine.loop import Run, Segment, rehearse, train
@@ -64,7 +66,7 @@ def pretrain(config: RunConfig, *, world: World, host: Host, reason: str = "star
     """
     startup = Startup()
     refuse_unsuited(config, world.device)  # and what `check` refuses: nothing has been written by then
-    with training_memory(config, world):
+    with training_memory(config, world), deterministic(config.engine.deterministic):
         _use_threads(config, world)
         data = check(config) if world.leads else load_data(config.stream, config.storage)
         folder = RunFolder(config.out, config.storage)
@@ -119,6 +121,7 @@ def _pretrain(
             })  # fmt: skip
             pace.say = milestones.say = run.recorder.say
             run.recorder.say(_opening(config, data, clock, resumed, method))
+            run.recorder.say(f"stopped and resumed, or done again: {guarantee(config, world)}")
             if origin and resumed is None:
                 run.recorder.say(in_words(origin))
             say = run.recorder.say
@@ -182,7 +185,7 @@ def _silent(line: str) -> None:
 
 
 def _opening(config: RunConfig, data: Data, clock: Clock, resumed: str | None, method: Method) -> str:
-    trained = sum(value.numel() for value in method.parameters() if value.requires_grad)
+    trained = parameter_count(method, trained=True)
     start = f"goes on from {resumed}" if resumed else "starts"
     return (
         f"{config.method.name} {start}: {data.rows:,} crops, {clock.total_steps:,} steps of {clock.batch} images, "

@@ -56,7 +56,7 @@ class _Rank:
         return memory.calculate(config or self.config, self._sizes, world=self.world.size, cuda=cuda).needed
 
     def tries(self) -> list[_Try]:
-        """A smaller micro-batch, checkpointed blocks, a higher ZeRO stage: what needs less than now."""
+        """A smaller micro-batch, checkpointed blocks, a higher ZeRO stage: what fits by itself, else what needs less."""
         config, found = self.config, []
         found += self._smaller()[:1]
         if not config.backbone.checkpoint_blocks:
@@ -66,7 +66,8 @@ class _Rank:
         if config.engine.stepper == "deepspeed" and config.engine.zero_stage < 2 and self.world.size > 1:
             changed = dataclasses.replace(config, engine=dataclasses.replace(config.engine, zero_stage=2))
             found.append(_Try("--engine.zero-stage 2", self.needed(changed)))
-        return [one for one in found if one.needed < self.needed()]
+        less = [one for one in found if one.needed < self.needed()]
+        return [one for one in less if one.needed <= self.room] or less
 
     def _smaller(self) -> list[_Try]:
         """Halved micro-batches, the largest first: those that fit, as far as that is known, else the smallest. Where

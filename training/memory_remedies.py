@@ -56,7 +56,7 @@ class _Rank:
         return memory.calculate(config or self.config, self._sizes, world=self.world.size, cuda=cuda).needed
 
     def tries(self) -> list[_Try]:
-        """A smaller micro-batch, checkpointed blocks, a higher ZeRO stage: what fits by itself, else what needs less."""
+        """A smaller micro-batch, checkpointed blocks, a higher ZeRO stage: what fits, else what needs less."""
         config, found = self.config, []
         found += self._smaller()[:1]
         if not config.backbone.checkpoint_blocks:

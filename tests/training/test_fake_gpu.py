@@ -34,7 +34,12 @@ from training.reid import embed
 
 GPU = torch.device("cuda", 0)
 IMAGES = 4
-RECIPES = sorted(path.stem for path in SHIPPED.glob("*.toml"))
+LARGER = ("pass_vitb", "vitl", "personvit_vitb", "personmae_vitb", "384")
+"""The same operations as a smaller recipe."""
+RECIPES = [
+    pytest.param(name, marks=[pytest.mark.slow] * name.endswith(LARGER))
+    for name in sorted(path.stem for path in SHIPPED.glob("*.toml"))
+]
 NOW = Progress(samples=0, step=0, epoch=0, fraction=0.0, total_steps=10, epoch_steps=5.0, seed=1)
 ON_HOST = {"position", "sample"}
 

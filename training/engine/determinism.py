@@ -6,7 +6,7 @@ kernels:
     attention     backward of the fused kernels (flash, memory-efficient; cuDNN's has no other way and is left out)
     convolution   cuDNN's backward of the patch embedding and the convolutional stem; its choice of kernels by timing
     resizing      bicubic, backward: position tables, with views of another size than the native one
-    indexing      backward of `gather` and of index numbers: PersonMAE's visible patches, PersonViT's hidden ones
+    gather        backward: PersonMAE's visible patches and targets
     cuBLAS        products that share a workspace among streams
 
 Under `engine.deterministic` each has an order of its own. What remains is said in `guarantee`.

@@ -25,6 +25,7 @@ from datapipe.config import Size
 from datapipe.randomness import uniform
 from datapipe.settings import settings
 from training.stem import ConvStem
+from training.transfer import to_device
 
 
 class Shape(NamedTuple):
@@ -295,7 +296,7 @@ class VisionTransformer(nn.Module):
             return table
         grid = table.reshape(1, *native, -1).permute(0, 3, 1, 2)
         factors = ((rows + 0.1) / native[0], (columns + 0.1) / native[1])
-        resized = F.interpolate(grid, scale_factor=factors, mode="bicubic", align_corners=False)
+        resized = _resized(grid, factors)
         assert resized.shape[-2:] == (rows, columns), (resized.shape, rows, columns)
         return resized.flatten(2).transpose(1, 2)
 
@@ -334,16 +335,36 @@ def _stem(config: BackboneConfig) -> nn.Module:
     return PatchEmbed(config.size, config.patch, embed_dim=config.shape.width, strict_img_size=False)
 
 
+def _resized(grid_1CRG: Tensor, factors: tuple[float, float]) -> Tensor:
+    """A table of positions, bicubic. Where a GPU must give the same bits each time by two products, as the backward of
+    its kernel adds in any order."""
+    if not (grid_1CRG.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return F.interpolate(grid_1CRG, scale_factor=factors, mode="bicubic", align_corners=False)
+    down, across = (
+        to_device(_weights(side, factor), grid_1CRG.device, grid_1CRG.dtype)
+        for side, factor in zip(grid_1CRG.shape[-2:], factors, strict=True)
+    )
+    with torch.autocast(grid_1CRG.device.type, enabled=False):
+        return down @ grid_1CRG @ across.T
+
+
+def _weights(side: int, factor: float) -> Tensor:
+    """[resized side, side] float64: what each number along a side counts in each number of the resized side."""
+    each = torch.eye(side, dtype=torch.float64)[None, :, :, None]
+    return F.interpolate(each, scale_factor=(factor, 1.0), mode="bicubic", align_corners=False)[0, :, :, 0].T
+
+
 def _table(rows: int, width: int) -> nn.Parameter:
     """[1, rows, C], truncated normal of standard deviation .02: every token and position but `cls_pos`."""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, rows, width), std=0.02))
 
 
 def keep_masks(rates: Sequence[float], *, seed: int, purpose: str, position: Tensor, views: int) -> Tensor | None:
-    """What drop path scales the branches of every block by: [2 * D, views * B] float64, or None if nothing is dropped.
+    """What drop path scales the branches of every block by: [2 * D, views * B] float64 on the host, or None if nothing
+    is dropped. `on_device` brings them to where the images are.
 
     `position` [B] is the images' place in the stream: the same image at the same place drops the same branches on any
-    rank, in any micro-batch and after any restart.
+    rank, in any micro-batch and after any restart. Best on the host: taken from a GPU, it makes the host wait.
 
         keep[2 * d + branch, v * B + b] = 0 with probability rates[d], else 1 / (1 - rates[d])
     """
@@ -354,9 +375,24 @@ def keep_masks(rates: Sequence[float], *, seed: int, purpose: str, position: Ten
     draws = torch.from_numpy(uniform(seed, purpose, place, views * branches))
     draws = draws.reshape(-1, views, branches).permute(2, 1, 0).reshape(branches, -1)
     rate = torch.tensor(rates, dtype=torch.float64).repeat_interleave(2)[:, None]
-    return ((draws >= rate) / (1 - rate)).to(position.device)
+    return (draws >= rate) / (1 - rate)
 
 
-def parameter_count(module: nn.Module) -> int:
-    """Numbers in all parameters."""
-    return sum(math.prod(parameter.shape) for parameter in module.parameters())
+def on_device(keeps: Sequence[Tensor | None], device: torch.device) -> tuple[Tensor | None, ...]:
+    """The drop-path factors of several stacks of views, [2 * D, rows] each, on the device of the images; all in one
+    transfer, which the host does not wait for."""
+    drawn = [keep for keep in keeps if keep is not None]
+    if not drawn:
+        return tuple(keeps)
+    moved = iter(to_device(torch.cat(drawn, dim=1), device).split([keep.shape[1] for keep in drawn], dim=1))
+    return tuple(None if keep is None else next(moved) for keep in keeps)
+
+
+def parameter_count(module: nn.Module, *, trained: bool = False) -> int:
+    """Numbers in all parameters, or in those that learn. Whole ones, also where ZeRO 3 has left this rank a shard."""
+    return sum(_whole_size(one) for one in module.parameters() if one.requires_grad or not trained)
+
+
+def _whole_size(parameter: nn.Parameter) -> int:
+    """DeepSpeed empties a parameter that it has split, and notes its size."""
+    return int(getattr(parameter, "ds_numel", math.prod(parameter.shape)))

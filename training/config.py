@@ -87,6 +87,10 @@ class EngineConfig:
     """"auto": the GPU of the local rank where there is one."""
     threads: int = Field(default=0, ge=0)
     """CPU threads of PyTorch per rank. 0: the cores divided by the ranks on this machine."""
+    deterministic: bool = False
+    """On a GPU: a run that is stopped and goes on, or is done again, has bit-identical weights, on the same number and
+    kind of GPUs with the same versions; slower. On a CPU in fp32 that holds without it. README: what it does not cover.
+    """
     audit: bool = False
     """Write the samples of every step and rank to ranks/audit_*.jsonl: proof that none is lost or doubled."""
 

@@ -5,11 +5,11 @@ It is done on the device after normalising, because its noise goes beyond black 
 """
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from datapipe import boxes
 from datapipe.randomness import draw, normal
+from training.transfer import to_device
 
 AREA = (0.02, 1 / 3)
 """Erased share of the image, uniform."""
@@ -18,16 +18,21 @@ RATIO = (0.3, 1 / 0.3)
 
 
 def erase(images_BIHW: Tensor, position_B: Tensor, *, probability: float, seed: int) -> Tensor:
-    """The images, in some of them a rectangle of noise. Both are functions of (seed, position); padding stays."""
-    if not probability:
+    """The images, in some of them a rectangle of noise. Both are functions of (seed, position); padding stays.
+
+    `position_B` is on the host, where numbers are drawn; the noise of all images goes to their device in one transfer.
+    """
+    position, channels = position_B.numpy(), images_BIHW.shape[1]
+    found = _rectangles(position, tuple(images_BIHW.shape[-2:]), probability, seed) if probability else []
+    if not found:
         return images_BIHW
+    sizes = [channels * height * width for _, (_, _, height, width) in found]
+    noise = [normal(seed, "erasing/noise", position[row : row + 1], size).ravel()
+             for (row, _), size in zip(found, sizes, strict=True)]  # fmt: skip
+    moved = to_device(np.concatenate(noise), images_BIHW.device, images_BIHW.dtype).split(sizes)
     erased = images_BIHW.clone()
-    for row, box in _rectangles(position_B.numpy(), tuple(images_BIHW.shape[-2:]), probability, seed):
-        top, left, height, width = box
-        count = images_BIHW.shape[1] * height * width
-        noise = normal(seed, "erasing/noise", position_B[row : row + 1].numpy(), count)
-        patch = torch.from_numpy(noise).to(erased).reshape(-1, height, width)
-        erased[row, :, top : top + height, left : left + width] = patch
+    for (row, (top, left, height, width)), values in zip(found, moved, strict=True):
+        erased[row, :, top : top + height, left : left + width] = values.view(channels, height, width)
     return erased
 
 

@@ -19,6 +19,7 @@ from training.assembly import build_method, saved_config
 from training.backbone import VisionTransformer
 from training.config import RunConfig
 from training.methods.base import Method
+from training.out_of_memory import scoring_memory
 from training.pedigree import Pedigree
 from training.placing import MEAN_STD
 from training.reid import zero_shot
@@ -119,6 +120,11 @@ def checkpoint_of(address: str) -> tuple[str, str]:
 
 def score(task: Task, *, threads: int = 2, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Score one task and write its folder below `evaluation/`; what is there already and of the same weights stays."""
+    with scoring_memory(task.scoring.embed_batch, device):
+        return _score(task, threads, device)
+
+
+def _score(task: Task, threads: int, device: torch.device | str) -> dict[str, Any]:
     exported = task.weights.name == EXPORTED
     subject = _of_export(task, threads) if exported else _of_run(task, threads)
     reid = open_data(task.data, task.storage, task.scoring, images=task.scoring.allow_partial)  # `tasks` has refused
@@ -157,7 +163,7 @@ def _of_run(task: Task, threads: int) -> Subject:
         pedigree = pedigrees.of_run(config, parts, task.data, sha256=marker.sha256, origin=marker.origin)
     return Subject(
         task.weights, identity, pedigree,
-        EmbedConfig(threads=threads, mean=mean, std=std, interpolation=interpolation),
+        EmbedConfig(threads=threads, mean=mean, std=std, interpolation=interpolation, batch=task.scoring.embed_batch),
         feature_of(method.name == "supervised", parts),
         lambda: load_backbone(task.weights, folder, config),
     )  # fmt: skip
@@ -170,7 +176,8 @@ def _of_export(task: Task, threads: int) -> Subject:
     mean, std = (tuple(card["input"][key]) for key in ("mean", "std"))
     return Subject(
         task.weights, card["file"]["sha256"], pedigrees.of_card(card, task.data),
-        EmbedConfig(threads=threads, mean=mean, std=std, interpolation=task.interpolation or "bilinear"),
+        EmbedConfig(threads=threads, mean=mean, std=std, interpolation=task.interpolation or "bilinear",
+                    batch=task.scoring.embed_batch),
         feature_of(pedigrees.is_fine_tuned(card), card["parts"]),
         lambda: exports.load_backbone(store),
     )  # fmt: skip

@@ -11,6 +11,7 @@ The peak is the largest of the four. `RESERVED` and `FRAGMENTATION` stand for wh
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from training.config import RunConfig
 from training.engine.optimisation import group_parameters
 from training.engine.world import World
 from training.methods.base import Method
+from training.methods.personmae import PersonMaeConfig
 
 DOUBLE = 8
 """Bytes of a float64."""
@@ -70,7 +72,7 @@ def census(config: RunConfig) -> Census:
     blocks = sum(count for name, count in lowered.items() if name.startswith("backbone.blocks."))
     return Census(
         student=_parts(method),
-        teacher=sum(value.numel() for value in method.teacher.parameters()),
+        teacher=sum(value.numel() for value in method.teacher.parameters()) if "teacher" in method._modules else 0,
         trained=sum(trained.values()),
         buffers=sum(value.numel() for value in method.buffers()),
         groups=tuple(sum(trained[name] for name in group.names) for group in groups),
@@ -145,11 +147,13 @@ def calculate(config: RunConfig, sizes: Census, *, world: int, cuda: bool) -> Me
     state = held.state() | {"batch": batch_bytes(config, share.micro)}
     kept = activations.saved(config, share.micro, how) | {"lowered weights": lowered_copies(config, sizes, how)}
     base = sum(state.values()) + held.gathered()
-    earlier = held.gradients() if share.rows > share.micro else 0
+    several = share.rows > share.micro
+    earlier = held.accumulated() if several else 0
+    again = max(earlier, held.bucket() + (held.gradients() if several else 0))
     ended = sum(kept.values())
     moments = {
         "forward": base + earlier + ended + _forward_temporaries(config, share.micro, sizes),
-        "backward": base + earlier + ended + _backward_temporaries(config, share.micro, how, sizes),
+        "backward": base + again + ended + _backward_temporaries(config, share.micro, how, sizes),
         "reduction": base + FULL * held.reduction(),
         "step": sum(state.values()) + held.gradients() + held.step(),
     }
@@ -176,11 +180,15 @@ def lowered_copies(config: RunConfig, sizes: Census, how: Numerics) -> int:
 
 def _forward_temporaries(config: RunConfig, images: int, sizes: Census) -> int:
     """The larger of two: what is alive when the loss is formed, that is logits of student and teacher, targets before
-    they are sorted for the product, and one head's logits over their temperature; or prototypes before they are
-    scaled, in the last head."""
+    they are sorted for the product, and one head's logits over their temperature, or what the information of its
+    targets takes; or prototypes before they are scaled, in the last head. PersonMAE: what it predicts and is to
+    predict, and both features standardised, once for the loss and once for the metrics."""
+    if isinstance(config.method, PersonMaeConfig):
+        patches, values = math.prod(config.backbone.grid), 3 * config.backbone.patch**2
+        return FULL * images * patches * (2 * values + 5 * config.backbone.shape.width)
     rows = activations.scored(config, images, activations.hidden_patches(config, images))
     logits = sum(part.prototypes * (part.learnt + part.taught + part.targets) for part in rows)
-    loss = logits + max((part.prototypes * part.learnt for part in rows), default=0)
+    loss = logits + max((part.prototypes * max(part.learnt, 4 * part.targets) for part in rows), default=0)
     return FULL * max(loss, sizes.largest if rows else 0)
 
 
@@ -229,13 +237,19 @@ class _Held(NamedTuple):
             "student": FULL * -(-sum(sizes.student.values()) // parts),
             "teacher": FULL * -(-sizes.teacher // parts),
             "buffers": FULL * sizes.buffers,
-            "moments of AdamW": 2 * FULL * self._own,
+            **self._moments(),
         }
         if self.stage:
             found["ZeRO's copy of its parameters"] = FULL * self._own
         if self.stage == 3:  # the other stages let them go with the step
             found["gradients"] = FULL * self._own
         return found
+
+    def _moments(self) -> dict[str, int]:
+        """What the optimizer keeps of the numbers that this rank steps."""
+        if self.config.optimisation.optimizer == "sgd":
+            return {"momentum of SGD": FULL * self._own}
+        return {"moments of AdamW": 2 * FULL * self._own}
 
     @property
     def _own(self) -> int:
@@ -250,8 +264,17 @@ class _Held(NamedTuple):
         student = sum(self.sizes.student.values())
         return FULL * min(student, max(reach, self.sizes.largest, self._zero()["stage3_prefetch_bucket_size"]))
 
+    def accumulated(self) -> int:
+        """Between two micro-batches. Stage 1 splits gradients at the end of the last one: until then they are whole,
+        and the bucket of a backward pass stays."""
+        return FULL * self.sizes.trained + self.bucket() if self.stage == 1 else self.gradients()
+
+    def bucket(self) -> int:
+        """What DeepSpeed sets up at the start of a backward pass to add gradients up in, whatever their number."""
+        return FULL * self.config.engine.bucket if self.stage in (1, 2) else 0
+
     def gradients(self) -> int:
-        """Between two micro-batches, and when the step begins, where they are not there throughout."""
+        """When the step begins, where they are not there throughout."""
         return 0 if self.stage == 3 else FULL * self._own
 
     def reduction(self) -> int:

@@ -7,6 +7,7 @@ from torch import Tensor
 from datapipe.config import Statistics
 from datapipe.loader import Batch
 from training.methods.base import Views
+from training.transfer import to_device
 from training.weights import Triple
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -20,7 +21,10 @@ MEAN_STD: dict[Statistics, tuple[Triple, Triple]] = {
 
 
 class Place:
-    """Copies one micro-batch to the device and normalises it there: (value / 255 - mean) / std."""
+    """Copies one micro-batch to the device and normalises it there: (value / 255 - mean) / std.
+
+    The host never waits for a GPU. What only keys random numbers or is written to logs stays on the host.
+    """
 
     def __init__(
         self, device: torch.device, statistics: Statistics = "imagenet", *, dtype: torch.dtype = torch.float32
@@ -34,15 +38,16 @@ class Place:
     def __call__(self, batch: Batch) -> Views:
         views: Views = {
             "sample": torch.from_numpy(batch.sample.copy()),
-            "position": torch.from_numpy(batch.position.copy()),  # stays on the host: it only keys random numbers
-            "label": torch.from_numpy(batch.label.copy()),
-            "camera": torch.from_numpy(batch.camera.copy()),
-            "weight": torch.from_numpy(batch.weight.copy()).to(self.device, self.dtype),
+            "position": torch.from_numpy(batch.position.copy()),
+            "label": to_device(batch.label.copy(), self.device),
+            "camera": to_device(batch.camera.copy(), self.device),
+            "weight": to_device(batch.weight.copy(), self.device, self.dtype),
         }
         if batch.masks is not None:
-            views["mask"] = torch.from_numpy(batch.masks).to(self.device)
+            views["mask"] = to_device(batch.masks, self.device)
+            views["hidden"] = to_device(np.flatnonzero(batch.masks), self.device)
         if batch.boxes is not None:
-            views["boxes"] = torch.from_numpy(batch.boxes).to(self.device)
+            views["boxes"] = to_device(batch.boxes, self.device)
         for name, pixels in batch.views.items():
             views[name] = self._normalised(pixels)  # type: ignore[literal-required]
         return views

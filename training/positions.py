@@ -6,6 +6,8 @@ Shapes: B images, N patches (row-major) on a grid of R rows and G columns, C cha
 import torch
 from torch import Tensor
 
+from training.transfer import to_device
+
 TEMPERATURE = 10_000.0
 
 
@@ -28,8 +30,8 @@ def in_frame(boxes_B5: Tensor, frame_B5: Tensor, rows: int, columns: int) -> Ten
         place[r * G + g] = (R * (y - frame's top) / frame's height - 1/2, the same for x)
     """
     share_N2 = (grid(rows, columns) + 0.5) / torch.tensor([rows, columns], dtype=torch.float64)
-    share_1N2 = share_N2[None].to(boxes_B5)
-    sides = torch.tensor([rows, columns]).to(boxes_B5)
+    share_1N2 = to_device(share_N2[None], boxes_B5.device, boxes_B5.dtype)
+    sides = to_device(torch.tensor([rows, columns]), boxes_B5.device, boxes_B5.dtype)
     source_BN2 = _corner(boxes_B5) + _extent(boxes_B5) * _mirrored(share_1N2, boxes_B5)
     seen_BN2 = _mirrored((source_BN2 - _corner(frame_B5)) / _extent(frame_B5), frame_B5)
     return seen_BN2 * sides - 0.5
@@ -63,5 +65,5 @@ def sincos(places: Tensor, width: int) -> Tensor:
     assert width % 4 == 0, f"{width} channels are no multiple of 4"
     quarter = width // 4
     frequency = TEMPERATURE ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    row, column = (places[..., None] * frequency.to(places)).unbind(-2)
+    row, column = (places[..., None] * to_device(frequency, places.device, places.dtype)).unbind(-2)
     return torch.cat([row.sin(), row.cos(), column.sin(), column.cos()], dim=-1)

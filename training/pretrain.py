@@ -22,9 +22,11 @@ from training.assembly import (
     view_spec,
 )
 from training.audit import Audit
+from training.backbone import parameter_count
 from training.checkpoint import Checkpoints
 from training.config import RunConfig
 from training.engine.clock import Clock
+from training.engine.determinism import deterministic, guarantee
 from training.engine.faults import Faults, Rewind
 from training.engine.host import Host
 from training.engine.loop import Run, Segment, rehearse, train
@@ -35,6 +37,7 @@ from training.engine.stepper import Stepper
 from training.engine.stop import Stop
 from training.engine.world import World
 from training.initial_weights import in_words
+from training.memory_remedies import training_memory
 from training.methods.base import Method
 from training.metrics import Recorder
 from training.milestones import Milestones
@@ -63,11 +66,12 @@ def pretrain(config: RunConfig, *, world: World, host: Host, reason: str = "star
     """
     startup = Startup()
     refuse_unsuited(config, world.device)  # and what `check` refuses: nothing has been written by then
-    _use_threads(config, world)
-    data = check(config) if world.leads else load_data(config.stream, config.storage)
-    folder = RunFolder(config.out, config.storage)
-    with rank_log(folder, world, host):
-        return _pretrain(resolved(config, data), data, folder, world, host, reason, startup)
+    with training_memory(config, world), deterministic(config.engine.deterministic):
+        _use_threads(config, world)
+        data = check(config) if world.leads else load_data(config.stream, config.storage)
+        folder = RunFolder(config.out, config.storage)
+        with rank_log(folder, world, host):
+            return _pretrain(resolved(config, data), data, folder, world, host, reason, startup)
 
 
 def _pretrain(
@@ -75,11 +79,11 @@ def _pretrain(
 ) -> Ending:
     clock = clock_of(config, data.rows)
     method, origin = initial_method(config)
-    method = method.to(world.device)
     share = portion(config.optimisation.batch, config.optimisation.micro_batch, world.size)
     refuse_split(config, share, couples=method.couples_batch())
     if world.leads:
         describe(config, folder, data, world, share)
+    method = method.to(world.device)
     say = host.say if world.leads else _silent
     stepper = make_stepper(config, method, world, share)
     checkpoints = Checkpoints(
@@ -117,6 +121,7 @@ def _pretrain(
             })  # fmt: skip
             pace.say = milestones.say = run.recorder.say
             run.recorder.say(_opening(config, data, clock, resumed, method))
+            run.recorder.say(f"stopped and resumed, or done again: {guarantee(config, world)}")
             if origin and resumed is None:
                 run.recorder.say(in_words(origin))
             say = run.recorder.say
@@ -180,7 +185,7 @@ def _silent(line: str) -> None:
 
 
 def _opening(config: RunConfig, data: Data, clock: Clock, resumed: str | None, method: Method) -> str:
-    trained = sum(value.numel() for value in method.parameters() if value.requires_grad)
+    trained = parameter_count(method, trained=True)
     start = f"goes on from {resumed}" if resumed else "starts"
     return (
         f"{config.method.name} {start}: {data.rows:,} crops, {clock.total_steps:,} steps of {clock.batch} images, "

@@ -18,6 +18,7 @@ from datapipe.views import make_views
 from training import config as recipes
 from training.assembly import Portion, deepspeed_json, order_of, training_views, view_spec
 from training.config import RunConfig
+from training.engine.determinism import guarantee
 from training.engine.world import World
 from training.run_folder import RunFolder, as_json
 
@@ -42,7 +43,7 @@ def describe(config: RunConfig, folder: RunFolder, data: Data, world: World, sha
     folder.write_soon("config.toml", recipes.to_toml(config))
     if config.engine.stepper == "deepspeed":
         folder.write_soon("deepspeed.json", as_json(deepspeed_json(config, world, share)))
-    folder.write_soon("environment.json", as_json(environment(data, world)))
+    folder.write_soon("environment.json", as_json(environment(data, world) | {"guarantee": guarantee(config, world)}))
     folder.write_soon("views.json", training_views(config).to_json() + "\n")
     folder.write_soon("first_batch.jpg", view_sheet(first_views(config, data, count=8)))
 

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from datapipe.loader import Batch
-from training.assembly import _pinned
+from tests.training.tiny_recipe import tiny
+from training.assembly import _pinned, fake_batch, portion, view_spec
+from training.losses import hidden_numbers
 from training.placing import IMAGENET_MEAN, IMAGENET_STD, Place
 
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="GPU absent: pinned slots"))
@@ -23,3 +25,13 @@ def test_place__normalises_each_micro_batch_of_a_slot(name: str) -> None:
     assert [part.shape for part in parts] == [(2, 4, 3, 4, 3), (2, 2, 3, 4, 3)] and parts[0].device.type == name
     expected = (slot / 255 - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
     np.testing.assert_allclose(torch.cat(parts, dim=1).cpu(), expected.transpose(0, 1, 4, 2, 3), atol=1e-5)
+
+
+def test_place__numbers_the_hidden_patches_of_each_micro_batch() -> None:
+    config = tiny("personvit_vits", images=6)
+    batch = fake_batch(view_spec(config), portion(6, 6, 1), config)
+    place = Place(torch.device("cpu"))
+    for part in batch.micro_batches(4):
+        views = place(part)
+        assert torch.equal(views["hidden"], hidden_numbers(views["mask"])) and len(views["hidden"])
+        assert torch.equal(views["mask"].flatten()[views["hidden"]], torch.ones(len(views["hidden"]), dtype=torch.bool))

@@ -28,9 +28,10 @@ Views = TypedDict(
         "region_b": Tensor,  # [V, B, 3, H, W]
         "image": Tensor,  # [1, B, 3, H, W]: the whole person
         "mask": Tensor,  # [V, B, rows, columns] bool, True: hidden from the student
+        "hidden": Tensor,  # [R] int64: where the mask is True, counted over all of it in order
         "boxes": Tensor,  # [V, B, 5] int64: top, left, height, width in the source image, flipped; 0 for padding
         "sample": Tensor,  # [B] int64: row of the data set; -1 marks padding
-        "position": Tensor,  # [B] int64: place in the stream, unique even where a sample repeats; best kept on the host
+        "position": Tensor,  # [B] int64: place in the stream, unique even where a sample repeats; stays on the host
         "label": Tensor,  # [B] int64, where known; numbered from 0 for methods that batch by identity
         "camera": Tensor,  # [B] int64, where known
         "weight": Tensor,  # [B]: 1 / real images of the GLOBAL batch; 0 marks padding

@@ -20,7 +20,7 @@ from datapipe.config import Size
 from datapipe.errors import ConfigError
 from datapipe.settings import settings
 from training import stem, targets
-from training.backbone import BackboneConfig, Features, VisionTransformer, keep_masks
+from training.backbone import BackboneConfig, Features, VisionTransformer, keep_masks, on_device
 from training.heads import HeadConfig
 from training.losses import entropy, pair_cross_entropies
 from training.measures import information, of_features
@@ -56,7 +56,7 @@ class DistillationConfig:
 
 
 Keep = tuple[Tensor | None, Tensor | None]
-"""Drop path of the global and of the local stack, from `keep_masks`."""
+"""Drop path of the global and of the local stack, from `keep_masks`, on their device."""
 
 
 class TokenViews(NamedTuple):
@@ -235,10 +235,11 @@ class Distillation(Method):
 
     def _keep(self, views: Views, progress: Progress) -> Keep:
         rates, position = self.student.backbone.config.drop_rates, views["position"]
-        global_, local = (
+        drawn = [
             keep_masks(rates, seed=progress.seed, purpose=f"drop_path/{kind}", position=position, views=count)
             for kind, count in (("global", len(views["global"])), ("local", len(views.get("local", ()))))
-        )
+        ]
+        global_, local = on_device(drawn, views["global"].device)
         return global_, local
 
 

@@ -25,12 +25,13 @@ from datapipe.masking import MaskConfig, MaskLaw
 from datapipe.settings import settings
 from datapipe.views import RegionLaw, ViewSpec, regions
 from training import positions, reconstruction
-from training.backbone import BackboneConfig, VisionTransformer, keep_masks
+from training.backbone import BackboneConfig, VisionTransformer, keep_masks, on_device
 from training.decoders import Decoder
 from training.measures import of_features
 from training.methods.base import Method, Outcome, Precision, Progress, Role, Views, at_least_float32, full, lowered
 from training.reconstruction import PixelNorm
 from training.schedules import grown
+from training.transfer import to_device
 
 
 @settings
@@ -262,7 +263,7 @@ class PersonMae(Method):
             places = positions.in_frame(box_b, box_a, rows, columns)
             return Asked(places, False, None, torch.ones_like(places[..., 0]))
         hidden_BQ = order_BN[:, self.kept :]
-        places = positions.grid(rows, columns).to(order_BN.device, dtype)[hidden_BQ]
+        places = to_device(positions.grid(rows, columns), order_BN.device, dtype)[hidden_BQ]
         if self.config.loss_on == "all":
             return Asked(places, True, order_BN, torch.ones_like(order_BN, dtype=dtype))
         mask_BRG = views["mask"][0].to(dtype)
@@ -283,8 +284,9 @@ class PersonMae(Method):
         return self.config.feature_weight * grown(progress.epoch, epochs=self.config.feature_growth * epochs)
 
     def _keep(self, views: Views, progress: Progress) -> Tensor | None:
-        rates = self.student.backbone.config.drop_rates
-        return keep_masks(rates, seed=progress.seed, purpose="drop_path/region_a", position=views["position"], views=1)
+        rates, position = self.student.backbone.config.drop_rates, views["position"]
+        drawn = keep_masks(rates, seed=progress.seed, purpose="drop_path/region_a", position=position, views=1)
+        return on_device([drawn], views["region_a"].device)[0]
 
 
 def _check(config: PersonMaeConfig, backbone: BackboneConfig) -> None:

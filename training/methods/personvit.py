@@ -24,7 +24,7 @@ from datapipe.settings import settings
 from datapipe.views import ViewSpec, multi_crop
 from training.backbone import BackboneConfig, VisionTransformer
 from training.heads import HeadConfig, MaskedHead
-from training.losses import entropy, hidden_patch_cross_entropies, mean_over_hidden
+from training.losses import entropy, hidden_numbers, hidden_patch_cross_entropies, mean_over_hidden
 from training.measures import information
 from training.methods.base import Outcome, Precision, Progress, Views, at_least_float32, full, lowered
 from training.methods.distillation import Distillation, DistillationConfig, Keep, TokenViews, seen
@@ -99,7 +99,7 @@ class PersonVitNetwork(nn.Module):
             if learning and "local" in views:
                 rows.append(seen(self.backbone, views["local"], weight_B, keep=keep[1]).cls)
         with full(device):
-            patches = whole.patches[mask_GBN] if learning else whole.patches
+            patches = _picked(whole.patches, _hidden(views)) if learning else whole.patches
             said = self.head({"cls": at_least_float32(torch.cat(rows)), "patch": at_least_float32(patches)})
         return MaskedViews(TokenViews({"cls": said["cls"]}, whole.cls), said["patch"])
 
@@ -142,12 +142,13 @@ class PersonVit(Distillation):
         """lambda_dino * mean over pairs of different views + lambda_mim * the patch term, image by image."""
         weight_B, mask_GBN = views["weight"], views["mask"].flatten(2)
         said = self.distil(learnt.tokens, taught.tokens, weight_B, progress.epoch)
-        targets_RK = self._patch_targets(taught.patches[mask_GBN], progress.epoch)
+        hidden_R = _hidden(views)
+        targets_RK = self._patch_targets(_picked(taught.patches, hidden_R), progress.epoch)
         patch_B = hidden_patch_cross_entropies(
-            learnt.patches, targets_RK, mask_GBN, student_temp=self.config.student_temp
+            learnt.patches, targets_RK, mask_GBN, student_temp=self.config.student_temp, hidden_R=hidden_R
         )
         loss_B = self.config.lambda_dino * said.pairs["cls"].mean(dim=0) + self.config.lambda_mim * patch_B
-        metrics = self.metrics(said, weight_B) | self._patch_metrics(patch_B, targets_RK, mask_GBN)
+        metrics = self.metrics(said, weight_B) | self._patch_metrics(patch_B, targets_RK, mask_GBN, hidden_R)
         # the patches' centre follows all of them, hidden or not
         taught_TBK: Mapping[str, Tensor] = {**taught.tokens.logits, "patch": taught.patches.mean(dim=2)}
         return self.outcome(loss_B, weight_B, taught_TBK, metrics)
@@ -157,7 +158,9 @@ class PersonVit(Distillation):
         return self.targets_of("patch", taught_RK[None], taught_RK.new_ones(len(taught_RK)), epoch)[0]
 
     @torch.no_grad()
-    def _patch_metrics(self, patch_B: Tensor, targets_RK: Tensor, mask_GBN: Tensor) -> dict[str, Tensor]:
+    def _patch_metrics(
+        self, patch_B: Tensor, targets_RK: Tensor, mask_GBN: Tensor, hidden_R: Tensor
+    ) -> dict[str, Tensor]:
         """The patch term, the share of hidden patches, and what their targets are watched by.
 
         target_entropy_patch: an image without hidden patches has the micro-batch's mean, so that the mean over images
@@ -166,7 +169,7 @@ class PersonVit(Distillation):
         """
         unsure_R = entropy(targets_RK)
         hidden_B = mask_GBN.sum(dim=-1).clamp(max=1).sum(dim=0)  # views with hidden patches
-        own_B = mean_over_hidden(unsure_R, mask_GBN) * len(mask_GBN) / hidden_B.clamp(min=1)
+        own_B = mean_over_hidden(unsure_R, mask_GBN, hidden_R) * len(mask_GBN) / hidden_B.clamp(min=1)
         mean = unsure_R.sum() / max(len(unsure_R), 1)
         known_R = information(targets_RK[None], targets_RK.new_ones(len(targets_RK)))
         return {
@@ -176,3 +179,14 @@ class PersonVit(Distillation):
             "target_entropy_patch": torch.where(hidden_B > 0, own_B, mean),
             "target_information_patch": (known_R.sum() / max(len(known_R), 1)).expand_as(patch_B),
         }
+
+
+def _picked(values_GBNX: Tensor, hidden_R: Tensor) -> Tensor:
+    """The rows of hidden patches, [R, X]; the others are not copied."""
+    patches = values_GBNX.shape[2]
+    return values_GBNX.flatten(0, 1)[hidden_R // patches, hidden_R % patches]
+
+
+def _hidden(views: Views) -> Tensor:
+    """Numbers of the hidden patches among those of all views and images: the loader's, or counted from the mask."""
+    return views["hidden"] if "hidden" in views else hidden_numbers(views["mask"])

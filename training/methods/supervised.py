@@ -21,7 +21,7 @@ from datapipe.config import ViewConfig
 from datapipe.settings import settings
 from datapipe.views import ViewSpec, padded
 from training import metric_losses, stem
-from training.backbone import BackboneConfig, VisionTransformer, keep_masks
+from training.backbone import BackboneConfig, VisionTransformer, keep_masks, on_device
 from training.erasing import erase
 from training.gathering import gathered
 from training.measures import of_features
@@ -167,7 +167,8 @@ class Supervised(Method):
         label_B = views["label"].to(weight_B.device).masked_fill(~real_B, -1)
         images_BIHW = erase(views["image"][0], position_B, probability=self.config.erase, seed=progress.seed)
         rates = self.student.backbone.config.drop_rates
-        keep = keep_masks(rates, seed=progress.seed, purpose="drop_path/image", position=position_B, views=1)
+        drawn = keep_masks(rates, seed=progress.seed, purpose="drop_path/image", position=position_B, views=1)
+        (keep,) = on_device([drawn], images_BIHW.device)
         said = self.student(images_BIHW, real_B, precision=self.precision, keep=keep)
         with full(weight_B.device):
             identity_B, triplet_B = self._losses(said, label_B)

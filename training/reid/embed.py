@@ -22,6 +22,8 @@ from torch import Tensor
 from datapipe.config import Size
 from datapipe.errors import DataError
 from datapipe.settings import settings
+from training.out_of_memory import scoring_memory
+from training.transfer import to_device
 
 Features = dict[str, NDArray[np.float32]]
 """Name -> float32 [N, C]."""
@@ -86,7 +88,7 @@ def embed(
     what PASS fine-tunes and evaluates), "parts" (their mean) and "each_part" (all of them, one after the other). All
     of one pass.
     `size` is (height, width). The backbone must be on `device`; it is left in the mode it came in.
-    Errors: `DataError` that names the image which cannot be decoded.
+    Errors: `DataError` that names the image which cannot be decoded, `ConfigError` where memory runs out.
     """
     config = config or EmbedConfig()
     if not len(paths):
@@ -95,10 +97,11 @@ def embed(
     was_training = backbone.training
     backbone.train(False)
     try:
-        collected = [
-            _embed_batch(backbone, normalise(pixels, dtype, device, config), config)
-            for pixels in _batches(paths, read, size, config)
-        ]
+        with scoring_memory(config.batch, device):
+            collected = [
+                _embed_batch(backbone, normalise(pixels, dtype, device, config), config)
+                for pixels in _batches(paths, read, size, config)
+            ]
     finally:
         backbone.train(was_training)
     return {name: np.concatenate([batch[name] for batch in collected]) for name in collected[0]}
@@ -106,8 +109,9 @@ def embed(
 
 def normalise(pixels: NDArray[np.uint8], dtype: torch.dtype, device: torch.device | str, config: EmbedConfig) -> Tensor:
     """uint8 [B, H, W, 3] -> (x / 255 - mean) / std as [B, 3, H, W] on the device."""
-    images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).to(dtype).div(255)
-    mean, std = (torch.tensor(values, dtype=dtype, device=device) for values in (config.mean, config.std))
+    device = torch.device(device)
+    images = to_device(pixels, device).permute(0, 3, 1, 2).to(dtype).div(255)
+    mean, std = (to_device(torch.tensor(values, dtype=dtype), device) for values in (config.mean, config.std))
     return (images - mean[:, None, None]) / std[:, None, None]
 
 

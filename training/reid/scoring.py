@@ -27,6 +27,8 @@ class ScoringConfig:
     """Score every feature once more, re-ranked by k-reciprocal encoding. Minutes for MSMT17."""
     reranking: RerankConfig = RerankConfig()
     """How. Published scores are without it."""
+    embed_batch: int = Field(default=64, ge=1, repr=False)
+    """Images embedded at once. Lower it when memory runs out; features stay the same up to rounding."""
     trapezoid: bool = False
     """Report the mAP of the official Market-1501 code too (trapezoids; about a point lower), as `trapezoid_mAP`. Tables
     of the literature have the other one."""

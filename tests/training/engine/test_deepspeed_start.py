@@ -1,8 +1,14 @@
-"""What DeepSpeed loads when a worker starts."""
+"""What DeepSpeed loads when a worker starts, and what it does to parameters."""
 
 import sys
+from dataclasses import replace
+
+import pytest
 
 from tests.ranks import run_ranks
+from tests.training.tiny_recipe import tiny
+from training.assembly import build_method, make_stepper, portion
+from training.backbone import parameter_count
 from training.engine.world import World
 
 
@@ -20,3 +26,20 @@ def _loaded(world: World) -> tuple[bool, bool]:
 def test_start__loads_no_compiler() -> None:
     """It takes a worker longer than all the rest of its engine."""
     assert run_ranks(1, _loaded, fresh=True) == [(False, True)]
+
+
+def _trained(world: World) -> tuple[int, int]:
+    """Numbers that learn, before and after ZeRO 3 has split them."""
+    config = tiny("pass_vits", images=2 * world.size)
+    config = replace(config, engine=replace(config.engine, stepper="deepspeed", zero_stage=3))
+    method = build_method(config)
+    before = parameter_count(method, trained=True)
+    make_stepper(config, method, world, portion(2 * world.size, 2, world.size))
+    assert sum(value.numel() for value in method.parameters()) == 0, "nothing was split"
+    return before, parameter_count(method, trained=True)
+
+
+@pytest.mark.slow
+def test_parameter_count__whole_under_zero_3() -> None:
+    ((before, after),) = run_ranks(1, _trained)
+    assert before == after > 0

@@ -1,0 +1,179 @@
+"""Every recipe's step on tensors that only say that they are on a GPU: operands on different devices, results left on
+the host, and waits for the GPU in the forward pass show without one.
+
+Real are the recipe with its widths and heads, the module (made on the meta device, then `to_empty`), `Place`, the
+method's forward pass under autocast, what the stepper collects and its norms, `after_step`, the moving average, and
+what evaluation embeds. Two blocks stand for all. Not here: the backward pass, which wants a CUDA context, DeepSpeed,
+kernels and streams.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from training import assembly, backbone, ema, erasing, methods
+from training.config import SHIPPED, RunConfig, load
+from training.engine.optimisation import group_parameters
+from training.engine.plain import PlainStepper
+from training.engine.world import World
+from training.methods import distillation, personmae, supervised
+from training.methods.base import Progress
+from training.placing import Place
+from training.reid import embed
+
+GPU = torch.device("cuda", 0)
+IMAGES = 4
+LARGER = ("pass_vitb", "vitl", "personvit_vitb", "personmae_vitb", "384")
+"""The same operations as a smaller recipe."""
+RECIPES = [
+    pytest.param(name, marks=[pytest.mark.slow] * name.endswith(LARGER))
+    for name in sorted(path.stem for path in SHIPPED.glob("*.toml"))
+]
+NOW = Progress(samples=0, step=0, epoch=0, fraction=0.0, total_steps=10, epoch_steps=5.0, seed=1)
+ON_HOST = {"position", "sample"}
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
+    """A mode in which CUDA tensors have no memory, and CUDA's autocast is not switched off for want of a GPU."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def small(name: str) -> RunConfig:
+    """A shipped recipe, two blocks deep; with identities where it learns from them."""
+    config = load(SHIPPED / f"{name}.toml")
+    width, _, heads, _ = config.backbone.shape
+    shallow = dataclasses.replace(config.backbone, arch="custom", width=width, depth=2, heads=heads)
+    method: Any = config.method
+    if method.name == "supervised":
+        method = dataclasses.replace(method, classes=7)
+    return dataclasses.replace(config, backbone=shallow, method=method)
+
+
+class HostPositions:
+    """The positions of a batch as host numbers, whatever mode tensors are in."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+
+    def numpy(self) -> np.ndarray:
+        return self.values
+
+
+def keep_host_numbers(monkeypatch: pytest.MonkeyPatch, mode: FakeTensorMode, position: np.ndarray) -> None:
+    """Numbers that the host draws from positions are drawn outside the mode, in which host tensors have none. What is
+    handed to these functions must be on the host: from a GPU it would have to be waited for."""
+    real_keep, real_erase = backbone.keep_masks, erasing.erase
+
+    def keep_masks(rates: Any, **given: Any) -> Tensor | None:
+        assert given.pop("position").device.type == "cpu"
+        with unset_fake_temporarily():
+            drawn = real_keep(rates, position=torch.from_numpy(position), **given)
+        return None if drawn is None else mode.from_tensor(drawn)
+
+    def erase(images: Tensor, positions: Tensor, **given: Any) -> Tensor:
+        assert positions.device.type == "cpu"
+        return real_erase(images, HostPositions(position), **given)  # type: ignore[arg-type]
+
+    for module in (distillation, personmae, supervised):
+        monkeypatch.setattr(module, "keep_masks", keep_masks)
+    monkeypatch.setattr(supervised, "erase", erase)
+
+
+class NoWait(TorchDispatchMode):
+    """Fails at a copy between host and GPU that the host waits for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given: dict[str, Any] = kwargs or {}
+        result = func(*args, **given)
+        name = func._schema.name
+        if name == "aten::_to_copy":
+            self._judge(args[0], result, bool(given.get("non_blocking")))
+        elif name == "aten::copy_":
+            self._judge(args[1], args[0], bool(given.get("non_blocking") or (len(args) > 2 and args[2])))
+        return result
+
+    @staticmethod
+    def _judge(source: Tensor, target: Tensor, non_blocking: bool) -> None:
+        assert not (source.is_cuda and not target.is_cuda), "a copy from the GPU to the host"
+        assert source.is_cuda or not target.is_cuda or non_blocking, "a copy to the GPU from ordinary memory"
+
+
+def devices(values: dict[str, Tensor]) -> dict[str, str]:
+    return {name: value.device.type for name, value in values.items()}
+
+
+def check_forward(stepper: PlainStepper, batch: Any) -> None:
+    """Views, outcome and all that is collected of it: on the GPU, and nobody waited."""
+    place = Place(GPU)
+    with NoWait():
+        views = place(batch)
+        assert {name for name, device in devices(views).items() if device == "cpu"} == ON_HOST  # type: ignore[arg-type]
+        outcome = stepper.forward(views, NOW)
+    found = {"loss": outcome.loss, **outcome.sums, **outcome.metrics, **stepper._totals}
+    assert set(devices(found).values()) == {"cuda"}
+    assert all(value.dtype == torch.float32 for value in stepper._totals.values())
+    stepper.method.after_step(outcome.sums, NOW)
+
+
+def check_update(stepper: PlainStepper) -> None:
+    """Norms, and the teacher that follows the student."""
+    for value in stepper.parameters.values():
+        value.grad = torch.empty_like(value)
+    assert stepper._norms().device.type == "cuda"
+    method = stepper.method
+    if "teacher" in method._modules:
+        ema.update(dict(method.student.named_parameters()), dict(method.teacher.named_parameters()), 0.9)
+    assert set(devices({**dict(method.named_parameters()), **dict(method.named_buffers())}).values()) == {"cuda"}
+
+
+def check_embedding(config: RunConfig, method: methods.Method) -> None:
+    pixels = np.zeros((2, *config.backbone.size, 3), np.uint8)
+    with NoWait(), torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
+        images = embed.normalise(pixels, torch.float32, GPU, embed.EmbedConfig())
+        tokens = method.backbone().eval().features(images)
+    assert {tokens.cls.device.type, tokens.parts.device.type, tokens.patches.device.type} == {"cuda"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_step__on_a_fake_gpu(name: str, fake_gpu: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small(name)
+    batch = assembly.fake_batch(assembly.view_spec(config), assembly.portion(IMAGES, IMAGES, 1), config)
+    keep_host_numbers(monkeypatch, fake_gpu, batch.position.copy())
+    with torch.device("meta"):
+        method = methods.build(config.method, config.backbone)
+    method.precision = config.optimisation.precision
+    with fake_gpu:
+        method = method.to_empty(device=GPU)
+        stepper = PlainStepper(method, group_parameters(method), config.optimisation, World(device=GPU))
+        check_forward(stepper, batch)
+        check_update(stepper)
+        check_embedding(config, method)
+
+
+def test_fake_gpu__shows_what_it_is_for(fake_gpu: FakeTensorMode) -> None:
+    """Each kind of mistake, made on purpose."""
+    with fake_gpu:
+        there, here = torch.ones(3, device=GPU), torch.ones(3)
+        with pytest.raises(Exception, match="the same device"):
+            there * here
+        with pytest.raises(DynamicOutputShapeException):
+            there[there > 0]
+        with pytest.raises(DataDependentOutputException):
+            bool(there.sum() > 0)
+        for copied, back in ((here, GPU), (there, torch.device("cpu"))):
+            with pytest.raises(AssertionError, match="a copy"), NoWait():
+                copied.to(back)

@@ -1,0 +1,112 @@
+"""A run that is out of memory ends with one error that says what it needs, what there is, and what needs less. No
+restart mends it: the same batch would ask for the same memory again."""
+
+import contextlib
+import dataclasses
+import shlex
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from datapipe.errors import ConfigError, UserError
+from training import memory
+from training.assembly import portion, sampling_of
+from training.config import RunConfig
+from training.engine.world import World
+from training.out_of_memory import GB, device_bytes, device_name, first_line, is_out_of_memory
+from training.run_folder import RunFolder
+
+
+@contextlib.contextmanager
+def training_memory(config: RunConfig, world: World) -> Iterator[None]:
+    """Around all that a rank does: raises ConfigError where memory runs out, with the micro-batch, the calculated
+    memory beside the device's, smaller settings and the dry run."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise _of_training(config, world, error) from error
+
+
+class _Try(NamedTuple):
+    """Settings that need less, as flags, and the bytes that they need."""
+
+    flags: str
+    needed: int
+
+
+class _Rank:
+    """What a rank of a recipe needs, and what it has."""
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.room = device_bytes(world)
+        self._sizes = memory.census(config)
+
+    @property
+    def micro(self) -> int:
+        """Images of a micro-batch."""
+        return portion(self.config.optimisation.batch, self.config.optimisation.micro_batch, self.world.size).micro
+
+    def needed(self, config: RunConfig | None = None) -> int:
+        """Bytes, as calculated, with the present settings or others that leave the model as it is."""
+        cuda = self.world.device.type == "cuda"
+        return memory.calculate(config or self.config, self._sizes, world=self.world.size, cuda=cuda).needed
+
+    def tries(self) -> list[_Try]:
+        """A smaller micro-batch, checkpointed blocks, a higher ZeRO stage: what fits, else what needs less."""
+        config, found = self.config, []
+        found += self._smaller()[:1]
+        if not config.backbone.checkpoint_blocks:
+            blocks = dataclasses.replace(config.backbone, checkpoint_blocks=True)
+            changed = dataclasses.replace(config, backbone=blocks)
+            found.append(_Try("--backbone.checkpoint-blocks True", self.needed(changed)))
+        if config.engine.stepper == "deepspeed" and config.engine.zero_stage < 2 and self.world.size > 1:
+            changed = dataclasses.replace(config, engine=dataclasses.replace(config.engine, zero_stage=2))
+            found.append(_Try("--engine.zero-stage 2", self.needed(changed)))
+        less = [one for one in found if one.needed < self.needed()]
+        return [one for one in less if one.needed <= self.room] or less
+
+    def _smaller(self) -> list[_Try]:
+        """Halved micro-batches, the largest first: those that fit, as far as that is known, else the smallest. Where
+        the images of a batch are coupled the batch is halved, too, as it must stay whole."""
+        found = []
+        for shift in range(1, self.micro.bit_length()):
+            micro, optimisation = self.micro >> shift, self.config.optimisation
+            changed = dataclasses.replace(optimisation, micro_batch=micro)
+            flags = f"--optimisation.micro-batch {micro}"
+            if self._sizes.couples:
+                changed = dataclasses.replace(changed, batch=micro * self.world.size)
+                flags = f"--optimisation.batch {changed.batch} {flags}"
+            found.append(_Try(flags, self.needed(dataclasses.replace(self.config, optimisation=changed))))
+        return [one for one in found if not self.room or one.needed <= self.room] or found[-1:]
+
+
+def _of_training(config: RunConfig, world: World, error: BaseException) -> ConfigError:
+    rank = _Rank(config, world)
+    needed = rank.needed()
+    what = (f"out of memory on {device_name(world)}, rank {world.rank} of {world.size}: as calculated, this "
+            f"configuration needs {needed / GB:.2f} GB on it")  # fmt: skip
+    if rank.room and needed <= rank.room:
+        what += ", which should fit: something else may hold the rest"
+    tries = ", or ".join(f"{one.flags} ({one.needed / GB:.2f} GB)" for one in rank.tries())
+    return ConfigError(
+        f"{what} ({first_line(error)})",
+        where=f"optimisation.micro_batch = {config.optimisation.micro_batch}, images at once on a rank: {rank.micro}",
+        hint=(tries or "a device with more memory, or more workers") + _dry_run(config, rank),
+    )
+
+
+def _dry_run(config: RunConfig, rank: _Rank) -> str:
+    """The command that lists what fits; fine-tuning has none."""
+    if sampling_of(config) is not None:
+        return ""
+    saved = f"{config.out.rstrip('/')}/config.toml"
+    recipe = saved if RunFolder(config.out, config.storage).read_text("config.toml") is not None else "RECIPE"
+    words = ["python", "-m", "training", "pretrain", recipe, "--dry-run"]
+    words += ["--gpu-memory-gb", f"{rank.room / GB:.2f}"] if rank.room else []
+    if config.cluster.max_workers != rank.world.size:
+        words += ["--cluster.max-workers", str(rank.world.size)]
+    return f"; `{shlex.join(words)}` lists what fits"

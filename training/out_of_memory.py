@@ -1,0 +1,85 @@
+"""Allocations that fail, whoever says so, and the error that scoring ends with. (`memory_remedies.py`: training's.)"""
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from datapipe.errors import ConfigError, UserError
+from training.engine.world import World
+
+GB = 10**9
+SAYINGS = re.compile(
+    r"out of memory|cudaErrorMemoryAllocation|_ALLOC_FAILED|can't allocate memory|not enough memory|"
+    r"cannot allocate memory|failed to allocate memory|failed to cuda (m|c)alloc", re.IGNORECASE,
+)  # fmt: skip
+"""How allocators say so in errors without a type of their own: CUDA's runtime, cuBLAS, cuDNN and cuSOLVER, NCCL, and
+PyTorch's for the CPU."""
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Did an allocation fail, on a GPU or on the host? Also where another error was raised from that."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, MemoryError | torch.OutOfMemoryError):
+            return True
+        if isinstance(found, RuntimeError) and SAYINGS.search(str(found)):
+            return True
+        if isinstance(found, OSError) and found.errno == errno.ENOMEM:
+            return True
+        found = found.__cause__
+    return False
+
+
+@contextlib.contextmanager
+def scoring_memory(batch: int, device: torch.device | str) -> Iterator[None]:
+    """Around embedding and scoring: raises ConfigError where memory runs out, with the images embedded at once."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        smaller = f"--embed-batch {batch // 2}" if batch > 1 else "a device with more memory"
+        raise ConfigError(
+            f"out of memory while scoring on {device_name(World(device=torch.device(device)))}, with {batch} images "
+            f"embedded at once ({first_line(error)})", where=f"embed_batch = {batch}",
+            hint=f"{smaller} (in a recipe evaluation.scoring.embed_batch); features stay the same up to rounding",
+        ) from error  # fmt: skip
+
+
+def device_name(world: World) -> str:
+    """A rank's device and its memory, in a person's terms."""
+    room = device_bytes(world)
+    size = f" of {room / GB:.2f} GB" if room else ""
+    if world.device.type != "cuda":
+        return f"the host{size}" if world.local_size == 1 else f"the host, {world.local_size} ranks{size} each"
+    return f"{world.device} ({torch.cuda.get_device_name(world.device)}){size}"
+
+
+def device_bytes(world: World) -> int:
+    """Memory of the rank's GPU, or its share of the host's memory; 0 where the system does not say."""
+    if world.device.type == "cuda":
+        return int(torch.cuda.get_device_properties(world.device).total_memory)
+    try:
+        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 0
+    with contextlib.suppress(OSError, ValueError):  # no cgroup, or one without a limit, "max"
+        room = min(room, int(CGROUP_LIMIT.read_text()))
+    return room // world.local_size
+
+
+def first_line(error: BaseException) -> str:
+    """What the allocator said, without its advice and traces."""
+    found = error
+    while found.__cause__ is not None and not str(found):
+        found = found.__cause__
+    line = (str(found).splitlines() or [""])[0].partition(". GPU ")[0]
+    return line.strip() or type(found).__name__

@@ -95,6 +95,8 @@ class LocalStore(Store):
                 yield str(path.relative_to(self.url))
 
     def at(self, *parts: str) -> Store:
+        for part in parts:
+            self.refuse_outside(part)
         return LocalStore(os.path.join(self.url, *parts))
 
     def linked_out(self, names: Iterable[str]) -> Iterator[str]:

@@ -105,6 +105,8 @@ class S3Store(Store):
         self._try(lambda: self._client.delete_object(**self._target(name)), name)
 
     def at(self, *parts: str) -> Store:
+        for part in parts:
+            self.refuse_outside(part)
         return S3Store("/".join((self.url, *parts)), self.config)
 
     @property

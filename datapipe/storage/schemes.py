@@ -97,6 +97,8 @@ class SchemeStore(Store):
         self._try(remove, name)
 
     def at(self, *parts: str) -> Store:
+        for part in parts:
+            self.refuse_outside(part)
         return SchemeStore("/".join((self.url, *parts)), self.config)
 
     @property

@@ -65,9 +65,12 @@ def look_up(listed: pyarrow.Array, table: pyarrow.Table, by: By) -> Found:
 def canonical(names: pyarrow.Array, by: By) -> pyarrow.Array:
     """Names or keys in the form in which they are compared."""
     compute = pyarrow.compute
-    names = compute.utf8_trim(compute.utf8_normalize(names, form="NFC"), characters=BLANKS)
-    names = compute.replace_substring(names, pattern="\\", replacement="/")
-    for pattern, replacement in SAME_FOLDER:
+    if not compute.all(compute.string_is_ascii(names)).as_py():
+        names = compute.utf8_normalize(names, form="NFC")
+    names = compute.utf8_trim(names, characters=BLANKS)
+    if _any_holds(names, "\\"):
+        names = compute.replace_substring(names, pattern="\\", replacement="/")
+    for pattern, replacement in SAME_FOLDER if _any_holds(names, "./") or _any_holds(names, "//") else ():
         names = compute.replace_substring_regex(names, pattern=pattern, replacement=replacement)
     return compute.utf8_lower(_bare(names)) if by == "key" else names
 
@@ -110,6 +113,10 @@ def refuse_missing(found: Found, total: int, *, share: float, where: str) -> Non
         )
 
 
+def _any_holds(names: pyarrow.Array, part: str) -> bool:
+    return bool(pyarrow.compute.any(pyarrow.compute.match_substring(names, part)).as_py())
+
+
 def _looser(by: By, wanted: pyarrow.Array, column: pyarrow.Array) -> Iterator[tuple[pyarrow.Array, pyarrow.Array]]:
     """What else a listed name may be, the likeliest first: (forms of the listed, forms of the column)."""
     if by == "key":
@@ -117,7 +124,7 @@ def _looser(by: By, wanted: pyarrow.Array, column: pyarrow.Array) -> Iterator[tu
     replace = pyarrow.compute.replace_substring_regex
     shorter = wanted
     for _ in range(MOST_FOLDERS):
-        if not pyarrow.compute.any(pyarrow.compute.match_substring(shorter, "/")).as_py():
+        if not _any_holds(shorter, "/"):
             break
         shorter = replace(shorter, pattern=FOLDER, replacement="")
         yield shorter, column

@@ -90,7 +90,7 @@ def decoded(data: bytes, where: str) -> str:
 
 
 def _utf8(data: bytes) -> str:
-    return data.decode("utf-8", "surrogateescape").encode("utf-8", "backslashreplace").decode()
+    return data.decode("utf-8", "backslashreplace")
 
 
 def _by_zeros(data: bytes) -> str:

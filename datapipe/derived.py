@@ -8,7 +8,9 @@ They are deleted, whoever is on them where that cannot be told; a report and the
 asked for. What else may hold a crop or its name is listed. Weights stay: what they were trained on cannot be taken out.
 """
 
+import os
 import re
+import tomllib
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -76,8 +78,11 @@ class Place:
 
 
 def look(urls: Sequence[str], storage: StorageConfig) -> list[Place]:
-    """What is at these addresses. Raises DataError where nothing is, or nothing that this project makes."""
-    return [_look(url, storage) for url in urls]
+    """What is at these addresses, and the caches on this machine that runs among them name. Raises DataError where
+    nothing is, or nothing that this project makes."""
+    places = [_look(url, storage) for url in urls]
+    named = {cache for place in places for cache in _caches(place) if os.path.isdir(cache)}
+    return [*places, *(_look(cache, storage) for cache in sorted(named - set(urls)))]
 
 
 def clear(places: Iterable[Place], shards: Collection[str], words: Collection[str]) -> Cleared:
@@ -87,6 +92,11 @@ def clear(places: Iterable[Place], shards: Collection[str], words: Collection[st
     """
     found, search = Cleared(), _Search(words)
     for place in places:
+        found.remaining += [
+            f"{cache}: blocks on other machines, if the run had any; give the folder with --runs there"
+            for cache in sorted(_caches(place))
+            if not os.path.isdir(cache)
+        ]
         roots = {"", *(match["root"] for match in map(RUN.fullmatch, place.names) if match)}
         for name in place.names:
             _judge(place.store, name, roots, shards, search, found)
@@ -165,6 +175,19 @@ def _spellings(word: str) -> Iterator[str]:
             yield name
             if not name.isascii():
                 yield name.encode("unicode_escape").decode()
+
+
+def _caches(place: Place) -> set[str]:
+    """Folders of blocks that the recipes of runs name."""
+    found = set()
+    for name in place.names:
+        if name.rpartition("/")[2] == "config.toml" and RUN.fullmatch(name):
+            try:
+                stream = tomllib.loads(place.store.read(name).decode()).get("stream", {})
+                found.add(os.path.expanduser(str(stream.get("cache_dir", ""))))
+            except (StorageError, ValueError, AttributeError):
+                continue  # no recipe of ours
+    return found - {""}
 
 
 def _look(url: str, storage: StorageConfig) -> Place:

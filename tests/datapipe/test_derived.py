@@ -135,6 +135,21 @@ def test_cache__loses_the_blocks_of_shards_that_lost_crops_and_no_others(
     DiskCache(str(node), 10**9).drop([])
 
 
+def test_runs__name_caches_that_are_cleared_too_or_listed(folder: Path, tmp_path: Path) -> None:
+    changed = Manifest.load(str(folder)).shards[0].sha256
+    block = tmp_path / "cache" / f"{changed}-0123456789abcdef"
+    block.parent.mkdir()
+    block.write_bytes(b"block")
+    recipe = '[stream]\ncache_dir = "{}"\n'
+    run_folder(tmp_path / "runs" / "one", **{"config.toml": recipe.format(block.parent)})
+    run_folder(tmp_path / "runs" / "two", **{"config.toml": recipe.format("/nowhere/here")})
+    cleared = take_out(folder, str(tmp_path / "runs")).cleared
+    assert not block.exists() and cleared.blocks == 1
+    assert cleared.remaining == [
+        "/nowhere/here: blocks on other machines, if the run had any; give the folder with --runs there"
+    ]
+
+
 def test_runs__given_again_or_later_are_cleared_too(folder: Path, tmp_path: Path) -> None:
     """A removal that has ended, with the same list, and with a list of crops that were all removed before."""
     row = first(folder)

@@ -97,6 +97,13 @@ class RemoveConfig:
     """File with keys of crops: one a line, or a parquet file with a column `key`; local or s3://bucket/name."""
     names: str = ""
     """File with original names: one a line, a parquet file with a column `name`, or a pickled list."""
+    max_missing: float = Field(default=0.0, ge=0, le=1)
+    """Share of a list that may be absent from the data set; above it the command fails, and nothing is removed. What
+    was removed before, and what was quarantined and so never was a part of it, is not absent."""
+    runs: tuple[str, ...] = ()
+    """Where copies of the crops may be: run folders (or folders of them), local or s3://bucket/prefix, and folders of
+    blocks on nodes (stream.cache_dir). Pictures, reports, dumps of batches and blocks are deleted; what else names a
+    removed crop is listed."""
     duplicates: bool = False
     """Take out as well what is equal to such a crop byte for byte, whatever its name and source."""
     reason: str = ""

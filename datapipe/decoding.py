@@ -12,6 +12,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from datapipe.formats import FORMATS
 from datapipe.photometric import View
 
 ROOM_BYTES = 16 << 20
@@ -35,7 +36,7 @@ def decode(data: bytes) -> View:
     except (ValueError, RuntimeError):
         pass  # CMYK, or not a JPEG at all: PIL reads more, slowly
     try:
-        with Image.open(BytesIO(data)) as image:
+        with Image.open(BytesIO(data), formats=FORMATS) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"not an image: {error}") from error

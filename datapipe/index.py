@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 
 from datapipe.errors import DataError, NotFoundError
@@ -34,6 +35,7 @@ INDEX = pyarrow.schema(
     ]
 )
 """Columns of an index."""
+KEY = r"^[0-9a-f]{32}$"
 REPAIR = "`python -m datapipe verify` lists what is wrong, and `--repair` mends what can be mended"
 
 
@@ -63,9 +65,28 @@ def read_index(store: Store, shard: Shard, columns: Sequence[str] | None = None)
         table = pyarrow.parquet.read_table(pyarrow.BufferReader(data), columns=wanted)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"an index of the data set cannot be read: {error}", where=where, hint=REPAIR) from error
+    lacking = [name for name in wanted or INDEX.names if name not in table.column_names]
+    if lacking:
+        raise DataError(f"an index of the data set lacks the column {lacking[0]}", where=where, hint=REPAIR)
+    refuse_keys(table, where)
     if table.num_rows != shard.rows:
         raise DataError(f"an index has {table.num_rows} rows, the manifest says {shard.rows}", where=where, hint=REPAIR)
     return table
+
+
+def refuse_keys(table: pyarrow.Table, where: str) -> None:
+    """Raises DataError where a key of a table, or one that it refers to, is no key: members of tars are called after
+    them, and whoever unpacks those writes files of these names."""
+    for name in ("key", "duplicate_of", "near_of"):
+        if name in table.column_names:
+            bad = pyarrow.compute.invert(pyarrow.compute.match_substring_regex(table[name], KEY))
+            bad = table[name].filter(bad, null_selection_behavior="drop")
+            if len(bad):
+                raise DataError(
+                    f"an index of the data set holds a key that is none: {bad[0].as_py()!r}",
+                    where=f"{where}: column {name}",
+                    hint="keys are 32 hex digits; copy the data set again",
+                )
 
 
 def whole_column(table: pyarrow.Table, name: str) -> pyarrow.Array:

@@ -30,7 +30,7 @@ from datapipe.select import whole
 from datapipe.shard import Sheet, write_shard
 from datapipe.sources import Source, open_sources
 from datapipe.spool import absolute, check_room, opened_spool
-from datapipe.storage import Store, open_store, probe
+from datapipe.storage import Store, open_store, probe, unsafe
 from datapipe.workers import Executor, Workers
 
 
@@ -161,7 +161,11 @@ class _Run:
         """All rows of the scan with the address of their object."""
         for part in parts:
             for rows in read_part(self.spool, part.part):
-                url = self.spool.address(rows["segment"][0].as_py())
+                segment = rows["segment"][0].as_py()
+                if unsafe(segment):
+                    raise DataError(f"the spool names a file that cannot be its own: {unsafe(segment)}",
+                                    where=f"{self.spool.url}: {segment!r}", hint="delete the spool's folder")
+                url = self.spool.address(segment)
                 yield rows.append_column("url", pyarrow.repeat(pyarrow.scalar(url), rows.num_rows))
 
     def write(self, plan: Plan) -> tuple[Shard, ...]:

@@ -1,23 +1,28 @@
-"""Lists of crops that users bring along: by key, or by original name as published rankings have them."""
+"""Lists of crops that users bring along: by key, or by original name as published rankings have them.
 
-import io
-import pickle
-from typing import Any, Literal, NamedTuple
+Lists come from editors, spreadsheets and shells of all systems: read_list.py says what is understood. Names are
+compared in one form, on both sides: composed characters (NFC), "/" between folders, no "./", no blanks around.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow
 import pyarrow.compute
-import pyarrow.parquet
 
-from datapipe.config import StorageConfig
 from datapipe.errors import DataError
 from datapipe.index import whole_column
-from datapipe.storage import open_store, split_url
+from datapipe.read_list import By, is_remark, read_list
 
-By = Literal["key", "name"]
-PICKLES = (".pkl", ".pickle")
+__all__ = ["By", "Found", "look_up", "read_list", "refuse_ambiguous", "refuse_missing"]
+
 FOLDERS, ENDINGS = r"^.*/", r"(?i)(\.(jpe?g|png|webp|bmp|tiff?|gif|ppm|pgm))+$"
+FOLDER = r"^[^/]*/+"
+SAME_FOLDER = (r"^(\./+)+", ""), (r"/(\./+)+", "/"), (r"/{2,}", "/")
+BLANKS = " \t\r\n\v\f\u00a0\u2007\u202f\u3000\u200b\u200e\u200f\u2060\ufeff"
 EXAMPLES = 3
+MOST_FOLDERS = 32
 
 
 class Found(NamedTuple):
@@ -29,62 +34,101 @@ class Found(NamedTuple):
     """Listed crops that are nowhere."""
     examples: list[str]
     """Some of these."""
-
-
-def read_list(url: str, by: By, storage: StorageConfig) -> pyarrow.Array:
-    """The keys or names in a file, as large strings in its order: text with one a line, parquet with a column of that
-    name, or a pickled list (TransReID-SSL's CFS_list.pkl), which is read without running what it may hold."""
-    folder, file = split_url(url)
-    data = open_store(folder, storage).read(file)
-    if url.lower().endswith(PICKLES):
-        values = _unpickled(data, url)
-    elif url.lower().endswith(".parquet"):
-        values = _column(data, by, url)
-    else:
-        lines = data.decode("utf-8", "surrogateescape").encode("utf-8", "backslashreplace").decode()
-        values = [line for line in (line.rstrip("\r") for line in lines.split("\n")) if line]
-    listed = pyarrow.array(values, pyarrow.large_string())
-    if not len(listed):
-        raise DataError("the list is empty", where=url, hint=f"one {by} a line")
-    return listed
+    lost: pyarrow.Array
+    """All of these, as the list has them."""
+    remarks: int
+    """Lines that are no crop of the data set but a heading or a comment."""
 
 
 def look_up(listed: pyarrow.Array, table: pyarrow.Table, by: By) -> Found:
     """Find the listed crops in a table with the column `by`.
 
-    A name that is not found as it stands is looked for by its last part without ending, so that lists made for loose
-    files fit other sources of the same images.
+    A name that is not found is looked for without its first folders, then by its last part without ending, so that
+    lists made for loose files fit other sources of the same images.
     """
-    column = whole_column(table, by)
-    place, lost = _match(listed, column)
-    if by == "name" and len(lost):
-        bare, still_lost = _match(_bare(listed.take(lost)), _bare(column))
-        place = np.where((place < 0) & (bare >= 0), lost[bare], place)
-        lost = lost[still_lost]
-    return Found(place, len(lost), listed.take(lost[:EXAMPLES]).to_pylist())
+    column = canonical(whole_column(table, by), by)
+    wanted = canonical(listed, by)
+    place, lost = _match(wanted, column)
+    for form in _looser(by, wanted, column):
+        if not len(lost):
+            break
+        names, there = form
+        found, still = _match(names.take(lost), there)
+        place = np.where((place < 0) & (found >= 0), lost[found], place)
+        lost = lost[still]
+    remarks = [number for number in lost.tolist() if is_remark(listed[number].as_py(), by, first=number == 0)]
+    lost = np.setdiff1d(lost, remarks)
+    missing = listed.take(lost)
+    return Found(place, len(lost), missing.slice(0, EXAMPLES).to_pylist(), missing, len(remarks))
 
 
-def refuse_ambiguous(place: np.ndarray, listed: pyarrow.Array, where: str) -> None:
-    """Raises DataError where several crops have the same place in a list."""
-    places, counts = np.unique(place[place >= 0], return_counts=True)
-    twice = places[counts > 1]
-    if len(twice):
+def canonical(names: pyarrow.Array, by: By) -> pyarrow.Array:
+    """Names or keys in the form in which they are compared."""
+    compute = pyarrow.compute
+    if not compute.all(compute.string_is_ascii(names)).as_py():
+        names = compute.utf8_normalize(names, form="NFC")
+    names = compute.utf8_trim(names, characters=BLANKS)
+    if _any_holds(names, "\\"):
+        names = compute.replace_substring(names, pattern="\\", replacement="/")
+    for pattern, replacement in SAME_FOLDER if _any_holds(names, "./") or _any_holds(names, "//") else ():
+        names = compute.replace_substring_regex(names, pattern=pattern, replacement=replacement)
+    return compute.utf8_lower(_bare(names)) if by == "key" else names
+
+
+def refuse_ambiguous(place: np.ndarray, listed: pyarrow.Array, table: pyarrow.Table, where: str) -> int:
+    """How many crops are spelt alike but for Unicode's forms and blanks, beyond the first each: all of them are meant.
+
+    place: for each crop of the table, which has the columns `source` and `name`. Raises DataError where crops that are
+    called differently, or are of different sources, have the same place in a list.
+    """
+    rows = np.flatnonzero(place >= 0)
+    _, first, inverse, counts = np.unique(place[rows], return_index=True, return_inverse=True, return_counts=True)
+    if not len(counts) or counts.max() == 1:
+        return 0
+    several = counts[inverse] > 1
+    rows, other = rows[several], rows[first[inverse[several]]]
+    names, sources = canonical(whole_column(table, "name"), "name"), whole_column(table, "source")
+    alike = [
+        pyarrow.compute.equal(column.take(rows), column.take(other)).to_numpy(zero_copy_only=False)
+        for column in (names, sources)
+    ]
+    unlike = np.unique(place[rows[~(alike[0] & alike[1])]])
+    if len(unlike):
         raise DataError(
-            f"{len(twice):,} listed names fit more than one crop, for example {listed[int(twice[0])]}",
+            f"{len(unlike):,} listed names fit more than one crop, for example {listed[int(unlike[0])]}",
             where=where,
             hint="narrow it down to one source, or list keys instead of names",
         )
+    return int((counts - 1).sum())
 
 
 def refuse_missing(found: Found, total: int, *, share: float, where: str) -> None:
     """Raises DataError where more than this share of a list is not in the data set."""
-    if found.missing > share * total:
+    if found.missing > share * (total - found.remarks):
         raise DataError(
-            f"{found.missing:,} of the {total:,} listed crops are not in the data set, for example "
+            f"{found.missing:,} of the {total - found.remarks:,} listed crops are not in the data set, for example "
             f"{', '.join(found.examples)}",
             where=where,
             hint=f"the indexes, shards/*.parquet, list them; --max-missing above {share:g} goes on without the missing",
         )
+
+
+def _any_holds(names: pyarrow.Array, part: str) -> bool:
+    return bool(pyarrow.compute.any(pyarrow.compute.match_substring(names, part)).as_py())
+
+
+def _looser(by: By, wanted: pyarrow.Array, column: pyarrow.Array) -> Iterator[tuple[pyarrow.Array, pyarrow.Array]]:
+    """What else a listed name may be, the likeliest first: (forms of the listed, forms of the column)."""
+    if by == "key":
+        return
+    replace = pyarrow.compute.replace_substring_regex
+    shorter = wanted
+    for _ in range(MOST_FOLDERS):
+        if not _any_holds(shorter, "/"):
+            break
+        shorter = replace(shorter, pattern=FOLDER, replacement="")
+        yield shorter, column
+    yield _bare(wanted), _bare(column)
 
 
 def _match(listed: pyarrow.Array, column: pyarrow.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -98,44 +142,3 @@ def _bare(names: pyarrow.Array) -> pyarrow.Array:
     """Last parts of names, without the endings of images."""
     replace = pyarrow.compute.replace_substring_regex
     return replace(replace(names, FOLDERS, ""), ENDINGS, "")
-
-
-def _column(data: bytes, by: By, url: str) -> list[str]:
-    try:
-        return pyarrow.parquet.read_table(pyarrow.BufferReader(data), columns=[by])[by].to_pylist()
-    except (pyarrow.ArrowException, KeyError) as error:
-        raise DataError(
-            f"the list is no parquet file with a column `{by}`",
-            where=url,
-            hint=f"or give a text file with one {by} a line",
-        ) from error
-
-
-class _Plain(pickle.Unpickler):
-    """Knows lists, text and numbers; whatever names a function or a class is refused before it is looked at."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it wants {module}.{name}")
-
-    def persistent_load(self, identity: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to something outside")
-
-
-def _unpickled(data: bytes, url: str) -> list[str]:
-    try:
-        found = _Plain(io.BytesIO(data)).load()
-        if not isinstance(found, list | tuple):
-            raise TypeError(f"it is of type {type(found).__name__}")
-        return [item.decode() if isinstance(item, bytes) else _text(item) for item in found]
-    except Exception as error:  # damaged pickles end in any exception there is
-        raise DataError(
-            f"the pickle is no plain list of names: {error}",
-            where=url,
-            hint="a pickled list of text, or a text file with one name a line",
-        ) from error
-
-
-def _text(item: Any) -> str:
-    if not isinstance(item, str):
-        raise TypeError(f"an item is of type {type(item).__name__}")
-    return item

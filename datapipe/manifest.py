@@ -26,7 +26,7 @@ from datapipe.config import StorageConfig
 from datapipe.errors import DataError, NotFoundError
 from datapipe.index import INDEX, Shard, read_index
 from datapipe.selection import Selection, read_selection
-from datapipe.storage import Store, open_store, split_url
+from datapipe.storage import Store, open_store, split_url, unsafe
 
 FORMAT = 2
 """Layout of manifest and index; a reader refuses any other one."""
@@ -302,11 +302,54 @@ def _parse(text: bytes, where: str, folder: str) -> Manifest:
         stated = (record["id"], record["rows"], record["bytes"])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"the manifest cannot be read: {error!r}", where=where, hint=COPY_AGAIN) from error
+    _refuse_unsafe(manifest, where)
     if stated != (manifest.id, manifest.rows, manifest.bytes):
         raise DataError(
             "the manifest's content does not match its own id: it was changed or damaged", where=where, hint=COPY_AGAIN
         )
     return manifest
+
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def _refuse_unsafe(manifest: Manifest, where: str) -> None:
+    """Raises DataError where a file that the manifest names does not lie in its folder, whoever wrote it: what is named
+    there is read, written anew and deleted. Checksums name files as well, those of the cache on a node."""
+    for entry, name, ending in _named(manifest):
+        why = unsafe(name) or ("" if name.endswith(ending) else f"it does not end in {ending}")
+        if why:
+            raise DataError(
+                f"the manifest names a file that cannot be its own: {why}",
+                where=f"{where}: {entry} {name!r}",
+                hint="do not use this data set before you know who wrote that; " + COPY_AGAIN,
+            )
+    for entry, value in _checksums(manifest):
+        if not isinstance(value, str) or not SHA256.fullmatch(value):
+            raise DataError("the manifest holds a checksum that is none", where=f"{where}: {entry} {value!r}",
+                            hint=COPY_AGAIN)  # fmt: skip
+    counts = [manifest.version, *(number for shard in manifest.shards for number in (shard.rows, shard.bytes))]
+    counts += [manifest.selection.rows] if manifest.selection else []
+    if any(type(number) is not int or number < 0 for number in counts):
+        raise DataError("the manifest holds a number of rows, bytes or its version that is none", where=where,
+                        hint=COPY_AGAIN)  # fmt: skip
+
+
+def _named(manifest: Manifest) -> Iterator[tuple[str, str, str]]:
+    """(entry, name, how it has to end) of every file that a manifest names."""
+    for number, shard in enumerate(manifest.shards):
+        yield f"shards[{number}].name", shard.name, ".tar"
+        yield f"shards[{number}].index", shard.index, ".parquet"
+    if manifest.selection:
+        yield "selection.file", manifest.selection.file, ".parquet"
+
+
+def _checksums(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    for number, shard in enumerate(manifest.shards):
+        yield f"shards[{number}].sha256", shard.sha256
+        yield f"shards[{number}].index_sha256", shard.index_sha256
+    if manifest.selection:
+        yield "selection.sha256", manifest.selection.sha256
 
 
 _PLAIN = {field.name for field in dataclasses.fields(Manifest)} - {"shards", "selection", "replaces", "url"}

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections.abc import Mapping
 from typing import Any
@@ -15,8 +16,9 @@ import xxhash
 
 from datapipe.difference_hash import difference_hash
 from datapipe.duplicates import Marks, exact_duplicates, near_duplicates
+from datapipe.errors import DataError
 from datapipe.heirs import MARKS
-from datapipe.index import INDEX, Shard, content_words, read_index
+from datapipe.index import INDEX, KEY, Shard, content_words, read_index
 from datapipe.plan_shards import Within, hot_columns
 from datapipe.rewrite import with_index
 from datapipe.shard import TAR_BYTES, TAR_SHA256, build_index
@@ -28,12 +30,18 @@ RELATED = ("key", "sha256", "dhash", "source", "name", "height", "width", "pid",
 
 
 def members(tar: bytes) -> dict[str, tuple[int, int, dict[str, Any]]]:
-    """The JPEGs of a tar by key: (offset, size, what its sidecar says; {} without one)."""
+    """The JPEGs of a tar by key: (offset, size, what its sidecar says; {} without one).
+
+    Raises DataError for one whose name is no key: it would be written into the new index, and others unpack by it.
+    """
     found: dict[str, tuple[int, int, dict[str, Any]]] = {}
     with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as archive:
         for member in archive:
             key, _, ending = member.name.rpartition(".")
             if ending == "jpg":
+                if not re.fullmatch(KEY, key):
+                    raise DataError("a crop in a tar of the data set is not called after its key", where=member.name,
+                                    hint="keys are 32 hex digits; the tar was not written by this project")  # fmt: skip
                 found[key] = member.offset_data, member.size, {}
             elif ending == "json" and key in found:
                 text = tar[member.offset_data : member.offset_data + member.size]

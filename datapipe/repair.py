@@ -18,7 +18,7 @@ from datapipe.errors import ConfigError, DataError, NotFoundError
 from datapipe.index import Shard, read_index
 from datapipe.manifest import Manifest
 from datapipe.rebuild import members, rebuild
-from datapipe.remove import RECORDS, claimed, finish, unfinished, write_record
+from datapipe.remove import RECORDS, claimed, finish, refuse_links, unfinished, write_record
 from datapipe.rewrite import stand_in
 from datapipe.storage import Store, open_store
 from datapipe.successors import in_use, replace_versions
@@ -67,6 +67,7 @@ def repair(url: str, storage: StorageConfig, *, workers: int = 0) -> Repaired:
         raise ConfigError("all versions of a data set are repaired together", where=url, hint="give the folder")
     Manifest.load(url, storage)
     store = open_store(url, storage)
+    refuse_links(store)
     done = Repaired()
     with claimed(store, "repair"), Workers(workers) as pool:
         versions = in_use(list(Manifest.versions(store)))

@@ -12,9 +12,8 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from datapipe.config import ShardConfig
+from datapipe.formats import FORMATS
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""What Pillow may try. Others (PostScript, icons, fonts ...) run foreign programs or are no photographs."""
 JPEG_START = b"\xff\xd8\xff"
 ORIENTATION = 0x0112
 UPRIGHT = {  # EXIF orientation -> the image as it is to be seen

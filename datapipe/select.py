@@ -100,7 +100,9 @@ class _Choice:
         refuse_missing(found, len(listed), share=self.config.max_missing, where=url)
         self.missing += found.missing
         place = found.place[self.rows]
-        refuse_ambiguous(place, listed, url)
+        within = np.full(len(self.table), -1)
+        within[self.rows] = place
+        refuse_ambiguous(within, listed, self.table, url)
         return self.rows[place >= 0]
 
     def _one_of_each(self, *, near: bool) -> np.ndarray:
@@ -128,6 +130,6 @@ def first_of_each(table: pyarrow.Table, rows: np.ndarray, mark: str) -> np.ndarr
 
 def _columns(config: SelectConfig, where: Expression | None) -> list[str]:
     columns = {"key", "removed", *(where.columns if where else ())}
-    columns |= {"name"} if config.names else set()
+    columns |= {"name", "source"} if config.names else set()
     columns |= {"duplicate_of", "near_of"} if config.exclude != "none" else set()
     return sorted(columns)

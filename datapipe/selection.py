@@ -31,7 +31,11 @@ def read_selection(store: Store, selection: Selection) -> np.ndarray:
         raise DataError("the selection of this version is missing", where=where, hint=HINT) from error
     if hashlib.sha256(data).hexdigest() != selection.sha256:
         raise DataError("the selection of this version is not what was written", where=where, hint=HINT)
-    return pyarrow.parquet.read_table(pyarrow.BufferReader(data))["row"].to_numpy()
+    try:
+        rows = pyarrow.parquet.read_table(pyarrow.BufferReader(data), columns=["row"])["row"].to_numpy()
+    except (pyarrow.ArrowException, OSError, KeyError) as error:
+        raise DataError(f"the selection of this version cannot be read: {error}", where=where, hint=HINT) from error
+    return rows
 
 
 def write_selection(store: Store, rows: np.ndarray) -> Selection:

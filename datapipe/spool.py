@@ -39,6 +39,11 @@ def opened_spool(chosen: str, out: str, storage: StorageConfig) -> Iterator[tupl
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def spool_of(out: str) -> str:
+    """Where the spool of the data set in `out` is, unless another folder was chosen."""
+    return _url("", out)
+
+
 def empty(store: Store) -> None:
     """Remove all objects of a spool."""
     with contextlib.suppress(NotFoundError):

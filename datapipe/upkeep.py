@@ -147,14 +147,24 @@ def remove(arguments: list[str]) -> int:
     done = take_out(chosen.url, chosen.config, chosen.storage)
     if done.found_complete:
         print("already complete: these crops were removed before")
-    if done.missing:
-        print(f"listed, but not in the data set: {', '.join(done.missing)}")
+    elif done.before:
+        print(f"{done.before:,} listed crops were removed before, or quarantined and never in the stream")
+    if done.missing_count:
+        print(f"listed, but not in the data set: {done.missing_count:,}, for example {', '.join(done.missing)}")
+    if done.remarks:
+        print(f"{done.remarks:,} lines were taken for a heading or a comment")
+    if done.alike:
+        print(f"{done.alike:,} crops more than were listed: their names differ in Unicode's forms or blanks alone")
     if done.copies:
         print(f"{done.copies:,} other crops have the bytes of removed ones and stay; --duplicates removes them too")
     print(f"{done.crops:,} crops removed, {done.deleted:,} old objects deleted")
     for file in done.versions:
         print(f"{chosen.url.rstrip('/')}/{file}")
-    return command.COMPLETE
+    for line in done.cleared.lines():
+        print(line)
+    if chosen.config.runs:
+        print("`python -m training report RUN` makes a report again; give caches of other machines with --runs there")
+    return command.FAILED if done.cleared.failed else command.COMPLETE
 
 
 def _say(manifest: Manifest) -> None:

@@ -88,7 +88,7 @@ def _moderate(data: bytes) -> bytes:
     """A JPEG of moderate size: large ones are shrunk."""
     if len(data) <= LARGE_PICTURE_BYTES:
         return data
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
         smaller = image.convert("RGB")
     smaller.thumbnail((WIDEST, 2 * WIDEST))
     out = io.BytesIO()

@@ -1,7 +1,7 @@
 """LMDBs of encoded images, as LUPerson ships them: key "CC_cc_VVVV_NNNNNNNN" (country, city, video, image), raw JPEG.
 
-keys.pkl, a list of the keys or a dict of "keys" and "pids", is read as data: no code in it is ever run. LMDB needs a
-file of this machine, so that one on an object store is fetched once into the temporary folder, and kept there.
+keys.pkl, a list of the keys or a dict of "keys" and "pids", is read as data: no code in it is ever run. Pages are read
+one by one (lmdb_pages.py): an LMDB on an object store is fetched once into the temporary folder, and kept there.
 """
 
 import fcntl
@@ -13,20 +13,17 @@ import pickle
 import re
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import lmdb
-
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError, StorageError
 from datapipe.sources import UNIT_CROPS, UNKNOWN, Crop
 from datapipe.sources.labels import fits
+from datapipe.sources.lmdb_pages import LmdbFile
 from datapipe.sources.place import Place, local_path
 from datapipe.storage import is_remote, open_object, open_store, split_url
 
@@ -37,8 +34,6 @@ LUPERSON_KEY = re.compile(r"(\d+_\d+_\d+)_\d+")
 FETCH_BYTES = 16 << 20
 Batch = tuple[tuple[str, ...], tuple[int, ...], list[int]]
 """Keys of a unit, their persons or none, and bytes of the images."""
-_OPENING = threading.Lock()
-"""A process may open an LMDB once at a time."""
 
 
 @dataclass(frozen=True)
@@ -91,36 +86,29 @@ class LmdbSource:
 
     def read(self, unit: LmdbUnit) -> Iterator[Crop]:
         pids = unit.pids or (UNKNOWN,) * len(unit.keys)
-        for start in range(0, len(unit.keys), 256):  # read in one go: the next reader waits meanwhile
-            part = slice(start, start + 256)
-            with self._values() as values:
-                stored = (values.get(_encoded(key)) for key in unit.keys[part])
-                found = [None if value is None else bytes(value) for value in stored]
-            for key, pid, data in zip(unit.keys[part], pids[part], found, strict=True):
+        with self._opened() as file:
+            for key, pid in zip(unit.keys, pids, strict=True):
+                value = file.find(_encoded(key))
+                data = b"" if value is None else file.read(value)
                 video = match[1] if (match := LUPERSON_KEY.fullmatch(key)) else ""
-                problem = "listed in keys.pkl, but not in the LMDB" if data is None else ""
-                yield Crop(self.label, key, data or b"", pid, video=video, problem=problem)
+                problem = "listed in keys.pkl, but not in the LMDB" if value is None else value.problem
+                yield Crop(self.label, key, data, pid, video=video, problem=problem)
 
     def _listed(self, keys: list[str], pids: list[int]) -> Iterator[Batch]:
         """As keys.pkl has it; size -1 where a key is not in the LMDB."""
         for start in range(0, len(keys), UNIT_CROPS):
             part = slice(start, start + UNIT_CROPS)
-            with self._values() as values:
-                found = (values.get(_encoded(key)) for key in keys[part])
-                sizes = [-1 if value is None else len(value) for value in found]
+            with self._opened() as file:
+                found = (file.find(_encoded(key)) for key in keys[part])
+                sizes = [-1 if value is None else value.size for value in found]
             yield tuple(keys[part]), tuple(pids[part]), sizes
 
     def _stored(self) -> Iterator[Batch]:
         """As the LMDB has it."""
-        last = b""
-        while True:
-            with self._values() as values, values.cursor() as cursor:
-                more = cursor.set_key(last) and cursor.next() if last else cursor.first()
-                found = [(bytes(key), len(value)) for key, value in islice(cursor, UNIT_CROPS if more else 0)]
-            if not found:
-                return
-            last = found[-1][0]
-            yield tuple(key.decode("utf-8", "surrogateescape") for key, _ in found), (), [size for _, size in found]
+        with self._opened() as file:
+            items = ((key.decode("utf-8", "surrogateescape"), value.size) for key, value in file.items())
+            while found := list(islice(items, UNIT_CROPS)):
+                yield tuple(key for key, _ in found), (), [size for _, size in found]
 
     def _compare(self, found: int, listed: int) -> None:
         if listed and not found:
@@ -129,29 +117,16 @@ class LmdbSource:
                 where=self.keys,
                 hint="it belongs to another LMDB; without it, all keys of the LMDB are read",
             )
-        with self._values() as values:
-            stored = values.stat()["entries"]
+        with self._opened() as file:
+            stored = file.entries
         if stored > found:
             log.warning(
                 "%s: %d of %d images are not in %s and are left out", self.data, stored - found, stored, self.keys
             )
 
-    @contextmanager
-    def _values(self) -> Iterator["lmdb.Transaction[memoryview]"]:
+    def _opened(self) -> LmdbFile:
         path = fetch(self.data, self.storage) if is_remote(self.data) else Path(local_path(self.data))
-        try:
-            with (
-                _OPENING,
-                lmdb.open(
-                    str(path), subdir=False, readonly=True, lock=False, readahead=False, meminit=False
-                ) as environment,
-                environment.begin(buffers=True) as values,
-            ):
-                yield values
-        except lmdb.Error as error:
-            raise DataError(
-                f"the LMDB cannot be read: {error}", where=self.data, hint="it was cut or damaged: copy it again"
-            ) from error
+        return LmdbFile(str(path), where=self.data)
 
 
 def read_keys(url: str, storage: StorageConfig) -> tuple[list[str], list[int]]:

@@ -5,6 +5,7 @@ in img1, boxes in gt/gt.txt, or else in det/det.txt.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,6 +17,7 @@ import simplejpeg
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError
+from datapipe.formats import is_known
 from datapipe.sources import Crop
 from datapipe.sources.boxes import Boxes, read_mot, read_table
 from datapipe.sources.place import (
@@ -30,9 +32,15 @@ from datapipe.sources.place import (
     kind_of,
     printable,
 )
-from datapipe.storage import Entry, open_object, open_store, split_url
+from datapipe.storage import Entry, Store, open_object, open_store, split_url
 
 FRAMES, TRUTH, DETECTIONS = "img1/", "gt/gt.txt", "det/det.txt"
+FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "mpegvideo", "flv", "asf", "ogg", "h264", "hevc", "m4v")
+"""What FFmpeg may take a file for, by its content. Others (playlists, lists of files, session descriptions) read other
+files, or the network."""
+OPENED = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none", "enable_drefs": "0"}
+"""FFmpeg gets the bytes of the file from us and opens nothing by itself, be it what a film refers to."""
+CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 BOX_ENDINGS = (".txt", *TABLE_ENDINGS)
 
 
@@ -141,7 +149,7 @@ class VideoSource:
         store = open_store(unit.folder, self.storage)
         remaining, number = list(wanted[::-1]), first - 1
         try:
-            with open_object(store, unit.file) as file, av.open(file, "r") as container:
+            with open_object(store, unit.file) as file, av.open(file, "r", options=OPENED) as container:
                 container.streams.video[0].codec_context.thread_count = 1  # other processes decode other videos
                 for number, frame in enumerate(container.decode(video=0) if remaining else (), start=first):
                     if number == remaining[-1]:
@@ -150,11 +158,7 @@ class VideoSource:
                     if not remaining:
                         return
         except (av.FFmpegError, IndexError) as error:
-            raise DataError(
-                f"the video cannot be decoded: {error}",
-                where=store.address(unit.file),
-                hint="it was cut or damaged: copy it again, or leave it out",
-            ) from error
+            raise _undecodable(error, store, unit.file) from error
         if remaining:
             raise DataError(
                 f"there are boxes in frame {remaining[-1]}, the video has frames {first} to {number}",
@@ -174,11 +178,24 @@ class VideoSource:
                     where=store.address(unit.boxes),
                     hint="copy the frames again; they count from 1",
                 )
-            data = np.frombuffer(store.read(names[number]), np.uint8)
-            image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION) if len(data) else None
+            data, how = store.read(names[number]), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), how) if is_known(data) else None
             if image is None:
                 raise DataError("the frame is no image", where=store.address(names[number]), hint="copy it again")
             yield Frame(number, image[..., ::-1], "")
+
+
+def _undecodable(error: Exception, store: Store, file: str) -> DataError:
+    where = store.address(file)
+    start = store.read(file, start=0, size=256)
+    if start and not CONTROL.search(start):
+        return DataError("the video cannot be decoded: it is a text, a playlist perhaps, which is not followed",
+                         where=where, hint="give the videos themselves")  # fmt: skip
+    if isinstance(error, av.ArgumentError):
+        return DataError(f"the video cannot be decoded: it is of none of the formats {', '.join(FORMATS)}",
+                         where=where, hint="convert it: ffmpeg -i FILE -c copy FILE.mkv")  # fmt: skip
+    return DataError(f"the video cannot be decoded: {error}", where=where,
+                     hint="it was cut or damaged: copy it again, or leave it out")  # fmt: skip
 
 
 def _upright(frame: av.VideoFrame) -> np.ndarray:

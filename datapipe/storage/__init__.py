@@ -8,7 +8,7 @@ schemes.py   everything fsspec knows               probe.py    what a store can 
 
 from datapipe.storage.address import full_url, is_remote, open_store, split_url
 from datapipe.storage.probe import Capabilities, probe
-from datapipe.storage.store import Data, Entry, Store
+from datapipe.storage.store import Data, Entry, Store, unsafe
 from datapipe.storage.streams import open_object, open_stream
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "open_stream",
     "probe",
     "split_url",
+    "unsafe",
 ]

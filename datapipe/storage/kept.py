@@ -43,6 +43,7 @@ class KeptStore(LocalStore):
             self._files.clear()
 
     def _open(self, name: str) -> "_File":
+        self.refuse_outside(name)
         with self._lock:
             self._files.pop(name, None)
             file = self._files[name] = _File(self.address(name))

@@ -88,6 +88,7 @@ class S3Store(Store):
             given["ContinuationToken"] = page["NextContinuationToken"]
 
     def put_if_absent(self, name: str, data: Data) -> bool:
+        self.refuse_outside(name)
         return self._put_if_absent(self._way(data), name, data)
 
     def refuses_overwrite(self, name: str) -> bool:
@@ -96,12 +97,16 @@ class S3Store(Store):
         return not any(written)
 
     def replace(self, name: str, data: Data) -> None:
+        self.refuse_outside(name)
         self._way(data)(name, data, {})
 
     def delete(self, name: str) -> None:
+        self.refuse_outside(name)
         self._try(lambda: self._client.delete_object(**self._target(name)), name)
 
     def at(self, *parts: str) -> Store:
+        for part in parts:
+            self.refuse_outside(part)
         return S3Store("/".join((self.url, *parts)), self.config)
 
     @property

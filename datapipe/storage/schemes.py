@@ -73,6 +73,7 @@ class SchemeStore(Store):
         return True
 
     def replace(self, name: str, data: Data) -> None:
+        self.refuse_outside(name)
         final = self._path(name)
         target = final if self.scheme in WHOLE_PUTS else f"{final}.{secrets.token_hex(6)}{TEMPORARY}"
 
@@ -88,6 +89,7 @@ class SchemeStore(Store):
         self._try(write, name)
 
     def delete(self, name: str) -> None:
+        self.refuse_outside(name)
         def remove() -> None:
             if self._system.exists(self._path(name)):
                 self._system.rm_file(self._path(name))
@@ -95,6 +97,8 @@ class SchemeStore(Store):
         self._try(remove, name)
 
     def at(self, *parts: str) -> Store:
+        for part in parts:
+            self.refuse_outside(part)
         return SchemeStore("/".join((self.url, *parts)), self.config)
 
     @property

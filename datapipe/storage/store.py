@@ -4,8 +4,9 @@ Names are '/'-separated. What `create` and `replace` write is whole under its na
 meets half an object. Every fault becomes a `StorageError` that names the address.
 """
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,10 @@ TEMPORARY = ".part"
 """Ending of files that are still being written; listings leave them out."""
 
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+DRIVE = re.compile(r"[A-Za-z]:")
+
+
 class Entry(NamedTuple):
     """One file or object: its name within the store and its size in bytes."""
 
@@ -27,6 +32,29 @@ class Entry(NamedTuple):
 
 class WrongRangeError(StorageError):
     """The store answered a request for a range with other bytes."""
+
+
+def unsafe(name: object) -> str:
+    """Why this is no plain name below a folder, as names read from files have to be; empty where it is one.
+
+    Plain names are "/"-separated, and mean the same on every system: not absolute, no "." or "..", no empty part, no
+    drive letter, no backslash, no control character.
+    """
+    if not isinstance(name, str) or not name:
+        return "it is empty" if name == "" else "it is no text"
+    if name.startswith(("/", "~")) or DRIVE.match(name):
+        return "it is absolute"
+    if "\\" in name or CONTROL.search(name):
+        return "it holds a backslash or a control character"
+    parts = name.split("/")
+    if ".." in parts:
+        return "it leads out of its folder"
+    return "it has an empty part" if "" in parts or "." in parts else ""
+
+
+def leads_out(name: str) -> bool:
+    """Whether a name within a store is one of something outside of it."""
+    return name.startswith("/") or "\0" in name or (".." in name and ".." in name.split("/"))
 
 
 class Store(ABC):
@@ -89,6 +117,16 @@ class Store(ABC):
         except NotFoundError:
             return False
         return True
+
+    def refuse_outside(self, name: str) -> None:
+        """Raises StorageError for a name that leads out of the folder or prefix: no object of this store has it."""
+        if leads_out(name):
+            hint = "names are relative to the folder, without `..`; who wrote the file that holds this one?"
+            raise StorageError(f"the name {name!r} leads out of the folder", where=self.url, hint=hint)
+
+    def linked_out(self, names: Iterable[str]) -> Iterator[str]:
+        """Of these names those that links on the file system lead out of the folder. Object stores have no links."""
+        yield from ()
 
     def address(self, name: str) -> str:
         """The full path or URL of an object, for messages."""

@@ -183,8 +183,10 @@ def test_remove__by_names__within_a_source(folder: Path, tmp_path: Path) -> None
     file = listed(tmp_path, [*names, "never/there.jpg"])
     with pytest.raises(DataError, match="3 listed names fit more than one crop"):
         remove(str(folder), RemoveConfig(names=file, workers=1), STORAGE)
-    done = remove(str(folder), RemoveConfig(names=file, source="b", workers=1), STORAGE)
-    assert (done.crops, done.missing, done.copies) == (3, ("never/there.jpg",), 3)
+    with pytest.raises(DataError, match="1 of the 4 listed crops are not in the data set, for example never/there.jpg"):
+        remove(str(folder), RemoveConfig(names=file, source="b", workers=1), STORAGE)
+    done = remove(str(folder), RemoveConfig(names=file, source="b", max_missing=0.25, workers=1), STORAGE)
+    assert (done.crops, done.missing, done.missing_count, done.copies) == (3, ("never/there.jpg",), 1, 3)
     left = [row for row in everything(str(folder)) if not row["removed"]]
     assert sum(row["source"] == "b" for row in left) == 7 and sum(row["source"] == "a" for row in left) == 25
 

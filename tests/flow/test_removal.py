@@ -16,6 +16,7 @@ from training import config as recipes
 from training.engine.host import LocalHost
 from training.engine.world import World
 from training.pretrain import Ending, pretrain
+from training.report import write_report
 
 CROPS, BATCH, STEPS = 24, 6, 16
 
@@ -37,6 +38,10 @@ def _take_out(data: Path, row: int) -> None:
     key = Manifest.load(str(data)).table(["key"])["key"][row].as_py()
     (data.parent / "keys").write_text(f"{key}\n")
     remove(str(data), RemoveConfig(keys=str(data.parent / "keys"), workers=1), StorageConfig())
+
+
+def _files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.slow
@@ -66,3 +71,13 @@ def test_removal__the_run_goes_on_in_the_same_order_and_names_what_it_reads(
     assert json.loads((run / "environment.json").read_text())["manifest"]["id"] == third.id
     assert f"{third.file} is read from now on" in (run / "log.txt").read_text()
     assert set(third.replaces) == {first.id, second.id}
+
+    write_report(str(run))
+    before, pictures = _files(run), {"first_batch.jpg", "report.html"}
+    (tmp_path / "key").write_text(third.table(["key"])["key"][7].as_py())
+    done = remove(str(data), RemoveConfig(keys=f"{tmp_path}/key", runs=(str(run),), workers=1), StorageConfig())
+    assert _files(run) == before - pictures and done.cleared.weights == [str(run)]
+    assert {Path(address).name for address in done.cleared.deleted} == pictures
+    assert not [name for name in _files(run) if Path(name).suffix in (".jpg", ".png", ".npz", ".html")]
+    write_report(str(run))
+    assert b"data:image/jpeg" not in (run / "report.html").read_bytes()

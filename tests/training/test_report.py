@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from datapipe.config import StorageConfig
+from datapipe.derived import clear, look
 from datapipe.errors import DataError
 from datapipe.storage import open_store
 from tests.conftest import S3Server
@@ -367,3 +368,17 @@ def test_report__lists_signs_of_collapse_with_their_steps(tmp_path: Path) -> Non
 def render_text(run: Path) -> str:
     """The words of a run's report."""
     return " ".join(" ".join(Page(Path(write_report(str(run))).read_text()).text).split())
+
+
+def test_report__of_a_run_that_lost_its_pictures_to_a_removal(tmp_path: Path) -> None:
+    """`python -m datapipe remove --runs` knows every file of a run that holds pixels, by its name."""
+    root = fake_run(tmp_path / "run")
+    (root / "faults").mkdir()
+    np.savez(root / "faults" / "step_0000007_rank_01.npz", pixels=np.zeros(3))
+    write_report(str(root))
+    assert "<img" in (root / "report.html").read_text()
+    cleared = clear(look([str(root)], StorageConfig()), (), ())
+    assert not cleared.remaining and not cleared.failed
+    assert {path.suffix for path in root.rglob("*") if path.is_file()} <= {".txt", ".toml", ".json", ".jsonl", ""}
+    write_report(str(root))
+    assert "<img" not in (root / "report.html").read_text()

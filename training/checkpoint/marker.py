@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from datapipe.errors import DataError, NotFoundError
-from datapipe.storage import Store
+from datapipe.storage import Store, unsafe
 
 FORMAT = 2
 MARKER = "checkpoint.json"
@@ -92,9 +92,13 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def file_from(content: dict[str, Any]) -> File:
-    """The inverse of `asdict`."""
+    """The inverse of `asdict`. Raises ValueError where the name is not one of a file in the checkpoint's own folder."""
+    name = content["name"]
+    why = unsafe(name) or ("it leads into another folder" if "/" in name else "")
+    if why or name == MARKER:
+        raise ValueError(f"it names the file {name!r}, which cannot be one of its own: {why or 'it is the marker'}")
     fragments = tuple(Fragment(*row) for row in content["fragments"])
-    return File(content["name"], content["bytes"], content["sha256"], fragments)
+    return File(name, content["bytes"], content["sha256"], fragments)
 
 
 def name_of(step: int) -> str:

@@ -71,8 +71,13 @@ def write_marker(store: Store, save: str, about: Mapping[str, Any]) -> Marker:
     folder = name_of(about["step"])
     files, tensors = [], {}
     for rank in range(about["world"]):
-        note = json.loads(store.read(f"{folder}/{note_name(rank, save)}"))
-        file = file_from(note["file"])
+        name = f"{folder}/{note_name(rank, save)}"
+        try:
+            note = json.loads(store.read(name))
+            file = file_from(note["file"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise StorageError(f"a rank's note is damaged: {error}", where=store.address(name),
+                               hint="the next save writes it anew") from error  # fmt: skip
         if store.size(f"{folder}/{file.name}") != file.bytes:
             raise StorageError("a part is not as it was written", where=store.address(f"{folder}/{file.name}"))
         files.append(file)

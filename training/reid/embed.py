@@ -21,6 +21,7 @@ from torch import Tensor
 
 from datapipe.config import Size
 from datapipe.errors import DataError
+from datapipe.formats import FORMATS
 from datapipe.settings import settings
 from training.out_of_memory import scoring_memory
 from training.transfer import to_device
@@ -169,7 +170,7 @@ def _batches(
 
 def _decode_with_pil(data: bytes, name: str) -> NDArray[np.uint8]:
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return np.asarray(image.convert("RGB"))
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"an image cannot be decoded: {error}", where=name, hint="replace or remove it") from error

@@ -1,0 +1,208 @@
+"""Copies of crops that were made of a data set and lie elsewhere: in run folders, and in the caches of nodes.
+
+    first_batch.jpg, report.html, faults/*.npz           pixels of training crops, in a run folder
+    evaluation/<set>/<weights>/ranked_*.jpg              pixels of test images
+    <sha256 of a shard>-<hash of the ranges>             blocks of a cache
+
+They are deleted, whoever is on them where that cannot be told; a report and the first batch are made anew when they are
+asked for. What else may hold a crop or its name is listed. Weights stay: what they were trained on cannot be taken out.
+"""
+
+import os
+import re
+import tomllib
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datapipe.config import StorageConfig
+from datapipe.errors import DataError, NotFoundError, StorageError
+from datapipe.storage import Store, is_remote, open_store
+from datapipe.storage.store import TEMPORARY
+
+COPY = re.compile(
+    r"(?P<root>(?:.*/)?)(?:first_batch\.jpg|report\.html|faults/[^/]+\.npz|evaluation/[^/]+/[^/]+/ranked_[^/]+\.jpg)"
+)
+RUN = re.compile(
+    r"(?P<root>(?:.*/)?)(?:config\.toml|command\.txt|environment\.json|metrics/attempt_\d+\.jsonl"
+    r"|evaluation/[^/]+/[^/]+/metrics\.json)"
+)
+"""Files that make a folder one of a run, or of scores."""
+WEIGHTS = re.compile(r"(?P<root>(?:.*/)?)(?:checkpoints|exports)/.+\.safetensors")
+BLOCK = re.compile(r"(?:.*/)?(?P<shard>[0-9a-f]{64})-[0-9a-f]{16}(?:\.part)?")
+SERVICE = re.compile(r"(?:.*/)?(?:lock|turns/[^/]+)")
+"""What a cache without blocks holds."""
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npz", ".npy", ".pkl", ".pdf", ".html",
+            ".mp4", ".tar", ".zip")  # fmt: skip
+TEXTS = (".txt", ".json", ".jsonl", ".csv", ".toml", ".log", ".md", ".out", ".err")
+MOST_TEXT = 256 << 20
+"""Bytes of a text that is searched for names."""
+TOKEN = re.compile(r"""[^\s"',;<>()\[\]{}=|]+""")
+FEWEST_LETTERS = 4
+"""A shorter last part of a name would be found everywhere."""
+
+
+@dataclass
+class Cleared:
+    """What became of the copies."""
+
+    deleted: list[str] = field(default_factory=list)
+    """Addresses of pictures, dumps and reports that were deleted."""
+    blocks: int = 0
+    """Blocks that were dropped from caches."""
+    remaining: list[str] = field(default_factory=list)
+    """What may still hold a crop or its name: address and why."""
+    failed: list[str] = field(default_factory=list)
+    """What should have been deleted and could not be: address and why."""
+    weights: list[str] = field(default_factory=list)
+    """Runs that have weights."""
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        yield from (f"deleted {address}" for address in self.deleted)
+        if self.blocks:
+            yield f"dropped {self.blocks:,} blocks from caches"
+        yield from (f"remains: {what}" for what in self.remaining)
+        yield from (f"could not be deleted: {what}" for what in self.failed)
+        if self.weights:
+            yield f"weights were trained and cannot forget what they saw: {', '.join(self.weights)}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A run folder, a folder of them, a cache, or a folder of caches."""
+
+    store: Store
+    names: tuple[str, ...]
+
+
+def look(urls: Sequence[str], storage: StorageConfig) -> list[Place]:
+    """What is at these addresses, and the caches on this machine that runs among them name. Raises DataError where
+    nothing is, or nothing that this project makes."""
+    places = [_look(url, storage) for url in urls]
+    named = {cache for place in places for cache in _caches(place) if os.path.isdir(cache)}
+    return [*places, *(_look(cache, storage) for cache in sorted(named - set(urls)))]
+
+
+def clear(places: Iterable[Place], shards: Collection[str], words: Collection[str]) -> Cleared:
+    """Delete the copies in these places. shards: sha256 of tars that lost crops; words: keys and names of the crops.
+
+    Done again it does what is left; a file that cannot be deleted does not keep others from it.
+    """
+    found, search = Cleared(), _Search(words)
+    for place in places:
+        found.remaining += [
+            f"{cache}: blocks on other machines, if the run had any; give the folder with --runs there"
+            for cache in sorted(_caches(place))
+            if not os.path.isdir(cache)
+        ]
+        roots = {"", *(match["root"] for match in map(RUN.fullmatch, place.names) if match)}
+        for name in place.names:
+            _judge(place.store, name, roots, shards, search, found)
+    found.weights = sorted(set(found.weights))
+    return found
+
+
+def _judge(
+    store: Store, name: str, roots: set[str], shards: Collection[str], search: "_Search", found: Cleared
+) -> None:
+    address = store.address(name)
+    block, copy, weights = BLOCK.fullmatch(name), COPY.fullmatch(name), WEIGHTS.fullmatch(name)
+    if block:
+        if block["shard"] in shards and _deleted(store, name, found):
+            found.blocks += 1
+    elif copy and copy["root"] in roots:
+        if _deleted(store, name, found):
+            found.deleted.append(address)
+    elif weights:
+        found.weights.append(store.address(weights["root"].rstrip("/")))
+    elif name.lower().endswith(PICTURES):
+        found.remaining.append(f"{address}: no command of this project is known to have made it; look into it")
+    elif name.lower().endswith(TEXTS):
+        _search(store, name, search, found)
+
+
+def _deleted(store: Store, name: str, found: Cleared) -> bool:
+    try:
+        store.delete(name)
+    except StorageError as error:
+        found.failed.append(f"{store.address(name)}: {error.what}")
+        return False
+    return True
+
+
+def _search(store: Store, name: str, search: "_Search", found: Cleared) -> None:
+    address = store.address(name)
+    try:
+        if store.size(name) > MOST_TEXT:
+            found.remaining.append(f"{address}: too large to be searched for names")
+            return
+        text = store.read(name).decode("utf-8", "replace")
+    except StorageError as error:
+        found.failed.append(f"{address}: it cannot be searched for names: {error.what}")
+        return
+    line = search.line(text)
+    if line:
+        found.remaining.append(f"{address}: line {line} names a removed crop")
+
+
+class _Search:
+    """Looks for names of crops in text; a name with blanks or commas as a whole, others word by word."""
+
+    def __init__(self, words: Collection[str]) -> None:
+        spelt = {spelling for word in words if word for spelling in _spellings(word)}
+        self.words = {word for word in spelt if TOKEN.fullmatch(word)}
+        self.phrases = sorted(spelt - self.words)
+
+    def line(self, text: str) -> int:
+        """The first line (from 1) with a name; 0 where there is none."""
+        for number, line in enumerate(unicodedata.normalize("NFC", text).splitlines(), start=1):
+            if any(phrase in line for phrase in self.phrases):
+                return number
+            for token in TOKEN.findall(line) if self.words else ():
+                token = token.rstrip(".:!?")
+                if token in self.words or token.rpartition("/")[2] in self.words:
+                    return number
+        return 0
+
+
+def _spellings(word: str) -> Iterator[str]:
+    """A name in full and its last part, plain and as JSON spells it."""
+    word = unicodedata.normalize("NFC", word)
+    for name in {word, word.replace("\\", "/").rpartition("/")[2]}:
+        if len(name) >= FEWEST_LETTERS:
+            yield name
+            if not name.isascii():
+                yield name.encode("unicode_escape").decode()
+
+
+def _caches(place: Place) -> set[str]:
+    """Folders of blocks that the recipes of runs name."""
+    found = set()
+    for name in place.names:
+        if name.rpartition("/")[2] == "config.toml" and RUN.fullmatch(name):
+            try:
+                stream = tomllib.loads(place.store.read(name).decode()).get("stream", {})
+                found.add(os.path.expanduser(str(stream.get("cache_dir", ""))))
+            except (StorageError, ValueError, AttributeError):
+                continue  # no recipe of ours
+    return found - {""}
+
+
+def _look(url: str, storage: StorageConfig) -> Place:
+    store = open_store(url, storage)
+    hint = "--runs takes run folders, folders of runs, and folders of blocks (stream.cache_dir)"
+    try:
+        names = [entry.name for entry in store.list()]
+    except NotFoundError as error:
+        raise DataError(f"there is nothing to clear: {error.what}", where=url, hint=hint) from error
+    if not is_remote(url):
+        root = Path(store.url)
+        names += [path.relative_to(root).as_posix() for path in sorted(root.rglob(f"*{TEMPORARY}"))]
+    elif not names:
+        raise DataError("there is nothing to clear: no object is there", where=url, hint=hint)
+    known = (COPY, RUN, BLOCK, SERVICE, WEIGHTS)
+    if names and not any(kind.fullmatch(name) for name in names for kind in known):
+        raise DataError("this is no run folder, no folder of runs and no cache", where=url, hint=hint)
+    return Place(store, tuple(names))

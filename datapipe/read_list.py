@@ -1,0 +1,182 @@
+"""A list of keys or names in a file, whoever wrote it: an editor of any system, a spreadsheet, a shell, pickle.
+
+Text is UTF-8, or UTF-16 and UTF-32 with a byte order mark (or with the zeros of plain letters); lines end as on any
+system. A table with a heading `key` or `name` gives that column. Compressed files are unpacked.
+"""
+
+import bz2
+import codecs
+import csv
+import gzip
+import io
+import lzma
+import pickle
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import pyarrow
+import pyarrow.parquet
+
+from datapipe.config import StorageConfig
+from datapipe.errors import DataError
+from datapipe.sources.place import printable
+from datapipe.storage import open_store, split_url
+
+By = Literal["key", "name"]
+PICKLES = (".pkl", ".pickle")
+PACKED: dict[bytes, Callable[[bytes], bytes]] = {
+    b"\x1f\x8b": gzip.decompress,
+    b"BZh": bz2.decompress,
+    b"\xfd7zXZ\0": lzma.decompress,
+}
+"""First bytes of compressed files."""
+FOREIGN = {b"PK\x03\x04": "a zip or a spreadsheet", b"%PDF": "a PDF", b"\xd0\xcf\x11\xe0": "an old spreadsheet",
+           b"\x28\xb5\x2f\xfd": "compressed by zstd", b"\xff\xd8\xff": "a JPEG", b"\x89PNG": "a PNG"}  # fmt: skip
+MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"), (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),
+)  # fmt: skip
+"""Byte order marks, the longer before those that they begin with."""
+LINES = re.compile(r"\r\n|\r|\n")
+CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
+BLANK = " \t\v\f\u00a0\ufeff\u200b"
+DELIMITERS = ",;\t"
+MOST_HEADING = 10_000
+"""Characters of a line that may be the heading of a table."""
+HEADINGS = {"key": ("key", "keys"), "name": ("name", "names", "file", "filename", "file_name", "path", "image")}
+
+
+def read_list(url: str, by: By, storage: StorageConfig) -> pyarrow.Array:
+    """The keys or names in a file, as large strings in its order: text with one a line, a table with a column of that
+    name (CSV, parquet), or a pickled list (TransReID-SSL's CFS_list.pkl), which is read without running what it may
+    hold. Raises DataError where it is none of these, or empty."""
+    folder, file = split_url(url)
+    data = _unpacked(open_store(folder, storage).read(file), url)
+    if url.lower().endswith(PICKLES):
+        values = _unpickled(data, url)
+    elif url.lower().endswith(".parquet") or data.startswith(b"PAR1"):
+        values = _column(data, by, url)
+    else:
+        values = _of_text(decoded(data, url), by)
+    listed = pyarrow.array([printable(value) for value in values if value.strip(BLANK)], pyarrow.large_string())
+    if not len(listed):
+        raise DataError("the list is empty", where=url, hint=f"one {by} a line")
+    return listed
+
+
+def is_remark(line: str, by: By, *, first: bool) -> bool:
+    """Whether a line that is no crop is a comment, or, as the first one, a heading."""
+    return re.match(r"#(\s|#|$)", line) is not None or (first and line.strip().lower() in HEADINGS[by])
+
+
+def decoded(data: bytes, where: str) -> str:
+    """Text in whatever encoding it tells. Bytes that are no UTF-8 stay as \\xNN, as names of files have them here.
+
+    Raises DataError for what is no text.
+    """
+    for start, what in FOREIGN.items():
+        if data.startswith(start):
+            raise _no_text(f"it is {what}", where)
+    encoding = next((name for mark, name in MARKS if data.startswith(mark)), "") or _by_zeros(data)
+    try:
+        text = data.decode(encoding) if encoding else _utf8(data)
+    except UnicodeDecodeError as error:
+        raise _no_text(f"it is no whole {encoding.upper()}", where) from error
+    if found := CONTROL.search(text):
+        raise _no_text(f"it holds the control character {found[0]!r}", where)
+    return text.removeprefix("\ufeff")
+
+
+def _utf8(data: bytes) -> str:
+    return data.decode("utf-8", "backslashreplace")
+
+
+def _by_zeros(data: bytes) -> str:
+    """UTF-16 that has lost its mark shows by the zeros of its plain letters: after them, or before them."""
+    start = data[:1024]
+    even, odd = start[::2].count(0), start[1::2].count(0)
+    if len(data) % 2 or max(even, odd) < len(start) // 8:
+        return ""
+    return "utf-16-le" if odd > 4 * even else "utf-16-be" if even > 4 * odd else ""
+
+
+def _unpacked(data: bytes, where: str) -> bytes:
+    unpack = next((unpack for start, unpack in PACKED.items() if data.startswith(start)), None)
+    try:
+        return unpack(data) if unpack else data
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"the list cannot be unpacked: {error}", where=where, hint="copy it again") from error
+
+
+def _of_text(text: str, by: By) -> list[str]:
+    lines = LINES.split(text)
+    first = next((line for line in lines if line.strip(BLANK)), "")
+    for delimiter in DELIMITERS if len(first) < MOST_HEADING else "":
+        heading = [cell.strip(BLANK).lower() for cell in next(csv.reader([first], delimiter=delimiter))]
+        if len(heading) > 1 and by in heading:
+            place = heading.index(by)
+            rows = list(csv.reader(lines, delimiter=delimiter))
+            return [row[place] if len(row) > place else delimiter.join(row) for row in rows if row][1:]
+    return [_unquoted(line.strip(BLANK)) for line in lines]
+
+
+def _unquoted(line: str) -> str:
+    """A name as a spreadsheet or a shell puts it into quotes."""
+    if len(line) > 1 and line[0] == line[-1] == '"' and '"' not in line[1:-1].replace('""', ""):
+        return line[1:-1].replace('""', '"')
+    return line[1:-1] if len(line) > 1 and line[0] == line[-1] == "'" else line
+
+
+def _column(data: bytes, by: By, url: str) -> list[str]:
+    try:
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(data), columns=[by])
+        return [_text(item) for item in table[by].to_pylist() if item is not None]
+    except (pyarrow.ArrowException, KeyError, TypeError, OSError) as error:
+        raise DataError(
+            f"the list is no parquet file with a column `{by}` of text",
+            where=url,
+            hint=f"or give a text file with one {by} a line",
+        ) from error
+
+
+class _Plain(pickle.Unpickler):
+    """Knows lists, text and numbers; whatever names a function or a class is refused before it is looked at."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it wants {module}.{name}")
+
+    def persistent_load(self, identity: Any) -> Any:
+        raise pickle.UnpicklingError("it refers to something outside")
+
+
+def _unpickled(data: bytes, url: str) -> list[str]:
+    try:
+        found = _Plain(io.BytesIO(data)).load()
+        if not isinstance(found, list | tuple):
+            raise TypeError(f"it is of type {type(found).__name__}")
+        return _texts(found)
+    except Exception as error:  # damaged pickles end in any exception there is
+        raise DataError(
+            f"the pickle is no plain list of names: {error}",
+            where=url,
+            hint="a pickled list of text, or a text file with one name a line",
+        ) from error
+
+
+def _texts(items: Sequence[Any]) -> list[str]:
+    return [_text(item) for item in items]
+
+
+def _text(item: Any) -> str:
+    if isinstance(item, bytes):
+        return _utf8(item)
+    if not isinstance(item, str):
+        raise TypeError(f"an item is of type {type(item).__name__}")
+    return item
+
+
+def _no_text(why: str, where: str) -> DataError:
+    return DataError(f"the list is no text: {why}", where=where,
+                     hint="save it as plain text (UTF-8) with one name a line, or as CSV with a heading")  # fmt: skip

@@ -1,11 +1,13 @@
 """How each of the three command lines begins and ends: `--debug`, one clear message, an exit code."""
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from datapipe.errors import UserError
+from datapipe.errors import StorageError, UserError
+from datapipe.surroundings import refuse_other_text, settle
 
 COMPLETE, FAILED, USAGE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 """Exit codes. 75: stopped by SIGTERM and resumable; 130: stopped by Ctrl-C. A preempted job never looks finished."""
@@ -15,18 +17,21 @@ def run(main: Callable[[list[str]], int], arguments: Sequence[str] | None = None
     """Call `main` with the command line and turn its end into an exit code.
 
     A `UserError` is printed as what, where and what to try; `--debug` anywhere on the line (or DEBUG=1 in the
-    environment) shows the stack trace as well.
+    environment) shows the stack trace as well. So is what the operating system refuses, wherever that happens.
     """
+    settle()
     line = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in line or os.environ.get("DEBUG") == "1"
     line = [word for word in line if word != "--debug"]
     try:
-        return main(line)
+        refuse_other_text(line)
+        code = main(line)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return FAILED
+        return _failed(error)
     except KeyboardInterrupt:
         if debug:
             raise
@@ -35,6 +40,42 @@ def run(main: Callable[[list[str]], int], arguments: Sequence[str] | None = None
     except BrokenPipeError:  # the reader of our output went away: `... | head`
         sys.stderr.close()
         return FAILED
+    except OSError as error:
+        if debug or error.errno is None:
+            raise
+        _drop_unprinted()
+        return _failed(refusal(error))
+
+
+def _failed(error: UserError) -> int:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return FAILED
+
+
+def _drop_unprinted() -> None:
+    """Python prints it when it ends, and where that fails it says so with a trace."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def refusal(error: OSError) -> StorageError:
+    """What the operating system refused, as an error that says where and what to try."""
+    hint = HINTS.get(error.errno or 0, "--debug shows where this happened")
+    return StorageError(f"the operating system refused: {error.strerror or error}",
+                        where=str(error.filename or ""), hint=hint)
+
+
+HINTS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room there; where no file is named, in the temporary folder "
+                                                  "(TMPDIR) and where the output goes"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give the rights to it, or choose another folder"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files: ulimit -n 4096"),
+    errno.ENOMEM: "fewer workers or threads, or a machine with more memory",
+    errno.EAGAIN: "allow more processes: ulimit -u, or the limit of the container",
+}
+"""What to try, by error number."""
 
 
 def dispatch(commands: Mapping[str, Callable[[list[str]], int]], arguments: Sequence[str], *, prog: str) -> int:

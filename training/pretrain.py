@@ -1,12 +1,12 @@
 """One rank of a training run, from the last good checkpoint to its end or a stop."""
 
-import os
 import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
+from datapipe.cores import available_cores
 from datapipe.data import Data, load_data
 from training.assembly import (
     check,
@@ -169,8 +169,7 @@ def _begin_anew(stepper: Stepper, config: RunConfig) -> None:
 
 
 def _use_threads(config: RunConfig, world: World) -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(config.engine.threads or max(1, cores // world.local_size))
+    torch.set_num_threads(config.engine.threads or max(1, available_cores() // world.local_size))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
 

@@ -80,7 +80,7 @@ def dashboard_of(address: str | None) -> str:
 def _with_origin(address: str) -> str:
     for name in (RAY_API_SERVER_ADDRESS, RAY_ADDRESS):
         if os.environ.get(name) == address:
-            return f"{address} (from {name}, or --address)"
+            return f"{name}={address}"
     return address
 
 

@@ -32,7 +32,7 @@ def prepare() -> None:
 
 def chosen_address(given: str) -> str:
     """The cluster to use: the one given, else the one that this process is a job of (RAY_ADDRESS), else a local one."""
-    return given or os.environ.get("RAY_ADDRESS") or LOCAL
+    return given.strip() or os.environ.get("RAY_ADDRESS", "").strip() or LOCAL
 
 
 @contextlib.contextmanager
@@ -111,7 +111,7 @@ def result(reference: Any) -> Any:
     try:
         return ray.get(reference)
     except RayTaskError as error:
-        if isinstance(error.cause, UserError):
+        if isinstance(error.cause, UserError | OSError):
             raise error.cause from None
         raise
     except RayError as error:

@@ -1,12 +1,11 @@
 """How each of the three command lines begins and ends: `--debug`, one clear message, an exit code."""
 
 import difflib
-import errno
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from datapipe.errors import StorageError, UserError
+from datapipe.errors import UserError, refusal
 from datapipe.surroundings import refuse_other_text, settle
 
 COMPLETE, FAILED, USAGE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
@@ -58,24 +57,6 @@ def _drop_unprinted() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def refusal(error: OSError) -> StorageError:
-    """What the operating system refused, as an error that says where and what to try."""
-    hint = HINTS.get(error.errno or 0, "--debug shows where this happened")
-    return StorageError(f"the operating system refused: {error.strerror or error}",
-                        where=str(error.filename or ""), hint=hint)
-
-
-HINTS = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room there; where no file is named, in the temporary folder "
-                                                  "(TMPDIR) and where the output goes"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give the rights to it, or choose another folder"),
-    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files: ulimit -n 4096"),
-    errno.ENOMEM: "fewer workers or threads, or a machine with more memory",
-    errno.EAGAIN: "allow more processes: ulimit -u, or the limit of the container",
-}
-"""What to try, by error number."""
 
 
 def dispatch(commands: Mapping[str, Callable[[list[str]], int]], arguments: Sequence[str], *, prog: str) -> int:

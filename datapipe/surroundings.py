@@ -27,13 +27,14 @@ def open_standard_files() -> None:
     """Give a process that was started with closed ones (`>&-`) an input and outputs that lead nowhere: the next files
     opened would take their numbers, and what libraries print would be written into them. What the terminal's encoding
     lacks is printed as \\xNN, in place of an error."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
+    for number in range(3):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if number == 0 else "w", encoding="utf-8"))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -73,8 +74,16 @@ def refuse_other_text(words: Sequence[str]) -> None:
         try:
             word.encode()
         except UnicodeEncodeError as error:
-            raise ConfigError(
-                "a name that is not UTF-8 text, as archives packed on Windows leave them",
-                where=os.fsencode(word).decode("utf-8", "backslashreplace"),
-                hint="rename it (convmv -f gbk -t utf8 does so), or make a symbolic link to it with another name",
-            ) from error
+            raise _other_text(os.fsencode(word)) from error
+
+
+def _other_text(word: bytes) -> ConfigError:
+    try:
+        return ConfigError(f"names are read as {sys.getfilesystemencoding()} here, and this one is UTF-8",
+                           where=word.decode(), hint="LC_ALL=C.UTF-8, or PYTHONUTF8=1")  # fmt: skip
+    except UnicodeDecodeError:
+        return ConfigError(
+            "a name that is not UTF-8 text, as archives packed on Windows leave them",
+            where=word.decode("utf-8", "backslashreplace"),
+            hint="rename it (convmv -f gbk -t utf8 does so), or make a symbolic link to it with another name",
+        )

@@ -23,6 +23,7 @@ from training.assembly import (
 )
 from training.audit import Audit
 from training.checkpoint import Checkpoints
+from training.compiling import refuse_without_compiler
 from training.config import RunConfig
 from training.engine.clock import Clock
 from training.engine.faults import Faults, Rewind
@@ -63,6 +64,8 @@ def pretrain(config: RunConfig, *, world: World, host: Host, reason: str = "star
     """
     startup = Startup()
     refuse_unsuited(config, world.device)  # and what `check` refuses: nothing has been written by then
+    if config.backbone.compile_blocks:
+        refuse_without_compiler(world.device)
     _use_threads(config, world)
     data = check(config) if world.leads else load_data(config.stream, config.storage)
     folder = RunFolder(config.out, config.storage)

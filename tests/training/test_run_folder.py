@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from datapipe.config import StorageConfig
+from datapipe.errors import StorageError
 from training.run_folder import RunFolder
 
 
@@ -15,7 +16,7 @@ def test_run_folder__no_half_lines_on_a_full_disk(tmp_path: Path) -> None:
     allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len("first\nsec"), allowed[1]))
     try:
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(StorageError, match="No space left"):
             folder.append("log.txt", "second")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, allowed)

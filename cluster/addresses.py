@@ -33,22 +33,22 @@ class Address(NamedTuple):
     """As the user wrote it, with where it comes from if that is not the command line."""
 
 
-def head_of(address: str) -> str:
+def head_of(address: str, *, hint: str = JOIN) -> str:
     """The "host:port" of the head (GCS) of a running cluster, where one answers.
 
-    `address` is "host:port", or "auto" for the cluster that this machine belongs to. Raises ClusterError for addresses
-    of other kinds, and where nobody answers in time.
+    `address` is "host:port", or "auto" for the cluster that this machine belongs to. Raises ClusterError with the hint
+    for addresses of other kinds, and where nobody answers in time.
     """
     given = _with_origin(address)
     scheme, separator, _ = address.partition("://")
     if separator and scheme in PORTS:
         raise ClusterError("this is the address of a dashboard, which takes jobs; it cannot be joined", where=given,
-                           hint=f"`python -m cluster submit ...` hands in jobs there; {JOIN}")  # fmt: skip
+                           hint=f"`python -m cluster submit ...` hands in jobs there; {hint}")  # fmt: skip
     if separator:
-        raise ClusterError(f"clusters are not joined through {scheme}://", where=given, hint=JOIN)
-    found = _split(_of_this_machine(given) if address == "auto" else address, given, JOIN)
-    _connect(found, JOIN)
-    _greet(found)
+        raise ClusterError(f"clusters are not joined through {scheme}://", where=given, hint=hint)
+    found = _split(_of_this_machine(given, hint) if address == "auto" else address, given, hint)
+    _connect(found, hint)
+    _greet(found, hint)
     return f"[{found.host}]:{found.port}" if ":" in found.host else f"{found.host}:{found.port}"
 
 
@@ -63,7 +63,7 @@ def dashboard_of(address: str | None) -> str:
     scheme, separator, _ = chosen.partition("://")
     url = chosen
     if not separator:
-        url = _told_by_head(head_of(chosen))
+        url = _told_by_head(head_of(chosen, hint=SUBMIT))
     elif scheme not in PORTS:
         raise ClusterError(f"jobs are not handed in through {scheme}://", where=given, hint=SUBMIT)
     found = _split_url(url, given)
@@ -74,6 +74,7 @@ def dashboard_of(address: str | None) -> str:
             raise
     else:
         bypass_proxies(found.host)  # it is reached without them
+    _ask(url, given)
     return url
 
 
@@ -84,7 +85,7 @@ def _with_origin(address: str) -> str:
     return address
 
 
-def _of_this_machine(given: str) -> str:
+def _of_this_machine(given: str, hint: str) -> str:
     """Of the cluster that was started here last, as far as the machine remembers, else of one that runs here."""
     from ray._private import services
 
@@ -93,7 +94,7 @@ def _of_this_machine(given: str) -> str:
         getattr(services.find_gcs_addresses, "cache_clear", int)()  # of an earlier look
         return services.canonicalize_bootstrap_address_or_die("auto")
     except (ConnectionError, ValueError) as error:
-        raise ClusterError("there is no Ray cluster on this machine", where=given, hint=JOIN) from error
+        raise ClusterError("there is no Ray cluster on this machine", where=given, hint=hint) from error
     finally:
         if listed is not None:
             os.environ[RAY_ADDRESS] = listed
@@ -158,7 +159,7 @@ def _nobody(address: Address, hint: str, error: OSError | None) -> NoReturn:
     raise ClusterError(f"no Ray cluster is reached: {why}", where=address.given, hint=hint) from error
 
 
-def _greet(address: Address) -> None:
+def _greet(address: Address, hint: str) -> None:
     """Returns if whoever listens there speaks Ray's protocol (gRPC). With Ray's TLS its own handshake tells."""
     if os.environ.get("RAY_USE_TLS", "0").lower() not in ("0", "false", ""):
         return
@@ -171,8 +172,24 @@ def _greet(address: Address) -> None:
         except grpc.FutureTimeoutError as error:
             raise ClusterError(
                 f"who listens at {address.host}:{address.port} is not the head of a Ray cluster",
-                where=address.given, hint=JOIN,
+                where=address.given, hint=hint,
             ) from error  # fmt: skip
+
+
+def _ask(url: str, given: str) -> None:
+    """Returns if somebody answers an HTTP request there, whatever the answer is."""
+    import requests
+
+    try:
+        requests.get(f"{url.rstrip('/')}/api/version", timeout=ANSWER_S).close()
+    except requests.exceptions.SSLError:
+        return  # Ray says it in its own words
+    except requests.exceptions.RequestException as error:
+        proxy = _proxy_for(url)
+        raise ClusterError(
+            "who listens there does not answer as a dashboard does" + (f" (asked through {proxy})" if proxy else ""),
+            where=given, hint=SUBMIT + ("; or no_proxy=HEAD" if proxy else ""),
+        ) from error  # fmt: skip
 
 
 def _proxy_for(url: str) -> str:

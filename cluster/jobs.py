@@ -99,14 +99,26 @@ def _client(address: str | None) -> Any:
 
     with _reached(address):
         try:
-            url = dashboard_of(address)
-            os.environ[RAY_API_SERVER_ADDRESS] = url  # Ray lets it and RAY_ADDRESS win over what it is given
-            return JobSubmissionClient(url)
+            with _only(dashboard_of(address)) as url:
+                return JobSubmissionClient(url)
         except ray.exceptions.AuthenticationError as error:
             raise ClusterError(
                 "the cluster wants Ray's token", where=address or "this machine",
                 hint="RAY_AUTH_MODE=token, and its token in ~/.ray/auth_token or where RAY_AUTH_TOKEN_PATH says",
             ) from error  # fmt: skip
+
+
+@contextmanager
+def _only(url: str) -> Iterator[str]:
+    """Ray lets RAY_API_SERVER_ADDRESS and RAY_ADDRESS win over the address that it is given."""
+    before = os.environ.get(RAY_API_SERVER_ADDRESS)
+    os.environ[RAY_API_SERVER_ADDRESS] = url
+    try:
+        yield url
+    finally:
+        del os.environ[RAY_API_SERVER_ADDRESS]
+        if before is not None:
+            os.environ[RAY_API_SERVER_ADDRESS] = before
 
 
 @contextmanager

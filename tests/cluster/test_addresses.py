@@ -2,9 +2,11 @@
 
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from concurrent import futures
 from contextlib import closing
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import grpc
 import pytest
@@ -29,6 +31,15 @@ def silent() -> Iterator[str]:
     """Somebody takes connections, and says nothing."""
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture
+def refusing() -> Iterator[str]:
+    """A web server that lets nobody in, as a dashboard without its token does."""
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 @pytest.fixture
@@ -74,8 +85,6 @@ def test_head__that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_head__a_name_server_that_is_silent_does_not_hold_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    import threading
-
     asked, answered = threading.Event(), threading.Event()
 
     def look_up(*_: object, **__: object) -> list[object]:
@@ -91,7 +100,8 @@ def test_head__a_name_server_that_is_silent_does_not_hold_up(monkeypatch: pytest
     answered.set()
 
 
-def test_dashboard__that_does_not_answer_is_named(closed: str, silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dashboard__that_does_not_answer_is_named(closed: str, silent: str, refusing: str,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     for url in (f"http://{closed}", "http://no-such-host.invalid:8265", "anyscale://x", "http://", "http://h:port"):
         with pytest.raises(ClusterError) as refused:
             dashboard_of(url)
@@ -100,14 +110,16 @@ def test_dashboard__that_does_not_answer_is_named(closed: str, silent: str, monk
     with pytest.raises(ClusterError, match="nobody answers") as refused:
         dashboard_of(None)
     assert refused.value.where == f"RAY_ADDRESS={closed}"
-    assert dashboard_of(f"http://{silent}") == f"http://{silent}"  # what was given wins
+    with pytest.raises(ClusterError, match="does not answer as a dashboard does"):
+        dashboard_of(f"http://{silent}")
+    assert dashboard_of(refusing) == refusing  # what was given wins
 
 
-def test_dashboard__that_is_reached_is_reached_without_a_proxy(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dashboard__that_is_reached_is_reached_without_a_proxy(refusing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "elsewhere")
-    assert dashboard_of(f"http://{silent}")
+    assert dashboard_of(refusing) == refusing
     assert "127.0.0.1" in os.environ["no_proxy"]
 
 

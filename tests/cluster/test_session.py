@@ -41,12 +41,12 @@ def test_scratch__is_elsewhere_where_the_temporary_folder_will_not_do(tmp_path: 
 
 
 def test_scratch__none_is_one_error_that_lists_them_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").touch()
-    long = tmp_path / ("x" * 100)
-    monkeypatch.setattr(scratch, "places", lambda: [tmp_path / "file", Path("/proc/self"), long])
+    monkeypatch.setattr(scratch, "places", lambda: [Path("/etc/passwd"), Path("/absent"), tmp_path / ("x" * 100)])
     with pytest.raises(StorageError, match="no temporary folder in which Ray can work") as refused, scratch_folder():
         pass
-    assert "file: Not a directory" in refused.value.where and "too long" in refused.value.where
+    first, second, third = refused.value.where.split("; ")
+    assert (first, second) == ("/etc/passwd: Not a directory", "/absent: No such file or directory")
+    assert third.endswith("its path is too long for the sockets of Ray")
     assert "TMPDIR=/tmp" in refused.value.hint
 
 

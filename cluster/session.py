@@ -60,17 +60,23 @@ def ray_session(address: str, *, cpus: int) -> Iterator[str]:
 def _embed(scratch: str, cpus: int) -> None:
     import ray
 
-    with _on_loopback() as host:
-        ray.init(
-            address=LOCAL,
-            num_cpus=cpus,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=scratch,
-            _node_ip_address=host,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+    try:
+        with _on_loopback() as host:
+            ray.init(
+                address=LOCAL,
+                num_cpus=cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=scratch,
+                _node_ip_address=host,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    except Exception as error:  # of a dozen kinds, of its own and of Python's
+        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ClusterError(f"Ray does not start inside this process: {said}", where=scratch,
+                           hint="room for processes (ulimit -u), open files (ulimit -n), memory and /dev/shm; --debug "
+                                "shows the whole trace") from error  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from datapipe import command
 from datapipe.errors import ConfigError, RefusedError, StorageError, refusal
 from datapipe.storage import full_url, open_store
 from datapipe.surroundings import DIRECT, bypass_proxies, raise_open_files, refuse_other_text
+from tests.conftest import S3Server
 from tests.golden import ROOT
 
 PROGRAM = """
@@ -130,3 +132,17 @@ def test_open_files__are_as_many_as_allowed() -> None:
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(hard, 65_536)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.slow
+def test_proxies__are_not_asked_for_a_bucket_of_this_machine(tmp_path: Path, s3: S3Server,
+                                                            write_crops: Callable[..., dict[str, bytes]]) -> None:
+    """boto3 writes there, obstore reads; nobody listens where the proxy is said to be."""
+    write_crops(tmp_path / "crops", 4)
+    url = f"s3://{s3.bucket()}/set"
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    environment = {**os.environ, **nowhere, "no_proxy": "", "NO_PROXY": "", "AWS_ENDPOINT_URL": s3.endpoint}
+    for words in (("shard", str(tmp_path / "crops"), "--out", url), ("verify", url)):
+        line = [sys.executable, "-m", "datapipe", *words, "--workers", "1", "--storage.give-up-s", "5"]
+        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr

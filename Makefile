@@ -1,4 +1,4 @@
-# Every target can start from a fresh clone: Python 3.11, a C++ compiler and the package registry are all it needs.
+# Every target can start from a fresh clone: Python 3.11 and the package registry are all it needs.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,6 @@ DEMO := demo
 FAULTS ?= 20
 SEED ?= 0
 
-export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: setup demo demo-clean test test-fast lint bench chaos clean
@@ -20,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools wheel
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
-	@echo "== building DeepSpeed's communication op, once =="
+	@echo "== starting DeepSpeed once =="
 	$(BIN)/python -m training warm
 	@touch $(READY)
 

@@ -1,17 +1,17 @@
 """Evaluation as Ray tasks: one for each set of weights; what has been scored already is not scored again."""
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from cluster.session import prepare, ray_session, result
+from datapipe.cores import available_cores
 from training import evaluation
 from training.evaluation import Task
 
 
 def run(tasks: Sequence[Task], *, address: str = "local") -> list[dict[str, Any]]:
     """Score them all, each on a GPU where the cluster has any; their metrics in that order."""
-    with ray_session(address, cpus=os.cpu_count() or 1):
+    with ray_session(address, cpus=available_cores()):
         import ray
 
         gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0

@@ -1,6 +1,7 @@
 """Handing in our commands as Ray jobs."""
 
 import argparse
+import os
 import shlex
 import shutil
 import tempfile
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cluster.addresses import RAY_API_SERVER_ADDRESS, SUBMIT, dashboard_of
 from cluster.in_job import refuse_relative
 from datapipe.errors import ClusterError
 from training import config as recipes
@@ -31,7 +33,7 @@ def submit(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m cluster submit", allow_abbrev=False,
                                      usage="%(prog)s [--address ADDRESS] {pretrain,shard,evaluate} ...")  # fmt: skip
     parser.add_argument("--address", default=None, help="of the dashboard, such as http://127.0.0.1:8265. Left out: "
-                        "RAY_API_SERVER_ADDRESS, or that of a cluster on this machine.")  # fmt: skip
+                        "RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or that of a cluster on this machine.")  # fmt: skip
     parser.add_argument("command", choices=_PREPARE)
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="as for `python -m cluster COMMAND`")
     chosen = parser.parse_args(arguments)
@@ -97,12 +99,26 @@ def _client(address: str | None) -> Any:
 
     with _reached(address):
         try:
-            return JobSubmissionClient(address)
+            with _only(dashboard_of(address)) as url:
+                return JobSubmissionClient(url)
         except ray.exceptions.AuthenticationError as error:
             raise ClusterError(
                 "the cluster wants Ray's token", where=address or "this machine",
                 hint="RAY_AUTH_MODE=token, and its token in ~/.ray/auth_token or where RAY_AUTH_TOKEN_PATH says",
             ) from error  # fmt: skip
+
+
+@contextmanager
+def _only(url: str) -> Iterator[str]:
+    """Ray lets RAY_API_SERVER_ADDRESS and RAY_ADDRESS win over the address that it is given."""
+    before = os.environ.get(RAY_API_SERVER_ADDRESS)
+    os.environ[RAY_API_SERVER_ADDRESS] = url
+    try:
+        yield url
+    finally:
+        del os.environ[RAY_API_SERVER_ADDRESS]
+        if before is not None:
+            os.environ[RAY_API_SERVER_ADDRESS] = before
 
 
 @contextmanager
@@ -112,7 +128,7 @@ def _reached(address: str | None) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(
             f"the cluster takes no job: {str(error).strip().partition(chr(10))[0]}", where=address or "this machine",
-            hint="--address http://HEAD:8265, the dashboard's; `ray start --head` starts one on its first machine",
+            hint=SUBMIT,
         ) from error  # fmt: skip
 
 

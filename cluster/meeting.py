@@ -14,6 +14,8 @@ import ray
 import torch.distributed as dist
 from ray.train.torch import TorchConfig
 
+from training.engine.launchers import forget_launchers
+
 WAITING = 1024
 """Connections that may wait to be accepted: all workers come at once."""
 
@@ -59,6 +61,7 @@ def listen() -> tuple[str, int]:
 def meet(backend: str, rank: int, size: int, host: str, port: int, timeout_s: float) -> None:
     """In every worker: join the process group. Raises torch.distributed.DistError after `timeout_s`."""
     global _listening
+    forget_launchers()
     timeout = datetime.timedelta(seconds=timeout_s)
     given: dict[str, Any] = {}
     if rank == 0:

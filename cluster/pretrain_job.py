@@ -17,6 +17,7 @@ from cluster.restarts import END, HISTORY, Failure, Restarts
 from cluster.session import LOCAL, prepare, ray_session
 from cluster.vigil import end_process, hung
 from datapipe.command import COMPLETE, STOPPED
+from datapipe.cores import available_cores
 from datapipe.errors import ClusterError, ConfigError, DataError, UserError
 from datapipe.storage import is_remote
 from training import checkpoint
@@ -70,7 +71,7 @@ def _elastic(config: RunConfig) -> bool:
 
 def _cpus(config: RunConfig) -> int:
     """Cores that an embedded Ray may hand out: at least what its workers ask for."""
-    return max(os.cpu_count() or 1, math.ceil(config.cluster.max_workers * config.cluster.cpus_per_worker))
+    return max(available_cores(), math.ceil(config.cluster.max_workers * config.cluster.cpus_per_worker))
 
 
 def _absolute(config: RunConfig) -> RunConfig:

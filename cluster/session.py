@@ -3,13 +3,14 @@
 import contextlib
 import logging
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from cluster.addresses import JOIN, head_of
+from cluster.scratch import scratch_folder
 from datapipe.errors import ClusterError, UserError
+from training.engine.launchers import stay_on_loopback
 
 OBJECT_STORE_BYTES = 200_000_000
 """Shared memory of an embedded Ray. Samples never pass through it; Ray's default of 30 % of memory is not needed."""
@@ -27,12 +28,11 @@ def prepare() -> None:
     binaries = os.path.dirname(sys.executable)
     if binaries not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = binaries + os.pathsep + os.environ.get("PATH", "")
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
 
 
 def chosen_address(given: str) -> str:
     """The cluster to use: the one given, else the one that this process is a job of (RAY_ADDRESS), else a local one."""
-    return given or os.environ.get("RAY_ADDRESS") or LOCAL
+    return given.strip() or os.environ.get("RAY_ADDRESS", "").strip() or LOCAL
 
 
 @contextlib.contextmanager
@@ -43,28 +43,40 @@ def ray_session(address: str, *, cpus: int) -> Iterator[str]:
     afterwards; anything else joins a running cluster. Raises ClusterError when it cannot be reached.
     """
     prepare()
+    head = "" if address == LOCAL else head_of(address)
     import ray
 
-    scratch = tempfile.mkdtemp(prefix="reid_")
+    with scratch_folder() as scratch:
+        try:
+            if head:
+                _join(head)
+            else:
+                _embed(scratch, cpus)
+            yield scratch
+        finally:
+            ray.shutdown()
+
+
+def _embed(scratch: str, cpus: int) -> None:
+    import ray
+
     try:
-        if address == LOCAL:
-            with _on_loopback() as host:
-                ray.init(
-                    address=LOCAL,
-                    num_cpus=cpus,
-                    include_dashboard=False,
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    _temp_dir=scratch,
-                    _node_ip_address=host,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
-        else:
-            _join(address)
-        yield scratch
-    finally:
-        ray.shutdown()
-        shutil.rmtree(scratch, ignore_errors=True)
+        with _on_loopback() as host:
+            ray.init(
+                address=LOCAL,
+                num_cpus=cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=scratch,
+                _node_ip_address=host,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    except Exception as error:  # of a dozen kinds, of its own and of Python's
+        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ClusterError(f"Ray does not start inside this process: {said}", where=scratch,
+                           hint="room for processes (ulimit -u), open files (ulimit -n), memory and /dev/shm; --debug "
+                                "shows the whole trace") from error  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -73,8 +85,7 @@ def _on_loopback() -> Iterator[str]:
     its ports and those of its workers are on loopback."""
     import ray._private.ray_constants as constants
 
-    if os.path.exists("/sys/class/net/lo"):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    stay_on_loopback()
     before, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
     try:
         yield "127.0.0.1"
@@ -91,7 +102,7 @@ def _join(address: str) -> None:
         raise ClusterError(
             f"no Ray cluster answers: {error}",
             where=address,
-            hint="`ray start --head` on its first machine, or leave --address away for one inside this process",
+            hint=JOIN,
         ) from error
 
 
@@ -106,7 +117,7 @@ def result(reference: Any) -> Any:
     try:
         return ray.get(reference)
     except RayTaskError as error:
-        if isinstance(error.cause, UserError):
+        if isinstance(error.cause, UserError | OSError):
             raise error.cause from None
         raise
     except RayError as error:

@@ -17,11 +17,11 @@ from cluster.session import LOCAL, chosen_address, ray_session, result
 from cluster.shared_paths import Witness, marked, unseen, witnesses
 from datapipe.__main__ import ShardCommand, run_shard
 from datapipe.command import STOPPED
+from datapipe.cores import available_cores
 from datapipe.errors import DataError
 from datapipe.settings import settings
 from datapipe.spool import FOLDER as SPOOL
 from datapipe.storage import full_url, is_remote
-from datapipe.workers import available_cores
 
 T = TypeVar("T")
 TASKS_PER_CPU = 3

@@ -5,7 +5,8 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from datapipe.errors import UserError
+from datapipe.errors import UserError, refusal
+from datapipe.surroundings import refuse_other_text, settle
 
 COMPLETE, FAILED, USAGE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 """Exit codes. 75: stopped by SIGTERM and resumable; 130: stopped by Ctrl-C. A preempted job never looks finished."""
@@ -15,18 +16,21 @@ def run(main: Callable[[list[str]], int], arguments: Sequence[str] | None = None
     """Call `main` with the command line and turn its end into an exit code.
 
     A `UserError` is printed as what, where and what to try; `--debug` anywhere on the line (or DEBUG=1 in the
-    environment) shows the stack trace as well.
+    environment) shows the stack trace as well. So is what the operating system refuses, wherever that happens.
     """
+    settle()
     line = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in line or os.environ.get("DEBUG") == "1"
     line = [word for word in line if word != "--debug"]
     try:
-        return main(line)
+        refuse_other_text(line)
+        code = main(line)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return FAILED
+        return _failed(error)
     except KeyboardInterrupt:
         if debug:
             raise
@@ -35,6 +39,24 @@ def run(main: Callable[[list[str]], int], arguments: Sequence[str] | None = None
     except BrokenPipeError:  # the reader of our output went away: `... | head`
         sys.stderr.close()
         return FAILED
+    except OSError as error:
+        if debug or error.errno is None:
+            raise
+        _drop_unprinted()
+        return _failed(refusal(error))
+
+
+def _failed(error: UserError) -> int:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return FAILED
+
+
+def _drop_unprinted() -> None:
+    """Python prints it when it ends, and where that fails it says so with a trace."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def dispatch(commands: Mapping[str, Callable[[list[str]], int]], arguments: Sequence[str], *, prog: str) -> int:

@@ -1,5 +1,8 @@
 """What went wrong, where, and what to try: the only exceptions a user ever meets."""
 
+import errno
+import os
+
 
 class UserError(Exception):
     """A mistake or a fault the user can act on. Printed without a stack trace; the process exits with 1."""
@@ -47,3 +50,24 @@ class RefusedError(StorageError):
 
 class ClusterError(UserError):
     """Processes, nodes or the scheduler failed in a way that a retry does not mend."""
+
+
+_HINTS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room there; where no file is named, in the temporary folder "
+                                                  "(TMPDIR) and where the output goes"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give the rights to it, or choose another folder"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files: ulimit -n 4096"),
+    errno.ENOMEM: "fewer workers or threads, or a machine with more memory",
+    errno.EAGAIN: "allow more processes: ulimit -u, or the limit of the container",
+}
+"""What to try, by error number."""
+
+
+def refusal(error: OSError, *, where: str = "") -> StorageError:
+    """What the operating system refused, as an error that says where and what to try."""
+    number = error.errno or 0
+    kind = RefusedError if number in (errno.EACCES, errno.EPERM, errno.EROFS) else StorageError
+    hint = _HINTS.get(number, "check the path, the rights and the free space there")
+    named = error.filename if isinstance(error.filename, str | bytes) else ""
+    return kind(f"the operating system refused: {error.strerror or error}",
+                where=where or os.fsdecode(named), hint=hint)

@@ -8,6 +8,7 @@ from itertools import islice
 import numpy as np
 
 from datapipe.config import ShardConfig, StorageConfig
+from datapipe.cores import available_cores
 from datapipe.errors import DataError
 from datapipe.ingest import refuse_inside
 from datapipe.listing import Listing
@@ -15,7 +16,6 @@ from datapipe.scan import Work, inspected
 from datapipe.screen import Kept
 from datapipe.sources import open_sources
 from datapipe.tar import END_BYTES, member_bytes
-from datapipe.workers import available_cores
 
 SAMPLE_S = 3.0
 """Seconds of reading and decoding."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from datapipe.assignment import Assignment, Share, shares
 from datapipe.config import StreamConfig
+from datapipe.cores import available_cores
 from datapipe.masking import Masks, draw_masks
 from datapipe.mixed_stream import MixedStream
 from datapipe.order import SampleOrder
@@ -23,7 +24,6 @@ from datapipe.photometric import View
 from datapipe.randomness import Floats, Ints
 from datapipe.stream import Stream
 from datapipe.views import ViewSpec, make_views
-from datapipe.workers import available_cores
 
 FEWEST_ROWS = 8
 """Smallest piece of a batch that is handed to a thread."""

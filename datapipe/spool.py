@@ -11,13 +11,14 @@ from pathlib import Path
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError, NotFoundError, StorageError
-from datapipe.storage import Store, is_remote, open_store
+from datapipe.storage import Store, full_url, is_remote, open_store
 
 FOLDER, LOCK = ".spool", "lock"
 
 
 def absolute(url: str) -> str:
     """The url in the one form that tells places apart."""
+    url = full_url(url)
     return url.rstrip("/") if is_remote(url) else os.path.realpath(os.path.expanduser(url.removeprefix("file://")))
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import cv2
 
 from datapipe.config import SynthConfig
+from datapipe.cores import available_cores
 from datapipe.errors import ClusterError, ConfigError, DataError, StorageError
 from datapipe.synth_scenes import Shot, crop
 
@@ -105,7 +106,7 @@ def _compare(marker: Path, record: dict[str, Any]) -> None:
 
 def _render_all(out: Path, config: SynthConfig, work: list[tuple[str, Shot]], *, total: int) -> None:
     begin = reported = time.monotonic()
-    workers = config.workers or len(os.sched_getaffinity(0))
+    workers = config.workers or available_cores()
     print(f"synth: rendering {len(work)} of {total} images into {out} ({workers} processes)", flush=True)
     for done, _ in enumerate(_written(out, config, work, workers), start=1):
         now = time.monotonic()

@@ -11,15 +11,11 @@ from multiprocessing import connection
 from typing import Any, Protocol, TypeVar
 
 from datapipe.ahead import results
+from datapipe.cores import available_cores
 from datapipe.errors import ClusterError
 
 T = TypeVar("T")
 TASKS_PER_WORKER = 2
-
-
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Executor(Protocol):

@@ -198,7 +198,7 @@ def report(arguments: list[str]) -> int:
 
 
 def warm(arguments: list[str]) -> int:
-    """Build DeepSpeed's communication op once; later starts find it in the virtual environment."""
+    """Start DeepSpeed once, with a tiny module, to see that it works here."""
     tyro.cli(WarmCommand, args=arguments, prog="python -m training warm")
     from training.engine.deepspeed import warm_up
 

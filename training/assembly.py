@@ -244,6 +244,7 @@ def check(config: RunConfig) -> Data:
     folder = RunFolder(config.out, config.storage)
     _refuse_other_settings(config, folder)
     _refuse_other_data(folder, data)
+    folder.refuse_unwritable()
     return data
 
 

@@ -4,10 +4,12 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 
 from datapipe import command
 from datapipe.config import StorageConfig
+from datapipe.cores import available_cores
 from datapipe.errors import ConfigError
 from datapipe.settings import settings
 from training import evaluation
@@ -57,6 +59,7 @@ def evaluate(arguments: list[str]) -> int:
         with LocalHost() as host, alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world:
             ending = pretrain(config, world=world, host=host)
         return conclude(config) if ending.complete else exit_code(host.received)
+    torch.set_num_threads(min(torch.get_num_threads(), available_cores()))  # of quotas PyTorch knows nothing
     scores = []
     for task in zero_shot_tasks(chosen, flags, prog=PROG):
         scores.append(evaluation.score(task, device=choose_device("auto", 0)))

@@ -1,12 +1,12 @@
 """One rank of a training run, from the last good checkpoint to its end or a stop."""
 
-import os
 import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
+from datapipe.cores import available_cores
 from datapipe.data import Data, load_data
 from training.assembly import (
     check,
@@ -24,6 +24,7 @@ from training.assembly import (
 from training.audit import Audit
 from training.backbone import parameter_count
 from training.checkpoint import Checkpoints
+from training.compiling import refuse_without_compiler
 from training.config import RunConfig
 from training.engine.clock import Clock
 from training.engine.determinism import deterministic, guarantee
@@ -66,6 +67,8 @@ def pretrain(config: RunConfig, *, world: World, host: Host, reason: str = "star
     """
     startup = Startup()
     refuse_unsuited(config, world.device)  # and what `check` refuses: nothing has been written by then
+    if config.backbone.compile_blocks:
+        refuse_without_compiler(world.device)
     with training_memory(config, world), deterministic(config.engine.deterministic):
         _use_threads(config, world)
         data = check(config) if world.leads else load_data(config.stream, config.storage)
@@ -174,8 +177,7 @@ def _begin_anew(stepper: Stepper, config: RunConfig) -> None:
 
 
 def _use_threads(config: RunConfig, world: World) -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(config.engine.threads or max(1, cores // world.local_size))
+    torch.set_num_threads(config.engine.threads or max(1, available_cores() // world.local_size))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
 

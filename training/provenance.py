@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from datapipe.cores import available_cores
 from datapipe.data import Data
 from datapipe.order import ORDER_VERSION
 from datapipe.preview import hide, view_sheet
@@ -81,7 +82,7 @@ def environment(data: Data, world: World) -> dict[str, Any]:
         "git": _git(),
         "world": world.size,
         "device": device,
-        "cores": os.cpu_count(),
+        "cores": available_cores(),
         "platform": platform.platform(),
         "manifest": _described(data),
     }

@@ -23,6 +23,7 @@ class _Lines(logging.Handler):
     def __init__(self, folder: RunFolder, name: str) -> None:
         super().__init__(logging.INFO)
         self._folder, self._name = folder, name
+        self._failed = False
         form = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S")
         form.converter = time.gmtime
         self.setFormatter(form)
@@ -30,8 +31,11 @@ class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._folder.append(self._name, self.format(record))
-        except Exception:  # noqa: BLE001  (a log that cannot be written must not end a run)
-            self.handleError(record)
+        except Exception as error:  # noqa: BLE001  (a log that cannot be written must not end a run)
+            if not self._failed:
+                said = str(error).partition("\n")[0]
+                print(f"warning: {self._name} cannot be written: {said}", file=sys.stderr, flush=True)
+            self._failed = True
 
     def flush(self) -> None:
         self._folder.flush()

@@ -3,14 +3,18 @@
 import errno
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from datapipe.config import StorageConfig
-from datapipe.errors import NotFoundError
+from datapipe.errors import NotFoundError, refusal
 from datapipe.storage import Store, is_remote, open_store
 from training.growing import GrowingFiles
+
+PROBE_BYTES = 65_536
+"""Written to see whether there is any room; what a run writes before its first step."""
 
 
 class RunFolder:
@@ -30,17 +34,34 @@ class RunFolder:
         """The store of a sub-folder."""
         return self.store.at(*parts)
 
+    def refuse_unwritable(self) -> None:
+        """Raises StorageError where nothing can be written into a local folder, or where it is to be made; leaves
+        nothing there. Object stores say so at the first write."""
+        if self.local is None:
+            return
+        place = next(place for place in (self.local, *self.local.parents) if os.path.lexists(place))
+        try:
+            with tempfile.NamedTemporaryFile(prefix=".probe-", dir=place) as file:
+                file.write(bytes(PROBE_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise refusal(error, where=str(place)) from error
+
     def begin(self, name: str, line: str) -> None:
         """Make a file that is to grow, with its first line: there as soon as the store has it, so that its name is
         taken."""
         self.write_soon(name, line + "\n", hurry=True)
 
     def append(self, name: str, line: str) -> None:
-        """Add a line to a file that only this process writes."""
+        """Add a line to a file that only this process writes. Raises StorageError."""
         if self.local is not None:
             path = self.local / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _append(path, (line + "\n").encode())
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _append(path, (line + "\n").encode())
+            except OSError as error:
+                raise refusal(error, where=str(path)) from error
             return
         self._growing.append(name, line)
 

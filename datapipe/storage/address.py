@@ -1,6 +1,7 @@
 """Which store an address means."""
 
 import os
+import re
 
 from datapipe.config import StorageConfig
 from datapipe.errors import StorageError
@@ -13,6 +14,7 @@ def open_store(url: str, config: StorageConfig = StorageConfig()) -> Store:  # n
     """The store behind "s3://bucket/prefix", a local path, or any URL fsspec knows. Touches nothing yet."""
     if not url:
         raise StorageError("an empty path is no place to read or write", hint="give a folder or s3://bucket/prefix")
+    _refuse_one_slash(url)
     scheme, _, rest = url.rpartition("://")
     if scheme in ("", "file"):
         return LocalStore(rest)
@@ -36,6 +38,15 @@ def is_remote(url: str) -> bool:
 
 def full_url(url: str) -> str:
     """The url as it means the same in every working directory: a local path in full, links as they are."""
+    _refuse_one_slash(url)
     if not url or is_remote(url):
         return url.rstrip("/")
     return os.path.abspath(os.path.expanduser(url.removeprefix("file://")))
+
+
+def _refuse_one_slash(url: str) -> None:
+    """What pathlib and normpath make of "s3://bucket" would be a folder called "s3:"."""
+    if match := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", url):
+        scheme, rest = match[1], url[match.end() :]
+        raise StorageError("an address of an object store has two slashes", where=url,
+                           hint=f"{scheme}://{rest}; for a local folder of that name, ./{url}")

@@ -1,9 +1,9 @@
 """How much work a run of the benches does: enough for steady figures by default, next to nothing in tests."""
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from datapipe.cores import available_cores
 from tests.golden import ROOT
 
 
@@ -21,7 +21,7 @@ class Scale:
     """Crops that get PASS's 11 views, per round."""
     batch: int = 256
     """Images in one batch of a loader."""
-    workers: int = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    workers: int = min(4, available_cores())
     """Threads of our loader and processes of the others; 0 makes the others work in this process."""
     loader_peers: bool = True
     """Compare with litdata and mosaic streaming too, where they are installed."""

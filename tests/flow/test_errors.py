@@ -11,6 +11,7 @@ from datapipe.command import run
 from datapipe.manifest import Manifest
 from tests.conftest import S3Server
 from tests.flow.tiny import command, finished, recipe, shards
+from training.engine.world import free_port
 
 Write = Callable[..., dict[str, bytes]]
 Run = Callable[..., tuple[int, str, str]]
@@ -122,3 +123,31 @@ def test_evaluate_export_report__no_run(here: Run, tmp_path: Path) -> None:
 def test_commands__a_misspelt_one_is_a_usage_error() -> None:
     code, _, errors = finished(command("datapipe", "shrad"))
     assert code == 2 and "did you mean `shard`?" in errors
+
+
+@pytest.mark.parametrize("module", ["training", "cluster"])
+def test_pretrain__a_run_folder_that_cannot_be_written(data: Manifest, tmp_path: Path, here: Run, module: str) -> None:
+    (tmp_path / "file").touch()
+    for place, out in ((tmp_path / "file", tmp_path / "file" / "run"), (Path("/proc"), Path("/proc/run"))):
+        code, _, errors = here(module, "pretrain", str(recipe(tmp_path, data.url, str(out))))
+        _fails(code, errors, "the operating system refused", f"where: {place}")
+
+
+def test_pretrain__no_cluster_at_the_address(data: Manifest, tmp_path: Path, here: Run) -> None:
+    path = recipe(tmp_path, data.url, str(tmp_path / "run"))
+    address = f"127.0.0.1:{free_port()}"
+    code, _, errors = here("cluster", "pretrain", str(path), "--address", address)
+    _fails(code, errors, f"nobody answers at {address}")
+    code, _, errors = here("cluster", "pretrain", str(path), "--address", f"http://{address}")
+    _fails(code, errors, "address of a dashboard", "submit")
+    assert not (tmp_path / "run").exists()
+
+
+def test_pretrain__no_compiler_for_compiled_blocks(data: Manifest, tmp_path: Path, here: Run,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    path = recipe(tmp_path, data.url, str(tmp_path / "run"))
+    code, _, errors = here("training", "pretrain", str(path), "--backbone.compile-blocks", "True")
+    _fails(code, errors, "there is none: g++", "compile_blocks")
+    assert not (tmp_path / "run").exists()

@@ -8,7 +8,6 @@ are reached where each stage keeps them (`layouts.py`).
 import contextlib
 import logging
 import os
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -69,9 +68,13 @@ def _quiet() -> Iterator[None]:
 
 def _import() -> Any:
     """The package, and beforehand its Muon, which `initialize` imports whatever the optimizer is: decorated with
-    torch.compile, that would load a compiler for seconds at every start."""
+    torch.compile, that would load a compiler for seconds at every start.
+
+    The package is not to build its shared-memory op, nor to look for compilers to do so: that serves inference alone.
+    """
     import deepspeed
 
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     compiled, torch.compile = torch.compile, _as_it_is
     try:
         with contextlib.suppress(ImportError):
@@ -87,16 +90,14 @@ def _as_it_is(*_: Any, **__: Any) -> Any:
 
 
 def prepare_environment(world: World) -> None:
-    """Let DeepSpeed find ninja, its compiled op (built by `make setup` in the virtual environment), and its rank."""
+    """Let DeepSpeed find its rank, which it also looks for where MPI would have put it."""
+    for name in [name for name in os.environ if name.startswith("OMPI_")]:
+        del os.environ[name]
     os.environ["LOCAL_RANK"] = str(world.local_rank)
-    binaries = os.path.dirname(sys.executable)
-    if binaries not in os.environ.get("PATH", "").split(os.pathsep):
-        os.environ["PATH"] = binaries + os.pathsep + os.environ.get("PATH", "")
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
 
 
 def warm_up(world: World) -> None:
-    """Make one engine of a tiny module, so that DeepSpeed compiles its communication op. Needs a process group."""
+    """Make one engine of a tiny module, which shows that DeepSpeed works here. Needs a process group."""
     prepare_environment(world)
     with _quiet():
         deepspeed = _import()

@@ -1,6 +1,7 @@
 """Which process this is among how many, and the few things they do together."""
 
 import contextlib
+import logging
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from training.engine.launchers import stay_on_loopback, without_launchers
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,20 +88,26 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def alone(device: str = "auto", *, group: bool = False, timeout_s: float = 1_800) -> Iterator[World]:
-    """A world of one. `group` also opens a process group, which DeepSpeed insists on."""
-    world = World(device=choose_device(device, 0))
-    if not group or dist.is_initialized():
-        yield world
-        return
-    backend = "nccl" if world.device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend,
-        init_method=f"tcp://127.0.0.1:{free_port()}",
-        rank=0,
-        world_size=1,
-        timeout=timedelta(seconds=timeout_s),
-    )
-    try:
-        yield world
-    finally:
-        dist.destroy_process_group()
+    """A world of one, whatever another launcher left in the environment. `group` also opens a process group, which
+    DeepSpeed insists on."""
+    with without_launchers() as processes:
+        if processes > 1:
+            log.warning("the environment speaks of %d processes (srun, mpirun, torchrun); each that runs this command "
+                        "trains by itself. `python -m cluster pretrain` trains with several", processes)  # fmt: skip
+        world = World(device=choose_device(device, 0))
+        if not group or dist.is_initialized():
+            yield world
+            return
+        stay_on_loopback()
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            init_method=f"tcp://127.0.0.1:{free_port()}",
+            rank=0,
+            world_size=1,
+            timeout=timedelta(seconds=timeout_s),
+        )
+        try:
+            yield world
+        finally:
+            dist.destroy_process_group()

@@ -1,0 +1,89 @@
+"""What a command makes right in the process that it finds itself in, before it begins: every start is through here."""
+
+import contextlib
+import os
+import resource
+import sys
+from collections.abc import Sequence
+
+from datapipe.errors import ConfigError, StorageError
+
+OPEN_FILES = 65_536
+"""Files that a process may have open at a time, where the system's hard limit allows so many. Shells allow 1,024, which
+the readers of many shards and Ray exceed."""
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
+DIRECT = ("localhost", "127.0.0.1", "::1", "169.254.169.254", "169.254.170.2", "metadata.google.internal")
+"""Hosts that no proxy can reach in our place: this machine, and the clouds' services for credentials and notices."""
+
+
+def settle() -> None:
+    """Standard input and output that can be used, room for open files, and proxies kept away from this machine."""
+    open_standard_files()
+    raise_open_files()
+    bypass_proxies()
+
+
+def open_standard_files() -> None:
+    """Give a process that was started with closed ones (`>&-`) an input and outputs that lead nowhere: the next files
+    opened would take their numbers, and what libraries print would be written into them. What the terminal's encoding
+    lacks is printed as \\xNN, in place of an error."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def raise_open_files() -> None:
+    """Use what the hard limit allows, up to OPEN_FILES."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def bypass_proxies(*hosts: str) -> None:
+    """Where proxies are set in the environment, have DIRECT and these hosts reached without them, by this process and
+    those that it starts."""
+    if not any(os.environ.get(name) or os.environ.get(name.upper()) for name in PROXIES):
+        return
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if given.strip() == "*":
+        return
+    before = [host.strip() for host in given.split(",") if host.strip()]
+    listed = ",".join([*before, *(host for host in (*DIRECT, *hosts) if host not in before)])
+    os.environ |= {"no_proxy": listed, "NO_PROXY": listed}
+
+
+def refuse_other_text(words: Sequence[str]) -> None:
+    """Raises ConfigError for words of the command line, and for a working directory, that are no UTF-8: manifests,
+    recipes and tables are, and hold the names of the folders that they are about."""
+    try:
+        folder = os.getcwd()
+    except OSError as error:
+        raise StorageError(f"the working directory cannot be used: {error.strerror}", where=os.environ.get("PWD", ""),
+                           hint="it was deleted or replaced: cd to one that is there") from error
+    for word in (*words, folder):
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise _other_text(os.fsencode(word)) from error
+
+
+def _other_text(word: bytes) -> ConfigError:
+    try:
+        return ConfigError(f"names are read as {sys.getfilesystemencoding()} here, and this one is UTF-8",
+                           where=word.decode(), hint="LC_ALL=C.UTF-8, or PYTHONUTF8=1")  # fmt: skip
+    except UnicodeDecodeError:
+        return ConfigError(
+            "a name that is not UTF-8 text, as archives packed on Windows leave them",
+            where=word.decode("utf-8", "backslashreplace"),
+            hint="rename it (convmv -f gbk -t utf8 does so), or make a symbolic link to it with another name",
+        )

@@ -52,7 +52,7 @@ def evaluate(arguments: list[str]) -> int:
         return conclude(config) if code == command.COMPLETE else code
     from cluster.evaluate_job import run
 
-    return show(chosen, run(zero_shot_tasks(chosen, flags, prog=PROG), address=address))
+    return show(chosen, run(zero_shot_tasks(chosen, flags, prog=PROG), address=address, device=chosen.device))
 
 
 def _absolute(place: str) -> str:

@@ -80,6 +80,7 @@ def environment(data: Data, world: World) -> dict[str, Any]:
         "git": _git(),
         "world": world.size,
         "device": device,
+        "device_type": world.device.type,
         "cores": os.cpu_count(),
         "platform": platform.platform(),
         "manifest": _described(data),

@@ -7,7 +7,7 @@ from typing import Any
 from cluster.devices import Kind, decide, hidden, offered, own_device
 from cluster.session import LOCAL, prepare, ray_session, result
 from training import evaluation
-from training.engine.devices import Device, choose_device
+from training.engine.devices import Device
 from training.evaluation import Task
 
 
@@ -16,8 +16,6 @@ def run(tasks: Sequence[Task], *, address: str = LOCAL, device: Device = "auto")
 
     Raises ConfigError where a GPU is asked for, and none is there that torch can use.
     """
-    if address == LOCAL:
-        choose_device(device)
     with ray_session(address, cpus=os.cpu_count() or 1):
         import ray
 

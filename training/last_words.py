@@ -42,8 +42,8 @@ OUTSPOKEN = {
 has not."""
 TELLING = re.compile(
     r"terminate called|what\(\):|CUDA error|CUDA_ERROR|cuDNN|cuBLAS|NCCL (WARN|error)|ncclUnhandled|ncclSystem"
-    r"|ncclRemote|watchdog|timed? ?out|timeout|Xid|ECC|out of memory|Fatal Python error|Segmentation fault|Aborted|assert"
-    r"|symbol lookup error|free\(\)|double free|corrupt|Killed|error|exception",
+    r"|ncclRemote|watchdog|timed? ?out|timeout|Xid|ECC|out of memory|Fatal Python error|Segmentation fault|Aborted"
+    r"|assert|symbol lookup error|free\(\)|double free|corrupt|Killed|error|exception",
     re.IGNORECASE,
 )
 _STACK = re.compile(r"^(\s+File \"|(Current )?[Tt]hread 0x|Extension modules:|\s*$|frame #\d+|\s*#\d+ )")

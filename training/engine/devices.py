@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,6 +15,8 @@ Device = Literal["auto", "cpu", "cuda"]
 
 BF16_FROM = (8, 0)
 """Compute capability from which a GPU multiplies bf16 itself (Ampere). Below it torch does so by way of fp32."""
+OWN_KIND = ((10, 1),)
+"""Runs no machine code but its own: it is of another family than its number says (torch `cuda/__init__.py`)."""
 _ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
 
 
@@ -48,7 +51,9 @@ def bind(device: torch.device) -> None:
 def refuse_without_kernels(device: torch.device) -> None:
     """Raises ConfigError for a GPU that this build of torch was not compiled for."""
     built_for = torch.cuda.get_arch_list()
-    capability = torch.cuda.get_device_capability(device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s)Found GPU", UserWarning)  # torch's own words for it, on many lines
+        capability = torch.cuda.get_device_capability(device)
     if not runs_on(capability, built_for):
         major, minor = capability
         raise ConfigError(
@@ -72,12 +77,12 @@ def runs_on(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
         return True
     for kind, major, minor, own in (match.groups() for match in known):
         built = int(major), int(minor)
-        if own == "a":
+        if own == "a" or built == capability:
             suits = built == capability
         elif kind == "compute":
             suits = built <= capability
         else:
-            suits = built[0] == capability[0] and built <= capability
+            suits = built[0] == capability[0] and built <= capability and capability not in OWN_KIND
         if suits:
             return True
     return False

@@ -31,7 +31,7 @@ ANSWER_S = 2.0
 WORDS_S = 10.0
 """Seconds for the last words of a dead process to arrive."""
 MOST_CHARACTERS = 400
-GONE = "its machine is gone"
+GONE, MUTE = "its machine is gone", "does not answer"
 _DEATHS = (
     (r"its node has died|node was terminated|node failure", GONE),
     (r"running low on memory", "Ray killed it for want of memory"),
@@ -110,7 +110,7 @@ class Guard(ControllerCallback, WorkerGroupCallback):
         if situation.blame is not None and situation.blame.kind == "hang":
             return {}
         storage = replace(self._run.storage, give_up_s=WORDS_S, attempts=3)
-        missing = {rank for rank, what in dead.items() if what != GONE and rank in situation.places}
+        missing = {rank for rank, what in dead.items() if what not in (GONE, MUTE) and rank in situation.places}
         found: dict[int, list[str]] = {}
         end = time.monotonic() + WORDS_S
         with contextlib.suppress(StorageError):
@@ -154,7 +154,7 @@ class Guard(ControllerCallback, WorkerGroupCallback):
             except RayActorError as death:
                 found[rank] = death_in_words(death)
             except GetTimeoutError:
-                found[rank] = "does not answer"
+                found[rank] = MUTE
         return found
 
     def _wait(self, delay_s: float) -> None:

@@ -106,12 +106,16 @@ class RayHost:
         return self.where.name
 
     def alive(self, step: int, doing: Doing) -> None:
-        if self._first is None:
-            self._first = step
+        self._begin(step)
         self._whereabouts.at(step, doing)
 
     def launched(self, step: int, doing: Doing, reached: Callable[[], bool]) -> None:
+        self._begin(step)
         self._whereabouts.launched(step, doing, reached)
+
+    def _begin(self, step: int) -> None:
+        if self._first is None:
+            self._first = step
 
     def preempted(self) -> bool:
         return self._word != "go" or _terminated.is_set()

@@ -59,8 +59,8 @@ class ClusterConfig:
     while it waits for data or storage) after which it counts as hung, as long as others do give signs."""
     collective_timeout_s: float = Field(default=600.0, gt=0)
     """Seconds after the first step after which a worker no longer waits for its peers in a collective, in any process
-    group; the last resort. Before it start_timeout_s is added. What one worker does alone while the others wait (scores,
-    the end of a save) is not bound by it."""
+    group; the last resort. Before it start_timeout_s is added. What one worker does alone while the others wait
+    (scores, the end of a save) is not bound by it."""
     notice: str = ""
     """File or http(s) address that says when this machine will be taken away: looked at every notice_every_s by each
     machine; the file's being there, or an answer other than 404, false or none, is the notice. On AWS

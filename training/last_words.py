@@ -47,7 +47,8 @@ TELLING = re.compile(
     re.IGNORECASE,
 )
 _STACK = re.compile(r"^(\s+File \"|(Current )?[Tt]hread 0x|Extension modules:|\s*$|frame #\d+|\s*#\d+ )")
-MOST_LINES = 3
+MOST_LINES, NEAR_LINES = 3, 40
+"""Of the telling ones, and of the end in which they are looked for."""
 HEAD = "last words of process"
 
 
@@ -110,10 +111,9 @@ class LastWords:
 
 
 def telling(lines: Sequence[str]) -> list[str]:
-    """The lines that say most of why a process ended, at most MOST_LINES, in their order."""
-    spoken = [line.strip() for line in lines if not _STACK.match(line)]
-    found = [line for line in spoken if TELLING.search(line)]
-    return (found or spoken)[-MOST_LINES:]
+    """The lines at the end that say why a process ended, at most MOST_LINES, in their order; none where none does."""
+    spoken = [line.strip() for line in lines if not _STACK.match(line)][-NEAR_LINES:]
+    return [line for line in spoken if TELLING.search(line)][-MOST_LINES:]
 
 
 def of_process(log: str, pid: int) -> list[str] | None:
@@ -175,7 +175,7 @@ def _write(about: dict[str, Any], lines: Sequence[str]) -> None:
     for line in (f"{now} ERROR {HEAD} {about['pid']}:", *(f"| {line}" for line in lines)):
         folder.append(f"ranks/rank_{about['rank']:02d}.log", line)
     if about["log"]:
-        words = " / ".join(telling(lines)) or "none"
+        words = " / ".join(telling(lines) or lines[-MOST_LINES:]) or "none"
         folder.append("log.txt", f"{now} process {about['pid']} died; its last words: {words}")
     folder.flush()
 

@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CROPS ?=
+DEVICE ?=
 DEMO := demo
 FAULTS ?= 20
 SEED ?= 0
@@ -24,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 demo: setup
-	$(BIN)/python -m cluster demo --out $(DEMO) $(if $(CROPS),--crops "$(CROPS)")
+	$(BIN)/python -m cluster demo --out $(DEMO) $(if $(CROPS),--crops "$(CROPS)") $(if $(DEVICE),--device $(DEVICE))
 
 demo-clean:
 	rm -rf $(DEMO)

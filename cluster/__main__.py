@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -21,6 +22,8 @@ class DemoCommand:
     """Of the sample order and of the initial weights."""
     steps: int = 0
     """Optimizer steps; 0: those of the recipe. For a quick look at the path; it learns nothing in a few."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """"auto": GPUs where there are any, one worker where there is one; "cpu": none, whatever there is."""
 
 
 def demo(arguments: list[str]) -> int:
@@ -28,7 +31,7 @@ def demo(arguments: list[str]) -> int:
     from cluster.demo import run
 
     chosen = tyro.cli(DemoCommand, args=arguments, prog="python -m cluster demo")
-    return run(chosen.out, crops=chosen.crops, seed=chosen.seed, steps=chosen.steps)
+    return run(chosen.out, crops=chosen.crops, seed=chosen.seed, steps=chosen.steps, device=chosen.device)
 
 
 def shard(arguments: list[str]) -> int:

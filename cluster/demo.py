@@ -5,6 +5,7 @@ Every step is a command that a user has; this file only calls them in order, kil
 
 import contextlib
 import json
+import math
 import os
 import shlex
 import signal
@@ -17,11 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from datapipe.command import COMPLETE, FAILED
 from datapipe.errors import ClusterError, DataError
 from datapipe.manifest import Manifest
 from training import config as recipes
 from training.assembly import clock_of
+from training.engine.devices import Device, choose_device
 from training.reid.zero_shot import COLOUR_HISTOGRAM, RANDOM
 from training.speed import duration, faster_precision
 
@@ -31,6 +35,7 @@ DEMO_STEPS = 360
 LIMIT = 3.0
 """Times the mAP of random weights that the last checkpoint must reach."""
 POLL_S = 0.5
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,15 @@ class Demo:
     seed: int
     steps: int
     """Optimizer steps; 0: those of the recipe, or as many on crops of your own."""
+    device: torch.device = CPU
+    """What it will be on, as far as can be seen from here."""
+    asked: Device = "auto"
+
+    @property
+    def workers(self) -> int:
+        """As the recipe has it, but one where there is one GPU: a second worker would wait for another."""
+        wanted = recipes.load(RECIPE).cluster.max_workers
+        return min(wanted, torch.cuda.device_count()) if self.device.type == "cuda" else wanted
 
     @property
     def run(self) -> Path:
@@ -66,19 +80,19 @@ class Demo:
         return not self.own or all((self.crops / name).is_dir() for name in ("query", "bounding_box_test"))
 
 
-def run(out: Path, *, crops: Path | None, seed: int, steps: int) -> int:
+def run(out: Path, *, crops: Path | None, seed: int, steps: int, device: Device = "auto") -> int:
     """All five steps; the exit code says whether pre-training learnt what it must. Started again, it goes on."""
     began = time.monotonic()
-    demo = Demo(out, crops or out / "crops", crops is not None, seed, steps)
+    demo = Demo(out, crops or out / "crops", crops is not None, seed, steps, choose_device(device), device)
     if demo.own and not demo.crops.is_dir():
         raise DataError("no such folder of crops", where=str(demo.crops), hint="make demo CROPS=<folder of images>")
     _make_data(demo, began)
-    _heading(3, "pre-train PASS with two workers", began)
+    _heading(3, f"pre-train PASS with {_workers(demo)}", began)
     _pretrain(demo)
     verdict = COMPLETE
     if demo.scored:
         _heading(4, "score random weights and every kept checkpoint on people never seen", began)
-        _command("cluster", "evaluate", str(demo.run), "--data", str(demo.crops))
+        _command("cluster", "evaluate", str(demo.run), "--data", str(demo.crops), "--device", demo.asked)
         verdict = _judge(demo)
     else:
         _heading(4, "no query and bounding_box_test folders: nothing to score", began)
@@ -87,6 +101,12 @@ def run(out: Path, *, crops: Path | None, seed: int, steps: int) -> int:
     print(f"\ndemo {'complete' if verdict == COMPLETE else 'FAILED'} in {duration(time.monotonic() - began)}")
     print((demo.run / "report.html").resolve(), flush=True)
     return verdict
+
+
+def _workers(demo: Demo) -> str:
+    if demo.device.type == "cpu":
+        return f"{demo.workers} workers"
+    return f"{demo.workers} workers, a GPU each" if demo.workers > 1 else "one worker, as this machine has one GPU"
 
 
 def _make_data(demo: Demo, began: float) -> None:
@@ -104,21 +124,29 @@ def _make_data(demo: Demo, began: float) -> None:
 
 
 def _pretrain(demo: Demo) -> None:
-    arguments = _recipe(demo)
+    arguments = [*_recipe(demo), "--engine.device", demo.asked]
     killer = threading.Thread(target=_kill_halfway, args=(demo,), daemon=True)
     killer.start()
     _command("cluster", "pretrain", *arguments)
 
 
 def _recipe(demo: Demo) -> list[str]:
-    """The run's own recipe where it has begun, else the demo's with this machine's settings."""
-    if (demo.run / "config.toml").is_file():
-        return [str(demo.run / "config.toml")]
-    flags = ["--out", str(demo.run), "--stream.manifest", str(demo.shards), "--seed", str(demo.seed)]
-    flags += ["--optimisation.precision", faster_precision()]
+    """The run's own recipe where it has begun, else the demo's, with this machine's settings."""
+    own = demo.run / "config.toml"
+    flags = ["--cluster.max-workers", str(demo.workers)]
+    if own.is_file():
+        return [str(own), *flags, *_whole_batch(demo, recipes.load(own).optimisation.batch)]
+    flags += ["--out", str(demo.run), "--stream.manifest", str(demo.shards), "--seed", str(demo.seed)]
+    flags += ["--optimisation.precision", faster_precision(demo.device)]
+    batch = min(recipes.load(RECIPE).optimisation.batch, Manifest.load(str(demo.shards)).rows)
     if demo.own or demo.steps:
         flags += _so_many_steps(demo)
-    return [str(RECIPE), *flags]
+    return [str(RECIPE), *flags, *_whole_batch(demo, batch)]
+
+
+def _whole_batch(demo: Demo, batch: int) -> list[str]:
+    """The recipe's targets couple the images of a batch: each worker takes its share at once."""
+    return ["--optimisation.micro-batch", str(math.ceil(batch / demo.workers))]
 
 
 def _so_many_steps(demo: Demo) -> list[str]:
@@ -135,14 +163,14 @@ def _so_many_steps(demo: Demo) -> list[str]:
 
 
 def _kill_halfway(demo: Demo) -> None:
-    """SIGKILL the second worker once half of the steps are done. At most once in a run's life."""
-    done = demo.out / "killed.json"
+    """SIGKILL the last worker once half of the steps are done. At most once in a run's life."""
+    done, last = demo.out / "killed.json", demo.workers - 1
     while not done.exists():
         time.sleep(POLL_S)
-        half, life = _half(demo), _json(demo.run / "ranks" / "rank_01.json")
+        half, life = _half(demo), _json(demo.run / "ranks" / f"rank_{last:02d}.json")
         if half is None or life is None or life["step"] < half:
             continue
-        print(f"== kill -9 {life['pid']} (worker 1, step {life['step']}): training will go on ==", flush=True)
+        print(f"== kill -9 {life['pid']} (worker {last}, step {life['step']}): training will go on ==", flush=True)
         try:
             os.kill(life["pid"], signal.SIGKILL)
         except ProcessLookupError:

@@ -7,10 +7,11 @@ from dataclasses import replace
 import tyro
 
 from cluster.in_job import refuse_relative
-from cluster.session import chosen_address
+from cluster.session import LOCAL, chosen_address
 from datapipe import command
 from datapipe.settings import settings
 from datapipe.storage import is_remote
+from training.engine.devices import choose_device
 from training.evaluate_command import EvaluateCommand as LocalCommand
 from training.evaluate_command import conclude, fine_tuning, show, zero_shot_tasks
 from training.reid.supervised import RANDOM
@@ -52,7 +53,9 @@ def evaluate(arguments: list[str]) -> int:
         return conclude(config) if code == command.COMPLETE else code
     from cluster.evaluate_job import run
 
-    return show(chosen, run(zero_shot_tasks(chosen, flags, prog=PROG), address=address))
+    if address == LOCAL:
+        choose_device(chosen.device)  # refuses what cannot be before the data is looked through
+    return show(chosen, run(zero_shot_tasks(chosen, flags, prog=PROG), address=address, device=chosen.device))
 
 
 def _absolute(place: str) -> str:

@@ -3,20 +3,29 @@
 from collections.abc import Sequence
 from typing import Any
 
-from cluster.session import prepare, ray_session, result
+from cluster.devices import Kind, decide, hidden, offered, own_device
+from cluster.session import LOCAL, prepare, ray_session, result
 from datapipe.cores import available_cores
 from training import evaluation
+from training.engine.devices import Device
 from training.evaluation import Task
 
 
-def run(tasks: Sequence[Task], *, address: str = "local") -> list[dict[str, Any]]:
-    """Score them all, each on a GPU where the cluster has any; their metrics in that order."""
+def run(tasks: Sequence[Task], *, address: str = LOCAL, device: Device = "auto") -> list[dict[str, Any]]:
+    """Score them all, each on a GPU of its own where the cluster has or can start any; their metrics in that order.
+
+    Raises ConfigError where a GPU is asked for, and none is there that torch can use.
+    """
     with ray_session(address, cpus=available_cores()):
         import ray
 
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+        choice = decide(device, offered(embedded=address == LOCAL))
+        print(f"device: {choice.kind} ({choice.why})", flush=True)
+        if unused := hidden(choice, device):
+            print(unused, flush=True)
+        gpus = 1 if choice.kind == "cuda" else 0
         remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(_score)
-        waiting = {remote.remote(task): task for task in tasks}
+        waiting = {remote.remote(task, choice.kind): task for task in tasks}
         found: dict[str, dict[str, Any]] = {}
         while waiting:
             (done,), _ = ray.wait(list(waiting), num_returns=1)
@@ -27,11 +36,9 @@ def run(tasks: Sequence[Task], *, address: str = "local") -> list[dict[str, Any]
     return [found[task.weights.name] for task in tasks]
 
 
-def _score(task: Task) -> dict[str, Any]:
+def _score(task: Task, kind: Kind) -> dict[str, Any]:
     prepare()
     import torch
 
-    from training.engine.world import choose_device
-
     torch.set_num_threads(1)
-    return evaluation.score(task, threads=1, device=choose_device("auto", 0))
+    return evaluation.score(task, threads=1, device=own_device(kind))

@@ -1,7 +1,10 @@
 """In Ray Train's controller: why workers ended, whether and when they begin again, and room made for a new size."""
 
+import contextlib
 import re
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -17,17 +20,28 @@ from ray.train.v2._internal.execution.controller.state import (
 
 from cluster.bulletin import Leaving, Place, Situation, find_board
 from cluster.restarts import Failure
-from training.cluster_config import ClusterConfig
+from datapipe.errors import StorageError
+from training import last_words
+from training.config import RunConfig
+from training.run_folder import RunFolder
 
 POLL_S = 0.2
 ANSWER_S = 2.0
 """Seconds for a living worker to answer."""
+WORDS_S = 10.0
+"""Seconds for the last words of a dead process to arrive."""
+MOST_CHARACTERS = 400
+GONE, MUTE = "its machine is gone", "does not answer"
 _DEATHS = (
-    (r"its node has died|node was terminated|node failure", "its machine is gone"),
+    (r"its node has died|node was terminated|node failure", GONE),
     (r"running low on memory", "Ray killed it for want of memory"),
     (r"exit code (\d+)", "its process ended with code {}"),
 )
 """What Ray says of a dead worker, and what that means, the most telling first."""
+MEANINGS = tuple(meaning for _, meaning in _DEATHS[:2])
+_COLLATERAL = re.compile(r"watchdog|collective.*time|timed out|remote process|connection (closed|reset)|peer", re.I)
+_OWN_FAULT = re.compile(r"CUDA error|CUDA_ERROR|Xid|\bECC\b|Segmentation fault|out of memory", re.I)
+"""Last words of who died for want of another rank, and of who died of itself."""
 
 
 class Over(Exception):
@@ -37,8 +51,8 @@ class Over(Exception):
 class Guard(ControllerCallback, WorkerGroupCallback):
     """Ray Train restarts without end; this decides when it ends, and waits before it begins again."""
 
-    def __init__(self, board: str, config: ClusterConfig) -> None:
-        self._name, self._config = board, config
+    def __init__(self, board: str, config: RunConfig) -> None:
+        self._name, self._config, self._run = board, config.cluster, config
         self._actors: dict[int, Any] = {}
 
     @property
@@ -87,7 +101,28 @@ class Guard(ControllerCallback, WorkerGroupCallback):
         if situation.stopping or situation.over:
             raise Over
         if not isinstance(cause, WorkerGroupStartupTimeoutError):  # no room yet: the driver sees to how long
-            self._follow(describe(cause, situation, self._dead()))
+            dead = self._dead()
+            self._follow(describe(cause, situation, dead, self._words(situation, dead)))
+
+    def _words(self, situation: Situation, dead: Mapping[int, str]) -> dict[int, list[str]]:
+        """What the dead wrote on stderr before they died, as their children leave it in the run folder, which may take
+        a moment. Of a machine that is gone nothing comes."""
+        if situation.blame is not None and situation.blame.kind == "hang":
+            return {}
+        storage = replace(self._run.storage, give_up_s=WORDS_S, attempts=3)
+        missing = {rank for rank, what in dead.items() if what not in (GONE, MUTE) and rank in situation.places}
+        found: dict[int, list[str]] = {}
+        end = time.monotonic() + WORDS_S
+        with contextlib.suppress(StorageError):
+            while missing and time.monotonic() < end:
+                time.sleep(POLL_S)
+                for rank in sorted(missing):
+                    log = RunFolder(self._run.out, storage).read_text(f"ranks/rank_{rank:02d}.log") or ""
+                    words = last_words.of_process(log, situation.places[rank].pid)
+                    if words is not None:
+                        missing.discard(rank)
+                        found[rank] = last_words.telling(words)
+        return found
 
     def _situation(self, cause: Exception) -> Situation:
         """How all stands. Where workers left, one of them knows why, and may be about to say so."""
@@ -119,7 +154,7 @@ class Guard(ControllerCallback, WorkerGroupCallback):
             except RayActorError as death:
                 found[rank] = death_in_words(death)
             except GetTimeoutError:
-                found[rank] = "does not answer"
+                found[rank] = MUTE
         return found
 
     def _wait(self, delay_s: float) -> None:
@@ -130,10 +165,12 @@ class Guard(ControllerCallback, WorkerGroupCallback):
             time.sleep(POLL_S)
 
 
-def describe(error: Exception, situation: Situation, dead: dict[int, str]) -> Failure:
+def describe(
+    error: Exception, situation: Situation, dead: Mapping[int, str], words: Mapping[int, Sequence[str]] = {}  # noqa: B006
+) -> Failure:
     """Who is to blame, in words: whoever hung, else whose process died, else who said first that it failed.
 
-    `dead`: rank -> how its process ended.
+    `dead`: rank -> how its process ended; `words`: rank -> the most telling of its last words.
     """
     if situation.leaving:
         return Failure("preemption", situation.leaving)
@@ -143,11 +180,27 @@ def describe(error: Exception, situation: Situation, dead: dict[int, str]) -> Fa
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     if not dead and not failures:
         return Failure("start", f"workers did not come up: {_first_line(error)}")
-    rank = min(dead or failures)
+    meant = _first_dead(dead, words) if dead else [min(failures)]
+    rank = meant[0]
     what = dead[rank] if dead else _first_line(failures[rank])
+    said = f"; its last words: {' / '.join(words[rank])[:MOST_CHARACTERS]}" if words.get(rank) else ""
     place = situation.places.get(rank)
     where = f" on {place.name}" if place else ""
-    return Failure("crash", f"rank {rank}{where}: {what}", place.node if place else "", rank)
+    nodes = {situation.places[one].node for one in meant if one in situation.places}
+    node = nodes.pop() if len(nodes) == 1 else ""  # several machines: none of them is known to have failed
+    return Failure("crash", f"rank {rank}{where}: {what}{said}", node, rank)
+
+
+def _first_dead(dead: Mapping[int, str], words: Mapping[int, Sequence[str]]) -> list[int]:
+    """The ranks that may have died first. With NCCL the others' watchdogs end their processes soon after, saying so."""
+
+    def order(rank: int) -> tuple[int, bool]:
+        text = " ".join(words.get(rank, ()))
+        how = MEANINGS.index(dead[rank]) if dead[rank] in MEANINGS else len(MEANINGS)
+        return how, bool(_COLLATERAL.search(text)) and not _OWN_FAULT.search(text)
+
+    least = min(map(order, dead))
+    return sorted(rank for rank in dead if order(rank) == least)
 
 
 def death_in_words(death: Exception) -> str:

@@ -8,12 +8,19 @@ import datetime
 import ipaddress
 import os
 import socket
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch.distributed as dist
 from ray.train.torch import TorchConfig
 
+from cluster.bulletin import find_board
+from cluster.devices import Kind, own_device
+from datapipe.config import StorageConfig
+from datapipe.errors import ConfigError
+from training import last_words
+from training.engine.devices import bind
 from training.engine.launchers import forget_launchers
 
 WAITING = 1024
@@ -24,27 +31,46 @@ _Theirs: Any = TorchConfig().backend_cls
 _listening: socket.socket | None = None
 """In the first worker's process, between `listen` and `meet`."""
 
+_words: list[last_words.LastWords] = []
+"""In a worker's process, between `meet` and `take_leave`."""
+
 
 class Meeting(_Theirs):
-    """Ray Train's start of a group of PyTorch workers, but for where their store listens."""
+    """Ray Train's start of a group of PyTorch workers, but for where their store listens, and how they are bound to
+    their GPUs."""
 
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: "MeetingConfig") -> None:
         """Returns when all workers have met. Raises what any of them raises."""
         host, port = worker_group.execute_single(0, listen)
         size = len(worker_group)
         ray.get([
-            worker_group.execute_single_async(rank, meet, backend_config.backend, rank, size, host, port,
-                                              backend_config.timeout_s)
+            worker_group.execute_single_async(rank, meet, rank, size, host, port, backend_config)
             for rank in range(size)
         ])  # fmt: skip
 
 
+@dataclass
 class MeetingConfig(TorchConfig):
     """For `TorchTrainer`."""
+
+    kind: Kind = "cpu"
+    """What workers compute on."""
+    board: str = ""
+    """Name of the board."""
+    out: str = ""
+    """Run folder."""
+    storage: StorageConfig = StorageConfig()
+    """How it is reached."""
 
     @property
     def backend_cls(self) -> Any:
         return Meeting
+
+
+def take_leave() -> None:
+    """In a worker whose work is over: what happens to the process from now on is no matter for the run."""
+    while _words:
+        _words.pop().end()
 
 
 def listen() -> tuple[str, int]:
@@ -58,16 +84,24 @@ def listen() -> tuple[str, int]:
     return host, _listening.getsockname()[1]
 
 
-def meet(backend: str, rank: int, size: int, host: str, port: int, timeout_s: float) -> None:
-    """In every worker: join the process group. Raises torch.distributed.DistError after `timeout_s`."""
+def meet(rank: int, size: int, host: str, port: int, config: MeetingConfig) -> None:
+    """In every worker: join the process group, bound to its own GPU. Raises torch.distributed.DistError after the
+    timeout, ConfigError, also to the board, where torch cannot use the GPU that Ray has given."""
     global _listening
     forget_launchers()
-    timeout = datetime.timedelta(seconds=timeout_s)
     given: dict[str, Any] = {}
     if rank == 0:
         assert _listening is not None
         given["master_listen_fd"], _listening = _listening.detach(), None
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # a failing collective ends the worker
+    _words.append(last_words.start(config.out, config.storage, rank))  # NCCL speaks from its first communicator on
     os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
+    try:
+        device = own_device(config.kind)
+        bind(device)
+    except ConfigError as error:
+        ray.get(find_board(config.board).fail.remote(error))
+        raise
+    timeout = datetime.timedelta(seconds=config.timeout_s)
     store = dist.TCPStore(host, port, size, rank == 0, timeout, wait_for_workers=False, **given)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    bound = device if device.type == "cuda" else None  # left to itself NCCL goes by rank modulo GPUs
+    dist.init_process_group(config.backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=bound)

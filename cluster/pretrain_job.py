@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from cluster.devices import Choice, decide, hidden, offered, own_device
 from cluster.in_job import refuse_relative
 from cluster.jobs import paths_of
 from cluster.restarts import END, HISTORY, Failure, Restarts
 from cluster.session import LOCAL, prepare, ray_session
-from cluster.vigil import end_process, hung
+from cluster.vigil import Hung, accusation, end_process, hung
 from datapipe.command import COMPLETE, STOPPED
 from datapipe.cores import available_cores
 from datapipe.errors import ClusterError, ConfigError, DataError, UserError
@@ -24,9 +25,10 @@ from training import checkpoint
 from training import config as recipes
 from training.assembly import check, clock_of, refuse_unsuited, resolved
 from training.config import RunConfig
+from training.engine.devices import choose_device
 from training.engine.host import LocalHost, exit_code
-from training.engine.world import World, choose_device
-from training.pretrain import pretrain
+from training.engine.world import World
+from training.pretrain import pretrain, ran_on
 from training.run_folder import RunFolder
 from training.speed import duration
 
@@ -49,7 +51,7 @@ def run(config: RunConfig, *, address: str = LOCAL) -> int:
     refuse_relative(paths_of(config))
     config = _absolute(config)
     if address == LOCAL:
-        refuse_unsuited(config, choose_device(config.engine.device, 0))
+        refuse_unsuited(config, choose_device(config.engine.device))
     data = check(config)
     clock = clock_of(resolved(config, data), data.rows)
     machine = config.cluster
@@ -93,12 +95,31 @@ class Driver:
 
         self.config, self.signals, self.scratch, self.embedded = config, signals, scratch, embedded
         self.folder = RunFolder(config.out, config.storage)
+        self.choice = self._choose()
         self._name, self._board = open_board(self._begin(), Restarts(config.cluster, config.out))
-        self._trainer = _trainer(config, self._name, scratch, embedded=embedded)
+        self._trainer = self._make_trainer()
         self._error: BaseException | None = None
         self._leaving = threading.Event()
         self._told, self._spoke = False, 0.0
         self._ended: set[int] = set()
+
+    def _choose(self) -> Choice:
+        """GPUs or CPUs, for as long as this command lasts. Raises ConfigError."""
+        asked, offer = self.config.engine.device, offered(embedded=self.embedded)
+        choice = decide(asked, offer, before=ran_on(self.folder))
+        print(f"device: {choice.kind} ({choice.why})", flush=True)
+        if unused := hidden(choice, asked):
+            print(unused, flush=True)
+        least = self.config.cluster.least_workers
+        if self.embedded and choice.kind == "cuda" and offer.now < least:
+            raise ConfigError(f"{least} workers are asked for, a GPU each, and this machine has {offer.now:g}",
+                              where="cluster.max_workers, cluster.min_workers",
+                              hint=f"--cluster.max-workers {offer.now:g}, or --engine.device cpu")  # fmt: skip
+        refuse_unsuited(self.config, torch.device(choice.kind))
+        return choice
+
+    def _make_trainer(self) -> Any:
+        return _trainer(self.config, self._name, self.scratch, self.choice, embedded=self.embedded)
 
     def train(self) -> bool:
         """True: complete; False: stopped, and resumable. Raises UserError."""
@@ -172,7 +193,7 @@ class Driver:
         ray.get(self._board.abandon.remote())
         decision = ray.get(self._board.follow.remote(Failure("controller", "Ray Train's controller died")))
         if decision.give_up is None:
-            self._trainer = _trainer(self.config, self._name, self.scratch, embedded=self.embedded)
+            self._trainer = self._make_trainer()
             self._start_controller(decision.delay_s)
 
     def _begin(self) -> int:
@@ -210,10 +231,9 @@ class Driver:
         machine = self.config.cluster
         found = hung(notes.pulses, start_s=machine.start_timeout_s, hang_s=machine.hang_timeout_s,
                      silence_s=machine.silence_timeout_s)  # fmt: skip
-        for rank, reason in found:
-            place = notes.places.get(rank)
-            if place is not None and place.pid not in self._ended:
-                self._end(place, reason)
+        meant = [one for one in found if one.rank in notes.places and notes.places[one.rank].pid not in self._ended]
+        if meant:
+            self._end(meant, notes.places)
         if notes.waiting_s > machine.start_timeout_s:
             raise ClusterError(f"no room for workers in {duration(notes.waiting_s)}: {self._shortage()}",
                                where=self.config.out, hint="start again when there is; the run goes on")  # fmt: skip
@@ -221,21 +241,24 @@ class Driver:
             self._spoke = time.monotonic()
             print(f"workers are not up yet: {self._shortage()}", flush=True)
 
-    def _end(self, place: Any, reason: str) -> None:
+    def _end(self, meant: list[Hung], places: dict[int, Any]) -> None:
         import ray
 
-        said = f"rank {place.rank} on {place.name}: {reason}"
-        print(f"hung: {said}; SIGKILL to process {place.pid}", flush=True)
-        ray.get(self._board.blame.remote(Failure("hang", said, place.node, place.rank)))
-        self._ended.add(place.pid)
-        end_process(place.node, place.pid)
+        failure = accusation(meant, places)
+        ray.get(self._board.blame.remote(failure))
+        pids = [places[one.rank].pid for one in meant]
+        listed = f"process {pids[0]}" if len(pids) == 1 else f"processes {', '.join(map(str, pids))}"
+        print(f"hung: {failure.reason}; SIGKILL to {listed}", flush=True)
+        for one in meant:
+            self._ended.add(places[one.rank].pid)
+            end_process(places[one.rank].node, places[one.rank].pid)
 
     def _shortage(self) -> str:
         import ray
 
-        config, has = self.config, ray.cluster_resources()
-        each = ", ".join(f"{value:g} {name}" for name, value in _resources(config).items())
-        there = ", ".join(f"{has.get(name, 0):g} {name}" for name in _resources(config))
+        config, has, wanted = self.config, ray.cluster_resources(), _resources(self.config, self.choice)
+        each = ", ".join(f"{value:g} {name}" for name, value in wanted.items())
+        there = ", ".join(f"{has.get(name, 0):g} {name}" for name in wanted)
         return (f"at least {config.cluster.least_workers} of {each} each are needed; the cluster has {there} "
                 f"on {sum(node['Alive'] for node in ray.nodes())} machines")  # fmt: skip
 
@@ -252,7 +275,7 @@ class Driver:
                             hint="--debug shows the whole trace; started again, the run goes on")  # fmt: skip
 
 
-def _trainer(config: RunConfig, board: str, scratch: str, *, embedded: bool) -> Any:
+def _trainer(config: RunConfig, board: str, scratch: str, choice: Choice, *, embedded: bool) -> Any:
     """A run of Ray Train. Its name is new each time, as Ray Train goes by what it finds under a name it has had."""
     machine = config.cluster
     patience = PLACEMENT_S if _elastic(config) else machine.start_timeout_s
@@ -268,23 +291,26 @@ def _trainer(config: RunConfig, board: str, scratch: str, *, embedded: bool) -> 
     from cluster.ray_host import TakeSigterm
     from cluster.trainer import Trainer
 
-    resources = _resources(config)
-    gpus = "GPU" in resources
-    refuse_unsuited(config, torch.device("cuda" if gpus else "cpu"))
+    gpus = choice.kind == "cuda"
     variables = dict(variable.split("=", 1) for variable in machine.environment)
     workers: Any = (machine.least_workers, machine.max_workers) if _elastic(config) else machine.max_workers
-    callbacks: list[Any] = [Guard(board, machine), TakeSigterm()]
+    callbacks: list[Any] = [Guard(board, config), TakeSigterm()]
     return Trainer(
         work,
-        train_loop_config={"config": recipes.to_tree(config), "board": board, "embedded": embedded},
+        train_loop_config={"config": recipes.to_tree(config), "board": board, "embedded": embedded,
+                           "kind": choice.kind},
         torch_config=MeetingConfig(
             backend="nccl" if gpus else "gloo",
             timeout_s=round(machine.start_timeout_s + machine.collective_timeout_s),
+            kind=choice.kind,
+            board=board,
+            out=config.out,
+            storage=config.storage,
         ),
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=gpus,
-            resources_per_worker=resources,
+            resources_per_worker=_resources(config, choice),
             placement_strategy=machine.placement.upper(),
             elastic_resize_monitor_interval_s=machine.resize_every_s,  # type: ignore[call-arg]
         ),
@@ -301,8 +327,8 @@ def _trainer(config: RunConfig, board: str, scratch: str, *, embedded: bool) -> 
     )
 
 
-def _resources(config: RunConfig) -> dict[str, float]:
-    """What Ray sets aside for a worker: its cores, and a GPU where the cluster has any."""
+def _resources(config: RunConfig, choice: Choice) -> dict[str, float]:
+    """What Ray sets aside for a worker: its cores, and a GPU where the run is on GPUs."""
     import ray
 
     machine = config.cluster
@@ -311,8 +337,7 @@ def _resources(config: RunConfig) -> dict[str, float]:
         cores = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
         smallest = min(filter(None, cores), default=0)
         cpus = max(cpus, math.floor(100 * smallest / machine.workers_per_node) / 100)
-    gpus = config.engine.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
-    return {"CPU": cpus, **({"GPU": 1} if gpus else {})}
+    return {"CPU": cpus, **({"GPU": 1} if choice.kind == "cuda" else {})}
 
 
 def work(settings: dict[str, Any]) -> None:
@@ -323,26 +348,29 @@ def work(settings: dict[str, Any]) -> None:
     from ray import train
 
     from cluster.bulletin import Leaving, find_board
+    from cluster.meeting import take_leave
     from cluster.ray_host import RayHost
 
     board = find_board(settings["board"])
     group, reason, wanted = ray.get(board.enter.remote())
     if not wanted:
+        take_leave()
         return  # the group before met a mistake that a restart does not mend
     config = recipes.validate(settings["config"], where="the driver's recipe")
     context = train.get_context()
-    local_rank = context.get_local_rank()
     world = World(
         rank=context.get_world_rank(),
         size=context.get_world_size(),
-        local_rank=local_rank,
+        local_rank=context.get_local_rank(),
         local_size=context.get_local_world_size(),
-        device=choose_device(config.engine.device, local_rank),
+        device=own_device(settings["kind"]),
     )
     host = RayHost(board, group, world, config.cluster, embedded=settings["embedded"])
     try:
         ending = pretrain(config, world=world, host=host, reason=reason)
+        take_leave()
     except (ConfigError, DataError) as error:
+        take_leave()
         ray.get(board.fail.remote(error))
         raise
     except Exception as error:

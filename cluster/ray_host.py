@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -15,6 +16,7 @@ from cluster.vigil import Pulse
 from training.cluster_config import ClusterConfig
 from training.engine.host import Doing
 from training.engine.notice import Notice
+from training.engine.whereabouts import Whereabouts
 from training.engine.world import World
 
 POLL_S = 0.5
@@ -53,8 +55,7 @@ class RayHost:
         self._word: Word = "go"
         self._first: int | None = None
         """Steps that were done when this attempt began."""
-        self._doing: Doing = "data"
-        self._step, self._moved = 0, time.monotonic()
+        self._whereabouts = Whereabouts()
         self._done = threading.Event()
         watched = config.notice if world.local_rank == 0 else ""
         self._notice = Notice(watched, every_s=config.notice_every_s, heard=self._going)
@@ -77,9 +78,9 @@ class RayHost:
             ray.get(self._board.leave.remote(f"rank {self._world.rank} on {self.place()} was told to end (SIGTERM)"))
 
     def _pulse(self) -> Pulse:
-        begun = self._first is not None and self._step > self._first
-        stood_s = time.monotonic() - self._moved
-        return Pulse(self._world.rank, self._step, self._doing, stood_s, 0.0, begun)
+        where = self._whereabouts.now()
+        begun = self._first is not None and where.step > self._first
+        return Pulse(self._world.rank, where.step, where.doing, where.stood_s, 0.0, begun, where.marks)
 
     def _going(self, words: str) -> None:
         """This machine will be taken away: everybody saves, and Ray starts nothing here any more."""
@@ -105,9 +106,16 @@ class RayHost:
         return self.where.name
 
     def alive(self, step: int, doing: Doing) -> None:
+        self._begin(step)
+        self._whereabouts.at(step, doing)
+
+    def launched(self, step: int, doing: Doing, reached: Callable[[], bool]) -> None:
+        self._begin(step)
+        self._whereabouts.launched(step, doing, reached)
+
+    def _begin(self, step: int) -> None:
         if self._first is None:
             self._first = step
-        self._step, self._doing, self._moved = step, doing, time.monotonic()
 
     def preempted(self) -> bool:
         return self._word != "go" or _terminated.is_set()

@@ -3,9 +3,10 @@
 import contextlib
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from cluster.restarts import Failure
 from training.engine.host import Doing
 
 ORDER: tuple[Doing, ...] = ("data", "forward", "backward")
@@ -25,6 +26,13 @@ class Pulse(NamedTuple):
     """Since its process last said anything."""
     begun: bool
     """Has it made a step in this attempt?"""
+    marks: int = 0
+    """Places passed in this step."""
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """How far it is, to be compared with the others."""
+        return self.step, self.marks, ORDER.index(self.doing)
 
 
 class Hung(NamedTuple):
@@ -32,15 +40,17 @@ class Hung(NamedTuple):
 
     rank: int
     reason: str
+    behind: bool = True
+    """False: it stands where all stand, and nothing tells which of them is to blame."""
 
 
 def hung(pulses: Sequence[Pulse], *, start_s: float, hang_s: float, silence_s: float) -> list[Hung]:
     """The ranks to end, worst first; none while all is well. `start_s`: patience until every rank has made a step.
 
     A process that is stopped falls silent, and is meant after `silence_s`; where all are silent it may be their
-    listener that was away, and they have `hang_s`. A thread that is stuck does not silence its process: nobody comes
-    further, as the others wait for it, and after `hang_s` those that are furthest behind are meant; all of them where
-    they stand at the same place.
+    listener that was away, and they have `hang_s`. A thread or a GPU that is stuck does not silence its process: nobody
+    comes further, as the others wait for it, and after `hang_s` those that are furthest behind are meant. Where all
+    stand at the same place all are ended, and none of them is to blame.
     """
     begun = bool(pulses) and all(pulse.begun for pulse in pulses)
     patience = hang_s if begun else start_s
@@ -48,16 +58,33 @@ def hung(pulses: Sequence[Pulse], *, start_s: float, hang_s: float, silence_s: f
     longest = min(silence_s, patience) if begun and heard else patience
     silent = [pulse for pulse in pulses if pulse.silent_s > longest]
     if silent:
-        return [Hung(one.rank, f"no sign of life for {one.silent_s:.0f} s after step {one.step}") for one in silent]
+        some = len(silent) < len(pulses) or len(pulses) == 1
+        return [Hung(one.rank, f"no sign of life for {one.silent_s:.0f} s after step {one.step}", some)
+                for one in silent]  # fmt: skip
     if not pulses or any(pulse.stood_s <= patience for pulse in pulses):
         return []
-    least = min(map(_place, pulses))
+    least = min(pulse.place for pulse in pulses)
+    meant = [pulse for pulse in pulses if pulse.place == least]
+    if len(meant) == len(pulses) > 1:
+        one = min(pulses, key=lambda pulse: pulse.stood_s)
+        said = (f"all ranks stand at step {one.step + 1} ({one.doing}) for {one.stood_s:.0f} s; nobody is behind")
+        return [Hung(pulse.rank, said, behind=False) for pulse in pulses]
     return [Hung(pulse.rank, f"stood still in step {pulse.step + 1} ({pulse.doing}) for {pulse.stood_s:.0f} s")
-            for pulse in pulses if _place(pulse) == least]  # fmt: skip
+            for pulse in meant]  # fmt: skip
 
 
-def _place(pulse: Pulse) -> tuple[int, int]:
-    return pulse.step, ORDER.index(pulse.doing)
+def accusation(found: Sequence[Hung], places: Mapping[int, Any]) -> Failure:
+    """What a hang is put down to. A machine is named where all ranks that are behind are on it, and others are not
+    behind: what is counted against a machine must be its own."""
+    first = found[0]
+    if not first.behind:
+        return Failure("hang", first.reason)
+    known = [places[one.rank] for one in found if one.rank in places]
+    nodes = {place.node for place in known}
+    where = f" on {places[first.rank].name}" if first.rank in places else ""
+    also = f"; so did ranks {', '.join(str(one.rank) for one in found[1:])}" if found[1:] else ""
+    return Failure("hang", f"rank {first.rank}{where}: {first.reason}{also}", nodes.pop() if len(nodes) == 1 else "",
+                   first.rank)  # fmt: skip
 
 
 def end_process(node: str, pid: int) -> Any:

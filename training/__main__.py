@@ -17,7 +17,7 @@ from datapipe.config import Size, Statistics, StorageConfig
 from datapipe.settings import settings
 from datapipe.storage import open_store
 from training import config as recipes
-from training import dry_run_page, evaluation
+from training import dry_run_page, evaluation, last_words
 from training.assembly import training_views
 from training.checkpoint.command import checkpoints, newest
 from training.dry_run import dry_run
@@ -50,6 +50,7 @@ def pretrain(arguments: list[str]) -> int:
     with (
         LocalHost() as host,
         closing(Notice(machine.notice, every_s=machine.notice_every_s, heard=host.notice)),
+        last_words.kept(config.out, config.storage, 0, log=True),
         alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world,
     ):
         ending = run_recipe(config, world=world, host=host)
@@ -203,7 +204,7 @@ def warm(arguments: list[str]) -> int:
     from training.engine.deepspeed import warm_up
 
     began = time.monotonic()
-    with alone("auto", group=True) as world:
+    with alone("cpu", group=True) as world:
         warm_up(world)
     print(f"DeepSpeed is ready ({time.monotonic() - began:.0f} s)")
     return command.COMPLETE

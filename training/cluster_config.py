@@ -52,13 +52,15 @@ class ClusterConfig:
     are slow."""
     hang_timeout_s: float = Field(default=180.0, gt=0)
     """Seconds after the first step without a next one on any worker, after which those that are furthest behind count
-    as hung and are killed. Longer than the longest save and than an outage of the storage that is to be survived."""
+    as hung and are killed; all of them, and no machine is blamed, where they stand at the same place. Longer than the
+    longest save and than an outage of the storage that is to be survived. Scoring at a milestone may take longer."""
     silence_timeout_s: float = Field(default=60.0, gt=0)
     """Seconds after the first step without a sign of life from a worker's process (it gives one twice a second, also
     while it waits for data or storage) after which it counts as hung, as long as others do give signs."""
     collective_timeout_s: float = Field(default=600.0, gt=0)
-    """Seconds after the first step after which a worker no longer waits for its peers; the last resort. Before it
-    start_timeout_s is added."""
+    """Seconds after the first step after which a worker no longer waits for its peers in a collective, in any process
+    group; the last resort. Before it start_timeout_s is added. What one worker does alone while the others wait
+    (scores, the end of a save) is not bound by it."""
     notice: str = ""
     """File or http(s) address that says when this machine will be taken away: looked at every notice_every_s by each
     machine; the file's being there, or an answer other than 404, false or none, is the notice. On AWS

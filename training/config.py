@@ -71,7 +71,8 @@ class OptimisationConfig:
     BootMAE has it. Empty: the cosine."""
     precision: Precision = "bf16"
     """Autocast of the backbone; parameters, heads and losses are fp32 always, the teacher's too. "fp16" is for GPUs
-    without bf16 (V100) and scales the loss so that small gradients survive. On CPUs measure bf16 first."""
+    without bf16 units (Turing: T4, RTX 20) and scales the loss so that small gradients survive. On CPUs measure bf16
+    first."""
 
 
 @settings
@@ -84,7 +85,9 @@ class EngineConfig:
     bucket: int = Field(default=50_000_000, ge=1)
     """Parameters reduced together by DeepSpeed. Smaller saves memory. Changes the last bits of sums."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """"auto": the GPU of the local rank where there is one."""
+    """"cuda": a GPU for each rank, an error where there is none. "auto": GPUs where Ray offers any or its autoscaler
+    can bring some (without Ray: where torch finds one), else CPUs; a run that was on GPUs does not go on on CPUs.
+    Decided once, when the command starts."""
     threads: int = Field(default=0, ge=0)
     """CPU threads of PyTorch per rank. 0: the cores divided by the ranks on this machine."""
     deterministic: bool = False

@@ -12,10 +12,11 @@ from datapipe.config import StorageConfig
 from datapipe.cores import available_cores
 from datapipe.errors import ConfigError
 from datapipe.settings import settings
-from training import evaluation
+from training import evaluation, last_words
 from training.config import RunConfig
+from training.engine.devices import choose_device
 from training.engine.host import LocalHost, exit_code
-from training.engine.world import alone, choose_device
+from training.engine.world import alone
 from training.evaluation import Task
 from training.milestones import SUMMARY
 from training.pretrain import pretrain
@@ -45,6 +46,8 @@ class EvaluateCommand:
     suits the weights."""
     label_fraction: float = 1.0
     """Share of the training identities that fine-tuning may use."""
+    device: Annotated[Literal["auto", "cpu", "cuda"], tyro.conf.arg(aliases=("--engine.device",))] = "auto"
+    """"auto": a GPU where there is one; "cuda": an error where there is none."""
     scoring: Annotated[ScoringConfig, tyro.conf.arg(name="")] = ScoringConfig()
     """How the data set is taken and scored."""
     storage: StorageConfig = StorageConfig()
@@ -56,13 +59,17 @@ def evaluate(arguments: list[str]) -> int:
     chosen, flags = tyro.cli(EvaluateCommand, args=arguments, prog=PROG, return_unknown_args=True)
     if chosen.task == "supervised":
         config = fine_tuning(chosen, flags, prog=PROG)
-        with LocalHost() as host, alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world:
+        with (
+            LocalHost() as host,
+            last_words.kept(config.out, config.storage, 0, log=True),
+            alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world,
+        ):
             ending = pretrain(config, world=world, host=host)
         return conclude(config) if ending.complete else exit_code(host.received)
     torch.set_num_threads(min(torch.get_num_threads(), available_cores()))  # of quotas PyTorch knows nothing
-    scores = []
+    device, scores = choose_device(chosen.device), []
     for task in zero_shot_tasks(chosen, flags, prog=PROG):
-        scores.append(evaluation.score(task, device=choose_device("auto", 0)))
+        scores.append(evaluation.score(task, device=device))
         print(f"scored {task.weights.name}", flush=True)
     return show(chosen, scores)
 
@@ -89,7 +96,9 @@ def show(chosen: EvaluateCommand, scores: list[dict[str, Any]]) -> int:
 def fine_tuning(chosen: EvaluateCommand, flags: Sequence[str], *, prog: str) -> RunConfig:
     """The run that fine-tunes and scores itself."""
     fraction = ["--method.label-fraction", str(chosen.label_fraction)] if chosen.label_fraction < 1 else []
-    return supervised.prepare(chosen.weights, chosen.data, chosen.out, recipe=chosen.recipe, flags=[*fraction, *flags],
+    device = ["--engine.device", chosen.device] if chosen.device != "auto" else []
+    return supervised.prepare(chosen.weights, chosen.data, chosen.out, recipe=chosen.recipe,
+                              flags=[*fraction, *device, *flags],
                               scoring=chosen.scoring, storage=chosen.storage, prog=prog)  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from training.methods.supervised import Supervised, to_transreid
 from training.reid.zero_shot import Weights
 from training.run_folder import RunFolder
 
-ALIVE_S = 5.0
+ALIVE_S = 1.0
 """Seconds between signs of life while one rank scores and the others wait for it."""
 SUMMARY, FINE_TUNED = "evaluation/milestones.json", "fine_tuned.safetensors"
 RULES = {
@@ -55,7 +55,7 @@ class Milestones:
         with _alive(self.host, step):
             if self.world.leads:
                 self._score(Weights(checkpoint.name_of(step), step, position))
-            self.world.wait()
+            self.world.meet()  # scoring may take longer than any collective may
 
     def _score(self, weights: Weights) -> None:
         task = Task(self.config.out, self.config.evaluation.data, weights, self.config.storage,

@@ -1,5 +1,6 @@
 """One rank of a training run, from the last good checkpoint to its end or a stop."""
 
+import json
 import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,6 +9,7 @@ import torch
 
 from datapipe.cores import available_cores
 from datapipe.data import Data, load_data
+from datapipe.errors import ConfigError
 from training.assembly import (
     check,
     clock_of,
@@ -28,6 +30,7 @@ from training.compiling import refuse_without_compiler
 from training.config import RunConfig
 from training.engine.clock import Clock
 from training.engine.determinism import deterministic, guarantee
+from training.engine.devices import slow_precision, unused_gpus
 from training.engine.faults import Faults, Rewind
 from training.engine.host import Host
 from training.engine.loop import Run, Segment, rehearse, train
@@ -73,8 +76,22 @@ def pretrain(config: RunConfig, *, world: World, host: Host, reason: str = "star
         _use_threads(config, world)
         data = check(config) if world.leads else load_data(config.stream, config.storage)
         folder = RunFolder(config.out, config.storage)
+        if world.leads:
+            refuse_slower(config, folder, world)
         with rank_log(folder, world, host):
             return _pretrain(resolved(config, data), data, folder, world, host, reason, startup)
+
+
+def ran_on(folder: RunFolder) -> str:
+    """"cuda" or "cpu": what the run in this folder was on last; empty where there is none that says so."""
+    return str(json.loads(folder.read_text("environment.json") or "{}").get("device_type", ""))
+
+
+def refuse_slower(config: RunConfig, folder: RunFolder, world: World) -> None:
+    """Raises ConfigError where a run that was on GPUs would go on on CPUs though nobody said so."""
+    if config.engine.device == "auto" and world.device.type == "cpu" and ran_on(folder) == "cuda":
+        raise ConfigError("this run was trained on GPUs so far, and there is none here", where=folder.url,
+                          hint="--engine.device cpu goes on with it on CPUs")  # fmt: skip
 
 
 def _pretrain(
@@ -89,6 +106,7 @@ def _pretrain(
     method = method.to(world.device)
     say = host.say if world.leads else _silent
     stepper = make_stepper(config, method, world, share)
+    world.expect_within(config.cluster.start_timeout_s + config.cluster.collective_timeout_s)  # DeepSpeed's groups, too
     checkpoints = Checkpoints(
         folder.at("checkpoints"), config.checkpoints, world, about=about(config, data, world, origin), say=say,
         replaces=data.replaces, epoch_steps=clock.epoch_steps,
@@ -123,7 +141,12 @@ def _pretrain(
                 "startup": startup.times,
             })  # fmt: skip
             pace.say = milestones.say = run.recorder.say
+            if reason != "started":
+                run.recorder.say(reason)
             run.recorder.say(_opening(config, data, clock, resumed, method))
+            for line in filter(None, (slow_precision(config.optimisation.precision, world.device),
+                                      unused_gpus(world.device, config.engine.device))):
+                run.recorder.say(line)
             run.recorder.say(f"stopped and resumed, or done again: {guarantee(config, world)}")
             if origin and resumed is None:
                 run.recorder.say(in_words(origin))

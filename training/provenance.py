@@ -83,6 +83,7 @@ def environment(data: Data, world: World) -> dict[str, Any]:
         "world": world.size,
         "device": device,
         "cores": available_cores(),
+        "device_type": world.device.type,
         "platform": platform.platform(),
         "manifest": _described(data),
     }

@@ -16,10 +16,11 @@ from pydantic import TypeAdapter, ValidationError
 from datapipe.config import StorageConfig
 from datapipe.errors import ConfigError, DataError
 from datapipe.storage import open_store
-from training import evaluation
+from training import evaluation, last_words
 from training import weights as exports
+from training.engine.devices import choose_device
 from training.engine.host import Host
-from training.engine.world import alone, choose_device
+from training.engine.world import alone
 from training.milestones import SUMMARY
 from training.pedigree import Pedigree, is_fine_tuned, of_card
 from training.pretrain import pretrain
@@ -195,7 +196,10 @@ def _fine_tuned(
     size = [str(side) for side in row.size]
     flags = ["--backbone.size", *size, "--evaluation.interpolation", row.interpolation, *row.flags]
     config = supervised.prepare(export, data, out, recipe=row.recipe, flags=flags, scoring=scoring, storage=storage)
-    with alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world:
+    with (
+        last_words.kept(config.out, config.storage, 0, log=True),
+        alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world,
+    ):
         if not pretrain(config, world=world, host=host).complete:
             return None
     result: dict[str, Any] = json.loads(open_store(out, storage).read(SUMMARY))["result"]
@@ -207,7 +211,7 @@ def _scored(
 ) -> dict[str, Any]:
     """The scores of the weights as they are."""
     (task,) = evaluation.tasks(export, data, storage, scoring, out=out, interpolation=row.interpolation)
-    return evaluation.score(task, device=choose_device("auto", 0))
+    return evaluation.score(task, device=choose_device("auto"))
 
 
 def _backbone(arch: str, stem: str, parts: int) -> str:

@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 
 from datapipe.loader import Intake
+from training.engine.devices import slow_precision
 from training.engine.world import World
+from training.methods.base import Precision
 
 UNNOTICED = 0.05
 """Share of the time spent waiting for data below which data is not what limits a run."""
@@ -148,14 +150,15 @@ def duration(seconds: float) -> str:
     return f"{whole // 86_400} d {whole % 86_400 // 3600} h"
 
 
-def faster_precision(seconds: float = 0.3) -> Literal["fp32", "bf16"]:
-    """Which of the two this machine multiplies faster, measured: CPUs differ, GPUs that matter prefer bf16."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        return "bf16"
+def faster_precision(device: torch.device, seconds: float = 0.3) -> Precision:
+    """Which one this device multiplies fastest. Of CPUs, which differ, fp32 or bf16, measured; of GPUs bf16 where they
+    have units for it, else fp16."""
+    if device.type == "cuda":
+        return "fp16" if slow_precision("bf16", device) else "bf16"
     inputs, layer = torch.randn(2_048, 192), torch.nn.Linear(192, 768)
-    counts: dict[Literal["fp32", "bf16"], int] = {}
-    for name in ("fp32", "bf16"):
+    counts: dict[Precision, int] = {}
+    names: tuple[Precision, ...] = ("fp32", "bf16")
+    for name in names:
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=name == "bf16"):
             layer(inputs)
             end, count = time.perf_counter() + seconds, 0

@@ -7,14 +7,15 @@ import pytest
 from cluster.bulletin import Board, Place, Situation
 from cluster.guard import death_in_words, describe
 from cluster.restarts import BAD_NODE_FAILURES, LONGEST_DELAY_S, Failure, Restarts
-from cluster.vigil import Pulse, hung
+from cluster.vigil import Pulse, accusation, hung
 from training.cluster_config import ClusterConfig
 
 CRASH = Failure("crash", "rank 1 on a: its process died", "a", 1)
 
 
-def _pulse(rank: int, step: int, doing: Any = "backward", stood: float = 0.0, silent: float = 0.0, begun: bool = True):  # type: ignore[no-untyped-def]
-    return Pulse(rank, step, doing, stood, silent, begun)
+def _pulse(rank: int, step: int, doing: Any = "backward", stood: float = 0.0, silent: float = 0.0, begun: bool = True,
+           marks: int = 0) -> Pulse:  # fmt: skip
+    return Pulse(rank, step, doing, stood, silent, begun, marks)
 
 
 @pytest.mark.parametrize(("pulses", "ended"), [
@@ -28,12 +29,41 @@ def _pulse(rank: int, step: int, doing: Any = "backward", stood: float = 0.0, si
     ([_pulse(0, 7, stood=11), _pulse(1, 7, "forward", stood=11)], [1]),  # stuck: the furthest behind
     ([_pulse(0, 7, "data", stood=11), _pulse(1, 6, stood=11)], [1]),
     ([_pulse(0, 7, stood=11), _pulse(1, 7, stood=11)], [0, 1]),  # nobody knows: all
+    ([_pulse(0, 7, stood=11, marks=4), _pulse(1, 7, stood=11, marks=2)], [1]),  # an earlier micro-batch
     ([_pulse(0, 0, stood=99, begun=False), _pulse(1, 0, stood=99, begun=False)], []),  # imports take long
     ([_pulse(0, 0, stood=101, begun=False), _pulse(1, 1, stood=101)], [0]),
 ])  # fmt: skip
 def test_hung__who_is_ended(pulses: list[Pulse], ended: list[int]) -> None:
     found = hung(pulses, start_s=100, hang_s=10, silence_s=4)
     assert [one.rank for one in found] == ended and all(one.reason for one in found)
+
+
+PLACES = {rank: Place(rank, node * 16, f"10.0.0.{rank}", 100 + rank) for rank, node in enumerate("aabc")}
+
+
+@pytest.mark.parametrize(("behind", "node", "said"), [
+    ([3], "c", "rank 3 on 10.0.0.3 (node cccccccc): stood still in step 8 (forward) for 11 s"),
+    ([0, 1], "a", "(forward) for 11 s; so did ranks 1"),
+    ([1, 2], "", "rank 1 on 10.0.0.1"),  # on two machines: which of them is at fault is not known
+    ([0, 1, 2, 3], "", "all ranks stand at step 8 (forward) for 11 s; nobody is behind"),
+])  # fmt: skip
+def test_hung__a_machine_is_charged_with_what_is_its_own(behind: list[int], node: str, said: str) -> None:
+    pulses = [_pulse(rank, 7, "forward" if rank in behind else "backward", stood=11) for rank in PLACES]
+    found = hung(pulses, start_s=100, hang_s=10, silence_s=4)
+    assert [one.rank for one in found] == behind
+    failure = accusation(found, PLACES)
+    assert failure.kind == "hang" and failure.node == node[:1] * 16 and said in failure.reason
+
+
+def test_hung__where_all_stand_alike_no_machine_is_taken_out() -> None:
+    restarts = Restarts(ClusterConfig(max_failures=8), "")
+    alike = hung([_pulse(rank, 7, stood=11) for rank in PLACES], start_s=100, hang_s=10, silence_s=4)
+    silent = hung([_pulse(rank, 7, stood=12, silent=12) for rank in PLACES], start_s=100, hang_s=10, silence_s=4)
+    for found in (alike, silent):
+        failure = accusation(found, PLACES)
+        assert failure.node == "" and failure.rank is None
+        decisions = [restarts.decide(failure, saved=0, nodes=3) for _ in range(BAD_NODE_FAILURES)]
+        assert all(one.give_up is None for one in decisions)
 
 
 def test_restarts__wait_longer_each_time_and_end() -> None:
@@ -109,6 +139,22 @@ def test_describe__the_dead_are_to_blame_not_those_that_miss_them() -> None:
     assert describe(error, _situation(leaving="spot"), {}).kind == "preemption"
     assert describe(error, _situation(), {}).reason.endswith("Connection closed by peer")
     assert describe(RuntimeError("no"), _situation(), {}).kind == "start"
+
+
+WATCHDOG = ["what(): [Rank 0] Watchdog caught collective operation timeout", "Fatal Python error: Aborted"]
+FAULTY = ["CUDA error: uncorrectable ECC error encountered", "Fatal Python error: Aborted"]
+
+
+@pytest.mark.parametrize(("dead", "words", "rank", "node"), [
+    ({0: "its process died", 1: "its process died"}, {0: WATCHDOG, 1: FAULTY}, 1, "1"),
+    ({0: "its process died", 1: "its process died"}, {0: WATCHDOG, 1: WATCHDOG}, 0, ""),  # collateral, both
+    ({0: "its process died", 1: "its machine is gone"}, {0: WATCHDOG}, 1, "1"),
+    ({0: "its process died"}, {}, 0, "0"),
+])  # fmt: skip
+def test_describe__of_several_dead_the_one_that_died_of_itself(dead: Any, words: Any, rank: int, node: str) -> None:
+    found = describe(Failed({}), _situation(), dead, words)
+    assert (found.rank, found.node) == (rank, node * 16)
+    assert all(line in found.reason for line in words.get(rank, ()))
 
 
 @pytest.mark.parametrize(("said", "meant"), [

@@ -181,6 +181,7 @@ class Checkpoints:
         began, failures = time.monotonic(), self._failures
         while (flight := self._flight) is not None:
             flight.task.join()
+            self.world.meet()  # the leading rank writes the marker and deletes old checkpoints alone
             told = self.world.gather(self.report())
             flight.stood_s += time.monotonic() - began
             began = time.monotonic()
@@ -275,6 +276,7 @@ class Checkpoints:
             mine = work()
         except (DataError, StorageError) as error:
             mine = error
+        self.world.meet()
         results = self.world.gather(mine)
         for result in results:
             if isinstance(result, Exception):

@@ -23,6 +23,8 @@ from training.engine.stepper import Stepper
 from training.engine.world import World
 from training.methods.base import Method, Outcome, Progress, Views
 
+CPU = torch.device("cpu")
+
 
 def derive_json(engine: EngineConfig, *, rows: int, micro: int, world: int) -> dict[str, Any]:
     """DeepSpeed's configuration, complete.
@@ -52,11 +54,11 @@ def derive_json(engine: EngineConfig, *, rows: int, micro: int, world: int) -> d
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """DeepSpeed warns about a missing CUDA toolkit and logs every setting; real errors still come through."""
+def _as_told(device: torch.device) -> Iterator[None]:
+    """DeepSpeed goes by the GPUs that it finds; here by the run's device. It also warns about a missing CUDA toolkit
+    and logs every setting; real errors still come through."""
     before = os.environ.get("DS_ACCELERATOR")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ["DS_ACCELERATOR"] = device.type
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
@@ -64,11 +66,13 @@ def _quiet() -> Iterator[None]:
     finally:
         if before is None:
             os.environ.pop("DS_ACCELERATOR", None)
+        else:
+            os.environ["DS_ACCELERATOR"] = before
 
 
-def _import() -> Any:
-    """The package, and beforehand its Muon, which `initialize` imports whatever the optimizer is: decorated with
-    torch.compile, that would load a compiler for seconds at every start.
+def _import(device: torch.device = CPU) -> Any:
+    """The package, set to a kind of device, and beforehand its Muon, which `initialize` imports whatever the optimizer
+    is: decorated with torch.compile, that would load a compiler for seconds at every start.
 
     The package is not to build its shared-memory op, nor to look for compilers to do so: that serves inference alone.
     """
@@ -81,7 +85,18 @@ def _import() -> Any:
             import deepspeed.runtime.zero.muon.original_muon
     finally:
         torch.compile = compiled
+    _choose_accelerator(device)
     return deepspeed
+
+
+def _choose_accelerator(device: torch.device) -> None:
+    """It remembers the one of its first import, which may have been for a run on another device."""
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+    if get_accelerator().device_name() != device.type:
+        set_accelerator(CUDA_Accelerator() if device.type == "cuda" else CPU_Accelerator())
 
 
 def _as_it_is(*_: Any, **__: Any) -> Any:
@@ -90,17 +105,18 @@ def _as_it_is(*_: Any, **__: Any) -> Any:
 
 
 def prepare_environment(world: World) -> None:
-    """Let DeepSpeed find its rank, which it also looks for where MPI would have put it."""
+    """Let DeepSpeed find its rank, which is how it numbers devices, and which it also looks for where MPI would have
+    put it."""
     for name in [name for name in os.environ if name.startswith("OMPI_")]:
         del os.environ[name]
-    os.environ["LOCAL_RANK"] = str(world.local_rank)
+    os.environ["LOCAL_RANK"] = str(world.local_rank if world.device.index is None else world.device.index)
 
 
 def warm_up(world: World) -> None:
     """Make one engine of a tiny module, which shows that DeepSpeed works here. Needs a process group."""
     prepare_environment(world)
-    with _quiet():
-        deepspeed = _import()
+    with _as_told(world.device):
+        deepspeed = _import(world.device)
         module = torch.nn.Linear(2, 2)
         settings = derive_json(EngineConfig(), rows=1, micro=1, world=world.size)
         optimizer = torch.optim.AdamW(module.parameters())
@@ -121,8 +137,8 @@ class DeepSpeedStepper(Stepper):
     ) -> None:
         super().__init__(method, groups, config, world)
         prepare_environment(world)
-        with _quiet():
-            deepspeed = _import()
+        with _as_told(world.device):
+            deepspeed = _import(world.device)
             optimizer = make_optimizer(config, self.grouped())
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=method, optimizer=optimizer, config=settings, dist_init_required=False

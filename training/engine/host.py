@@ -5,14 +5,12 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Literal, Protocol
+from typing import Protocol
 
 from datapipe.command import COMPLETE, INTERRUPTED, STOPPED
-
-Doing = Literal["data", "forward", "backward"]
-"""What a rank is at in a step: waiting for its batch, or saving before that; in its own forward; in what follows, where
-it waits for the other ranks, too."""
+from training.engine.whereabouts import Doing
 
 
 class Host(Protocol):
@@ -24,6 +22,10 @@ class Host(Protocol):
 
     def alive(self, step: int, doing: Doing) -> None:
         """This rank has come so far: `step` steps are done. Cheap; called a few times in each step."""
+        ...
+
+    def launched(self, step: int, doing: Doing, reached: Callable[[], bool]) -> None:
+        """The same where the work is a GPU's: it has come so far once `reached`, asked from any thread, says so."""
         ...
 
     def preempted(self) -> bool:
@@ -83,6 +85,9 @@ class LocalHost:
         return socket.gethostname()
 
     def alive(self, step: int, doing: Doing) -> None:
+        """Nobody watches."""
+
+    def launched(self, step: int, doing: Doing, reached: Callable[[], bool]) -> None:
         """Nobody watches."""
 
     def preempted(self) -> bool:

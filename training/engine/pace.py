@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from training.engine.host import Host
+from training.engine.host import Doing, Host
 from training.engine.world import World
 from training.methods.base import Method
 
@@ -92,12 +92,16 @@ class Pace:
         self._timer.reset()
 
     def _enter(self, *_: Any) -> None:
-        self._host.alive(self._done, "forward")
-        self._timer.start()
+        self._tell("forward", self._timer.start())
 
     def _leave(self, *_: Any) -> None:
-        self._timer.stop()
-        self._host.alive(self._done, "backward")
+        self._tell("backward", self._timer.stop())
+
+    def _tell(self, doing: Doing, event: torch.cuda.Event | None) -> None:
+        if event is None:
+            self._host.alive(self._done, doing)
+        else:
+            self._host.launched(self._done, doing, event.query)
 
     def _ask(self) -> None:
         mine = torch.tensor(self.mine(), device=self._world.device)
@@ -144,17 +148,22 @@ class _Timer:
         self._sum_s, self._began = 0.0, 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def start(self) -> None:
-        if self._cuda:
-            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-            self._events[-1][0].record()
+    def start(self) -> torch.cuda.Event | None:
+        """On a GPU the event that happens when it begins with what comes now."""
         self._began = time.perf_counter()
+        if not self._cuda:
+            return None
+        self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+        self._events[-1][0].record()
+        return self._events[-1][0]
 
-    def stop(self) -> None:
-        if self._cuda:
-            self._events[-1][1].record()
-        else:
+    def stop(self) -> torch.cuda.Event | None:
+        """On a GPU the event that happens when it is done with what came since `start`."""
+        if not self._cuda:
             self._sum_s += time.perf_counter() - self._began
+            return None
+        self._events[-1][1].record()
+        return self._events[-1][1]
 
     def total_s(self) -> float:
         """Waits for the device, so ask seldom."""

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,9 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from training.engine.devices import Device, bind, choose_device
 from training.engine.launchers import stay_on_loopback, without_launchers
 
 log = logging.getLogger(__name__)
+
+FIRST_LOOK_S, LOOK_S = 0.002, 0.5
+"""Seconds between looks whether all ranks have come: the first pause, and the longest."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +67,37 @@ class World:
         return tuple(sorted(set(firsts)).index(first) for first in firsts)
 
     def expect_within(self, seconds: float) -> None:
-        """From now on a rank that waits longer for the others gives up with an error."""
-        if self.size > 1:
-            dist.set_timeout(timedelta(seconds=seconds))
+        """From now on a rank that waits longer for the others gives up with an error, in every process group that there
+        is: DeepSpeed makes some of its own, with torch's default of 10 minutes (NCCL) or 30 (gloo)."""
+        for group in process_groups():
+            dist.set_timeout(timedelta(seconds=seconds), group)
 
     def wait(self) -> None:
         """Return once every rank has come here."""
         if self.size > 1:
             dist.barrier()
 
+    def meet(self) -> None:
+        """Return once every rank has come here, however late: for work that one rank does while the others wait.
 
-def choose_device(name: str, local_rank: int) -> torch.device:
-    """`"auto"`: the local rank's GPU where there is one, else the CPU."""
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    return torch.device("cuda", local_rank % max(torch.cuda.device_count(), 1))
+        They ask the store in which the ranks met when they began. A collective would end the run after its timeout, and
+        NCCL's watchdog the process with it. A rank that never comes is for the host to find.
+        """
+        if self.size == 1:
+            return
+        store = dist.distributed_c10d._get_default_store()
+        turn = store.add(f"meet/{self.rank}", 1)
+        if store.add(f"meet/come/{turn}", 1) == self.size:
+            store.set(f"meet/all/{turn}", "1")
+        pause_s = FIRST_LOOK_S
+        while not store.check([f"meet/all/{turn}"]):
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LOOK_S)
+
+
+def process_groups() -> list[dist.ProcessGroup]:
+    """The groups that this process is in, whoever made them."""
+    return list(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else []
 
 
 def free_port() -> int:
@@ -87,26 +108,21 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def alone(device: str = "auto", *, group: bool = False, timeout_s: float = 1_800) -> Iterator[World]:
+def alone(device: Device = "auto", *, group: bool = False, timeout_s: float = 1_800) -> Iterator[World]:
     """A world of one, whatever another launcher left in the environment. `group` also opens a process group, which
-    DeepSpeed insists on."""
+    DeepSpeed insists on. Raises as `choose_device`."""
     with without_launchers() as processes:
         if processes > 1:
             log.warning("the environment speaks of %d processes (srun, mpirun, torchrun); each that runs this command "
                         "trains by itself. `python -m cluster pretrain` trains with several", processes)  # fmt: skip
-        world = World(device=choose_device(device, 0))
+        world = World(device=choose_device(device))
+        bind(world.device)
         if not group or dist.is_initialized():
             yield world
             return
         stay_on_loopback()
-        backend = "nccl" if world.device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend,
-            init_method=f"tcp://127.0.0.1:{free_port()}",
-            rank=0,
-            world_size=1,
-            timeout=timedelta(seconds=timeout_s),
-        )
+        dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0,
+                                world_size=1, timeout=timedelta(seconds=timeout_s))  # fmt: skip
         try:
             yield world
         finally:

@@ -1,0 +1,159 @@
+"""GPUs or CPUs: decided once, by the driver, from what Ray offers and what its autoscaler could bring."""
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import psutil
+import torch
+import yaml
+
+from datapipe.errors import ConfigError
+from training.engine.devices import Device, choose_device
+
+Kind = Literal["cpu", "cuda"]
+MONITORS = ("autoscaler/_private/monitor.py", "autoscaler/v2/monitor.py")
+"""Ray's autoscaler is one of these processes beside the head."""
+HEAD = "node:__internal_head__"
+"""A resource that only the head has."""
+BOTH = "--engine.device cuda to wait for GPUs, --engine.device cpu to train without"
+
+
+class Offer(NamedTuple):
+    """What a cluster has of GPUs."""
+
+    now: float
+    later: float | None
+    """That its autoscaler could start, all in all. None: something scales it that does not say what it has."""
+    embedded: bool
+    """Ray lives in this process: no machine will join."""
+
+
+class Choice(NamedTuple):
+    """What workers compute on, and why, for a person."""
+
+    kind: Kind
+    why: str
+
+
+def decide(asked: Device, offer: Offer, *, before: str = "") -> Choice:
+    """`before`: "cuda" or "cpu", what a run that goes on was on so far; empty: it begins, or nobody knows.
+
+    Raises ConfigError where GPUs are asked for, or were used so far, and none can come; and where nobody can tell.
+    """
+    if asked == "cpu":
+        return Choice("cpu", "as engine.device says")
+    if offer.now > 0:
+        changed = "; the run was on CPUs so far" if before == "cpu" else ""
+        return Choice("cuda", f"Ray offers {offer.now:g} GPUs{changed}")
+    if offer.later:
+        return Choice("cuda", f"there is no GPU yet; the autoscaler may start up to {offer.later:g}, and is waited for")
+    there = "this machine offers Ray no GPU" if offer.embedded else "no machine of the cluster offers a GPU"
+    if offer.later is None and asked == "auto" and before != "cuda":
+        raise ConfigError(f"{there} yet, and what scales it does not say whether it can start one",
+                          where="engine.device = auto", hint=BOTH)  # fmt: skip
+    if asked == "cuda" and offer.later is not None:
+        also = "" if offer.embedded else ", and there is no autoscaler that could start one"
+        raise ConfigError(f"a GPU is asked for, and {there}{also}", where="engine.device = cuda",
+                          hint="--engine.device cpu or auto; `ray status` lists the GPUs that Ray offers")  # fmt: skip
+    if before == "cuda" and offer.embedded:
+        raise ConfigError(f"this run was trained on GPUs so far, and {there}", where="engine.device = auto",
+                          hint="--engine.device cpu goes on with it on CPUs")  # fmt: skip
+    if asked == "cuda" or before == "cuda":
+        reason = "as engine.device says" if asked == "cuda" else "the run was on GPUs so far"
+        return Choice("cuda", f"{reason}; there is none yet, and it is waited for ({BOTH})")
+    return Choice("cpu", there if offer.embedded else f"{there}, and no autoscaler could start one")
+
+
+def offered(*, embedded: bool) -> Offer:
+    """Of the cluster that this process has joined."""
+    import ray
+
+    now = float(ray.cluster_resources().get("GPU", 0))
+    return Offer(now, 0.0 if now or embedded else _later(), embedded)
+
+
+def hidden(choice: Choice, asked: Device) -> str:
+    """A line where this machine has GPUs that the run leaves alone though nobody told it to; empty otherwise."""
+    if choice.kind == "cuda" or asked != "auto" or not torch.cuda.is_available():
+        return ""
+    return (f"torch sees {torch.cuda.device_count()} GPUs on this machine that Ray does not offer: the run is on CPUs "
+            "(`ray start --num-gpus N` offers them)")  # fmt: skip
+
+
+def own_device(kind: Kind) -> torch.device:
+    """In a worker: the GPU that Ray has given it, or the CPU. Raises ConfigError where torch cannot use that GPU."""
+    if kind == "cpu":
+        return torch.device("cpu")
+    import ray
+
+    given = [str(one) for one in ray.get_runtime_context().get_accelerator_ids().get("GPU", [])]
+    return choose_device("cuda", index_of(given, os.environ.get("CUDA_VISIBLE_DEVICES")))
+
+
+def index_of(given: Sequence[str], visible: str | None) -> int:
+    """torch's number of a worker's GPU. `given`: Ray's ids of its GPUs, e.g. ["3"] or ["GPU-8f2c..."]; `visible`:
+    CUDA_VISIBLE_DEVICES, which Ray Train sets to all GPUs of the group's workers on that machine; None: not set.
+
+    Never from ranks: machines may have unequal numbers of workers, and a worker's GPU may have any number.
+    Raises ConfigError where the GPU is not among the visible ones.
+    """
+    if not given:
+        raise ConfigError("Ray has given this worker no GPU", where="engine.device", hint="--engine.device cpu")
+    if visible is None:
+        return int(given[0]) if given[0].isdecimal() else 0
+    listed = [one.strip() for one in visible.split(",")]
+    if given[0] not in listed:
+        raise ConfigError(f"Ray has given this worker GPU {given[0]}, and it sees only {visible!r}",
+                          where="CUDA_VISIBLE_DEVICES", hint="set it before `ray start`, not for workers")  # fmt: skip
+    return listed.index(given[0])
+
+
+def _later() -> float | None:
+    """GPUs that the autoscaler of a cluster without any could start; see `Offer.later`."""
+    import ray
+    from ray._private.state import state
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    known = state.get_max_resources_from_cluster_config()
+    if known is not None:
+        return float(known.get("GPU", 0))
+    context = ray.get_runtime_context()
+    head = next((node["NodeID"] for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"]), None)
+    if head is None or head == context.get_node_id():
+        return _of_autoscaler(context.gcs_address)
+    there = NodeAffinitySchedulingStrategy(head, soft=False)
+    look = ray.remote(num_cpus=0)(_of_autoscaler).options(scheduling_strategy=there)
+    found: float | None = ray.get(look.remote(context.gcs_address))
+    return found
+
+
+def _of_autoscaler(address: str) -> float | None:
+    """On the head: what is in the file that the autoscaler of the cluster at `address` goes by."""
+    port = address.rpartition(":")[2]
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if any(word.endswith(MONITORS) for word in words) and _value(words, "--gcs-address").endswith(f":{port}"):
+            path = _value(words, "--autoscaling-config")
+            with contextlib.suppress(OSError, yaml.YAMLError):
+                return gpus_of(_read(path)) if path else 0.0
+    return None  # started without: KubeRay's autoscaler, for one, is in a container of its own
+
+
+def gpus_of(settings: Mapping[str, Any]) -> float:
+    """GPUs of all machines that an autoscaler's settings (`ray up`'s cluster YAML) allow at once."""
+    found = 0.0
+    for name, kind in (settings.get("available_node_types") or {}).items():
+        most = 0 if name == settings.get("head_node_type") else kind.get("max_workers", settings.get("max_workers", 0))
+        found += float((kind.get("resources") or {}).get("GPU", 0)) * most
+    return found
+
+
+def _read(path: str) -> Mapping[str, Any]:
+    with open(os.path.expanduser(path), encoding="utf-8") as file:
+        return yaml.safe_load(file) or {}
+
+
+def _value(words: Sequence[str], name: str) -> str:
+    return next((word.partition("=")[2] for word in words if word.startswith(f"{name}=")), "")

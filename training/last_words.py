@@ -1,0 +1,195 @@
+"""What a process writes on stderr, kept over its death: NCCL's, the driver's and C++'s last words reach the run's log.
+
+A child process passes on what is written on file descriptor 2, by whatever code, and keeps the end of it. When the
+process dies without having said that it is done (abort, segmentation fault, SIGKILL) the child writes what it kept
+into the rank's log in the run folder:
+
+    last words of process 4711:
+    | terminate called after throwing an instance of 'c10::DistBackendError'
+    | ...
+
+The child (`python -m training.last_words`) needs next to nothing until then. It is in a session of its own, as Ctrl-C
+and a scheduler's signals are for the run; it ends when the process has ended.
+"""
+
+import contextlib
+import dataclasses
+import faulthandler
+import json
+import os
+import re
+import selectors
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+KEPT_BYTES = 64_000
+"""Of the end of what was written."""
+DONE = b"done"
+LOOK_S = 1.0
+PATIENCE_S = 5.0
+"""For the child to end after its process has taken leave."""
+OUTSPOKEN = {
+    "NCCL_DEBUG": "WARN",
+    "NCCL_DEBUG_FILE": "/dev/stderr",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+}
+"""So that NCCL says what is wrong, there, and its watchdog ends a process whose collective failed. Set where the user
+has not."""
+TELLING = re.compile(
+    r"terminate called|what\(\):|CUDA error|CUDA_ERROR|cuDNN|cuBLAS|NCCL (WARN|error)|ncclUnhandled|ncclSystem"
+    r"|ncclRemote|watchdog|timed? ?out|timeout|Xid|ECC|out of memory|Fatal Python error|Segmentation fault|Aborted"
+    r"|assert|symbol lookup error|free\(\)|double free|corrupt|Killed|error|exception",
+    re.IGNORECASE,
+)
+_STACK = re.compile(r"^(\s+File \"|(Current )?[Tt]hread 0x|Extension modules:|\s*$|frame #\d+|\s*#\d+ )")
+MOST_LINES, NEAR_LINES = 3, 40
+"""Of the telling ones, and of the end in which they are looked for."""
+HEAD = "last words of process"
+
+
+@contextlib.contextmanager
+def kept(url: str, storage: Any, rank: int, *, log: bool = False) -> Iterator[None]:
+    """Keep the last words of this process for as long as the context lasts. `url`, `storage`: the run folder; `log`:
+    the most telling lines also go into log.txt, where nobody else would write them there.
+
+    A process that leaves the context, with an exception too, is not dead: what it has to say it says itself.
+    """
+    words = start(url, storage, rank, log=log)
+    try:
+        yield
+    finally:
+        words.end()
+
+
+def start(url: str, storage: Any, rank: int, *, log: bool = False) -> "LastWords":
+    """The same without a context: until `end`, or the death of the process."""
+    for name, value in OUTSPOKEN.items():
+        os.environ.setdefault(name, value)
+    about = {"url": url, "storage": dataclasses.asdict(storage), "rank": rank, "pid": os.getpid(), "log": log}
+    return LastWords(about)
+
+
+class LastWords:
+    """File descriptor 2 by way of a child process."""
+
+    def __init__(self, about: dict[str, Any]) -> None:
+        _flush()
+        self._before = os.dup(2)
+        said, into = os.pipe()
+        leave, self._leave = os.pipe()
+        words = [sys.executable, "-m", "training.last_words", str(said), str(leave), json.dumps(about)]
+        root = str(Path(__file__).parents[1])
+        places = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+        self._child = subprocess.Popen(words, pass_fds=(said, leave), stdin=subprocess.DEVNULL, start_new_session=True,
+                                       env=environment)  # fmt: skip
+        os.close(said)
+        os.close(leave)
+        os.dup2(into, 2)
+        os.close(into)
+        self._faults = faulthandler.is_enabled()
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            faulthandler.enable(2)
+
+    def end(self) -> None:
+        """This process is done, and alive; stderr is as before."""
+        _flush()
+        with contextlib.suppress(OSError):
+            os.write(self._leave, DONE)
+        os.close(self._leave)
+        os.dup2(self._before, 2)
+        os.close(self._before)
+        if not self._faults:
+            faulthandler.disable()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(PATIENCE_S)
+
+
+def telling(lines: Sequence[str]) -> list[str]:
+    """The lines at the end that say why a process ended, at most MOST_LINES, in their order; none where none does."""
+    spoken = [line.strip() for line in lines if not _STACK.match(line)][-NEAR_LINES:]
+    return [line for line in spoken if TELLING.search(line)][-MOST_LINES:]
+
+
+def of_process(log: str, pid: int) -> list[str] | None:
+    """The last words of a process in the text of a rank's log; None where they are not there."""
+    _, head, rest = log.rpartition(f"{HEAD} {pid}:")
+    if not head:
+        return None
+    lines = rest.splitlines()[1:]
+    ends = next((place for place, line in enumerate(lines) if not line.startswith("|")), len(lines))
+    return [line.removeprefix("|").removeprefix(" ") for line in lines[:ends]]
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+
+
+def _accompany(said: int, leave: int) -> tuple[bytes, bool]:
+    """In the child: (end of what was written, did the process say that it is done?) once the process has ended."""
+    end, word, parent = b"", b"", os.getppid()
+    with selectors.DefaultSelector() as selector:
+        selector.register(said, selectors.EVENT_READ)
+        selector.register(leave, selectors.EVENT_READ)
+        open_ = {said, leave}
+        while leave in open_:
+            ready = selector.select(LOOK_S)
+            if not ready and os.getppid() != parent:
+                break  # its death alone, where its children hold its end of the pipe
+            for key, _ in ready:
+                data = os.read(key.fd, 65_536)
+                if not data:
+                    selector.unregister(key.fd)
+                    open_.discard(key.fd)
+                elif key.fd == leave:
+                    word += data
+                else:
+                    end = _pass_on(end, data)
+    os.set_blocking(said, False)  # its own children may hold the other end
+    with contextlib.suppress(BlockingIOError):
+        while said in open_ and (data := os.read(said, 65_536)):
+            end = _pass_on(end, data)
+    return end, word == DONE
+
+
+def _pass_on(end: bytes, data: bytes) -> bytes:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, data)
+    return (end + data)[-KEPT_BYTES:]
+
+
+def _write(about: dict[str, Any], lines: Sequence[str]) -> None:
+    """Into the rank's log, and where it is wanted into the run's. Raises StorageError."""
+    from datapipe.config import StorageConfig
+    from training.run_folder import RunFolder
+
+    now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
+    folder = RunFolder(about["url"], StorageConfig(**about["storage"]))
+    for line in (f"{now} ERROR {HEAD} {about['pid']}:", *(f"| {line}" for line in lines)):
+        folder.append(f"ranks/rank_{about['rank']:02d}.log", line)
+    if about["log"]:
+        words = " / ".join(telling(lines) or lines[-MOST_LINES:]) or "none"
+        folder.append("log.txt", f"{now} process {about['pid']} died; its last words: {words}")
+    folder.flush()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The child."""
+    said, leave, about = int(arguments[0]), int(arguments[1]), json.loads(arguments[2])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+    end, done = _accompany(said, leave)
+    if not done:
+        _write(about, end.decode(errors="replace").splitlines())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -50,9 +50,10 @@ class Portion(NamedTuple):
 
 
 def portion(batch: int, micro_batch: int, world: int) -> Portion:
-    """Equal shares for all ranks in equal micro-batches, with as little padding as that allows."""
+    """Equal shares for all ranks in equal micro-batches, with as little padding as that allows. `micro_batch` 0: each
+    share in one."""
     share = math.ceil(batch / world)
-    pieces = math.ceil(share / micro_batch)
+    pieces = math.ceil(share / micro_batch) if micro_batch else 1
     micro = math.ceil(share / pieces)
     return Portion(micro * pieces, micro)
 
@@ -64,7 +65,8 @@ def refuse_split(config: RunConfig, share: Portion, *, couples: bool) -> None:
             f"{config.method.name} couples the images of a batch (Sinkhorn targets, batch norm in the stem, mining), "
             f"so a batch cannot be taken in {share.rows // share.micro} micro-batches",
             where="optimisation.micro_batch, method.targets, backbone.stem",
-            hint=f"optimisation.micro_batch = {share.rows}, more workers, or targets and a stem that do not couple",
+            hint=f"optimisation.micro_batch = 0 (here {share.rows} images at once), more workers, or targets and a stem "
+            "that do not couple",
         )
 
 

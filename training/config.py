@@ -28,9 +28,10 @@ class OptimisationConfig:
     """Passes over the data set. The run is as many whole global batches as fit in."""
     batch: int = Field(default=512, ge=1)
     """Images in one optimizer step, over all ranks and micro-batches."""
-    micro_batch: int = Field(default=64, ge=1)
+    micro_batch: int = Field(default=64, ge=0)
     """Most images that one rank takes through forward and backward at once; the memory dial. Changes no result
-    beyond rounding: gradients, centres and metrics are sums over the global batch."""
+    beyond rounding: gradients, centres and metrics are sums over the global batch. 0: all of the rank's images, whatever
+    the number of ranks, for methods whose targets couple the images of a batch (Sinkhorn, batch norm in the stem)."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """"sgd": with momentum, for the published fine-tuning; its weight decay is not decoupled."""
     schedule: Literal["step", "epoch"] = "step"

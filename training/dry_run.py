@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from datapipe.data import load_data
-from datapipe.errors import ConfigError
+from datapipe.errors import ConfigError, StorageError
 from training import memory
 from training.assembly import clock_of, portion, refuse_split, refuse_unsuited, sampling_of
 from training.config import RunConfig
@@ -19,6 +19,8 @@ from training.memory import Census, Memory
 LUPERSON = 4_180_243
 """Images of LUPerson, on which the published runs were trained."""
 GB = 10**9
+PATIENCE_S = 5.0
+"""Seconds that a store of a data set has to answer: a dry run needs none, so it waits for none."""
 
 
 class Steps(NamedTuple):
@@ -74,7 +76,7 @@ class DryRun(NamedTuple):
 
 
 def dry_run(config: RunConfig, *, rows: int = 0, gpu_memory_gb: float = 0.0) -> DryRun:
-    """Calculate all of it. `rows`: images of a data set that the recipe does not name; 0: as many as LUPerson has.
+    """Calculate all of it. `rows`: images of a data set that is not at hand; 0: as many as LUPerson has.
 
     Memory is that of a GPU unless the recipe asks for a CPU. Raises what starting the run would, but for want of data.
     """
@@ -94,15 +96,22 @@ def dry_run(config: RunConfig, *, rows: int = 0, gpu_memory_gb: float = 0.0) -> 
 
 
 def _rows(config: RunConfig, rows: int) -> tuple[int, str]:
+    """(images of the data set, where that is known from). One that is named but not at hand is no reason to fail."""
+    absent = ""
     if config.stream.manifest or config.stream.mix:
-        if rows:
-            raise ConfigError("rows are given, and a data set that has its own", where="--rows, stream.manifest",
-                              hint="leave one of them out")  # fmt: skip
-        data = load_data(config.stream, config.storage)
-        return data.rows, " + ".join(config.stream.mix or (config.stream.manifest,))
+        hasty = dataclasses.replace(config.storage, attempts=2, give_up_s=PATIENCE_S, timeout_s=PATIENCE_S)
+        try:
+            data = load_data(config.stream, hasty)
+        except StorageError as error:
+            absent = f", as {error.where or 'stream.manifest'} is not at hand: {error.what}"
+        else:
+            if rows:
+                raise ConfigError("rows are given, and a data set that has its own", where="--rows, stream.manifest",
+                                  hint="leave one of them out")  # fmt: skip
+            return data.rows, " + ".join(config.stream.mix or (config.stream.manifest,))
     if rows:
-        return rows, "--rows"
-    return LUPERSON, "assumed: all of LUPerson; another with --rows N or --stream.manifest SHARDS"
+        return rows, f"--rows{absent}"
+    return LUPERSON, f"assumed: all of LUPerson{absent}; another with --rows N or --stream.manifest SHARDS"
 
 
 def _steps(config: RunConfig, clock: Clock, rows: int, known_from: str) -> Steps:

@@ -1,4 +1,5 @@
-"""Each recipe of the DINO family runs: its own settings, a tiny backbone, generated crops, three real steps."""
+"""Each recipe of the DINO family runs in one process: its own settings, a tiny backbone, generated crops, three real
+steps."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 from datapipe.config import ViewConfig
 from datapipe.errors import ConfigError
 from tests.flow import tiny
-from training import methods
+from training import memory, methods
+from training.assembly import portion, refuse_split
 from training.config import RunConfig, load
 from training.engine.host import LocalHost
 from training.engine.world import World
@@ -39,11 +41,12 @@ def test_recipes__of_publications_resize_as_these_do(path: Path) -> None:
 
 
 def shrunk(config: RunConfig, manifest: str, out: Path) -> RunConfig:
-    """Its head too; one micro-batch, for a stem with batch norm."""
+    """Its head too; micro-batches as the recipe has them."""
+    given = config.optimisation.micro_batch
     config = tiny.shrunk(config, manifest, out)
     head = replace(config.method.head, out_dim=32, hidden=16, bottleneck=8)
     method = replace(config.method, head=head, local_size=(32, 16))
-    optimisation = replace(config.optimisation, micro_batch=6)
+    optimisation = replace(config.optimisation, micro_batch=given)
     return replace(config, method=method, optimisation=optimisation)
 
 
@@ -51,7 +54,7 @@ def test_recipes__one_per_method_and_size() -> None:
     assert {path.stem for path in RECIPES} == {f"{name}_{size}" for name in FAMILY for size in SIZES}
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*RECIPES, DEMO], ids=lambda path: path.stem)
 def test_recipe__runs_three_real_steps(path: Path, manifest: str, tmp_path: Path) -> None:
     config = shrunk(load(path), manifest, tmp_path / "run")
     ending = pretrain(config, world=World(), host=LocalHost())
@@ -61,6 +64,17 @@ def test_recipe__runs_three_real_steps(path: Path, manifest: str, tmp_path: Path
     wanted = {"loss", "loss_cls", "target_entropy", "target_information", "feature_cosine", "feature_rank",
               "student_teacher_cosine"}
     assert wanted | METRICS[config.method.name] <= records[-1].keys()
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.stem)
+def test_recipe__starts_with_any_number_of_workers(path: Path) -> None:
+    config = load(path)
+    couples = config.method.name == "supervised" or memory.census(config).couples
+    for workers in range(1, config.cluster.max_workers + 1):
+        share = portion(config.optimisation.batch, config.optimisation.micro_batch, workers)
+        refuse_split(config, share, couples=couples)
+        assert share.rows * workers >= config.optimisation.batch
+        assert not couples or share.rows == share.micro
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -79,5 +93,6 @@ def test_recipe__is_of_the_published_size_and_rate(path: Path) -> None:
 def test_recipe__accumulation_is_refused_with_a_stem_of_batch_norm(manifest: str, tmp_path: Path) -> None:
     config = tiny.shrunk(load(FOLDER / "dino_vitb.toml"), manifest, tmp_path / "run")
     config = replace(config, method=replace(config.method, local_size=(32, 16)))
+    assert config.optimisation.micro_batch == 3
     with pytest.raises(ConfigError, match="batch norm in the stem"):
         pretrain(config, world=World(), host=LocalHost())

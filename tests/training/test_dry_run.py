@@ -39,12 +39,16 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_dry_run__recipe_reads_back(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    assert called(name, "--dry-run", "--stream.manifest", "") == command.COMPLETE
+def test_dry_run__recipe_reads_back(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """In an empty folder: the data set that a recipe names is not there."""
+    monkeypatch.chdir(tmp_path)
+    assert called(name, "--dry-run") == command.COMPLETE
     said = capsys.readouterr().out
     recipe = said.split("== Parameters ==")[0].removeprefix("== Recipe, resolved ==\n")
-    expected = load(name, ["--stream.manifest", ""])
-    assert recipes.validate(tomllib.loads(recipe), where=name) == expected
+    assert recipes.validate(tomllib.loads(recipe), where=name) == load(name)
+    assert f"{LUPERSON:,} (assumed: all of LUPerson" in said
     for title in ("Parameters", "Steps", "Memory of one GPU, calculated", "Beside what is published"):
         assert f"\n== {title}" in said
 
@@ -74,6 +78,18 @@ def test_dry_run__counts_the_rows_of_a_data_set(tmp_path: Path) -> None:
     assert dry_run(config).steps.rows == 18 and dry_run(config).steps.total == 300
     with pytest.raises(ConfigError, match="rows are given"):
         dry_run(config, rows=5)
+
+
+@pytest.mark.parametrize("manifest", ["absent/shards", "s3://bucket/shards"])
+def test_dry_run__says_that_a_named_data_set_is_not_at_hand(manifest: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["--stream.manifest", manifest, "--storage.endpoint-url", "http://127.0.0.1:1"]
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tests")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "tests")
+    steps = dry_run(load("pass_vits", flags)).steps
+    assert steps.rows == LUPERSON and f"as {manifest}" in steps.known_from and "is not at hand: " in steps.known_from
+    steps = dry_run(load("pass_vits", flags), rows=5_000).steps
+    assert steps.rows == 5_000 and steps.known_from.startswith(f"--rows, as {manifest}")
 
 
 def test_dry_run__is_refused_of_fine_tuning() -> None:
@@ -109,8 +125,10 @@ def test_dry_run__nothing_makes_it_fit() -> None:
 def test_dry_run__a_batch_that_must_stay_whole_is_not_split() -> None:
     found = dry_run(load("dino_vitb"), gpu_memory_gb=20)
     assert found.fits is False and all("micro-batch" not in remedy.change for remedy in found.remedies)
-    with pytest.raises(ConfigError, match="batch norm in the stem"):
-        dry_run(load("dino_vitb", ["--cluster.max-workers", "4"]))
+    assert dry_run(load("dino_vitb", ["--cluster.max-workers", "4"])).steps.micro_batch == 128
+    with pytest.raises(ConfigError, match="batch norm in the stem") as refused:
+        dry_run(load("dino_vitb", ["--cluster.max-workers", "4", "--optimisation.micro-batch", "64"]))
+    assert "optimisation.micro_batch = 0 (here 128 images at once)" in refused.value.hint
 
 
 def test_dry_run__json_holds_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:

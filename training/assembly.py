@@ -65,8 +65,8 @@ def refuse_split(config: RunConfig, share: Portion, *, couples: bool) -> None:
             f"{config.method.name} couples the images of a batch (Sinkhorn targets, batch norm in the stem, mining), "
             f"so a batch cannot be taken in {share.rows // share.micro} micro-batches",
             where="optimisation.micro_batch, method.targets, backbone.stem",
-            hint=f"optimisation.micro_batch = 0 (here {share.rows} images at once), more workers, or targets and a stem "
-            "that do not couple",
+            hint=f"optimisation.micro_batch = 0 (here {share.rows} images at once), more workers, or targets and a "
+            "stem that do not couple",
         )
 
 

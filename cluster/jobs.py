@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster.addresses import RAY_API_SERVER_ADDRESS, SUBMIT, dashboard_of
 from cluster.in_job import refuse_relative
+from cluster.ray_token import MODE, WITH_TOKEN, refused, show_token
 from datapipe.errors import ClusterError
 from training import config as recipes
 from training.config import RunConfig
@@ -40,11 +41,11 @@ def submit(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="reid_job_") as folder:
         words = _PREPARE[chosen.command](list(chosen.rest), Path(folder))
         _stage(Path(folder))
-        client = _client(chosen.address)
+        client, with_token = _client(chosen.address)
         with _reached(chosen.address):
             job = client.submit_job(entrypoint=shlex.join(["python", "-m", "cluster", chosen.command, *words]),
                                     runtime_env={"working_dir": folder})  # fmt: skip
-    print(_told(job, client.get_address(), arguments))
+    print(_told(job, client.get_address(), arguments, with_token=with_token))
     return 0
 
 
@@ -90,22 +91,24 @@ def _stage(folder: Path) -> None:
                            hint="something large lies among the code")  # fmt: skip
 
 
-def _client(address: str | None) -> Any:
+def _client(address: str | None) -> tuple[Any, bool]:
+    """A client of the cluster's dashboard, and whether it asked for the user's token, which Ray would not have sent."""
     from cluster.session import prepare
 
     prepare()
-    import ray
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    with _reached(address):
+    with _reached(address), _only(dashboard_of(address)) as url:
         try:
-            with _only(dashboard_of(address)) as url:
-                return JobSubmissionClient(url)
-        except ray.exceptions.AuthenticationError as error:
-            raise ClusterError(
-                "the cluster wants Ray's token", where=address or "this machine",
-                hint="RAY_AUTH_MODE=token, and its token in ~/.ray/auth_token or where RAY_AUTH_TOKEN_PATH says",
-            ) from error  # fmt: skip
+            return JobSubmissionClient(url), False
+        except AuthenticationError as error:
+            if not show_token():
+                raise refused(url) from error
+        try:
+            return JobSubmissionClient(url), True
+        except AuthenticationError as error:
+            raise refused(url) from error
 
 
 @contextmanager
@@ -132,14 +135,15 @@ def _reached(address: str | None) -> Iterator[None]:
         ) from error  # fmt: skip
 
 
-def _told(job: str, address: str, arguments: Sequence[str]) -> str:
-    """What to do with the job from now on."""
+def _told(job: str, address: str, arguments: Sequence[str], *, with_token: bool) -> str:
+    """What to do with the job from now on. `with_token`: Ray's own commands have to be told to send it."""
+    ray = f"{MODE}={WITH_TOKEN} ray" if with_token else "ray"
     again = shlex.join(["python", "-m", "cluster", "submit", *arguments])
     return "\n".join([
         f"submitted {job} to {address}",
-        f"  follow:  ray job logs --address {address} -f {job}",
-        f"  state:   ray job status --address {address} {job}",
-        f"  stop:    ray job stop --address {address} {job}",
+        f"  follow:  {ray} job logs --address {address} -f {job}",
+        f"  state:   {ray} job status --address {address} {job}",
+        f"  stop:    {ray} job stop --address {address} {job}",
         "           (saved first, where Ray was started with RAY_JOB_STOP_WAIT_TIME_S=120 or so; its own 3 s are few)",
         f"  resume:  {again}",
     ])  # fmt: skip

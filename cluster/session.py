@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cluster.addresses import JOIN, head_of
+from cluster.ray_token import private_token, refused, show_token
 from cluster.scratch import scratch_folder
 from datapipe.errors import ClusterError, UserError
 from training.engine.launchers import stay_on_loopback
@@ -39,14 +40,14 @@ def chosen_address(given: str) -> str:
 def ray_session(address: str, *, cpus: int) -> Iterator[str]:
     """An initialised Ray; yields a folder for its scratch files.
 
-    `address` "local" starts an embedded Ray with its own temporary folder, ports and no dashboard, and ends it
+    `address` "local" starts an embedded Ray with its own temporary folder, token, ports and no dashboard, and ends it
     afterwards; anything else joins a running cluster. Raises ClusterError when it cannot be reached.
     """
     prepare()
     head = "" if address == LOCAL else head_of(address)
     import ray
 
-    with scratch_folder() as scratch:
+    with scratch_folder() as scratch, contextlib.nullcontext() if head else private_token(scratch):
         try:
             if head:
                 _join(head)
@@ -96,6 +97,9 @@ def _on_loopback() -> Iterator[str]:
 def _join(address: str) -> None:
     import ray
 
+    show_token()
+    if _refuses_token(address):
+        raise refused(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -104,6 +108,20 @@ def _join(address: str) -> None:
             where=address,
             hint=JOIN,
         ) from error
+
+
+def _refuses_token(address: str) -> bool:
+    """Whether a cluster answers at once that the token is missing or wrong; `ray.init` tries that for 20 s."""
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.exceptions import AuthenticationError, RayError
+
+    try:
+        GcsClient(address=address)
+    except AuthenticationError:
+        return True
+    except (OSError, ValueError, RuntimeError, RayError):
+        return False  # for `ray.init` to say
+    return False
 
 
 def result(reference: Any) -> Any:

@@ -5,13 +5,10 @@ One run on object storage with a secret of its own serves several tests.
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,21 +18,19 @@ from uuid import uuid4
 import pytest
 
 from cluster.jobs import PACKAGES, submit
-from cluster.session import prepare
 from cluster.status import status
 from datapipe.errors import ClusterError, ConfigError
 from datapipe.storage import open_store
+from tests.cluster.ray_head import PATIENCE_S, ray_head
 from tests.conftest import S3Server
 from tests.flow.tiny import command, finished, recipe, shards
 from tests.golden import ROOT
-from training.engine.world import free_port
 
-PATIENCE_S = 480
 CLUTTER = (".venv/lib/large.bin", "runs/old/large.bin", "data/large.bin", "crops/large.bin", "notes.txt")
 
 
-class Head(NamedTuple):
-    """A running `ray start --head`."""
+class Authorised(NamedTuple):
+    """A running cluster with a token and a secret of its own."""
 
     dashboard: str
     address: str
@@ -46,38 +41,16 @@ class Head(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def head(s3: S3Server) -> Iterator[Head]:
+def head(s3: S3Server) -> Iterator[Authorised]:
     """A cluster of one machine with dashboard; its secret is in the environment of its machine, and nowhere else."""
-    prepare()
-    secret, token, gcs, dashboard = uuid4().hex, uuid4().hex, free_port(), free_port()
-    with TemporaryDirectory(prefix="ray_") as folder, TemporaryDirectory(prefix="token_") as keys:
+    secret, token = uuid4().hex, uuid4().hex
+    with TemporaryDirectory(prefix="token_") as keys:
         (Path(keys) / "token").write_text(token)
         authorised = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{keys}/token"}
-        line = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--num-cpus=2",
-                f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={folder}",
-                f"--ray-client-server-port={free_port()}", "--disable-usage-stats"]  # fmt: skip
         environment = {**os.environ, **authorised, "AWS_SECRET_ACCESS_KEY": secret, "OMP_NUM_THREADS": "1",
                        "RAY_JOB_STOP_WAIT_TIME_S": "120", "AWS_ENDPOINT_URL": s3.endpoint}  # fmt: skip
-        nowhere = subprocess.DEVNULL
-        process = subprocess.Popen(line, env=environment, cwd=ROOT, stdout=nowhere, stderr=nowhere)
-        _answers(f"http://127.0.0.1:{dashboard}/api/version")
-        yield Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", Path(folder), (secret, token), authorised)
-        process.send_signal(signal.SIGTERM)  # ends the processes that it started
-        process.wait(PATIENCE_S)
-
-
-def _answers(address: str) -> None:
-    """Return once a server answers; it tells nobody when it begins to."""
-    end = time.monotonic() + PATIENCE_S
-    while time.monotonic() < end:
-        try:
-            urllib.request.urlopen(address, timeout=5).close()
-            return
-        except urllib.error.HTTPError:
-            return  # it is there, and wants Ray's token
-        except OSError:
-            time.sleep(0.2)
-    raise AssertionError(f"nobody answers at {address}")
+        with ray_head(environment) as started:
+            yield Authorised(*started, (secret, token), authorised)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +79,7 @@ class Done(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def done(head: Head, tree: Path, s3: S3Server, write_crops: Callable[..., dict[str, bytes]]) -> Done:
+def done(head: Authorised, tree: Path, s3: S3Server, write_crops: Callable[..., dict[str, bytes]]) -> Done:
     """`ray job submit --working-dir . -- python -m cluster pretrain RECIPE`, as it is written."""
     bucket = s3.bucket()
     write_crops(tree / "crops" / "few", 24)
@@ -122,7 +95,7 @@ def done(head: Head, tree: Path, s3: S3Server, write_crops: Callable[..., dict[s
     return Done(code, output + errors, f"s3://{bucket}/run", bucket, commands)
 
 
-def _ray(head: Head, tree: Path, word: str, *words: str) -> subprocess.Popen[str]:
+def _ray(head: Authorised, tree: Path, word: str, *words: str) -> subprocess.Popen[str]:
     line = [str(Path(sys.executable).with_name("ray")), "job", word, "--address", head.dashboard, *words]
     return subprocess.Popen(line, cwd=tree, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env={**os.environ, **head.keys})  # fmt: skip
@@ -139,7 +112,7 @@ def _collect(process: subprocess.Popen[str], commands: set[bytes]) -> None:
 
 
 @pytest.mark.slow
-def test_job__trains_on_the_cluster_that_it_was_handed_to(done: Done, head: Head, s3: S3Server) -> None:
+def test_job__trains_on_the_cluster_that_it_was_handed_to(done: Done, head: Authorised, s3: S3Server) -> None:
     assert done.code == 0, done.output
     assert "complete: 8 steps" in done.output and "succeeded" in done.output
     ask = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); print(ray.nodes()[0]['NodeID'])"
@@ -151,7 +124,7 @@ def test_job__trains_on_the_cluster_that_it_was_handed_to(done: Done, head: Head
 
 
 @pytest.mark.slow
-def test_job__uploads_our_code_and_nothing_else(done: Done, head: Head) -> None:
+def test_job__uploads_our_code_and_nothing_else(done: Done, head: Authorised) -> None:
     (copy,) = head.session.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/cluster")
     names = {path.name for path in copy.parent.iterdir()}
     assert names == {*PACKAGES, "tiny.toml"}
@@ -159,7 +132,7 @@ def test_job__uploads_our_code_and_nothing_else(done: Done, head: Head) -> None:
 
 
 @pytest.mark.slow
-def test_secrets__are_in_no_log_run_folder_or_process_list(done: Done, head: Head, s3: S3Server) -> None:
+def test_secrets__are_in_no_log_run_folder_or_process_list(done: Done, head: Authorised, s3: S3Server) -> None:
     assert done.code == 0, done.output
     assert any(b"ray::" in line for line in done.commands)
     kept = s3.objects(done.bucket)
@@ -174,7 +147,7 @@ def test_secrets__are_in_no_log_run_folder_or_process_list(done: Done, head: Hea
 
 
 @pytest.mark.slow
-def test_job__relative_paths_are_refused(done: Done, head: Head, tree: Path) -> None:
+def test_job__relative_paths_are_refused(done: Done, head: Authorised, tree: Path) -> None:
     process = _ray(head, tree, "submit", "--working-dir", ".", "--", "python", "-m", "cluster", "pretrain", "tiny.toml",
                    "--out", "runs/here")  # fmt: skip
     code, output, errors = finished(process, timeout_s=PATIENCE_S)
@@ -183,7 +156,7 @@ def test_job__relative_paths_are_refused(done: Done, head: Head, tree: Path) -> 
 
 
 @pytest.mark.slow
-def test_submit__in_one_line_and_stopped_after_a_save(done: Done, head: Head, tree: Path, s3: S3Server) -> None:
+def test_submit__in_one_line_and_stopped_after_a_save(done: Done, head: Authorised, tree: Path, s3: S3Server) -> None:
     url = f"s3://{done.bucket}/long"
     flags = ("--out", url, "--optimisation.epochs", "1e6", "--checkpoints.every-steps", "1000000",
              "--storage.endpoint-url", s3.endpoint)  # fmt: skip

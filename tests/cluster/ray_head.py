@@ -1,0 +1,69 @@
+"""A cluster of one machine as `ray start --head` makes it, on ports and in a folder of its own."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from cluster.session import prepare
+from tests.golden import ROOT
+from training.engine.world import free_port
+
+PATIENCE_S = 480
+
+
+class Head(NamedTuple):
+    """A running `ray start --head`."""
+
+    dashboard: str
+    address: str
+    session: Path
+    """Its temporary folder."""
+
+
+@contextlib.contextmanager
+def ray_head(environment: Mapping[str, str], *, cpus: int = 2) -> Iterator[Head]:
+    """One with dashboard. `environment`: all of it, as the shell has it in which it is started."""
+    prepare()
+    gcs, dashboard = free_port(), free_port()
+    with TemporaryDirectory(prefix="ray_") as folder:
+        line = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
+                f"--port={gcs}", f"--num-cpus={cpus}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}",
+                f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}",
+                "--disable-usage-stats"]  # fmt: skip
+        nowhere = subprocess.DEVNULL
+        process = subprocess.Popen(line, env=dict(environment), cwd=ROOT, stdout=nowhere, stderr=nowhere)
+        try:
+            _answers(f"http://127.0.0.1:{dashboard}/api/version", process)
+            yield Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", Path(folder))
+        finally:
+            process.send_signal(signal.SIGTERM)  # ends the processes that it started
+            process.wait(PATIENCE_S)
+
+
+def without_ray(**changes: str) -> dict[str, str]:
+    """The environment of a shell that says nothing about Ray, with these changes."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | changes
+
+
+def _answers(address: str, process: subprocess.Popen[bytes]) -> None:
+    """Return once a server answers; it tells nobody when it begins to."""
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        try:
+            urllib.request.urlopen(address, timeout=5).close()
+            return
+        except urllib.error.HTTPError:
+            return  # it is there, and wants Ray's token
+        except OSError:
+            assert process.poll() is None, "`ray start` has ended"
+            time.sleep(0.2)
+    raise AssertionError(f"nobody answers at {address}")

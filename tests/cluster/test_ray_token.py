@@ -1,0 +1,127 @@
+"""Whatever Ray has left behind: local runs, clusters from `ray start --head`, and jobs handed in to them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.ray_token import MODE, PATH, TOKEN, private_token
+from tests.cluster.ray_head import Head, ray_head, without_ray
+from tests.flow.tiny import finished
+from tests.golden import ROOT
+
+Words = tuple[str, ...]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home folder of somebody who has never used Ray."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def crops(tmp_path_factory: pytest.TempPathFactory, write_crops: Callable[..., dict[str, bytes]]) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_crops(folder / "crops", 6)
+    return folder
+
+
+def run(home: Path, *words: str, **changes: str) -> tuple[int, str, str]:
+    """(exit code, output, errors) of one of our commands in a shell that says nothing about Ray."""
+    environment = without_ray(HOME=str(home), OMP_NUM_THREADS="1", **changes)
+    return finished(subprocess.Popen([sys.executable, "-m", "cluster", *words], cwd=ROOT, text=True, env=environment,
+                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE), timeout_s=480)  # fmt: skip
+
+
+def sharding(crops: Path, out: str) -> Words:
+    return "shard", str(crops / "crops"), "--out", str(crops / out), "--workers", "1"
+
+
+@pytest.mark.slow
+def test_local_run__leaves_no_token_behind(home: Path, crops: Path) -> None:
+    code, output, errors = run(home, *sharding(crops, "local"))
+    assert code == 0, errors
+    assert "6 crops" in output and not (home / ".ray").exists()
+
+
+@pytest.fixture(scope="module")
+def asking(home: Path) -> Iterator[Head]:
+    """`ray start --head` in the same shell where Ray itself once made a token: it asks for that."""
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text("0123456789abcdef" * 2)
+    with ray_head(without_ray(HOME=str(home), OMP_NUM_THREADS="1")) as head:
+        yield head
+
+
+@pytest.mark.slow
+def test_submit__shows_the_token_that_a_cluster_asks_for(home: Path, crops: Path, asking: Head) -> None:
+    code, output, errors = run(home, "submit", "--address", asking.dashboard, *sharding(crops, "job"))
+    assert code == 0, errors
+    (follow,) = (line.split(maxsplit=1)[1] for line in output.splitlines() if "follow:" in line)
+    assert follow.startswith("RAY_AUTH_MODE=token ray job logs ")
+    words = follow.replace(" ray ", f" {Path(sys.executable).with_name('ray')} ")
+    logs = subprocess.run(words, shell=True, env=without_ray(HOME=str(home)), capture_output=True, text=True)
+    assert "6 crops in 1 shards" in logs.stdout, logs.stdout + logs.stderr
+
+
+@pytest.mark.slow
+def test_join__shows_the_token_that_a_cluster_asks_for(home: Path, crops: Path, asking: Head) -> None:
+    code, output, errors = run(home, *sharding(crops, "joined"), "--address", asking.address)
+    assert code == 0, errors
+    assert "cluster: 1 machines, 2 CPUs" in output and "6 crops in 1 shards" in output
+
+
+TRIED = """
+import sys
+from cluster.jobs import _client
+from cluster.ray_token import MODE, PATH, TOKEN, _set
+from cluster.session import _join
+from datapipe.errors import ClusterError
+
+for changes in ({}, {TOKEN: "fedcba9876543210" * 2}, {TOKEN: "0" * 32, MODE: "disabled"}, {MODE: "token"},
+                {PATH: "/nowhere/token"}):
+    for reach, address in ((_client, sys.argv[1]), (_join, sys.argv[2])):
+        _set({MODE: None, PATH: None, TOKEN: None} | changes)
+        try:
+            reach(address)
+        except ClusterError as error:
+            print(error.what)
+"""
+
+
+@pytest.mark.slow
+def test_token__missing_or_wrong_is_one_clear_error(tmp_path: Path, asking: Head) -> None:
+    """For whoever hands in a job, and for whoever joins; of no token, another one, a mode, and a file that is absent."""
+    tried = subprocess.run([sys.executable, "-c", TRIED, asking.dashboard, asking.address], cwd=ROOT, text=True,
+                           env=without_ray(HOME=str(tmp_path)), capture_output=True)  # fmt: skip
+    none = "the cluster wants Ray's token, and there is none here"
+    another = "the cluster refuses this token: it has another one"
+    disabled = "the cluster wants Ray's token, and RAY_AUTH_MODE=disabled sends none"
+    to_be_sent = "RAY_AUTH_MODE=token, and there is no token here"
+    expected = [said for said in (none, another, disabled, to_be_sent, none) for _ in range(2)]
+    assert (tried.returncode, tried.stdout.splitlines()) == (0, expected), tried.stderr
+    assert not (tmp_path / ".ray").exists()
+
+
+@pytest.mark.parametrize("mode", [None, "token"])
+def test_private_token__is_in_force_only_within(
+    mode: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (MODE, PATH, TOKEN):
+        monkeypatch.delenv(name, raising=False)
+    if mode:
+        monkeypatch.setenv(MODE, mode)
+    monkeypatch.setenv(TOKEN, "of the user")
+    with private_token(str(tmp_path)):
+        assert (os.environ[MODE], os.environ[PATH], TOKEN in os.environ) == ("token", f"{tmp_path}/token", False)
+        assert len((tmp_path / "token").read_text()) == 64 and (tmp_path / "token").stat().st_mode & 0o77 == 0
+    assert (os.environ.get(MODE), os.environ.get(PATH), os.environ[TOKEN]) == (mode, None, "of the user")
+
+
+def test_private_token__none_where_ray_is_told_to_do_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MODE, "disabled")
+    with private_token(str(tmp_path)):
+        assert os.environ[MODE] == "disabled" and not list(tmp_path.iterdir())

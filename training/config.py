@@ -31,7 +31,7 @@ class OptimisationConfig:
     micro_batch: int = Field(default=64, ge=0)
     """Most images that one rank takes through forward and backward at once; the memory dial. Changes no result
     beyond rounding: gradients, centres and metrics are sums over the global batch. 0: all images of the rank,
-    whatever the number of ranks, for methods whose targets couple the images of a batch (Sinkhorn, batch norm in the stem)."""
+    however many ranks there are, for methods that couple the images of a batch (Sinkhorn, batch norm in the stem)."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """"sgd": with momentum, for the published fine-tuning; its weight decay is not decoupled."""
     schedule: Literal["step", "epoch"] = "step"

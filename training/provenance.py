@@ -64,7 +64,8 @@ def first_views(config: RunConfig, data: Data, *, count: int) -> dict[str, np.nd
 
 def versions() -> dict[str, str]:
     """Versions of what decides pixels and numbers."""
-    names = ("torch", "timm", "deepspeed", "ray", "numpy", "opencv-python-headless", "simplejpeg", "pillow", "pyarrow")
+    names = ("reid-pretraining", "torch", "timm", "deepspeed", "ray", "numpy", "opencv-python-headless", "simplejpeg",
+             "pillow", "pyarrow")  # fmt: skip
     found = {"python": platform.python_version(), "order": str(ORDER_VERSION)}
     for name in names:
         try:
@@ -105,14 +106,19 @@ def _described(data: Data) -> dict[str, Any]:
 
 
 def _git() -> str:
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False,
-        )  # fmt: skip
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+    """The revision of this code; "unknown" where it is installed, which may be inside somebody else's working tree."""
+    here = Path(__file__)
+    told = []
+    for words in (["ls-files", "--error-unmatch", here.name], ["describe", "--always", "--dirty", "--abbrev=12"]):
+        try:
+            done = subprocess.run(["git", *words], cwd=here.parent, capture_output=True, text=True, timeout=10,
+                                  check=False)  # fmt: skip
+        except OSError:
+            return "unknown"
+        if done.returncode:
+            return "unknown"
+        told.append(done.stdout.strip())
+    return told[-1] or "unknown"
 
 
 def resume_command(config: RunConfig) -> list[str]:

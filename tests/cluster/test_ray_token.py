@@ -94,7 +94,7 @@ for changes in ({}, {TOKEN: "fedcba9876543210" * 2}, {TOKEN: "0" * 32, MODE: "di
 
 @pytest.mark.slow
 def test_token__missing_or_wrong_is_one_clear_error(tmp_path: Path, asking: Head) -> None:
-    """For whoever hands in a job, and for whoever joins; of no token, another one, a mode, and a file that is absent."""
+    """For whoever hands in a job and for whoever joins: no token, another one, a mode, a file that is absent."""
     tried = subprocess.run([sys.executable, "-c", TRIED, asking.dashboard, asking.address], cwd=ROOT, text=True,
                            env=without_ray(HOME=str(tmp_path)), capture_output=True)  # fmt: skip
     none = "the cluster wants Ray's token, and there is none here"

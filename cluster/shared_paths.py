@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -50,12 +51,17 @@ def marked(folders: Sequence[str]) -> Iterator[tuple[Witness, ...]]:
 
 def witnesses(sources: Sequence[str]) -> tuple[Witness, ...]:
     """A file of each local source: the source itself, or the first one that its folder happens to list."""
-    found = ((source, _first_file(source.partition("{")[0])) for source in sources if not is_remote(source))
+    found = ((source, _first_file(_fixed(source))) for source in sources if not is_remote(source))
     return tuple(Witness(source, file, os.path.getsize(file)) for source, file in found if file)
 
 
+def _fixed(source: str) -> str:
+    """A pattern up to its first brace or wildcard; what is there as it is written is none."""
+    return source if os.path.exists(source) else re.split(r"[{*?\[]", source, maxsplit=1)[0]
+
+
 def _first_file(path: str) -> str | None:
-    """A file at or below `path`, or beside it where a brace pattern was cut off; None: the source is missing or empty,
+    """A file at or below `path`, or beside it where a pattern was cut off; None: the source is missing or empty,
     which is for whoever opens it to say."""
     if os.path.isfile(path):
         return path

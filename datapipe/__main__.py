@@ -20,8 +20,9 @@ from datapipe.workers import Executor
 class ShardCommand:
     sources: tyro.conf.Positional[tuple[str, ...]]
     """Where crops are, as many places of any kind as wanted, local or s3://bucket/prefix: folders of images (any depth;
-    Market-1501-style names give person and camera), zips, tars and WebDataset shards (single, in folders, as
-    "{00..12}.tar", or cut into pieces), LMDBs, parquet files with images, videos with boxes."""
+    Market-1501-style names give person and camera), zips, tars and WebDataset shards (single, in folders, or
+    cut into pieces), LMDBs, parquet files with images, videos with boxes. Patterns in quotes are one source each:
+    "set/{00..12}.tar", "hf/train-*.parquet", "lup/**/cam[12]"."""
     out: str
     """Folder or s3://bucket/prefix for the data set."""
     licence: str = ""

@@ -29,6 +29,7 @@ from datapipe.scan import Scanned, read_part, read_refused, scan_part
 from datapipe.select import whole
 from datapipe.shard import Sheet, write_shard
 from datapipe.sources import Source, open_sources
+from datapipe.sources.patterns import would_meet
 from datapipe.spool import absolute, check_room, opened_spool
 from datapipe.storage import Store, open_store, probe, unsafe
 from datapipe.workers import Executor, Workers
@@ -87,7 +88,8 @@ def ingest_sources(sources: Sequence[Source], out: str, config: ShardConfig, sto
 def refuse_inside(sources: Sequence[str], out: str) -> None:
     """DataError where `out` lies inside a source: the next run would take the shards for a part of it."""
     for source in sources:
-        if f"{absolute(out)}/".startswith(f"{absolute(source)}/"):
+        place, whole = absolute(out), absolute(source)
+        if f"{place}/".startswith(f"{whole}/") or would_meet(whole, f"{place}/shards/0.tar"):
             raise DataError("--out lies inside a source", where=out, hint="choose a folder beside the source")
 
 

@@ -4,6 +4,7 @@ To add one: a file with a class that has what `Source` and `Kind` ask for, and a
 picklable: whoever reads a unit may be another process on another machine, and the listing keeps units in a file.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -98,7 +99,8 @@ def open_sources(
 
 
 def _labels(urls: Sequence[str]) -> list[str]:
-    parts = [url.rpartition("://")[2].strip("/").split("/") for url in urls]
+    named = [re.sub(r"(/\*+)+$", "", url) for url in urls]  # "lup/**" is lup
+    parts = [url.rpartition("://")[2].strip("/").split("/") for url in named]
     for depth in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(part[-depth:]) for part in parts]
         if len(set(labels)) == len(labels):

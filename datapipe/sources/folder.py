@@ -32,12 +32,15 @@ class FolderSource:
     UNDERSTANDS = f"a folder of images at any depth ({', '.join(IMAGE_ENDINGS)})"
 
     url: str
+    folder: str
+    """Url that the names are below; of a pattern, the folder before its first wildcard."""
     label: str
     storage: StorageConfig
 
     @classmethod
     def at(cls, place: Place) -> "FolderSource | None":
-        return cls(place.url, place.label, place.storage) if place.is_folder and IMAGES in place.kinds else None
+        found = place.is_folder and IMAGES in place.kinds
+        return cls(place.url, place.folder, place.label, place.storage) if found else None
 
     def units(self) -> Iterator[FolderUnit]:
         batch: list[File] = []
@@ -57,7 +60,7 @@ class FolderSource:
             yield labelled(self.label, name, data)
 
     def _contents(self, names: list[str]) -> Iterator[bytes]:
-        store = open_store(self.url, self.storage)
+        store = open_store(self.folder, self.storage)
         return in_order(store.read, names, threads=REMOTE_READS if is_remote(self.url) else 0)
 
 

@@ -28,7 +28,7 @@ from datapipe.sources.place import Place, local_path
 from datapipe.storage import is_remote, open_object, open_store, split_url
 
 log = logging.getLogger(__name__)
-DATA, KEYS = "data.mdb", "keys.pkl"
+DATA, LOCK, KEYS = "data.mdb", "lock.mdb", "keys.pkl"
 ENDINGS = (".mdb", ".lmdb")
 LUPERSON_KEY = re.compile(r"(\d+_\d+_\d+)_\d+")
 FETCH_BYTES = 16 << 20
@@ -65,7 +65,8 @@ class LmdbSource:
         if not place.is_folder:
             found = [url for url in place.names if url.lower().endswith(ENDINGS)]
         else:
-            found = [f"{place.url}/{name}" for name in place.names if f"/{name}".endswith(f"/{DATA}")]
+            found = [f"{place.folder}/{name}" for name in place.names
+                     if f"/{name}".endswith(f"/{DATA}") or (place.is_pattern and _is_lmdb(name))]
         if len(found) > 1:
             raise DataError(f"the source holds {len(found)} LMDBs", where=place.url, hint="give each as its own source")
         return cls(found[0], _find_keys(found[0], place.storage), place.label, place.storage) if found else None
@@ -200,6 +201,10 @@ def _find_keys(data: str, storage: StorageConfig) -> str:
     above, _ = split_url(folder if is_remote(folder) else os.path.abspath(local_path(folder)))
     folders = [folder, above] if is_remote(above) == is_remote(folder) else [folder]  # nothing is above a bucket
     return next((f"{place}/{KEYS}" for place in folders if open_store(place, storage).exists(KEYS)), "")
+
+
+def _is_lmdb(name: str) -> bool:
+    return name.lower().endswith(ENDINGS) and not f"/{name}".endswith(f"/{LOCK}")
 
 
 def _is_list(value: Any, kind: Any) -> bool:

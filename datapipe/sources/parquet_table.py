@@ -46,7 +46,7 @@ class ParquetUnit:
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """One file, a folder of them, or a brace pattern."""
+    """One file, a folder of them, or a pattern."""
 
     UNDERSTANDS = f"a parquet file ({', '.join(TABLE_ENDINGS)}) with a column of images, or a folder of such files"
 

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, cast
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError
-from datapipe.sources.place import ARCHIVE, ARCHIVES, File, list_files
+from datapipe.sources.place import ARCHIVE, ARCHIVES, File, file_urls, list_files
 from datapipe.storage import open_object, open_store
 
 READ_BYTES = 1 << 20
@@ -55,6 +55,7 @@ class Archive:
 
 def list_archives(url: str, storage: StorageConfig) -> Iterator[Archive]:
     """The archives at a url, in the order of its listing. Raises DataError where a piece is missing."""
+    named = bool(file_urls(url, storage))  # other files may join those of a folder or a pattern
     found: dict[tuple[str, str], list[tuple[str, File]]] = {}
     spanned: dict[tuple[str, str], list[tuple[str, File]]] = {}
     for file in list_files(url, storage, ARCHIVES):
@@ -72,7 +73,7 @@ def list_archives(url: str, storage: StorageConfig) -> Iterator[Archive]:
         if volumes and not whole:
             raise volumes_missing(f"{folder.rstrip('/')}/{name}")
         files = [*_in_order(volumes), *whole] if volumes else whole or _in_order(pieces)
-        alone = len(found) == 1 and folder != url
+        alone = len(found) == 1 and named
         yield Archive(
             folder,
             name,

@@ -1,4 +1,4 @@
-"""What a url of the command line points at: a file, a brace pattern of files, or a folder and what lies in it."""
+"""What a url of the command line points at: a file, a pattern of files, or a folder and what lies in it."""
 
 import os
 import re
@@ -12,13 +12,16 @@ import braceexpand
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError, NotFoundError
-from datapipe.storage import is_remote, open_store, split_url
+from datapipe.sources.patterns import find_pattern, nothing_meets
+from datapipe.storage import Entry, is_remote, open_store, split_url
 
 IMAGES, ARCHIVES, TABLES, VIDEOS = "images", "archives", "parquet files", "videos"
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 """Names with these endings, upper or lower case, are taken for images; what they really are, screening finds out."""
 VIDEO_ENDINGS = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".flv", ".wmv")
 TABLE_ENDINGS = (".parquet", ".pq")
+BOX_ENDINGS = (".txt", *TABLE_ENDINGS)
+"""Boxes beside a video, under its name."""
 ARCHIVE = re.compile(
     r"(?P<archive>.+\.(?:zip|tar\.gz|tgz|tar))"
     r"(?:\.(?:part[-_.]?)?(?P<part>\d{1,5}|(?!gz|xz|bz|lz|br|zst|idx|txt|csv|asc|sig|sha|tmp)[a-z]{2,3}))?"
@@ -55,8 +58,16 @@ class Place:
     jpeg_quality: int
     """For crops that are cut from videos."""
     is_folder: bool
+    """A folder, or a pattern with wildcards, which is listed like one."""
+    folder: str
+    """Url of that folder, or of the one that the pattern is below."""
     names: tuple[str, ...]
     """The url itself (brace patterns expanded); of a folder, the first names found below it, in no order."""
+
+    @property
+    def is_pattern(self) -> bool:
+        """Only some files of the folder are meant."""
+        return self.is_folder and self.folder != self.url
 
     @cached_property
     def kinds(self) -> set[str]:
@@ -66,10 +77,15 @@ class Place:
 
 def find_place(url: str, label: str, storage: StorageConfig, jpeg_quality: int) -> Place:
     """Look there, without listing it all. Raises DataError where there is nothing."""
+    pattern = find_pattern(url, storage)
     files = tuple(file_urls(url, storage))
     try:
         names = files or tuple(islice(_peek(url, storage), PEEKED))
+        if pattern and not names:
+            raise nothing_meets(pattern, storage)
     except NotFoundError as error:
+        if pattern:
+            raise nothing_meets(pattern, storage) from error
         raise DataError(
             f"the source cannot be opened: {error.what}", where=url, hint="check for a typing mistake"
         ) from error
@@ -79,7 +95,7 @@ def find_place(url: str, label: str, storage: StorageConfig, jpeg_quality: int) 
             where=str(error.filename or url),
             hint="check the permissions there, and links that point at themselves",
         ) from error
-    return Place(url, label, storage, jpeg_quality, not files, names)
+    return Place(url, label, storage, jpeg_quality, not files, pattern.folder if pattern else url, names)
 
 
 def kind_of(name: str) -> str:
@@ -125,17 +141,40 @@ def list_files(url: str, storage: StorageConfig, kind: str) -> Iterator[File]:
             yield File(folder, name, open_store(folder, storage).size(name))
         return
     indexes: dict[str, str] = {}  # stem -> table that may be the index of an archive of that name, listed after it
-    for entry in open_store(url, storage).list():
+    above, entries = list_entries(url, storage)
+    for entry in entries:
         found = kind_of(entry.name)
         if found == kind:
             indexes.pop(_stem(entry.name), None)
-            yield File(url, entry.name, entry.size)
+            yield File(above, entry.name, entry.size)
         elif found == TABLES and kind == ARCHIVES:
             indexes[_stem(entry.name)] = entry.name
         elif found:
-            raise _mixed(url, entry.name, kind, found)
+            raise _mixed(above, entry.name, kind, found)
     for name in indexes.values():
-        raise _mixed(url, name, kind, TABLES)
+        raise _mixed(above, name, kind, TABLES)
+
+
+def list_entries(url: str, storage: StorageConfig) -> tuple[str, Iterator[Entry]]:
+    """(url of the folder, all files below it that a folder or a pattern means, sorted by name)."""
+    pattern = find_pattern(url, storage)
+    if pattern is None:
+        return url, open_store(url, storage).list()
+    return pattern.folder, pattern.entries(storage, _relatives)
+
+
+def _relatives(name: str) -> tuple[str, ...]:
+    """Names that mean this file as well: of a piece of an archive the whole and the first piece, of boxes the video."""
+    if name.lower().endswith(BOX_ENDINGS):
+        stem = name.rpartition(".")[0]
+        return tuple(f"{stem}{ending}" for lower in VIDEO_ENDINGS for ending in (lower, lower.upper()))
+    match = ARCHIVE.fullmatch(name)
+    if match and match["spanned"]:
+        return (f"{match['spanned']}.zip", f"{match['spanned']}.ZIP")
+    if match and (part := match["part"]):
+        firsts = (f"{0:0{len(part)}d}", f"{1:0{len(part)}d}", "a" * len(part), "A" * len(part))
+        return (match["archive"], *(name[: -len(part)] + first for first in firsts))
+    return ()
 
 
 def _stem(name: str) -> str:
@@ -158,9 +197,9 @@ def local_path(url: str) -> str:
 
 
 def file_urls(url: str, storage: StorageConfig) -> list[str]:
-    """Urls of the files that the url means; none where it is a folder."""
+    """Urls of the files that the url means; none where it is a folder, or a pattern with wildcards."""
     remote = is_remote(url)
-    if not remote and os.path.isdir(local_path(url)):
+    if (not remote and os.path.isdir(local_path(url))) or find_pattern(url, storage):
         return []
     if "{" in url and (remote or not os.path.exists(local_path(url))):
         return list(braceexpand.braceexpand(url))
@@ -194,7 +233,7 @@ def _pieces(folder: str, name: str, storage: StorageConfig) -> list[str]:
 def _peek(url: str, storage: StorageConfig) -> Iterator[str]:
     """Names below a folder. Of a local one as the system gives them: sorting millions of names takes long."""
     if is_remote(url) or not os.path.isdir(local_path(url)):
-        yield from (entry.name for entry in open_store(url, storage).list())
+        yield from (entry.name for entry in list_entries(url, storage)[1])
     else:
         yield from _walk(local_path(url), "", ())
 

@@ -22,6 +22,7 @@ from datapipe.sources import Crop
 from datapipe.sources.boxes import Boxes, read_mot, read_table
 from datapipe.sources.place import (
     ARCHIVES,
+    BOX_ENDINGS,
     IMAGES,
     TABLE_ENDINGS,
     VIDEO_ENDINGS,
@@ -30,6 +31,7 @@ from datapipe.sources.place import (
     file_urls,
     is_image,
     kind_of,
+    list_entries,
     printable,
 )
 from datapipe.storage import Entry, Store, open_object, open_store, split_url
@@ -41,7 +43,6 @@ files, or the network."""
 OPENED = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none", "enable_drefs": "0"}
 """FFmpeg gets the bytes of the file from us and opens nothing by itself, be it what a film refers to."""
 CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
-BOX_ENDINGS = (".txt", *TABLE_ENDINGS)
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ class VideoSource:
             beside = [f"{stem}{ending}" for ending in BOX_ENDINGS if store.exists(f"{stem}{ending}")]
             yield from _pair(folder, self.label, [Entry(each, store.size(each)) for each in (name, *beside)])
         if not files:
-            yield from _pair(self.url, self.label, open_store(self.url, self.storage).list())
+            above, entries = list_entries(self.url, self.storage)
+            yield from _pair(above, self.label, entries)
 
     def read(self, unit: VideoUnit) -> Iterator[Crop]:
         store = open_store(unit.folder, self.storage)

@@ -3,7 +3,7 @@
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -44,16 +44,18 @@ class LocalStore(Store):
                 raise FileNotFoundError(path)
             return path.stat().st_size
 
-    def list(self, prefix: str = "") -> Iterator[Entry]:
+    def list(self, prefix: str = "", *, enter: Callable[[str], bool] | None = None) -> Iterator[Entry]:
         with self._faults(""):
             if not os.path.isdir(self.url):
                 raise NotADirectoryError(self.url) if os.path.exists(self.url) else FileNotFoundError(self.url)
         folder = prefix.rpartition("/")[0]
         if os.path.isdir(self._path(folder)):
             start = folder + "/" if folder else ""
-            yield from self._walk(start, prefix, (os.path.realpath(self._path(folder)),))
+            yield from self._walk(start, prefix, enter, (os.path.realpath(self._path(folder)),))
 
-    def _walk(self, folder: str, prefix: str, parents: tuple[str, ...]) -> Iterator[Entry]:
+    def _walk(
+        self, folder: str, prefix: str, enter: Callable[[str], bool] | None, parents: tuple[str, ...]
+    ) -> Iterator[Entry]:
         """What another process deletes meanwhile is left out, as if it had been deleted before."""
         with self._faults(folder):
             try:
@@ -70,8 +72,10 @@ class LocalStore(Store):
                     size = _size_if_present(path)
                 if size is not None:
                     yield Entry(name, size)
+            elif enter is not None and not enter(name):
+                continue
             elif (real := os.path.realpath(path)) not in parents:  # a link to a folder above would never end
-                yield from self._walk(name, prefix, (*parents, real))
+                yield from self._walk(name, prefix, enter, (*parents, real))
 
     def put_if_absent(self, name: str, data: Data) -> bool:
         with self._faults(name), self._whole(name, data) as temporary:

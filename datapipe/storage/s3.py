@@ -75,7 +75,7 @@ class S3Store(Store):
     def size(self, name: str) -> int:
         return self._try(lambda: self._client.head_object(**self._target(name)), name)["ContentLength"]
 
-    def list(self, prefix: str = "") -> Iterator[Entry]:
+    def list(self, prefix: str = "", *, enter: Callable[[str], bool] | None = None) -> Iterator[Entry]:
         skipped = len(self._key(""))
         given = {"Bucket": self.bucket, "Prefix": self._key(prefix)}
         while True:

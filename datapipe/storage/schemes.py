@@ -55,7 +55,7 @@ class SchemeStore(Store):
             raise self._absent(name)
         return int(facts["size"])
 
-    def list(self, prefix: str = "") -> Iterator[Entry]:
+    def list(self, prefix: str = "", *, enter: Callable[[str], bool] | None = None) -> Iterator[Entry]:
         root = self._path("").rstrip("/") + "/"
 
         def find() -> dict[str, Any]:

@@ -6,7 +6,7 @@ meets half an object. Every fault becomes a `StorageError` that names the addres
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,8 +71,10 @@ class Store(ABC):
         """Bytes of an object. Raises NotFoundError."""
 
     @abstractmethod
-    def list(self, prefix: str = "") -> Iterator[Entry]:
+    def list(self, prefix: str = "", *, enter: Callable[[str], bool] | None = None) -> Iterator[Entry]:
         """Everything below whose name starts with `prefix`, sorted by name, as it is found.
+
+        Folders of which `enter` says False need not be looked into; stores that know no folders list them all the same.
 
         Raises NotFoundError where the folder or bucket itself is missing; an S3 prefix without objects is just empty.
         """

@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.addresses import RAY_API_SERVER_ADDRESS, SUBMIT, dashboard_of
 from cluster.in_job import refuse_relative
-from cluster.ray_token import MODE, WITH_TOKEN, refused, show_token
+from cluster.ray_token import MODE, WITH_TOKEN, refuse_mode_without_token, refused, show_token
 from datapipe.errors import ClusterError
 from training import config as recipes
 from training.config import RunConfig
@@ -99,16 +99,16 @@ def _client(address: str | None) -> tuple[Any, bool]:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    with _reached(address), _only(dashboard_of(address)) as url:
-        try:
-            return JobSubmissionClient(url), False
-        except AuthenticationError as error:
-            if not show_token():
-                raise refused(url) from error
-        try:
-            return JobSubmissionClient(url), True
-        except AuthenticationError as error:
-            raise refused(url) from error
+    refuse_mode_without_token()
+    with _reached(address):
+        for shown in (False, True):
+            try:
+                with _only(dashboard_of(address)) as url:
+                    return JobSubmissionClient(url), shown
+            except AuthenticationError as error:
+                if shown or not show_token():
+                    raise refused(address or "this machine") from error
+    raise AssertionError("the second round returns or raises")
 
 
 @contextmanager

@@ -42,16 +42,19 @@ def private_token(folder: str) -> Iterator[None]:
 def show_token() -> bool:
     """Send the user's token from now on, unless RAY_AUTH_MODE says whether to; True where that has changed something.
 
-    A cluster that asks for none takes no notice of it. Raises ClusterError where a token is to be sent and there is
-    none: Ray would abort this process.
+    A cluster that asks for none takes no notice of it.
     """
-    mode, there = os.environ.get(MODE, ""), _has_token()
-    if mode.lower() == WITH_TOKEN and not there:
-        raise ClusterError(f"{MODE}={mode}, and there is no token here", hint=HINT)
-    if mode or not there:
+    if os.environ.get(MODE) or not _has_token():
         return False
     _set({MODE: WITH_TOKEN})
     return True
+
+
+def refuse_mode_without_token() -> None:
+    """Raises ClusterError where a token is to be sent and there is none: Ray would abort this process."""
+    mode = os.environ.get(MODE, "")
+    if mode.lower() == WITH_TOKEN and not _has_token():
+        raise ClusterError(f"{MODE}={mode}, and there is no token here", hint=HINT)
 
 
 def refused(where: str) -> ClusterError:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cluster.addresses import JOIN, head_of
-from cluster.ray_token import private_token, refused, show_token
+from cluster.ray_token import private_token, refuse_mode_without_token, refused, show_token
 from cluster.scratch import scratch_folder
 from datapipe.errors import ClusterError, UserError
 from training.engine.launchers import stay_on_loopback
@@ -97,6 +97,7 @@ def _on_loopback() -> Iterator[str]:
 def _join(address: str) -> None:
     import ray
 
+    refuse_mode_without_token()
     show_token()
     if _refuses_token(address):
         raise refused(address)

@@ -13,7 +13,7 @@ import simplejpeg
 from PIL import Image
 
 from datapipe.formats import FORMATS
-from datapipe.photometric import View
+from datapipe.view_spec import View
 
 ROOM_BYTES = 16 << 20
 """Decoded images that a thread holds at a time; pages that are never needed are never touched."""

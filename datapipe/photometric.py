@@ -5,7 +5,6 @@ gets, with which arguments, is decided for a whole batch at a time from numbers 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
 from typing import Any
@@ -15,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datapipe import boxes
-from datapipe.config import JitterConfig, Range, Size
+from datapipe.config import JitterConfig, Size
 from datapipe.randomness import Floats, to_normal
+from datapipe.view_spec import Photometric, View
 
-View = NDArray[np.uint8]
 Step = tuple[Callable[[View, Any], None], Any]
 """An operation and its argument."""
 
@@ -31,22 +30,6 @@ _LEVELS = np.arange(256, dtype=np.float32)
 _SIGMA_STEPS = 256  # kernels are kept for multiples of 1/256 pixel: to make one takes as long as to apply it
 _ORDERS = tuple(permutations(range(4)))
 _TRUNCATE = -0.499  # PIL cuts fractions off, cv2 rounds them: round(x - 0.499) is floor(x) but for the last thousandth
-
-
-@dataclass(frozen=True)
-class Photometric:
-    """What may happen to the colours of one view, in this order: jitter, grey, blur, solarise, erase.
-
-    The plain floats are probabilities; `blur_sigma` is in pixels of the view, `erase_area` a share of it.
-    """
-
-    jitter: JitterConfig = JitterConfig(probability=0.0)
-    grey: float = 0.0
-    blur: float = 0.0
-    solarise: float = 0.0
-    erase: float = 0.0
-    blur_sigma: Range = (0.1, 2.0)
-    erase_area: Range = (0.02, 0.3)
 
 
 def numbers_needed(photometric: Photometric) -> dict[str, int]:

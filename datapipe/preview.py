@@ -15,10 +15,10 @@ from datapipe.errors import ConfigError
 from datapipe.manifest import Manifest
 from datapipe.masking import draw_masks
 from datapipe.order import Order
-from datapipe.photometric import View
 from datapipe.randomness import Ints
 from datapipe.stream import Stream
-from datapipe.views import ViewSpec, make_views
+from datapipe.view_spec import View, ViewSpec
+from datapipe.views import make_views
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 CROP_SIZE = 192, 96

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datapipe.loader import Batch, Intake
+from datapipe.batch import Batch, Intake
 from tests.golden import golden, group
 from training.assembly import Portion, portion
 from training.backbone import BackboneConfig

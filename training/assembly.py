@@ -1,25 +1,24 @@
-"""Where settings become objects: each is made here, by one function, from the recipe and what it needs."""
+"""Where settings become objects: each is made here, by one function, from the recipe and what it needs.
+
+What reads data sets is imported where it is used: a method, its stepper and a batch of noise need no library for data.
+"""
 
 import math
 import tomllib
 from contextlib import closing
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from datapipe.data import Data, load_data
+from datapipe.batch import Batch
 from datapipe.errors import ConfigError, DataError
 from datapipe.identities import IdentityOrder, numbered
-from datapipe.loader import Batch, Loader
 from datapipe.masking import draw_masks
-from datapipe.mixed_stream import MixedStream
 from datapipe.order import SampleOrder
-from datapipe.preview import TrainingViews
 from datapipe.randomness import Ints, words
-from datapipe.stream import Stream
-from datapipe.views import ViewSpec
+from datapipe.view_spec import ViewSpec
 from training import checkpoint, methods
 from training import config as recipes
 from training.config import RunConfig
@@ -31,6 +30,13 @@ from training.engine.world import World
 from training.initial_weights import refuse_missing, start_from
 from training.methods.base import ByIdentity, Method, refuse_fp16_on_cpu
 from training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from datapipe.data import Data
+    from datapipe.loader import Loader
+    from datapipe.mixed_stream import MixedStream
+    from datapipe.preview import TrainingViews
+    from datapipe.stream import Stream
 
 FREE_TO_CHANGE = ("out", "storage", "engine", "checkpoints", "cluster", "evaluation.data", "evaluation.every_epochs",
                   "evaluation.scoring.embed_batch", "optimisation.micro_batch", "backbone.checkpoint_blocks",
@@ -103,8 +109,10 @@ def view_spec(config: RunConfig) -> ViewSpec:
     return methods.METHODS[config.method.name].views(config.method, config.views, config.backbone)
 
 
-def training_views(config: RunConfig) -> TrainingViews:
+def training_views(config: RunConfig) -> "TrainingViews":
     """The same with seed and order, for `python -m datapipe preview`."""
+    from datapipe.preview import TrainingViews
+
     return TrainingViews(view_spec(config), config.seed, config.stream.block, config.stream.window)
 
 
@@ -126,7 +134,9 @@ def deepspeed_json(config: RunConfig, world: World, share: Portion) -> dict[str,
     return derive_json(config.engine, rows=share.rows, micro=share.micro, world=world.size)
 
 
-def make_loader(config: RunConfig, data: Data, world: World, share: Portion) -> Loader:
+def make_loader(config: RunConfig, data: "Data", world: World, share: Portion) -> "Loader":
+    from datapipe.loader import Loader
+
     stream = data.stream(config.storage, config.stream)
     return Loader(
         stream,
@@ -145,7 +155,7 @@ def make_loader(config: RunConfig, data: Data, world: World, share: Portion) -> 
     )
 
 
-def order_of(config: RunConfig, data: Data, stream: Stream | MixedStream) -> SampleOrder:
+def order_of(config: RunConfig, data: "Data", stream: "Stream | MixedStream") -> SampleOrder:
     """Which sample comes when. Raises DataError where there are too few identities for a batch of them."""
     sampling = sampling_of(config)
     if sampling is None:
@@ -173,7 +183,7 @@ def sampling_of(config: RunConfig) -> ByIdentity | None:
     return sampling
 
 
-def resolved(config: RunConfig, data: Data) -> RunConfig:
+def resolved(config: RunConfig, data: "Data") -> RunConfig:
     """The recipe with what only the data tells: for methods that learn from identities how many there are, and how
     long an epoch is, as the reference's sampler has it (TransReID `datasets/sampler.py`).
 
@@ -233,11 +243,13 @@ def refuse_unsuited(config: RunConfig, device: torch.device) -> None:
         )
 
 
-def check(config: RunConfig) -> Data:
+def check(config: RunConfig) -> "Data":
     """Everything that can be refused before processes start: settings, data, an older run in the same folder.
 
     Raises ConfigError, DataError or StorageError.
     """
+    from datapipe.data import load_data
+
     data = load_data(config.stream, config.storage)
     config = resolved(config, data)
     clock_of(config, data.rows)
@@ -271,7 +283,7 @@ def _refuse_other_settings(config: RunConfig, folder: RunFolder) -> None:
         )
 
 
-def _refuse_other_data(folder: RunFolder, data: Data) -> None:
+def _refuse_other_data(folder: RunFolder, data: "Data") -> None:
     store = folder.at("checkpoints")
     for name in reversed(checkpoint.complete(store)):
         try:

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datapipe.batch import Batch
 from datapipe.config import Statistics
-from datapipe.loader import Batch
 from training.methods.base import Views
 from training.transfer import to_device
 from training.weights import Triple

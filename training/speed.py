@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
-from datapipe.loader import Intake
+from datapipe.batch import Intake
 from training.engine.devices import slow_precision
 from training.engine.world import World
 from training.methods.base import Precision

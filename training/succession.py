@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+from datapipe.batch import Batch
 from datapipe.data import Data
-from datapipe.loader import Batch, Loader
+from datapipe.loader import Loader
 from training.checkpoint import Checkpoints
 from training.engine.world import World
 from training.provenance import environment

@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Callable
 
-from datapipe.loader import Batch
+from datapipe.batch import Batch
 from training.config import RunConfig
 from training.engine.pace import Pace, Share
 from training.engine.stepper import Result

@@ -9,14 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datapipe.batch import Batch, Intake
 from datapipe.config import JitterConfig, StorageConfig, StreamConfig, ViewConfig
 from datapipe.errors import DataError
-from datapipe.loader import FEWEST_ROWS, Batch, Intake, Loader, rows_of_a_piece
+from datapipe.loader import FEWEST_ROWS, Loader, rows_of_a_piece
 from datapipe.manifest import Manifest
 from datapipe.masking import MaskConfig, MaskLaw, draw_masks
 from datapipe.order import Order
 from datapipe.stream import Stream
-from datapipe.views import RegionLaw, ViewSpec, make_views, multi_crop, regions
+from datapipe.view_spec import RegionLaw, ViewSpec, multi_crop, regions
+from datapipe.views import make_views
 from tests.datapipe import crop_set
 from tests.datapipe.crop_set import CropSet
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from datapipe.batch import Batch
 from datapipe.config import StorageConfig, StreamConfig
-from datapipe.loader import Batch, Loader
+from datapipe.loader import Loader
 from datapipe.manifest import Manifest
 from datapipe.order import Order
 from datapipe.stream import Stream

@@ -9,9 +9,8 @@ from datapipe.config import StorageConfig, StreamConfig
 from datapipe.loader import Loader
 from datapipe.manifest import Manifest
 from datapipe.order import Order
-from datapipe.photometric import Photometric
 from datapipe.stream import Stream
-from datapipe.views import ViewGroup, ViewSpec
+from datapipe.view_spec import Photometric, ViewGroup, ViewSpec
 from tests.datapipe import crop_set
 
 ROWS, BATCH, NODES = 480, 48, (0, 0, 1, 1)

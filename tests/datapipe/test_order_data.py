@@ -17,7 +17,7 @@ from datapipe.mixed_stream import LABELS_APART, MixedStream
 from datapipe.order import Order
 from datapipe.select import select
 from datapipe.storage import open_store
-from datapipe.views import multi_crop
+from datapipe.view_spec import multi_crop
 from tests.datapipe import crop_set
 from tests.datapipe.crop_set import CropSet
 

@@ -15,8 +15,9 @@ from scipy import stats
 
 from datapipe import boxes, photometric
 from datapipe.config import JitterConfig
-from datapipe.photometric import Photometric, numbers_needed, plan
+from datapipe.photometric import numbers_needed, plan
 from datapipe.randomness import draw
+from datapipe.view_spec import Photometric
 
 
 def pictures() -> list[np.ndarray]:

@@ -13,7 +13,8 @@ from datapipe.errors import ConfigError, NotFoundError
 from datapipe.masking import MaskConfig, MaskLaw, draw_masks
 from datapipe.order import Order
 from datapipe.preview import OUTLINES, contact_sheet, view_sheet
-from datapipe.views import RegionLaw, make_views, multi_crop, regions
+from datapipe.view_spec import RegionLaw, multi_crop, regions
+from datapipe.views import make_views
 from tests.datapipe import crop_set
 from tests.datapipe.crop_set import CropSet
 

@@ -8,7 +8,8 @@ from datapipe import boxes as cuts
 from datapipe.config import ViewConfig
 from datapipe.decoding import decode
 from datapipe.masking import MaskConfig, MaskLaw
-from datapipe.views import RegionLaw, ViewSpec, make_views, regions
+from datapipe.view_spec import RegionLaw, ViewSpec, regions
+from datapipe.views import make_views
 from tests.datapipe.crop_set import jpegs
 
 SIZE = (32, 16)

@@ -16,9 +16,9 @@ from scipy import stats
 from datapipe import boxes
 from datapipe.config import JitterConfig, ViewConfig
 from datapipe.decoding import decode
-from datapipe.photometric import Photometric
 from datapipe.randomness import draw
-from datapipe.views import ViewGroup, ViewSpec, make_views, multi_crop, padded
+from datapipe.view_spec import Photometric, ViewGroup, ViewSpec, multi_crop, padded
+from datapipe.views import make_views
 from tests.datapipe.crop_set import jpegs
 
 BANDS = ((0.0, 0.5),) * 3 + ((0.25, 0.75),) * 3 + ((0.5, 1.0),) * 3

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 import training.placing
-from datapipe.loader import Batch
+from datapipe.batch import Batch
 from training.methods.base import Views
 
 HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from datapipe.loader import Batch
+from datapipe.batch import Batch
 from tests.training.tiny_recipe import tiny
 from training.assembly import _pinned, fake_batch, portion, view_spec
 from training.losses import hidden_numbers

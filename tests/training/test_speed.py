@@ -2,7 +2,7 @@
 
 import pytest
 
-from datapipe.loader import Intake
+from datapipe.batch import Intake
 from tests.ranks import run_ranks
 from training import speed
 from training.engine.world import World

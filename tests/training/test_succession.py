@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from datapipe.batch import Batch, Intake
 from datapipe.config import RemoveConfig, StorageConfig, StreamConfig
 from datapipe.data import load_data
-from datapipe.loader import Batch, Intake, Loader
+from datapipe.loader import Loader
 from datapipe.manifest import Manifest
 from datapipe.order import Order
 from datapipe.remove import remove

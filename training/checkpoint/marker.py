@@ -33,7 +33,8 @@ class Fragment(NamedTuple):
     offset: int
     """Place of the first byte in the file."""
     xxh3: str
-    """Of its bytes, 128 bits: quick, against accidents."""
+    """Of its bytes, 128 bits: quick, against accidents. Another kind, where it has to be, has its name in front
+    (`digest.py`)."""
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
-import xxhash
 
+from training.checkpoint.digest import digest_of
 from training.checkpoint.marker import File, Form, Fragment
 from training.engine.pieces import Piece
 
@@ -55,7 +55,7 @@ class Part:
     def file(self, name: str) -> File:
         """Its entry in the marker under this name. Reads all of it twice, for hashes of the fragments and the whole."""
         fragments = tuple(
-            Fragment(place.key, place.start, place.numel, place.offset, xxhash.xxh3_128_hexdigest(self._bytes(place)))
+            Fragment(place.key, place.start, place.numel, place.offset, digest_of(self._bytes(place)))
             for place in self.places
         )
         return File(name, len(self.content), hashlib.sha256(self.content).hexdigest(), fragments)

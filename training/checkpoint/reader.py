@@ -7,12 +7,12 @@ from itertools import chain, groupby
 from typing import NamedTuple
 
 import torch
-import xxhash
 from torch import Tensor, nn
 
 from datapipe.ahead import in_order
 from datapipe.errors import DataError, NotFoundError
 from datapipe.storage import Store, is_remote
+from training.checkpoint.digest import matches
 from training.checkpoint.marker import File, Form, Fragment, Marker, complete, read_marker
 from training.checkpoint.part import TYPES
 from training.engine.pieces import Piece, whole
@@ -159,7 +159,7 @@ class Reader:
         for copy in stretch:
             begin = copy.fragment.offset - start
             data = content[begin : begin + copy.bytes]
-            if xxhash.xxh3_128_hexdigest(data) != copy.fragment.xxh3:
+            if not matches(data, copy.fragment.xxh3):
                 raise DataError(f"the checksum of {copy.fragment.key} is wrong", where=self.store.address(path),
                                 hint=HINT)  # fmt: skip
             self._place(copy, data)

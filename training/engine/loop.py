@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from datapipe.loader import Batch, Intake
+from datapipe.batch import Batch, Intake
 from training import ema
 from training.checkpoint import Checkpoints
 from training.config import OptimisationConfig

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from datapipe.config import ViewConfig
 from datapipe.errors import ConfigError
-from datapipe.views import ViewSpec
+from datapipe.view_spec import ViewSpec
 from training.backbone import BackboneConfig, VisionTransformer
 
 Precision = Literal["fp32", "bf16", "fp16"]

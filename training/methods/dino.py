@@ -12,7 +12,7 @@ from torch import nn
 
 from datapipe.config import ViewConfig
 from datapipe.settings import settings
-from datapipe.views import ViewSpec, multi_crop
+from datapipe.view_spec import ViewSpec, multi_crop
 from training.backbone import BackboneConfig, VisionTransformer
 from training.heads import DinoHead
 from training.methods.base import Outcome, Precision, Progress, Views, at_least_float32, full, lowered

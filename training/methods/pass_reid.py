@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from datapipe.config import Range, ViewConfig
 from datapipe.settings import settings
-from datapipe.views import ViewSpec, multi_crop
+from datapipe.view_spec import ViewSpec, multi_crop
 from training.backbone import BackboneConfig, VisionTransformer
 from training.heads import TokenHeads
 from training.losses import entropy

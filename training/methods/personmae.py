@@ -23,7 +23,7 @@ from datapipe.config import Range, ViewConfig
 from datapipe.errors import ConfigError
 from datapipe.masking import MaskConfig, MaskLaw
 from datapipe.settings import settings
-from datapipe.views import RegionLaw, ViewSpec, regions
+from datapipe.view_spec import RegionLaw, ViewSpec, regions
 from training import positions, reconstruction
 from training.backbone import BackboneConfig, VisionTransformer, keep_masks, on_device
 from training.decoders import Decoder

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from datapipe.config import ViewConfig
 from datapipe.masking import MaskConfig, MaskLaw
 from datapipe.settings import settings
-from datapipe.views import ViewSpec, multi_crop
+from datapipe.view_spec import ViewSpec, multi_crop
 from training.backbone import BackboneConfig, VisionTransformer
 from training.heads import HeadConfig, MaskedHead
 from training.losses import entropy, hidden_numbers, hidden_patch_cross_entropies, mean_over_hidden

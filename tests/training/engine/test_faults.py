@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import training.pretrain
+from datapipe.batch import Batch
 from datapipe.errors import DataError
-from datapipe.loader import Batch
 from tests.flow.tiny import final_state, recipe, shards
 from tests.ranks import run_ranks
 from training import config as recipes

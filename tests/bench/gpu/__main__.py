@@ -1,0 +1,58 @@
+"""`python -m tests.bench.gpu`: every shipped recipe on one GPU, without data, in at most ten minutes.
+
+For each recipe: the first three float32 losses beside the CPU's; one step in bf16 and one in fp16; a checkpoint, and
+the step after it done again from it; images per second, milliseconds and peak memory of its micro-batch, beside the
+calculated peak. Small recipes come first; what the time is too short for is left out, and said. Exit code 1 where a
+check fails, 2 where nothing can be tried.
+"""
+
+import argparse
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+NEEDED = ("torch", "torchvision", "timm", "pydantic", "tyro")
+
+
+def main() -> int:
+    """Exit code."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        return _refused(f"not installed: {', '.join(missing)}", "pip install torch timm pydantic tyro")
+    import torch
+
+    if not torch.cuda.is_available():
+        hint = "run it where nvidia-smi lists one, with a PyTorch for CUDA and for its driver"
+        return _refused(f"PyTorch {torch.__version__} sees no GPU", hint)
+    from tests.bench.gpu.run import tried
+    from tests.bench.gpu.settings import recipes
+
+    arguments = _arguments(recipes())
+    torch.set_num_threads(arguments.threads)
+    report = tried(arguments.recipes or recipes(), minutes=arguments.minutes, tiny=arguments.tiny, out=arguments.out)
+    print(f"\n{report}\n\nwritten to {arguments.out}")
+    return 1 if report.failed else 0
+
+
+def _refused(what: str, hint: str) -> int:
+    print(f"error: {what}\n  try: {hint}", file=sys.stderr)
+    return 2
+
+
+def _arguments(known: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.gpu", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--recipes", nargs="+", metavar="NAME", choices=known, help=f"some of {', '.join(known)}")
+    parser.add_argument("--minutes", type=float, default=10.0, help="time for all of it (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("bench_gpu.json"), help="JSON file (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (default: all)")
+    parser.add_argument("--tiny", action="store_true", help="narrow models on small images: tries the bench itself")
+    arguments = parser.parse_args()
+    if not arguments.minutes > 0 or arguments.threads < 1:
+        parser.error("--minutes and --threads must be positive")
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""What is asked of one recipe on a GPU: four checks, each with figures, bounds and a verdict."""
+
+import gc
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from datapipe.storage import open_store
+from tests.bench.gpu.settings import full, small
+from tests.bench.gpu.trial import Trial
+from training.assembly import build_method
+from training.config import RunConfig
+from training.memory import Census, calculate
+from training.methods.base import Method, Precision
+
+STEPS, SAVED_AFTER = 3, 2
+"""Steps beside the CPU's, and those after which the checkpoint is saved that the last step is done again from."""
+FIRST, LATER = 1e-5, 1e-4
+"""How far the GPU's float32 loss may be from the CPU's, as a share of it: before anything is learnt, and after, when
+rounding has moved the weights apart, too."""
+LOWERED = 0.05
+"""How far the loss of a lowered precision may be from float32's."""
+RESUMED_LOSS, RESUMED_WEIGHTS = 1e-6, 1e-5
+"""How far the step after a resume may be from the same step without: of the loss, and of the norm of all parameters.
+Not 0, as gradients that a GPU adds up in no fixed order differ in their last bits."""
+ABOVE, BELOW = 0.15, 0.3
+"""How far the measured peak may be above or below the calculated one, as shares of it."""
+WORKSPACES = 128 << 20
+"""Bytes beyond that, of cuBLAS; what is calculated is tensors alone."""
+WARM_UP, TIMED = 3, 8
+"""Steps before rate and memory are measured, and steps that are."""
+GB = 1e9
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@dataclass
+class Check:
+    """One check of one recipe."""
+
+    passed: bool | None
+    """None: it was left out."""
+    why: str = ""
+    """What failed, or why it was left out."""
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+class Subject:
+    """A recipe, ready to be tried."""
+
+    def __init__(self, name: str, config: RunConfig, sizes: Census) -> None:
+        self.name, self.config, self.sizes = name, config, sizes
+
+    @cached_property
+    def initial(self) -> Method:
+        """The method as a run starts with it, in host memory; never changed."""
+        return build_method(self.config)
+
+
+class Finished(NamedTuple):
+    """What the steps on the GPU came to, and where they can be gone on from."""
+
+    losses: list[float]
+    state: dict[str, torch.Tensor]
+    folder: Path
+
+
+def beside_the_cpu(of: Subject, folder: Path) -> tuple[Check, Finished]:
+    """The first float32 losses on both devices, from the same weights and batches. Leaves a checkpoint in `folder`."""
+    config = small(of.config)
+    here = Trial(config, of.initial, CPU, precision="fp32")
+    here.until(STEPS)
+    with _full_float32():
+        there = Trial(config, of.initial, GPU, precision="fp32", store=open_store(str(folder)))
+        there.until(SAVED_AFTER, save=True)
+        there.until(STEPS)
+    return _compared(there.losses, here.losses), Finished(there.losses, there.state(), folder)
+
+
+def resumed(of: Subject, finished: Finished) -> Check:
+    """The last of these steps again, from the checkpoint, in a fresh method and stepper."""
+    again = Trial(small(of.config), of.initial, GPU, precision="fp32", store=open_store(str(finished.folder)))
+    with _full_float32():
+        again.resume()
+        again.until(STEPS)
+    mine, expected = again.state(), finished.state
+    same = again.losses == finished.losses[-1:] and all(torch.equal(mine[name], expected[name]) for name in expected)
+    off = _apart(again.losses[0], finished.losses[-1])
+    moved = _norm(mine[name].double() - value.double() for name, value in expected.items())
+    apart = moved / _norm(value.double() for value in expected.values())
+    passed = off <= RESUMED_LOSS and apart <= RESUMED_WEIGHTS
+    figures = {"identical": same, "loss_off": off, "weights_off": apart, "bounds": [RESUMED_LOSS, RESUMED_WEIGHTS]}
+    return Check(passed, "" if passed else f"loss {off:.1e}, weights {apart:.1e} off", figures)
+
+
+def _compared(losses: list[float], expected: list[float]) -> Check:
+    off = [_apart(one, other) for one, other in zip(losses, expected, strict=True)]
+    bounds = [FIRST] + [LATER] * (len(off) - 1)
+    wrong = [step for step, (found, bound) in enumerate(zip(off, bounds, strict=True), 1) if not found <= bound]
+    why = f"step {wrong[0]}: {off[wrong[0] - 1]:.1e} off" if wrong else ""
+    return Check(not wrong, why, {"gpu": losses, "cpu": expected, "off": off, "bounds": bounds})
+
+
+def lowered(of: Subject, precision: Precision, expected: float) -> Check:
+    """One step under autocast. `expected`: the first loss in float32."""
+    if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return Check(None, "this GPU has no bf16")
+    trial = Trial(small(of.config), of.initial, GPU, precision=precision)
+    trial.until(1)  # raises NotFinite
+    off, scale = _apart(trial.losses[0], expected), trial.run.stepper.scale
+    figures = {"loss": trial.losses[0], "off": off, "bound": LOWERED, "scale": scale.value if scale else 1.0}
+    return Check(off <= LOWERED, "" if off <= LOWERED else f"{off:.1e} off", figures)
+
+
+def speed(of: Subject) -> Check:
+    """Rate and memory of the recipe's micro-batch in its own precision, a micro-batch a step, in one process."""
+    total = torch.cuda.get_device_properties(GPU).total_memory
+    config = full(of.name, of.config, of.sizes, total)
+    need = calculate(config, of.sizes, world=1, cuda=True)
+    trial = Trial(config, of.initial, GPU, precision=config.optimisation.precision)
+    trial.until(WARM_UP)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    events = [_event()]
+    trial.each_step = lambda: events.append(_event())
+    trial.until(WARM_UP + TIMED)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    bounds = [(1 - BELOW) * need.peak, (1 + ABOVE) * need.peak + WORKSPACES]
+    each = [one.elapsed_time(other) for one, other in zip(events, events[1:], strict=False)]
+    milliseconds, images = statistics.median(each), config.optimisation.batch
+    figures = {
+        "precision": config.optimisation.precision, "images": images, "ms": milliseconds, "slowest_ms": max(each),
+        "images_per_s": 1_000 * images / milliseconds, "peak": peak, "calculated": need.peak, "needed": need.needed,
+        "moments": need.moments, "reserved": torch.cuda.max_memory_reserved(), "bounds": bounds,
+        "share_of_recipe": images / of.config.optimisation.micro_batch,
+    }  # fmt: skip
+    passed = bounds[0] <= peak <= bounds[1]
+    why = f"peak of {peak / GB:.2f} GB, calculated {need.peak / GB:.2f}"
+    return Check(passed, "" if passed else why, figures)
+
+
+def forget() -> None:
+    """Give the GPU's memory back."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """No TF32, in products and convolutions alike."""
+    places = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [place.allow_tf32 for place in places]
+    for place in places:
+        place.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.allow_tf32 = value
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _apart(one: float, other: float) -> float:
+    return abs(one - other) / abs(other)
+
+
+def _norm(values: Iterator[torch.Tensor]) -> float:
+    return sum(float((value * value).sum()) for value in values) ** 0.5

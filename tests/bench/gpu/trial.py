@@ -1,0 +1,130 @@
+"""A recipe's own loop on one device over batches of noise: stepper, placing, checkpoints and EMA as in training."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from datapipe.batch import Batch, Intake
+from datapipe.storage import Store
+from training.assembly import clock_of, fake_batch, make_stepper, portion, view_spec
+from training.checkpoint import Checkpoints
+from training.config import RunConfig
+from training.engine.faults import Faults, describe
+from training.engine.host import LocalHost
+from training.engine.loop import Run, Segment, train
+from training.engine.stepper import Result
+from training.engine.stop import Stop
+from training.engine.world import World
+from training.methods.base import Method, Precision, Progress
+from training.placing import Place
+
+DISTINCT = 3
+"""Batches of noise that are made; they come in turn."""
+
+
+class NotFinite(Exception):
+    """A loss or a gradient that is not finite, which no loss scale mends."""
+
+
+class Refusing(Faults):
+    """Ends the run at the first step that is not finite: there is nothing to go back to."""
+
+    def __init__(self) -> None:
+        """No run folder, no other ranks."""
+
+    def handle(self, progress: Progress, batch: Batch, result: Result, names: list[str]) -> None:
+        raise NotFinite(f"step {progress.step + 1}: {describe(result, names)}")
+
+
+class Noise:
+    """A loader of noise: the same batches on every device, a function of the recipe's seed and the step."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self.intake = Intake()
+        self._config, self._pinned = config, device.type == "cuda"
+        self._share = portion(config.optimisation.batch, config.optimisation.micro_batch, 1)
+        self._made: Callable[[int], Batch] = lru_cache(maxsize=DISTINCT)(self._make)
+
+    def after(self, position: int, until: int) -> Iterator[Batch]:
+        """Batches from there on, as `datapipe.loader.Loader.after` gives them."""
+        size = self._config.optimisation.batch
+        for start in range(position, until, size):
+            places = np.arange(start, start + size)
+            made = self._made(start // size % DISTINCT)
+            yield replace(made, start=start, after=start + size, position=places, sample=places)
+
+    def _make(self, number: int) -> Batch:
+        config = replace(self._config, seed=self._config.seed + number)
+        batch = fake_batch(view_spec(config), self._share, config)
+        return replace(batch, views={name: self._placed(pixels) for name, pixels in batch.views.items()})
+
+    def _placed(self, pixels: np.ndarray) -> np.ndarray:
+        """In page-locked memory where there is a GPU, as the loader's slots are."""
+        return torch.from_numpy(pixels).pin_memory().numpy() if self._pinned else pixels
+
+
+class Trial:
+    """The run of one recipe, whose batches are one micro-batch each, so far as it has come."""
+
+    def __init__(
+        self, config: RunConfig, initial: Method, device: torch.device, *, precision: Precision,
+        store: Store | None = None,
+    ) -> None:
+        """`initial` stays as it is. `store`: where checkpoints go; None: nowhere."""
+        optimisation = replace(config.optimisation, precision=precision)
+        config = replace(config, optimisation=optimisation)
+        world = World(device=device)
+        self.losses: list[float] = []
+        self.each_step: Callable[[], None] = lambda: None
+        """Called after each step, when all of it has been launched."""
+        self.batch, self.position = optimisation.batch, 0
+        self.method = copy.deepcopy(initial).to(device)
+        self.method.precision = precision
+        share = portion(optimisation.batch, optimisation.micro_batch, 1)
+        host = LocalHost()
+        checkpoints = None if store is None else Checkpoints(
+            store, config.checkpoints, world, about=_about(config), say=_silent
+        )  # fmt: skip
+        self.run = Run(
+            method=self.method, stepper=make_stepper(config, self.method, world, share), loader=Noise(config, device),
+            place=Place(device, config.views.statistics), clock=clock_of(config, 0), optimisation=optimisation,
+            micro_batch=share.micro, checkpoints=checkpoints, stop=Stop(host, world, checkpoints), host=host,
+            faults=Refusing(), watch=self._note,
+        )  # fmt: skip
+
+    def until(self, step: int, *, save: bool = False) -> None:
+        """So many steps in all, by `loop.train`; its end is saved where that is asked for."""
+        kept = self.run.checkpoints
+        self.run.checkpoints = kept if save else None
+        self.position, _ = train(self.run, Segment(step * self.batch), position=self.position)
+        self.run.checkpoints = kept
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint in the store, and from nothing that is here."""
+        assert self.run.checkpoints is not None
+        with torch.no_grad():
+            for value in self.method.state_dict().values():
+                value.zero_()
+        self.position, found = self.run.checkpoints.restore(self.run.stepper)
+        assert found is not None, "the checkpoint was not found"
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers, in host memory."""
+        return {name: value.detach().cpu().clone() for name, value in self.method.state_dict().items()}
+
+    def _note(self, progress: Progress, batch: Batch, result: Result) -> None:
+        self.losses.append(result.loss)
+        self.each_step()
+
+
+def _about(config: RunConfig) -> dict[str, object]:
+    """What a checkpoint says of a run that has no data set."""
+    return {"manifest": "noise", "manifest_rows": 0, "seed": config.seed, "batch": config.optimisation.batch}
+
+
+def _silent(line: str) -> None:
+    """Nobody watches."""

@@ -1,0 +1,65 @@
+"""The bench of a GPU, on one that is not there: all its checks, from nothing but the packages that it says it needs."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.bench.gpu.__main__ import NEEDED
+from tests.bench.gpu.checks import Check
+from tests.bench.gpu.result import CHECKS
+from tests.bench.gpu.run import Session
+from tests.golden import ROOT
+from tests.null_gpu.build import environment, missing
+
+RECIPES = ("personmae_vits", "supervised", "pass_vits")
+ALONE = ("-m", "tests.only_packages", ",".join(NEEDED))
+
+
+def run(words: tuple[str, ...], where: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], cwd=where, env={**variables, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=600)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_bench__passes_on_a_gpu_that_computes_as_the_cpu_does(tmp_path: Path) -> None:
+    if lacking := missing():
+        pytest.skip(f"null GPU absent: {lacking}")
+    flags = ("--tiny", "--threads", "1", "--out", "found.json", "--recipes", *RECIPES)
+    done = run((*ALONE, "tests.null_gpu.inside", "tests.bench.gpu", *flags), tmp_path, environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["about"]["gpu"] == "Null H100" and not found["failed"] and not found["left_out"]
+    assert sorted(found["recipes"]) == sorted(RECIPES)
+    for name, checks in found["recipes"].items():
+        assert tuple(checks) == CHECKS and name in done.stdout
+        figures = {kind: check["figures"] for kind, check in checks.items()}
+        assert figures["fp32"]["gpu"] == figures["fp32"]["cpu"] and len(set(figures["fp32"]["gpu"])) == 3
+        assert figures["resume"]["identical"]
+        assert all(math.isfinite(figures[precision]["loss"]) for precision in ("bf16", "fp16"))
+        assert figures["speed"]["peak"] > 0 and figures["speed"]["images_per_s"] > 0
+
+
+def test_bench__says_in_one_error_that_there_is_no_gpu(tmp_path: Path) -> None:
+    done = run((*ALONE, "tests.bench.gpu"), tmp_path, {**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
+    first, second = done.stderr.splitlines()
+    assert first.startswith("error: PyTorch") and first.endswith("sees no GPU") and "try:" in second
+
+
+def test_session__fails_what_raises_and_leaves_out_what_it_has_no_time_for(capsys: pytest.CaptureFixture[str]) -> None:
+    session = Session(minutes=1)
+
+    def broken() -> Check:
+        raise RuntimeError("no such kernel\nand more")
+
+    assert session.ask("fp32", 1.0, broken) == Check(False, "RuntimeError: no such kernel")
+    assert "Traceback" in capsys.readouterr().err
+    assert session.ask("speed", 1.0, lambda: Check(True)).passed
+    session._rates["speed"] = 61.0
+    assert session.ask("speed", 1.0, lambda: Check(True)) == Check(None, "no time left for it")
+    assert session.ask("speed", 0.5, lambda: Check(True)).passed

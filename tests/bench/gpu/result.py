@@ -18,9 +18,9 @@ CHECKS = ("fp32", "resume", "bf16", "fp16", "speed")
 HEAD = ("recipe", "fp32, off the CPU's", "resumed", "bf16 off", "fp16 off", "images", "images/s", "ms a step",
         "peak GB", "calculated", "all passed")  # fmt: skip
 BOUNDS = (
-    f"Bounds, as shares: losses {FIRST:.0e} off the CPU's (first step), {LATER:.0e} (later ones), {LOWERED:g} in lowered "
-    f"precision; after a resume {RESUMED_LOSS:.0e}, the weights {RESUMED_WEIGHTS:.0e}; memory {ABOVE:g} above and "
-    f"{BELOW:g} below the calculated. Times are medians between CUDA events; images: of one micro-batch."
+    f"Bounds, as shares: losses {FIRST:.0e} off the CPU's (first step), {LATER:.0e} (later ones), {LOWERED:g} in "
+    f"lowered precision; after a resume {RESUMED_LOSS:.0e}, the weights {RESUMED_WEIGHTS:.0e}; memory {ABOVE:g} above "
+    f"and {BELOW:g} below the calculated. Times are medians between CUDA events; images: of one micro-batch."
 )
 
 

@@ -1,0 +1,112 @@
+"""Whole commands on a GPU that is not there: losses and gradient norms are those of the CPU, to the last bit.
+
+Two cases by default, all of them with NULL_GPU_CASES=all (`make test-null-gpu`).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.flow.tiny import shards, step_records
+from tests.golden import ROOT
+from tests.null_gpu.build import HERE, environment, missing
+
+Write = Callable[..., dict[str, bytes]]
+
+TINY = (
+    "--stream.block", "4", "--stream.window", "3", "--stream.threads", "1", "--samples-per-epoch", "72",
+    "--optimisation.epochs", "1", "--optimisation.warmup-epochs", "0", "--optimisation.batch", "24",
+    "--optimisation.micro-batch", "12", "--optimisation.precision", "fp32", "--backbone.attention", "plain",
+    "--backbone.arch", "custom", "--backbone.size", "64", "32", "--backbone.patch", "8", "--backbone.width", "32",
+    "--backbone.depth", "2", "--backbone.heads", "2", "--backbone.drop-path", "0.1", "--engine.threads", "1",
+)  # fmt: skip
+HEADS = ("--method.head.out-dim", "64", "--method.head.hidden", "64", "--method.head.bottleneck", "16",
+         "--method.local-size", "32", "16", "--method.freeze-last-layer-epochs", "0")  # fmt: skip
+DECODERS = ("--method.decoder-depth", "1", "--method.pixel-width", "32", "--method.feature-width", "32",
+            "--method.decoder-heads", "2")  # fmt: skip
+PLAIN = ("--engine.stepper", "plain")
+Case = tuple[str, tuple[str, ...]]
+"""A recipe, and flags beside TINY."""
+ZERO: dict[str, Case] = {
+    f"zero_{stage}": ("pass_vits", (*HEADS, "--engine.stepper", "deepspeed", "--engine.zero-stage", str(stage)))
+    for stage in range(4)
+}
+CASES: dict[str, Case] = {
+    "pass": ("pass_vits", (*HEADS, *PLAIN)),
+    "dino": ("dino_vits", (*HEADS, *PLAIN)),
+    "personvit": ("personvit_vits", (*HEADS, *PLAIN)),
+    "personmae": ("personmae_vits", (*DECODERS, *PLAIN)),
+    "supervised": ("supervised", ("--optimisation.micro-batch", "24", *PLAIN)),
+    **ZERO,
+}
+USUAL = ("personvit", "zero_3")
+"""Masks that index on the device, and parameters that come and go."""
+CHOSEN = CASES if os.environ.get("NULL_GPU_CASES") == "all" else {name: CASES[name] for name in USUAL}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(missing()), reason=f"null GPU absent: {missing()}"),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, write_crops: Write) -> str:
+    """The address of 72 crops of 18 people."""
+    folder = tmp_path_factory.mktemp("null_gpu")
+    write_crops(folder / "crops", 72)
+    return shards(folder / "crops", str(folder / "shards")).url
+
+
+def started(words: Sequence[str], variables: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-m", *words], cwd=ROOT, env={**variables, "OMP_NUM_THREADS": "1"},
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+
+
+def ended_well(process: subprocess.Popen[str]) -> None:
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output[-4_000:]
+
+
+def numbers(run: Path) -> list[tuple[int, float, float]]:
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in step_records(run)]
+
+
+def device_of(run: Path) -> Any:
+    return json.loads((run / "environment.json").read_text())["device"]
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_run__has_the_numbers_of_the_cpu(name: str, data: str, tmp_path: Path) -> None:
+    recipe, flags = CASES[name]
+    words = ["training", "pretrain", recipe, *TINY, "--stream.manifest", data, *flags, "--out"]
+    here = started([*words, str(tmp_path / "cpu")], dict(os.environ))
+    there = started(["tests.null_gpu.inside", *words, str(tmp_path / "gpu")], environment())
+    ended_well(here)
+    ended_well(there)
+    assert device_of(tmp_path / "gpu") == "Null H100" != device_of(tmp_path / "cpu")
+    found = numbers(tmp_path / "gpu")
+    assert len(found) == 3
+    assert found == numbers(tmp_path / "cpu")
+
+
+@pytest.mark.skipif(CHOSEN is not CASES, reason="two GPUs under Ray: with NULL_GPU_CASES=all")
+def test_run__under_ray_on_two_gpus_has_the_numbers_of_two_cpus(data: str, tmp_path: Path) -> None:
+    recipe, flags = CASES["zero_1"]
+    words = ["cluster", "pretrain", recipe, *TINY, "--stream.manifest", data, *flags, "--cluster.max-workers", "2",
+             "--optimisation.micro-batch", "6", "--out"]  # fmt: skip
+    ended_well(started([*words, str(tmp_path / "cpu")], dict(os.environ)))
+    log = tmp_path / "nccl.log"
+    path = os.pathsep.join([str(HERE / "site"), str(ROOT)])
+    variables = {**environment(devices=2), "NULLCUDA_SHM": "1", "NULLCUDA_LOG": str(log), "PYTHONPATH": path}
+    ended_well(started([*words, str(tmp_path / "gpu")], variables))
+    assert device_of(tmp_path / "gpu") == "Null H100"
+    assert "rank 0 of 2" in log.read_text() and "rank 1 of 2" in log.read_text()
+    found = numbers(tmp_path / "gpu")
+    assert len(found) == 3
+    assert found == numbers(tmp_path / "cpu")

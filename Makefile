@@ -1,4 +1,5 @@
 # Every target can start from a fresh clone: Python 3.11 and the package registry are all it needs.
+# bench-gpu needs no registry either, but a GPU, and a Python that has torch, timm, pydantic and tyro.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,10 +9,13 @@ DEVICE ?=
 DEMO := demo
 FAULTS ?= 20
 SEED ?= 0
+FLAGS ?=
+# PYTHON where it was given, else that of .venv, else python3: for what sets nothing up
+AT_HAND = $(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYTHON),$(or $(wildcard $(BIN)/python),python3))
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo demo-clean test test-fast lint bench chaos clean
+.PHONY: setup demo demo-clean test test-fast lint bench bench-gpu test-null-gpu chaos clean
 
 setup: $(READY)
 
@@ -42,6 +46,13 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m tests.bench
+
+# such as FLAGS="--minutes 5 --recipes pass_vits --out found.json"
+bench-gpu:
+	$(AT_HAND) -m tests.bench.gpu $(FLAGS)
+
+test-null-gpu: setup
+	NULL_GPU_CASES=all $(BIN)/python -m pytest tests/null_gpu tests/bench/test_gpu.py
 
 chaos: setup
 	$(BIN)/python -m tests.faults.chaos --faults $(FAULTS) --seed $(SEED)

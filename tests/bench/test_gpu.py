@@ -51,6 +51,15 @@ def test_bench__says_in_one_error_that_there_is_no_gpu(tmp_path: Path) -> None:
     assert first.startswith("error: PyTorch") and first.endswith("sees no GPU") and "try:" in second
 
 
+@pytest.mark.parametrize(("given", "python"), [(("PYTHON=some_python",), "some_python"), ((), "python3")])
+def test_make__takes_the_python_at_hand_and_sets_nothing_up(given: tuple[str, ...], python: str, tmp_path: Path) -> None:
+    (tmp_path / "Makefile").write_bytes((ROOT / "Makefile").read_bytes())
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+    words = ["make", "--dry-run", "--no-print-directory", "bench-gpu", "FLAGS=--minutes 2", *given]
+    done = subprocess.run(words, cwd=tmp_path, env=variables, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{python} -m tests.bench.gpu --minutes 2\n"
+
+
 def test_session__fails_what_raises_and_leaves_out_what_it_has_no_time_for(capsys: pytest.CaptureFixture[str]) -> None:
     session = Session(minutes=1)
 

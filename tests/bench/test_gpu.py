@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench.gpu.__main__ import NEEDED
-from tests.bench.gpu.checks import Check
+from tests.bench.gpu.checks import FIRST, LATER, Check, _compared
 from tests.bench.gpu.result import CHECKS
 from tests.bench.gpu.run import Session
 from tests.golden import ROOT
@@ -26,9 +26,8 @@ def run(words: tuple[str, ...], where: Path, variables: dict[str, str]) -> subpr
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(bool(missing()), reason=f"null GPU absent: {missing()}")
 def test_bench__passes_on_a_gpu_that_computes_as_the_cpu_does(tmp_path: Path) -> None:
-    if lacking := missing():
-        pytest.skip(f"null GPU absent: {lacking}")
     flags = ("--tiny", "--threads", "1", "--out", "found.json", "--recipes", *RECIPES)
     done = run((*ALONE, "tests.null_gpu.inside", "tests.bench.gpu", *flags), tmp_path, environment())
     assert done.returncode == 0, done.stdout + done.stderr
@@ -44,6 +43,26 @@ def test_bench__passes_on_a_gpu_that_computes_as_the_cpu_does(tmp_path: Path) ->
         assert figures["speed"]["peak"] > 0 and figures["speed"]["images_per_s"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(bool(missing()), reason=f"null GPU absent: {missing()}")
+def test_bench__fails_on_a_gpu_whose_kernels_do_nothing(tmp_path: Path) -> None:
+    flags = ("--tiny", "--threads", "1", "--recipes", "demo")
+    done = run(("-m", "tests.null_gpu.inside", "--idle", "tests.bench.gpu", *flags), tmp_path, environment())
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "FAILED demo: fp32: step 1: " in done.stdout
+    found = json.loads((tmp_path / "bench_gpu.json").read_text())
+    assert any(line.startswith("demo: fp32") for line in found["failed"])
+
+
+@pytest.mark.parametrize(("off", "passes"), [(0.9, True), (1.1, False)])
+@pytest.mark.parametrize("step", [0, 2])
+def test_compared__each_step_has_its_bound(step: int, off: float, passes: bool) -> None:
+    losses, expected = [3.0, 2.0, 1.0], [3.0, 2.0, 1.0]
+    losses[step] *= 1 + off * (FIRST if step == 0 else LATER)
+    check = _compared(losses, expected)
+    assert check.passed is passes and ("off" in check.why) is not passes
+
+
 def test_bench__says_in_one_error_that_there_is_no_gpu(tmp_path: Path) -> None:
     done = run((*ALONE, "tests.bench.gpu"), tmp_path, {**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
@@ -52,7 +71,7 @@ def test_bench__says_in_one_error_that_there_is_no_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("given", "python"), [(("PYTHON=some_python",), "some_python"), ((), "python3")])
-def test_make__takes_the_python_at_hand_and_sets_nothing_up(given: tuple[str, ...], python: str, tmp_path: Path) -> None:
+def test_make__sets_nothing_up(given: tuple[str, ...], python: str, tmp_path: Path) -> None:
     (tmp_path / "Makefile").write_bytes((ROOT / "Makefile").read_bytes())
     variables = {name: value for name, value in os.environ.items() if name != "PYTHON"}
     words = ["make", "--dry-run", "--no-print-directory", "bench-gpu", "FLAGS=--minutes 2", *given]

@@ -20,7 +20,7 @@
 #include <cuda_runtime_api.h>
 #include <nccl.h>
 
-// What is counted; `waits.py` has the same names in the same order.
+// What is counted; `idle.py` has the same names in the same order.
 // clang-format off
 enum {
     LAUNCH, GEMM, COPY_H2D, COPY_H2D_PINNED, COPY_D2H, COPY_D2H_PINNED, COPY_D2D, COPY_SYNC, MEMSET,

@@ -1,0 +1,125 @@
+"""The null GPU as it is, kernels doing nothing: who waits for the GPU in a step, and how often, line by line."""
+
+import collections
+import ctypes
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from tests.null_gpu.build import ROOT
+
+COUNTED = (
+    "launch", "gemm", "copy_h2d", "copy_h2d_pinned", "copy_d2h", "copy_d2h_pinned", "copy_d2d", "copy_sync", "memset",
+    "stream_sync", "event_sync", "device_sync", "malloc", "free", "host_alloc", "collective", "event_record",
+    "stream_wait", "bytes_h2d", "bytes_d2h", "bytes_d2d", "now", "peak", "host_now", "host_peak",
+)  # fmt: skip
+"""What `null.c` counts, in its order."""
+WAITS = ("stream_sync", "event_sync", "device_sync", "copy_sync")
+"""Those in which the host stands still until the GPU has done what it was told."""
+WARM_UP = 3
+"""Steps before anything is counted."""
+DEEPEST = 60
+"""Frames that are looked through for a line of ours."""
+
+
+class Waiting:
+    """Counts by line of ours, from step WARM_UP on; saving is not counted."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL(os.environ["LD_PRELOAD"])
+        self._library.nullcuda_callback.argtypes = [ctypes.c_void_p, ctypes.c_long]
+        self._note = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_long)(self._count)
+        self._found: collections.Counter[tuple[str, str]] = collections.Counter()
+        self._steps, self._counting = 0, False
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """`training.engine.loop` with this looking on; at the end it is told what was found."""
+        from training.engine import loop
+
+        record, keep = loop._record, loop._keep
+        mask = sum(1 << COUNTED.index(kind) for kind in WAITS)
+        self._library.nullcuda_callback(ctypes.cast(self._note, ctypes.c_void_p), mask)
+        try:
+            with mock.patch.multiple(loop, _record=self._stepping(record), _keep=self._aside(keep)):
+                yield
+        finally:
+            self._library.nullcuda_callback(None, 0)
+            print(self, file=sys.stderr)
+
+    def __str__(self) -> str:
+        steps = max(1, self._steps - WARM_UP)
+        lines = [f"waits for the GPU per step, in {steps} steps after step {WARM_UP}:"]
+        lines += [f"{count / steps:8.1f}  {kind:12}  {line}" for (kind, line), count in self._found.most_common()]
+        return "\n".join(lines)
+
+    def _count(self, kind: int, _: int) -> None:
+        if self._counting:
+            self._found[COUNTED[kind], _line()] += 1
+
+    def _stepping(self, record: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(*words: Any, **named: Any) -> Any:
+            found = record(*words, **named)
+            self._steps += 1
+            self._counting = self._steps >= WARM_UP
+            return found
+
+        return recorded
+
+    def _aside(self, keep: Callable[..., Any]) -> Callable[..., Any]:
+        def kept(*words: Any, **named: Any) -> Any:
+            before, self._counting = self._counting, False
+            try:
+                return keep(*words, **named)
+            finally:
+                self._counting = before
+
+        return kept
+
+
+@contextmanager
+def idle() -> Iterator[None]:
+    """Nothing is computed: numbers are what lies in memory, so all of them count as finite. No cuDNN; the convolution
+    that cuts patches is one product, as cuDNN makes it."""
+    torch.backends.cudnn.enabled = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    patches = mock.patch.object(nn.Conv2d, "forward", _cut(nn.Conv2d.forward))
+    with patches, mock.patch.object(torch, "isfinite", _finite(torch.isfinite)):
+        yield
+
+
+def _line() -> str:
+    """The innermost line of ours that is being carried out."""
+    frame: Any = sys._getframe(2)
+    for _ in range(DEEPEST):
+        if frame is None:
+            break
+        name = frame.f_code.co_filename
+        if name.startswith(f"{ROOT}/") and not name.startswith(f"{ROOT}/tests/null_gpu/"):
+            return f"{name[len(str(ROOT)) + 1 :]}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "elsewhere"
+
+
+def _finite(real: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda values: torch.ones(values.shape, dtype=torch.bool) if values.is_cuda else real(values)
+
+
+def _cut(real: Callable[[nn.Conv2d, Tensor], Tensor]) -> Callable[[nn.Conv2d, Tensor], Tensor]:
+    def forward(self: nn.Conv2d, images: Tensor) -> Tensor:
+        height, width = self.kernel_size
+        if self.kernel_size != self.stride or self.padding != (0, 0) or not images.is_cuda:
+            return real(self, images)
+        if torch.is_autocast_enabled("cuda"):
+            images = images.to(torch.get_autocast_dtype("cuda"))
+        rows = images.unflatten(3, (-1, width)).unflatten(2, (-1, height)).permute(0, 2, 4, 1, 3, 5)
+        found = nn.functional.linear(rows.flatten(3).flatten(1, 2), self.weight.flatten(1), self.bias)
+        return found.transpose(1, 2).unflatten(2, rows.shape[1:3])
+
+    return forward

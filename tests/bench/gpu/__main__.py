@@ -30,7 +30,12 @@ def main() -> int:
 
     arguments = _arguments(recipes())
     torch.set_num_threads(arguments.threads)
-    report = tried(arguments.recipes or recipes(), minutes=arguments.minutes, tiny=arguments.tiny, out=arguments.out)
+    try:
+        chosen = arguments.recipes or recipes()
+        report = tried(chosen, minutes=arguments.minutes, tiny=arguments.tiny, out=arguments.out)
+    except KeyboardInterrupt:
+        print(f"interrupted; what was found until then is in {arguments.out}", file=sys.stderr)
+        return 130
     print(f"\n{report}\n\nwritten to {arguments.out}")
     return 1 if report.failed else 0
 

@@ -1,6 +1,7 @@
 """What is asked of one recipe on a GPU: four checks, each with figures, bounds and a verdict."""
 
 import gc
+import shutil
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from tests.bench.gpu.settings import full, small
 from tests.bench.gpu.trial import Trial
 from training.assembly import build_method
 from training.config import RunConfig
-from training.memory import Census, calculate
+from training.memory import FULL, Census, calculate
 from training.methods.base import Method, Precision
 
 STEPS, SAVED_AFTER = 3, 2
@@ -67,23 +68,33 @@ class Finished(NamedTuple):
 
     losses: list[float]
     state: dict[str, torch.Tensor]
-    folder: Path
+    folder: Path | None
+    """Of the checkpoint; None: there was no room for one."""
 
 
 def beside_the_cpu(of: Subject, folder: Path) -> tuple[Check, Finished]:
     """The first float32 losses on both devices, from the same weights and batches. Leaves a checkpoint in `folder`."""
-    config = small(of.config)
+    config, fits = small(of.config), _fits(of.sizes, folder)
     here = Trial(config, of.initial, CPU, precision="fp32")
     here.until(STEPS)
+    expected = here.losses
+    del here
     with _full_float32():
         there = Trial(config, of.initial, GPU, precision="fp32", store=open_store(str(folder)))
-        there.until(SAVED_AFTER, save=True)
+        there.until(SAVED_AFTER, save=fits)
         there.until(STEPS)
-    return _compared(there.losses, here.losses), Finished(there.losses, there.state(), folder)
+    return _compared(there.losses, expected), Finished(there.losses, there.state(), folder if fits else None)
+
+
+def _fits(sizes: Census, folder: Path) -> bool:
+    """Is there room for a checkpoint, twice over?"""
+    return 2 * FULL * (sizes.parameters + 2 * sizes.trained + sizes.buffers) < shutil.disk_usage(folder.parent).free
 
 
 def resumed(of: Subject, finished: Finished) -> Check:
     """The last of these steps again, from the checkpoint, in a fresh method and stepper."""
+    if finished.folder is None:
+        return Check(None, "no room for a checkpoint; TMPDIR says where")
     again = Trial(small(of.config), of.initial, GPU, precision="fp32", store=open_store(str(finished.folder)))
     with _full_float32():
         again.resume()

@@ -14,9 +14,9 @@ import torch
 
 from tests.bench.gpu.checks import ABOVE, BELOW, FIRST, GB, LATER, LOWERED, RESUMED_LOSS, RESUMED_WEIGHTS, Check
 
-CHECKS = ("fp32", "resume", "bf16", "fp16", "speed")
-HEAD = ("recipe", "fp32, off the CPU's", "resumed", "bf16 off", "fp16 off", "images", "images/s", "ms a step",
-        "peak GB", "calculated", "all passed")  # fmt: skip
+CHECKS = ("fp32", "bf16", "fp16", "speed", "resume")
+HEAD = ("recipe", "fp32, off the CPU's", "bf16 off", "fp16 off", "images", "images/s", "ms a step", "peak GB",
+        "calculated", "resumed", "all passed")  # fmt: skip
 BOUNDS = (
     f"Bounds, as shares: losses {FIRST:.0e} off the CPU's (first step), {LATER:.0e} (later ones), {LOWERED:g} in "
     f"lowered precision; after a resume {RESUMED_LOSS:.0e}, the weights {RESUMED_WEIGHTS:.0e}; memory {ABOVE:g} above "
@@ -90,8 +90,8 @@ def _cells(name: str, checks: dict[str, Check]) -> tuple[str, ...]:
             f"{speed['calculated'] / GB:.2f}"] if speed else ["-"] * 5  # fmt: skip
     passed = [check.passed for check in checks.values()]
     verdict = "NO" if False in passed else "not all tried" if None in passed else "yes"
-    return (name, " ".join(f"{off:.0e}" for off in fp32.get("off", ())) or "-", resumed,
-            *(_off(checks[kind]) for kind in ("bf16", "fp16")), *rate, verdict)  # fmt: skip
+    return (name, " ".join(f"{off:.0e}" for off in fp32.get("off", ())) or "-",
+            *(_off(checks[kind]) for kind in ("bf16", "fp16")), *rate, resumed, verdict)  # fmt: skip
 
 
 def _off(check: Check) -> str:

@@ -68,12 +68,11 @@ def _tried_one(of: Subject, folder: Path, session: Session) -> dict[str, Check]:
     if found["fp32"].passed is None:  # the other checks take about as long together
         return dict.fromkeys(CHECKS, found["fp32"])
     without = Check(None, "there are no float32 losses")
-    found["resume"] = session.ask("resume", amount, lambda: checks.resumed(of, held[0])) if held else without
-    shutil.rmtree(folder, ignore_errors=True)
     found["bf16"] = session.ask("lower", amount, lambda: lower("bf16")) if held else without
     found["fp16"] = session.ask("lower", amount, lambda: lower("fp16")) if held else without
-    held.clear()
     found["speed"] = session.ask("speed", amount, lambda: checks.speed(of))
+    found["resume"] = session.ask("resume", amount, lambda: checks.resumed(of, held[0])) if held else without
+    shutil.rmtree(folder, ignore_errors=True)
     return found
 
 

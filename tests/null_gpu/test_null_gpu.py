@@ -31,6 +31,7 @@ HEADS = ("--method.head.out-dim", "64", "--method.head.hidden", "64", "--method.
 DECODERS = ("--method.decoder-depth", "1", "--method.pixel-width", "32", "--method.feature-width", "32",
             "--method.decoder-heads", "2")  # fmt: skip
 PLAIN = ("--engine.stepper", "plain")
+CPU = ("--engine.device", "cpu")
 Case = tuple[str, tuple[str, ...]]
 """A recipe, and flags beside TINY."""
 ZERO: dict[str, Case] = {
@@ -85,7 +86,7 @@ def device_of(run: Path) -> Any:
 def test_run__has_the_numbers_of_the_cpu(name: str, data: str, tmp_path: Path) -> None:
     recipe, flags = CASES[name]
     words = ["training", "pretrain", recipe, *TINY, "--stream.manifest", data, *flags, "--out"]
-    here = started([*words, str(tmp_path / "cpu")], dict(os.environ))
+    here = started([*words, str(tmp_path / "cpu"), *CPU], dict(os.environ))
     there = started(["tests.null_gpu.inside", *words, str(tmp_path / "gpu")], environment())
     ended_well(here)
     ended_well(there)
@@ -100,7 +101,7 @@ def test_run__under_ray_on_two_gpus_has_the_numbers_of_two_cpus(data: str, tmp_p
     recipe, flags = CASES["zero_1"]
     words = ["cluster", "pretrain", recipe, *TINY, "--stream.manifest", data, *flags, "--cluster.max-workers", "2",
              "--optimisation.micro-batch", "6", "--out"]  # fmt: skip
-    ended_well(started([*words, str(tmp_path / "cpu")], dict(os.environ)))
+    ended_well(started([*words, str(tmp_path / "cpu"), *CPU], dict(os.environ)))
     log = tmp_path / "nccl.log"
     path = os.pathsep.join([str(HERE / "site"), str(ROOT)])
     variables = {**environment(devices=2), "NULLCUDA_SHM": "1", "NULLCUDA_LOG": str(log), "PYTHONPATH": path}

@@ -6,8 +6,6 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-import psutil
-
 FAMILIES = ("OMPI_", "PMI_", "PMIX_", "MV2_", "MPI_", "I_MPI_", "HYDRA_", "CROSS_", "TORCHELASTIC_")
 """Beginnings of names: Open MPI, PMI and PMIx, MVAPICH, Intel MPI, Hydra, DeepSpeed's and PyTorch's own launchers."""
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE",
@@ -42,6 +40,8 @@ def without_launchers() -> Iterator[int]:
 def stay_on_loopback() -> None:
     """Have the process groups of this machine alone use its loopback interface: an interface that the environment names
     for a cluster may be absent here."""
+    import psutil  # a world of one process without a group needs it not
+
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == "127.0.0.1" for address in addresses):
             os.environ["GLOO_SOCKET_IFNAME"] = name

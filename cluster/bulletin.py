@@ -53,6 +53,8 @@ class Notes(NamedTuple):
     """Workers that are, or are to be, started."""
     stop: str
     """Why a worker's machine wants the whole run to stop; empty: it does not."""
+    stepping: bool
+    """Have the workers begun with a step, so that there is something to save?"""
 
 
 class Situation(NamedTuple):
@@ -91,7 +93,7 @@ class Board:
         """A group is about to be started."""
         self._group += 1
         self._wanted = workers
-        self._leaving = ""
+        self._leaving, self._stepping = "", False
         self._blame: Failure | None = None
         self._places: dict[int, Place] = {}
         self._pulses: dict[int, tuple[Pulse, float]] = {}
@@ -153,6 +155,10 @@ class Board:
         self._saved = max(self._saved, step)
         self._step = max(self._step, step)
 
+    def stepping(self, group: int) -> None:
+        """A rank begins with its first step."""
+        self._stepping = self._stepping or group == self._group
+
     def say(self, line: str) -> None:
         self._lines.append(line)
 
@@ -196,7 +202,7 @@ class Board:
         ]
         waiting_s = 0.0 if self._waiting_since is None else now - self._waiting_since
         return Notes(lines, self._failure, self._ending, restarts, pulses, dict(self._places), waiting_s,
-                     self._wanted, self._stop_reason)  # fmt: skip
+                     self._wanted, self._stop_reason, self._stepping)  # fmt: skip
 
 
 def open_board(saved: int, restarts: Restarts) -> tuple[str, Any]:

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from datapipe.command import COMPLETE, FAILED
+from datapipe.command import COMPLETE, FAILED, INTERRUPTED, STOPPED
 from datapipe.errors import ClusterError, DataError
 from datapipe.manifest import Manifest
+from datapipe.stopping import current, exit_code, receiving
 from training import config as recipes
 from training.assembly import clock_of
 from training.engine.devices import Device, choose_device
@@ -208,13 +209,26 @@ def _command(module: str, *arguments: str, to: Path | None = None) -> None:
     """Run one of our commands as a user would, its output on the terminal or in a file; its failure is ours."""
     line: Sequence[str] = [sys.executable, "-m", module, *arguments]
     print(f"$ python -m {module} {shlex.join(arguments)}{f' > {to}' if to else ''}", flush=True)
-    with to.open("w") if to else contextlib.nullcontext() as file:
-        done = subprocess.run(line, stdout=file, check=False)
-    if done.returncode != COMPLETE:
-        if done.returncode in (-signal.SIGINT, 130):
-            raise KeyboardInterrupt
+    told: list[int] = []
+    with (
+        to.open("w") if to else contextlib.nullcontext() as file,
+        # in a group of its own: a signal for all of the group reaches it once, from here
+        subprocess.Popen(line, stdout=file, process_group=0) as process,
+    ):
+
+        def pass_on(number: int) -> None:
+            told.append(number)
+            process.send_signal(number)
+
+        with receiving(pass_on):
+            code = process.wait()
+    if told and code in (STOPPED, INTERRUPTED, -told[0]):  # it has said so itself
+        sys.exit(exit_code(told[0]))
+    if told and (listener := current()):
+        listener.end(told[0])
+    if code != COMPLETE:
         raise ClusterError(
-            f"`python -m {module} {arguments[0]}` ended with {done.returncode}",
+            f"`python -m {module} {arguments[0]}` ended with {code}",
             hint="its message is above; `make demo` again goes on from there, `make demo-clean` starts over",
         )
 

@@ -20,6 +20,7 @@ from cluster.vigil import Hung, accusation, end_process, hung
 from datapipe.command import COMPLETE, STOPPED
 from datapipe.cores import available_cores
 from datapipe.errors import ClusterError, ConfigError, DataError, UserError
+from datapipe.stopping import at_end
 from datapipe.storage import is_remote
 from training import checkpoint
 from training import config as recipes
@@ -46,20 +47,21 @@ PLACEMENT_S = 20.0
 def run(config: RunConfig, *, address: str = LOCAL) -> int:
     """Train until complete, stopped or failed; the exit code says which. Raises UserError on a clear mistake.
 
-    The first SIGTERM or Ctrl-C lets the workers finish their step and save; a second one ends everything at once.
+    The first signal (Ctrl-C, SIGTERM, SIGUSR1, SIGHUP) lets the workers finish their step and save; before they have
+    begun with one, and at a second signal, everything ends at once.
     """
     refuse_relative(paths_of(config))
     config = _absolute(config)
     if address == LOCAL:
         refuse_unsuited(config, choose_device(config.engine.device))
+    print(f"reads the data set {' + '.join(config.stream.mix) or config.stream.manifest}", flush=True)
     data = check(config)
     clock = clock_of(resolved(config, data), data.rows)
     machine = config.cluster
     workers = f"{machine.least_workers} to {machine.max_workers}" if _elastic(config) else str(machine.max_workers)
     print(f"pretrain: {config.method.name}, {data.rows:,} crops, {clock.total_steps:,} steps, "
           f"{workers} workers; run folder {config.out}", flush=True)  # fmt: skip
-    with LocalHost() as signals, ray_session(address, cpus=_cpus(config)) as scratch:
-        signals.listen()
+    with LocalHost(starting=True) as signals, ray_session(address, cpus=_cpus(config)) as scratch:
         driver = Driver(config, signals, scratch, embedded=address == LOCAL)
         complete = driver.train()
     if complete:
@@ -124,14 +126,17 @@ class Driver:
     def train(self) -> bool:
         """True: complete; False: stopped, and resumable. Raises UserError."""
         ending = "failed"
+        stopped = {"time": time.time(), "kind": END, "reason": "stopped"}
         try:
-            complete = self._train()
+            with at_end(lambda: self._record(stopped)):
+                complete = self._train()
             ending = "complete" if complete else "stopped"
         finally:
             self._record({"time": time.time(), "kind": END, "reason": ending})
         return complete
 
     def _train(self) -> bool:
+        print("starts the workers", flush=True)
         self._start_controller()
         try:
             return self._accompany()
@@ -207,8 +212,9 @@ class Driver:
 
     def _tell(self, notes: Any) -> None:
         """Pass on what was noted: lines to the terminal, restarts to the history, the stop word to the workers."""
+        self.signals.starting = not notes.stepping
         for line in notes.lines:
-            print(line, flush=True)
+            self.signals.say(line)
         for restart in notes.restarts:
             self._record(restart)
             self._ended.clear()

@@ -30,12 +30,13 @@ _terminated = threading.Event()
 
 
 class TakeSigterm(WorkerCallback):
-    """Lets a worker process live on after SIGTERM until its state is saved. Ray runs it in the main thread, which
-    training is not in; a second signal ends the process."""
+    """Lets a worker process live on after SIGTERM, SIGUSR1 or SIGHUP until its state is saved. Ray runs it in the main
+    thread, which training is not in; a second signal ends the process."""
 
     def after_init_train_context(self) -> None:
         _terminated.clear()
-        signal.signal(signal.SIGTERM, _receive)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            signal.signal(number, _receive)
 
 
 def _receive(number: int, _: object) -> None:
@@ -56,6 +57,7 @@ class RayHost:
         self._first: int | None = None
         """Steps that were done when this attempt began."""
         self._whereabouts = Whereabouts()
+        self._stepping = False
         self._done = threading.Event()
         watched = config.notice if world.local_rank == 0 else ""
         self._notice = Notice(watched, every_s=config.notice_every_s, heard=self._going)
@@ -116,6 +118,11 @@ class RayHost:
     def _begin(self, step: int) -> None:
         if self._first is None:
             self._first = step
+
+    def stepping(self) -> None:
+        if not self._stepping:
+            self._stepping = True
+            self._board.stepping.remote(self._group)
 
     def preempted(self) -> bool:
         return self._word != "go" or _terminated.is_set()

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from cluster.addresses import JOIN, head_of
 from cluster.ray_token import private_token, refuse_mode_without_token, refused, show_token
 from cluster.scratch import scratch_folder
+from datapipe import stopping
 from datapipe.errors import ClusterError, UserError
 from training.engine.launchers import stay_on_loopback
 
@@ -45,14 +47,20 @@ def ray_session(address: str, *, cpus: int) -> Iterator[str]:
     """
     prepare()
     head = "" if address == LOCAL else head_of(address)
+    print(f"joins the Ray cluster at {head}" if head else "starts Ray", flush=True)
     import ray
 
-    with scratch_folder() as scratch, contextlib.nullcontext() if head else private_token(scratch):
+    with (
+        scratch_folder() as scratch,
+        stopping.at_end(lambda: shutil.rmtree(scratch, ignore_errors=True)),
+        contextlib.nullcontext() if head else private_token(scratch),
+    ):
         try:
-            if head:
-                _join(head)
-            else:
-                _embed(scratch, cpus)
+            with _own_signals():
+                if head:
+                    _join(head)
+                else:
+                    _embed(scratch, cpus)
             yield scratch
         finally:
             ray.shutdown()
@@ -92,6 +100,20 @@ def _on_loopback() -> Iterator[str]:
         yield "127.0.0.1"
     finally:
         constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray does not take SIGTERM from us, and signals for the whole of a process group do not reach its processes, which
+    a save still needs."""
+    import ray._private.utils as utils
+
+    before, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
+    try:
+        with stopping.sheltered():
+            yield
+    finally:
+        utils.set_sigterm_handler = before
 
 
 def _join(address: str) -> None:

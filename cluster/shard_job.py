@@ -5,8 +5,6 @@ worker or node costs the tasks it was at, which start again elsewhere; a killed 
 """
 
 import dataclasses
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -15,12 +13,12 @@ from typing import Any, TypeVar
 from cluster.in_job import refuse_relative
 from cluster.session import LOCAL, chosen_address, ray_session, result
 from cluster.shared_paths import Witness, marked, unseen, witnesses
-from datapipe.__main__ import ShardCommand, run_shard
-from datapipe.command import STOPPED
+from datapipe.commands import ShardCommand, run_shard
 from datapipe.cores import available_cores
 from datapipe.errors import DataError
 from datapipe.settings import settings
 from datapipe.spool import FOLDER as SPOOL
+from datapipe.stopping import GOES_ON, unwinding
 from datapipe.storage import full_url, is_remote
 
 T = TypeVar("T")
@@ -44,16 +42,11 @@ def run(command: ClusterShardCommand) -> int:
     refuse_relative(places_of(command))
     address = chosen_address(command.address)
     command = _anywhere(command, joined=address != LOCAL)
-    stop = _Stop()
-    try:
-        with ray_session(address, cpus=command.config.workers or available_cores()):
-            stop.listen()  # after Ray, which puts a handler of its own in place
-            return _run(command, joined=address != LOCAL)
-    except KeyboardInterrupt:
-        if not stop.received:
-            raise
-        print("stopped by SIGTERM; the same command again goes on from here", flush=True)
-        return STOPPED
+    with (
+        ray_session(address, cpus=command.config.workers or available_cores()),
+        unwinding(GOES_ON),  # a KeyboardInterrupt is the one exception that Ray's calls pass on from a signal handler
+    ):
+        return _run(command, joined=address != LOCAL)
 
 
 def places_of(command: ShardCommand) -> dict[str, str]:
@@ -79,20 +72,6 @@ def _anywhere(command: ClusterShardCommand, *, joined: bool) -> ClusterShardComm
         spool = f"{out}/{SPOOL}"  # the default, this machine's temporary folder, no other machine sees
     return dataclasses.replace(command, sources=tuple(map(full_url, command.sources)), out=out,
                                config=dataclasses.replace(command.config, spool=spool))  # fmt: skip
-
-
-class _Stop:
-    """SIGTERM as a KeyboardInterrupt, the one exception that Ray's calls pass on from a signal handler."""
-
-    received = False
-
-    def listen(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._receive)
-
-    def _receive(self, *_: object) -> None:
-        self.received = True
-        raise KeyboardInterrupt
 
 
 # ---------------------------------------------------------------------------------------------------- the executor

@@ -1,27 +1,84 @@
-"""How each of the three command lines begins and ends: `--debug`, one clear message, an exit code."""
+"""How each of the three command lines begins and ends: first words, signals, `--debug`, one clear message, exit codes.
 
-import difflib
+Imports next to nothing: what a command needs is loaded when it is called, after its first words and with signals heard.
+"""
+
+import importlib
 import os
+import signal
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 
+from datapipe import stopping
 from datapipe.errors import UserError, refusal
+from datapipe.stopping import COMPLETE, FAILED, INTERRUPTED, STOPPED, USAGE
 from datapipe.surroundings import refuse_other_text, settle
 
-COMPLETE, FAILED, USAGE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
-"""Exit codes. 75: stopped by SIGTERM and resumable; 130: stopped by Ctrl-C. A preempted job never looks finished."""
+__all__ = ["COMPLETE", "FAILED", "INTERRUPTED", "STOPPED", "USAGE", "Command", "dispatch", "run"]
+
+HELP = ("-h", "--help")
+SILENCE_S = 0.7
+"""Seconds after which a command that has not ended says that it is at work, where nothing was said at its start."""
+
+
+class Command:
+    """A command that is loaded when it is called, with its first words before that."""
+
+    def __init__(
+        self, place: str, about: str, *, loads: str = "", log: bool = False, quiet: Sequence[str] = ()
+    ) -> None:
+        """`place`: "package.module:function". `about`: the line that `--help` has. `loads`: what takes seconds to load;
+        empty: nothing does, and the first words come after SILENCE_S, if the command has not ended by then. `log`:
+        standard output is for a person who watches; else, and with any of the flags `quiet`, it is a result, for
+        programs too, and first words go to standard error."""
+        self.place, self.__doc__, self.loads, self.log, self.quiet = place, about, loads, log, quiet
+
+    def __call__(self, arguments: list[str]) -> int:
+        module, _, function = self.place.partition(":")
+        return int(getattr(importlib.import_module(module), function)(arguments))
+
+    def announce(self, name: str, arguments: Sequence[str]) -> None:
+        """Say that it starts, unless help is all that is wanted."""
+        if not arguments or any(word in HELP for word in arguments):
+            return
+        if self.loads:
+            result = not self.log or any(word in self.quiet for word in arguments)
+            print(f"{name}: starting, loads {self.loads}", file=sys.stderr if result else sys.stdout, flush=True)
+        elif _alone:
+            timer = threading.Timer(SILENCE_S, stopping.write_line, args=(f"{name}: at work",))
+            timer.daemon = True
+            timer.start()
+
+
+_alone = False
+"""Is this process here for the command alone?"""
 
 
 def run(main: Callable[[list[str]], int], arguments: Sequence[str] | None = None) -> int:
     """Call `main` with the command line and turn its end into an exit code.
 
     A `UserError` is printed as what, where and what to try; `--debug` anywhere on the line (or DEBUG=1 in the
-    environment) shows the stack trace as well. So is what the operating system refuses, wherever that happens.
+    environment) shows the stack trace as well. So is what the operating system refuses, wherever that happens. A signal
+    ends the process at once, with one line, unless the command has taken it over (`stopping`). Without `arguments` the
+    process is taken to end with the command.
     """
+    global _alone
+    _alone = arguments is None
     settle()
     line = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in line or os.environ.get("DEBUG") == "1"
-    line = [word for word in line if word != "--debug"]
+    with stopping.listening() as listener:
+        code = _called(main, [word for word in line if word != "--debug"], listener, debug=debug)
+    if _alone:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no trace out of the interpreter's own end
+    return code
+
+
+def _called(
+    main: Callable[[list[str]], int], line: list[str], listener: stopping.Listener | None, *, debug: bool
+) -> int:
     try:
         refuse_other_text(line)
         code = main(line)
@@ -33,9 +90,12 @@ def run(main: Callable[[list[str]], int], arguments: Sequence[str] | None = None
         return _failed(error)
     except KeyboardInterrupt:
         if debug:
-            raise
-        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
-        return INTERRUPTED
+            traceback.print_exc()
+        if listener is None or listener.received is None:  # raised by somebody else, or not in the main thread
+            print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+            return INTERRUPTED
+        listener.speak(listener.received)
+        return stopping.exit_code(listener.received)
     except BrokenPipeError:  # the reader of our output went away: `... | head`
         sys.stderr.close()
         return FAILED
@@ -62,14 +122,19 @@ def _drop_unprinted() -> None:
 def dispatch(commands: Mapping[str, Callable[[list[str]], int]], arguments: Sequence[str], *, prog: str) -> int:
     """Call the command that the first word names with the rest of the line; `--help` lists them all."""
     if arguments and arguments[0] in commands:
-        return commands[arguments[0]](list(arguments[1:]))
+        chosen, rest = commands[arguments[0]], list(arguments[1:])
+        if isinstance(chosen, Command):
+            chosen.announce(arguments[0], rest)
+        return chosen(rest)
     width = max(map(len, commands))
     listed = "\n".join(f"  {name:<{width}}  {(call.__doc__ or '').splitlines()[0]}" for name, call in commands.items())
     usage = f"usage: {prog} COMMAND [--debug] ...\n{listed}\n`{prog} COMMAND --help` says more."
-    if arguments and arguments[0] in ("-h", "--help"):
+    if arguments and arguments[0] in HELP:
         print(usage)
         return COMPLETE
     if arguments:
+        import difflib
+
         near = difflib.get_close_matches(arguments[0], list(commands), n=1)
         print(f"error: no command `{arguments[0]}`" + (f"; did you mean `{near[0]}`?" if near else ""), file=sys.stderr)
     print(usage, file=sys.stderr)

@@ -24,6 +24,7 @@ import cv2
 from datapipe.config import SynthConfig
 from datapipe.cores import available_cores
 from datapipe.errors import ClusterError, ConfigError, DataError, StorageError
+from datapipe.stopping import sheltered
 from datapipe.synth_scenes import Shot, crop
 
 TRAIN, GALLERY, QUERY = "bounding_box_train", "bounding_box_test", "query"
@@ -124,7 +125,9 @@ def _written(out: Path, config: SynthConfig, work: list[tuple[str, Shot]], worke
     spawn = multiprocessing.get_context("spawn")  # never fork: the caller may have threads
     try:
         with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker) as pool:
-            yield from pool.map(write, work, chunksize=16)
+            with sheltered():
+                written = pool.map(write, work, chunksize=16)  # starts the processes
+            yield from written
     except BrokenProcessPool as error:
         hint = "run it again: it goes on from there; use fewer workers if memory ran out"
         raise ClusterError("a rendering process was ended from outside", where=str(out), hint=hint) from error

@@ -11,6 +11,7 @@ from datapipe.config import RemoveConfig, ReshardConfig, SelectConfig, StorageCo
 from datapipe.manifest import Manifest
 from datapipe.parsing import parse
 from datapipe.settings import settings
+from datapipe.stopping import GOES_ON, unwinding
 from datapipe.verify import Decode
 
 MOST_FINDINGS = 50
@@ -40,9 +41,12 @@ def verify(arguments: list[str]) -> int:
     if chosen.repair:
         from datapipe.repair import repair
 
-        for line in repair(chosen.url, chosen.storage, workers=chosen.workers).lines():
+        with unwinding(GOES_ON):
+            repaired = repair(chosen.url, chosen.storage, workers=chosen.workers)
+        for line in repaired.lines():
             print(line)
-    checked = check(chosen.url, chosen.decode, chosen.storage, workers=chosen.workers)
+    with unwinding():
+        checked = check(chosen.url, chosen.decode, chosen.storage, workers=chosen.workers)
     for finding in checked.findings[:MOST_FINDINGS]:
         print(f"{finding.where}: {finding.what}")
     if len(checked.findings) > MOST_FINDINGS:
@@ -70,7 +74,8 @@ def stats(arguments: list[str]) -> int:
     chosen = parse(StatsCommand, arguments, "stats")
     from datapipe.stats import as_text, statistics
 
-    facts = statistics(chosen.url, chosen.storage)
+    with unwinding():
+        facts = statistics(chosen.url, chosen.storage)
     print(json.dumps(facts, indent=1) if chosen.json else as_text(facts))
     return command.COMPLETE
 
@@ -90,7 +95,8 @@ def select(arguments: list[str]) -> int:
     chosen = parse(SelectCommand, arguments, "select")
     from datapipe.select import select as choose
 
-    done = choose(chosen.url, chosen.config, chosen.storage)
+    with unwinding():
+        done = choose(chosen.url, chosen.config, chosen.storage)
     print("; ".join(f"{count:,} {name}" if name == "crops" else f"{name}: {count:,}" for name, count in done.steps))
     if done.missing:
         print(f"{done.missing:,} listed crops are not in the data set")
@@ -118,7 +124,8 @@ def reshard(arguments: list[str]) -> int:
     chosen = parse(ReshardCommand, arguments, "reshard")
     from datapipe.reshard import reshard as rewrite
 
-    done = rewrite(chosen.urls, chosen.out, chosen.config, chosen.storage, licence=chosen.licence)
+    with unwinding(GOES_ON):
+        done = rewrite(chosen.urls, chosen.out, chosen.config, chosen.storage, licence=chosen.licence)
     if done.found_complete:
         print("already complete: nothing was left to do")
     for part in done.selections:
@@ -144,7 +151,8 @@ def remove(arguments: list[str]) -> int:
     chosen = parse(RemoveCommand, arguments, "remove")
     from datapipe.remove import remove as take_out
 
-    done = take_out(chosen.url, chosen.config, chosen.storage)
+    with unwinding(GOES_ON):
+        done = take_out(chosen.url, chosen.config, chosen.storage)
     if done.found_complete:
         print("already complete: these crops were removed before")
     elif done.before:
@@ -171,6 +179,3 @@ def _say(manifest: Manifest) -> None:
     print(f"{manifest.rows:,} crops in {len(manifest.shards):,} shards")
     print(f"id {manifest.id}")
     print(f"{manifest.url.rstrip('/')}/{manifest.file}")
-
-
-COMMANDS = {"verify": verify, "stats": stats, "select": select, "reshard": reshard, "remove": remove}

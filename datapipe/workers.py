@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 from datapipe.ahead import results
 from datapipe.cores import available_cores
 from datapipe.errors import ClusterError
+from datapipe.stopping import sheltered
 
 T = TypeVar("T")
 TASKS_PER_WORKER = 2
@@ -61,11 +62,12 @@ class Workers:
         if self._pool is None:
             context = multiprocessing.get_context("spawn")  # threads of ours would not survive a fork
             self._pool = ProcessPoolExecutor(self.limit, mp_context=context, initializer=_begin)
-        return self._pool.submit(function, *task)
+        with sheltered():
+            return self._pool.submit(function, *task)
 
 
 def _begin() -> None:
-    """In each worker: Ctrl-C is the parent's to handle, and a parent that was killed takes its workers along."""
+    """In each worker: signals are the parent's to handle, and a parent that was killed takes its workers along."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
 

@@ -60,7 +60,7 @@ def evaluate(arguments: list[str]) -> int:
     if chosen.task == "supervised":
         config = fine_tuning(chosen, flags, prog=PROG)
         with (
-            LocalHost() as host,
+            LocalHost(starting=True) as host,
             last_words.kept(config.out, config.storage, 0, log=True),
             alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world,
         ):

@@ -100,13 +100,13 @@ class Recorder:
     def _status(self, progress: Progress, line: Mapping[str, float], images: int, rates: Rates) -> str:
         left = (progress.total_steps - progress.step - 1) * images
         seconds = self.speed.remaining_s(left)
-        end = datetime.fromtimestamp(time.time() + seconds).strftime("%a %H:%M") if seconds == seconds else "?"
+        end = f" ({datetime.fromtimestamp(time.time() + seconds):%a %H:%M})" if seconds == seconds else ""
         terms = "  ".join(f"{key.removeprefix('loss_')} {line[key]:.3f}" for key in line if key.startswith("loss_"))
         return (
             f"step {progress.step + 1:,}/{progress.total_steps:,} {100 * line['step'] / progress.total_steps:5.1f} %"
             f"  loss {line['loss']:.4f}  {terms}  |g| {line['grad_norm']:.2f}  lr {line['lr']:.2e}"
             f"  m {line['momentum']:.4f}  {in_words(rates)}"
-            f"  ETA {duration(seconds)} ({end})"
+            f"  ETA {duration(seconds)}{end}"
         )
 
 

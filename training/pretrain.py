@@ -72,8 +72,10 @@ def pretrain(config: RunConfig, *, world: World, host: Host, reason: str = "star
     refuse_unsuited(config, world.device)  # and what `check` refuses: nothing has been written by then
     if config.backbone.compile_blocks:
         refuse_without_compiler(world.device)
+    say = host.say if world.leads else _silent
     with training_memory(config, world), deterministic(config.engine.deterministic):
         _use_threads(config, world)
+        say(f"reads the data set {' + '.join(config.stream.mix) or config.stream.manifest}")
         data = check(config) if world.leads else load_data(config.stream, config.storage)
         folder = RunFolder(config.out, config.storage)
         if world.leads:
@@ -98,13 +100,16 @@ def _pretrain(
     config: RunConfig, data: Data, folder: RunFolder, world: World, host: Host, reason: str, startup: Startup
 ) -> Ending:
     clock = clock_of(config, data.rows)
+    say = host.say if world.leads else _silent
+    say(f"builds {config.method.name} with {config.backbone.arch}" + (
+        f" from {config.init.weights}" if config.init.weights else ""))  # fmt: skip
     method, origin = initial_method(config)
     share = portion(config.optimisation.batch, config.optimisation.micro_batch, world.size)
     refuse_split(config, share, couples=method.couples_batch())
     if world.leads:
         describe(config, folder, data, world, share)
     method = method.to(world.device)
-    say = host.say if world.leads else _silent
+    say(f"starts the engine ({config.engine.stepper}, {world.size} ranks, {world.device.type})")
     stepper = make_stepper(config, method, world, share)
     world.expect_within(config.cluster.start_timeout_s + config.cluster.collective_timeout_s)  # DeepSpeed's groups, too
     checkpoints = Checkpoints(
@@ -112,6 +117,7 @@ def _pretrain(
         replaces=data.replaces, epoch_steps=clock.epoch_steps,
     )
     startup.reached("engine")
+    say("looks for a checkpoint")
     position, resumed = checkpoints.restore(stepper)
     startup.reached("restored")
     if resumed is not None:
@@ -131,6 +137,7 @@ def _pretrain(
             milestones.score(position)
             say(f"complete: {clock.total_steps:,} steps were already done")
             return Ending(clock.total_steps, True)
+        say("rehearses one micro-batch" + (", compiles" if config.backbone.compile_blocks else ""))
         rehearse(run, fake_batch(view_spec(config), share, config))
         pace.reset()
         if config.engine.audit:
@@ -150,6 +157,7 @@ def _pretrain(
             run.recorder.say(f"stopped and resumed, or done again: {guarantee(config, world)}")
             if origin and resumed is None:
                 run.recorder.say(in_words(origin))
+            host.say("reads the first batch")
             say = run.recorder.say
         watch.also.append(Succession(loader, data, checkpoints, folder, world, run.tally, say))
         position, done = _train(run, checkpoints, config, milestones, position)
@@ -169,7 +177,7 @@ def _train(
             return position, False
         milestones.score(position)
         if run.recorder is not None:
-            run.recorder.speed.pause()
+            run.recorder.speed.begin_anew()
     return position, True
 
 
@@ -184,6 +192,8 @@ def _train_segment(
             position, name = checkpoints.restore(run.stepper)
             if name is None:
                 _begin_anew(run.stepper, config)
+            if run.recorder is not None:
+                run.recorder.speed.begin_anew()
 
 
 def _begin_anew(stepper: Stepper, config: RunConfig) -> None:

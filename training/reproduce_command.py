@@ -44,7 +44,7 @@ def reproduce(arguments: list[str]) -> int:
                           hint=f"reproduce ROW --weights FILE --data FOLDER; {LIST}")  # fmt: skip
     row = read_row(chosen.row)
     out = chosen.out or f"reproductions/{row.name}"
-    with LocalHost() as host:
+    with LocalHost(starting=True) as host:
         done = run_row(row, chosen.weights, chosen.data, out, chosen.storage, host)
         if done is None:
             return exit_code(host.received)

@@ -1,5 +1,6 @@
 """Images per second, who waits for whom, and when the run will end."""
 
+import statistics
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -13,6 +14,12 @@ from training.engine.devices import slow_precision
 from training.engine.world import World
 from training.methods.base import Precision
 
+WARM_UP = 2
+"""Steps after a start, a restore or a score that say nothing of the time left: compilation, caches, the first data."""
+STEADY = 3
+"""Steps that must be known before the time left is told."""
+STRAY = 20.0
+"""Times the usual step from which a step was no training: the process was stopped, the machine slept."""
 UNNOTICED = 0.05
 """Share of the time spent waiting for data below which data is not what limits a run."""
 
@@ -94,12 +101,18 @@ class Speed:
     def __init__(self, window: int = 50) -> None:
         self._steps: deque[tuple[float, int]] = deque(maxlen=window)
         self._spent: deque[list[Spent]] = deque(maxlen=window + 1)
+        self._steady: deque[tuple[float, int]] = deque(maxlen=window)
+        self._warming = WARM_UP
         self._last = time.perf_counter()
 
     def step(self, images: int, spent: Sequence[Spent]) -> Rates:
         """Note one step of the whole run; `spent`: what `Tally` gave."""
         now = time.perf_counter()
         self._steps.append((now - self._last, images))
+        if self._warming:
+            self._warming -= 1
+        else:
+            self._steady.append(self._steps[-1])
         self._last = now
         if spent:
             if not self._spent:
@@ -130,10 +143,20 @@ class Speed:
         """Forget the time since the last step: a save or a rehearsal is not training speed."""
         self._last = time.perf_counter()
 
+    def begin_anew(self) -> None:
+        """After scores, or from an earlier checkpoint: the next steps are first ones again."""
+        self.pause()
+        self._warming = WARM_UP
+
     def remaining_s(self, images_left: int) -> float:
-        """Seconds until the end at the present rate."""
-        images = sum(step[1] for step in self._steps)
-        return images_left * sum(step[0] for step in self._steps) / images if images else float("nan")
+        """Seconds until the end at the present rate, saves and scores not counted; not a number until it is known."""
+        if not images_left:
+            return 0.0
+        if len(self._steady) < STEADY:
+            return float("nan")
+        usual = statistics.median(step[0] for step in self._steady)
+        counted = [step for step in self._steady if step[0] <= STRAY * usual]
+        return images_left * sum(step[0] for step in counted) / sum(step[1] for step in counted)
 
 
 def duration(seconds: float) -> str:

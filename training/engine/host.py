@@ -1,16 +1,18 @@
 """What a run asks of the place it runs in, and tells it. Ray's host lives in `cluster/`."""
 
-import os
+import contextlib
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Protocol
 
-from datapipe.command import COMPLETE, INTERRUPTED, STOPPED
+from datapipe import stopping
+from datapipe.stopping import exit_code
 from training.engine.whereabouts import Doing
+
+__all__ = ["Doing", "Host", "LocalHost", "exit_code"]
 
 
 class Host(Protocol):
@@ -28,6 +30,11 @@ class Host(Protocol):
         """The same where the work is a GPU's: it has come so far once `reached`, asked from any thread, says so."""
         ...
 
+    def stepping(self) -> None:
+        """The first step of this attempt is about to begin: from now on there is something to save. Cheap; called
+        before every step."""
+        ...
+
     def preempted(self) -> bool:
         """True when this process was told to save and end. Cheap; asked at every step, may differ between ranks."""
         ...
@@ -42,44 +49,45 @@ class Host(Protocol):
 
 
 class LocalHost:
-    """Listens to SIGTERM and Ctrl-C as a context manager; prints to the terminal.
+    """Listens to Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP as a context manager; prints to the terminal.
 
-    The first signal asks for a clean end after the step and a save; a second one ends the process at once.
-    Signal handlers can only be set in the main thread; elsewhere it just never is preempted.
+    The first signal asks for a clean end after the step and a save; a second one ends the process at once. `starting`:
+    until the first step there is nothing to save, and the first signal ends the process at once.
+    Signals can only be taken in the main thread; elsewhere it just never is preempted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, starting: bool = False) -> None:
         self.received: int | None = None
         """The first signal; SIGTERM for a notice."""
+        self.starting = starting
+        """Is there nothing to save yet?"""
         self._signalled = False
-        self._before: dict[int, object] = {}
+        self._taken = contextlib.ExitStack()
 
     def __enter__(self) -> "LocalHost":
-        self.listen()
+        self._taken.enter_context(stopping.receiving(self._receive))
         return self
 
-    def listen(self) -> None:
-        """Take the signals (again): libraries that start later, such as Ray, put their own handlers in place."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before.setdefault(number, signal.signal(number, self._receive))
-
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        self._before.clear()
+        self._taken.close()
 
     def notice(self, words: str) -> None:
         """The machine will be taken away: as if SIGTERM had come."""
         print(f"stopping: this machine will be taken away ({words})", file=sys.stderr, flush=True)
         self.received = self.received or signal.SIGTERM
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int) -> None:
+        listener = stopping.current()
+        assert listener is not None  # it calls this
         if self._signalled:
-            os.write(2, b"second signal: stopping at once; the last checkpoint stays\n")
-            os._exit(exit_code(number))
+            listener.words = " a second time: stopping at once; the last checkpoint stays"
+            listener.end(number)
+        if self.starting:
+            listener.words = " before the first step: nothing needed saving"
+            listener.end(number)
         self.received, self._signalled = number, True
-        os.write(2, b"stopping: the step is finished and saved first; a second signal stops at once\n")
+        stopping.write_line(f"{stopping.name_of(number)}: stopping; the step is finished and saved first; "
+                            "a second signal stops at once")  # fmt: skip
 
     def place(self) -> str:
         return socket.gethostname()
@@ -90,6 +98,9 @@ class LocalHost:
     def launched(self, step: int, doing: Doing, reached: Callable[[], bool]) -> None:
         """Nobody watches."""
 
+    def stepping(self) -> None:
+        self.starting = False
+
     def preempted(self) -> bool:
         return self.received is not None
 
@@ -97,11 +108,9 @@ class LocalHost:
         """Nobody else needs to know."""
 
     def say(self, line: str) -> None:
-        print(line, file=sys.stdout, flush=True)
-
-
-def exit_code(received: int | None) -> int:
-    """The process's exit code after a clean end caused by signal `received` (None: it ran to its end)."""
-    if received is None:
-        return COMPLETE
-    return INTERRUPTED if received == signal.SIGINT else STOPPED
+        try:
+            print(line, file=sys.stdout, flush=True)
+        except OSError:
+            if self.received is None:
+                raise
+            stopping.silence(1)  # whoever read it was stopped as well: the save matters more

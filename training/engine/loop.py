@@ -73,6 +73,7 @@ def train(run: Run, segment: Segment, *, position: int = 0) -> tuple[int, bool]:
     Returns (samples seen, segment complete). The state at the end is saved in both cases.
     """
     for batch in run.loader.after(position, until=segment.end):
+        run.host.stepping()
         progress = run.clock.at(batch.start)
         now = optimisation.settings_at(run.optimisation, progress)
         run.stepper.apply(now, progress)

@@ -1,0 +1,90 @@
+"""What `python -m cluster` does: demo | shard | pretrain | evaluate | submit | status."""
+
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from cluster.session import chosen_address
+from datapipe import command
+from datapipe.config import StorageConfig
+from datapipe.settings import settings
+
+
+@settings
+class DemoCommand:
+    out: Path = Path("demo")
+    """Folder for crops, shards, run and report."""
+    crops: Path | None = None
+    """Your own crops: a Market-style folder (scored if it has query and bounding_box_test) or any folder of images."""
+    seed: int = 1
+    """Of the sample order and of the initial weights."""
+    steps: int = 0
+    """Optimizer steps; 0: those of the recipe. For a quick look at the path; it learns nothing in a few."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """"auto": GPUs where there are any, one worker where there is one; "cpu": none, whatever there is."""
+
+
+def demo(arguments: list[str]) -> int:
+    """Crops to report on one machine, with a worker killed on the way."""
+    from cluster.demo import run
+
+    chosen = tyro.cli(DemoCommand, args=arguments, prog="python -m cluster demo")
+    return run(chosen.out, crops=chosen.crops, seed=chosen.seed, steps=chosen.steps, device=chosen.device)
+
+
+def shard(arguments: list[str]) -> int:
+    """Turn crops into shards as `python -m datapipe shard` does, to the same bytes, with all machines of a cluster."""
+    from cluster.shard_job import ClusterShardCommand, run
+    from datapipe.parsing import parse
+
+    return run(parse(ClusterShardCommand, arguments, "shard", program="python -m cluster"))
+
+
+def pretrain(arguments: list[str]) -> int:
+    """Train a recipe with Ray Train and DeepSpeed; crashed workers are restarted from the last checkpoint."""
+    from cluster.pretrain_job import run
+    from training.commands import read_recipe
+
+    address, rest = _address(arguments)
+    config = read_recipe(rest, prog="python -m cluster pretrain RECIPE [--address ADDRESS]")
+    return run(config, address=address)
+
+
+def _address(arguments: list[str]) -> tuple[str, list[str]]:
+    """Take `--address ADDRESS` out of the line; the rest is recipe and overrides."""
+    if "--address" not in arguments[:-1]:
+        return chosen_address(""), arguments
+    place = arguments.index("--address")
+    return chosen_address(arguments[place + 1]), arguments[:place] + arguments[place + 2 :]
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Score weights by retrieval, as they are or after fine-tuning; killed and started again it goes on."""
+    from cluster.evaluate_command import evaluate as run
+
+    return run(arguments)
+
+
+@settings
+class StatusCommand:
+    place: tyro.conf.Positional[str] = "runs"
+    """Run folder, or a folder of runs, local or s3://bucket/prefix."""
+    storage: StorageConfig = StorageConfig()
+    """How object stores are reached."""
+
+
+def status(arguments: list[str]) -> int:
+    """Show runs: state, last step, age, workers, restarts, checkpoints. Reads files alone."""
+    from cluster.status import statuses, table
+
+    chosen = tyro.cli(StatusCommand, args=arguments, prog="python -m cluster status")
+    print(table(statuses(chosen.place, chosen.storage)))
+    return command.COMPLETE
+
+
+def submit(arguments: list[str]) -> int:
+    """Hand in pretrain, shard or evaluate as a Ray job; prints how to follow, stop and resume it."""
+    from cluster.jobs import submit as hand_in
+
+    return hand_in(arguments)

@@ -1,0 +1,127 @@
+"""The commands that make data sets, and pictures of them: shard | preview | synth."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from pydantic import Field
+
+from datapipe import command
+from datapipe.config import ShardConfig, StorageConfig, StreamConfig, SynthConfig
+from datapipe.errors import ConfigError
+from datapipe.parsing import parse
+from datapipe.settings import settings
+from datapipe.stopping import GOES_ON, unwinding
+from datapipe.workers import Executor
+
+
+@settings
+class ShardCommand:
+    sources: tyro.conf.Positional[tuple[str, ...]]
+    """Where crops are, as many places of any kind as wanted, local or s3://bucket/prefix: folders of images (any depth;
+    Market-1501-style names give person and camera), zips, tars and WebDataset shards (single, in folders, or
+    cut into pieces), LMDBs, parquet files with images, videos with boxes. Patterns in quotes are one source each:
+    "set/{00..12}.tar", "hf/train-*.parquet", "lup/**/cam[12]"."""
+    out: str
+    """Folder or s3://bucket/prefix for the data set."""
+    licence: str = ""
+    """What the images may be used for; noted in the manifest and in the card of what is trained on them."""
+    dry_run: bool = False
+    """Say what would be read and written, how many shards that makes and how long it takes; write nothing."""
+    config: Annotated[ShardConfig, tyro.conf.arg(name="")] = ShardConfig()
+    """How crops are screened and shards are cut."""
+    storage: StorageConfig = StorageConfig()
+    """How object stores are reached."""
+
+
+def shard(arguments: list[str]) -> int:
+    """Turn crops into WebDataset tars with index and manifest; goes on where a killed run stopped."""
+    return run_shard(parse(ShardCommand, arguments, "shard"))
+
+
+def run_shard(chosen: ShardCommand, workers: Executor | None = None) -> int:
+    """Do what the command line says, on this machine or with the workers given, and print how it ended."""
+    from datapipe.ingest import ingest
+    from datapipe.quarantine import NAME, listed
+
+    if chosen.dry_run:
+        return _say_what_would_be_done(chosen)
+    with unwinding(GOES_ON):
+        done = ingest(chosen.sources, chosen.out, chosen.config, chosen.storage, licence=chosen.licence,
+                      workers=workers)  # fmt: skip
+    manifest = done.manifest
+    folder = manifest.url.rstrip("/")
+    if done.found_complete:
+        print("already complete: nothing was left to do")
+    crops = manifest.stored_rows - manifest.removed
+    print(f"{crops:,} crops in {len(manifest.shards):,} shards, {manifest.bytes / 1e6:,.1f} MB, "
+          f"{manifest.quarantined:,} quarantined")
+    if done.reasons:
+        print(f"quarantined: {listed(done.reasons)}; see {folder}/{NAME}")
+    print(f"id {manifest.id}")
+    print(f"{folder}/{manifest.file}")
+    return command.COMPLETE
+
+
+def _say_what_would_be_done(chosen: ShardCommand) -> int:
+    from datapipe.estimate import estimate
+    from datapipe.progress import duration
+
+    found = estimate(chosen.sources, chosen.out, chosen.config, chosen.storage)
+    read, written = (f"{size / 1e6:,.1f} MB" for size in (found.source_bytes, found.bytes))
+    print(f"would read about {found.crops:,} crops: {read} from {len(chosen.sources)} sources")
+    print(f"would write about {found.shards:,} shards: {written} to {chosen.out}, as much to the spool for as long; "
+          f"about {found.refused:.2%} of the crops quarantined")
+    print(f"would take about {duration(found.seconds)} on this machine, nothing was written")
+    return command.COMPLETE
+
+
+@settings
+class PreviewCommand:
+    manifest: tyro.conf.Positional[str]
+    """The data set: a folder or s3://bucket/prefix, or one manifest file."""
+    out: Path = Path("preview.jpg")
+    """Picture to write, .jpg or .png."""
+    count: Annotated[int, Field(ge=1)] = 20
+    """Crops to show: the first ones of the stream."""
+    views: Path | None = None
+    """File written by `python -m training views RECIPE`: beside each crop, exactly the views that training with that
+    recipe makes of it, in its order. Without: whole crops only."""
+    storage: StorageConfig = StorageConfig()
+    """How object stores are reached."""
+
+
+def preview(arguments: list[str]) -> int:
+    """Draw a contact sheet of crops and of the views that training will see of them."""
+    chosen = parse(PreviewCommand, arguments, "preview")
+    from datapipe.preview import TrainingViews, contact_sheet
+
+    if chosen.views is None:
+        with unwinding():
+            print(contact_sheet(chosen.manifest, chosen.out, count=chosen.count, storage=chosen.storage))
+        return command.COMPLETE
+    if not chosen.views.is_file():
+        raise ConfigError("no such file", where=str(chosen.views), hint="python -m training views RECIPE > views.json")
+    seen = TrainingViews.from_json(chosen.views.read_text(), where=str(chosen.views))
+    with unwinding():
+        print(contact_sheet(chosen.manifest, chosen.out, spec=seen.spec, seed=seen.seed, count=chosen.count,
+                            storage=chosen.storage, stream=StreamConfig(block=seen.block, window=seen.window)))
+    return command.COMPLETE
+
+
+@settings
+class SynthCommand:
+    out: Path
+    """Folder to fill, in the layout of Market-1501."""
+    config: Annotated[SynthConfig, tyro.conf.arg(name="")] = SynthConfig()
+    """What is rendered."""
+
+
+def synth(arguments: list[str]) -> int:
+    """Render pedestrians as a Market-1501-style folder, for demos and tests."""
+    chosen = parse(SynthCommand, arguments, "synth")
+    from datapipe.synth import render
+
+    with unwinding(GOES_ON):
+        render(chosen.out, chosen.config)
+    return command.COMPLETE

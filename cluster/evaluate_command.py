@@ -55,6 +55,7 @@ def evaluate(arguments: list[str]) -> int:
 
     if address == LOCAL:
         choose_device(chosen.device)  # refuses what cannot be before the data is looked through
+    print(f"reads the data set {chosen.data}", flush=True)
     return show(chosen, run(zero_shot_tasks(chosen, flags, prog=PROG), address=address, device=chosen.device))
 
 

@@ -22,7 +22,7 @@ from datapipe.cores import available_cores
 from datapipe.errors import ClusterError, ConfigError, DataError, UserError
 from datapipe.stopping import at_end
 from datapipe.storage import is_remote
-from training import checkpoint
+from training import checkpoint, outlook
 from training import config as recipes
 from training.assembly import check, clock_of, refuse_unsuited, resolved
 from training.config import RunConfig
@@ -53,7 +53,9 @@ def run(config: RunConfig, *, address: str = LOCAL) -> int:
     refuse_relative(paths_of(config))
     config = _absolute(config)
     if address == LOCAL:
-        refuse_unsuited(config, choose_device(config.engine.device))
+        device = choose_device(config.engine.device)
+        refuse_unsuited(config, device)
+        outlook.refuse_on_this_machine(config, config.cluster.least_workers, device)
     print(f"reads the data set {' + '.join(config.stream.mix) or config.stream.manifest}", flush=True)
     data = check(config)
     clock = clock_of(resolved(config, data), data.rows)

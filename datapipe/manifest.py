@@ -25,6 +25,7 @@ import pyarrow
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError, NotFoundError
 from datapipe.index import INDEX, Shard, read_index
+from datapipe.progress import QUIET_S, Progress
 from datapipe.selection import Selection, read_selection
 from datapipe.storage import Store, open_store, split_url, unsafe
 
@@ -171,8 +172,10 @@ class Manifest:
 
         Reads the indexes that hold selected rows, and checks their hashes; DataError names a bad one.
         """
-        with ThreadPoolExecutor(INDEX_READS) as pool:
-            parts = list(pool.map(lambda read: read(), self._reads(columns, storage).values()))
+        reads = self._reads(columns, storage).values()
+        with Progress("read indexes", len(reads), unit="shards", quiet_s=QUIET_S) as progress, \
+                ThreadPoolExecutor(INDEX_READS) as pool:
+            parts = list(progress.over(pool.map(lambda read: read(), reads), lambda _: 1))
         return pyarrow.concat_tables(parts) if parts else _SCHEMA.empty_table().select(list(columns))
 
     def tables(

@@ -1,72 +1,133 @@
-"""How far a long command is: a bar on a terminal, one plain line per interval in a log; always on stderr."""
+"""How far a long command is: a bar on a terminal, one plain line per interval in a log; as a rule on stderr."""
 
+import contextlib
+import math
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 
+T = TypeVar("T")
 INTERVAL_S = 10.0
 """Seconds between two lines in a log."""
+FIRST_S = 2.0
+"""Seconds after which the first one comes."""
+QUIET_S = 5.0
+"""Seconds that work which is short as a rule may take without leaving a line about it."""
+SETTLED = 3
+"""Advances from which on the time left is told: the first ones take what starting takes."""
+
+_listener: ContextVar[Callable[[str], None] | None] = ContextVar("progress", default=None)
+
+
+@contextlib.contextmanager
+def telling(listener: Callable[[str], None]) -> Iterator[None]:
+    """Lines go to `listener`, of work in this thread; no bar."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
 
 
 class Progress:
     """`with Progress("scan", total_bytes) as progress: progress.advance(n, "312 crops, 1 quarantined", crops=312)`."""
 
-    def __init__(self, label: str, total: float) -> None:
+    _shown = False
+    """Is there a bar on the terminal? There can be one; work within that work has none."""
+
+    def __init__(self, label: str, total: float, *, unit: str = "", quiet_s: float = 0.0) -> None:
+        """`unit`: what is counted ("images"); numbers and rates are shown then. What is over before `quiet_s` seconds
+        leaves no line."""
         self.label, self.total, self.done, self.crops, self.note = label, max(total, 1e-9), 0.0, 0, ""
-        self.began = self.spoken = time.monotonic()
+        self.unit, self.quiet_s = unit, quiet_s
+        self.began = time.monotonic()
+        self.spoken = self.began + FIRST_S - INTERVAL_S
+        self._advances = 0
+        self._first = (self.began, 0.0)
+        self._said = False
+        self._speaks = not Progress._shown or _listener.get() is not None
         self._bar: Bar | None = None
         self._task = TaskID(0)
 
     def __enter__(self) -> "Progress":
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and _listener.get() is None and not Progress._shown:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
-                       TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-            self._bar = Bar(*columns, console=Console(stderr=True))
+                       TextColumn("{task.fields[note]}"))
+            self._bar = Bar(*columns, console=Console(stderr=True), transient=self.quiet_s > 0)
             self._bar.start()
+            Progress._shown = True
             self._task = self._bar.add_task(self.label, total=self.total, note="")
         return self
 
-    def advance(self, amount: float, note: str, *, crops: int = 0) -> None:
+    def advance(self, amount: float, note: str = "", *, crops: int = 0) -> None:
         """`amount` more of the total, and so many more crops, are done; `note` replaces the one before.
 
         With crops, the amount is taken for bytes and rates are shown.
         """
-        self.done, self.crops = self.done + amount, self.crops + crops
-        self.note = note + self._rate()
+        self.done, self.crops, self._advances = self.done + amount, self.crops + crops, self._advances + 1
+        if self._advances == 1:
+            self._first = (time.monotonic(), self.done)
+        self.note = ", ".join(filter(None, [note, self._rate()]))
         if self._bar:
-            self._bar.update(self._task, advance=amount, note=self.note)
-        elif time.monotonic() - self.spoken >= INTERVAL_S:
-            self._speak(f", {duration(self._left_s())} left")
+            self._bar.update(self._task, advance=amount, note=f"{self.note}, {duration(self.left_s())} left")
+        elif self._speaks and time.monotonic() - self.spoken >= INTERVAL_S:
+            self._speak(f"{duration(self.left_s())} left")
+
+    def over(self, parts: Iterable[T], size: Callable[[T], float]) -> Iterator[T]:
+        """The same parts; each counts as done, `size(part)` of the total, when the next one is asked for."""
+        for part in parts:
+            amount = size(part)  # the part may be overwritten meanwhile
+            yield part
+            self.advance(amount)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         if self._bar:
             self._bar.stop()
-        elif kind is None:
-            self._speak(f", {self._passed_s():.1f} s")
+            Progress._shown = False
+        elif kind is None and self._speaks and (self._said or self._passed_s() >= self.quiet_s):
+            self._speak(f"{self._passed_s():.1f} s")
+
+    def left_s(self) -> float:
+        """Seconds until all is done, by the rate since the first advance; not a number before it can be known."""
+        began, done = self._first
+        if self.done >= self.total:
+            return 0.0
+        if self._advances < SETTLED or self.done <= done:
+            return math.nan
+        return (time.monotonic() - began) * (self.total - self.done) / (self.done - done)
 
     def _rate(self) -> str:
         passed = max(self._passed_s(), 1e-9)
-        return f", {self.crops / passed:,.0f} crops/s, {self.done / passed / 1e6:,.1f} MB/s" if self.crops else ""
+        if self.unit:
+            return f"{self.done:,.0f} of {self.total:,.0f} {self.unit}, {self.done / passed:,.0f} {self.unit}/s"
+        return f"{self.crops / passed:,.0f} crops/s, {self.done / passed / 1e6:,.1f} MB/s" if self.crops else ""
 
     def _passed_s(self) -> float:
         return time.monotonic() - self.began
 
-    def _left_s(self) -> float:
-        return self._passed_s() * (self.total / self.done - 1) if self.done else float("inf")
-
     def _speak(self, time_note: str) -> None:
-        self.spoken = time.monotonic()
+        self.spoken, self._said = time.monotonic(), True
         share = min(1.0, self.done / self.total)
-        print(f"{self.label}: {share:4.0%}, {self.note}{time_note}", file=sys.stderr, flush=True)
+        line = ", ".join(filter(None, [f"{self.label}: {share:4.0%}", self.note, time_note]))
+        listener = _listener.get()
+        if listener is None:
+            print(line, file=sys.stderr, flush=True)
+        else:
+            listener(line)
 
 
 def duration(seconds: float) -> str:
-    """"48 s", "12 min", "3.4 h"."""
+    """"48 s", "12 min", "3.4 h"; "?" where it is not known."""
+    if not math.isfinite(seconds):
+        return "?"
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

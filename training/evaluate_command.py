@@ -67,10 +67,12 @@ def evaluate(arguments: list[str]) -> int:
             ending = pretrain(config, world=world, host=host)
         return conclude(config) if ending.complete else exit_code(host.received)
     torch.set_num_threads(min(torch.get_num_threads(), available_cores()))  # of quotas PyTorch knows nothing
-    device, scores = choose_device(chosen.device), []
-    for task in zero_shot_tasks(chosen, flags, prog=PROG):
+    device = choose_device(chosen.device)
+    print(f"reads the data set {chosen.data}", flush=True)
+    scores, tasks = [], zero_shot_tasks(chosen, flags, prog=PROG)
+    for number, task in enumerate(tasks, start=1):
+        print(f"scores {task.weights.name} ({number} of {len(tasks)})", flush=True)
         scores.append(evaluation.score(task, device=device))
-        print(f"scored {task.weights.name}", flush=True)
     return show(chosen, scores)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import safetensors.torch
 
 from datapipe.errors import NotFoundError
+from datapipe.progress import telling
 from training import checkpoint, evaluation
 from training import weights as exports
 from training.config import EvaluationConfig, RunConfig
@@ -60,7 +61,9 @@ class Milestones:
     def _score(self, weights: Weights) -> None:
         task = Task(self.config.out, self.config.evaluation.data, weights, self.config.storage,
                     self.config.evaluation.scoring)  # fmt: skip
-        found = evaluation.score(task, device=self.world.device)
+        self.host.say(f"scores {weights.name}")
+        with telling(self.host.say):
+            found = evaluation.score(task, device=self.world.device)
         ours = {checkpoint.name_of(end // self.clock.batch) for end in ends(self.config.evaluation, self.clock)}
         scores = scored(self.folder, found["set"], ours)
         chosen = summary(scores, self.config.evaluation.quote)

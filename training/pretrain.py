@@ -10,6 +10,7 @@ import torch
 from datapipe.cores import available_cores
 from datapipe.data import Data, load_data
 from datapipe.errors import ConfigError
+from training import outlook
 from training.assembly import (
     check,
     clock_of,
@@ -77,6 +78,8 @@ def pretrain(config: RunConfig, *, world: World, host: Host, reason: str = "star
         _use_threads(config, world)
         say(f"reads the data set {' + '.join(config.stream.mix) or config.stream.manifest}")
         data = check(config) if world.leads else load_data(config.stream, config.storage)
+        if reason == "started":  # later on memory of workers that were ended may not be free yet
+            outlook.refuse_want_of_memory(config, world, place=host.place())
         folder = RunFolder(config.out, config.storage)
         if world.leads:
             refuse_slower(config, folder, world)
@@ -103,6 +106,8 @@ def _pretrain(
     say = host.say if world.leads else _silent
     say(f"builds {config.method.name} with {config.backbone.arch}" + (
         f" from {config.init.weights}" if config.init.weights else ""))  # fmt: skip
+    if world.leads and (warning := outlook.warning(config, clock, world)):
+        say(warning)
     method, origin = initial_method(config)
     share = portion(config.optimisation.batch, config.optimisation.micro_batch, world.size)
     refuse_split(config, share, couples=method.couples_batch())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from datapipe.ahead import in_order
 from datapipe.errors import DataError, NotFoundError
+from datapipe.progress import QUIET_S, Progress
 from datapipe.storage import Store, is_remote
 from training.checkpoint.digest import matches
 from training.checkpoint.marker import File, Form, Fragment, Marker, complete, read_marker
@@ -29,20 +30,24 @@ def verify(store: Store, name: str, files: Sequence[File]) -> None:
     """Raises DataError or NotFoundError for the first of these files of a checkpoint that is not as it was written."""
     asks = [_whole(f"{name}/{file.name}", file.bytes) for file in files]
     answers = _answers(store, chain.from_iterable(asks))
-    for file, parts in zip(files, asks, strict=True):
-        path = f"{name}/{file.name}"
-        if file.bytes >= BLOCK and store.size(path) != file.bytes:
-            raise _of_other_size(store, path, file.bytes)
-        size, digest = 0, hashlib.sha256()
-        for _ in parts:
-            block = next(answers)
-            size += len(block)
-            digest.update(block)
-            del block  # before the next one is read
-        if size != file.bytes:
-            raise _of_other_size(store, path, file.bytes)
-        if digest.hexdigest() != file.sha256:
-            raise DataError("the checksum of a file is wrong", where=store.address(path), hint=HINT)
+    with Progress(f"verify {name}", sum(file.bytes for file in files) / 1e6, unit="MB", quiet_s=QUIET_S) as progress:
+        for file, parts in zip(files, asks, strict=True):
+            _verify(store, f"{name}/{file.name}", file, (next(answers) for _ in parts), progress)
+
+
+def _verify(store: Store, path: str, file: File, blocks: Iterator[bytes], progress: Progress) -> None:
+    if file.bytes >= BLOCK and store.size(path) != file.bytes:
+        raise _of_other_size(store, path, file.bytes)
+    size, digest = 0, hashlib.sha256()
+    for block in blocks:
+        size += len(block)
+        digest.update(block)
+        progress.advance(len(block) / 1e6)
+        del block  # before the next one is read
+    if size != file.bytes:
+        raise _of_other_size(store, path, file.bytes)
+    if digest.hexdigest() != file.sha256:
+        raise DataError("the checksum of a file is wrong", where=store.address(path), hint=HINT)
 
 
 def _of_other_size(store: Store, path: str, wanted: int) -> DataError:

@@ -22,6 +22,7 @@ from torch import Tensor
 from datapipe.config import Size
 from datapipe.errors import DataError
 from datapipe.formats import FORMATS
+from datapipe.progress import QUIET_S, Progress
 from datapipe.settings import settings
 from training.out_of_memory import scoring_memory
 from training.transfer import to_device
@@ -82,13 +83,15 @@ def embed(
     size: Size,
     device: torch.device | str = "cpu",
     config: EmbedConfig | None = None,
+    label: str = "embed",
 ) -> Features:
     """Features of every image, in the order of `paths`, not normalised; no gradient, no drop path.
 
     "cls" and "mean" (of the patches); where the backbone has part tokens also "cls+parts" ([CLS ; mean of the parts],
     what PASS fine-tunes and evaluates), "parts" (their mean) and "each_part" (all of them, one after the other). All
     of one pass.
-    `size` is (height, width). The backbone must be on `device`; it is left in the mode it came in.
+    `size` is (height, width). `label`: what its progress is called. The backbone must be on `device`; it is left in the
+    mode it came in.
     Errors: `DataError` that names the image which cannot be decoded, `ConfigError` where memory runs out.
     """
     config = config or EmbedConfig()
@@ -98,10 +101,13 @@ def embed(
     was_training = backbone.training
     backbone.train(False)
     try:
-        with scoring_memory(config.batch, device):
+        with (
+            scoring_memory(config.batch, device),
+            Progress(label, len(paths), unit="images", quiet_s=QUIET_S) as progress,
+        ):
             collected = [
                 _embed_batch(backbone, normalise(pixels, dtype, device, config), config)
-                for pixels in _batches(paths, read, size, config)
+                for pixels in progress.over(_batches(paths, read, size, config), len)
             ]
     finally:
         backbone.train(was_training)

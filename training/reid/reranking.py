@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csc_array, csr_array
 
+from datapipe.progress import QUIET_S, Progress
 from training.reid.ranking import Chunk, Floats, Integers, distance_chunks, in_slices, nearest
 from training.reid.scoring import RerankConfig
 
@@ -32,12 +33,22 @@ class Neighbours:
     """[N]: the largest squared distance from the image to any, by which the reference divides."""
 
 
-def reranked(features: Floats, queries: int, config: RerankConfig, *, chunk_mb: float, threads: int) -> Iterator[Chunk]:
-    """Re-ranked distances (0..1) of every query to the gallery, a few queries at a time; unit rows [N, C]."""
-    found = neighbours(features, config.k1, chunk_mb=chunk_mb, threads=threads)
-    members = memberships(features, found, config)
+def reranked(
+    features: Floats, queries: int, config: RerankConfig, *, chunk_mb: float, threads: int, label: str = "re-rank"
+) -> Iterator[Chunk]:
+    """Re-ranked distances (0..1) of every query to the gallery, a few queries at a time; unit rows [N, C]. What they
+    take is worked out at once. `label`: what its progress is called."""
+    found = neighbours(features, config.k1, chunk_mb=chunk_mb, threads=threads, label=f"{label}, neighbours")
+    members = memberships(features, found, config, label=f"{label}, neighbourhoods")
     of_queries, of_gallery = members[:queries], members[queries:].tocsc()
     del members
+    return _distances(features, queries, config, found, of_queries, of_gallery, chunk_mb)
+
+
+def _distances(
+    features: Floats, queries: int, config: RerankConfig, found: Neighbours, of_queries: csr_array,
+    of_gallery: csc_array, chunk_mb: float,
+) -> Iterator[Chunk]:  # fmt: skip
     for start, distances in distance_chunks(features[:queries], features[queries:], chunk_mb):
         distances += 2
         distances *= config.weight / found.furthest[start : start + len(distances), None]
@@ -46,25 +57,30 @@ def reranked(features: Floats, queries: int, config: RerankConfig, *, chunk_mb: 
         yield start, distances
 
 
-def neighbours(features: Floats, k1: int, *, chunk_mb: float, threads: int) -> Neighbours:
+def neighbours(
+    features: Floats, k1: int, *, chunk_mb: float, threads: int, label: str = "neighbours"
+) -> Neighbours:
     """Of every image among all."""
     keep = min(k1 + 1, len(features))
 
     def look(_: int, rows: Floats) -> list[tuple[Integers, np.floating]]:
         return [(nearest(row, keep).astype(np.int32), row.max() + 2) for row in rows]
 
-    found = list(in_slices(distance_chunks(features, features, chunk_mb), look, threads))
+    with Progress(label, len(features), unit="images", quiet_s=QUIET_S) as progress:
+        chunks = progress.over(distance_chunks(features, features, chunk_mb), lambda chunk: len(chunk[1]))
+        found = list(in_slices(chunks, look, threads))
     return Neighbours(np.stack([first for first, _ in found]), np.array([far for _, far in found], features.dtype))
 
 
-def memberships(features: Floats, found: Neighbours, config: RerankConfig) -> csr_array:
+def memberships(
+    features: Floats, found: Neighbours, config: RerankConfig, *, label: str = "neighbourhoods"
+) -> csr_array:
     """[N, N], sparse, rows of sum 1: how much each image belongs to the neighbourhood of each row's image."""
     half = found.nearest[:, : int(np.around(config.k1 / 2)) + 1]
     mutual, mutual_half = _mutual(found.nearest), _mutual(half)
-    parts = [
-        _encoded(features, found, np.arange(start, min(start + ROWS, len(features))), half, mutual, mutual_half)
-        for start in range(0, len(features), ROWS)
-    ]
+    groups = [np.arange(start, min(start + ROWS, len(features))) for start in range(0, len(features), ROWS)]
+    with Progress(label, len(features), unit="images", quiet_s=QUIET_S) as progress:
+        parts = [_encoded(features, found, rows, half, mutual, mutual_half) for rows in progress.over(groups, len)]
     counts, columns, weights = (np.concatenate(part) for part in zip(*parts, strict=True))
     shape = (len(features), len(features))
     encoded = csr_array((weights, columns, np.concatenate([[0], np.cumsum(counts)])), shape=shape)

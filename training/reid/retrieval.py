@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datapipe.errors import DataError
+from datapipe.progress import QUIET_S, Progress
 from training.reid.ranking import Floats, Integers, Labels, Ranking, distance_chunks, rank
 from training.reid.reranking import reranked
 from training.reid.scoring import RerankConfig
@@ -69,22 +70,27 @@ def evaluate(
     keep: int = 0,
     chunk_mb: float = CHUNK_MB,
     threads: int = 2,
+    label: str = "rank",
 ) -> RetrievalResult:
     """Rank the gallery for every query by the squared Euclidean distance of the normalised features [Q, C] and [G, C].
 
     Gallery images of the query's identity and camera, and junk (pid -1), are left out. Equal distances keep the order
     of the gallery. `keep` asks for the first places of every ranking, taken from the very numbers that are scored.
-    With `reranking` the k-reciprocal distances decide instead.
+    With `reranking` the k-reciprocal distances decide instead. `label`: what its progress is called.
     Errors: `DataError` for features that are not finite or do not fit, and when no query has a match.
     """
     labels = Labels(np.asarray(q_pids), np.asarray(g_pids), np.asarray(q_cams), np.asarray(g_cams))
     features = _stacked(query_features, gallery_features, labels)
     queries = len(labels.query_pids)
     if reranking is not None:
-        chunks = reranked(features, queries, reranking, chunk_mb=chunk_mb, threads=threads)
-        return _summary(rank(chunks, labels, keep=keep, threads=threads), ranks)
-    chunks = distance_chunks(features[:queries], features[queries:], chunk_mb)
-    return _summary(rank(chunks, labels, keep=keep, threads=threads), ranks, offset=2.0)
+        chunks = reranked(features, queries, reranking, chunk_mb=chunk_mb, threads=threads, label=label)
+        offset = 0.0
+    else:
+        chunks = distance_chunks(features[:queries], features[queries:], chunk_mb)
+        offset = 2.0
+    with Progress(label, queries, unit="queries", quiet_s=QUIET_S) as progress:
+        followed = progress.over(chunks, lambda chunk: len(chunk[1]))
+        return _summary(rank(followed, labels, keep=keep, threads=threads), ranks, offset=offset)
 
 
 def evaluate_distances(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from datapipe.config import StorageConfig, StreamConfig
 from datapipe.errors import DataError, NotFoundError
 from datapipe.manifest import Manifest, manifest_files
+from datapipe.progress import QUIET_S, Progress
 from datapipe.reading import Opened, open_manifest
 from datapipe.sources import UNKNOWN
 from datapipe.storage import Store, open_store
@@ -115,7 +116,8 @@ class FolderSource(Source):
     def hashes(self, paths: Sequence[str]) -> NDArray[np.uint64]:
         with ThreadPoolExecutor(READS) as pool:
             found = pool.map(lambda path: xxhash.xxh3_64_intdigest(self.store.read(path)), paths)
-            return np.fromiter(found, np.uint64, len(paths))
+            with Progress("compare images", len(paths), unit="images", quiet_s=QUIET_S) as progress:
+                return np.fromiter(progress.over(found, lambda _: 1), np.uint64, len(paths))
 
     def sub_folders(self) -> list[str]:
         try:

@@ -16,6 +16,7 @@ import torch
 
 from datapipe.config import Size
 from datapipe.errors import DataError
+from datapipe.progress import QUIET_S, Progress
 from datapipe.storage import Store
 from training.reid.baselines import colour_histogram
 from training.reid.datasets import Labelled, ReIDSet
@@ -80,9 +81,10 @@ def evaluate_backbone(
     config = config or EmbedConfig()
     started = time.perf_counter()
     query, gallery = (
-        embed(backbone, part.paths.tolist(), reid.read, size=size, device=device, config=config)
-        for part in (reid.query, reid.gallery)
-    )
+        embed(backbone, part.paths.tolist(), reid.read, size=size, device=device, config=config,
+              label=f"{weights.name}: embed {name}")
+        for name, part in (("query", reid.query), ("gallery", reid.gallery))
+    )  # fmt: skip
     scored = evaluate_features(query, gallery, reid, weights, headline=headline, scoring=scoring)
     used = {
         "size": list(size),
@@ -97,12 +99,16 @@ def evaluate_backbone(
 def evaluate_histogram(reid: ReIDSet, *, scoring: ScoringConfig | None = None) -> Evaluation:
     """The colour histogram's score: what colours alone can do on this set."""
     started = time.perf_counter()
-    query, gallery = (
-        {"histogram": colour_histogram(decode(reid.read(path), path) for path in part.paths.tolist())}
-        for part in (reid.query, reid.gallery)
-    )
+    query, gallery = (_histograms(reid, name) for name in ("query", "gallery"))
     scored = evaluate_features(query, gallery, reid, Weights(COLOUR_HISTOGRAM), scoring=scoring)
     return replace(scored, seconds=time.perf_counter() - started)
+
+
+def _histograms(reid: ReIDSet, name: str) -> Features:
+    paths = reid.parts[name].paths.tolist()
+    with Progress(f"{COLOUR_HISTOGRAM}: {name}", len(paths), unit="images", quiet_s=QUIET_S) as progress:
+        images = (decode(reid.read(path), path) for path in paths)
+        return {"histogram": colour_histogram(progress.over(images, lambda _: 1))}
 
 
 def evaluate_features(
@@ -122,7 +128,8 @@ def evaluate_features(
     labels = (reid.query.pids, reid.gallery.pids, reid.query.cameras, reid.gallery.cameras)
     ways = {"": None, " re-ranked": scoring.reranking} if scoring.rerank else {"": None}
     results = {
-        f"{name}{ending}": evaluate(query[name], gallery[name], *labels, keep=SHOWN, reranking=reranking)
+        f"{name}{ending}": evaluate(query[name], gallery[name], *labels, keep=SHOWN, reranking=reranking,
+                                  label=f"{weights.name}: rank by {name}{ending}")
         for name in query
         for ending, reranking in ways.items()
     }

@@ -1,0 +1,202 @@
+"""What a run on CPUs is in for, said before its first step: how long it takes, and whether memory can suffice.
+
+Recipes are written for GPUs; on a machine without one they start all the same, and take months.
+"""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from datapipe.errors import ConfigError
+from training import activations, memory
+from training.activations import FULL, Stack, student_stacks, teacher_stack
+from training.assembly import build_method, portion
+from training.config import RunConfig
+from training.engine.clock import Clock
+from training.engine.world import World
+from training.methods.supervised import SupervisedConfig
+
+GB = 10**9
+DAY_S = 86_400.0
+LONG_S = DAY_S
+"""A run on CPUs that takes longer is warned of."""
+FAST = 5e9
+"""Floating-point operations in a second that a rank on a CPU reaches at the very least: what is no long run at that is
+not measured."""
+EFFICIENCY = 0.6
+"""Share of its rate in large matrix products that a CPU reaches in a step."""
+MEASURED_S = 0.4
+BACKWARD = 3
+"""Forward and backward pass over the forward pass."""
+
+
+def warning(config: RunConfig, clock: Clock, world: World) -> str:
+    """One line about a run on CPUs that takes longer than LONG_S; empty: it is short, or it has GPUs."""
+    if world.device.type != "cpu":
+        return ""
+    work = flops_of_image(config) * clock.end / world.size
+    if work / FAST < LONG_S:
+        return ""
+    rate = measured_rate(config.optimisation.precision)
+    seconds = work / rate
+    if seconds < LONG_S:
+        return ""
+    return (
+        f"warning: no GPU: this run takes about {in_days(seconds)} on {world.size} CPU worker{'s'[: world.size > 1]} "
+        f"(estimated: {clock.end:,} images, {flops_of_image(config) / 1e9:,.0f} GFLOP each, "
+        f"{world.size * rate / 1e9:,.0f} GFLOP/s here); it is a recipe for GPUs"
+    )
+
+
+def refuse_want_of_memory(config: RunConfig, world: World, *, place: str) -> None:
+    """Raises ConfigError, before anything is allocated, where the ranks of a machine cannot get the memory that is
+    calculated for them. All ranks ask together; `place`: this rank's machine, in words."""
+    if world.device.type == "cpu":
+        need = needed(config, world.size)
+        for where, workers, there in world.gather((place, world.local_size, available_memory())):
+            _refuse(config, world.size, need, workers, there, where)
+
+
+def refuse_on_this_machine(config: RunConfig, workers: int, device: torch.device) -> None:
+    """The same for so many workers that are all to run on this machine, before they are started."""
+    if device.type == "cpu":
+        _refuse(config, workers, needed(config, workers), workers, available_memory(), "this machine")
+
+
+def _refuse(config: RunConfig, ranks: int, need: int, workers: int, there: int, where: str) -> None:
+    if workers * need <= there:
+        return
+    each = f"{workers} workers need {need / GB:.1f} GB each" if workers > 1 else f"the run needs {need / GB:.1f} GB"
+    share = portion(config.optimisation.batch, config.optimisation.micro_batch, ranks)
+    fitting = _fitting(config, ranks, share.micro, there // workers)
+    smaller = f"--optimisation.micro-batch {fitting} would fit" if fitting else "no micro-batch is small enough"
+    raise ConfigError(
+        f"the memory of this machine cannot suffice: {each} (calculated, {share.micro} images at once), "
+        f"{there / GB:.1f} GB are available",
+        where=f"optimisation.micro_batch = {config.optimisation.micro_batch}, on {where}",
+        hint=f"{smaller}; `python -m training pretrain RECIPE --dry-run --engine.device cpu` says what takes how much",
+    )
+
+
+def _fitting(config: RunConfig, ranks: int, micro: int, there: int) -> int:
+    """The largest micro-batch, by halves, that fits into so many bytes; 0: none does."""
+    while micro := micro // 2:
+        smaller = dataclasses.replace(config.optimisation, micro_batch=micro)
+        if needed(dataclasses.replace(config, optimisation=smaller), ranks) <= there:
+            return micro
+    return 0
+
+
+def needed(config: RunConfig, ranks: int) -> int:
+    """Bytes that one of so many ranks on CPUs takes at the very least: no library, loader or cache is among them."""
+    if not isinstance(config.method, SupervisedConfig):
+        return memory.calculate(config, memory.census(config), world=ranks, cuda=False).peak
+    share = portion(config.optimisation.batch, config.optimisation.micro_batch, ranks)
+    kept = activations.saved(config, share.micro, activations.numerics(config, cuda=False))
+    weights = sum(value.numel() for value in _empty_method(config).parameters())
+    return FULL * 2 * weights + sum(kept.values())  # weights and gradients; moments may be split over the ranks
+
+
+def flops_of_image(config: RunConfig) -> float:
+    """Floating-point operations that a step takes for each image of the batch: matrix products of transformers,
+    decoders and heads, a multiplication and an addition each; the teacher's forward pass included."""
+    student = sum(_stack_flops(config, stack) for stack in student_stacks(config, 1))
+    again = 1 if config.backbone.checkpoint_blocks else 0
+    total = (BACKWARD + again) * student
+    if not isinstance(config.method, SupervisedConfig):
+        total += _stack_flops(config, teacher_stack(config, 1))
+    return total + _head_flops(config)
+
+
+def _stack_flops(config: RunConfig, stack: Stack) -> float:
+    """Forward pass of the backbone over one image's views of one size."""
+    width, depth, _, mlp_ratio = config.backbone.shape
+    products = stack.tokens * (4 * width**2 + 2 * int(mlp_ratio * width) * width)
+    attention = 2 * stack.tokens**2 * width
+    embedding = stack.patches * 3 * config.backbone.patch**2 * width
+    return 2.0 * stack.rows * (depth * (products + attention) + embedding)
+
+
+def _head_flops(config: RunConfig) -> float:
+    """Rows through heads, student's and teacher's, and PersonMAE's tokens through its decoders."""
+    if isinstance(config.method, SupervisedConfig):
+        return 0.0
+    hidden = activations.hidden_patches(config, 1)
+    rows = sum(BACKWARD * part.learnt + part.taught for part in activations.scored(config, 1, hidden))
+    parts = memory.census(config).student
+    heads = parts.get("head MLPs", 0) + parts.get("prototypes", 0)
+    kinds = max(1, len(activations.scored(config, 1, hidden)))
+    decoders = parts.get("pixel decoder", 0) + parts.get("feature decoder", 0)
+    return 2.0 * (rows * heads / kinds + BACKWARD * decoders * math.prod(config.backbone.grid))
+
+
+def _empty_method(config: RunConfig) -> nn.Module:
+    with torch.device("meta"):
+        return build_method(config)
+
+
+@torch.inference_mode()
+def measured_rate(precision: str, seconds: float = MEASURED_S) -> float:
+    """Floating-point operations that a step gets out of this process's threads in a second, by large products."""
+    rows, width, wide = 1_024, 768, 3_072
+    inputs, layer = torch.randn(rows, width), nn.Linear(width, wide)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision != "fp32"):
+        layer(inputs)
+        began, count = time.perf_counter(), 0
+        while (passed := time.perf_counter() - began) < seconds or not count:
+            layer(inputs)
+            count += 1
+    return EFFICIENCY * 2.0 * rows * width * wide * count / passed
+
+
+def in_days(seconds: float) -> str:
+    """`36 hours`, `212 days`, `6 years`."""
+    days = seconds / DAY_S
+    if days < 3:
+        return f"{seconds / 3600:.0f} hours"
+    return f"{days:,.0f} days" if days < 1_000 else f"{days / 365:,.0f} years"
+
+
+# ------------------------------------------------------------------------------------------------------- this machine
+
+
+def available_memory() -> int:
+    """Bytes that this process can still get: what the machine has free, or less where a container or a job limits
+    it."""
+    return min([psutil.virtual_memory().available, *_left_in_groups()])
+
+
+def _left_in_groups(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes left below the memory limit of each control group that this process is in; version 1 and 2. Cached files
+    count as free."""
+    try:
+        lines = [line.split(":", 2) for line in proc.read_text().splitlines()]
+    except OSError:
+        return []
+    found = []
+    for _, kinds, path in lines:
+        if kinds == "":
+            files, base = ("memory.max", "memory.current", "inactive_file"), root
+        elif "memory" in kinds.split(","):
+            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            base = root / "memory"
+        else:
+            continue
+        places = [base / path.lstrip("/"), *(base / path.lstrip("/")).parents]
+        found += [left for place in places if place.is_relative_to(base) and (left := _left(place, *files)) is not None]
+    return found
+
+
+def _left(group: Path, limit: str, used: str, cached: str) -> int | None:
+    """Bytes left in one control group; None where there is no limit."""
+    try:
+        most, now = int((group / limit).read_text()), int((group / used).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such group, or "max"
+        return None
+    return max(0, most - now + int(stat.get(cached, 0)))

@@ -95,6 +95,8 @@ def _called(
             print("stopped by Ctrl-C", file=sys.stderr, flush=True)
             return INTERRUPTED
         listener.speak(listener.received)
+        if _alone:
+            stopping.kill_children()
         return stopping.exit_code(listener.received)
     except BrokenPipeError:  # the reader of our output went away: `... | head`
         sys.stderr.close()

@@ -96,7 +96,7 @@ class Listener:
     def end(self, number: int) -> None:
         """Say so and end at once, with all processes that were started."""
         if not self._ending.acquire(blocking=False):
-            return
+            time.sleep(2 * FAREWELL_S)  # another thread is at it, and this one is to do nothing any more
         self.speak(number)
         with contextlib.suppress(OSError):  # what others say about this end is noise
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -117,6 +117,8 @@ class Listener:
         """In the main thread, sooner or later."""
         if signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False) != self._writer:
             self._told(number)  # somebody took the descriptor away, and the thread has not heard
+        if not self.receivers:
+            self.end(number)  # before anything else is done here
         if self.raises:
             self.received = self.received or number
             self.interrupt()

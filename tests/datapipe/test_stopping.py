@@ -1,0 +1,155 @@
+"""Signals end a command at once, with one line and no process left, whatever its code is at; or it is unwound."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from datapipe import command, stopping
+from tests.golden import ROOT
+
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGHUP: 75}
+SCRIPT = """
+import ctypes, subprocess, sys, time
+from datapipe import command, stopping
+stopping.GRACE_S = 0.5
+
+def main(line):
+    child = subprocess.Popen(["sleep", "1000"])
+    print(child.pid, flush=True)
+    {0}
+
+sys.exit(command.run(main))
+"""
+WAITING = {
+    "sleeps": "time.sleep(1000)",
+    "swallows": """
+    while True:
+        try:
+            time.sleep(0.01)
+        except BaseException:
+            pass""",
+    "is in foreign code": """
+    mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+    lock(mutex), lock(mutex)  # no signal interrupts this one
+    """,
+}
+UNWINDING = """
+    from pathlib import Path
+    with stopping.unwinding("; go on"):
+        try:
+            Path(line[0]).touch()
+            print("ready", flush=True)
+            {0}
+        finally:
+            Path(line[0]).unlink()
+"""
+
+
+def start(body: str, *words: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    return subprocess.Popen([*before, sys.executable, "-c", SCRIPT.format(body), *words], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+
+def first_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def has_ended(handle: int) -> bool:
+    """Whether a process is gone, by a descriptor of it; waits."""
+    readable, _, _ = select.select([handle], [], [], 60)
+    os.close(handle)
+    return bool(readable)
+
+
+
+
+@pytest.mark.parametrize("number", CODES)
+@pytest.mark.parametrize("body", WAITING.values(), ids=WAITING)
+def test_signal__ends_at_once_with_one_line(number: signal.Signals, body: str) -> None:
+    process = start(body)
+    child = os.pidfd_open(int(first_line(process)))
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    name = "Ctrl-C" if number == signal.SIGINT else number.name
+    assert (process.returncode, errors) == (CODES[number], f"stopped by {name}\n")
+    assert has_ended(child)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_unwinding__tidies_up(number: signal.Signals, tmp_path: Path) -> None:
+    process = start(UNWINDING.format("child.wait()"), str(tmp_path / "temporary"))
+    first_line(process)
+    assert first_line(process) == "ready" and (tmp_path / "temporary").exists()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    name = "Ctrl-C" if number == signal.SIGINT else number.name
+    assert (process.returncode, errors) == (CODES[number], f"stopped by {name}; go on\n")
+    assert not (tmp_path / "temporary").exists()
+
+
+def test_unwinding__ends_all_the_same_when_it_is_swallowed(tmp_path: Path) -> None:
+    process = start(UNWINDING.format(WAITING["swallows"].replace("\n", "\n        ")), str(tmp_path / "temporary"))
+    first_line(process)
+    assert first_line(process) == "ready"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (75, "stopped by SIGTERM; go on\n")
+
+
+def test_hangup__is_ignored_under_nohup() -> None:
+    process = start("time.sleep(0.5); print('lived', flush=True); child.kill()", before=("nohup",))
+    first_line(process)
+    process.send_signal(signal.SIGHUP)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "lived" in output and "stopped" not in errors
+
+
+def test_listening__gives_the_signals_back() -> None:
+    before = [signal.getsignal(number) for number in CODES]
+    with stopping.listening() as listener:
+        assert listener is not None and stopping.current() is listener
+        assert signal.getsignal(signal.SIGTERM) != before[1]
+        with stopping.listening() as inner:
+            assert inner is listener
+    assert [signal.getsignal(number) for number in CODES] == before and stopping.current() is None
+
+
+def test_receiving__hears_of_a_signal() -> None:
+    heard: list[int] = []
+    reader, writer = os.pipe()
+
+    def receive(number: int) -> None:
+        heard.append(number)
+        os.write(writer, b"x")
+
+    with stopping.receiving(receive):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert os.read(reader, 1) == b"x"
+    assert heard == [signal.SIGUSR1]
+
+
+@pytest.mark.parametrize("package", ["datapipe", "training", "cluster"])
+def test_main__imports_next_to_nothing_before_its_first_words(package: str) -> None:
+    """What takes its time comes after signals are heard and the command has said that it starts."""
+    look = f"import sys, {package}.__main__; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, text=True, capture_output=True, check=True)
+    heavy = {"numpy", "torch", "ray", "tyro", "pydantic", "rich", "pyarrow", "cv2", "boto3", "psutil"}
+    assert not heavy & set(done.stdout.split())
+
+
+def test_announce__says_what_is_loaded_where_no_program_reads(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = command.Command("nowhere:nothing", "Train.", loads="PyTorch", log=True, quiet=("--json",))
+    for words in ([], ["--help"], ["recipe", "-h"]):
+        chosen.announce("pretrain", words)
+    assert capsys.readouterr() == ("", "")
+    chosen.announce("pretrain", ["recipe"])
+    assert capsys.readouterr() == ("pretrain: starting, loads PyTorch\n", "")
+    chosen.announce("pretrain", ["recipe", "--json"])
+    assert capsys.readouterr() == ("", "pretrain: starting, loads PyTorch\n")

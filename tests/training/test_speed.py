@@ -1,12 +1,14 @@
 """Rates of the last steps, of all ranks; and what would have to be faster."""
 
+import math
+
 import pytest
 
 from datapipe.batch import Intake
 from tests.ranks import run_ranks
 from training import speed
 from training.engine.world import World
-from training.speed import Speed, Spent, Tally, bottleneck, in_words
+from training.speed import Speed, Spent, Tally, bottleneck, duration, in_words
 
 
 class Clock:
@@ -83,3 +85,39 @@ def test_tally__tells_every_rank_of_all_a_step_late() -> None:
         [Spent(0.0, Intake(fetched=1)), Spent(0.5, Intake(fetched=2))],
         [Spent(1.0, Intake(fetched=5, making_s=0.5)), Spent(1.5, Intake(fetched=5, making_s=0.5))],
     ]  # fmt: skip
+
+
+class Steps:
+    """A meter, and steps of any length."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(speed.time, "perf_counter", lambda: self.now)
+        self.meter = Speed()
+
+    def make(self, *seconds: float) -> None:
+        for taken in seconds:
+            self.now += taken
+            self.meter.step(10, [])
+
+
+def test_remaining__is_not_told_from_the_first_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(monkeypatch)
+    steps.make(60.0, 10.0, 1.0, 1.0)  # compilation, caches
+    assert math.isnan(steps.meter.remaining_s(100)) and duration(steps.meter.remaining_s(100)) == "?"
+    steps.make(1.0)
+    assert steps.meter.remaining_s(100) == pytest.approx(10.0)
+    assert steps.meter.remaining_s(0) == 0.0
+
+
+def test_remaining__counts_no_saves_scores_and_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(monkeypatch)
+    steps.make(*[1.0] * 8)
+    steps.now += 600  # a save
+    steps.meter.pause()
+    steps.make(1.0)
+    steps.now += 600  # scores
+    steps.meter.begin_anew()
+    steps.make(30.0, 5.0, 1.0)  # the loader begins anew
+    steps.make(3_600.0)  # the process was stopped
+    assert steps.meter.remaining_s(100) == pytest.approx(10.0)

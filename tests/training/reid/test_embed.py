@@ -1,6 +1,7 @@
 """Images to features: preparation, order, batches, modes."""
 
 import io
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from datapipe.errors import DataError
+from datapipe.progress import telling
 from tests.training.reid.people import crop
 from training.reid.embed import EmbedConfig, decode, embed, normalise, resize
 
@@ -124,6 +126,19 @@ def test_embed__names_the_broken_image(images: dict[str, bytes]) -> None:
         with pytest.raises(DataError, match="cannot be decoded") as caught:
             embed(Means(), list(images), reader({**images, "3.jpg": broken}), size=(32, 16))
         assert caught.value.where == "3.jpg"
+
+
+def test_embed__tells_rate_and_time_left(images: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datapipe.progress.INTERVAL_S", 0.0)
+    monkeypatch.setattr("datapipe.progress.FIRST_S", 0.0)
+    lines: list[str] = []
+    with telling(lines.append):
+        embed(Means(), list(images), reader(images), size=(32, 16), config=EmbedConfig(batch=2), label="random: query")
+    assert len(lines) == 6  # each batch, and the end
+    line = r"random: query: +(\d+)%, (\d+) of 10 images, [\d,]+ images/s, (\?|\d+ s) left"
+    found = [re.fullmatch(line, one) for one in lines[:-1]]
+    assert [match and match[2] for match in found] == ["2", "4", "6", "8", "10"]
+    assert [bool(match and match[3] == "?") for match in found] == [True, True, False, False, False]
 
 
 def test_embed__needs_images() -> None:

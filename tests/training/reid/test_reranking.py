@@ -5,6 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from datapipe.errors import DataError
+from datapipe.progress import telling
 from training.reid.reranking import memberships, neighbours, reranked
 from training.reid.retrieval import evaluate
 from training.reid.scoring import RerankConfig
@@ -84,6 +85,21 @@ def test_memberships__are_sparse_rows_of_sum_one() -> None:
     found = memberships(features, neighbours(features, 8, chunk_mb=0.1, threads=1), config)
     np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-12)
     assert found.nnz < 0.25 * 400 * 400
+
+
+def test_evaluate__tells_of_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datapipe.progress.INTERVAL_S", 0.0)
+    monkeypatch.setattr("datapipe.progress.FIRST_S", 0.0)
+    features = unit(3)
+    pids, cameras = np.arange(60) % 12, np.arange(60) // 12
+    parts = (features[:20], features[20:], pids[:20], pids[20:], cameras[:20], cameras[20:])
+    lines: list[str] = []
+    with telling(lines.append):
+        evaluate(*parts, reranking=RerankConfig(k1=10, k2=3), chunk_mb=0.002, label="cls")
+        evaluate(*parts, chunk_mb=0.002, label="plain")
+    stages = ["cls, neighbours", "cls, neighbourhoods", "cls", "plain"]
+    assert list(dict.fromkeys(line.partition(":")[0] for line in lines)) == stages
+    assert any("20 of 20 queries" in line and "queries/s" in line and "left" in line for line in lines)
 
 
 def test_evaluate__reranking_helps_in_clusters_and_reports_its_distances() -> None:

@@ -1,0 +1,113 @@
+"""What a run on CPUs is in for: operations as PyTorch counts them, a warning, and a refusal before any allocation."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from datapipe.command import run
+from datapipe.errors import ConfigError
+from tests.flow.tiny import generated, recipe
+from tests.training.tiny_recipe import tiny, with_views
+from training import outlook
+from training.__main__ import main
+from training.assembly import clock_of
+from training.config import SHIPPED, load
+from training.engine.world import World
+
+GB = 10**9
+METHODS = ("dino_vits", "pass_vits", "personvit_vits", "personmae_vits")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_flops__are_those_of_a_real_step(name: str) -> None:
+    images = 4
+    config = tiny(name, images=images)
+    method, views = with_views(config)
+    with FlopCounterMode(display=False) as counter:
+        method(views, clock_of(config, 200).at(0)).loss.backward()
+    assert outlook.flops_of_image(config) == pytest.approx(counter.get_total_flops() / images, rel=0.2)
+
+
+def test_warning__of_a_recipe_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outlook, "measured_rate", lambda precision: 100e9)
+    config = load(SHIPPED / "pass_vitb.toml")
+    clock = clock_of(config, 100_000)
+    said = outlook.warning(config, clock, World())
+    seconds = outlook.flops_of_image(config) * clock.end / 100e9
+    assert f"takes about {outlook.in_days(seconds)} on 1 CPU worker" in said and "no GPU" in said
+    half = outlook.warning(config, clock, World(size=2, local_size=2))
+    assert f"takes about {outlook.in_days(seconds / 2)} on 2 CPU workers" in half
+    assert outlook.warning(config, clock, World(device=torch.device("cuda"))) == ""
+
+
+def test_warning__leaves_short_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not even measured."""
+    monkeypatch.delattr(outlook, "measured_rate")
+    demo = load(SHIPPED / "demo.toml")
+    assert outlook.warning(demo, clock_of(demo, 3_000), World()) == ""
+
+
+@pytest.mark.parametrize(("seconds", "words"), [
+    (100_000, "28 hours"), (212.3 * 86_400, "212 days"), (5 * 365 * 86_400, "5 years")])  # fmt: skip
+def test_in_days(seconds: float, words: str) -> None:
+    assert outlook.in_days(seconds) == words
+
+
+def test_memory__that_cannot_suffice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(SHIPPED / "pass_vitb.toml")
+    need = outlook.needed(config, 1)
+    monkeypatch.setattr(outlook, "available_memory", lambda: need)
+    outlook.refuse_want_of_memory(config, World(), place="here")
+    monkeypatch.setattr(outlook, "available_memory", lambda: need - 1)
+    with pytest.raises(ConfigError, match="cannot suffice") as caught:
+        outlook.refuse_want_of_memory(config, World(), place="here")
+    assert "optimisation.micro_batch = 64, on here" in caught.value.where and "--dry-run" in caught.value.hint
+    fitting = re.search(r"--optimisation.micro-batch (\d+) would fit", caught.value.hint)
+    assert fitting
+    smaller = load(SHIPPED / "pass_vitb.toml", ["--optimisation.micro-batch", fitting[1]])
+    assert outlook.needed(smaller, 1) < need
+    outlook.refuse_want_of_memory(config, World(device=torch.device("cuda")), place="here")
+
+
+def test_memory__is_asked_of_a_machine_for_all_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(SHIPPED / "pass_vits.toml")
+    monkeypatch.setattr(outlook, "available_memory", lambda: 2 * outlook.needed(config, 2) - 1)
+    outlook.refuse_on_this_machine(config, 1, torch.device("cpu"))
+    with pytest.raises(ConfigError, match="2 workers need"):
+        outlook.refuse_on_this_machine(config, 2, torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_pretrain__is_refused_before_anything_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe(tmp_path, generated(tmp_path), str(tmp_path / "run"))
+    monkeypatch.setattr("training.pretrain.initial_method", lambda config: pytest.fail("was built"))
+    monkeypatch.setattr(outlook, "available_memory", lambda: 100_000)
+    assert run(main, ["pretrain", str(path)]) == 1
+    errors = capsys.readouterr().err
+    assert "error: the memory of this machine cannot suffice" in errors and "optimisation.micro_batch = 6" in errors
+    assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def group(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_text(content)
+
+
+def test_left__is_below_the_limit_of_every_control_group(tmp_path: Path) -> None:
+    proc, root = tmp_path / "cgroup", tmp_path / "sys"
+    proc.write_text("0::/job/step\n")
+    group(root / "job", memory__max="5000", memory__current="3000", memory__stat="anon 1\ninactive_file 500\n")
+    group(root / "job" / "step", memory__max="max", memory__current="3000", memory__stat="inactive_file 500\n")
+    assert outlook._left_in_groups(proc, root) == [2_500]
+    proc.write_text("9:cpu,cpuacct:/a\n5:memory:/a\n")
+    group(root / "memory" / "a", memory__limit_in_bytes="800", memory__usage_in_bytes="300",
+          memory__stat="total_inactive_file 100\n")  # fmt: skip
+    assert outlook._left_in_groups(proc, root) == [600]
+    assert outlook._left_in_groups(tmp_path / "absent", root) == []
+    assert 0 < outlook.available_memory() < 10_000 * GB

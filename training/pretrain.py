@@ -104,10 +104,10 @@ def _pretrain(
 ) -> Ending:
     clock = clock_of(config, data.rows)
     say = host.say if world.leads else _silent
+    if world.leads and reason == "started" and (warning := outlook.warning(config, clock, world)):
+        say(warning)
     say(f"builds {config.method.name} with {config.backbone.arch}" + (
         f" from {config.init.weights}" if config.init.weights else ""))  # fmt: skip
-    if world.leads and (warning := outlook.warning(config, clock, world)):
-        say(warning)
     method, origin = initial_method(config)
     share = portion(config.optimisation.batch, config.optimisation.micro_batch, world.size)
     refuse_split(config, share, couples=method.couples_batch())

@@ -54,7 +54,7 @@ class Listener:
         self.receivers: list[Receiver] = []
         self._ends: list[Callable[[], object]] = []
         self._before: dict[int, object] = {}
-        self._raised = False
+        self._raised = self._unwinding = False
         self._spoken, self._ending = threading.Lock(), threading.Lock()
 
     def open(self) -> None:
@@ -121,6 +121,7 @@ class Listener:
             self.end(number)  # before anything else is done here
         if self.raises:
             self.received = self.received or number
+            self.speak(self.received)  # while its words are still those of this work
             self.interrupt()
 
     def interrupt(self) -> None:
@@ -146,8 +147,9 @@ class Listener:
 
     def unwind(self, number: int) -> None:
         """The main thread ends by an exception, and not too late."""
-        if self._spoken.locked():
+        if self._unwinding:
             self.end(number)  # a second signal
+        self._unwinding = True
         self.received = self.received or number
         self.speak(number)
         timer = threading.Timer(GRACE_S, self.end, args=(number,))

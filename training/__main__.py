@@ -23,7 +23,8 @@ COMMANDS = {
                       "as an export, with a card that says where from.", loads=TORCH),
     "report": Command("training.commands:report", "Write report.html, one self-contained file, from what the run "
                       "folder holds.", loads=TORCH),
-    "warm": Command("training.commands:warm", "Start DeepSpeed once, with a tiny module, to see that it works here.", loads="PyTorch and DeepSpeed"),
+    "warm": Command("training.commands:warm", "Start DeepSpeed once, with a tiny module, to see that it works here.",
+                    loads="PyTorch and DeepSpeed"),
 }  # fmt: skip
 
 

@@ -52,7 +52,8 @@ class Listener:
         self.raises = False
         """Is a signal to be a KeyboardInterrupt in the main thread?"""
         self.receivers: list[Receiver] = []
-        self._ends: list[Callable[[], object]] = []
+        self.firsts: list[Callable[[], object]] = []
+        self.ends: list[Callable[[], object]] = []
         self._before: dict[int, object] = {}
         self._raised = self._unwinding = False
         self._spoken, self._ending = threading.Lock(), threading.Lock()
@@ -96,22 +97,16 @@ class Listener:
     def end(self, number: int) -> None:
         """Say so and end at once, with all processes that were started."""
         if not self._ending.acquire(blocking=False):
-            time.sleep(2 * FAREWELL_S)  # another thread is at it, and this one is to do nothing any more
+            time.sleep(3 * FAREWELL_S)  # another thread is at it, and this one is to do nothing any more
+        _call(self.firsts)
         self.speak(number)
         with contextlib.suppress(OSError):  # what others say about this end is noise
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, 1)
             os.dup2(nowhere, 2)
         kill_children()
-        farewell = threading.Thread(target=self._farewell, daemon=True)
-        farewell.start()
-        farewell.join(FAREWELL_S)
+        _call(self.ends)
         os._exit(exit_code(number))
-
-    def _farewell(self) -> None:
-        for function in reversed(self._ends):
-            with contextlib.suppress(Exception):
-                function()
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         """In the main thread, sooner or later."""
@@ -155,6 +150,20 @@ class Listener:
         timer = threading.Timer(GRACE_S, self.end, args=(number,))
         timer.daemon = True
         timer.start()
+
+
+def _call(functions: list[Callable[[], object]]) -> None:
+    """The last one first, all of them in FAREWELL_S at most."""
+
+    def call() -> None:
+        for function in reversed(functions):
+            with contextlib.suppress(Exception):
+                function()
+
+    if functions:
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        thread.join(FAREWELL_S)
 
 
 _listener: Listener | None = None
@@ -225,17 +234,18 @@ def unwinding(words: str = "") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def at_end(function: Callable[[], object]) -> Iterator[None]:
-    """Should the process end by a signal meanwhile: call this after its children have ended; in a few seconds."""
+def at_end(function: Callable[[], object], *, first: bool = False) -> Iterator[None]:
+    """Should the process end by a signal meanwhile: call this after its children have ended, or `first`, before a word
+    is said; it has FAREWELL_S."""
     if _listener is None:
         yield
         return
-    listener = _listener
-    listener._ends.append(function)
+    functions = _listener.firsts if first else _listener.ends
+    functions.append(function)
     try:
         yield
     finally:
-        listener._ends.remove(function)
+        functions.remove(function)
 
 
 @contextlib.contextmanager

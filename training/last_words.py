@@ -27,6 +27,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from datapipe.stopping import at_end
+
 KEPT_BYTES = 64_000
 """Of the end of what was written."""
 DONE = b"done"
@@ -61,7 +63,8 @@ def kept(url: str, storage: Any, rank: int, *, log: bool = False) -> Iterator[No
     """
     words = start(url, storage, rank, log=log)
     try:
-        yield
+        with at_end(words.end, first=True):  # to be told to end is no death
+            yield
     finally:
         words.end()
 

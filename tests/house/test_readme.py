@@ -32,6 +32,7 @@ from tests.training import published_files
 from tests.training.reid.people import market
 from tests.training.test_reproduce import own_row
 from training.backbone import BackboneConfig, VisionTransformer
+from training.config import load, to_toml
 
 WriteCrops = Callable[..., dict[str, bytes]]
 SOURCES = 'lup_lmdb crops/ "hf/train-*.parquet" mot/videos'
@@ -79,9 +80,9 @@ BLOCKS: dict[str, dict[str, str]] = {
 SAID = {
     "make demo": ["-m cluster demo", "-m pytest"],
     "source .venv/bin/activate": ["complete: 2 steps", "step_0000002", "timm.create_model(", "report.html"],
-    "python -m datapipe shard lup_lmdb": ["already complete", "1 removed"],
+    "python -m datapipe shard lup_lmdb": ["already complete", "1 crops removed"],
     "python -m training import": ["imported ", "complete: 2 steps"],
-    "python -m training evaluate": ["result: ", "pass-vits-market1501", "scored imported"],
+    "python -m training evaluate": ["result: ", "pass-vits-market1501: reproduced"],
     "python -m datapipe shard data/people": ["complete: 2 steps"],
     "ray start --head": ["submitted ", "follow:", "complete"],
 }
@@ -141,7 +142,9 @@ def own_files(folder: Path, s3: S3Server, write_crops: WriteCrops) -> None:
     with (folder / "CFS_list.pkl").open("wb") as file:
         pickle.dump([*names, *crops], file)
     (folder / "keys.txt").write_text(sample_key("crops", crops[0]) + "\n")
+    (folder / "people.txt").write_text(crops[1] + "\n")
     s3.client.create_bucket(Bucket="reid")
+    s3.client.put_object(Bucket="reid", Key="runs/earlier/config.toml", Body=to_toml(load("demo")).encode())
     write_crops(folder / "more", 4, seed=3)
     ingest([str(folder / "more")], "s3://reid/more", ShardConfig(workers=1), s3.storage)
     backbone = VisionTransformer(BackboneConfig(arch="vit_tiny", size=(64, 32)), parts=3)

@@ -16,6 +16,7 @@ from tests.flow.pause import Pause
 from tests.flow.test_resume import _until
 from tests.flow.tiny import audited, command, final_state, finished, recipe, shards
 from tests.ranks import run_ranks
+from training import last_words
 from training.checkpoint import step_of
 
 KILLED_AFTER = 8
@@ -50,6 +51,28 @@ def test_pretrain_job__a_killed_worker_changes_nothing(tmp_path: Path, write_cro
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert audited(run) == audited(undisturbed)
+
+
+@pytest.mark.slow
+def test_pretrain_job__the_last_words_of_a_dying_worker_are_in_the_history(tmp_path: Path, write_crops: Write) -> None:
+    write_crops(tmp_path / "crops", 24)
+    data = shards(tmp_path / "crops", str(tmp_path / "shards"))
+    path, run = recipe(tmp_path, data.url, str(tmp_path / "run")), tmp_path / "run"
+    pause = Pause(tmp_path, 2, rank=1)
+    flags = ("--cluster.max-workers", "2", "--cluster.environment", *pause.worker_environment)
+    process = command("cluster", "pretrain", str(path), *flags, **pause.environment)
+    killed = pause.reached(process)
+    os.kill(killed, signal.SIGABRT)
+    pause.end()
+    code, output, errors = finished(process)
+    assert code == 0, output + errors
+    words = "its last words: Fatal Python error: Aborted"  # faulthandler's, in C
+    records = map(json.loads, (run / "restarts.jsonl").read_text().splitlines())
+    (restart,) = (record for record in records if record["kind"] == "crash")
+    assert restart["rank"] == 1 and words in restart["reason"] and words in output
+    assert words in (run / "log.txt").read_text()
+    kept = last_words.of_process((run / "ranks" / "rank_01.log").read_text(), killed)
+    assert kept is not None and any("most recent call first" in line for line in kept)
 
 
 @pytest.mark.slow

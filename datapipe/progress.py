@@ -7,11 +7,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from types import TracebackType
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn
-from rich.progress import Progress as Bar
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 T = TypeVar("T")
 INTERVAL_S = 10.0
@@ -54,13 +53,12 @@ class Progress:
         self._said = False
         self._speaks = not Progress._shown or _listener.get() is not None
         self._bar: Bar | None = None
-        self._task = TaskID(0)
+        self._task: Any = None
 
     def __enter__(self) -> "Progress":
         if sys.stderr.isatty() and _listener.get() is None and not Progress._shown:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
-                       TextColumn("{task.fields[note]}"))
-            self._bar = Bar(*columns, console=Console(stderr=True), transient=self.quiet_s > 0)
+            self._bar = _new_bar(transient=self.quiet_s > 0)
+        if self._bar:
             self._bar.start()
             Progress._shown = True
             self._task = self._bar.add_task(self.label, total=self.total, note="")
@@ -122,6 +120,19 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
         else:
             listener(line)
+
+
+def _new_bar(*, transient: bool) -> "Bar | None":
+    """A bar on stderr; None where rich is not installed, as the loop alone does not need it: lines then."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bar
+    except ModuleNotFoundError:
+        return None
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
+               TextColumn("{task.fields[note]}"))
+    return Bar(*columns, console=Console(stderr=True), transient=transient)
 
 
 def duration(seconds: float) -> str:

@@ -5,6 +5,7 @@ Two cases by default, all of them with NULL_GPU_CASES=all (`make test-null-gpu`)
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.cluster.local_nodes import local_nodes
 from tests.flow.tiny import shards, step_records
 from tests.golden import ROOT
 from tests.null_gpu.build import HERE, environment, missing
@@ -111,3 +113,25 @@ def test_run__under_ray_on_two_gpus_has_the_numbers_of_two_cpus(data: str, tmp_p
     found = numbers(tmp_path / "gpu")
     assert len(found) == 3
     assert found == numbers(tmp_path / "cpu")
+
+
+@pytest.mark.skipif(CHOSEN is not CASES, reason="unequal machines under Ray: with NULL_GPU_CASES=all")
+def test_run__on_machines_with_one_gpu_and_with_two_binds_each_worker_to_its_own(data: str, tmp_path: Path) -> None:
+    """NCCL refuses two ranks on one GPU, which is what rank modulo GPUs comes to here."""
+    recipe, flags = CASES["zero_2"]
+    log = tmp_path / "nccl.log"
+    path = os.pathsep.join([str(HERE / "site"), str(ROOT)])
+    variables = {**environment(devices=3), "NULLCUDA_SHM": "1", "NULLCUDA_LOG": str(log), "PYTHONPATH": path}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        with local_nodes(0) as cluster:
+            for count, visible in ((1, "0"), (2, "1,2")):
+                cluster.add_node(num_cpus=count, num_gpus=count, env_vars={"CUDA_VISIBLE_DEVICES": visible})
+            words = ["cluster", "pretrain", recipe, *TINY, "--stream.manifest", data, *flags, "--address",
+                     cluster.address, "--cluster.max-workers", "3", "--optimisation.micro-batch", "8", "--out",
+                     str(tmp_path / "gpu")]  # fmt: skip
+            ended_well(started(words, variables))
+    bound = set(re.findall(r"rank \d of 3, device index (\d) of CUDA_VISIBLE_DEVICES=(\S+)", log.read_text()))
+    assert bound == {("0", "0"), ("0", "1,2"), ("1", "1,2")}
+    assert len(numbers(tmp_path / "gpu")) == 3

@@ -60,7 +60,7 @@ class Milestones:
     def _score(self, weights: Weights) -> None:
         task = Task(self.config.out, self.config.evaluation.data, weights, self.config.storage,
                     self.config.evaluation.scoring)  # fmt: skip
-        found = evaluation.score(task, device=self.world.device)
+        found = evaluation.score(task, device=self.world.device, out=self.folder.store)
         ours = {checkpoint.name_of(end // self.clock.batch) for end in ends(self.config.evaluation, self.clock)}
         scores = scored(self.folder, found["set"], ours)
         chosen = summary(scores, self.config.evaluation.quote)

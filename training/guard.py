@@ -1,5 +1,6 @@
 """The permission to write to a run folder, asked for before each write."""
 
+import copy
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -36,10 +37,11 @@ FREE = Guard()
 
 
 class GuardedStore(Store):
-    """A store that asks a guard before each write."""
+    """A store that asks a guard before each write, and again right before the write takes effect."""
 
     def __init__(self, store: Store, guard: Guard) -> None:
-        self.url, self._store, self._guard = store.url, store, guard
+        self.url, self._store, self._guard = store.url, copy.copy(store), guard
+        self._store.permit = guard.check
 
     def read(self, name: str, *, start: int = 0, size: int | None = None) -> bytes:
         return self._store.read(name, start=start, size=size)

@@ -11,6 +11,7 @@ over, and it ends. Readers need none of this.
 """
 
 import contextlib
+import copy
 import json
 import logging
 import os
@@ -118,7 +119,10 @@ class Lease(_Kept):
     def __init__(self, store: Store, ticket: Ticket, holder: Holder, *, settled_at: float, made: bool) -> None:
         """`settled_at`: `boottime` when nobody writes any more on behalf of the holder before. `made`: the run folder
         was not there before."""
-        super().__init__(store, ticket, counts_s=HOLDS * holder.duration_s, every_s=RENEWS * holder.duration_s)
+        super().__init__(copy.copy(store), ticket, counts_s=HOLDS * holder.duration_s,
+                         every_s=RENEWS * holder.duration_s)  # fmt: skip
+        self._asked = boottime()
+        self._store.permit = self._still
         self.holder, self._settled_at, self._made, self._count = holder, settled_at, made, 0
         self._refresh()
         self._start()
@@ -130,14 +134,20 @@ class Lease(_Kept):
     def _refresh(self) -> None:
         if boottime() >= self._valid_until and self._count:
             self._look()  # it may have been taken over: then nothing is written
-        asked = boottime()
         self._write(released=False)
+        asked = self._asked
         if self.term not in self._look():
             self._store.put_if_absent(_claim_name(self.term), self.ticket.claim)  # somebody deleted it
         self._valid_until = asked + self._counts_s
 
+    def _still(self) -> None:
+        """Right before a renewal takes effect: a process that is stopped while it renews does not do so later."""
+        if boottime() >= self._asked + self._counts_s:
+            self._look()
+
     def _write(self, *, released: bool) -> None:
         self._count += 1
+        self._asked = boottime()
         said = {"token": self.holder.token, "count": self._count, "at_s": boottime(), "released": released}
         self._store.replace(_renewal_name(self.term), json.dumps(said).encode())
 
@@ -199,6 +209,7 @@ def lease_on(
         ticket = _claim(store, max(found.term, *_terms(store, "checkpoints/term_"), 0) + 1, own)
         if ticket is None:
             continue
+        _delete_before(store, found.term)
         settled_at = 0.0
         if found.holder is not None and not _said(seen).get("released"):
             settled_at = boottime() + FOLLOWS * found.holder.duration_s if found.holder.has_workers else 0.0
@@ -273,6 +284,15 @@ def _claim(store: Store, term: int, own: Holder) -> Ticket | None:
         store.delete(name)
         return None
     return Ticket(term, content, conditional)
+
+
+def _delete_before(store: Store, term: int) -> None:
+    """Delete what earlier terms have left."""
+    with contextlib.suppress(StorageError):
+        for old in _terms(store):
+            if old < term:
+                store.delete(_renewal_name(old))
+                store.delete(_claim_name(old))
 
 
 def _overwritten(store: Store, own: Ticket) -> bool:

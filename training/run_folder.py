@@ -59,11 +59,10 @@ class RunFolder:
     def append(self, name: str, line: str) -> None:
         """Add a line to a file that only this process writes. Raises StorageError."""
         if self.local is not None:
-            self.guard.check()
             path = self.local / name
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                _append(path, (line + "\n").encode())
+                _append(path, (line + "\n").encode(), self.guard)
             except OSError as error:
                 raise refusal(error, where=str(path)) from error
             return
@@ -117,10 +116,11 @@ def _bytes(content: str | bytes) -> bytes:
     return content.encode() if isinstance(content, str) else content
 
 
-def _append(path: Path, data: bytes) -> None:
-    """All of it or nothing: on a full disk half a line would spoil the next one, too. Raises OSError."""
+def _append(path: Path, data: bytes, guard: Guard) -> None:
+    """All of it or nothing: on a full disk half a line would spoil the next one, too. Raises OSError, LeaseError."""
     with path.open("ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
+        guard.check()
         if file.write(data) < len(data):
             file.truncate(end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

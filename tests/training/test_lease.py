@@ -97,7 +97,8 @@ def _ended_process() -> int:
 def test_lease__a_second_writer_is_refused_with_who_has_it(folder: Folder) -> None:
     with lease_on(*folder, LONG_S) as taken:
         assert taken.term == 1
-        wanted = rf"process {os.getpid()} on {taken.holder.host} \(.*pytest.*\), since 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC"
+        host, when = taken.holder.host, r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC"
+        wanted = rf"process {os.getpid()} on {host} \(.*pytest.*\), since {when}"
         for attempt in (lambda: lease_on(*folder, say=_silent), lambda: refuse_held(*folder)):
             with pytest.raises(LeaseError, match=wanted):
                 attempt()
@@ -265,6 +266,14 @@ def test_lost__a_deleted_claim_is_renewed_and_terms_go_on_from_the_checkpoints(f
             refuse_held(*folder)
 
 
+def test_lease__files_of_terms_long_over_are_deleted(folder: Folder) -> None:
+    store = open_store(*folder)
+    store.replace("log.txt", b"")
+    for _ in range(4):
+        lease_on(*folder, LONG_S, say=_silent).release()
+    assert {entry.name[6:13] for entry in store.list("lease/")} == {"0000003", "0000004"}
+
+
 def test_follower__writes_until_somebody_takes_over_and_the_successor_waits_for_that(
     folder: Folder, elsewhere: Any
 ) -> None:
@@ -325,14 +334,15 @@ def test_storage_away__the_lease_outlives_it(s3: S3Server) -> None:
 
 
 def _write_lines(url: str, storage: StorageConfig, told: str) -> None:
-    """A writer until it is refused; its last words go into `told`."""
+    """A writer that stops itself, until it is refused; its last words go into `told`."""
     try:
         with lease_on(url, storage, 1.0) as taken:
             run = RunFolder(url, storage, taken)
-            while True:
-                run.append("log.txt", "line")
-                run.write("state.txt", "mine")
-                time.sleep(0.001)
+            run.append("log.txt", "line")
+            run.flush()
+            run.write("state.txt", "mine")
+            os.kill(os.getpid(), signal.SIGSTOP)
+            run.write("state.txt", "late")
     except LeaseError as error:
         Path(told).write_text(str(error))
 
@@ -347,9 +357,6 @@ def test_stopped__past_its_lease_a_process_ends_before_it_writes(kind: str, tmp_
     process.start()
     store = open_store(url, s3.storage)
     _until(lambda: store.exists("state.txt"))
-    with pytest.raises(LeaseError, match=f"process {process.pid} on"):
-        lease_on(url, s3.storage, say=_silent)
-    os.kill(process.pid or 0, signal.SIGSTOP)
     with _as_soon_as_free(url, s3.storage) as taken:
         assert taken.term == 2
         store.replace("state.txt", b"the successor's")

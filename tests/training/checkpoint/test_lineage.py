@@ -117,7 +117,7 @@ def test_term__what_was_saved_beyond_its_successors_beginning_is_passed_over(sto
     assert third.restore(make_stepper(make_method())) == (80, "step_0000020")
     _save(second, 30)
     assert read_marker(store, "step_0000030").term == 2, "in place of the first one's"
-    assert complete(store, said.append) == ["step_0000010", "step_0000020"], "of the second the third took over at step 20, too"
+    assert complete(store, said.append) == ["step_0000010", "step_0000020"], "the third began at step 20, too"
 
 
 def test_term__a_late_writer_deletes_nothing_of_its_successor(store: Store) -> None:

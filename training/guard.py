@@ -1,7 +1,7 @@
 """The permission to write to a run folder, asked for before each write."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from datapipe.errors import LeaseError
@@ -49,8 +49,8 @@ class GuardedStore(Store):
     def size(self, name: str) -> int:
         return self._store.size(name)
 
-    def list(self, prefix: str = "") -> Iterator[Entry]:
-        return self._store.list(prefix)
+    def list(self, prefix: str = "", *, enter: Callable[[str], bool] | None = None) -> Iterator[Entry]:
+        return self._store.list(prefix, enter=enter)
 
     def put_if_absent(self, name: str, data: Data) -> bool:
         self._guard.check()

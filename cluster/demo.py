@@ -21,12 +21,14 @@ from typing import Any
 import torch
 
 from datapipe.command import COMPLETE, FAILED, INTERRUPTED, STOPPED
+from datapipe.config import StorageConfig
 from datapipe.errors import ClusterError, DataError
 from datapipe.manifest import Manifest
 from datapipe.stopping import current, exit_code, receiving
 from training import config as recipes
 from training.assembly import clock_of
 from training.engine.devices import Device, choose_device
+from training.lease import refuse_held
 from training.reid.zero_shot import COLOUR_HISTOGRAM, RANDOM
 from training.speed import duration, faster_precision
 
@@ -85,6 +87,7 @@ def run(out: Path, *, crops: Path | None, seed: int, steps: int, device: Device 
     """All five steps; the exit code says whether pre-training learnt what it must. Started again, it goes on."""
     began = time.monotonic()
     demo = Demo(out, crops or out / "crops", crops is not None, seed, steps, choose_device(device), device)
+    refuse_held(str(demo.run), StorageConfig())
     if demo.own and not demo.crops.is_dir():
         raise DataError("no such folder of crops", where=str(demo.crops), hint="make demo CROPS=<folder of images>")
     _make_data(demo, began)

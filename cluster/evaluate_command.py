@@ -13,7 +13,7 @@ from datapipe.settings import settings
 from datapipe.storage import is_remote
 from training.engine.devices import choose_device
 from training.evaluate_command import EvaluateCommand as LocalCommand
-from training.evaluate_command import conclude, fine_tuning, show, zero_shot_tasks
+from training.evaluate_command import conclude, fine_tuning, show, writing, zero_shot_tasks
 from training.reid.supervised import RANDOM
 
 PROG = "python -m cluster evaluate"
@@ -48,9 +48,10 @@ def evaluate(arguments: list[str]) -> int:
     if chosen.task == "supervised":
         from cluster.pretrain_job import run as pretrain
 
-        config = fine_tuning(chosen, flags, prog=PROG)
-        code = pretrain(config, address=address)
-        return conclude(config) if code == command.COMPLETE else code
+        with writing(chosen, has_workers=True) as lease:
+            config = fine_tuning(chosen, flags, prog=PROG)
+            code = pretrain(config, address=address, lease=lease)
+            return conclude(config) if code == command.COMPLETE else code
     from cluster.evaluate_job import run
 
     if address == LOCAL:

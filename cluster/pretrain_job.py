@@ -19,7 +19,7 @@ from cluster.session import LOCAL, prepare, ray_session
 from cluster.vigil import Hung, accusation, end_process, hung
 from datapipe.command import COMPLETE, STOPPED
 from datapipe.cores import available_cores
-from datapipe.errors import ClusterError, ConfigError, DataError, UserError
+from datapipe.errors import ClusterError, ConfigError, DataError, LeaseError, UserError
 from datapipe.stopping import at_end
 from datapipe.storage import is_remote
 from training import checkpoint, outlook
@@ -29,6 +29,8 @@ from training.config import RunConfig
 from training.engine.devices import choose_device
 from training.engine.host import LocalHost, exit_code
 from training.engine.world import World
+from training.guard import Ticket
+from training.lease import Follower, Lease, lease_on
 from training.pretrain import pretrain, ran_on
 from training.run_folder import RunFolder
 from training.speed import duration
@@ -44,11 +46,12 @@ PLACEMENT_S = 20.0
 """Seconds after which room that was counted, but is not there, is counted again."""
 
 
-def run(config: RunConfig, *, address: str = LOCAL) -> int:
+def run(config: RunConfig, *, address: str = LOCAL, lease: Lease | None = None) -> int:
     """Train until complete, stopped or failed; the exit code says which. Raises UserError on a clear mistake.
 
     The first signal (Ctrl-C, SIGTERM, SIGUSR1, SIGHUP) lets the workers finish their step and save; before they have
     begun with one, and at a second signal, everything ends at once.
+    `lease`: on the run folder, where the caller holds it. Raises LeaseError where another process does, or takes over.
     """
     refuse_relative(paths_of(config))
     config = _absolute(config)
@@ -56,6 +59,13 @@ def run(config: RunConfig, *, address: str = LOCAL) -> int:
         device = choose_device(config.engine.device)
         refuse_unsuited(config, device)
         outlook.refuse_on_this_machine(config, config.cluster.least_workers, device)
+    if lease is not None:
+        return _run(config, address, lease)
+    with lease_on(config.out, config.storage, config.cluster.lease_s, has_workers=True) as lease:
+        return _run(config, address, lease)
+
+
+def _run(config: RunConfig, address: str, lease: Lease) -> int:
     print(f"reads the data set {' + '.join(config.stream.mix) or config.stream.manifest}", flush=True)
     data = check(config)
     clock = clock_of(resolved(config, data), data.rows)
@@ -64,7 +74,8 @@ def run(config: RunConfig, *, address: str = LOCAL) -> int:
     print(f"pretrain: {config.method.name}, {data.rows:,} crops, {clock.total_steps:,} steps, "
           f"{workers} workers; run folder {config.out}", flush=True)  # fmt: skip
     with LocalHost(starting=True) as signals, ray_session(address, cpus=_cpus(config)) as scratch:
-        driver = Driver(config, signals, scratch, embedded=address == LOCAL)
+        lease.settle()  # as a rule Ray's start took longer
+        driver = Driver(config, signals, scratch, lease, embedded=address == LOCAL)
         complete = driver.train()
     if complete:
         return COMPLETE
@@ -94,11 +105,12 @@ def _absolute_address(address: str) -> str:
 class Driver:
     """Starts the workers, passes on their lines and our stop word, ends those that hang, keeps the history."""
 
-    def __init__(self, config: RunConfig, signals: LocalHost, scratch: str, *, embedded: bool) -> None:
+    def __init__(self, config: RunConfig, signals: LocalHost, scratch: str, lease: Lease, *, embedded: bool) -> None:
         from cluster.bulletin import open_board
 
         self.config, self.signals, self.scratch, self.embedded = config, signals, scratch, embedded
-        self.folder = RunFolder(config.out, config.storage)
+        self.lease = lease
+        self.folder = RunFolder(config.out, config.storage, lease)
         self.choice = self._choose()
         self._name, self._board = open_board(self._begin(), Restarts(config.cluster, config.out))
         self._trainer = self._make_trainer()
@@ -123,7 +135,8 @@ class Driver:
         return choice
 
     def _make_trainer(self) -> Any:
-        return _trainer(self.config, self._name, self.scratch, self.choice, embedded=self.embedded)
+        return _trainer(self.config, self._name, self.scratch, self.choice, self.lease.ticket,
+                        embedded=self.embedded)
 
     def train(self) -> bool:
         """True: complete; False: stopped, and resumable. Raises UserError."""
@@ -134,7 +147,8 @@ class Driver:
                 complete = self._train()
             ending = "complete" if complete else "stopped"
         finally:
-            self._record({"time": time.time(), "kind": END, "reason": ending})
+            if not self.lease.lost:
+                self._record({"time": time.time(), "kind": END, "reason": ending})
         return complete
 
     def _train(self) -> bool:
@@ -157,6 +171,8 @@ class Driver:
         import ray
 
         while True:
+            if self.lease.lost:
+                raise self.lease.lost
             alive = self._fitting.is_alive()
             try:
                 notes = ray.get(self._board.take.remote())
@@ -283,7 +299,9 @@ class Driver:
                             hint="--debug shows the whole trace; started again, the run goes on")  # fmt: skip
 
 
-def _trainer(config: RunConfig, board: str, scratch: str, choice: Choice, *, embedded: bool) -> Any:
+def _trainer(
+    config: RunConfig, board: str, scratch: str, choice: Choice, ticket: Ticket, *, embedded: bool
+) -> Any:
     """A run of Ray Train. Its name is new each time, as Ray Train goes by what it finds under a name it has had."""
     machine = config.cluster
     patience = PLACEMENT_S if _elastic(config) else machine.start_timeout_s
@@ -306,7 +324,7 @@ def _trainer(config: RunConfig, board: str, scratch: str, choice: Choice, *, emb
     return Trainer(
         work,
         train_loop_config={"config": recipes.to_tree(config), "board": board, "embedded": embedded,
-                           "kind": choice.kind},
+                           "kind": choice.kind, "ticket": ticket},
         torch_config=MeetingConfig(
             backend="nccl" if gpus else "gloo",
             timeout_s=round(machine.start_timeout_s + machine.collective_timeout_s),
@@ -375,9 +393,10 @@ def work(settings: dict[str, Any]) -> None:
     )
     host = RayHost(board, group, world, config.cluster, embedded=settings["embedded"])
     try:
-        ending = pretrain(config, world=world, host=host, reason=reason)
+        with Follower(config.out, config.storage, settings["ticket"]) as guard:
+            ending = pretrain(config, world=world, host=host, reason=reason, guard=guard)
         take_leave()
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, LeaseError) as error:
         take_leave()
         ray.get(board.fail.remote(error))
         raise

@@ -52,6 +52,10 @@ class ClusterError(UserError):
     """Processes, nodes or the scheduler failed in a way that a retry does not mend."""
 
 
+class LeaseError(UserError):
+    """Another process writes to the folder, or has taken it over."""
+
+
 _HINTS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room there; where no file is named, in the temporary folder "
                                                   "(TMPDIR) and where the output goes"),

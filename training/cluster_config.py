@@ -61,6 +61,9 @@ class ClusterConfig:
     """Seconds after the first step after which a worker no longer waits for its peers in a collective, in any process
     group; the last resort. Before it start_timeout_s is added. What one worker does alone while the others wait
     (scores, the end of a save) is not bound by it."""
+    lease_s: float = Field(default=12.0, ge=0.5, le=20)
+    """Seconds without a sign of life from the writer of a run folder after which a command on another machine may take
+    it over. A writer that was stopped or cut off for as long asks whether it was taken over before it writes on."""
     notice: str = ""
     """File or http(s) address that says when this machine will be taken away: looked at every notice_every_s by each
     machine; the file's being there, or an answer other than 404, false or none, is the notice. On AWS

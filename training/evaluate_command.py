@@ -1,5 +1,6 @@
 """python -m training evaluate: scores of weights on a labelled data set, as they are or after fine-tuning."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -18,6 +19,7 @@ from training.engine.devices import choose_device
 from training.engine.host import LocalHost, exit_code
 from training.engine.world import alone
 from training.evaluation import Task
+from training.lease import Lease, lease_on
 from training.milestones import SUMMARY
 from training.pretrain import pretrain
 from training.reid import supervised
@@ -58,14 +60,15 @@ def evaluate(arguments: list[str]) -> int:
     """Score weights by retrieval: a run's checkpoints beside baselines, an export, a file; or after fine-tuning."""
     chosen, flags = tyro.cli(EvaluateCommand, args=arguments, prog=PROG, return_unknown_args=True)
     if chosen.task == "supervised":
-        config = fine_tuning(chosen, flags, prog=PROG)
-        with (
-            LocalHost(starting=True) as host,
-            last_words.kept(config.out, config.storage, 0, log=True),
-            alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world,
-        ):
-            ending = pretrain(config, world=world, host=host)
-        return conclude(config) if ending.complete else exit_code(host.received)
+        with writing(chosen, has_workers=False) as guard:
+            config = fine_tuning(chosen, flags, prog=PROG)
+            with (
+                LocalHost(starting=True) as host,
+                last_words.kept(config.out, config.storage, 0, log=True),
+                alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world,
+            ):
+                ending = pretrain(config, world=world, host=host, guard=guard)
+            return conclude(config) if ending.complete else exit_code(host.received)
     torch.set_num_threads(min(torch.get_num_threads(), available_cores()))  # of quotas PyTorch knows nothing
     device = choose_device(chosen.device)
     print(f"reads the data set {chosen.data}", flush=True)
@@ -93,6 +96,14 @@ def show(chosen: EvaluateCommand, scores: list[dict[str, Any]]) -> int:
     print(evaluation.table(scores))
     print(write_report(chosen.out or evaluation.checkpoint_of(chosen.weights)[0], chosen.storage))
     return command.COMPLETE
+
+
+def writing(chosen: EvaluateCommand, *, has_workers: bool) -> contextlib.AbstractContextManager[Lease | None]:
+    """The lease on the run folder of fine-tuning, before anything is written to it; nothing where none was given, which
+    is refused later. Raises LeaseError where another process has it."""
+    if not chosen.out:
+        return contextlib.nullcontext()
+    return lease_on(chosen.out, chosen.storage, has_workers=has_workers)
 
 
 def fine_tuning(chosen: EvaluateCommand, flags: Sequence[str], *, prog: str) -> RunConfig:

@@ -118,17 +118,19 @@ def checkpoint_of(address: str) -> tuple[str, str]:
     return (run, name) if between and "/" not in name else (address, "")
 
 
-def score(task: Task, *, threads: int = 2, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Score one task and write its folder below `evaluation/`; what is there already and of the same weights stays."""
+def score(
+    task: Task, *, threads: int = 2, device: torch.device | str = "cpu", out: Store | None = None
+) -> dict[str, Any]:
+    """Score one task and write its folder below `evaluation/`; what is there already and of the same weights stays.
+    `out`: the store of the task's folder, where it is open."""
     with scoring_memory(task.scoring.embed_batch, device):
-        return _score(task, threads, device)
+        return _score(task, threads, device, out or open_store(task.out or task.run, task.storage))
 
 
-def _score(task: Task, threads: int, device: torch.device | str) -> dict[str, Any]:
+def _score(task: Task, threads: int, device: torch.device | str, out: Store) -> dict[str, Any]:
     exported = task.weights.name == EXPORTED
     subject = _of_export(task, threads) if exported else _of_run(task, threads)
     reid = open_data(task.data, task.storage, task.scoring, images=task.scoring.allow_partial)  # `tasks` has refused
-    out = open_store(task.out or task.run, task.storage)
     identity = _identity(task, subject, reid)
     before = _scored(out, reid, task.weights, identity)
     if before is not None:

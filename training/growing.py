@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 
-from datapipe.errors import NotFoundError, UserError
+from datapipe.errors import LeaseError, NotFoundError, UserError
 from datapipe.storage import Store
 
 log = logging.getLogger(__name__)
@@ -99,6 +99,8 @@ class GrowingFiles:
             began = time.monotonic()
             try:
                 self.flush()
+            except LeaseError:
+                return  # another process writes these files from now on
             except UserError as error:  # all is kept, and a save that needs it on the store says so itself
                 log.warning("not written now, will be tried again: %s (%s)", error.what, error.where)
                 self._due.set()

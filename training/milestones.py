@@ -63,7 +63,7 @@ class Milestones:
                     self.config.evaluation.scoring)  # fmt: skip
         self.host.say(f"scores {weights.name}")
         with telling(self.host.say):
-            found = evaluation.score(task, device=self.world.device)
+            found = evaluation.score(task, device=self.world.device, out=self.folder.store)
         ours = {checkpoint.name_of(end // self.clock.batch) for end in ends(self.config.evaluation, self.clock)}
         scores = scored(self.folder, found["set"], ours)
         chosen = summary(scores, self.config.evaluation.quote)

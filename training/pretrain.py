@@ -1,15 +1,16 @@
 """One rank of a training run, from the last good checkpoint to its end or a stop."""
 
+import contextlib
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 from datapipe.cores import available_cores
 from datapipe.data import Data, load_data
-from datapipe.errors import ConfigError
+from datapipe.errors import ConfigError, UserError
 from training import outlook
 from training.assembly import (
     check,
@@ -41,7 +42,9 @@ from training.engine.scaling import first_scale
 from training.engine.stepper import Stepper
 from training.engine.stop import Stop
 from training.engine.world import World
+from training.guard import Guard, Ticket
 from training.initial_weights import in_words
+from training.lease import Follower, Lease, lease_on
 from training.memory_remedies import training_memory
 from training.methods.base import Method
 from training.metrics import Recorder
@@ -64,27 +67,59 @@ class Ending(NamedTuple):
     """False: it was told to stop, saved, and goes on when started again."""
 
 
-def pretrain(config: RunConfig, *, world: World, host: Host, reason: str = "started") -> Ending:
+def pretrain(
+    config: RunConfig, *, world: World, host: Host, reason: str = "started", guard: Guard | None = None
+) -> Ending:
     """Run the recipe in this process as one rank of `world`, from the last good checkpoint to the end or a stop.
 
-    Every rank calls this with the same `config`. Returns the same Ending on all ranks.
+    Every rank calls this with the same `config`. Returns the same Ending on all ranks. `guard`: of the run folder,
+    where the caller holds its lease; else the leading rank takes it for as long as this lasts. Raises LeaseError where
+    another process has it, or takes it over.
     """
     startup = Startup()
     refuse_unsuited(config, world.device)  # and what `check` refuses: nothing has been written by then
     if config.backbone.compile_blocks:
         refuse_without_compiler(world.device)
     say = host.say if world.leads else _silent
-    with training_memory(config, world), deterministic(config.engine.deterministic):
+    with (
+        _writing(config, world, host, guard) as guard,
+        training_memory(config, world),
+        deterministic(config.engine.deterministic),
+    ):
         _use_threads(config, world)
         say(f"reads the data set {' + '.join(config.stream.mix) or config.stream.manifest}")
         data = check(config) if world.leads else load_data(config.stream, config.storage)
         if reason == "started":  # later on memory of workers that were ended may not be free yet
             outlook.refuse_want_of_memory(config, world, place=host.place())
-        folder = RunFolder(config.out, config.storage)
+        folder = RunFolder(config.out, config.storage, guard)
         if world.leads:
             refuse_slower(config, folder, world)
         with rank_log(folder, world, host):
             return _pretrain(resolved(config, data), data, folder, world, host, reason, startup)
+
+
+@contextlib.contextmanager
+def _writing(config: RunConfig, world: World, host: Host, guard: Guard | None) -> Iterator[Guard]:
+    """The rank's guard of the run folder. What the leading rank meets in place of a lease all raise."""
+    if guard is not None:
+        guard.settle()
+        yield guard
+        return
+    lease: Lease | None = None
+    outcome: Ticket | UserError | None = None
+    if world.leads:
+        try:
+            lease = lease_on(config.out, config.storage, config.cluster.lease_s, has_workers=world.size > 1,
+                             say=host.say)  # fmt: skip
+            lease.settle()
+            outcome = lease.ticket
+        except UserError as error:
+            outcome = error
+    told = world.tell(outcome)
+    if isinstance(told, UserError):
+        raise told
+    with lease or Follower(config.out, config.storage, told) as guard:
+        yield guard
 
 
 def ran_on(folder: RunFolder) -> str:
@@ -119,7 +154,7 @@ def _pretrain(
     world.expect_within(config.cluster.start_timeout_s + config.cluster.collective_timeout_s)  # DeepSpeed's groups, too
     checkpoints = Checkpoints(
         folder.at("checkpoints"), config.checkpoints, world, about=about(config, data, world, origin), say=say,
-        replaces=data.replaces, epoch_steps=clock.epoch_steps,
+        replaces=data.replaces, epoch_steps=clock.epoch_steps, guard=folder.guard,
     )
     startup.reached("engine")
     say("looks for a checkpoint")

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+from datapipe.errors import LeaseError
 from training.engine.host import Host
 from training.engine.world import World
 from training.run_folder import RunFolder
@@ -31,6 +32,8 @@ class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._folder.append(self._name, self.format(record))
+        except LeaseError:
+            return  # the file is another process's
         except Exception as error:  # noqa: BLE001  (a log that cannot be written must not end a run)
             if not self._failed:
                 said = str(error).partition("\n")[0]
@@ -45,7 +48,7 @@ class _Lines(logging.Handler):
 def rank_log(folder: RunFolder, world: World, host: Host) -> Iterator[None]:
     """Keep what the rank logs for as long as the context lasts. Warnings go to stderr as they did before; the trace of
     the error that ends it does not."""
-    handler = _Lines(RunFolder(folder.url, folder.storage), f"ranks/rank_{world.rank:02d}.log")
+    handler = _Lines(RunFolder(folder.url, folder.storage, folder.guard), f"ranks/rank_{world.rank:02d}.log")
     stderr = logging.StreamHandler(sys.stderr)
     stderr.setLevel(logging.WARNING)
     loggers = [logging.getLogger(name) for name in PACKAGES]

@@ -21,6 +21,8 @@ from training import weights as exports
 from training.engine.devices import choose_device
 from training.engine.host import Host
 from training.engine.world import alone
+from training.guard import Guard, GuardedStore
+from training.lease import lease_on
 from training.milestones import SUMMARY
 from training.pedigree import Pedigree, is_fine_tuned, of_card
 from training.pretrain import pretrain
@@ -109,17 +111,27 @@ def reproduce(row: Row, weights: str, data: str, out: str, storage: StorageConfi
         raise ConfigError(f"{row.name} cannot be reproduced here: {row.refusal}", where="reproduce", hint=LIST)
     scoring = ScoringConfig(data_name=row.data, rerank=row.reranking)
     reid = evaluation.open_data(data, storage, scoring)
+    with lease_on(out, storage, say=host.say) as lease:
+        return _reproduce(row, weights, data, out, storage, host, reid, scoring, lease)
+
+
+def _reproduce(
+    row: Row, weights: str, data: str, out: str, storage: StorageConfig, host: Host, reid: ReIDSet,
+    scoring: ScoringConfig, guard: Guard,
+) -> Reproduction | None:  # fmt: skip
+    """The same with the lease on its folder."""
     export = supervised.as_export(weights, out, storage)
     card = exports.load_card(open_store(export, storage))
     refuse_others(row, card, of_card(card, data), reid, weights)
     if row.task == "supervised" and not is_fine_tuned(card):
-        scores = _fine_tuned(row, export, data, out, scoring, storage, host)
+        scores = _fine_tuned(row, export, data, out, scoring, storage, host, guard)
     else:
         scores = _scored(row, export, data, out, scoring, storage)
     if scores is None:
         return None
     done = Reproduction(row, scores, agreements(row, scores))
-    open_store(out, storage).replace(RESULT, (json.dumps(done.to_tree(), indent=1) + "\n").encode())
+    content = json.dumps(done.to_tree(), indent=1) + "\n"
+    GuardedStore(open_store(out, storage), guard).replace(RESULT, content.encode())
     return done
 
 
@@ -190,8 +202,9 @@ def listing() -> str:
 
 
 def _fine_tuned(
-    row: Row, export: str, data: str, out: str, scoring: ScoringConfig, storage: StorageConfig, host: Host
-) -> dict[str, Any] | None:
+    row: Row, export: str, data: str, out: str, scoring: ScoringConfig, storage: StorageConfig, host: Host,
+    guard: Guard,
+) -> dict[str, Any] | None:  # fmt: skip
     """The scores that the recipe quotes of the weights it ends with; None: told to stop."""
     size = [str(side) for side in row.size]
     flags = ["--backbone.size", *size, "--evaluation.interpolation", row.interpolation, *row.flags]
@@ -200,7 +213,7 @@ def _fine_tuned(
         last_words.kept(config.out, config.storage, 0, log=True),
         alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world,
     ):
-        if not pretrain(config, world=world, host=host).complete:
+        if not pretrain(config, world=world, host=host, guard=guard).complete:
             return None
     result: dict[str, Any] = json.loads(open_store(out, storage).read(SUMMARY))["result"]
     return result

@@ -12,6 +12,7 @@ from datapipe.config import StorageConfig
 from datapipe.errors import NotFoundError, refusal
 from datapipe.storage import Store, is_remote, open_store
 from training.growing import GrowingFiles
+from training.guard import FREE, Guard, GuardedStore
 
 PROBE_BYTES = 65_536
 """Written to see whether there is any room; what a run writes before its first step."""
@@ -21,12 +22,14 @@ class RunFolder:
     """Writes and reads a run's files. Growing files are appended locally and rewritten at intervals elsewhere.
 
     Layout: command.txt, config.toml, deepspeed.json, environment.json, log.txt, views.json, first_batch.jpg,
-    metrics/attempt_001.jsonl, ranks/rank_00.json, checkpoints/, exports/, evaluation/, tensorboard/, report.html.
+    metrics/attempt_001.jsonl, ranks/rank_00.json, checkpoints/, exports/, evaluation/, tensorboard/, report.html, and
+    lease/, which says who writes the others.
     """
 
-    def __init__(self, url: str, storage: StorageConfig) -> None:
-        self.url, self.storage = url, storage
-        self.store: Store = open_store(url, storage)
+    def __init__(self, url: str, storage: StorageConfig, guard: Guard = FREE) -> None:
+        """`guard` is asked before each write, which raises LeaseError where another process has taken over."""
+        self.url, self.storage, self.guard = url, storage, guard
+        self.store: Store = GuardedStore(open_store(url, storage), guard)
         self.local: Path | None = None if is_remote(url) else Path(self.store.url)
         self._growing = GrowingFiles(self.store)
 
@@ -59,10 +62,12 @@ class RunFolder:
             path = self.local / name
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                _append(path, (line + "\n").encode())
+                _append(path, (line + "\n").encode(), self.guard)
             except OSError as error:
                 raise refusal(error, where=str(path)) from error
             return
+        if self.guard.lost:
+            raise self.guard.lost
         self._growing.append(name, line)
 
     def flush(self) -> None:
@@ -111,10 +116,11 @@ def _bytes(content: str | bytes) -> bytes:
     return content.encode() if isinstance(content, str) else content
 
 
-def _append(path: Path, data: bytes) -> None:
-    """All of it or nothing: on a full disk half a line would spoil the next one, too. Raises OSError."""
+def _append(path: Path, data: bytes, guard: Guard) -> None:
+    """All of it or nothing: on a full disk half a line would spoil the next one, too. Raises OSError, LeaseError."""
     with path.open("ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
+        guard.check()
         if file.write(data) < len(data):
             file.truncate(end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

@@ -79,6 +79,7 @@ class LocalStore(Store):
 
     def put_if_absent(self, name: str, data: Data) -> bool:
         with self._faults(name), self._whole(name, data) as temporary:
+            self.permit()
             try:
                 os.link(temporary, self._path(name))
             except FileExistsError:
@@ -89,10 +90,12 @@ class LocalStore(Store):
 
     def replace(self, name: str, data: Data) -> None:
         with self._faults(name), self._whole(name, data) as temporary:
+            self.permit()
             os.replace(temporary, self._path(name))
 
     def delete(self, name: str) -> None:
         path = self._path(name)
+        self.permit()
         with self._faults(name):
             path.unlink(missing_ok=True)
         if "/" in name:

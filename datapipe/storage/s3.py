@@ -102,7 +102,12 @@ class S3Store(Store):
 
     def delete(self, name: str) -> None:
         self.refuse_outside(name)
-        self._try(lambda: self._client.delete_object(**self._target(name)), name)
+
+        def remove() -> None:
+            self.permit()
+            self._client.delete_object(**self._target(name))
+
+        self._try(remove, name)
 
     def at(self, *parts: str) -> Store:
         for part in parts:
@@ -170,6 +175,7 @@ class S3Store(Store):
         """The request that makes the object visible. Raises _Taken, _Unsupported where there is a condition."""
 
         def commit() -> None:
+            self.permit()
             try:
                 request()
             except ClientError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from datapipe.config import StorageConfig
-from datapipe.errors import NotFoundError, RefusedError, StorageError
+from datapipe.errors import NotFoundError, RefusedError, StorageError, UserError
 from datapipe.storage.retry import PassingFault, keep_trying
 from datapipe.storage.store import TEMPORARY, Data, Entry, Store
 
@@ -79,11 +79,13 @@ class SchemeStore(Store):
 
         def write() -> None:
             self._system.makedirs(final.rpartition("/")[0], exist_ok=True)
+            self.permit()
             if isinstance(data, Path):
                 self._system.put_file(str(data), target)
             else:
                 self._system.pipe_file(target, bytes(data))
             if target != final:
+                self.permit()
                 self._system.mv(target, final)
 
         self._try(write, name)
@@ -91,6 +93,7 @@ class SchemeStore(Store):
     def delete(self, name: str) -> None:
         self.refuse_outside(name)
         def remove() -> None:
+            self.permit()
             if self._system.exists(self._path(name)):
                 self._system.rm_file(self._path(name))
 
@@ -122,7 +125,7 @@ class SchemeStore(Store):
         def attempt() -> T:
             try:
                 return request()
-            except StorageError:
+            except UserError:
                 raise
             except Exception as error:  # every file system raises classes of its own libraries
                 raise self._explained(error, name) from error

@@ -61,6 +61,9 @@ class Store(ABC):
     """One folder or prefix. Cheap to make, safe to share between threads, picklable."""
 
     url: str
+    permit: Callable[[], None] = staticmethod(lambda: None)
+    """Called right before what makes an object, replaces or deletes it; nothing is done where it raises. The data may
+    have been sent by then, under no name yet."""
 
     @abstractmethod
     def read(self, name: str, *, start: int = 0, size: int | None = None) -> bytes:

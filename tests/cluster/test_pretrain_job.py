@@ -12,12 +12,14 @@ import psutil
 import pytest
 import torch
 
+from datapipe import command as ends
 from tests.flow.pause import Pause
 from tests.flow.test_resume import _until
 from tests.flow.tiny import audited, command, final_state, finished, recipe, shards
 from tests.ranks import run_ranks
 from training import last_words
 from training.checkpoint import step_of
+from training.commands import main
 
 KILLED_AFTER = 8
 """Steps, of 16; a checkpoint is saved after every third."""
@@ -77,8 +79,10 @@ def test_pretrain_job__the_last_words_of_a_dying_worker_are_in_the_history(tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("told_by", ["SIGTERM", "notice"])
-def test_pretrain_job__saves_and_says_how_to_go_on(tmp_path: Path, write_crops: Write, told_by: str) -> None:
-    """All ports of an embedded Ray and of its workers are on loopback, meanwhile."""
+def test_pretrain_job__saves_and_says_how_to_go_on(
+    tmp_path: Path, write_crops: Write, told_by: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All ports of an embedded Ray and of its workers are on loopback, meanwhile, and no other run gets its folder."""
     write_crops(tmp_path / "crops", 50)
     data = shards(tmp_path / "crops", str(tmp_path / "shards"))
     path = recipe(tmp_path, data.url, str(tmp_path / "run"), epochs=2000.0)
@@ -91,6 +95,8 @@ def test_pretrain_job__saves_and_says_how_to_go_on(tmp_path: Path, write_crops: 
     listening = _listening(process.pid)
     open_to_all = [place for place in listening if place[0] not in ("127.0.0.1", "::ffff:127.0.0.1", "::1")]
     assert len(listening) > 5 and not open_to_all, listening
+    assert ends.run(main, ["pretrain", str(path)]) == ends.FAILED
+    assert f"another process writes to this run folder: process {process.pid} on" in capsys.readouterr().err
     if told_by == "SIGTERM":
         process.send_signal(signal.SIGTERM)
     else:

@@ -1,19 +1,21 @@
 """Checkpoints: complete or absent, verified when read, and holding all that the future depends on.
 
-    checkpoints/step_0000100/rank_00003.5f2a9c01-2.safetensors   what rank 3 saved: stretches of flattened tensors
-    checkpoints/step_0000100/checkpoint.json                     written last: its presence means complete
+    checkpoints/step_0000100/rank_00003.t7-5f2a9c01-2.safetensors   what rank 3 saved: stretches of flattened tensors
+    checkpoints/step_0000100/checkpoint.json                        written last: its presence means complete
 
 No tensor is ever put together to be saved: each rank writes what it holds, and its share of what all hold. The table in
 checkpoint.json says which file has which numbers of which tensor, so that any world size, ZeRO stage and stepper finds
-what it needs by range reads. Nothing is unpickled. `5f2a9c01-2` is the attempt and its save: files of an attempt that
-crashed, or is not quite dead, never mix with those of the next.
+what it needs by range reads. Nothing is unpickled. `t7-5f2a9c01-2` is the term of the run's lease, the attempt and its
+save: files of an attempt that crashed, or is not quite dead, never mix with those of the next.
 
+lineage.py  which of them are the run's own
 marker.py   what a checkpoint says of itself       reader.py     its tensors, and whether they are whole
 part.py     one rank's file                        run.py        saving and restoring as the loop does it
 retention.py  which checkpoints stay               compare.py    how two of them differ
 """
 
-from training.checkpoint.marker import MARKER, Marker, complete, name_of, read_marker, step_of
+from training.checkpoint.lineage import complete
+from training.checkpoint.marker import MARKER, Marker, name_of, read_marker, step_of
 from training.checkpoint.reader import Reader, load_model, newest_good, verify
 from training.checkpoint.run import Checkpoints, Report, Saved, refuse_other_data
 

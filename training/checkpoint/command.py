@@ -14,7 +14,8 @@ from datapipe.errors import DataError, NotFoundError
 from datapipe.settings import settings
 from datapipe.storage import Store, open_store, split_url
 from training.checkpoint import compare as comparing
-from training.checkpoint.marker import Marker, complete, completed, read_marker, step_of
+from training.checkpoint.lineage import complete, survey
+from training.checkpoint.marker import Marker, completed, read_marker, step_of
 from training.checkpoint.reader import Reader, newest_good, verify
 from training.checkpoint.retention import folder_of, kept, old_files
 from training.config import CheckpointConfig
@@ -167,9 +168,10 @@ def _prune(chosen: Prune) -> int:
         raise DataError("no checkpoint of the run is good, so none is deleted", where=store.url,
                         hint=f"{PROG} RUN verify says what is wrong")  # fmt: skip
     entries = {entry.name: entry.size for entry in store.list()}
+    found = survey(store, entries)
     every = CheckpointConfig(keep_every_steps=chosen.keep_every_steps)
-    staying = {*good, *(name for name in completed(entries) if kept(every, step_of(name) or 0, math.inf))}
-    going = old_files(entries, good[0], staying)
+    staying = {*good, *(name for name in found.names if kept(every, step_of(name) or 0, math.inf))}
+    going = old_files(entries, good[0], {*staying, *found.passed_over})
     if not chosen.dry_run:
         for file in going:
             store.delete(file)

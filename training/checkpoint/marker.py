@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from datapipe.errors import DataError, NotFoundError
+from datapipe.errors import DataError
 from datapipe.storage import Store, unsafe
 
 FORMAT = 2
@@ -71,6 +71,8 @@ class Marker:
     origin: dict[str, Any] = field(default_factory=dict)
     """The pretrained weights that the run began with, where it did."""
     time: float = 0.0
+    term: int = 0
+    """Of the run's lease, see `training/lease.py`; 0: it was written without one."""
     format: int = FORMAT
 
     @property
@@ -81,11 +83,18 @@ class Marker:
     @property
     def sha256(self) -> str:
         """Of all the marker says, hence of every number in the checkpoint."""
-        return _digest(asdict(self))
+        return _digest(self._content())
 
     def to_bytes(self) -> bytes:
-        """As it is stored: JSON with its own checksum."""
-        return json.dumps(asdict(self) | {"sha256": self.sha256}, separators=(",", ":")).encode()
+        """As it is stored: JSON with its own checksum. Step and term come first, for those who need no more."""
+        content = self._content()
+        head = {key: content[key] for key in ("step", "term") if key in content}
+        return json.dumps(head | content | {"sha256": self.sha256}, separators=(",", ":")).encode()
+
+    def _content(self) -> dict[str, Any]:
+        """Without a term it is what it was before there were terms."""
+        content = asdict(self)
+        return content if self.term else {key: value for key, value in content.items() if key != "term"}
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -113,22 +122,14 @@ def step_of(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def complete(store: Store) -> list[str]:
-    """Names of the checkpoints that have their marker, oldest first. `store`: the run's `checkpoints` folder."""
-    try:
-        return completed(entry.name for entry in store.list())
-    except NotFoundError:
-        return []
-
-
 def completed(files: Iterable[str]) -> list[str]:
-    """The same, from the names of all files below the folder."""
+    """Names of the checkpoints that have their marker, oldest first, from the names of all files below the folder."""
     folders = (folder for folder, _, file in (name.rpartition("/") for name in files) if file == MARKER)
     return sorted((name for name in folders if step_of(name) is not None), key=lambda name: step_of(name) or 0)
 
 
 def read_marker(store: Store, name: str) -> Marker:
-    """Raises DataError for a marker that is damaged or of another format."""
+    """Raises DataError for a marker that is damaged, of another format, or of another step than the name says."""
     try:
         content = json.loads(store.read(f"{name}/{MARKER}"))
         if content.get("format") != FORMAT:
@@ -140,11 +141,16 @@ def read_marker(store: Store, name: str) -> Marker:
         content["files"] = tuple(file_from(file) for file in content["files"])
         marker = Marker(**content)
         _refuse_gaps(marker)
-        return marker
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
             f"the checkpoint's marker is damaged: {error}", where=store.address(f"{name}/{MARKER}"), hint="delete it"
         ) from error
+    if step_of(name) != marker.step:
+        raise DataError(
+            f"this is a copy of a checkpoint, or was renamed: its marker is that of step {marker.step:,}",
+            where=store.address(name), hint=f"call it {name_of(marker.step)}, or delete it",
+        )  # fmt: skip
+    return marker
 
 
 def _refuse_gaps(marker: Marker) -> None:

@@ -14,7 +14,8 @@ from datapipe.errors import DataError, NotFoundError
 from datapipe.progress import QUIET_S, Progress
 from datapipe.storage import Store, is_remote
 from training.checkpoint.digest import matches
-from training.checkpoint.marker import File, Form, Fragment, Marker, complete, read_marker
+from training.checkpoint.lineage import complete
+from training.checkpoint.marker import File, Form, Fragment, Marker, read_marker
 from training.checkpoint.part import TYPES
 from training.engine.pieces import Piece, whole
 from training.weights import check_counted
@@ -57,7 +58,7 @@ def _of_other_size(store: Store, path: str, wanted: int) -> DataError:
 
 def newest_good(store: Store, warn: Callable[[str], None]) -> tuple[str, Marker] | None:
     """The newest checkpoint that verifies. A damaged one is passed over with a warning for the one before it."""
-    for name in reversed(complete(store)):
+    for name in reversed(complete(store, warn)):
         try:
             marker = read_marker(store, name)
             verify(store, name, marker.files)

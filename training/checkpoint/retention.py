@@ -24,11 +24,14 @@ def _multiple(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def superseded(config: CheckpointConfig, files: Sequence[str], newest: str, epoch_steps: float) -> list[str]:
-    """Names of files that may go now that `newest` is complete. `files`: all below the folder."""
-    old = [name for name in completed(files) if _step(name) <= _step(newest)]
+def superseded(
+    config: CheckpointConfig, files: Sequence[str], newest: str, epoch_steps: float, foreign: Collection[str] = ()
+) -> list[str]:
+    """Names of files that may go now that `newest` is complete. `files`: all below the folder; `foreign`: checkpoints
+    that are not the run's, which count for nothing and stay."""
+    old = [name for name in completed(files) if _step(name) <= _step(newest) and name not in foreign]
     staying = {*old[-config.keep_last :], *(name for name in old if kept(config, _step(name), epoch_steps))}
-    return old_files(files, newest, staying)
+    return old_files(files, newest, staying | {*foreign})
 
 
 def old_files(files: Iterable[str], newest: str, staying: Collection[str]) -> list[str]:

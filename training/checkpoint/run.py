@@ -20,10 +20,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from datapipe.errors import DataError, NotFoundError, StorageError
+from datapipe.errors import DataError, LeaseError, NotFoundError, StorageError
 from datapipe.storage import Store
-from training.checkpoint import retention, saving
-from training.checkpoint.marker import Marker, complete, name_of, read_marker
+from training.checkpoint import lineage, retention, saving
+from training.checkpoint.lineage import Head, complete
+from training.checkpoint.marker import Marker, name_of, read_marker
 from training.checkpoint.part import Snapshots
 from training.checkpoint.reader import Reader, passed_over, refuse_misfit, verify
 from training.config import CheckpointConfig
@@ -31,6 +32,7 @@ from training.engine.pieces import Piece, divide
 from training.engine.scaling import LossScale, first_scale
 from training.engine.stepper import Stepper
 from training.engine.world import World
+from training.guard import FREE, Guard
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -99,12 +101,15 @@ class Checkpoints:
         say: Callable[[str], None],
         replaces: Collection[str] = (),
         epoch_steps: float = math.inf,
+        guard: Guard = FREE,
     ) -> None:
         """`about`: the fields of `Marker` that do not change during a run. `replaces`: as `Manifest.replaces`.
-        `say`: tells a person; on the leading rank."""
+        `say`: tells a person; on the leading rank. `guard`: of the run folder."""
         self.store, self.config, self.world, self.say = store, config, world, say
         self.about, self.replaces, self.epoch_steps = dict(about), replaces, epoch_steps
-        self._attempt = world.tell(secrets.token_hex(4))
+        self.guard, self._heads, self._noted = guard, dict[str, Head](), False
+        attempt = world.tell(secrets.token_hex(4))
+        self._attempt = f"t{guard.term}-{attempt}" if guard.term else attempt
         self._snapshots = Snapshots(world.device)
         self._flight: _Flight | None = None
         self._saved: list[Saved] = []
@@ -133,6 +138,7 @@ class Checkpoints:
         steps = stepper.steps()
         part = self._snapshots.take(divide(stepper.pieces(steps), self.world.rank, self.world.size))
         about = self.about | {"step": step, "samples": samples, "steps": steps, "world": self.world.size,
+                              "term": self.guard.term,
                               "loss_scale": {} if stepper.scale is None else asdict(stepper.scale)}  # fmt: skip
 
         def write() -> None:
@@ -202,13 +208,16 @@ class Checkpoints:
 
     def _complete(self, flight: _Flight) -> None:
         """In the leading rank's thread: all parts are written."""
-        marker = saving.write_marker(self.store, flight.token, flight.about)
+        marker = saving.write_marker(self.store, flight.token, flight.about, self.guard)
         flight.took_s.append(time.monotonic() - flight.began)
-        saving.tidy(partial(saving.prune, self.store, self.config, marker, self.epoch_steps), log.warning)
+        prune = partial(saving.prune, self.store, self.config, marker, self.epoch_steps, self._heads, self.guard)
+        saving.tidy(prune, log.warning)
 
     def _give_up(self, flight: _Flight) -> None:
         """The save failed somewhere: say why, take its files back, go on without. The checkpoints before stay."""
         why = saving.unlike(self.world.gather(flight.task.failure))
+        if self.guard.lost:
+            raise self.guard.lost
         self._flight = None
         self._failures += 1
         sweep = partial(saving.sweep, self.store, flight.name, self.world.rank, flight.token)
@@ -230,6 +239,7 @@ class Checkpoints:
         self.finish()
         chosen = self._newest_good()
         self._began = time.monotonic()
+        self._together(lambda: self._note_beginning(chosen))
         if chosen is None:
             return 0, None
         name, marker = chosen
@@ -239,9 +249,16 @@ class Checkpoints:
         stepper.scale = LossScale(**marker.loss_scale) if marker.loss_scale else first_scale(stepper.config.precision)
         return marker.samples, name
 
+    def _note_beginning(self, chosen: tuple[str, Marker] | None) -> None:
+        """Once for each term: what the terms before save from now on is no part of the run."""
+        if self.world.leads and self.guard.term and not self._noted:
+            self.guard.confirm()
+            lineage.begin(self.store, self.guard.term, chosen[1].step if chosen else 0)
+            self._noted = True
+
     def _newest_good(self) -> tuple[str, Marker] | None:
         """The newest that verifies, each rank having read its share of the files; all pass over a damaged one."""
-        names = self._together(lambda: complete(self.store) if self.world.leads else [])[0]
+        names = self._together(lambda: complete(self.store, self.say) if self.world.leads else [])[0]
         for name in reversed(names):
             found: list[Marker] = []
             damage = self._together(lambda name=name, found=found: self._damage(name, found))  # type: ignore[misc]
@@ -274,7 +291,7 @@ class Checkpoints:
         mine: T | Exception
         try:
             mine = work()
-        except (DataError, StorageError) as error:
+        except (DataError, StorageError, LeaseError) as error:
             mine = error
         self.world.meet()
         results = self.world.gather(mine)

@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from datapipe.errors import DataError, StorageError, UserError
+from datapipe.errors import DataError, LeaseError, NotFoundError, StorageError, UserError
 from datapipe.storage import Store
-from training.checkpoint.marker import MARKER, Form, Marker, file_from, name_of
+from training.checkpoint.lineage import Head, survey, term_of
+from training.checkpoint.marker import MARKER, Form, Marker, file_from, name_of, read_marker
 from training.checkpoint.part import Part
 from training.checkpoint.retention import strays, superseded
 from training.config import CheckpointConfig
+from training.guard import Guard
 
 
 class Task(threading.Thread):
@@ -63,8 +65,9 @@ def write_part(store: Store, folder: str, rank: int, save: str, part: Part) -> N
     store.replace(f"{folder}/{note_name(rank, save)}", json.dumps(note).encode())
 
 
-def write_marker(store: Store, save: str, about: Mapping[str, Any]) -> Marker:
-    """The marker, from all ranks' notes. Raises StorageError when a part is gone: another attempt swept it.
+def write_marker(store: Store, save: str, about: Mapping[str, Any], guard: Guard) -> Marker:
+    """The marker, from all ranks' notes. Raises StorageError when a part is gone: another attempt swept it, LeaseError
+    when another process has taken over.
 
     `about`: the fields of `Marker` but for files and tensors.
     """
@@ -83,16 +86,37 @@ def write_marker(store: Store, save: str, about: Mapping[str, Any]) -> Marker:
         files.append(file)
         tensors.update({key: Form(tuple(shape), dtype) for key, (shape, dtype) in note["tensors"].items()})
     marker = Marker(files=tuple(files), tensors=tensors, time=time.time(), **about)
-    store.replace(f"{folder}/{MARKER}", marker.to_bytes())
+    guard.confirm()
+    if not store.put_if_absent(f"{folder}/{MARKER}", marker.to_bytes()):
+        _replace_marker(store, folder, marker, guard)
     return marker
 
 
-def prune(store: Store, config: CheckpointConfig, marker: Marker, epoch_steps: float) -> None:
-    """Delete what the new checkpoint supersedes, and what in its folder is not its own."""
+def _replace_marker(store: Store, folder: str, marker: Marker, guard: Guard) -> None:
+    """In place of a damaged one, of one that is not on this run's line, or of this very one, whose answer was lost."""
+    try:
+        if read_marker(store, folder).term > marker.term:
+            guard.confirm()
+            raise LeaseError(f"the checkpoint of step {marker.step:,} is there already, of a later term",
+                             where=store.address(folder))  # fmt: skip
+    except (DataError, NotFoundError):
+        pass  # damaged
+    store.replace(f"{folder}/{MARKER}", marker.to_bytes())
+
+
+def prune(
+    store: Store, config: CheckpointConfig, marker: Marker, epoch_steps: float, heads: dict[str, Head], guard: Guard
+) -> None:
+    """Delete what the new checkpoint supersedes, and what in its folder is not its own; nothing of a later term.
+    `heads`: as `survey` has it. Raises LeaseError when another process has taken over."""
+    guard.confirm()
     newest, names = name_of(marker.step), [*(entry.name for entry in store.list()), *store.unfinished()]
     own = [file.name for file in marker.files]
-    for name in (*superseded(config, names, newest, epoch_steps), *strays(names, newest, own)):
-        store.delete(name)
+    heads[newest] = Head(marker.step, marker.term)
+    foreign = survey(store, names, heads).passed_over
+    for name in (*superseded(config, names, newest, epoch_steps, foreign), *strays(names, newest, own)):
+        if term_of(name, heads) <= marker.term:
+            store.delete(name)
 
 
 def sweep(store: Store, folder: str, rank: int, save: str) -> None:

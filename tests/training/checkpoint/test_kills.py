@@ -7,6 +7,7 @@ The store of the process that dies kills it with SIGKILL before, in the middle o
 import datetime
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,12 @@ class DeadlyStore(LocalStore):
         self.left, self.when = write, when
 
     def replace(self, name: str, data: Data) -> None:
+        self._write(name, data, super().replace)
+
+    def put_if_absent(self, name: str, data: Data) -> bool:
+        return bool(self._write(name, data, super().put_if_absent))
+
+    def _write(self, name: str, data: Data, write: Callable[[str, Data], bool | None]) -> bool | None:
         self.left -= 1
         if self.left == 0:
             if self.when == "half":
@@ -47,9 +54,9 @@ class DeadlyStore(LocalStore):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.with_name(f".{path.name}.1234{TEMPORARY}").write_bytes(bytes(memoryview(data)[: len(data) // 2]))
             if self.when == "after":
-                super().replace(name, data)
+                write(name, data)
             os.kill(os.getpid(), signal.SIGKILL)
-        super().replace(name, data)
+        return write(name, data)
 
 
 def _train(folder: str, rank: int, size: int, meeting: str, deadly: tuple[int, int, str]) -> None:

@@ -101,8 +101,9 @@ def test_restore__asks_an_object_store_for_several_blocks_at_a_time(
         assert same(method.state_dict(), wanted.state_dict()) and asked["HEAD"] == 1
         before_small = asked["GET"]
         monkeypatch.undo()
-        assert newest_good(through, print) is not None  # its list, its marker, its file, and not its size
-        assert asked["GET"] == before_small + 3 and asked["HEAD"] == 1
+        # its list, its marker's beginning, its marker, its file, and not its size
+        assert newest_good(through, print) is not None
+        assert asked["GET"] == before_small + 4 and asked["HEAD"] == 1
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "grown", "no marker", "broken marker", "changed marker", "no part"])

@@ -13,6 +13,7 @@ from training.engine.optimisation import group_parameters
 from training.engine.plain import PlainStepper
 from training.engine.stepper import Stepper
 from training.engine.world import World
+from training.guard import FREE, Guard, GuardedStore
 from training.heads import HeadConfig
 from training.methods.base import Method
 from training.methods.pass_reid import Pass, PassConfig
@@ -41,10 +42,12 @@ def make_step(stepper: PlainStepper, seed: int = 0) -> None:
 
 
 def make_checkpoints(store: Store, said: list[str] | None = None, *, world: World | None = None,
-                     about: dict[str, Any] | None = None, **config: Any) -> Checkpoints:  # fmt: skip
+                     about: dict[str, Any] | None = None, guard: Guard = FREE,
+                     **config: Any) -> Checkpoints:  # fmt: skip
     settings = CheckpointConfig(**{"every_steps": 10, "keep_last": 2, "keep_every_steps": 20, **config})
     say = (said if said is not None else []).append
-    return Checkpoints(store, settings, world or World(), about={**ABOUT, **(about or {})}, say=say)
+    about = {**ABOUT, **(about or {})}
+    return Checkpoints(GuardedStore(store, guard), settings, world or World(), about=about, say=say, guard=guard)
 
 
 def save(checkpoints: Checkpoints, step: int, stepper: Stepper) -> None:

@@ -8,6 +8,7 @@ import tyro
 from cluster.session import chosen_address
 from datapipe import command
 from datapipe.config import StorageConfig
+from datapipe.errors import ConfigError
 from datapipe.settings import settings
 
 
@@ -52,11 +53,16 @@ def pretrain(arguments: list[str]) -> int:
 
 
 def _address(arguments: list[str]) -> tuple[str, list[str]]:
-    """Take `--address ADDRESS` out of the line; the rest is recipe and overrides."""
-    if "--address" not in arguments[:-1]:
-        return chosen_address(""), arguments
-    place = arguments.index("--address")
-    return chosen_address(arguments[place + 1]), arguments[:place] + arguments[place + 2 :]
+    """Take `--address ADDRESS`, or `--address=ADDRESS`, out of the line; the rest is recipe and overrides."""
+    given, rest, words = "", [], iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != "--address":
+            rest.append(word)
+        elif not (given := value if equals else next(words, "")):
+            raise ConfigError("no address is given", where="--address",
+                              hint="--address auto, or host:port of a running cluster's head")  # fmt: skip
+    return chosen_address(given), rest
 
 
 def evaluate(arguments: list[str]) -> int:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from cluster.session import prepare
 from tests.golden import ROOT
-from training.engine.world import free_port
+from tests.ports import free_port
 
 PATIENCE_S = 480
 

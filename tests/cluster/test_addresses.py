@@ -14,9 +14,10 @@ import pytest
 from cluster import addresses
 from cluster.__main__ import main
 from cluster.addresses import dashboard_of, head_of
+from cluster.commands import _address
 from cluster.session import chosen_address
 from datapipe import command
-from datapipe.errors import ClusterError
+from datapipe.errors import ClusterError, ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -129,3 +130,14 @@ def test_commands__say_it_in_one_error(closed: str, tmp_path: object, capsys: py
         assert command.run(main, words) == 1
         said = capsys.readouterr().err
         assert said.startswith(f"error: no Ray cluster is reached: nobody answers at {closed}") and "try:" in said
+
+
+@pytest.mark.parametrize("words", [["demo", "--address", "h:1", "--seed", "2"], ["--address=h:1", "demo", "--seed", "2"]])
+def test_pretrain__takes_an_address_in_both_spellings(words: list[str]) -> None:
+    assert _address(words) == ("h:1", ["demo", "--seed", "2"])
+
+
+@pytest.mark.parametrize("words", [["demo", "--address"], ["demo", "--address="]])
+def test_pretrain__an_address_that_is_missing_is_said(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match="no address is given"):
+        _address(words)

@@ -27,7 +27,7 @@ from tests.faults.poison import environment
 from tests.faulty_proxy import Faults, FaultyProxy
 from tests.flow.tiny import command
 from tests.golden import ROOT
-from training.engine.world import free_port
+from tests.ports import free_port
 from training.run_folder import RunFolder
 
 BUCKET = "bucket-faults"

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -98,13 +97,6 @@ class World:
 def process_groups() -> list[dist.ProcessGroup]:
     """The groups that this process is in, whoever made them."""
     return list(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else []
-
-
-def free_port() -> int:
-    """A TCP port on loopback that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

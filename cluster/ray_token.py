@@ -2,7 +2,7 @@
 
 Left to itself, Ray 2.60 makes ~/.ray/auth_token when it is started inside a process, and from then on every
 `ray start --head` asks for that token, which others do not know to send. So the mode is always said here: a Ray inside
-this process has a token of its own, which ends with it; a running cluster is shown the user's token where there is one.
+this process has a token of its own, which ends with it; a running cluster is shown the user's where it asks for one.
 """
 
 import contextlib
@@ -42,7 +42,8 @@ def private_token(folder: str) -> Iterator[None]:
 def show_token() -> bool:
     """Send the user's token from now on, unless RAY_AUTH_MODE says whether to; True where that has changed something.
 
-    A cluster that asks for none takes no notice of it.
+    Only for a cluster that has asked: this process then asks others for it, too, and workers of a cluster without a
+    token could not answer.
     """
     if os.environ.get(MODE) or not _has_token():
         return False

@@ -120,8 +120,7 @@ def _join(address: str) -> None:
     import ray
 
     refuse_mode_without_token()
-    show_token()
-    if _refuses_token(address):
+    if _refuses(address) and (not show_token() or _refuses(address)):
         raise refused(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -133,7 +132,7 @@ def _join(address: str) -> None:
         ) from error
 
 
-def _refuses_token(address: str) -> bool:
+def _refuses(address: str) -> bool:
     """Whether a cluster answers at once that the token is missing or wrong; `ray.init` tries that for 20 s."""
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError, RayError

@@ -74,6 +74,17 @@ def test_join__shows_the_token_that_a_cluster_asks_for(home: Path, crops: Path, 
     assert "cluster: 1 machines, 2 CPUs" in output and "6 crops in 1 shards" in output
 
 
+@pytest.mark.slow
+def test_join__shows_no_token_to_a_cluster_that_asks_for_none(
+    home: Path, crops: Path, asking: Head, tmp_path: Path
+) -> None:
+    """Its workers could not answer a driver that asks them for one."""
+    with ray_head(without_ray(HOME=str(tmp_path), OMP_NUM_THREADS="1")) as head:
+        code, output, errors = run(home, *sharding(crops, "open"), "--address", head.address)
+    assert code == 0, errors
+    assert "6 crops in 1 shards" in output
+
+
 TRIED = """
 import sys
 from cluster.jobs import _client

@@ -9,7 +9,7 @@ into the rank's log in the run folder:
     | ...
 
 The child (`python -m training.last_words`) needs next to nothing until then. It is in a session of its own, as Ctrl-C
-and a scheduler's signals are for the run; it ends when the process has ended.
+and a scheduler's signals are for the run, and ignores those that reach it; it ends when the process has ended.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from datapipe.stopping import at_end
+from datapipe.stopping import SIGNALS, at_end
 
 KEPT_BYTES = 64_000
 """Of the end of what was written."""
@@ -186,7 +186,7 @@ def _write(about: dict[str, Any], lines: Sequence[str]) -> None:
 def main(arguments: Sequence[str]) -> int:
     """The child."""
     said, leave, about = int(arguments[0]), int(arguments[1]), json.loads(arguments[2])
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+    for number in (*SIGNALS, signal.SIGPIPE, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     end, done = _accompany(said, leave)
     if not done:

@@ -166,15 +166,15 @@ def test_record__that_deletes_elsewhere_is_refused(folder: Path, deleted: Any) -
 
 @pytest.mark.parametrize("name", ["/etc/x", "../rank.safetensors", "a/b.safetensors", "..", "", MARKER, "a\\b", 3])
 def test_marker__that_names_a_file_elsewhere_is_refused(tmp_path: Path, name: Any) -> None:
-    def marker(name: Any) -> Marker:
+    def marker(step: int, name: Any) -> Marker:
         file = File(name, 8, "0" * 64, (Fragment("model/x", 0, 2, 0, "0" * 32),))
-        return Marker(step=1, samples=2, manifest="m", manifest_rows=2, seed=0, batch=2, world=1,
+        return Marker(step=step, samples=2, manifest="m", manifest_rows=2, seed=0, batch=2, world=1,
                       tensors={"model/x": Form((2,), "F32")}, files=(file,), steps={})  # fmt: skip
 
     store = open_store(str(tmp_path))
-    store.create(f"step_0000002/{MARKER}", marker("rank_00000.x.safetensors").to_bytes())
+    store.create(f"step_0000002/{MARKER}", marker(2, "rank_00000.x.safetensors").to_bytes())
     assert read_marker(store, "step_0000002").files[0].name == "rank_00000.x.safetensors"
-    store.create(f"step_0000001/{MARKER}", marker(name).to_bytes())
+    store.create(f"step_0000001/{MARKER}", marker(1, name).to_bytes())
     with pytest.raises(DataError, match="names the file .* which cannot be one of its own") as caught:
         read_marker(store, "step_0000001")
     assert caught.value.where == f"{tmp_path}/step_0000001/{MARKER}"

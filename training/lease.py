@@ -28,6 +28,7 @@ from datapipe.stopping import at_end
 from datapipe.storage import Store, full_url, is_remote, open_store
 from training.guard import Guard, Ticket
 from training.holder import Holder, boottime
+from training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -200,6 +201,7 @@ def lease_on(
     `has_workers`: other processes write on behalf of this one. `say`: tells a person that there is something to wait
     for.
     """
+    RunFolder(url, storage).refuse_unwritable()
     store = open_store(url, storage)
     made = _make(url, store)
     describe = partial(Holder.here, _place(url, store), duration_s=duration_s, has_workers=has_workers)
@@ -349,7 +351,7 @@ def _make(url: str, store: Store) -> bool:
     """Make a local folder; was it not there before?"""
     if is_remote(url) or os.path.isdir(store.url):
         return False
-    with contextlib.suppress(OSError):  # the claim will tell what is wrong
+    with contextlib.suppress(OSError):  # somebody else made it meanwhile, or the claim will tell what is wrong
         os.makedirs(store.url)
         return True
     return False

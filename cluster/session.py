@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,7 +53,7 @@ def ray_session(address: str, *, cpus: int) -> Iterator[str]:
 
     with (
         scratch_folder() as scratch,
-        stopping.at_end(lambda: shutil.rmtree(scratch, ignore_errors=True)),
+        stopping.at_end(lambda: _remove(scratch)),
         contextlib.nullcontext() if head else private_token(scratch),
     ):
         try:
@@ -64,6 +65,15 @@ def ray_session(address: str, *, cpus: int) -> Iterator[str]:
             yield scratch
         finally:
             ray.shutdown()
+
+
+def _remove(folder: str) -> None:
+    """Processes that are being killed may still write there for a moment."""
+    for pause_s in (0.0, 0.1, 0.3, 0.6, 1.0):
+        time.sleep(pause_s)
+        shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.exists(folder):
+            return
 
 
 def _embed(scratch: str, cpus: int) -> None:
@@ -104,8 +114,8 @@ def _on_loopback() -> Iterator[str]:
 
 @contextlib.contextmanager
 def _own_signals() -> Iterator[None]:
-    """Ray does not take SIGTERM from us, and signals for the whole of a process group do not reach its processes, which
-    a save still needs."""
+    """Ray does not take SIGTERM from us, in Python or in C++ (a handler of its own prints a trace), and signals for the
+    whole of a process group do not reach its processes, which a save still needs."""
     import ray._private.utils as utils
 
     before, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
@@ -114,6 +124,7 @@ def _own_signals() -> Iterator[None]:
             yield
     finally:
         utils.set_sigterm_handler = before
+        stopping.take_again()
 
 
 def _join(address: str) -> None:

@@ -68,12 +68,14 @@ class Listener:
         self.take()
 
     def take(self) -> None:
-        """Take the signals (again): libraries that start later put their own handlers in place. What `nohup` has
-        ignored stays ignored."""
+        """Take the signals (again): libraries that start later put their own handlers in place, those in C++ without
+        Python's knowledge. What `nohup` has ignored stays ignored. In the main thread."""
         for number in SIGNALS:
             before = signal.getsignal(number)
-            if before != self._handle and (number != signal.SIGHUP or before != signal.SIG_IGN):
-                signal.signal(number, self._handle)
+            if number == signal.SIGHUP and before == signal.SIG_IGN:
+                continue
+            signal.signal(number, self._handle)
+            if before != self._handle:
                 self._before.setdefault(number, before)
 
     def close(self) -> None:
@@ -182,6 +184,12 @@ os.register_at_fork(after_in_child=_after_fork)
 def current() -> Listener | None:
     """The open listener."""
     return _listener
+
+
+def take_again() -> None:
+    """After a library has started that may have taken the signals."""
+    if _listener is not None and threading.current_thread() is threading.main_thread():
+        _listener.take()
 
 
 @contextlib.contextmanager

@@ -18,8 +18,8 @@ from tests.flow.test_resume import _until
 from tests.flow.tiny import audited, command, final_state, finished, recipe, shards
 from tests.ranks import run_ranks
 from training import last_words
+from training.__main__ import main
 from training.checkpoint import step_of
-from training.commands import main
 
 KILLED_AFTER = 8
 """Steps, of 16; a checkpoint is saved after every third."""

@@ -27,6 +27,8 @@ from training.lease import refuse_held
 from training.pretrain import Ending, pretrain
 
 LEASE_S = 1.0
+STEP_S = 0.5
+"""Of a process that is to stop: so that a checkpoint is written before the next one is due, also to S3."""
 PATIENCE_S = 240.0
 
 
@@ -38,7 +40,8 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(params=["local", "s3"])
 def config(request: pytest.FixtureRequest, manifest: str, tmp_path: Path) -> RunConfig:
     """Of a run without end."""
-    out, flags = str(tmp_path / "run"), ["--cluster.lease-s", str(LEASE_S), "--optimisation.epochs", "100000"]
+    out, flags = str(tmp_path / "run"), ["--cluster.lease-s", str(LEASE_S), "--optimisation.epochs", "100000",
+                                                "--checkpoints.every-steps", "20"]
     if request.param == "s3":
         server: S3Server = request.getfixturevalue("s3")
         out = f"s3://{server.bucket()}/run"
@@ -59,9 +62,12 @@ class SelfStopping(LocalHost):
     def preempted(self) -> bool:
         begun = self.step // self.every_steps * self.every_steps
         self.step += 1  # of this one nothing is saved yet
-        if begun == self.last and self.told.exists():
-            self.told.unlink()
-            os.kill(os.getpid(), signal.SIGSTOP)
+        if self.told.exists():
+            if begun == self.last:
+                self.told.unlink()
+                os.kill(os.getpid(), signal.SIGSTOP)
+            else:
+                time.sleep(STEP_S)
         return False
 
 

@@ -98,7 +98,7 @@ def test_lease__a_second_writer_is_refused_with_who_has_it(folder: Folder) -> No
     with lease_on(*folder, LONG_S) as taken:
         assert taken.term == 1
         host, when = taken.holder.host, r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC"
-        wanted = rf"process {os.getpid()} on {host} \(.*pytest.*\), since {when}"
+        wanted = rf"process {os.getpid()} on {host} \(.+\), since {when}"
         for attempt in (lambda: lease_on(*folder, say=_silent), lambda: refuse_held(*folder)):
             with pytest.raises(LeaseError, match=wanted):
                 attempt()

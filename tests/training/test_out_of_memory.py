@@ -14,6 +14,8 @@ import training.__main__
 from datapipe.command import FAILED, run
 from datapipe.errors import ConfigError
 from tests.flow.tiny import command, finished, generated, recipe
+from tests.golden import ROOT
+from tests.training.greedy import ENVIRONMENT, TOO_MANY
 from tests.training.tiny_recipe import tiny
 from training.config import SHIPPED, load
 from training.engine.world import World
@@ -21,9 +23,6 @@ from training.memory import calculate, census
 from training.memory_remedies import training_memory
 from training.out_of_memory import is_out_of_memory, scoring_memory
 from training.reid.embed import EmbedConfig, embed
-
-TOO_MANY = 1 << 50
-"""Bytes that no machine has: allocators refuse them for real."""
 
 
 def refused(allocate: Callable[[], Any]) -> BaseException:
@@ -135,10 +134,9 @@ def test_pretrain__out_of_memory_ends_it_with_one_error(
 
 @pytest.mark.slow
 def test_pretrain__out_of_memory_under_ray_is_not_tried_again(tmp_path: Path) -> None:
-    """Of a head that no machine holds: a worker meets that while it builds the model."""
     path = recipe(tmp_path, generated(tmp_path), str(tmp_path / "run"))
-    flags = ("--method.head.out-dim", str(TOO_MANY), "--cluster.max-workers", "1")
-    code, output, errors = finished(command("cluster", "pretrain", str(path), *flags))
+    flags = ("--cluster.max-workers", "1", "--cluster.environment", ENVIRONMENT)
+    code, output, errors = finished(command("cluster", "pretrain", str(path), *flags, PYTHONPATH=str(ROOT)))
     assert code == FAILED and "Traceback" not in errors, output + errors
     assert "error: out of memory on the host" in errors and "micro_batch = 6" in errors
     assert "workers ended" not in output and not any(

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-import cluster.__main__ as cluster
-import training.__main__ as training
+from cluster.commands import evaluate as cluster_evaluate
+from cluster.commands import pretrain as cluster_pretrain
 from datapipe.errors import ConfigError
+from training.commands import pretrain
 from training.engine.devices import choose_device, refuse_without_kernels, runs_on, slow_precision, unused_gpus
+from training.evaluate_command import evaluate
 
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 GPU = torch.device("cuda", 0)
@@ -72,7 +74,7 @@ def test_unused__gpus_that_nobody_asked_to_leave_alone(monkeypatch: pytest.Monke
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-@pytest.mark.parametrize("command", [training.pretrain, training.evaluate, cluster.pretrain, cluster.evaluate])
+@pytest.mark.parametrize("command", [pretrain, evaluate, cluster_pretrain, cluster_evaluate])
 @pytest.mark.parametrize("flag", ["--device", "--engine.device"])
 def test_cuda__without_a_gpu_is_one_clear_error_before_anything_is_read(
     tmp_path: Path, command: Callable[[list[str]], int], flag: str

@@ -1,0 +1,16 @@
+"""A worker whose forward pass wants more memory than any machine has: allocators refuse it for real. Ray calls
+`install` in each worker before it trains."""
+
+import torch
+
+import training.backbone
+from tests.flow.pause import HOOK
+
+TOO_MANY = 1 << 50
+"""Bytes."""
+ENVIRONMENT = f"{HOOK}=tests.training.greedy.install"
+"""For `--cluster.environment`."""
+
+
+def install() -> None:
+    training.backbone.VisionTransformer.outputs = lambda *_, **__: torch.empty(TOO_MANY)  # type: ignore[assignment]

@@ -1,6 +1,7 @@
 """What a run asks of the place it runs in, and tells it. Ray's host lives in `cluster/`."""
 
 import contextlib
+import errno
 import signal
 import socket
 import sys
@@ -110,7 +111,7 @@ class LocalHost:
     def say(self, line: str) -> None:
         try:
             print(line, file=sys.stdout, flush=True)
-        except OSError:
-            if self.received is None:
+        except OSError as error:
+            if self.received is None and error.errno != errno.EIO:  # a terminal that hangs up sends SIGHUP, too
                 raise
             stopping.silence(1)  # whoever read it was stopped as well: the save matters more

@@ -4,30 +4,21 @@ restart mends it: the same batch would ask for the same memory again."""
 import contextlib
 import dataclasses
 import shlex
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from datapipe.errors import ConfigError, UserError
+from datapipe.errors import ConfigError
 from training import memory
 from training.assembly import portion, sampling_of
 from training.config import RunConfig
 from training.engine.world import World
-from training.out_of_memory import GB, device_bytes, device_name, first_line, is_out_of_memory
+from training.out_of_memory import GB, device_bytes, device_name, explained, first_line
 from training.run_folder import RunFolder
 
 
-@contextlib.contextmanager
-def training_memory(config: RunConfig, world: World) -> Iterator[None]:
+def training_memory(config: RunConfig, world: World) -> contextlib.AbstractContextManager[None]:
     """Around all that a rank does: raises ConfigError where memory runs out, with the micro-batch, the calculated
     memory beside the device's, smaller settings and the dry run."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise _of_training(config, world, error) from error
+    return explained(lambda error: _of_training(config, world, error))
 
 
 class _Try(NamedTuple):

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -37,8 +37,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def scoring_memory(batch: int, device: torch.device | str) -> Iterator[None]:
-    """Around embedding and scoring: raises ConfigError where memory runs out, with the images embedded at once."""
+def explained(explain: Callable[[Exception], ConfigError]) -> Iterator[None]:
+    """Where memory runs out, raises what `explain` makes of the error."""
     try:
         yield
     except UserError:
@@ -46,12 +46,21 @@ def scoring_memory(batch: int, device: torch.device | str) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
+        raise explain(error) from error
+
+
+def scoring_memory(batch: int, device: torch.device | str) -> contextlib.AbstractContextManager[None]:
+    """Around embedding and scoring: raises ConfigError where memory runs out, with the images embedded at once."""
+
+    def explain(error: Exception) -> ConfigError:
         smaller = f"--embed-batch {batch // 2}" if batch > 1 else "a device with more memory"
-        raise ConfigError(
+        return ConfigError(
             f"out of memory while scoring on {device_name(World(device=torch.device(device)))}, with {batch} images "
             f"embedded at once ({first_line(error)})", where=f"embed_batch = {batch}",
             hint=f"{smaller} (in a recipe evaluation.scoring.embed_batch); features stay the same up to rounding",
-        ) from error  # fmt: skip
+        )  # fmt: skip
+
+    return explained(explain)
 
 
 def device_name(world: World) -> str:

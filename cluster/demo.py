@@ -5,7 +5,6 @@ Every step is a command that a user has; this file only calls them in order, kil
 
 import contextlib
 import json
-import math
 import os
 import shlex
 import signal
@@ -139,18 +138,12 @@ def _recipe(demo: Demo) -> list[str]:
     own = demo.run / "config.toml"
     flags = ["--cluster.max-workers", str(demo.workers)]
     if own.is_file():
-        return [str(own), *flags, *_whole_batch(demo, recipes.load(own).optimisation.batch)]
+        return [str(own), *flags]
     flags += ["--out", str(demo.run), "--stream.manifest", str(demo.shards), "--seed", str(demo.seed)]
     flags += ["--optimisation.precision", faster_precision(demo.device)]
-    batch = min(recipes.load(RECIPE).optimisation.batch, Manifest.load(str(demo.shards)).rows)
     if demo.own or demo.steps:
         flags += _so_many_steps(demo)
-    return [str(RECIPE), *flags, *_whole_batch(demo, batch)]
-
-
-def _whole_batch(demo: Demo, batch: int) -> list[str]:
-    """The recipe's targets couple the images of a batch: each worker takes its share at once."""
-    return ["--optimisation.micro-batch", str(math.ceil(batch / demo.workers))]
+    return [str(RECIPE), *flags]
 
 
 def _so_many_steps(demo: Demo) -> list[str]:

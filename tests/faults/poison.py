@@ -12,9 +12,9 @@ from pathlib import Path
 
 import training.placing
 from datapipe.batch import Batch
+from tests.flow.pause import HOOK
 from training.methods.base import Views
 
-HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
 VARIABLE = "FAULTS_POISON"
 
 

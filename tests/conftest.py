@@ -9,9 +9,11 @@ import os
 import urllib.request
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: test processes share few cores
+os.environ.setdefault("RAY_worker_niceness", "0")  # as the tests that wait for them
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address
@@ -32,6 +34,7 @@ from werkzeug.serving import make_server
 from datapipe.config import StorageConfig
 from tests.datapipe.crop_set import jpegs
 from tests.golden import ABSENT, ROOT
+from tests.support import warm_python
 
 HOST = IPv4Address("127.0.0.1")
 CROPS_ABSENT = "real crops absent"
@@ -174,6 +177,14 @@ def real_crops() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{CROPS_ABSENT}: {folder.name}")
     return folder
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One interpreter with the slow imports done, for all processes of a run."""
+    if not hasattr(config, "workerinput") and not config.option.collectonly:
+        running = ExitStack()
+        running.enter_context(warm_python.started())
+        config.add_cleanup(running.close)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

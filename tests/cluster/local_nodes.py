@@ -2,6 +2,7 @@
 
 import contextlib
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.session import prepare
+from tests.support.warm_python import python
 
 PATIENCE_S = 480
 QUICK = {"health_check_period_ms": 500, "health_check_timeout_ms": 2_000, "health_check_failure_threshold": 3,
@@ -26,6 +28,7 @@ def local_nodes(count: int, *, head_cpus: int = 0) -> Iterator[Any]:
 
     with TemporaryDirectory(prefix="ray_") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
+        patch.setattr(sys, "executable", python())  # Ray starts its workers with it
         head = {"num_cpus": head_cpus, "include_dashboard": False, "temp_dir": f"{folder}/ray",
                 "_system_config": QUICK}  # fmt: skip
         cluster = Cluster(initialize_head=True, head_node_args=head)

@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -16,8 +15,11 @@ from typing import NamedTuple
 from cluster.session import prepare
 from tests.golden import ROOT
 from tests.ports import free_port
+from tests.support.warm_python import python
 
 PATIENCE_S = 480
+NICENESS = "RAY_worker_niceness"
+"""Of Ray's workers: as all other processes, or a test with a deadline starves beside other work on the machine."""
 
 
 class Head(NamedTuple):
@@ -35,7 +37,7 @@ def ray_head(environment: Mapping[str, str], *, cpus: int = 2) -> Iterator[Head]
     prepare()
     gcs, dashboard = free_port(), free_port()
     with TemporaryDirectory(prefix="ray_") as folder:
-        line = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
+        line = [*ray_words(), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
                 f"--port={gcs}", f"--num-cpus={cpus}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}",
                 f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}",
                 "--disable-usage-stats"]  # fmt: skip
@@ -49,9 +51,14 @@ def ray_head(environment: Mapping[str, str], *, cpus: int = 2) -> Iterator[Head]
             process.wait(PATIENCE_S)
 
 
+def ray_words() -> list[str]:
+    """The beginning of a command line of Ray's own command, with the tests' interpreter."""
+    return [python(), "-m", "ray.scripts.scripts"]
+
+
 def without_ray(**changes: str) -> dict[str, str]:
     """The environment of a shell that says nothing about Ray, with these changes."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | changes
+    return {name: value for name, value in os.environ.items() if name == NICENESS or not name.startswith("RAY_")} | changes
 
 
 def _answers(address: str, process: subprocess.Popen[bytes]) -> None:

@@ -14,6 +14,7 @@ from cluster.evaluate_command import parse_evaluate
 from cluster.in_job import IN_JOB
 from datapipe.errors import ConfigError
 from tests.flow.tiny import command, finished, generated, recipe
+from tests.support.warm_python import descendants
 from tests.training.reid.people import market
 from tests.training.test_reproduce import RECIPE, weights
 from training.__main__ import main
@@ -34,8 +35,7 @@ def killed(words: tuple[str, ...], begun: Callable[[], Any]) -> None:
     finally:
         tree: list[psutil.Process] = []
         with contextlib.suppress(psutil.NoSuchProcess):
-            root = psutil.Process(process.pid)
-            tree = [root, *root.children(recursive=True)]
+            tree = [psutil.Process(process.pid), *descendants(process.pid)]
         for one in tree:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()

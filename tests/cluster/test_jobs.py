@@ -6,7 +6,6 @@ One run on object storage with a secret of its own serves several tests.
 import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,10 +20,11 @@ from cluster.jobs import PACKAGES, submit
 from cluster.status import status
 from datapipe.errors import ClusterError, ConfigError
 from datapipe.storage import open_store
-from tests.cluster.ray_head import PATIENCE_S, ray_head
+from tests.cluster.ray_head import PATIENCE_S, ray_head, ray_words
 from tests.conftest import S3Server
 from tests.flow.tiny import command, finished, recipe, shards
 from tests.golden import ROOT
+from tests.support.warm_python import python
 
 CLUTTER = (".venv/lib/large.bin", "runs/old/large.bin", "data/large.bin", "crops/large.bin", "notes.txt")
 
@@ -96,7 +96,7 @@ def done(head: Authorised, tree: Path, s3: S3Server, write_crops: Callable[..., 
 
 
 def _ray(head: Authorised, tree: Path, word: str, *words: str) -> subprocess.Popen[str]:
-    line = [str(Path(sys.executable).with_name("ray")), "job", word, "--address", head.dashboard, *words]
+    line = [*ray_words(), "job", word, "--address", head.dashboard, *words]
     return subprocess.Popen(line, cwd=tree, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env={**os.environ, **head.keys})  # fmt: skip
 
@@ -116,7 +116,7 @@ def test_job__trains_on_the_cluster_that_it_was_handed_to(done: Done, head: Auth
     assert done.code == 0, done.output
     assert "complete: 8 steps" in done.output and "succeeded" in done.output
     ask = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); print(ray.nodes()[0]['NodeID'])"
-    node = subprocess.run([sys.executable, "-c", ask, head.address], capture_output=True, text=True, check=True,
+    node = subprocess.run([python(), "-c", ask, head.address], capture_output=True, text=True, check=True,
                           env={**os.environ, **head.keys})  # fmt: skip
     for rank in (0, 1):
         said = open_store(done.url, s3.storage).read(f"ranks/rank_{rank:02d}.log").decode()

@@ -17,6 +17,7 @@ from tests.flow.pause import Pause
 from tests.flow.test_resume import _until
 from tests.flow.tiny import audited, command, final_state, finished, recipe, shards
 from tests.ranks import run_ranks
+from tests.support.warm_python import descendants
 from training import last_words
 from training.__main__ import main
 from training.checkpoint import step_of
@@ -96,7 +97,7 @@ def test_pretrain_job__saves_and_says_how_to_go_on(
     open_to_all = [place for place in listening if place[0] not in ("127.0.0.1", "::ffff:127.0.0.1", "::1")]
     assert len(listening) > 5 and not open_to_all, listening
     assert ends.run(main, ["pretrain", str(path)]) == ends.FAILED
-    assert f"another process writes to this run folder: process {process.pid} on" in capsys.readouterr().err
+    assert f"another process writes to this run folder: process {process.own_pid} on" in capsys.readouterr().err
     if told_by == "SIGTERM":
         process.send_signal(signal.SIGTERM)
     else:
@@ -111,7 +112,7 @@ def test_pretrain_job__saves_and_says_how_to_go_on(
 def _listening(root: int) -> set[tuple[str, int]]:
     """Addresses and ports on which a process or any below it takes connections."""
     found = set()
-    for process in [psutil.Process(root), *psutil.Process(root).children(recursive=True)]:
+    for process in [psutil.Process(root), *descendants(root)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             sockets = process.net_connections("inet")
             found |= {(one.laddr.ip, one.laddr.port) for one in sockets if one.status == psutil.CONN_LISTEN}

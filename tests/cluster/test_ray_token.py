@@ -1,17 +1,18 @@
 """Whatever Ray has left behind: local runs, clusters from `ray start --head`, and jobs handed in to them."""
 
 import os
+import shlex
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from cluster.ray_token import MODE, PATH, TOKEN, private_token
-from tests.cluster.ray_head import Head, ray_head, without_ray
+from tests.cluster.ray_head import Head, ray_head, ray_words, without_ray
 from tests.flow.tiny import finished
 from tests.golden import ROOT
+from tests.support.warm_python import python
 
 Words = tuple[str, ...]
 
@@ -32,7 +33,7 @@ def crops(tmp_path_factory: pytest.TempPathFactory, write_crops: Callable[..., d
 def run(home: Path, *words: str, **changes: str) -> tuple[int, str, str]:
     """(exit code, output, errors) of one of our commands in a shell that says nothing about Ray."""
     environment = without_ray(HOME=str(home), OMP_NUM_THREADS="1", **changes)
-    return finished(subprocess.Popen([sys.executable, "-m", "cluster", *words], cwd=ROOT, text=True, env=environment,
+    return finished(subprocess.Popen([python(), "-m", "cluster", *words], cwd=ROOT, text=True, env=environment,
                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE), timeout_s=480)  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def test_submit__shows_the_token_that_a_cluster_asks_for(home: Path, crops: Path
     assert code == 0, errors
     (follow,) = (line.split(maxsplit=1)[1] for line in output.splitlines() if "follow:" in line)
     assert follow.startswith("RAY_AUTH_MODE=token ray job logs ")
-    words = follow.replace(" ray ", f" {Path(sys.executable).with_name('ray')} ")
+    words = follow.replace(" ray ", f" {shlex.join(ray_words())} ")
     logs = subprocess.run(words, shell=True, env=without_ray(HOME=str(home)), capture_output=True, text=True)
     assert "6 crops in 1 shards" in logs.stdout, logs.stdout + logs.stderr
 
@@ -106,7 +107,7 @@ for changes in ({}, {TOKEN: "fedcba9876543210" * 2}, {TOKEN: "0" * 32, MODE: "di
 @pytest.mark.slow
 def test_token__missing_or_wrong_is_one_clear_error(tmp_path: Path, asking: Head) -> None:
     """For whoever hands in a job and for whoever joins: no token, another one, a mode, a file that is absent."""
-    tried = subprocess.run([sys.executable, "-c", TRIED, asking.dashboard, asking.address], cwd=ROOT, text=True,
+    tried = subprocess.run([python(), "-c", TRIED, asking.dashboard, asking.address], cwd=ROOT, text=True,
                            env=without_ray(HOME=str(tmp_path)), capture_output=True)  # fmt: skip
     none = "the cluster wants Ray's token, and there is none here"
     another = "the cluster refuses this token: it has another one"

@@ -26,6 +26,7 @@ from tests.cluster import tasks
 from tests.cluster.tasks import PATIENCE_S
 from tests.conftest import S3Server
 from tests.flow.tiny import command, finished
+from tests.support.warm_python import descendants
 
 SOURCES, EACH = 12, 12
 FLAGS = ("--samples-per-shard", "11")
@@ -106,7 +107,7 @@ def _until(found: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
 def _at_work(root: int) -> list[psutil.Process]:
     """Processes below `root` that are at one of our tasks."""
     found = []
-    for process in psutil.Process(root).children(recursive=True):
+    for process in descendants(root):
         try:
             if process.cmdline()[:1] == [AT_WORK]:
                 found.append(process)
@@ -125,7 +126,7 @@ def test_shard_job__killed_driver_then_killed_worker(
 ) -> None:
     first = _shard(sources, str(tmp_path / "out"))
     writing = _until(lambda: _spooled(tmp_path / "out") > 1 and _at_work(first.pid), first)
-    rest = [child for child in psutil.Process(first.pid).children(recursive=True) if child not in writing]
+    rest = [child for child in descendants(first.pid) if child not in writing]
     first.kill()
     assert not psutil.wait_procs(writing, timeout=PATIENCE_S)[1]  # they end with the driver
     for process in rest:  # Ray's agents take a minute

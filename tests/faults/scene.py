@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from tests.faulty_proxy import Faults, FaultyProxy
 from tests.flow.tiny import command
 from tests.golden import ROOT
 from tests.ports import free_port
+from tests.support.warm_python import ancestors, descendants, python
 from training.run_folder import RunFolder
 
 BUCKET = "bucket-faults"
@@ -58,7 +58,7 @@ class Objects:
 
     def start(self) -> None:
         """Start the server, with all that it held before; returns when it answers."""
-        words = [sys.executable, "-m", "tests.faults.s3_server", str(self._port), str(self._folder)]
+        words = [python(), "-m", "tests.faults.s3_server", str(self._port), str(self._folder)]
         self._process = subprocess.Popen(words, cwd=ROOT)
         end = time.monotonic() + PATIENCE_S
         while True:
@@ -184,14 +184,13 @@ class Scene:
         """The machine that a worker process is on; None for a process that has just ended."""
         raylets = {node.all_processes["raylet"][0].process.pid: node for node in self.cluster.worker_nodes}
         with contextlib.suppress(psutil.NoSuchProcess):
-            above = [parent.pid for parent in psutil.Process(pid).parents()]
-            return next((raylets[parent] for parent in above if parent in raylets), None)
+            return next((raylets[parent] for parent in ancestors(pid) if parent in raylets), None)
         return None
 
     def kill_machine(self, node: Any) -> None:
         """SIGKILL a machine's raylet and everything below it."""
-        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-        for process in (raylet, *raylet.children(recursive=True)):
+        raylet = node.all_processes["raylet"][0].process.pid
+        for process in (psutil.Process(raylet), *descendants(raylet)):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.cluster.remove_node(node, allow_graceful=False)
@@ -206,12 +205,12 @@ class Scene:
 
     def on_head(self, name: str) -> list[int]:
         """The processes of the machine without workers that are called so."""
-        head = psutil.Process(self.cluster.head_node.all_processes["raylet"][0].process.pid)
-        return [child.pid for child in head.children(recursive=True) if _called(child.pid, name)]
+        head = self.cluster.head_node.all_processes["raylet"][0].process.pid
+        return [child.pid for child in descendants(head) if _called(child.pid, name)]
 
     def groups(self) -> int:
         """Placement groups that hold room for workers."""
-        done = subprocess.run([sys.executable, "-c", GROUPS, self.cluster.address], stdout=subprocess.PIPE,
+        done = subprocess.run([python(), "-c", GROUPS, self.cluster.address], stdout=subprocess.PIPE,
                               text=True, check=True)  # fmt: skip
         return int(done.stdout)
 

@@ -69,7 +69,7 @@ def stop(
 ) -> tuple[int, str, list[str]]:
     """(exit code, output, lines of errors) of a command that gets a signal once a line of its output begins so."""
     mark = uuid4().hex
-    process = command(*words, **{MARK: mark}, **environment)
+    process = command(*words, cold=True, **{MARK: mark}, **environment)
     read_until(process, beginning)
     process.send_signal(number)
     output, errors = process.communicate(timeout=PATIENCE_S)

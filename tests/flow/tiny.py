@@ -17,6 +17,7 @@ from datapipe.manifest import Manifest
 from datapipe.storage import open_store
 from tests.datapipe.crop_set import jpegs
 from tests.golden import ROOT
+from tests.support.warm_python import Process, python
 from training.checkpoint import Reader, complete
 from training.config import RunConfig
 from training.engine.host import LocalHost
@@ -97,11 +98,11 @@ def shrunk(config: RunConfig, manifest: str, out: Path) -> RunConfig:
                    samples_per_epoch=6)  # fmt: skip
 
 
-def command(*words: str, **environment: str) -> subprocess.Popen[str]:
-    """Start one of our commands with this interpreter; output as text."""
-    return subprocess.Popen(
-        [sys.executable, "-m", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+def command(*words: str, cold: bool = False, **environment: str) -> Process:
+    """Start one of our commands; output as text. `cold`: by the real interpreter, for what depends on its imports."""
+    return Process(
+        [sys.executable if cold else python(), "-m", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ import os
 import pickle
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +27,7 @@ from tests.datapipe.crop_set import jpegs
 from tests.datapipe.test_lmdb import convert
 from tests.datapipe.test_parquet import write
 from tests.golden import ROOT
+from tests.support.warm_python import python
 from tests.training import published_files
 from tests.training.reid.people import market
 from tests.training.test_reproduce import own_row
@@ -168,7 +168,7 @@ def video(path: Path) -> None:
 
 def scene(folder: Path, s3: S3Server, head: Head) -> Scene:
     """A shell as somebody has it who has just installed this, beside a store and a cluster."""
-    scripts = str(Path(sys.executable).parent)
+    scripts = str(Path(python()).parent)
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Scene(folder, without_ray(
         HOME=str(folder / "home"), XDG_CACHE_HOME=cache, PATH=os.pathsep.join((scripts, os.environ["PATH"])),

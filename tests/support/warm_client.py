@@ -1,0 +1,103 @@
+"""A Python for tests that has its slow imports behind it: the client, which stands where an interpreter is called.
+
+It hands its command line, environment, folder and open files to the server (`warm_server`), which forks; then it passes
+signals on, and ends as the forked process ends. It is run with -I -S and imports next to nothing. What a forked
+process cannot stand for (other options of Python, variables that are read while Python or torch starts) is run by
+the real interpreter, in the place of this process.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+READ_AT_START = ("LD_", "PYTHON", "DS_", "DEEPSPEED_", "TORCH_", "ATEN_", "MKL_", "OMP_", "CUDA_", "NULL_", "KMP_")
+"""Beginnings of the names of variables that a process obeys while it starts or imports."""
+LET_PASS = {"PYTHONPATH", "TORCH_EXTENSIONS_DIR", "PYTHONUNBUFFERED"}
+"""Names that begin so, and are looked at later, or by the server."""
+
+
+def main(real: str, address: str, served: "dict[str, str]") -> None:
+    """`real`: the interpreter; `address`: the server's socket; `served`: the server's own environment."""
+    words = sys.argv[2:]  # after the name by which this was called
+    while words[:1] == ["-u"]:
+        words = words[1:]
+    if not (_understood(words) and _alike(served)):
+        os.execv(real, [real, *sys.argv[2:]])
+    server = socket.socket(socket.AF_UNIX)
+    try:
+        server.connect(address)
+    except OSError:
+        os.execv(real, [real, *sys.argv[2:]])
+    os._exit(_ended(server, words))
+
+
+def _understood(words: "list[str]") -> bool:
+    return len(words) > 1 and words[0] in ("-m", "-c") or words[:1] != [] and words[0].endswith(".py")
+
+
+def _alike(served: "dict[str, str]") -> bool:
+    """Whether this process would start and import as the server did."""
+    if os.environ.get("PYTHONPATH", "") not in ("", served.get("PYTHONPATH", "")):
+        return False
+    names = {name for name in (*os.environ, *served) if name.startswith(READ_AT_START)} - LET_PASS
+    return all(os.environ.get(name) == served.get(name) for name in names)
+
+
+def _ended(server: socket.socket, words: "list[str]") -> int:
+    """Have the words run; the exit code. A process that a signal ended is followed by the same signal."""
+    files = _open_files(server.fileno())
+    ignored = [number for number in FORWARDED if signal.getsignal(number) is signal.SIG_IGN]
+    early: list[int] = []
+    for number in set(FORWARDED) - set(ignored):
+        signal.signal(number, lambda number, _: early.append(number))
+    order = {"words": words, "environment": dict(os.environ), "folder": os.getcwd(), "files": files, "ignored": ignored,
+             "group": os.getpgid(0), "leads": os.getsid(0) == os.getpid(), "executable": sys.argv[1],
+             "client": os.getpid(), "unbuffered": "-u" in sys.argv[2:3] or "PYTHONUNBUFFERED" in os.environ}  # fmt: skip
+    text = json.dumps(order).encode()
+    socket.send_fds(server, [len(text).to_bytes(8, "big")], files)
+    server.sendall(text)
+    pid = _number(server)
+    for file in files:
+        os.close(file)
+    for number in set(FORWARDED) - set(ignored):
+        signal.signal(number, lambda number, _: _send(pid, number))
+    for number in early:
+        _send(pid, number)
+    code = _number(server)
+    if code < 0:
+        if code != -signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    return code
+
+
+def _send(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass  # it has just ended
+
+
+def _number(server: socket.socket) -> int:
+    found = b""
+    while len(found) < 8:
+        more = server.recv(8 - len(found))
+        if not more:
+            os._exit(70)  # the server is gone
+        found += more
+    return int.from_bytes(found, "big", signed=True)
+
+
+def _open_files(own: int) -> "list[int]":
+    """The files that a program started by this process would have."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if int(name) != own and os.get_inheritable(int(name)):
+                found.append(int(name))
+        except OSError:
+            pass  # that of the list itself
+    return sorted(found)

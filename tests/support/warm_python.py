@@ -1,0 +1,119 @@
+"""A Python for tests that has its slow imports behind it: `python -m training ...` begins after .1 s in place of 5.
+
+`started` makes a folder like the one that the interpreter lies in, with a `python` of its own: a client of the server
+that `warm_server` describes. Processes of tests that call `python` from there, Ray's workers among them, are forked.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psutil
+
+from tests.golden import ROOT
+
+FOLDER = "REID_TESTS_WARM_PYTHON"
+"""The variable that names the folder to the processes of a test run."""
+CLIENT = """#!{real} -ISE
+import sys
+sys.path.insert(0, {support!r})
+sys.argv.insert(1, {own!r})
+import warm_client
+warm_client.main({real!r}, {address!r}, {served!r})
+"""
+
+
+@contextlib.contextmanager
+def started() -> Iterator[None]:
+    """The server, for as long as this lasts."""
+    with TemporaryDirectory(prefix="warm_") as name:
+        folder, own = Path(name), Path(sys.executable)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        for path in own.parent.iterdir():
+            if not path.name.startswith("python"):
+                (folder / path.name).symlink_to(path)
+        for alias in ("python", "python3"):
+            text = CLIENT.format(real=str(own), support=str(Path(__file__).parent), own=str(folder / alias),
+                                 address=str(folder / ".socket"), served=environment)  # fmt: skip
+            (folder / alias).write_text(text)
+            (folder / alias).chmod(0o755)
+        words = [str(own), "-m", "tests.support.warm_server", str(folder / ".socket")]
+        server = subprocess.Popen(words, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert server.stdin is not None and server.stdout is not None
+        server.stdout.readline()  # it listens
+        os.environ[FOLDER] = name
+        try:
+            yield
+        finally:
+            del os.environ[FOLDER]
+            server.stdin.close()
+            server.wait()
+
+
+def python() -> str:
+    """The interpreter for processes of tests; the real one where no server runs."""
+    folder = os.environ.get(FOLDER)
+    return str(Path(folder) / "python") if folder else sys.executable
+
+
+def forked() -> dict[int, int]:
+    """Process id of a client -> process id of what was forked for it."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(str(Path(os.environ[FOLDER]) / ".socket"))
+        server.sendall(bytes(8))
+        with server.makefile("rb") as answer:
+            table = json.loads(answer.read()[8:])
+    return {int(client): pid for client, pid in table.items()}
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    """All processes below one, those included that were forked for clients below it."""
+    table = forked() if FOLDER in os.environ else {}
+    children: dict[int, list[int]] = {}
+    for process in psutil.process_iter(["ppid"]):
+        children.setdefault(process.info["ppid"], []).append(process.pid)
+    found, waiting = [], [pid]
+    while waiting:
+        here = waiting.pop()
+        below = [*children.get(here, ()), *([table[here]] if here in table else ())]
+        found += below
+        waiting += below
+    return [process for one in found for process in _alive(one)]
+
+
+def ancestors(pid: int) -> list[int]:
+    """The processes above one; above a forked one is the client that it was forked for."""
+    clients = {inner: client for client, inner in forked().items()} if FOLDER in os.environ else {}
+    found: list[int] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while pid > 1:
+            pid = clients[pid] if pid in clients else psutil.Process(pid).ppid()
+            found.append(pid)
+    return found
+
+
+def _alive(pid: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [psutil.Process(pid)]
+    return []
+
+
+class Process(subprocess.Popen[Any]):
+    """A process of the interpreter above. Signals go to the forked process itself, as SIGKILL and SIGSTOP have to."""
+
+    @property
+    def own_pid(self) -> int:
+        """That of the program itself."""
+        return (forked() if FOLDER in os.environ else {}).get(self.pid, self.pid)
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.own_pid, number)

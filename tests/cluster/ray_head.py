@@ -58,7 +58,8 @@ def ray_words() -> list[str]:
 
 def without_ray(**changes: str) -> dict[str, str]:
     """The environment of a shell that says nothing about Ray, with these changes."""
-    return {name: value for name, value in os.environ.items() if name == NICENESS or not name.startswith("RAY_")} | changes
+    kept = {name: value for name, value in os.environ.items() if name == NICENESS or not name.startswith("RAY_")}
+    return kept | changes
 
 
 def _answers(address: str, process: subprocess.Popen[bytes]) -> None:

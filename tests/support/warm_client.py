@@ -54,8 +54,9 @@ def _ended(server: socket.socket, words: "list[str]") -> int:
     for number in set(FORWARDED) - set(ignored):
         signal.signal(number, lambda number, _: early.append(number))
     order = {"words": words, "environment": dict(os.environ), "folder": os.getcwd(), "files": files, "ignored": ignored,
-             "group": os.getpgid(0), "leads": os.getsid(0) == os.getpid(), "executable": sys.argv[1],
-             "client": os.getpid(), "unbuffered": "-u" in sys.argv[2:3] or "PYTHONUNBUFFERED" in os.environ}  # fmt: skip
+             "group": os.getpgid(0), "leads": os.getsid(0) == os.getpid(), "client": os.getpid(),
+             "unbuffered": sys.argv[2:3] == ["-u"] or "PYTHONUNBUFFERED" in os.environ,
+             "executable": sys.argv[1]}  # fmt: skip
     text = json.dumps(order).encode()
     socket.send_fds(server, [len(text).to_bytes(8, "big")], files)
     server.sendall(text)
@@ -75,7 +76,7 @@ def _ended(server: socket.socket, words: "list[str]") -> int:
 
 
 def _send(pid: int, number: int) -> None:
-    try:
+    try:  # noqa: SIM105  (contextlib takes longer to import than all of this)
         os.kill(pid, number)
     except ProcessLookupError:
         pass  # it has just ended

@@ -2,8 +2,8 @@
 
 `python -m tests.support.warm_server SOCKET`: ends when its standard input does. A forked process takes over the
 client's command line, environment, folder, open files and process group, and goes on as a fresh interpreter would; its
-parent is this server. A client that is killed takes its forked process with it. A connection that sends 8 bytes of zero is told
-which client has which process.
+parent is this server. A client that is killed takes its forked process with it. A connection that sends 8 bytes of
+zero is told which client has which process.
 """
 
 import atexit
@@ -25,6 +25,8 @@ from typing import Any, NoReturn
 
 import numpy
 
+STREAMS = ((0, "stdin", "r", "surrogateescape"), (1, "stdout", "w", "surrogateescape"),
+           (2, "stderr", "w", "backslashreplace"))  # fmt: skip
 HIGH = 500
 """Descriptors that arrive are kept above this number until they get their own."""
 
@@ -118,10 +120,8 @@ class Server:
 
 
 def _tell(connection: socket.socket, number: int) -> None:
-    try:
+    with contextlib.suppress(OSError):  # killed meanwhile: that is noticed by itself
         connection.sendall(number.to_bytes(8, "big", signed=True))
-    except OSError:
-        pass  # killed meanwhile; its end is noticed by itself
 
 
 def become(order: dict[str, Any]) -> Callable[[], Any]:
@@ -133,10 +133,8 @@ def become(order: dict[str, Any]) -> Callable[[], Any]:
     if order["leads"]:
         os.setsid()
     else:
-        try:
+        with contextlib.suppress(OSError):  # a group of another session
             os.setpgid(0, order["group"])
-        except OSError:
-            pass  # of another session
     os.chdir(order["folder"])
     _take_files(order["files"], order["received"])
     os.environ.clear()
@@ -192,10 +190,8 @@ def _take_files(numbers: list[int], received: list[int]) -> None:
     kept = {HIGH + place for place in range(len(received))}
     for name in os.listdir("/proc/self/fd"):
         if int(name) not in kept:
-            try:
+            with contextlib.suppress(OSError):  # that of the list itself
                 os.close(int(name))
-            except OSError:
-                pass  # that of the list itself
     for place, number in enumerate(numbers):
         os.dup2(HIGH + place, number, inheritable=True)
         os.close(HIGH + place)
@@ -203,15 +199,13 @@ def _take_files(numbers: list[int], received: list[int]) -> None:
 
 def _streams(unbuffered: bool) -> None:
     """Python's three standard streams on the new files, as at its start."""
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        try:
-            whole = os.isatty(number) or number == 2
-            stream = open(number, mode, encoding="utf-8", errors="surrogateescape" if number == 0 else
-                          "backslashreplace" if number == 2 else "strict", closefd=False)  # fmt: skip
+    for number, name, mode, errors in STREAMS:
+        stream = None
+        with contextlib.suppress(OSError):  # one that is closed
+            stream = open(number, mode, encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115
             if mode == "w":
-                stream.reconfigure(line_buffering=whole, write_through=unbuffered)  # type: ignore[attr-defined]
-        except OSError:
-            stream = None  # type: ignore[assignment]
+                lines = number == 2 or os.isatty(number)
+                stream.reconfigure(line_buffering=lines, write_through=unbuffered)  # type: ignore[attr-defined]
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
 

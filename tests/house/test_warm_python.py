@@ -1,0 +1,76 @@
+"""The interpreter of the tests is like the real one: what a program is given, what it says, and how it ends."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.golden import ROOT
+from tests.support.warm_python import Process, ancestors, descendants, forked, python
+
+SAY = """
+import os, sys
+print(sys.argv, sys.path[0], __name__, os.getcwd(), os.environ["OWN"], os.getpgid(0) == int(sys.argv[1]))
+print("aside", file=sys.stderr)
+os.write(int(sys.argv[2]), input().encode())
+sys.exit(int(sys.argv[3]))
+"""
+PRELOADED = "import sys; print('training.pretrain' in sys.modules)"
+
+
+def said(interpreter: str, words: list[str], folder: Path) -> tuple[int, str, str, bytes]:
+    """(exit code, output, errors, what came through an inherited pipe) of a program, apart from its own names."""
+    reading, writing = os.pipe()
+    done = subprocess.run([interpreter, *words, str(os.getpgid(0)), str(writing), "7"], cwd=folder, text=True,
+                          pass_fds=[writing], input="given\n", capture_output=True,
+                          env={**os.environ, "OWN": "ä", "PYTHONPATH": str(ROOT)})  # fmt: skip
+    os.close(writing)
+    with os.fdopen(reading, "rb") as file:
+        return done.returncode, done.stdout.replace(str(writing), "N"), done.stderr, file.read()
+
+
+@pytest.mark.parametrize("way", [["-c", SAY], ["-m", "say"], ["say.py"], ["-u", "-c", SAY]])
+def test_python__is_given_and_says_the_same(way: list[str], tmp_path: Path) -> None:
+    (tmp_path / "say.py").write_text(SAY)
+    assert said(python(), way, tmp_path) == said(sys.executable, way, tmp_path)
+
+
+@pytest.mark.parametrize("code", [
+    "1/0", "import sys; sys.exit('why')", "import os; os.abort()", "raise SystemExit(None)",
+    "import sys; sys.exit(300)", "import os, signal; os.kill(os.getpid(), signal.SIGTERM)", "raise KeyboardInterrupt",
+    "import atexit; atexit.register(print, 'last')",
+    "import threading, time; threading.Thread(target=lambda: (time.sleep(.1), print('later'))).start()",
+])  # fmt: skip
+def test_python__ends_the_same(code: str) -> None:
+    both = (python(), sys.executable)
+    warm, real = (subprocess.run([one, "-c", code], capture_output=True, text=True) for one in both)
+    assert (warm.returncode, warm.stdout) == (real.returncode, real.stdout)
+    assert warm.stderr.splitlines()[-1:] == real.stderr.splitlines()[-1:]
+
+
+def test_python__has_the_slow_imports_behind_it_unless_it_would_import_otherwise() -> None:
+    cases = (({}, "True"), ({"LD_LIBRARY_PATH": "/nowhere"}, "False"), ({"OMP_NUM_THREADS": "2"}, "False"))
+    for changes, expected in cases:
+        done = subprocess.run([python(), "-c", PRELOADED], env=os.environ | changes, capture_output=True, text=True)
+        assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr
+    isolated = subprocess.run([python(), "-I", "-c", PRELOADED], capture_output=True, text=True, check=True)
+    assert isolated.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("to", ["the client", "the program"])
+def test_signal__ends_both(number: int, to: str) -> None:
+    process = Process([python(), "-c", "import time; print(1, flush=True); time.sleep(1000)"], stdout=subprocess.PIPE,
+                      stderr=subprocess.DEVNULL)  # fmt: skip
+    with process:
+        assert process.stdout is not None and process.stdout.readline()
+        inner = psutil.Process(process.own_pid)
+        assert inner.pid == forked()[process.pid] and process.pid in ancestors(inner.pid)
+        assert inner in descendants(os.getpid())
+        os.kill(process.pid if to == "the client" else inner.pid, number)
+        assert process.wait(60) == -number
+    assert psutil.wait_procs([inner], timeout=60)[1] == []

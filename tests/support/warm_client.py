@@ -15,8 +15,8 @@ import sys
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 READ_AT_START = ("LD_", "PYTHON", "DS_", "DEEPSPEED_", "TORCH_", "ATEN_", "MKL_", "OMP_", "CUDA_", "NULL_", "KMP_")
 """Beginnings of the names of variables that a process obeys while it starts or imports."""
-LET_PASS = {"PYTHONPATH", "TORCH_EXTENSIONS_DIR", "PYTHONUNBUFFERED"}
-"""Names that begin so, and are looked at later, or by the server."""
+LET_PASS = {"PYTHONPATH", "PYTHONUNBUFFERED", "TORCH_EXTENSIONS_DIR", "LD_LIBRARY_PATH", "KMP_DUPLICATE_LIB_OK"}
+"""Names that begin so, but are looked at later, or are set by an import (of OpenCV, of DeepSpeed)."""
 
 
 def main(real: str, address: str, served: "dict[str, str]") -> None:
@@ -40,7 +40,7 @@ def _understood(words: "list[str]") -> bool:
 
 def _alike(served: "dict[str, str]") -> bool:
     """Whether this process would start and import as the server did."""
-    if os.environ.get("PYTHONPATH", "") not in ("", served.get("PYTHONPATH", "")):
+    if os.environ.get("PYTHONPATH", "") not in ("", *served["PYTHONPATH"].split(os.pathsep), served["PYTHONPATH"]):
         return False
     names = {name for name in (*os.environ, *served) if name.startswith(READ_AT_START)} - LET_PASS
     return all(os.environ.get(name) == served.get(name) for name in names)

@@ -35,7 +35,9 @@ def started() -> Iterator[None]:
     """The server, for as long as this lasts."""
     with TemporaryDirectory(prefix="warm_") as name:
         folder, own = Path(name), Path(sys.executable)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        path = os.pathsep.join(dict.fromkeys((str(ROOT), *filter(None, given))))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         for path in own.parent.iterdir():
             if not path.name.startswith("python"):
                 (folder / path.name).symlink_to(path)

@@ -1,0 +1,47 @@
+"""What an earlier version wrote, for `test_compatibility`: a data set and a run that was stopped on its way.
+
+Made once, by the version whose files they are: in a checkout of commit cb3f6dc,
+
+    python make.py tests/compatibility/written
+
+with this file beside it. In that folder: `shards/`, a data set of generated crops; `run/`, a run on it that SIGTERM
+stopped after STOP steps; `undisturbed.json`, the loss of every step of the same run when it is left alone.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from tests.datapipe.crop_set import jpegs
+from tests.flow.tiny import RECIPE, StoppingHost, shards, step_records
+from training.config import load
+from training.engine.world import World
+from training.pretrain import pretrain
+
+CROPS, STEPS, STOP = 20, 20, 9
+SMALLER = {"width = 24": "width = 12", "depth = 2": "depth = 1", "out_dim = 32": "out_dim = 16",
+           "hidden = 24": "hidden = 12"}  # fmt: skip
+
+
+def make(folder: Path) -> None:
+    """Write all of it below `folder`, which must not exist."""
+    (folder / "crops").mkdir(parents=True)
+    for row, data in enumerate(jpegs(CROPS)):
+        (folder / "crops" / f"{row // 2:04d}_c{row % 2 + 1}s1_{row:06d}_00.jpg").write_bytes(data)
+    manifest = shards(folder / "crops", str(folder / "shards")).url
+    for name, stop in (("undisturbed", 0), ("run", STOP)):
+        text = RECIPE.format(out=folder / name, manifest=manifest, epochs=STEPS * 6 / CROPS)
+        for before, after in SMALLER.items():
+            text = text.replace(before, after)
+        (folder / "recipe.toml").write_text(text)
+        pretrain(load(str(folder / "recipe.toml")), world=World(), host=StoppingHost(stop))
+    losses = {record["step"]: record["loss"] for record in step_records(folder / "undisturbed")}
+    (folder / "undisturbed.json").write_text(json.dumps(losses, indent=1))
+    for name in ("crops", "undisturbed", "run/tensorboard"):
+        shutil.rmtree(folder / name)
+    (folder / "recipe.toml").unlink()
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]).resolve())

@@ -13,10 +13,11 @@ import socket
 import sys
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-READ_AT_START = ("LD_", "PYTHON", "DS_", "DEEPSPEED_", "TORCH_", "ATEN_", "MKL_", "OMP_", "CUDA_", "NULL_", "KMP_")
+READ_AT_START = ("LD_PRELOAD", "PYTHON", "ATEN_", "CUDA_VISIBLE_DEVICES", "DEEPSPEED_", "DS_", "MKL_", "NULL_", "OMP_",
+                 "TORCH_LOGS", "TORCHDYNAMO_", "TORCHINDUCTOR_")  # fmt: skip
 """Beginnings of the names of variables that a process obeys while it starts or imports."""
-LET_PASS = {"PYTHONPATH", "PYTHONUNBUFFERED", "TORCH_EXTENSIONS_DIR", "LD_LIBRARY_PATH", "KMP_DUPLICATE_LIB_OK"}
-"""Names that begin so, but are looked at later, or are set by an import (of OpenCV, of DeepSpeed)."""
+LET_PASS = {"PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONBREAKPOINT"}
+"""Names that begin so: the server sees to them, or nothing of a test depends on them."""
 
 
 def main(real: str, address: str, served: "dict[str, str]") -> None:

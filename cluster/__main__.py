@@ -24,8 +24,13 @@ COMMANDS = {
 
 def main(arguments: list[str]) -> int:
     """Dispatch to a command."""
-    return command.dispatch(COMMANDS, arguments, prog="python -m cluster")
+    return command.dispatch(COMMANDS, arguments, prog="python -m cluster", extra="cluster")
+
+
+def console() -> int:
+    """The command line of this process; the exit code."""
+    return command.run(main)
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(console())

@@ -31,5 +31,10 @@ def main(arguments: list[str]) -> int:
     return command.dispatch(COMMANDS, arguments, prog="python -m datapipe")
 
 
+def console() -> int:
+    """The command line of this process; the exit code."""
+    return command.run(main)
+
+
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(console())

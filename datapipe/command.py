@@ -12,12 +12,14 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 
 from datapipe import stopping
-from datapipe.errors import UserError, refusal
+from datapipe.errors import ConfigError, UserError, refusal
 from datapipe.stopping import COMPLETE, FAILED, INTERRUPTED, STOPPED, USAGE
 from datapipe.surroundings import refuse_other_text, settle
 
 __all__ = ["COMPLETE", "FAILED", "INTERRUPTED", "STOPPED", "USAGE", "Command", "dispatch", "run"]
 
+DISTRIBUTION = "reid-pretraining"
+OWN = ("datapipe", "training", "cluster")
 HELP = ("-h", "--help")
 SILENCE_S = 0.7
 """Seconds after which a command that has not ended says that it is at work, where nothing was said at its start."""
@@ -121,18 +123,33 @@ def _drop_unprinted() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def dispatch(commands: Mapping[str, Callable[[list[str]], int]], arguments: Sequence[str], *, prog: str) -> int:
-    """Call the command that the first word names with the rest of the line; `--help` lists them all."""
+def dispatch(commands: Mapping[str, Callable[[list[str]], int]], arguments: Sequence[str], *, prog: str,
+             extra: str = "") -> int:  # fmt: skip
+    """Call the command that the first word names with the rest of the line; `--help` lists them all, `--version`
+    prints ours. `extra`: the extra of our distribution that installs what the commands import; empty: the distribution
+    alone does. Raises ConfigError where a library is not installed."""
     if arguments and arguments[0] in commands:
         chosen, rest = commands[arguments[0]], list(arguments[1:])
         if isinstance(chosen, Command):
             chosen.announce(arguments[0], rest)
-        return chosen(rest)
+        try:
+            return chosen(rest)
+        except ModuleNotFoundError as error:
+            absent = (error.name or "").partition(".")[0]
+            if absent in OWN:
+                raise
+            wanted = f"[{extra}]" if extra else ""
+            raise ConfigError(f"`{prog} {arguments[0]}` needs `{absent}`, which is not installed",
+                              hint=f"pip install '{DISTRIBUTION}{wanted}', or in a clone: pip install '.{wanted}'"
+                              ) from error  # fmt: skip
     width = max(map(len, commands))
     listed = "\n".join(f"  {name:<{width}}  {(call.__doc__ or '').splitlines()[0]}" for name, call in commands.items())
     usage = f"usage: {prog} COMMAND [--debug] ...\n{listed}\n`{prog} COMMAND --help` says more."
     if arguments and arguments[0] in HELP:
         print(usage)
+        return COMPLETE
+    if arguments and arguments[0] == "--version":
+        print(f"{DISTRIBUTION} {version()}")
         return COMPLETE
     if arguments:
         import difflib
@@ -141,3 +158,13 @@ def dispatch(commands: Mapping[str, Callable[[list[str]], int]], arguments: Sequ
         print(f"error: no command `{arguments[0]}`" + (f"; did you mean `{near[0]}`?" if near else ""), file=sys.stderr)
     print(usage, file=sys.stderr)
     return USAGE
+
+
+def version() -> str:
+    """Of our distribution; "unknown" where it is not installed, but run from a copy of its files."""
+    from importlib import metadata
+
+    try:
+        return metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return "unknown"

@@ -11,6 +11,8 @@ from types import ModuleType
 from typing import Any
 
 OWN = {"training", "datapipe", "cluster", "tests"}
+HOOK = "_distutils_hack"
+"""What setuptools loads into every process."""
 
 
 def needed_by(packages: Iterable[str]) -> set[str]:
@@ -62,7 +64,7 @@ def main() -> None:
     """See the module."""
     packages, *sys.argv = sys.argv[1:]
     names = hidden(packages.split(","))
-    if early := {name for name in names if name in sys.modules}:
+    if early := {name for name in names if name in sys.modules and name != HOOK}:
         sys.exit(f"already imported: {', '.join(sorted(early))}")
     sys.meta_path[:] = [Hiding(finder, names) for finder in sys.meta_path]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -30,8 +30,13 @@ COMMANDS = {
 
 def main(arguments: list[str]) -> int:
     """Dispatch to a command."""
-    return command.dispatch(COMMANDS, arguments, prog="python -m training")
+    return command.dispatch(COMMANDS, arguments, prog="python -m training", extra="train")
+
+
+def console() -> int:
+    """The command line of this process; the exit code."""
+    return command.run(main)
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(console())

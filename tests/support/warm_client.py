@@ -14,7 +14,7 @@ import sys
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 READ_AT_START = ("LD_PRELOAD", "PYTHON", "ATEN_", "CUDA_VISIBLE_DEVICES", "DEEPSPEED_", "DS_", "MKL_", "NULL_", "OMP_",
-                 "TORCH_LOGS", "TORCHDYNAMO_", "TORCHINDUCTOR_")  # fmt: skip
+                 "TORCH_LOGS")  # fmt: skip
 """Beginnings of the names of variables that a process obeys while it starts or imports."""
 LET_PASS = {"PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONBREAKPOINT"}
 """Names that begin so: the server sees to them, or nothing of a test depends on them."""

@@ -185,6 +185,15 @@ def pytest_configure(config: pytest.Config) -> None:
         running = ExitStack()
         running.enter_context(warm_python.started())
         config.add_cleanup(running.close)
+        config.add_cleanup(lambda: _say_what_started_cold(config))
+
+
+def _say_what_started_cold(config: pytest.Config) -> None:
+    """They cost the run seconds each: a variable that a test sets may be the cause."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and (found := warm_python.started_cold()):
+        listed = ", ".join(f"{count} for {why}" for why, count in sorted(found.items()))
+        reporter.write_line(f"processes that had to import by themselves: {listed}")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

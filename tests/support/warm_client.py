@@ -25,7 +25,10 @@ def main(real: str, address: str, served: "dict[str, str]") -> None:
     words = sys.argv[2:]  # after the name by which this was called
     while words[:1] == ["-u"]:
         words = words[1:]
-    if not (_understood(words) and _alike(served)):
+    apart = "its options" if not _understood(words) else _apart(served)
+    if apart:
+        with open(address + ".cold", "a") as file:
+            file.write(apart + "\n")
         os.execv(real, [real, *sys.argv[2:]])
     server = socket.socket(socket.AF_UNIX)
     try:
@@ -39,12 +42,13 @@ def _understood(words: "list[str]") -> bool:
     return len(words) > 1 and words[0] in ("-m", "-c") or words[:1] != [] and words[0].endswith(".py")
 
 
-def _alike(served: "dict[str, str]") -> bool:
-    """Whether this process would start and import as the server did."""
-    if os.environ.get("PYTHONPATH", "") not in ("", *served["PYTHONPATH"].split(os.pathsep), served["PYTHONPATH"]):
-        return False
+def _apart(served: "dict[str, str]") -> str:
+    """The variable for which this process would not start or import as the server did; empty: there is none."""
+    own, known = ({*path.split(os.pathsep)} - {""} for path in (os.environ.get("PYTHONPATH", ""), served["PYTHONPATH"]))
+    if own - known:
+        return "PYTHONPATH"
     names = {name for name in (*os.environ, *served) if name.startswith(READ_AT_START)} - LET_PASS
-    return all(os.environ.get(name) == served.get(name) for name in names)
+    return next((name for name in sorted(names) if os.environ.get(name, "") != served.get(name, "")), "")
 
 
 def _ended(server: socket.socket, words: "list[str]") -> int:

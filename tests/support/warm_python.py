@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -57,6 +58,12 @@ def started() -> Iterator[None]:
             del os.environ[FOLDER]
             server.stdin.close()
             server.wait()
+
+
+def started_cold() -> dict[str, int]:
+    """Why processes had to start by themselves, so far, and how many."""
+    log = Path(os.environ[FOLDER]) / ".socket.cold"
+    return Counter(log.read_text().splitlines()) if log.exists() else {}
 
 
 def python() -> str:

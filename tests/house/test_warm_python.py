@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,15 @@ def test_python__has_the_slow_imports_behind_it_unless_it_would_import_otherwise
         assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr
     isolated = subprocess.run([python(), "-I", "-c", PRELOADED], capture_output=True, text=True, check=True)
     assert isolated.stdout.strip() == "False"
+
+
+def test_server__survives_clients_that_end_at_any_moment() -> None:
+    address = str(Path(python()).parent / ".socket")
+    for sent in (b"", b"123", (1000).to_bytes(8, "big"), (1000).to_bytes(8, "big") + b"{", bytes(8)):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(address)
+            client.sendall(sent)
+    assert subprocess.run([python(), "-c", PRELOADED], capture_output=True, text=True).stdout == "True\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])

@@ -78,7 +78,7 @@ def forked() -> dict[int, int]:
         server.connect(str(Path(os.environ[FOLDER]) / ".socket"))
         server.sendall(bytes(8))
         with server.makefile("rb") as answer:
-            table = json.loads(answer.read()[8:])
+            table = json.loads(answer.read())
     return {int(client): pid for client, pid in table.items()}
 
 

@@ -27,6 +27,8 @@ import numpy
 
 STREAMS = ((0, "stdin", "r", "surrogateescape"), (1, "stdout", "w", "surrogateescape"),
            (2, "stderr", "w", "backslashreplace"))  # fmt: skip
+SLOW_S = 60
+"""For a client to send what it has begun to send."""
 HIGH = 500
 """Descriptors that arrive are kept above this number until they get their own."""
 
@@ -67,17 +69,16 @@ class Server:
                         self._lost(key.fileobj, selector)
 
     def _accept(self, connection: socket.socket, selector: selectors.BaseSelector) -> dict[str, Any] | None:
-        head, files, *_ = socket.recv_fds(connection, 8, 250)
-        length = int.from_bytes(head, "big")
-        if not length:
-            table = json.dumps({client: pid for pid, (_, client) in self._clients.items()}).encode()
-            connection.sendall(len(table).to_bytes(8, "big") + table)
-            connection.close()
-            return None
-        text = b""
-        while len(text) < length and (more := connection.recv(length - len(text))):
-            text += more
-        if len(text) < length:  # the client was killed meanwhile
+        connection.settimeout(SLOW_S)
+        files: list[int] = []
+        try:
+            head, files, *_ = socket.recv_fds(connection, 8, 250)
+            if head == bytes(8):
+                connection.sendall(json.dumps({client: pid for pid, (_, client) in self._clients.items()}).encode())
+            text = _exactly(connection, int.from_bytes(head, "big"))
+        except OSError:
+            text = b""
+        if not text:  # answered, or the client was killed meanwhile
             for file in files:
                 os.close(file)
             connection.close()
@@ -117,6 +118,17 @@ class Server:
         selector.unregister(connection)
         pid = next(pid for pid, (own, _) in self._clients.items() if own is connection)
         os.kill(pid, signal.SIGKILL)  # not reaped yet: it is this process, or ends already
+
+
+def _exactly(connection: socket.socket, count: int) -> bytes:
+    """So many bytes; none where the other side ends before."""
+    found = b""
+    while len(found) < count:
+        more = connection.recv(count - len(found))
+        if not more:
+            return b""
+        found += more
+    return found
 
 
 def _tell(connection: socket.socket, number: int) -> None:

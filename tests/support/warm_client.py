@@ -19,6 +19,9 @@ READ_AT_START = ("LD_PRELOAD", "PYTHON", "ATEN_", "CUDA_VISIBLE_DEVICES", "DEEPS
 LET_PASS = {"PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONBREAKPOINT"}
 """Names that begin so: the server sees to them, or nothing of a test depends on them."""
 
+ALLOCATOR = "/ray/core/libjemalloc.so"
+"""What Ray preloads into its own processes; they do as well without."""
+
 
 def main(real: str, address: str, served: "dict[str, str]") -> None:
     """`real`: the interpreter; `address`: the server's socket; `served`: the server's own environment."""
@@ -48,7 +51,10 @@ def _apart(served: "dict[str, str]") -> str:
     if own - known:
         return "PYTHONPATH"
     names = {name for name in (*os.environ, *served) if name.startswith(READ_AT_START)} - LET_PASS
-    return next((name for name in sorted(names) if os.environ.get(name, "") != served.get(name, "")), "")
+    changed = [name for name in sorted(names) if os.environ.get(name, "") != served.get(name, "")]
+    if os.environ.get("LD_PRELOAD", "").endswith(ALLOCATOR):
+        changed.remove("LD_PRELOAD")
+    return changed[0] if changed else ""
 
 
 def _ended(server: socket.socket, words: "list[str]") -> int:

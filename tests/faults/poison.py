@@ -18,20 +18,6 @@ from training.methods.base import Views
 VARIABLE = "FAULTS_POISON"
 
 
-class PoisonedPlace(training.placing.Place):
-    """A `Place` that spoils one view when its time has come."""
-
-    def __call__(self, batch: Batch) -> Views:
-        views = super().__call__(batch)
-        file = Path(os.environ[VARIABLE])
-        order = json.loads(file.read_text()) if file.exists() else {"times": 0}
-        if order["times"] and order["position"] in batch.position:
-            write(file, order["position"], order["times"] - 1)
-            row = batch.position.tolist().index(order["position"])
-            views["global"][0, row] = float("nan")
-        return views
-
-
 def write(file: Path, position: int, times: int) -> None:
     """Order a NaN."""
     part = file.with_suffix(".part")
@@ -45,5 +31,17 @@ def environment(file: Path) -> tuple[str, ...]:
 
 
 def install() -> None:
-    """Before `training.pretrain` is imported."""
-    training.placing.Place = PoisonedPlace  # type: ignore[misc]
+    """Let the `Place` of this process spoil one view when its time has come."""
+    place = training.placing.Place.__call__
+
+    def poisoned(self: training.placing.Place, batch: Batch) -> Views:
+        views = place(self, batch)
+        file = Path(os.environ[VARIABLE])
+        order = json.loads(file.read_text()) if file.exists() else {"times": 0}
+        if order["times"] and order["position"] in batch.position:
+            write(file, order["position"], order["times"] - 1)
+            row = batch.position.tolist().index(order["position"])
+            views["global"][0, row] = float("nan")
+        return views
+
+    training.placing.Place.__call__ = poisoned  # type: ignore[method-assign]

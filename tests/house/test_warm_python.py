@@ -84,3 +84,17 @@ def test_signal__ends_both(number: int, to: str) -> None:
         os.kill(process.pid if to == "the client" else inner.pid, number)
         assert process.wait(60) == -number
     assert psutil.wait_procs([inner], timeout=60)[1] == []
+
+
+def test_server__survives_clients_and_programs_that_are_killed_together() -> None:
+    words = [python(), "-c", "import time; print(1, flush=True); time.sleep(1000)"]
+    for _ in range(5):
+        both = [Process(words, stdout=subprocess.PIPE) for _ in range(2)]
+        for process in both:
+            with process:
+                assert process.stdout is not None and process.stdout.readline()
+                inner = process.own_pid
+                os.kill(inner, signal.SIGKILL)
+                os.kill(process.pid, signal.SIGKILL)
+                assert process.wait(60) == -signal.SIGKILL
+    assert subprocess.run([python(), "-c", PRELOADED], capture_output=True, text=True).stdout == "True\n"

@@ -114,10 +114,11 @@ class Server:
             connection.close()
 
     def _lost(self, connection: Any, selector: selectors.BaseSelector) -> None:
-        """A client was killed."""
-        selector.unregister(connection)
-        pid = next(pid for pid, (own, _) in self._clients.items() if own is connection)
-        os.kill(pid, signal.SIGKILL)  # not reaped yet: it is this process, or ends already
+        """A client was killed; or its process has ended since the look."""
+        pid = next((pid for pid, (own, _) in self._clients.items() if own is connection), None)
+        if pid is not None:
+            selector.unregister(connection)
+            os.kill(pid, signal.SIGKILL)  # not reaped yet: it is this process, or ends already
 
 
 def _exactly(connection: socket.socket, count: int) -> bytes:

@@ -46,7 +46,7 @@ def test_disk__a_full_one_ends_a_run_that_goes_on_once_there_is_room(tmp_path: P
     run = tmp_path / "disk" / "run"
     with small_disk(run.parent) as grow, machines(2) as cluster:
         scene = Scene(cluster, tmp_path, path, str(run), flags=(*chaos.flags("plain"), *kept,
-                      "--cluster.max-failures", "1"), random=Random(0))  # fmt: skip
+                      "--cluster.max-failures", "1", "--cluster.lease-s", "20"), random=Random(0))  # fmt: skip
         scene.start()
         code, output, errors = scene.run.end()
         assert code == 1 and "Traceback" not in errors, output + errors

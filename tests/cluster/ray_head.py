@@ -26,7 +26,8 @@ class Head(NamedTuple):
     dashboard: str
     address: str
     session: Path
-    """Its temporary folder."""
+    """Its temporary folder. With RAY_TMPDIR set to the one that this is in, it is the cluster that was started on this
+    machine last."""
 
 
 @contextlib.contextmanager
@@ -39,14 +40,14 @@ def ray_head(
     gcs, dashboard = port or free_port(), free_port()
     with TemporaryDirectory(prefix="ray_") as folder:
         line = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
-                f"--port={gcs}", f"--num-cpus={cpus}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}",
+                f"--port={gcs}", f"--num-cpus={cpus}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}/ray",
                 f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}",
                 "--disable-usage-stats", *more]  # fmt: skip
         nowhere = subprocess.DEVNULL
         process = subprocess.Popen(line, env=dict(environment), cwd=ROOT, stdout=nowhere, stderr=nowhere)
         try:
             _answers(f"http://127.0.0.1:{dashboard}/api/version", process)
-            yield Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", Path(folder))
+            yield Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", Path(folder) / "ray")
         finally:
             process.send_signal(signal.SIGTERM)  # ends the processes that it started
             process.wait(PATIENCE_S)

@@ -77,17 +77,18 @@ def _settings(address: str) -> dict[str, Any]:
     """An autoscaler's, whose machines are processes of this one: at first there is none with a GPU, then up to one. It
     is Ray's own for tests."""
     machines = {
-        "head": {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0},
+        "ray.head.default": {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0},
         "gpus": {"resources": {"CPU": 2, "GPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 1},
     }
     provider = {"type": "fake_multinode", "gcs_address": address, "use_node_id_as_ip": True,
                 "disable_node_updaters": True, "disable_launch_config_check": True}  # fmt: skip
     return {
         "cluster_name": "from_zero", "max_workers": 1, "upscaling_speed": 1.0, "idle_timeout_minutes": 5,
-        "provider": provider, "available_node_types": machines, "head_node_type": "head", "auth": {}, "docker": {},
-        "cluster_synced_files": [], "file_mounts": {}, "file_mounts_sync_continuously": False, "rsync_exclude": [],
-        "rsync_filter": [], "initialization_commands": [], "setup_commands": [], "head_setup_commands": [],
-        "worker_setup_commands": [], "head_start_ray_commands": [], "worker_start_ray_commands": [],
+        "provider": provider, "available_node_types": machines, "head_node_type": "ray.head.default", "auth": {},
+        "docker": {}, "cluster_synced_files": [], "file_mounts": {}, "file_mounts_sync_continuously": False,
+        "rsync_exclude": [], "rsync_filter": [], "initialization_commands": [], "setup_commands": [],
+        "head_setup_commands": [], "worker_setup_commands": [], "head_start_ray_commands": [],
+        "worker_start_ray_commands": [],
     }  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,10 +60,12 @@ def test_run__on_a_cluster_started_without_gpus_is_on_cpus_and_says_so(tiny: Pat
 @pytest.mark.slow
 def test_run__whose_worker_has_a_gpu_without_kernels_is_one_error(tiny: Path, tmp_path: Path) -> None:
     """A Volta in the cluster; the command's own machine has no GPU, and cannot know."""
-    log = tmp_path / "nccl.log"
-    volta = {name: value for name, value in under_ray(log, devices=1).items() if os.environ.get(name) != value}
+    volta = {**under_ray(tmp_path / "nccl.log", devices=1), "NULLCUDA_MAJOR": "7"}
     with local_nodes(0) as cluster:
-        cluster.add_node(num_cpus=1, num_gpus=1, env_vars={**volta, "NULLCUDA_MAJOR": "7"})
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in volta.items():
+                patch.setenv(name, value)
+            cluster.add_node(num_cpus=1, num_gpus=1)
         code, output, errors = finished(command("cluster", "pretrain", str(tiny), "--address", cluster.address))
     assert code == 1 and "Traceback" not in errors, output + errors
     assert "device: cuda (Ray offers 1 GPUs)" in output

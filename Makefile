@@ -15,7 +15,7 @@ AT_HAND = $(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYT
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo demo-clean test test-fast lint bench bench-gpu test-null-gpu chaos clean
+.PHONY: setup demo demo-clean test test-fast soak lint bench bench-gpu test-null-gpu chaos clean
 
 setup: $(READY)
 
@@ -35,10 +35,14 @@ demo-clean:
 	rm -rf $(DEMO)
 
 test: setup lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 -m "not soak"
 
 test-fast: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not soak"
+
+# what takes longer: whole runs on clusters that grow, and on GPUs that stand still
+soak: setup
+	$(BIN)/python -m pytest -m soak tests
 
 lint: setup
 	$(BIN)/ruff check datapipe training cluster tests

@@ -93,7 +93,7 @@ class Board:
         """A group is about to be started."""
         self._group += 1
         self._wanted = workers
-        self._leaving, self._stepping = "", False
+        self._leaving, self._stepping, self._closed = "", False, False
         self._blame: Failure | None = None
         self._places: dict[int, Place] = {}
         self._pulses: dict[int, tuple[Pulse, float]] = {}
@@ -104,7 +104,8 @@ class Board:
         self._waiting_since = None
 
     def close(self) -> None:
-        """The group is gone."""
+        """The group is gone, or being ended: whoever of it still lives is not heard, and never counts as hung."""
+        self._closed = True
         self._pulses.clear()
         if self._waiting_since is None:
             self._waiting_since = time.monotonic()
@@ -141,7 +142,8 @@ class Board:
         """A rank lives."""
         if group != self._group:
             return "end"
-        self._pulses[pulse.rank] = pulse, time.monotonic()
+        if not self._closed:
+            self._pulses[pulse.rank] = pulse, time.monotonic()
         self._step = max(self._step, pulse.step)
         return "stop" if self._stopping else "leave" if self._leaving else "go"
 

@@ -67,7 +67,8 @@ def _score(task: Task, kind: Kind, lines: Any) -> dict[str, Any]:
     import torch
 
     from datapipe.progress import telling
+    from datapipe.surroundings import numbers_in_environment
 
     torch.set_num_threads(1)
-    with telling(lines.say.remote):
+    with numbers_in_environment(), telling(lines.say.remote):
         return evaluation.score(task, threads=1, device=own_device(kind))

@@ -19,10 +19,14 @@ from cluster.bulletin import find_board
 from cluster.devices import Kind, own_device
 from datapipe.config import StorageConfig
 from datapipe.errors import ConfigError
+from datapipe.surroundings import numbers_in_environment
 from training import last_words
 from training.engine.devices import bind
 from training.engine.launchers import forget_launchers
 
+FAREWELL = "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"
+FAREWELL_S = 5
+"""Seconds for workers to leave their process group before they are ended; one that waits for a dead one never does."""
 WAITING = 1024
 """Connections that may wait to be accepted: all workers come at once."""
 
@@ -47,6 +51,11 @@ class Meeting(_Theirs):
             worker_group.execute_single_async(rank, meet, rank, size, host, port, backend_config)
             for rank in range(size)
         ])  # fmt: skip
+
+    def on_shutdown(self, worker_group: Any, backend_config: "MeetingConfig") -> None:
+        """In the controller. Returns when all workers have left, or after a while."""
+        os.environ.setdefault(FAREWELL, str(FAREWELL_S))
+        super().on_shutdown(worker_group, backend_config)
 
 
 @dataclass
@@ -86,7 +95,8 @@ def listen() -> tuple[str, int]:
 
 def meet(rank: int, size: int, host: str, port: int, config: MeetingConfig) -> None:
     """In every worker: join the process group, bound to its own GPU. Raises torch.distributed.DistError after the
-    timeout, ConfigError, also to the board, where torch cannot use the GPU that Ray has given."""
+    timeout, ConfigError, also to the board, where torch cannot use the GPU that Ray has given, or reads a variable of
+    the environment as a number that it is not."""
     global _listening
     forget_launchers()
     given: dict[str, Any] = {}
@@ -96,11 +106,16 @@ def meet(rank: int, size: int, host: str, port: int, config: MeetingConfig) -> N
     _words.append(last_words.start(config.out, config.storage, rank))  # NCCL speaks from its first communicator on
     os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
     try:
-        device = own_device(config.kind)
-        bind(device)
+        with numbers_in_environment():
+            _join(rank, size, host, port, config, given)
     except ConfigError as error:
         ray.get(find_board(config.board).fail.remote(error))
         raise
+
+
+def _join(rank: int, size: int, host: str, port: int, config: MeetingConfig, given: dict[str, Any]) -> None:
+    device = own_device(config.kind)
+    bind(device)
     timeout = datetime.timedelta(seconds=config.timeout_s)
     store = dist.TCPStore(host, port, size, rank == 0, timeout, wait_for_workers=False, **given)
     bound = device if device.type == "cuda" else None  # left to itself NCCL goes by rank modulo GPUs

@@ -14,6 +14,7 @@ from cluster.ray_token import private_token, refuse_mode_without_token, refused,
 from cluster.scratch import scratch_folder
 from datapipe import stopping
 from datapipe.errors import ClusterError, UserError
+from datapipe.surroundings import misread, unread
 from training.engine.launchers import stay_on_loopback
 
 OBJECT_STORE_BYTES = 200_000_000
@@ -92,6 +93,8 @@ def _embed(scratch: str, cpus: int) -> None:
                 logging_level=logging.ERROR,
             )
     except Exception as error:  # of a dozen kinds, of its own and of Python's
+        if names := misread(error):
+            raise unread(names, error) from error
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ClusterError(f"Ray does not start inside this process: {said}", where=scratch,
                            hint="room for processes (ulimit -u), open files (ulimit -n), memory and /dev/shm; --debug "

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datapipe import stopping
 from datapipe.errors import ConfigError, UserError, refusal
 from datapipe.stopping import COMPLETE, FAILED, INTERRUPTED, STOPPED, USAGE
-from datapipe.surroundings import refuse_other_text, settle
+from datapipe.surroundings import misread, refuse_fatal_numbers, refuse_other_text, settle, unread
 
 __all__ = ["COMPLETE", "FAILED", "INTERRUPTED", "STOPPED", "USAGE", "Command", "dispatch", "run"]
 
@@ -62,9 +62,10 @@ def run(main: Callable[[list[str]], int], arguments: Sequence[str] | None = None
     """Call `main` with the command line and turn its end into an exit code.
 
     A `UserError` is printed as what, where and what to try; `--debug` anywhere on the line (or DEBUG=1 in the
-    environment) shows the stack trace as well. So is what the operating system refuses, wherever that happens. A signal
-    ends the process at once, with one line, unless the command has taken it over (`stopping`). Without `arguments` the
-    process is taken to end with the command.
+    environment) shows the stack trace as well. So is what the operating system refuses, wherever that happens, and a
+    variable of the environment that a library cannot read as a number. A signal ends the process at once, with one
+    line, unless the command has taken it over (`stopping`). Without `arguments` the process is taken to end with the
+    command.
     """
     global _alone
     _alone = arguments is None
@@ -83,6 +84,7 @@ def _called(
 ) -> int:
     try:
         refuse_other_text(line)
+        refuse_fatal_numbers()
         code = main(line)
         sys.stdout.flush()
         return code
@@ -108,6 +110,11 @@ def _called(
             raise
         _drop_unprinted()
         return _failed(refusal(error))
+    except (ValueError, RuntimeError) as error:
+        names = misread(error)
+        if debug or not names:
+            raise
+        return _failed(unread(names, error))
 
 
 def _failed(error: UserError) -> int:

@@ -1,10 +1,12 @@
 """What a command makes right in the process that it finds itself in, before it begins: every start is through here."""
 
 import contextlib
+import linecache
 import os
+import re
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from datapipe.errors import ConfigError, StorageError
 
@@ -14,6 +16,18 @@ the readers of many shards and Ray exceed."""
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
 DIRECT = ("localhost", "127.0.0.1", "::1", "169.254.169.254", "169.254.170.2", "metadata.google.internal")
 """Hosts that no proxy can reach in our place: this machine, and the clouds' services for credentials and notices."""
+
+_NO_NUMBER = re.compile(r"(?:invalid literal for int\(\).*|could not convert string to float): (['\"])(.*)\1")
+"""What Python says of a text that is no number."""
+_NAMED = re.compile(r"[Ii]nvalid value for environment variable\W+(\w+)")
+"""How PyTorch's C++ names a variable that it cannot read."""
+_NUMBERS = re.compile(
+    r"OPENCV_(IO_MAX_IMAGE_\w+|IMGCODECS_\w+_MAX_FILE_SIZE|THREAD_POOL_ACTIVE_WAIT_\w+|TRACE_(DEPTH|MAX_CHILDREN)\w*|"
+    r"KMEANS_PARALLEL_GRANULARITY|OPENCL_ALIGNMENT_\w+)"
+)
+"""Variables with which OpenCV ends the process where they are no numbers, as it is loaded."""
+_NUMBER = re.compile(r"\d+([KM][Bb]|[km]b)?")
+"""How OpenCV reads them."""
 
 
 def settle() -> None:
@@ -87,3 +101,60 @@ def _other_text(word: bytes) -> ConfigError:
             where=word.decode("utf-8", "backslashreplace"),
             hint="rename it (convmv -f gbk -t utf8 does so), or make a symbolic link to it with another name",
         )
+
+
+def refuse_fatal_numbers() -> None:
+    """Raises ConfigError for variables of the environment that are to be numbers, and which a library would end the
+    process for without an error that could be caught."""
+    wrong = [name for name, value in os.environ.items() if _NUMBERS.fullmatch(name) and not _NUMBER.fullmatch(value)]
+    if wrong:
+        raise unread(wrong, ValueError("OpenCV would end the process"))
+
+
+@contextlib.contextmanager
+def numbers_in_environment() -> Iterator[None]:
+    """Raises ConfigError where a library fails for a variable of the environment that it reads as a number."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        names = misread(error)
+        if not names:
+            raise
+        raise unread(names, error) from error
+
+
+def misread(error: BaseException) -> list[str]:
+    """The variables of the environment that an error may come from: whose value a library took for a number, or that
+    it names itself. Empty where it comes from something else."""
+    found: BaseException | None = error
+    while found is not None:
+        if (named := _NAMED.search(str(found))) and named[1] in os.environ:
+            return [named[1]]
+        if isinstance(found, ValueError) and (said := _NO_NUMBER.search(str(found))):
+            return _with_value(said[2], _last_line(found))
+        found = found.__cause__
+    return []
+
+
+def unread(names: Sequence[str], error: BaseException) -> ConfigError:
+    """The error for a person."""
+    said = (str(error).splitlines() or [""])[0]
+    return ConfigError(f"a library takes a variable of the environment for a number, which it is not ({said})",
+                       where=" or ".join(f"{name}={os.environ.get(name, '')!r}" for name in names),
+                       hint=f"unset {' '.join(names)}, or set a number")  # fmt: skip
+
+
+def _with_value(value: str, line: str) -> list[str]:
+    """Variables of this value: those that the failing line of source names, else all, but that an empty value is that
+    of too many."""
+    alike = [name for name, there in os.environ.items() if there.strip() == value.strip()]
+    named = [name for name in alike if re.search(rf"\b{re.escape(name)}\b", line)]
+    return named or (alike if value.strip() else [])
+
+
+def _last_line(error: BaseException) -> str:
+    """The line of source that raised it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno)

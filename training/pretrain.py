@@ -11,6 +11,7 @@ import torch
 from datapipe.cores import available_cores
 from datapipe.data import Data, load_data
 from datapipe.errors import ConfigError, UserError
+from datapipe.surroundings import numbers_in_environment
 from training import outlook
 from training.assembly import (
     check,
@@ -82,6 +83,7 @@ def pretrain(
         refuse_without_compiler(world.device)
     say = host.say if world.leads else _silent
     with (
+        numbers_in_environment(),
         _writing(config, world, host, guard) as guard,
         training_memory(config, world),
         deterministic(config.engine.deterministic),

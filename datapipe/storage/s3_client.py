@@ -12,6 +12,7 @@ from botocore.exceptions import BotoCoreError, IncompleteReadError
 
 from datapipe.config import StorageConfig
 from datapipe.errors import StorageError
+from datapipe.surroundings import misread, unread
 
 CONNECT_TIMEOUT_S = 10.0
 MOST_CONNECTIONS = 32
@@ -45,6 +46,8 @@ def connection(config: StorageConfig, process: int) -> Connection:
         region = session.region_name or "us-east-1"
         client = session.client("s3", endpoint_url=config.endpoint_url or None, config=options, region_name=region)
     except (BotoCoreError, ValueError) as error:  # a profile that is not there; no full address
+        if names := misread(error):
+            raise unread(names, error) from error
         raise StorageError(
             f"S3 cannot be set up: {error}",
             where=config.endpoint_url,

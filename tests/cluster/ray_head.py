@@ -7,7 +7,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -28,24 +28,28 @@ class Head(NamedTuple):
     dashboard: str
     address: str
     session: Path
-    """Its temporary folder."""
+    """Its temporary folder. With RAY_TMPDIR set to the one that this is in, it is the cluster that was started on this
+    machine last."""
 
 
 @contextlib.contextmanager
-def ray_head(environment: Mapping[str, str], *, cpus: int = 2) -> Iterator[Head]:
-    """One with dashboard. `environment`: all of it, as the shell has it in which it is started."""
+def ray_head(
+    environment: Mapping[str, str], *, cpus: int = 2, port: int = 0, more: Sequence[str] = ()
+) -> Iterator[Head]:
+    """One with dashboard. `environment`: all of it, as the shell has it in which it is started; `port`: of the head,
+    0: a free one; `more`: flags of `ray start`."""
     prepare()
-    gcs, dashboard = free_port(), free_port()
+    gcs, dashboard = port or free_port(), free_port()
     with TemporaryDirectory(prefix="ray_") as folder:
         line = [*ray_words(), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
-                f"--port={gcs}", f"--num-cpus={cpus}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}",
+                f"--port={gcs}", f"--num-cpus={cpus}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}/ray",
                 f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}",
-                "--disable-usage-stats"]  # fmt: skip
+                "--disable-usage-stats", *more]  # fmt: skip
         nowhere = subprocess.DEVNULL
         process = subprocess.Popen(line, env=dict(environment), cwd=ROOT, stdout=nowhere, stderr=nowhere)
         try:
             _answers(f"http://127.0.0.1:{dashboard}/api/version", process)
-            yield Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", Path(folder))
+            yield Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", Path(folder) / "ray")
         finally:
             process.send_signal(signal.SIGTERM)  # ends the processes that it started
             process.wait(PATIENCE_S)

@@ -165,3 +165,20 @@ def test_describe__of_several_dead_the_one_that_died_of_itself(dead: Any, words:
 ])  # fmt: skip
 def test_death__in_words(said: str, meant: str) -> None:
     assert death_in_words(RuntimeError(said)) == meant
+
+
+def test_board__who_lives_on_in_a_group_that_is_being_ended_never_counts_as_hung() -> None:
+    """With NCCL those that waited for a dead rank wait on, and nobody else is left to compare them with."""
+    board = Board(0, Restarts(ClusterConfig(), ""))
+    board.open(2)
+    group, _, _ = board.enter()
+    for rank in range(2):
+        board.beat(group, _pulse(rank, 3, stood=99))
+    assert len(board.take().pulses) == 2
+    board.close()
+    assert board.beat(group, _pulse(1, 3, stood=100)) == "go"
+    assert not board.take().pulses and board.left()
+    board.open(2)
+    group, _, _ = board.enter()
+    board.beat(group, _pulse(1, 3))
+    assert [pulse.rank for pulse in board.take().pulses] == [1]

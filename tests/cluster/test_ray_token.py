@@ -61,11 +61,37 @@ def asking(home: Path) -> Iterator[Head]:
 def test_submit__shows_the_token_that_a_cluster_asks_for(home: Path, crops: Path, asking: Head) -> None:
     code, output, errors = run(home, "submit", "--address", asking.dashboard, *sharding(crops, "job"))
     assert code == 0, errors
+    assert "6 crops in 1 shards" in followed(home, output)
+
+
+def followed(home: Path, output: str) -> str:
+    """What a job says until it ends, by the line that `submit` has printed."""
     (follow,) = (line.split(maxsplit=1)[1] for line in output.splitlines() if "follow:" in line)
     assert follow.startswith("RAY_AUTH_MODE=token ray job logs ")
     words = follow.replace(" ray ", f" {shlex.join(ray_words())} ")
     logs = subprocess.run(words, shell=True, env=without_ray(HOME=str(home)), capture_output=True, text=True)
-    assert "6 crops in 1 shards" in logs.stdout, logs.stdout + logs.stderr
+    return logs.stdout + logs.stderr
+
+
+@pytest.mark.slow
+def test_submit__without_an_address_goes_to_the_cluster_of_this_machine(
+    home: Path, crops: Path, asking: Head
+) -> None:
+    """As the README has it: `ray start --head`, then `submit`, in a shell with nothing but what Ray itself left."""
+    code, output, errors = run(home, "submit", *sharding(crops, "here"), RAY_TMPDIR=str(asking.session.parent))
+    assert code == 0, errors
+    assert f" to {asking.dashboard}\n" in output and "6 crops in 1 shards" in followed(home, output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "of"), [("RAY_API_SERVER_ADDRESS", 0), ("RAY_ADDRESS", 0), ("RAY_ADDRESS", 1)])
+def test_submit__without_an_address_goes_by_the_environment(
+    name: str, of: int, home: Path, crops: Path, asking: Head
+) -> None:
+    """The dashboard's address, or the head's."""
+    code, output, errors = run(home, "submit", *sharding(crops, "named"), **{name: asking[of]})
+    assert code == 0, errors
+    assert f" to {asking.dashboard}\n" in output
 
 
 @pytest.mark.slow

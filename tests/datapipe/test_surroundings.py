@@ -11,9 +11,17 @@ from pathlib import Path
 import pytest
 
 from datapipe import command
+from datapipe.config import StorageConfig
 from datapipe.errors import ConfigError, RefusedError, StorageError, refusal
 from datapipe.storage import full_url, open_store
-from datapipe.surroundings import DIRECT, bypass_proxies, raise_open_files, refuse_other_text
+from datapipe.surroundings import (
+    DIRECT,
+    bypass_proxies,
+    numbers_in_environment,
+    raise_open_files,
+    refuse_fatal_numbers,
+    refuse_other_text,
+)
 from tests.conftest import S3Server
 from tests.golden import ROOT
 
@@ -146,3 +154,73 @@ def test_proxies__are_not_asked_for_a_bucket_of_this_machine(tmp_path: Path, s3:
         line = [sys.executable, "-m", "datapipe", *words, "--workers", "1", "--storage.give-up-s", "5"]
         done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
+
+
+def _reads_a_number(name: str) -> int:
+    """As libraries do."""
+    return int(os.environ[name])
+
+
+@pytest.mark.parametrize(("value", "read"), [("abc", int), ("1.5", int), ("many", float), ("", int), ("it's", int)])
+def test_number__that_a_library_cannot_read_is_one_error_with_its_name(
+    value: str, read: Callable[[str], float], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("A_TIMEOUT", value)
+
+    def main(_: list[str]) -> int:
+        return int(read(os.environ["A_TIMEOUT"]))
+
+    assert command.run(main, []) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and f"where: A_TIMEOUT={value!r}" in said and "try:   unset A_TIMEOUT" in said
+    monkeypatch.setenv("DEBUG", "1")
+    with pytest.raises(ValueError):
+        command.run(main, [])
+
+
+def test_number__the_failing_line_tells_variables_of_one_value_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("A_TIMEOUT", "A_TIMEOUT_TOO"):
+        monkeypatch.setenv(name, "soon")
+    with pytest.raises(ConfigError) as told, numbers_in_environment():
+        int(os.environ["A_TIMEOUT"])
+    with pytest.raises(ConfigError) as guessed, numbers_in_environment():
+        _reads_a_number("A_TIMEOUT_TOO")
+    assert told.value.where == "A_TIMEOUT='soon'"
+    assert guessed.value.where == "A_TIMEOUT='soon' or A_TIMEOUT_TOO='soon'"
+
+
+@pytest.mark.parametrize("text", ["", "nowhere in the environment"])
+def test_number__of_another_place_is_no_matter_of_the_environment(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AN_EMPTY_ONE", "")
+    with pytest.raises(ValueError), numbers_in_environment():
+        int(text)
+
+
+def test_number__that_pytorch_names_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "yes")
+    with pytest.raises(ConfigError) as found, numbers_in_environment():
+        raise RuntimeError("Invalid value for environment variable: TORCH_NCCL_ASYNC_ERROR_HANDLING")
+    assert found.value.where == "TORCH_NCCL_ASYNC_ERROR_HANDLING='yes'"
+
+
+@pytest.mark.parametrize(("value", "good"), [
+    ("100", True), ("100MB", True), ("5Kb", True), ("", False), ("lots", False), ("-1", False), (" 7", False)])
+def test_number__that_would_end_the_process_is_refused_before(
+    value: str, good: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenCV aborts as it is loaded, in C++."""
+    monkeypatch.setenv("OPENCV_IO_MAX_IMAGE_WIDTH", value)
+    loaded = subprocess.run([sys.executable, "-c", "import cv2"], cwd=ROOT, capture_output=True, timeout=120)
+    assert (loaded.returncode == 0) == good
+    if good:
+        refuse_fatal_numbers()
+    else:
+        with pytest.raises(ConfigError, match="OpenCV"):
+            refuse_fatal_numbers()
+
+
+def test_number__that_boto3_cannot_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_METADATA_SERVICE_TIMEOUT", "soon")
+    with pytest.raises(ConfigError) as found:
+        open_store("s3://bucket/x", StorageConfig(timeout_s=19)).exists("a")
+    assert found.value.where == "AWS_METADATA_SERVICE_TIMEOUT='soon'"

@@ -55,6 +55,14 @@ def test_pretrain__no_data_set(tmp_path: Path, module: str) -> None:
 
 
 @pytest.mark.slow
+def test_pretrain__a_variable_that_deepspeed_cannot_read(data: Manifest, tmp_path: Path) -> None:
+    path = recipe(tmp_path, data.url, str(tmp_path / "run"))
+    words = ("training", "pretrain", str(path), "--engine.stepper", "deepspeed")
+    code, _, errors = finished(command(*words, DEEPSPEED_TIMEOUT="abc"))
+    _fails(code, errors, "DEEPSPEED_TIMEOUT='abc'", "unset DEEPSPEED_TIMEOUT")
+
+
+@pytest.mark.slow
 def test_pretrain__debug_shows_the_trace(tmp_path: Path) -> None:
     path = recipe(tmp_path, str(tmp_path / "absent"), str(tmp_path / "run"))
     code, _, errors = finished(command("training", "pretrain", str(path), "--debug"))

@@ -9,6 +9,8 @@
 //   NULLCUDA_MAJOR       compute capability (9)
 //   NULLCUDA_COPY_BYTES  larger copies are left out
 //   NULLCUDA_SHM         1: NCCL's collectives between processes of one machine
+//   NULLCUDA_STUCK       file with two numbers, a GPU and a count: after so many timed events of a process that GPU does
+//                        nothing any more for that process, which takes the file away: for the next one it is well
 //   NULLCUDA_LOG         file for messages (standard error)
 #define _GNU_SOURCE
 #include <stdio.h>
@@ -16,6 +18,7 @@
 #include <string.h>
 #include <stdint.h>
 #include <pthread.h>
+#include <unistd.h>
 #include <sys/mman.h>
 #include <cuda_runtime_api.h>
 #include <nccl.h>
@@ -126,6 +129,15 @@ static Range find(const void *at) {
 static __thread int current;
 static __thread cudaError_t last;
 #define OK return cudaSuccess
+// The number of this thread's device among all of the machine: what CUDA_VISIBLE_DEVICES says.
+static int number(void) {
+    const char *seen = getenv("CUDA_VISIBLE_DEVICES");
+    char text[256], *save;
+    snprintf(text, sizeof text, "%s", seen ? seen : "0,1,2,3,4,5,6,7");
+    char *word = strtok_r(text, ",", &save);
+    for (int i = 0; i < current && word; i++) word = strtok_r(0, ",", &save);
+    return word ? atoi(word) : current;
+}
 cudaError_t cudaGetDeviceCount(int *count) {
     *count = devices();
     if (!devices()) return cudaErrorNoDevice;
@@ -298,6 +310,27 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void
     OK;
 }
 
+// ---- a GPU that is stuck: what it is given from then on is never done, and who waits for it waits for ever ----
+static volatile int stuck;
+static void wait_(void) {
+    while (stuck) pause();
+}
+// At each timed event; PyTorch's own are not.
+static void timed(void) {
+    static int count;
+    const char *name = getenv("NULLCUDA_STUCK");
+    if (!name) return;
+    int so_far = __atomic_add_fetch(&count, 1, __ATOMIC_RELAXED), which, most;
+    FILE *f = stuck ? 0 : fopen(name, "r");
+    if (!f) return;
+    int read = fscanf(f, "%d %d", &which, &most);
+    fclose(f);
+    if (read == 2 && which == number() && so_far >= most && !unlink(name)) {
+        stuck = 1;
+        fprintf(out_(), "NULLCUDA: GPU %d is stuck after %d timed events\n", which, so_far);
+    }
+}
+
 // ---- copies ----
 static void move(void *to, const void *from, size_t size) {
     Range t = find(to), f = find(from);
@@ -321,6 +354,7 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMe
 }
 cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind k) {
     ADD(COPY_SYNC, 1);
+    wait_();
     move(to, from, size);
     OK;
 }
@@ -335,7 +369,7 @@ cudaError_t cudaMemset(void *at, int value, size_t size) {
 }
 cudaError_t cudaMemsetAsync(void *at, int value, size_t size, cudaStream_t s) { return cudaMemset(at, value, size); }
 
-// ---- streams and events: everything is done when it is asked for, so nobody ever waits ----
+// ---- streams and events: everything is done when it is asked for, so nobody ever waits, but for a GPU that is stuck ----
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t *s, unsigned f, int p) {
     *s = malloc(8);
     OK;
@@ -354,10 +388,12 @@ cudaError_t cudaStreamGetPriority(cudaStream_t s, int *p) {
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t s) {
     ADD(STREAM_SYNC, 1);
+    wait_();
     OK;
 }
 cudaError_t cudaDeviceSynchronize(void) {
     ADD(DEVICE_SYNC, 1);
+    wait_();
     OK;
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned f) {
@@ -375,28 +411,39 @@ cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatu
     if (id) *id = 0;
     OK;
 }
-cudaError_t cudaEventCreate(cudaEvent_t *e) {
-    *e = malloc(8);
-    OK;
-}
+typedef struct {
+    int timed, never;
+} Event;
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned f) {
-    *e = malloc(8);
+    Event *one = calloc(1, sizeof *one);
+    one->timed = !(f & cudaEventDisableTiming);
+    *e = (cudaEvent_t)one;
     OK;
 }
+cudaError_t cudaEventCreate(cudaEvent_t *e) { return cudaEventCreateWithFlags(e, cudaEventDefault); }
 cudaError_t cudaEventDestroy(cudaEvent_t e) {
     free(e);
     OK;
 }
-cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned f) {
+    Event *one = (Event *)e;
     ADD(EVENT_RECORD, 1);
+    one->never = stuck;
+    if (one->timed) timed();
     OK;
 }
-cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned f) {
-    ADD(EVENT_RECORD, 1);
+cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) { return cudaEventRecordWithFlags(e, s, 0); }
+cudaError_t cudaEventQuery(cudaEvent_t e) {
+    if (((Event *)e)->never) return last = cudaErrorNotReady;
+    OK;
+}
+cudaError_t cudaStreamQuery(cudaStream_t s) {
+    if (stuck) return last = cudaErrorNotReady;
     OK;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t e) {
     ADD(EVENT_SYNC, 1);
+    if (((Event *)e)->never) wait_();
     OK;
 }
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) {
@@ -471,7 +518,6 @@ void __cudaRegisterVar(void **h, char *a, char *b, const char *c, int d, size_t 
 // NULLCUDA_SHM=1: real processes of one machine meet in shared memory; a collective returns when all have come (NCCL's
 // would at the next wait).
 #include <fcntl.h>
-#include <unistd.h>
 #include <sched.h>
 #include <time.h>
 #define SLOT (8L << 20)
@@ -533,11 +579,7 @@ ncclResult_t ncclCommInitRank(ncclComm_t *out, int n, ncclUniqueId id, int r) {
     c->board = (Board *)at;
     c->slots = at + 65536;
     const char *seen = getenv("CUDA_VISIBLE_DEVICES");
-    char text[256];
-    snprintf(text, 256, "%s", seen ? seen : "0,1,2,3,4,5,6,7");
-    char *save, *word = strtok_r(text, ",", &save);
-    for (int i = 0; i < current && word; i++) word = strtok_r(0, ",", &save);
-    c->board->devices[r] = word ? 1 + atoi(word) : 1 + current;
+    c->board->devices[r] = 1 + number();
     fprintf(out_(), "NULLNCCL rank %d of %d, device index %d of CUDA_VISIBLE_DEVICES=%s\n", r, n, current,
             seen ? seen : "-");
     if (meet(c)) return ncclInternalError;
@@ -657,6 +699,7 @@ static void take_root(ncclComm_t c, char *to, size_t at, size_t b, ncclDataType_
 ncclResult_t ncclAllReduce(const void *from, void *to, size_t n, ncclDataType_t t, ncclRedOp_t op, ncclComm_t c,
                            cudaStream_t s) {
     ADD(COLLECTIVE, 1);
+    if (stuck) return 0; // launched, and no more
     DEVICE(from, n);
     DEVICE(to, n);
     size_t b = n * widths[t];
@@ -669,7 +712,7 @@ ncclResult_t ncclAllReduce(const void *from, void *to, size_t n, ncclDataType_t 
 }
 ncclResult_t ncclReduce(const void *from, void *to, size_t n, ncclDataType_t t, ncclRedOp_t op, int root, ncclComm_t c,
                         cudaStream_t s) {
-    if (c->board && c->rank != root && !to) {
+    if (c->board && c->rank != root && !to && !stuck) {
         char *room = malloc(n * widths[t] + 1);
         ncclResult_t r = together(c, from, room, n * widths[t], t, op, 0, 0, take_sum);
         free(room);
@@ -681,6 +724,7 @@ ncclResult_t ncclReduce(const void *from, void *to, size_t n, ncclDataType_t t, 
 ncclResult_t ncclBroadcast(const void *from, void *to, size_t n, ncclDataType_t t, int root, ncclComm_t c,
                            cudaStream_t s) {
     ADD(COLLECTIVE, 1);
+    if (stuck) return 0; // launched, and no more
     DEVICE(to, n);
     if (c->board) return together(c, from ? from : to, to, n * widths[t], t, 0, 0, root, take_root);
     if (from != to && n * widths[t] <= copied()) memmove(to, from, n * widths[t]);
@@ -691,6 +735,7 @@ ncclResult_t ncclBcast(void *at, size_t n, ncclDataType_t t, int root, ncclComm_
 }
 ncclResult_t ncclAllGather(const void *from, void *to, size_t n, ncclDataType_t t, ncclComm_t c, cudaStream_t s) {
     ADD(COLLECTIVE, 1);
+    if (stuck) return 0; // launched, and no more
     DEVICE(from, n);
     DEVICE(to, n);
     size_t b = n * widths[t];
@@ -702,6 +747,7 @@ ncclResult_t ncclAllGather(const void *from, void *to, size_t n, ncclDataType_t 
 ncclResult_t ncclReduceScatter(const void *from, void *to, size_t n, ncclDataType_t t, ncclRedOp_t op, ncclComm_t c,
                                cudaStream_t s) {
     ADD(COLLECTIVE, 1);
+    if (stuck) return 0; // launched, and no more
     DEVICE(from, n);
     DEVICE(to, n);
     size_t b = n * widths[t];

@@ -71,13 +71,22 @@ def started(words: Sequence[str], variables: dict[str, str]) -> subprocess.Popen
                             text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
 
 
-def ended_well(process: subprocess.Popen[str]) -> None:
+def ended_well(process: subprocess.Popen[str]) -> str:
+    """What it said."""
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output[-4_000:]
+    return output
 
 
-def numbers(run: Path) -> list[tuple[int, float, float]]:
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in step_records(run)]
+def under_ray(log: Path, *, devices: int) -> dict[str, str]:
+    """Variables for commands, and for machines of a cluster, whose workers have GPUs that talk to each other. `log`:
+    of what NCCL says."""
+    path = os.pathsep.join([str(HERE / "site"), str(ROOT)])
+    return {**environment(devices=devices), "NULLCUDA_SHM": "1", "NULLCUDA_LOG": str(log), "PYTHONPATH": path}
+
+
+def numbers(run: Path, attempt: int = 1) -> list[tuple[int, float, float]]:
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in step_records(run, attempt)]
 
 
 def device_of(run: Path) -> Any:
@@ -105,9 +114,7 @@ def test_run__under_ray_on_two_gpus_has_the_numbers_of_two_cpus(data: str, tmp_p
              "--optimisation.micro-batch", "6", "--out"]  # fmt: skip
     ended_well(started([*words, str(tmp_path / "cpu"), *CPU], dict(os.environ)))
     log = tmp_path / "nccl.log"
-    path = os.pathsep.join([str(HERE / "site"), str(ROOT)])
-    variables = {**environment(devices=2), "NULLCUDA_SHM": "1", "NULLCUDA_LOG": str(log), "PYTHONPATH": path}
-    ended_well(started([*words, str(tmp_path / "gpu")], variables))
+    ended_well(started([*words, str(tmp_path / "gpu")], under_ray(log, devices=2)))
     assert device_of(tmp_path / "gpu") == "Null H100"
     assert "rank 0 of 2" in log.read_text() and "rank 1 of 2" in log.read_text()
     found = numbers(tmp_path / "gpu")
@@ -120,8 +127,7 @@ def test_run__on_machines_with_one_gpu_and_with_two_binds_each_worker_to_its_own
     """NCCL refuses two ranks on one GPU, which is what rank modulo GPUs comes to here."""
     recipe, flags = CASES["zero_2"]
     log = tmp_path / "nccl.log"
-    path = os.pathsep.join([str(HERE / "site"), str(ROOT)])
-    variables = {**environment(devices=3), "NULLCUDA_SHM": "1", "NULLCUDA_LOG": str(log), "PYTHONPATH": path}
+    variables = under_ray(log, devices=3)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setenv(name, value)

@@ -32,7 +32,7 @@ def test_flops__are_those_of_a_real_step(name: str) -> None:
 
 
 def test_warning__of_a_recipe_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outlook, "measured_rate", lambda precision: 100e9)
+    monkeypatch.setattr(outlook, "measured_rate", lambda config: 100e9)
     config = load(SHIPPED / "pass_vitb.toml")
     clock = clock_of(config, 100_000)
     said = outlook.warning(config, clock, World())
@@ -48,6 +48,18 @@ def test_warning__leaves_short_runs_alone(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delattr(outlook, "measured_rate")
     demo = load(SHIPPED / "demo.toml")
     assert outlook.warning(demo, clock_of(demo, 3_000), World()) == ""
+
+
+def test_rate__is_that_of_the_recipes_own_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pass through a block is counted as PyTorch counts it, and leaves random numbers alone."""
+    config, state = tiny("pass_vits", images=4), torch.get_rng_state()
+    clock = iter([0.0, 0.0, 2.0])  # one pass, that took two seconds
+    monkeypatch.setattr(outlook.time, "perf_counter", lambda: next(clock))
+    with FlopCounterMode(display=False) as counter:
+        rate = outlook.measured_rate(config, seconds=1.0)
+    counted = counter.get_total_flops() / 2  # with the one before
+    assert rate == pytest.approx(counted / 2.0, rel=0.05)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(("seconds", "words"), [

@@ -17,6 +17,13 @@ def _computed_workers(module: Any) -> None:
     module.pretrain = computed()(module.pretrain)
 
 
+def _computed_scores(module: Any) -> None:
+    """`training.evaluation`: the function that every task of an evaluation calls."""
+    from tests.null_gpu.computed import computed
+
+    module.score = computed()(module.score)
+
+
 def _counted_gpus(module: Any) -> None:
     """`ray`: a cluster that is started here has all GPUs of the machine."""
     start = module.init
@@ -29,7 +36,9 @@ def _counted_gpus(module: Any) -> None:
     module.init = init
 
 
-AFTER: dict[str, Callable[[Any], None]] = {"training.pretrain": _computed_workers, "ray": _counted_gpus}
+AFTER: dict[str, Callable[[Any], None]] = {
+    "training.pretrain": _computed_workers, "training.evaluation": _computed_scores, "ray": _counted_gpus,
+}  # fmt: skip
 """Module -> what is done with it once it is imported."""
 
 

@@ -28,7 +28,8 @@ from training.engine.plain import PlainStepper
 from training.engine.stepper import Stepper
 from training.engine.world import World
 from training.initial_weights import refuse_missing, start_from
-from training.methods.base import ByIdentity, Method, refuse_fp16_on_cpu
+from training.methods.base import ByIdentity, Method
+from training.precision import refuse_fp16_on_cpu
 from training.run_folder import RunFolder
 
 if TYPE_CHECKING:

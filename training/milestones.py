@@ -18,12 +18,13 @@ from datapipe.errors import NotFoundError
 from datapipe.progress import telling
 from training import checkpoint, evaluation
 from training import weights as exports
-from training.config import EvaluationConfig, RunConfig
+from training.config import RunConfig
 from training.engine.clock import Clock
 from training.engine.host import Host
 from training.engine.world import World
 from training.evaluation import Task
 from training.methods.supervised import Supervised, to_transreid
+from training.reid.scoring import EvaluationConfig
 from training.reid.zero_shot import Weights
 from training.run_folder import RunFolder
 

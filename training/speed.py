@@ -12,7 +12,7 @@ import torch.distributed as dist
 from datapipe.batch import Intake
 from training.engine.devices import slow_precision
 from training.engine.world import World
-from training.methods.base import Precision
+from training.precision import Precision
 
 WARM_UP = 2
 """Steps after a start, a restore or a score that say nothing of the time left: compilation, caches, the first data."""

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from training.precision import at_least_float32
+
 CHANNELS = 64
 """Channels of all convolutions before the last."""
 EPS = 1e-5
@@ -53,7 +55,7 @@ class SplitNorm(nn.Module):
         self.BN = PooledBatchNorm(channels - self.instances)
 
     def forward(self, values: Tensor, real_B: Tensor | None) -> Tensor:
-        values = _at_least_float32(values)
+        values = at_least_float32(values)
         return torch.cat([self.IN(values[:, : self.instances]), self.BN(values[:, self.instances :], real_B)], dim=1)
 
 
@@ -78,7 +80,7 @@ class PooledBatchNorm(nn.Module):
         self.fresh: list[Tensor] = []
 
     def forward(self, values: Tensor, real_B: Tensor | None) -> Tensor:
-        values = _at_least_float32(values)
+        values = at_least_float32(values)
         if not self.training:
             return self._normalised(values, self.running_mean, self.running_var)
         count, mean, variance = pooled_statistics(values, real_B)
@@ -153,7 +155,3 @@ def _reduced(values: Tensor) -> Tensor:
     total = values.clone()
     distributed.all_reduce(total)
     return total
-
-
-def _at_least_float32(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))

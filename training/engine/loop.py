@@ -7,12 +7,12 @@ from typing import Protocol
 from datapipe.batch import Batch, Intake
 from training import ema
 from training.checkpoint import Checkpoints
-from training.config import OptimisationConfig
 from training.engine import optimisation
 from training.engine.clock import Clock
 from training.engine.faults import Faults
 from training.engine.host import Host
 from training.engine.optimisation import StepSettings
+from training.engine.settings import OptimisationConfig
 from training.engine.stepper import Result, Stepper
 from training.engine.stop import Stop
 from training.methods.base import Method, Progress, Views

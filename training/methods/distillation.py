@@ -24,7 +24,8 @@ from training.backbone import BackboneConfig, Features, VisionTransformer, keep_
 from training.heads import HeadConfig
 from training.losses import entropy, pair_cross_entropies
 from training.measures import information, of_features
-from training.methods.base import Method, Outcome, Precision, Progress, Role, Views, full
+from training.methods.base import Method, Outcome, Progress, Role, Views
+from training.precision import Precision, full
 from training.schedules import teacher_temperature
 
 

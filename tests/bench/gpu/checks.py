@@ -18,7 +18,8 @@ from tests.bench.gpu.trial import Trial
 from training.assembly import build_method
 from training.config import RunConfig
 from training.memory import FULL, Census, calculate
-from training.methods.base import Method, Precision
+from training.methods.base import Method
+from training.precision import Precision
 
 STEPS, SAVED_AFTER = 3, 2
 """Steps beside the CPU's, and those after which the checkpoint is saved that the last step is done again from."""

@@ -19,8 +19,9 @@ from training.engine.loop import Run, Segment, train
 from training.engine.stepper import Result
 from training.engine.stop import Stop
 from training.engine.world import World
-from training.methods.base import Method, Precision, Progress
+from training.methods.base import Method, Progress
 from training.placing import Place
+from training.precision import Precision
 
 DISTINCT = 3
 """Batches of noise that are made; they come in turn."""

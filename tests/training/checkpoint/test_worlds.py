@@ -25,11 +25,11 @@ from training import ema
 from training.assembly import build_method, clock_of, portion
 from training.assembly import make_stepper as assemble
 from training.checkpoint import Saved, complete, read_marker, verify
-from training.config import EngineConfig, OptimisationConfig
 from training.engine.host import LocalHost
 from training.engine.optimisation import group_parameters, settings_at
 from training.engine.plain import PlainStepper
 from training.engine.scaling import LossScale
+from training.engine.settings import EngineConfig, OptimisationConfig
 from training.engine.stepper import Stepper
 from training.engine.stop import Stop
 from training.engine.world import World

@@ -3,10 +3,10 @@ import torch
 
 from training.assembly import portion
 from training.backbone import BackboneConfig
-from training.config import OptimisationConfig
 from training.engine.clock import Clock
 from training.engine.optimisation import group_parameters, settings_at
 from training.engine.plain import PlainStepper
+from training.engine.settings import OptimisationConfig
 from training.engine.world import World
 from training.heads import HeadConfig
 from training.methods.base import Method

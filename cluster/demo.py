@@ -24,7 +24,7 @@ from datapipe.config import StorageConfig
 from datapipe.errors import ClusterError, DataError
 from datapipe.manifest import Manifest
 from datapipe.stopping import current, exit_code, receiving
-from training import config as recipes
+from training import recipe_toml as recipes
 from training.assembly import clock_of
 from training.engine.devices import Device, choose_device
 from training.lease import refuse_held

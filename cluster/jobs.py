@@ -14,8 +14,8 @@ from cluster.addresses import RAY_API_SERVER_ADDRESS, SUBMIT, dashboard_of
 from cluster.in_job import refuse_relative
 from cluster.ray_token import MODE, WITH_TOKEN, refuse_mode_without_token, refused, show_token
 from datapipe.errors import ClusterError
-from training import config as recipes
-from training.config import RunConfig
+from training import recipe_toml as recipes
+from training.run_config import RunConfig
 
 PACKAGES = ("cluster", "datapipe", "training")
 MOST_MB = 20.0

@@ -23,15 +23,15 @@ from datapipe.errors import ClusterError, ConfigError, DataError, LeaseError, Us
 from datapipe.stopping import at_end
 from datapipe.storage import is_remote
 from training import checkpoint, outlook
-from training import config as recipes
+from training import recipe_toml as recipes
 from training.assembly import check, clock_of, refuse_unsuited, resolved
-from training.config import RunConfig
 from training.engine.devices import choose_device
 from training.engine.host import LocalHost, exit_code
 from training.engine.world import World
 from training.guard import Ticket
 from training.lease import Follower, Lease, lease_on
 from training.pretrain import pretrain, ran_on
+from training.run_config import RunConfig
 from training.run_folder import RunFolder
 from training.speed import duration
 

@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 from datapipe.config import Size
 from training.backbone import BackboneConfig
-from training.config import RunConfig
 from training.heads import HeadConfig
 from training.methods.dino import DinoConfig
 from training.methods.pass_reid import PassConfig
 from training.methods.personmae import PersonMaeConfig
 from training.methods.personvit import PersonVitConfig
 from training.methods.supervised import SupervisedConfig
+from training.run_config import RunConfig
 from training.stem import CHANNELS
 
 FULL = 4

@@ -20,8 +20,7 @@ from datapipe.order import SampleOrder
 from datapipe.randomness import Ints, words
 from datapipe.view_spec import ViewSpec
 from training import checkpoint, methods
-from training import config as recipes
-from training.config import RunConfig
+from training import recipe_toml as recipes
 from training.engine.clock import Clock
 from training.engine.optimisation import group_parameters
 from training.engine.plain import PlainStepper
@@ -30,6 +29,7 @@ from training.engine.world import World
 from training.initial_weights import refuse_missing, start_from
 from training.methods.base import ByIdentity, Method
 from training.precision import refuse_fp16_on_cpu
+from training.run_config import RunConfig
 from training.run_folder import RunFolder
 
 if TYPE_CHECKING:

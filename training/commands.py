@@ -15,8 +15,8 @@ from datapipe import command
 from datapipe.config import Size, Statistics, StorageConfig
 from datapipe.settings import settings
 from datapipe.storage import open_store
-from training import config as recipes
 from training import dry_run_page, evaluation, last_words
+from training import recipe_toml as recipes
 from training.assembly import training_views
 from training.checkpoint.command import newest
 from training.dry_run import dry_run
@@ -28,6 +28,7 @@ from training.pretrain import pretrain as run_recipe
 from training.published import Network, Stated, read_published
 from training.reid.zero_shot import Weights
 from training.resizing import Interpolation, resized, resizing
+from training.run_config import RunConfig
 from training.weights import Provenance, create_model_call
 from training.weights import export as export_backbone
 
@@ -80,16 +81,16 @@ def _above(kind: Callable[[str], float]) -> Callable[[str], float]:
     return number
 
 
-def _dry_run(config: recipes.RunConfig, asked: argparse.Namespace) -> int:
+def _dry_run(config: RunConfig, asked: argparse.Namespace) -> int:
     found = dry_run(config, rows=asked.rows, gpu_memory_gb=asked.gpu_memory_gb)
     print(json.dumps(dry_run_page.to_tree(found), indent=2) if asked.json else dry_run_page.page(found))
     return command.COMPLETE
 
 
-def read_recipe(arguments: list[str], *, prog: str) -> recipes.RunConfig:
+def read_recipe(arguments: list[str], *, prog: str) -> RunConfig:
     """`RECIPE [--dotted.flag value ...]` as a resolved configuration. `--help` alone documents every key."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        return recipes.override(recipes.RunConfig(), arguments or ["--help"], prog=prog)
+        return recipes.override(RunConfig(), arguments or ["--help"], prog=prog)
     return recipes.load(arguments[0], arguments[1:], prog=prog)
 
 

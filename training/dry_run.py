@@ -11,10 +11,10 @@ from datapipe.data import load_data
 from datapipe.errors import ConfigError, StorageError
 from training import memory
 from training.assembly import clock_of, portion, refuse_split, refuse_unsuited, sampling_of
-from training.config import RunConfig
 from training.deviations import Comparison, compare
 from training.engine.clock import Clock
 from training.memory import Census, Memory
+from training.run_config import RunConfig
 
 LUPERSON = 4_180_243
 """Images of LUPerson, on which the published runs were trained."""

@@ -20,11 +20,11 @@ from torch import nn
 from training import activations
 from training.activations import FULL, Numerics
 from training.assembly import build_method, deepspeed_json, portion, view_spec
-from training.config import RunConfig
 from training.engine.optimisation import group_parameters
 from training.engine.world import World
 from training.methods.base import Method
 from training.methods.personmae import PersonMaeConfig
+from training.run_config import RunConfig
 
 DOUBLE = 8
 """Bytes of a float64."""

@@ -16,10 +16,10 @@ from datapipe.errors import ConfigError
 from training import activations, memory
 from training.activations import FULL, Stack, student_stacks, teacher_stack
 from training.assembly import build_method, portion
-from training.config import RunConfig
 from training.engine.clock import Clock
 from training.engine.world import World
 from training.methods.supervised import SupervisedConfig
+from training.run_config import RunConfig
 
 GB = 10**9
 DAY_S = 86_400.0

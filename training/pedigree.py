@@ -8,7 +8,7 @@ from typing import Any
 
 from datapipe.storage import is_remote
 from training.backbone import BackboneConfig
-from training.config import RunConfig
+from training.run_config import RunConfig
 
 FINE_TUNED = "fine_tuned"
 """How the names of layouts of others' fine-tuned weights end."""

@@ -29,7 +29,6 @@ from training.audit import Audit
 from training.backbone import parameter_count
 from training.checkpoint import Checkpoints
 from training.compiling import refuse_without_compiler
-from training.config import RunConfig
 from training.engine.clock import Clock
 from training.engine.determinism import deterministic, guarantee
 from training.engine.devices import slow_precision, unused_gpus
@@ -52,6 +51,7 @@ from training.milestones import Milestones
 from training.placing import Place
 from training.provenance import about, describe, resume_command
 from training.rank_log import rank_log
+from training.run_config import RunConfig
 from training.run_folder import RunFolder
 from training.speed import Tally
 from training.startup import Startup

@@ -16,11 +16,11 @@ from datapipe.data import Data
 from datapipe.order import ORDER_VERSION
 from datapipe.preview import hide, view_sheet
 from datapipe.views import make_views
-from training import config as recipes
+from training import recipe_toml as recipes
 from training.assembly import Portion, deepspeed_json, order_of, training_views, view_spec
-from training.config import RunConfig
 from training.engine.determinism import guarantee
 from training.engine.world import World
+from training.run_config import RunConfig
 from training.run_folder import RunFolder, as_json
 
 

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 
 from datapipe.batch import Batch
-from training.config import RunConfig
 from training.engine.pace import Pace, Share
 from training.engine.stepper import Result
 from training.engine.world import World
 from training.methods.base import Progress
+from training.run_config import RunConfig
 from training.run_folder import RunFolder, as_json
 
 HEARTBEAT_S = 0.5

@@ -18,8 +18,8 @@ from datapipe.storage import open_store
 from tests.datapipe.crop_set import jpegs
 from tests.golden import ROOT
 from training.checkpoint import Reader, complete
-from training.config import RunConfig
 from training.engine.host import LocalHost
+from training.run_config import RunConfig
 
 RECIPE = """
 out = "{out}"

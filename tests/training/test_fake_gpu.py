@@ -23,14 +23,16 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from training import assembly, backbone, ema, erasing, methods
-from training.config import SHIPPED, RunConfig, load
 from training.engine.optimisation import group_parameters
 from training.engine.plain import PlainStepper
 from training.engine.world import World
 from training.methods import distillation, personmae, supervised
 from training.methods.base import Progress
 from training.placing import Place
+from training.recipe_toml import load
+from training.recipes import SHIPPED
 from training.reid import embed
+from training.run_config import RunConfig
 
 GPU = torch.device("cuda", 0)
 IMAGES = 4

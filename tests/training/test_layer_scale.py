@@ -15,12 +15,12 @@ from datapipe.storage import open_store
 from training import weights
 from training.assembly import initial_method
 from training.backbone import BackboneConfig, VisionTransformer, parameter_count
-from training.config import RunConfig
 from training.engine.optimisation import group_parameters
 from training.heads import HeadConfig
 from training.initial_weights import InitConfig
 from training.methods.dino import DinoConfig
 from training.published import Stated, read_published
+from training.run_config import RunConfig
 
 CONFIG = BackboneConfig(arch="custom", size=(64, 32), patch=16, width=24, depth=2, heads=3, layer_scale=0.1)
 RUN = RunConfig(backbone=CONFIG, method=DinoConfig(local_size=(32, 16), head=HeadConfig(out_dim=8, hidden=8)))

@@ -8,11 +8,13 @@ import torch
 
 from tests.training.tiny_recipe import tiny, with_views
 from training.assembly import build_method, clock_of, make_stepper, portion
-from training.config import SHIPPED, RunConfig, load
 from training.engine import optimisation
 from training.engine.plain import PlainStepper
 from training.engine.world import World
 from training.memory import FRAGMENTATION, FULL, RESERVED, calculate, census
+from training.recipe_toml import load
+from training.recipes import SHIPPED
+from training.run_config import RunConfig
 
 METHODS = ("dino_vits", "dino_vitb", "pass_vits", "personvit_vits", "personmae_vits")
 

@@ -17,11 +17,12 @@ from tests.flow.tiny import command, finished, generated, recipe
 from tests.golden import ROOT
 from tests.training.greedy import ENVIRONMENT, TOO_MANY
 from tests.training.tiny_recipe import tiny
-from training.config import SHIPPED, load
 from training.engine.world import World
 from training.memory import calculate, census
 from training.memory_remedies import training_memory
 from training.out_of_memory import is_out_of_memory, scoring_memory
+from training.recipe_toml import load
+from training.recipes import SHIPPED
 from training.reid.embed import EmbedConfig, embed
 
 

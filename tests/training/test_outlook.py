@@ -14,8 +14,9 @@ from tests.training.tiny_recipe import tiny, with_views
 from training import outlook
 from training.__main__ import main
 from training.assembly import clock_of
-from training.config import SHIPPED, load
 from training.engine.world import World
+from training.recipe_toml import load
+from training.recipes import SHIPPED
 
 GB = 10**9
 METHODS = ("dino_vits", "pass_vits", "personvit_vits", "personmae_vits")

@@ -12,7 +12,6 @@ from datapipe.batch import Batch, Intake
 from datapipe.storage import Store
 from training.assembly import clock_of, fake_batch, make_stepper, portion, view_spec
 from training.checkpoint import Checkpoints
-from training.config import RunConfig
 from training.engine.faults import Faults, describe
 from training.engine.host import LocalHost
 from training.engine.loop import Run, Segment, train
@@ -22,6 +21,7 @@ from training.engine.world import World
 from training.methods.base import Method, Progress
 from training.placing import Place
 from training.precision import Precision
+from training.run_config import RunConfig
 
 DISTINCT = 3
 """Batches of noise that are made; they come in turn."""

@@ -10,7 +10,7 @@ import torch
 from datapipe.errors import ConfigError
 from tests.flow.tiny import final_state, recipe, shards, step_records
 from tests.ranks import run_ranks
-from training import config as recipes
+from training import recipe_toml as recipes
 from training.assembly import refuse_unsuited
 from training.backbone import BackboneConfig, VisionTransformer, keep_masks
 from training.engine.host import LocalHost

@@ -24,7 +24,8 @@ from datapipe.stopping import at_end
 from datapipe.storage import is_remote
 from training import checkpoint, outlook
 from training import recipe_toml as recipes
-from training.assembly import check, clock_of, refuse_unsuited, resolved
+from training.assembly import clock_of, resolved
+from training.checks import check, refuse_unsuited
 from training.engine.devices import choose_device
 from training.engine.host import LocalHost, exit_code
 from training.engine.world import World

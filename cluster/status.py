@@ -8,7 +8,8 @@ from cluster.restarts import END, HISTORY
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError
 from training import checkpoint
-from training.assembly import clock_of, saved_config
+from training.assembly import clock_of
+from training.continuation import saved_config
 from training.growing import FLUSH_S
 from training.report_data import RunFiles
 from training.run_folder import RunFolder

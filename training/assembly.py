@@ -4,7 +4,6 @@ What reads data sets is imported where it is used: a method, its stepper and a b
 """
 
 import math
-import tomllib
 from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,24 +12,21 @@ import numpy as np
 import torch
 
 from datapipe.batch import Batch
-from datapipe.errors import ConfigError, DataError
+from datapipe.errors import ConfigError
 from datapipe.identities import IdentityOrder, numbered
 from datapipe.masking import draw_masks
 from datapipe.order import SampleOrder
 from datapipe.randomness import Ints, words
 from datapipe.view_spec import ViewSpec
-from training import checkpoint, methods
-from training import recipe_toml as recipes
+from training import methods
 from training.engine.clock import Clock
 from training.engine.optimisation import group_parameters
 from training.engine.plain import PlainStepper
 from training.engine.stepper import Stepper
 from training.engine.world import World
-from training.initial_weights import refuse_missing, start_from
+from training.initial_weights import start_from
 from training.methods.base import ByIdentity, Method
-from training.precision import refuse_fp16_on_cpu
 from training.run_config import RunConfig
-from training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from datapipe.data import Data
@@ -38,13 +34,6 @@ if TYPE_CHECKING:
     from datapipe.mixed_stream import MixedStream
     from datapipe.preview import TrainingViews
     from datapipe.stream import Stream
-
-FREE_TO_CHANGE = ("out", "storage", "engine", "checkpoints", "cluster", "evaluation.data", "evaluation.every_epochs",
-                  "evaluation.scoring.embed_batch", "optimisation.micro_batch", "backbone.checkpoint_blocks",
-                  "backbone.compile_blocks", "stream.threads", "stream.prefetch", "stream.cache_mb", "stream.cache_gb",
-                  "stream.cache_dir", "stream.reads", "stream.max_bad", "stream.assignment")  # fmt: skip
-"""Settings that may differ when a run is continued: they change where, how fast and how often, not what is learnt.
-(stream.manifest and stream.mix are compared by their content, not by their addresses.)"""
 
 
 class Portion(NamedTuple):
@@ -63,18 +52,6 @@ def portion(batch: int, micro_batch: int, world: int) -> Portion:
     pieces = math.ceil(share / micro_batch) if micro_batch else 1
     micro = math.ceil(share / pieces)
     return Portion(micro * pieces, micro)
-
-
-def refuse_split(config: RunConfig, share: Portion, *, couples: bool) -> None:
-    """Raises ConfigError where a batch must not be taken in micro-batches. `couples`: see `Method.couples_batch`."""
-    if couples and share.rows > share.micro:
-        raise ConfigError(
-            f"{config.method.name} couples the images of a batch (Sinkhorn targets, batch norm in the stem, mining), "
-            f"so a batch cannot be taken in {share.rows // share.micro} micro-batches",
-            where="optimisation.micro_batch, method.targets, backbone.stem",
-            hint=f"optimisation.micro_batch = 0 (here {share.rows} images at once), more workers, or targets and a "
-            "stem that do not couple",
-        )
 
 
 def clock_of(config: RunConfig, rows: int) -> Clock:
@@ -229,68 +206,3 @@ def fake_batch(spec: ViewSpec, share: Portion, config: RunConfig) -> Batch:
         masks=draw_masks(spec.masks, config.seed, rows) if spec.masks else None,
         boxes=np.broadcast_to([0, 0, *config.backbone.size, 0], (spec.boxed, n, 5)).copy() if spec.boxed else None,
     )  # fmt: skip
-
-
-def refuse_unsuited(config: RunConfig, device: torch.device) -> None:
-    """Raises ConfigError for settings that this device or this engine cannot carry out; reads nothing."""
-    refuse_fp16_on_cpu(config.optimisation.precision, device)
-    engine = config.engine
-    if config.backbone.compile_blocks and engine.stepper == "deepspeed" and engine.zero_stage == 3:
-        raise ConfigError(
-            "compile_blocks does not go with zero_stage 3: hooks fetch the parameters of every layer, so that a block "
-            "falls into dozens of pieces, and compiling them gains nothing",
-            where="backbone.compile_blocks, engine.zero_stage",
-            hint="engine.zero_stage = 2, or backbone.compile_blocks = false",
-        )
-
-
-def check(config: RunConfig) -> "Data":
-    """Everything that can be refused before processes start: settings, data, an older run in the same folder.
-
-    Raises ConfigError, DataError or StorageError.
-    """
-    from datapipe.data import load_data
-
-    data = load_data(config.stream, config.storage)
-    config = resolved(config, data)
-    clock_of(config, data.rows)
-    if config.init.weights:
-        refuse_missing(config.init, config.storage)
-    folder = RunFolder(config.out, config.storage)
-    _refuse_other_settings(config, folder)
-    _refuse_other_data(folder, data)
-    folder.refuse_unwritable()
-    return data
-
-
-def saved_config(folder: RunFolder) -> RunConfig | None:
-    """The resolved recipe of a run folder; None where there is none."""
-    text = folder.read_text("config.toml")
-    return None if text is None else recipes.validate(tomllib.loads(text), where=folder.store.address("config.toml"))
-
-
-def _refuse_other_settings(config: RunConfig, folder: RunFolder) -> None:
-    if not checkpoint.complete(folder.at("checkpoints")):
-        return
-    before = saved_config(folder)
-    if before is None:
-        return
-    changed = recipes.differences(before, config, ignore=(*FREE_TO_CHANGE, "stream.manifest", "stream.mix"))
-    if changed:
-        raise ConfigError(
-            "the run in this folder began with other settings:\n" + "\n".join(f"    {line}" for line in changed),
-            where=folder.url,
-            hint="set them back to go on with that run, or choose another folder with --out",
-        )
-
-
-def _refuse_other_data(folder: RunFolder, data: "Data") -> None:
-    store = folder.at("checkpoints")
-    for name in reversed(checkpoint.complete(store)):
-        try:
-            marker = checkpoint.read_marker(store, name)
-        except DataError:
-            continue  # a damaged one is passed over, with a warning, when it is read
-        where = store.address(name)
-        checkpoint.refuse_other_data(marker, data.id, data.rows, data.replaces, where=where)
-        return

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from training import recipe_toml as recipes
-from training.assembly import FREE_TO_CHANGE
+from training.continuation import FREE_TO_CHANGE
 from training.recipes import SHIPPED
 from training.recipes.sources import DATA, PUBLISHED
 from training.run_config import RunConfig

@@ -10,7 +10,8 @@ import torch
 from datapipe.data import load_data
 from datapipe.errors import ConfigError, StorageError
 from training import memory
-from training.assembly import clock_of, portion, refuse_split, refuse_unsuited, sampling_of
+from training.assembly import clock_of, portion, sampling_of
+from training.checks import refuse_split, refuse_unsuited
 from training.deviations import Comparison, compare
 from training.engine.clock import Clock
 from training.memory import Census, Memory

@@ -15,8 +15,9 @@ from training import checkpoint
 from training import pedigree as pedigrees
 from training import recipe_toml as recipes
 from training import weights as exports
-from training.assembly import build_method, saved_config
+from training.assembly import build_method
 from training.backbone import VisionTransformer
+from training.continuation import saved_config
 from training.methods.base import Method
 from training.out_of_memory import scoring_memory
 from training.pedigree import Pedigree

@@ -13,21 +13,19 @@ from datapipe.data import Data, load_data
 from datapipe.errors import ConfigError, UserError
 from training import outlook
 from training.assembly import (
-    check,
     clock_of,
     fake_batch,
     initial_method,
     make_loader,
     make_stepper,
     portion,
-    refuse_split,
-    refuse_unsuited,
     resolved,
     view_spec,
 )
 from training.audit import Audit
 from training.backbone import parameter_count
 from training.checkpoint import Checkpoints
+from training.checks import check, refuse_split, refuse_unsuited
 from training.compiling import refuse_without_compiler
 from training.engine.clock import Clock
 from training.engine.determinism import deterministic, guarantee

@@ -15,8 +15,8 @@ from datapipe.storage import Store, open_store, split_url
 from training import checkpoint, evaluation
 from training import recipe_toml as recipes
 from training import weights as exports
-from training.assembly import saved_config
 from training.backbone import BackboneConfig
+from training.continuation import saved_config
 from training.methods.supervised import SupervisedConfig
 from training.placing import MEAN_STD
 from training.published import Stated, read_published

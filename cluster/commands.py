@@ -67,7 +67,7 @@ def _address(arguments: list[str]) -> tuple[str, list[str]]:
 
 def evaluate(arguments: list[str]) -> int:
     """Score weights by retrieval, as they are or after fine-tuning; killed and started again it goes on."""
-    from cluster.evaluate_command import evaluate as run
+    from cluster.evaluate_job import evaluate as run
 
     return run(arguments)
 
@@ -91,6 +91,6 @@ def status(arguments: list[str]) -> int:
 
 def submit(arguments: list[str]) -> int:
     """Hand in pretrain, shard or evaluate as a Ray job; prints how to follow, stop and resume it."""
-    from cluster.jobs import submit as hand_in
+    from cluster.submit import submit as hand_in
 
     return hand_in(arguments)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
-from cluster.in_job import refuse_relative
+from cluster.job_paths import refuse_relative
 from cluster.session import LOCAL, chosen_address, ray_session, result
 from cluster.shared_paths import Witness, marked, unseen, witnesses
 from datapipe.commands import ShardCommand, run_shard

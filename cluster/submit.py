@@ -11,22 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from cluster.addresses import RAY_API_SERVER_ADDRESS, SUBMIT, dashboard_of
-from cluster.in_job import refuse_relative
+from cluster.job_paths import paths_of, refuse_relative
 from cluster.ray_token import MODE, WITH_TOKEN, refuse_mode_without_token, refused, show_token
 from datapipe.errors import ClusterError
 from training import recipe_toml as recipes
-from training.run_config import RunConfig
 
 PACKAGES = ("cluster", "datapipe", "training")
 MOST_MB = 20.0
 """Megabytes (10^6 bytes) that a job may upload. Our code is one."""
 RECIPE = "recipe.toml"
-
-
-def paths_of(config: RunConfig) -> dict[str, str]:
-    """Every place that a run reads from or writes to."""
-    mix = {f"stream.mix[{number}]": address for number, address in enumerate(config.stream.mix)}
-    return {"out": config.out, "stream.manifest": config.stream.manifest, **mix, "init.weights": config.init.weights}
 
 
 def submit(arguments: Sequence[str]) -> int:
@@ -69,7 +62,7 @@ def _shard(arguments: list[str], folder: Path) -> list[str]:
 
 
 def _evaluate(arguments: list[str], folder: Path) -> list[str]:
-    from cluster.evaluate_command import parse_evaluate
+    from cluster.evaluate_job import parse_evaluate
 
     refuse_relative(parse_evaluate(arguments)[0].places, job=True)
     return arguments

@@ -23,7 +23,7 @@ from training.dry_run import dry_run
 from training.engine.host import LocalHost, exit_code
 from training.engine.notice import Notice
 from training.engine.world import alone
-from training.placing import MEAN_STD
+from training.image_statistics import MEAN_STD
 from training.pretrain import pretrain as run_recipe
 from training.published import Network, Stated, read_published
 from training.reid.zero_shot import Weights

@@ -18,10 +18,11 @@ from training import weights as exports
 from training.assembly import build_method
 from training.backbone import VisionTransformer
 from training.continuation import saved_config
+from training.counted_keys import first_few
+from training.image_statistics import MEAN_STD
 from training.methods.base import Method
 from training.out_of_memory import scoring_memory
 from training.pedigree import Pedigree
-from training.placing import MEAN_STD
 from training.reid import zero_shot
 from training.reid.datasets import ReIDSet, check_images, open_reid
 from training.reid.embed import EmbedConfig
@@ -29,7 +30,7 @@ from training.reid.scoring import ScoringConfig
 from training.reid.zero_shot import COLOUR_HISTOGRAM, RANDOM, Weights
 from training.run_config import RunConfig
 from training.run_folder import RunFolder
-from training.weights import CARD, Provenance, first_few
+from training.weights import CARD, Provenance
 
 EXPORTED = "exported"
 """Name of the weights of an export or import among the scores."""

@@ -3,8 +3,9 @@ import torch
 
 from tests.golden import difference, golden, tolerance
 from training.backbone import BackboneConfig
+from training.counted_keys import load_counted
 from training.resizing import resized
-from training.weights import load_counted, unfilled
+from training.weights import unfilled
 
 PATCH = 2
 

@@ -11,6 +11,7 @@ from datapipe.errors import DataError
 from datapipe.storage import open_store
 from training import weights
 from training.backbone import BackboneConfig, VisionTransformer
+from training.counted_keys import load_counted
 
 CONFIG = BackboneConfig(arch="custom", size=(32, 16), patch=8, width=24, depth=2, heads=3, mlp_ratio=2.0)
 
@@ -92,14 +93,14 @@ def test_load_backbone__damage_is_told(tmp_path: Path) -> None:
 def test_load_counted__names_what_does_not_fit() -> None:
     backbone = scrambled()
     state = backbone.state_dict()
-    assert weights.load_counted(backbone, state) == len(state)
+    assert load_counted(backbone, state) == len(state)
     wrong = {**state, "head.weight": torch.zeros(1), "norm.bias": torch.zeros(5)}
     del wrong["cls_token"]
     with pytest.raises(DataError) as error:
-        weights.load_counted(backbone, wrong)
+        load_counted(backbone, wrong)
     for told in ("missing: cls_token", "left over: head.weight", "norm.bias (5,) for (24,)"):
         assert told in str(error.value)
     extra = {**state, "head.weight": torch.zeros(1)}
-    assert weights.load_counted(backbone, extra, leave_out=["head.weight"]) == len(state)
+    assert load_counted(backbone, extra, leave_out=["head.weight"]) == len(state)
     with pytest.raises(DataError, match="absent: fc.weight"):
-        weights.load_counted(backbone, state, leave_out=["fc.weight"])
+        load_counted(backbone, state, leave_out=["fc.weight"])

@@ -17,8 +17,8 @@ from training import recipe_toml as recipes
 from training import weights as exports
 from training.backbone import BackboneConfig
 from training.continuation import saved_config
+from training.image_statistics import MEAN_STD
 from training.methods.supervised import SupervisedConfig
-from training.placing import MEAN_STD
 from training.published import Stated, read_published
 from training.reid.scoring import ScoringConfig
 from training.reid.training_part import shard_training_part

@@ -12,6 +12,7 @@ from cluster.restarts import END, HISTORY, Failure, Restarts
 from cluster.trainer_setup import make_trainer, worker_resources
 from cluster.vigil import Hung, accusation, end_process, hung
 from datapipe.errors import ClusterError, ConfigError, UserError
+from datapipe.progress import duration
 from datapipe.stopping import at_end
 from training import checkpoint
 from training.checks import refuse_unsuited
@@ -20,7 +21,6 @@ from training.lease import Lease
 from training.pretrain import ran_on
 from training.run_config import RunConfig
 from training.run_folder import RunFolder
-from training.speed import duration
 
 POLL_S = 0.3
 WAITING_S = 30.0

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from datapipe.progress import duration
 from training.checkpoint import Saved
 from training.engine.host import Host
 from training.engine.optimisation import StepSettings
@@ -20,7 +21,7 @@ from training.engine.stepper import Result
 from training.health import Course
 from training.methods.base import Progress
 from training.run_folder import RunFolder
-from training.speed import Rates, Speed, Spent, duration, in_words
+from training.speed import Rates, Speed, Spent, in_words
 
 STATUS_S = 5.0
 """Seconds between status lines."""

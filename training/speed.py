@@ -159,20 +159,6 @@ class Speed:
         return images_left * sum(step[0] for step in counted) / sum(step[1] for step in counted)
 
 
-def duration(seconds: float) -> str:
-    """`85 s`, `12 min`, `14 h 20`, `3 d 4 h`."""
-    if seconds != seconds:
-        return "?"
-    whole = round(seconds)
-    if whole < 120:
-        return f"{whole} s"
-    if whole < 7_200:
-        return f"{whole // 60} min"
-    if whole < 172_800:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d}"
-    return f"{whole // 86_400} d {whole % 86_400 // 3600} h"
-
-
 def faster_precision(device: torch.device, seconds: float = 0.3) -> Precision:
     """Which one this device multiplies fastest. Of CPUs, which differ, fp32 or bf16, measured; of GPUs bf16 where they
     have units for it, else fp16."""

@@ -68,3 +68,7 @@ def test_progress__goes_to_stderr_without_a_carriage_return(clock: Clock, capsys
 
 def test_duration__of_what_is_not_known() -> None:
     assert [duration(value) for value in (math.nan, math.inf, 3.2, 600)] == ["?", "?", "3 s", "10 min"]
+
+
+def test_duration__reads_well() -> None:
+    assert [duration(value) for value in (0.4, 119.6, 51_600, 273_600)] == ["0 s", "2 min", "14 h 20", "3 d 4 h"]

@@ -186,10 +186,9 @@ class Stepper(ABC):
         }
         self._totals.clear()
         sums = {name.removeprefix("sum/"): value for name, value in whole.items() if name.startswith("sum/")}
-        metrics = {
-            name.removeprefix("metric/"): float(value) for name, value in whole.items() if name.startswith("metric/")
-        }
-        return whole["loss"], sums, metrics
+        metrics = {name.removeprefix("metric/"): value for name, value in whole.items() if name.startswith("metric/")}
+        numbers = torch.stack(list(metrics.values())).tolist() if metrics else []  # one wait for the device
+        return whole["loss"], sums, dict(zip(metrics, numbers, strict=True))
 
     def _factors(self, norms: Tensor) -> dict[str, float]:
         """What each gradient is multiplied by, where that is not 1: the clip rule, over the loss scale."""

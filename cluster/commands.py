@@ -45,7 +45,7 @@ def shard(arguments: list[str]) -> int:
 def pretrain(arguments: list[str]) -> int:
     """Train a recipe with Ray Train and DeepSpeed; crashed workers are restarted from the last checkpoint."""
     from cluster.pretrain_job import run
-    from training.commands import read_recipe
+    from training.commands.pretrain import read_recipe
 
     address, rest = _address(arguments)
     config = read_recipe(rest, prog="python -m cluster pretrain RECIPE [--address ADDRESS]")

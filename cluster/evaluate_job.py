@@ -16,9 +16,9 @@ from datapipe.cores import available_cores
 from datapipe.settings import settings
 from datapipe.storage import full_url
 from training import evaluation
+from training.commands.evaluate import EvaluateCommand as LocalCommand
+from training.commands.evaluate import conclude, fine_tuning, show, writing, zero_shot_tasks
 from training.engine.devices import Device, choose_device
-from training.evaluate_command import EvaluateCommand as LocalCommand
-from training.evaluate_command import conclude, fine_tuning, show, writing, zero_shot_tasks
 from training.evaluation import Task
 from training.reid.supervised import RANDOM
 

@@ -44,7 +44,7 @@ def submit(arguments: Sequence[str]) -> int:
 
 def _pretrain(arguments: list[str], folder: Path) -> list[str]:
     """The resolved recipe goes along, so that its mistakes are met here, and flags need no quoting there."""
-    from training.commands import read_recipe
+    from training.commands.pretrain import read_recipe
 
     config = read_recipe(arguments, prog="python -m cluster submit pretrain RECIPE")
     refuse_relative(paths_of(config), job=True)

@@ -21,7 +21,6 @@ from training.checkpoint.retention import folder_of, kept, old_files
 from training.checkpoint.settings import CheckpointConfig
 
 PROG = "python -m training checkpoints"
-ACTIONS = ("verify", "compare", "prune")
 
 
 @settings

@@ -12,7 +12,6 @@ from datapipe.batch import Batch, Intake
 from tests.golden import golden, group
 from training.assembly import Portion, portion
 from training.backbone import BackboneConfig
-from training.counted_keys import load_counted
 from training.engine.clock import Clock
 from training.engine.faults import Faults, describe
 from training.engine.host import LocalHost
@@ -29,6 +28,7 @@ from training.methods.base import Method, Progress, Views
 from training.methods.dino import DinoConfig
 from training.methods.pass_reid import PassConfig
 from training.methods.personvit import PersonVitConfig
+from training.weights.counted_keys import load_counted
 
 
 @dataclass

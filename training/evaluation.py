@@ -14,11 +14,9 @@ from datapipe.storage import Store, open_store
 from training import checkpoint
 from training import pedigree as pedigrees
 from training import recipe_toml as recipes
-from training import weights as exports
 from training.assembly import build_method
 from training.backbone import VisionTransformer
 from training.continuation import saved_config
-from training.counted_keys import first_few
 from training.image_statistics import MEAN_STD
 from training.methods.base import Method
 from training.out_of_memory import scoring_memory
@@ -30,7 +28,9 @@ from training.reid.scoring import ScoringConfig
 from training.reid.zero_shot import COLOUR_HISTOGRAM, RANDOM, Weights
 from training.run_config import RunConfig
 from training.run_folder import RunFolder
-from training.weights import CARD, Provenance
+from training.weights import export as exports
+from training.weights.counted_keys import first_few
+from training.weights.export import CARD, Provenance
 
 EXPORTED = "exported"
 """Name of the weights of an export or import among the scores."""

@@ -17,7 +17,6 @@ import safetensors.torch
 from datapipe.errors import NotFoundError
 from datapipe.progress import telling
 from training import checkpoint, evaluation
-from training import weights as exports
 from training.engine.clock import Clock
 from training.engine.host import Host
 from training.engine.world import World
@@ -27,6 +26,7 @@ from training.reid.scoring import EvaluationConfig
 from training.reid.zero_shot import Weights
 from training.run_config import RunConfig
 from training.run_folder import RunFolder
+from training.weights import export as exports
 
 ALIVE_S = 1.0
 """Seconds between signs of life while one rank scores and the others wait for it."""

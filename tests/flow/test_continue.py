@@ -14,7 +14,7 @@ from training import recipe_toml as recipes
 from training.__main__ import main
 from training.assembly import build_method, initial_method
 from training.backbone import VisionTransformer
-from training.weights import load_backbone
+from training.weights.export import load_backbone
 
 Write = Callable[..., dict[str, bytes]]
 

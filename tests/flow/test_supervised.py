@@ -30,7 +30,7 @@ from training.reid.datasets import open_reid
 from training.reid.supervised import prepare, suited_recipe
 from training.reid.training_part import shard_training_part
 from training.run_config import RunConfig
-from training.weights import load_backbone
+from training.weights.export import load_backbone
 
 TINY = [
     "--backbone.arch", "custom", "--backbone.size", "32", "16", "--backbone.patch", "8", "--backbone.width", "24",

@@ -25,7 +25,7 @@ from training.methods.pass_reid import PassConfig
 from training.methods.personmae import PersonMaeConfig
 from training.published import Stated, read_published
 from training.run_config import RunConfig
-from training.weights import Provenance, export
+from training.weights.export import Provenance, export
 
 HEAD = HeadConfig(out_dim=16, hidden=8, bottleneck=4)
 

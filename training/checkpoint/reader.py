@@ -17,8 +17,8 @@ from training.checkpoint.digest import matches
 from training.checkpoint.lineage import complete
 from training.checkpoint.marker import File, Form, Fragment, Marker, read_marker
 from training.checkpoint.part import TYPES
-from training.counted_keys import check_counted
 from training.engine.pieces import Piece, whole
+from training.weights.counted_keys import check_counted
 
 BLOCK = 8 << 20
 """Bytes read at a time: fragments that lie side by side are fetched together up to this many."""

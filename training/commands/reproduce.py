@@ -21,7 +21,6 @@ from datapipe.errors import ConfigError, DataError
 from datapipe.settings import settings
 from datapipe.storage import open_store
 from training import evaluation, last_words
-from training import weights as exports
 from training.engine.devices import choose_device
 from training.engine.host import Host, LocalHost, exit_code
 from training.engine.world import alone
@@ -35,6 +34,7 @@ from training.reid.datasets import ReIDSet
 from training.reid.literature import BY_NAME, TASKS, Row
 from training.reid.scoring import ScoringConfig
 from training.report import write_report
+from training.weights import export as exports
 
 PROG = "python -m training reproduce"
 RESULT = "reproduction.json"

@@ -15,8 +15,8 @@ from training.image_statistics import MEAN_STD
 from training.published import Network, Stated, read_published
 from training.reid.zero_shot import Weights
 from training.resizing import Interpolation, resized, resizing
-from training.weights import Provenance, create_model_call
-from training.weights import export as export_backbone
+from training.weights.export import Provenance, create_model_call
+from training.weights.export import export as export_backbone
 
 
 @settings

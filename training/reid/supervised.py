@@ -14,7 +14,6 @@ from datapipe.errors import ConfigError, DataError, NotFoundError
 from datapipe.storage import Store, open_store, split_url
 from training import checkpoint, evaluation
 from training import recipe_toml as recipes
-from training import weights as exports
 from training.backbone import BackboneConfig
 from training.continuation import saved_config
 from training.image_statistics import MEAN_STD
@@ -26,7 +25,8 @@ from training.reid.zero_shot import Weights
 from training.run_config import RunConfig
 from training.run_folder import RunFolder
 from training.weight_files import FILES
-from training.weights import CARD, Provenance
+from training.weights import export as exports
+from training.weights.export import CARD, Provenance
 
 RANDOM = "random"
 """In place of weights: none; the recipe's backbone as it is drawn."""

@@ -18,8 +18,8 @@ from torch import Tensor
 from datapipe.errors import DataError
 from datapipe.storage import Store, open_store
 from training.backbone import BackboneConfig, VisionTransformer
-from training.counted_keys import load_counted
 from training.image_statistics import IMAGENET_MEAN, IMAGENET_STD, Triple
+from training.weights.counted_keys import load_counted
 
 WEIGHTS, CARD = "backbone.safetensors", "card.json"
 CARD_FORMAT = 1

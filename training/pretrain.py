@@ -52,9 +52,8 @@ from training.rank_log import rank_log
 from training.run_config import RunConfig
 from training.run_folder import RunFolder
 from training.speed import Tally
-from training.startup import Startup
 from training.succession import Succession
-from training.watch import Watch
+from training.watch import Startup, Watch
 
 
 class Ending(NamedTuple):

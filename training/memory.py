@@ -2,7 +2,7 @@
 
 Pure: a function of the recipe and of the sizes of the parameters, which are those of a module on the meta device.
 
-    forward    state, what autograd keeps of a micro-batch (`activations.py`), and what is alive when the loss is formed
+    forward    state, what autograd keeps of a micro-batch, and what is alive when the loss is formed
     backward   the same without what the loss alone needed, with the largest temporaries: the prototypes' or a block's
     reduction  state, all gradients, and what the ranks' sum takes
     step       state, gradients, and the temporaries of norms and AdamW

@@ -1,4 +1,5 @@
-"""Allocations that fail, whoever says so, and the error that scoring ends with. (`memory_remedies.py`: training's.)"""
+"""Allocations that fail, whoever says so, and the error that scoring ends with. Training's is that of
+`training/memory_remedies.py`."""
 
 import contextlib
 import errno

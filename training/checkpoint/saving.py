@@ -1,6 +1,6 @@
 """What the thread of a save does: writes this rank's part; on the leading rank, then, the marker that makes it exist.
 
-Nothing here communicates: the ranks agree in `run.py`.
+Nothing here communicates: the ranks agree in `training/checkpoint/run.py`.
 """
 
 import json

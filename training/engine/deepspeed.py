@@ -2,7 +2,7 @@
 
 DeepSpeed is configured for fp32 and lower precision is autocast inside the method (parameters and teacher stay fp32);
 its own clipping is switched off (it is on at 1.0 unless set to 0); accumulation boundaries are set by hand. Gradients
-are reached where each stage keeps them (`layouts.py`).
+are reached where each stage keeps them (`training/engine/layouts.py`).
 """
 
 import contextlib

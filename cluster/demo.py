@@ -26,10 +26,10 @@ from datapipe.manifest import Manifest
 from datapipe.progress import duration
 from datapipe.stopping import current, exit_code, receiving
 from training import recipe_toml as recipes
-from training.assembly import clock_of
 from training.engine.devices import Device, choose_device
 from training.lease import refuse_held
 from training.reid.zero_shot import COLOUR_HISTOGRAM, RANDOM
+from training.run_plan import clock_of
 from training.speed import faster_precision
 
 RECIPE = Path(recipes.__file__).parent / "recipes" / "demo.toml"

@@ -11,7 +11,6 @@ from datapipe.command import COMPLETE, STOPPED
 from datapipe.cores import available_cores
 from datapipe.storage import full_url
 from training import outlook
-from training.assembly import clock_of, resolved
 from training.checks import check, refuse_unsuited
 from training.engine.devices import choose_device
 from training.engine.host import LocalHost, exit_code
@@ -40,11 +39,10 @@ def run(config: RunConfig, *, address: str = LOCAL, lease: Lease | None = None) 
 
 def _run(config: RunConfig, address: str, lease: Lease) -> int:
     print(f"reads the data set {' + '.join(config.stream.mix) or config.stream.manifest}", flush=True)
-    data = check(config)
-    clock = clock_of(resolved(config, data), data.rows)
+    plan = check(config)
     machine = config.cluster
     workers = f"{machine.least_workers} to {machine.max_workers}" if is_elastic(config) else str(machine.max_workers)
-    print(f"pretrain: {config.method.name}, {data.rows:,} crops, {clock.total_steps:,} steps, "
+    print(f"pretrain: {config.method.name}, {plan.data.rows:,} crops, {plan.clock.total_steps:,} steps, "
           f"{workers} workers; run folder {config.out}", flush=True)  # fmt: skip
     with LocalHost(starting=True) as signals, ray_session(address, cpus=_cpus(config)) as scratch:
         lease.settle()  # as a rule Ray's start took longer

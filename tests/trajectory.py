@@ -10,8 +10,8 @@ from torch import Tensor
 
 from datapipe.batch import Batch, Intake
 from tests.golden import golden, group
-from training.assembly import Portion, portion
 from training.backbone import BackboneConfig
+from training.batch_split import Portion, portion
 from training.engine.clock import Clock
 from training.engine.faults import Faults, describe
 from training.engine.host import LocalHost

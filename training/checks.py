@@ -1,38 +1,33 @@
 """What is refused before processes start: settings that cannot work here, data, an older run in the same folder."""
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from datapipe.errors import ConfigError
-from training.assembly import Portion, clock_of, resolved
+from training.batch_split import Portion
 from training.continuation import refuse_changed_data, refuse_changed_settings
 from training.initial_weights import refuse_missing
 from training.precision import refuse_fp16_on_cpu
 from training.run_config import RunConfig
 from training.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from datapipe.data import Data
+from training.run_plan import RunPlan, plan_run
 
 
-def check(config: RunConfig) -> "Data":
+def check(config: RunConfig) -> RunPlan:
     """Everything that can be refused before processes start: settings, data, an older run in the same folder.
 
-    Raises ConfigError, DataError or StorageError.
+    Returns what it is otherwise. Raises ConfigError, DataError or StorageError.
     """
     from datapipe.data import load_data
 
-    data = load_data(config.stream, config.storage)
-    config = resolved(config, data)
-    clock_of(config, data.rows)
+    plan = plan_run(config, load_data(config.stream, config.storage))
+    config = plan.config
     if config.init.weights:
         refuse_missing(config.init, config.storage)
     folder = RunFolder(config.out, config.storage)
     refuse_changed_settings(config, folder)
-    refuse_changed_data(folder, data)
+    refuse_changed_data(folder, plan.data)
     folder.refuse_unwritable()
-    return data
+    return plan
 
 
 def refuse_unsuited(config: RunConfig, device: torch.device) -> None:

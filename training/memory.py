@@ -19,7 +19,8 @@ from torch import nn
 
 from training import activations
 from training.activations import FULL, Numerics
-from training.assembly import build_method, deepspeed_json, portion, view_spec
+from training.assembly import build_method, deepspeed_json, view_spec
+from training.batch_split import portion
 from training.engine.optimisation import group_parameters
 from training.engine.world import World
 from training.methods.base import Method

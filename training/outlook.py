@@ -15,7 +15,8 @@ from torch import nn
 from datapipe.errors import ConfigError
 from training import activations, memory
 from training.activations import FULL, Stack, student_stacks, teacher_stack
-from training.assembly import build_method, portion
+from training.assembly import build_method
+from training.batch_split import portion
 from training.engine.clock import Clock
 from training.engine.world import World
 from training.methods.supervised import SupervisedConfig

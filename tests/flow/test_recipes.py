@@ -10,7 +10,7 @@ from datapipe.config import ViewConfig
 from datapipe.errors import ConfigError
 from tests.flow import tiny
 from training import memory, methods
-from training.assembly import portion
+from training.batch_split import portion
 from training.checks import refuse_split
 from training.engine.host import LocalHost
 from training.engine.world import World

@@ -18,7 +18,6 @@ from tests.ranks import run_ranks
 from tests.training.reid.people import market
 from training import milestones
 from training.__main__ import main
-from training.assembly import labels_of, order_of, resolved
 from training.engine.clock import Clock
 from training.engine.host import LocalHost
 from training.engine.world import World
@@ -30,6 +29,7 @@ from training.reid.datasets import open_reid
 from training.reid.supervised import prepare, suited_recipe
 from training.reid.training_part import shard_training_part
 from training.run_config import RunConfig
+from training.run_plan import labels_of, order_of, resolved
 from training.weights.export import load_backbone
 
 TINY = [

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from training.assembly import fake_batch, initial_method, portion, view_spec
+from training.assembly import fake_batch, initial_method, view_spec
+from training.batch_split import portion
 from training.methods.base import Method, Views
 from training.placing import Place
 from training.recipe_toml import load

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from training import activations
-from training.assembly import portion
+from training.batch_split import portion
 from training.memory import Census, calculate, census
 from training.recipe_toml import load
 from training.recipes import SHIPPED

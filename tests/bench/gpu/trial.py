@@ -10,7 +10,8 @@ import torch
 
 from datapipe.batch import Batch, Intake
 from datapipe.storage import Store
-from training.assembly import clock_of, fake_batch, make_stepper, portion, view_spec
+from training.assembly import fake_batch, make_stepper, view_spec
+from training.batch_split import portion
 from training.checkpoint import Checkpoints
 from training.engine.faults import Faults, describe
 from training.engine.host import LocalHost
@@ -22,6 +23,7 @@ from training.methods.base import Method, Progress
 from training.placing import Place
 from training.precision import Precision
 from training.run_config import RunConfig
+from training.run_plan import clock_of
 
 DISTINCT = 3
 """Batches of noise that are made; they come in turn."""

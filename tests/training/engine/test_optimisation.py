@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from training.assembly import portion
 from training.backbone import BackboneConfig
+from training.batch_split import portion
 from training.engine.clock import Clock
 from training.engine.optimisation import group_parameters, settings_at
 from training.engine.plain import PlainStepper

@@ -19,7 +19,8 @@ from tests.flow.tiny import StoppingHost, audited, command, final_state, finishe
 from tests.ranks import run_ranks
 from training import checkpoint
 from training import recipe_toml as recipes
-from training.assembly import Portion, make_stepper
+from training.assembly import make_stepper
+from training.batch_split import Portion
 from training.checks import refuse_unsuited
 from training.engine.host import LocalHost
 from training.engine.scaling import GROWTH_STEPS, LARGEST, LossScale, first_scale

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from datapipe.batch import Batch
 from tests.ranks import run_ranks
 from tests.trajectory import FixedBatches, NoFaults
-from training.assembly import Portion, portion
 from training.backbone import BackboneConfig, keep_masks
+from training.batch_split import Portion, portion
 from training.engine.clock import Clock
 from training.engine.host import LocalHost
 from training.engine.loop import Run, Segment, train

@@ -28,7 +28,8 @@ from datapipe.quarantine import Reasons, excluded, listed, write_quarantine
 from datapipe.scan import Scanned, read_part, read_refused, scan_part
 from datapipe.select import whole
 from datapipe.shard import Sheet, write_shard
-from datapipe.sources import Source, open_sources
+from datapipe.sources import open_sources
+from datapipe.sources.base import Source
 from datapipe.sources.patterns import would_meet
 from datapipe.spool import absolute, check_room, opened_spool
 from datapipe.storage import Store, open_store, probe, unsafe

@@ -31,7 +31,7 @@ from datapipe.manifest import libraries
 from datapipe.plan_shards import HOT, hot_columns, sample_key
 from datapipe.screen import Kept, Reason, Refused, screen
 from datapipe.shard import sidecars
-from datapipe.sources import Crop, Source, Unit
+from datapipe.sources.base import Crop, Source, Unit
 from datapipe.storage import Store
 from datapipe.tar import member_bytes
 

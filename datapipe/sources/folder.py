@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from datapipe.ahead import in_order
 from datapipe.config import StorageConfig
-from datapipe.sources import UNIT_BYTES, UNIT_CROPS, Crop
+from datapipe.sources.base import UNIT_BYTES, UNIT_CROPS, Crop
 from datapipe.sources.labels import labelled
 from datapipe.sources.place import IMAGE_ENDINGS, IMAGES, File, Place, list_files
 from datapipe.storage import is_remote, open_store

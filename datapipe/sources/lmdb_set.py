@@ -21,7 +21,7 @@ from typing import Any
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError, StorageError
-from datapipe.sources import UNIT_CROPS, UNKNOWN, Crop
+from datapipe.sources.base import UNIT_CROPS, UNKNOWN, Crop
 from datapipe.sources.labels import fits
 from datapipe.sources.lmdb_pages import LmdbFile
 from datapipe.sources.place import Place, local_path

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError
-from datapipe.sources import Crop, archive, open_sources
+from datapipe.sources import archive, open_sources
+from datapipe.sources.base import Crop
 from datapipe.sources.pieces import plain_name
 from tests.conftest import S3Server
 from tests.datapipe.read_source import crops, units

@@ -6,7 +6,7 @@ from typing import Any
 
 from cluster.devices import Kind, decide, hidden, offered, own_device
 from cluster.session import LOCAL, prepare, ray_session, result
-from datapipe.cores import available_cores
+from datapipe.resource_limits import available_cores
 from training import evaluation
 from training.engine.devices import Device
 from training.evaluation import Task

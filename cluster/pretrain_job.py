@@ -18,8 +18,8 @@ from cluster.restarts import END, HISTORY, Failure, Restarts
 from cluster.session import LOCAL, prepare, ray_session
 from cluster.vigil import Hung, accusation, end_process, hung
 from datapipe.command import COMPLETE, STOPPED
-from datapipe.cores import available_cores
 from datapipe.errors import ClusterError, ConfigError, DataError, LeaseError, UserError
+from datapipe.resource_limits import available_cores
 from datapipe.stopping import at_end
 from datapipe.storage import is_remote
 from training import checkpoint, outlook

@@ -14,8 +14,8 @@ from cluster.in_job import refuse_relative
 from cluster.session import LOCAL, chosen_address, ray_session, result
 from cluster.shared_paths import Witness, marked, unseen, witnesses
 from datapipe.commands import ShardCommand, run_shard
-from datapipe.cores import available_cores
 from datapipe.errors import DataError
+from datapipe.resource_limits import available_cores
 from datapipe.settings import settings
 from datapipe.spool import FOLDER as SPOOL
 from datapipe.stopping import GOES_ON, unwinding

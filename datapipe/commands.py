@@ -7,9 +7,9 @@ import tyro
 from pydantic import Field
 
 from datapipe import command
+from datapipe.command import parse
 from datapipe.config import ShardConfig, StorageConfig, StreamConfig, SynthConfig
 from datapipe.errors import ConfigError
-from datapipe.parsing import parse
 from datapipe.settings import settings
 from datapipe.stopping import GOES_ON, unwinding
 from datapipe.workers import Executor

@@ -22,8 +22,8 @@ from typing import Any
 import cv2
 
 from datapipe.config import SynthConfig
-from datapipe.cores import available_cores
 from datapipe.errors import ClusterError, ConfigError, DataError, StorageError
+from datapipe.resource_limits import available_cores
 from datapipe.stopping import sheltered
 from datapipe.synth_scenes import Shot, crop
 

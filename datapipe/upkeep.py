@@ -7,9 +7,9 @@ import tyro
 from pydantic import Field
 
 from datapipe import command
+from datapipe.command import parse
 from datapipe.config import RemoveConfig, ReshardConfig, SelectConfig, StorageConfig
 from datapipe.manifest import Manifest
-from datapipe.parsing import parse
 from datapipe.settings import settings
 from datapipe.stopping import GOES_ON, unwinding
 from datapipe.verify import Decode

@@ -14,19 +14,18 @@ from pathlib import Path
 
 import pyarrow
 
-from datapipe.claim import claim, claimed
+from datapipe.claim import claim_output, owns_output
 from datapipe.config import ShardConfig, StorageConfig
 from datapipe.distribute import distribute, planned, rows_file
-from datapipe.errors import DataError, NotFoundError
+from datapipe.errors import DataError
 from datapipe.index import Shard
 from datapipe.listing import Listing
-from datapipe.manifest import NAME, Manifest, libraries
+from datapipe.manifest import Manifest, has_manifest, libraries, load_unselected
 from datapipe.plan_shards import HOT, Candidates, Plan, plan_shards, repeated
 from datapipe.progress import Progress
 from datapipe.quarantine import NAME as QUARANTINE
 from datapipe.quarantine import Reasons, excluded, listed, write_quarantine
 from datapipe.scan import Scanned, read_part, read_refused, scan_part
-from datapipe.select import whole
 from datapipe.shard import Sheet, write_shard
 from datapipe.sources import open_sources
 from datapipe.sources.base import Source
@@ -69,15 +68,15 @@ def ingest_sources(sources: Sequence[Source], out: str, config: ShardConfig, sto
     with opened_spool(config.spool, out, storage) as (spool, local), Listing(sources, local) as listing, \
             Workers(config.workers) as own:
         request = listing.request(config, licence)
-        if not claimed(store, request):
+        if not owns_output(store, request):
             probe(store).demand("ranges", "lists", where=out)
-        elif _is_complete(store):
-            return Ingested(whole(store.url, storage), True, {})
+        elif has_manifest(store):
+            return Ingested(load_unselected(store.url, storage), True, {})
         run = _Run(store, spool, local, config, storage, workers or own)
         parts = run.scan(listing)
         run.judge(parts)
         crops, plan = run.plan(parts)
-        claim(store, request)
+        claim_output(store, request)
         distribute(plan, crops, run.rows(parts), spool, local=local)
         reasons = run.quarantine(parts, planned(plan, crops, run.rows(parts)) if config.exclude != "none" else ())
         del crops
@@ -92,14 +91,6 @@ def refuse_inside(sources: Sequence[str], out: str) -> None:
         place, whole = absolute(out), absolute(source)
         if f"{place}/".startswith(f"{whole}/") or would_meet(whole, f"{place}/shards/0.tar"):
             raise DataError("--out lies inside a source", where=out, hint="choose a folder beside the source")
-
-
-def _is_complete(store: Store) -> bool:
-    """Whether there is a manifest, the first one or one derived from it."""
-    try:
-        return any(NAME.fullmatch(entry.name) for entry in store.list("manifest-v"))
-    except NotFoundError:
-        return False
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,17 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from datapipe.scan import REFUSED
+from datapipe.index import INDEX
 from datapipe.storage import Store
 
 NAME = "quarantine.parquet"
+REFUSED = pyarrow.schema([
+    *(INDEX.field(name) for name in ("key", "source", "name")),
+    ("reason", pyarrow.string()),
+    ("detail", pyarrow.string()),
+    ("bytes", pyarrow.int64()),  # as found
+])
+"""Columns of the list."""
 EXACT, NEAR = "exact duplicate", "near duplicate"
 Reasons = dict[str, int]
 """Crops by the reason why they were left out."""

@@ -19,19 +19,17 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from datapipe.claim import claim, claimed
+from datapipe.claim import claim_output, owns_output
 from datapipe.config import ReshardConfig, ShardConfig, StorageConfig
 from datapipe.distribute import distribute, planned, rows_file
 from datapipe.errors import DataError, NotFoundError
 from datapipe.index import INDEX, Shard
 from datapipe.ingest import refuse_inside
-from datapipe.manifest import Manifest, libraries
+from datapipe.manifest import Manifest, has_manifest, libraries, load_unselected
 from datapipe.plan_shards import Candidates, Plan, hot_columns, key_texts, plan_shards, ranked
 from datapipe.progress import Progress
 from datapipe.quarantine import NAME as QUARANTINE
-from datapipe.quarantine import excluded, write_quarantine
-from datapipe.scan import REFUSED
-from datapipe.select import whole
+from datapipe.quarantine import REFUSED, excluded, write_quarantine
 from datapipe.shard import Sheet, sidecars, write_shard
 from datapipe.spool import opened_spool
 from datapipe.storage import Store, open_store, probe
@@ -74,13 +72,13 @@ def reshard(
     store = open_store(out, storage)
     with opened_spool(config.spool, out, storage) as (spool, local), Workers(config.workers) as own:
         request = _request(sets, config, licence)
-        if not claimed(store, request):
+        if not owns_output(store, request):
             probe(store).demand("ranges", "lists", where=out)
-        elif any(True for _ in store.list("manifest-v")):
-            return Resharded(whole(out, storage), True)
+        elif has_manifest(store):
+            return Resharded(load_unselected(out, storage), True)
         run = _Run(sets, store, spool, local, config, storage, workers or own)
         crops, plan = run.plan()
-        claim(store, request)
+        claim_output(store, request)
         distribute(plan, crops, run.rows(), spool, local=local)
         refused, repeated = run.quarantine(plan, crops), int((~run.once).sum())
         del crops

@@ -10,8 +10,8 @@ import pyarrow.compute
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError
-from datapipe.heirs import MARKS, Marks, heirs
-from datapipe.index import Shard
+from datapipe.heirs import heirs
+from datapipe.index import MARKS, RowMarks, Shard
 from datapipe.manifest import ORDINAL, Manifest
 from datapipe.progress import Progress
 from datapipe.rewrite import Change, rewrite, stand_in
@@ -102,7 +102,7 @@ def _changes(
     starts: np.ndarray,
     out: np.ndarray,
     staying: np.ndarray,
-    marks: Mapping[int, Marks],
+    marks: Mapping[int, RowMarks],
     mend: Collection[str],
 ) -> Iterator[tuple[int, Change]]:
     """What is to be done to each shard that changes and keeps a crop."""

@@ -153,18 +153,19 @@ def remove(arguments: list[str]) -> int:
 
     with unwinding(GOES_ON):
         done = take_out(chosen.url, chosen.config, chosen.storage)
+    lists = done.lists
     if done.found_complete:
         print("already complete: these crops were removed before")
-    elif done.before:
-        print(f"{done.before:,} listed crops were removed before, or quarantined and never in the stream")
-    if done.missing_count:
-        print(f"listed, but not in the data set: {done.missing_count:,}, for example {', '.join(done.missing)}")
-    if done.remarks:
-        print(f"{done.remarks:,} lines were taken for a heading or a comment")
-    if done.alike:
-        print(f"{done.alike:,} crops more than were listed: their names differ in Unicode's forms or blanks alone")
-    if done.copies:
-        print(f"{done.copies:,} other crops have the bytes of removed ones and stay; --duplicates removes them too")
+    elif lists.before:
+        print(f"{lists.before:,} listed crops were removed before, or quarantined and never in the stream")
+    if lists.missing_count:
+        print(f"listed, but not in the data set: {lists.missing_count:,}, for example {', '.join(lists.missing)}")
+    if lists.remarks:
+        print(f"{lists.remarks:,} lines were taken for a heading or a comment")
+    if lists.alike:
+        print(f"{lists.alike:,} crops more than were listed: their names differ in Unicode's forms or blanks alone")
+    if lists.copies:
+        print(f"{lists.copies:,} other crops have the bytes of removed ones and stay; --duplicates removes them too")
     print(f"{done.crops:,} crops removed, {done.deleted:,} old objects deleted")
     for file in done.versions:
         print(f"{chosen.url.rstrip('/')}/{file}")

@@ -1,7 +1,7 @@
 """LMDBs of encoded images, as LUPerson ships them: key "CC_cc_VVVV_NNNNNNNN" (country, city, video, image), raw JPEG.
 
 keys.pkl, a list of the keys or a dict of "keys" and "pids", is read as data: no code in it is ever run. Pages are read
-one by one (lmdb_pages.py): an LMDB on an object store is fetched once into the temporary folder, and kept there.
+one by one (`LmdbFile`): an LMDB on an object store is fetched once into the temporary folder, and kept there.
 """
 
 import fcntl

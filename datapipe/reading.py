@@ -11,7 +11,7 @@ from datapipe.errors import StorageError
 from datapipe.manifest import ORDINAL, Manifest
 from datapipe.randomness import Ints
 from datapipe.storage import Store, is_remote, open_store
-from datapipe.storage.kept import KeptStore
+from datapipe.storage.local import OpenFilesStore
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def open_manifest(manifest: Manifest, storage: StorageConfig, config: StreamConf
     columns = {name: table.column(name).to_numpy() for name in table.column_names}
     places = Places(manifest.shards, columns[ORDINAL], columns["offset"], columns["size"], columns["xxh3"])
     remote = is_remote(manifest.url)
-    store = open_store(manifest.url, storage) if remote else KeptStore(manifest.url)
+    store = open_store(manifest.url, storage) if remote else OpenFilesStore(manifest.url)
     window = int(places.size.mean() * min(config.window * config.block, manifest.rows))
     cache = _cache(manifest, store, config, window) if remote else _memory(config, window)
     ahead = isinstance(cache, DiskCache) and 2 * window <= cache.limit

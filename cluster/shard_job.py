@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from cluster.in_job import refuse_relative
 from cluster.session import LOCAL, chosen_address, ray_session, result
 from cluster.shared_paths import Witness, marked, unseen, witnesses
-from datapipe.commands import ShardCommand, run_shard
+from datapipe.commands.ingest import ShardCommand, run_shard
 from datapipe.errors import DataError
 from datapipe.resource_limits import available_cores
 from datapipe.settings import settings

@@ -80,7 +80,9 @@ def ingest_sources(sources: Sequence[Source], out: str, config: ShardConfig, sto
         distribute(plan, crops, run.rows(parts), spool, local=local)
         reasons = run.quarantine(parts, planned(plan, crops, run.rows(parts)) if config.exclude != "none" else ())
         del crops
-        manifest = Manifest(run.write(plan), name=listing.name, plan=plan.id, licence=licence,
+        shards = write_shards(plan, store, spool, storage, run.workers,
+                              with_sidecars=config.sidecars == "json")  # fmt: skip
+        manifest = Manifest(shards, name=listing.name, plan=plan.id, licence=licence,
                             quarantined=sum(reasons.values()), made_by=libraries()).save(store)
         return Ingested(manifest, False, reasons)
 
@@ -162,18 +164,6 @@ class _Run:
                 url = self.spool.address(segment)
                 yield rows.append_column("url", pyarrow.repeat(pyarrow.scalar(url), rows.num_rows))
 
-    def write(self, plan: Plan) -> tuple[Shard, ...]:
-        """All shards, in their order."""
-        sheets = [Sheet(plan.name(number), rows_file(plan, number), int(plan.cuts[number]), int(plan.cuts[number + 1]),
-                        self.config.sidecars == "json") for number in range(plan.shards)]
-        shards: list[Shard] = []
-        with Progress("write", plan.bytes) as progress:
-            tasks = ((self.store, self.spool, sheet, self.storage) for sheet in sheets)
-            for shard in self.workers.run(write_shard, tasks, count=len(sheets)):
-                shards.append(shard)
-                progress.advance(shard.bytes, f"{len(shards)} of {len(sheets)} shards", crops=shard.rows)
-        return tuple(shards)
-
     def _named(self, parts: Sequence[Scanned], row: int) -> str:
         """"source: name" of a candidate."""
         for part in parts:
@@ -182,3 +172,17 @@ class _Run:
                 return "{source}: {name}".format(**rows.slice(row, 1).to_pylist()[0])
             row -= part.kept
         raise AssertionError("no part holds the row")
+
+
+def write_shards(plan: Plan, store: Store, spool: Store, storage: StorageConfig, workers: Executor, *,
+                 with_sidecars: bool) -> tuple[Shard, ...]:
+    """All shards of a plan, in their order; the rows of each are in the spool."""
+    sheets = [Sheet(plan.name(number), rows_file(plan, number), int(plan.cuts[number]), int(plan.cuts[number + 1]),
+                    with_sidecars) for number in range(plan.shards)]
+    shards: list[Shard] = []
+    with Progress("write", plan.bytes) as progress:
+        tasks = ((store, spool, sheet, storage) for sheet in sheets)
+        for shard in workers.run(write_shard, tasks, count=len(sheets)):
+            shards.append(shard)
+            progress.advance(shard.bytes, f"{len(shards)} of {len(sheets)} shards", crops=shard.rows)
+    return tuple(shards)

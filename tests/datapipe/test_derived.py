@@ -11,6 +11,7 @@ import pytest
 
 from datapipe import remove as removal
 from datapipe.cache import DiskCache
+from datapipe.commands.maintain import remove as command
 from datapipe.config import RemoveConfig, ShardConfig, StorageConfig, StreamConfig
 from datapipe.errors import DataError, StorageError
 from datapipe.ingest import ingest
@@ -19,7 +20,6 @@ from datapipe.remove import remove
 from datapipe.storage import open_store
 from datapipe.storage.local import LocalStore
 from datapipe.stream import Stream
-from datapipe.upkeep import remove as command
 from tests.conftest import S3Server
 
 STORAGE = StorageConfig()

@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from datapipe.commands.inspect import verify
 from datapipe.config import RemoveConfig, ShardConfig, StorageConfig
 from datapipe.errors import DataError, StorageError
 from datapipe.index import Shard, read_index
@@ -23,7 +24,6 @@ from datapipe.remove import remove
 from datapipe.repair import repair
 from datapipe.storage import open_store, unsafe
 from datapipe.storage.local import OpenFilesStore
-from datapipe.upkeep import verify
 from datapipe.verify import verify as check
 from tests.conftest import S3Server
 from training.checkpoint.marker import MARKER, File, Form, Fragment, Marker, read_marker

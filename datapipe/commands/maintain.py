@@ -1,10 +1,8 @@
-"""The commands for data sets that are finished: verify | stats | select | reshard | remove."""
+"""The commands that change finished data sets: select | reshard | remove."""
 
-import json
 from typing import Annotated
 
 import tyro
-from pydantic import Field
 
 from datapipe import command
 from datapipe.command import parse
@@ -12,72 +10,6 @@ from datapipe.config import RemoveConfig, ReshardConfig, SelectConfig, StorageCo
 from datapipe.manifest import Manifest
 from datapipe.settings import settings
 from datapipe.stopping import GOES_ON, unwinding
-from datapipe.verify import Decode
-
-MOST_FINDINGS = 50
-"""Lines that `verify` prints at most."""
-
-
-@settings
-class VerifyCommand:
-    url: tyro.conf.Positional[str]
-    """The data set: a folder or s3://bucket/prefix, or one manifest file."""
-    decode: Decode = "sample"
-    """Which crops are decoded as well: none, one in a hundred, or all."""
-    repair: bool = False
-    """First rebuild damaged or missing indexes from intact tars, and take damaged crops out of all versions of the
-    folder; their rows stay, as with `remove`."""
-    workers: Annotated[int, Field(ge=0)] = 0
-    """Processes. 0: one per core."""
-    storage: StorageConfig = StorageConfig()
-    """How object stores are reached."""
-
-
-def verify(arguments: list[str]) -> int:
-    """Check a data set against its manifest and name what is wrong; exits with 1 if anything is."""
-    chosen = parse(VerifyCommand, arguments, "verify")
-    from datapipe.verify import verify as check
-
-    if chosen.repair:
-        from datapipe.repair import repair
-
-        with unwinding(GOES_ON):
-            repaired = repair(chosen.url, chosen.storage, workers=chosen.workers)
-        for line in repaired.lines():
-            print(line)
-    with unwinding():
-        checked = check(chosen.url, chosen.decode, chosen.storage, workers=chosen.workers)
-    for finding in checked.findings[:MOST_FINDINGS]:
-        print(f"{finding.where}: {finding.what}")
-    if len(checked.findings) > MOST_FINDINGS:
-        print(f"and {len(checked.findings) - MOST_FINDINGS:,} more")
-    manifest = checked.manifest
-    print(
-        f"{'FAILED' if checked.findings else 'good'}: {len(checked.findings)} findings in {checked.crops:,} crops of "
-        f"{len(manifest.shards):,} shards, {checked.decoded:,} decoded"
-    )
-    return command.FAILED if checked.findings else command.COMPLETE
-
-
-@settings
-class StatsCommand:
-    url: tyro.conf.Positional[str]
-    """The data set: a folder or s3://bucket/prefix, or one manifest file."""
-    json: bool = False
-    """Print it as JSON, for programs."""
-    storage: StorageConfig = StorageConfig()
-    """How object stores are reached."""
-
-
-def stats(arguments: list[str]) -> int:
-    """Say what a data set holds: counts, sizes, duplicates, per source."""
-    chosen = parse(StatsCommand, arguments, "stats")
-    from datapipe.stats import as_text, statistics
-
-    with unwinding():
-        facts = statistics(chosen.url, chosen.storage)
-    print(json.dumps(facts, indent=1) if chosen.json else as_text(facts))
-    return command.COMPLETE
 
 
 @settings

@@ -1,7 +1,7 @@
 """Sharding as Ray tasks: the same code as on one machine, on as many machines as the cluster has.
 
-`datapipe.ingest` decides what is done; here its tasks are carried to other processes and their results back. A killed
-worker or node costs the tasks it was at, which start again elsewhere; a killed driver costs nothing that was complete.
+What is done is decided there; here the tasks are carried to other processes and their results back. A killed worker or
+node costs the tasks it was at, which start again elsewhere; a killed driver costs nothing that was complete.
 """
 
 import dataclasses

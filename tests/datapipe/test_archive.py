@@ -359,10 +359,8 @@ def test_archive__gnu_tar_wrote_is_read(tmp_path: Path, write_crops: WriteCrops)
 
 
 def test_members__of_no_sane_size_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from datapipe.sources import tars, zips
-
-    for module in (tars, zips):
-        monkeypatch.setattr(module, "MOST_MEMBER_BYTES", 1_000)
+    monkeypatch.setattr("datapipe.sources.tars.MOST_MEMBER_BYTES", 1_000)
+    monkeypatch.setattr("datapipe.sources.zips.MOST_MEMBER_BYTES", 1_000)
     write_zip(tmp_path / "x.zip", FILES)
     write_tar(tmp_path / "x.tar", FILES)
     for name in ("x.zip", "x.tar"):

@@ -30,8 +30,8 @@ from datapipe.shard import Sheet, write_shard
 from datapipe.sources import open_sources
 from datapipe.sources.base import Source
 from datapipe.sources.patterns import would_meet
-from datapipe.spool import absolute, check_room, opened_spool
-from datapipe.storage import Store, open_store, probe, unsafe
+from datapipe.spool import check_room, opened_spool
+from datapipe.storage import Store, open_store, probe, resolved_url, unsafe
 from datapipe.workers import Executor, Workers
 
 
@@ -90,7 +90,7 @@ def ingest_sources(sources: Sequence[Source], out: str, config: ShardConfig, sto
 def refuse_inside(sources: Sequence[str], out: str) -> None:
     """DataError where `out` lies inside a source: the next run would take the shards for a part of it."""
     for source in sources:
-        place, whole = absolute(out), absolute(source)
+        place, whole = resolved_url(out), resolved_url(source)
         if f"{place}/".startswith(f"{whole}/") or would_meet(whole, f"{place}/shards/0.tar"):
             raise DataError("--out lies inside a source", where=out, hint="choose a folder beside the source")
 

@@ -44,6 +44,12 @@ def full_url(url: str) -> str:
     return os.path.abspath(os.path.expanduser(url.removeprefix("file://")))
 
 
+def resolved_url(url: str) -> str:
+    """The url in the one form that tells places apart: a local path in full, links resolved."""
+    url = full_url(url)
+    return url if is_remote(url) else os.path.realpath(url)
+
+
 def _refuse_one_slash(url: str) -> None:
     """What pathlib and normpath make of "s3://bucket" would be a folder called "s3:"."""
     if match := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", url):

@@ -93,7 +93,7 @@ class Blocks:
         return f"{shard.sha256}-{xxh3_hex(ranges.tobytes())}"
 
 
-class Reader:
+class BlockReader:
     """Unchecked bytes of rows. A row whose shard ends early comes back short or empty, or filled up with zeros.
 
     Without a cache only what is asked for is read; otherwise whole blocks are. `in_flight` requests at a time; 0 reads

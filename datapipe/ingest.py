@@ -1,4 +1,4 @@
-"""One run of `shard`: list, scan, plan, distribute, write, commit. Killed anywhere, the same command goes on.
+"""One run of `shard`: list, scan, plan, repartition, write, commit. Killed anywhere, the same command goes on.
 
     sources -> units -> scan (spool) -> plan -> rows of each shard -> shards (tar, then index)
             -> quarantine.parquet -> manifest
@@ -16,7 +16,7 @@ import pyarrow
 
 from datapipe.claim import claim_output, owns_output
 from datapipe.config import ShardConfig, StorageConfig
-from datapipe.distribute import distribute, planned, rows_file
+from datapipe.distribute import planned, repartition, rows_file
 from datapipe.errors import DataError
 from datapipe.index import Shard
 from datapipe.listing import Listing
@@ -77,7 +77,7 @@ def ingest_sources(sources: Sequence[Source], out: str, config: ShardConfig, sto
         run.judge(parts)
         crops, plan = run.plan(parts)
         claim_output(store, request)
-        distribute(plan, crops, run.rows(parts), spool, local=local)
+        repartition(plan, crops, run.rows(parts), spool, local=local)
         reasons = run.quarantine(parts, planned(plan, crops, run.rows(parts)) if config.exclude != "none" else ())
         del crops
         shards = write_shards(plan, store, spool, storage, run.workers,

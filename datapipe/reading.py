@@ -3,7 +3,7 @@
 import logging
 from typing import NamedTuple
 
-from datapipe.blocks import Cache, Places, Reader
+from datapipe.blocks import BlockReader, Cache, Places
 from datapipe.cache import DiskCache, default_folder
 from datapipe.cache_memory import MemoryCache
 from datapipe.config import StorageConfig, StreamConfig
@@ -20,7 +20,7 @@ class Opened(NamedTuple):
     """One version of a data set. `pid` and `camera`: [rows], -1 where unknown."""
 
     manifest: Manifest
-    reader: Reader
+    reader: BlockReader
     pid: Ints
     camera: Ints
 
@@ -35,7 +35,7 @@ def open_manifest(manifest: Manifest, storage: StorageConfig, config: StreamConf
     window = int(places.size.mean() * min(config.window * config.block, manifest.rows))
     cache = _cache(manifest, store, config, window) if remote else _memory(config, window)
     ahead = isinstance(cache, DiskCache) and 2 * window <= cache.limit
-    reader = Reader(
+    reader = BlockReader(
         store, places, block=config.block, cache=cache, in_flight=config.reads if remote else 0, ahead=ahead
     )
     return Opened(manifest, reader, columns["pid"], columns["camera"])

@@ -21,7 +21,7 @@ import pyarrow.parquet
 
 from datapipe.claim import claim_output, owns_output
 from datapipe.config import ReshardConfig, ShardConfig, StorageConfig
-from datapipe.distribute import distribute, planned
+from datapipe.distribute import planned, repartition
 from datapipe.errors import DataError, NotFoundError
 from datapipe.index import INDEX
 from datapipe.ingest import refuse_inside, write_shards
@@ -78,7 +78,7 @@ def reshard(
         run = _Run(sets, store, spool, local, config, storage, workers or own)
         crops, plan = run.plan()
         claim_output(store, request)
-        distribute(plan, crops, run.rows(), spool, local=local)
+        repartition(plan, crops, run.rows(), spool, local=local)
         refused, repeated = run.quarantine(plan, crops), int((~run.once).sum())
         del crops
         manifest = Manifest(

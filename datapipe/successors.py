@@ -10,7 +10,7 @@ import pyarrow.compute
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError
-from datapipe.heirs import heirs
+from datapipe.heirs import relink_duplicates
 from datapipe.index import MARKS, RowMarks, Shard
 from datapipe.manifest import ORDINAL, Manifest
 from datapipe.progress import Progress
@@ -85,7 +85,7 @@ def _renew(
     if not out.any() and not mend:
         return _Renewed(whole.shards, int((~there).sum()))
     starts = np.cumsum([0, *(shard.rows for shard in whole.shards)])
-    marks = heirs(table, staying, keys)
+    marks = relink_duplicates(table, staying, keys)
     changes = dict(_changes(whole.shards, starts, out, staying, marks, mend))
     shards = list(whole.shards)
     with Progress("rewrite", max(1, len(changes))) as progress:

@@ -6,7 +6,7 @@ import re
 from datapipe.config import StorageConfig
 from datapipe.errors import StorageError
 from datapipe.storage.local import LocalStore
-from datapipe.storage.schemes import SchemeStore
+from datapipe.storage.schemes import FsspecStore
 from datapipe.storage.store import Store
 
 
@@ -22,7 +22,7 @@ def open_store(url: str, config: StorageConfig = StorageConfig()) -> Store:  # n
         from datapipe.storage.s3 import S3Store  # boto3 takes a third of a second that local runs do without
 
         return S3Store(url, config)
-    return SchemeStore(url, config)
+    return FsspecStore(url, config)
 
 
 def split_url(url: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ import pytest
 
 from datapipe.config import RemoveConfig, SelectConfig, ShardConfig, StorageConfig, StreamConfig
 from datapipe.errors import ConfigError, DataError, StorageError
-from datapipe.heirs import heirs
+from datapipe.heirs import relink_duplicates
 from datapipe.index import INDEX
 from datapipe.ingest import ingest
 from datapipe.manifest import Manifest
@@ -209,7 +209,7 @@ def test_remove__marks_pass_to_the_next_copy(folder: Path, tmp_path: Path) -> No
     assert verify(str(folder), "all", STORAGE, workers=1).findings == []
 
 
-def test_heirs__first_that_is_left_and_who_is_near_to_it() -> None:
+def test_relink_duplicates__first_that_is_left_and_who_is_near_to_it() -> None:
     table = pyarrow.table(
         {
             "key": list("abcdefgh"),
@@ -219,13 +219,13 @@ def test_heirs__first_that_is_left_and_who_is_near_to_it() -> None:
         }
     )
     live = np.array([False, True, True, True, True, True, False, True])
-    assert heirs(table, live, pyarrow.array(["a", "g"])) == {
+    assert relink_duplicates(table, live, pyarrow.array(["a", "g"])) == {
         1: (None, None),  # the first copy of a; near to nothing that is left before it
         2: (None, "b"),  # 01 and 10: two bits
         3: ("b", None),  # 0001 and 1100: three bits, so it is kept
         4: (None, "d"),
     }
-    assert heirs(table, live, pyarrow.array(["h"])) == {}
+    assert relink_duplicates(table, live, pyarrow.array(["h"])) == {}
 
 
 def test_remove__keeps_sidecars_with_their_crops(tmp_path: Path, write_crops: WriteCrops) -> None:

@@ -37,7 +37,7 @@ def demo(arguments: list[str]) -> int:
 def shard(arguments: list[str]) -> int:
     """Turn crops into shards as `python -m datapipe shard` does, to the same bytes, with all machines of a cluster."""
     from cluster.shard_job import ClusterShardCommand, run
-    from datapipe.parsing import parse
+    from datapipe.command import parse
 
     return run(parse(ClusterShardCommand, arguments, "shard", program="python -m cluster"))
 

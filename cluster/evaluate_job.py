@@ -12,7 +12,7 @@ from cluster.devices import Kind, decide, hidden, offered, own_device
 from cluster.job_paths import refuse_relative
 from cluster.session import LOCAL, chosen_address, prepare, ray_session, result
 from datapipe import command
-from datapipe.cores import available_cores
+from datapipe.resource_limits import available_cores
 from datapipe.settings import settings
 from datapipe.storage import full_url
 from training import evaluation

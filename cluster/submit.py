@@ -54,7 +54,7 @@ def _pretrain(arguments: list[str], folder: Path) -> list[str]:
 
 def _shard(arguments: list[str], folder: Path) -> list[str]:
     from cluster.shard_job import ClusterShardCommand, places_of
-    from datapipe.parsing import parse
+    from datapipe.command import parse
 
     command = parse(ClusterShardCommand, arguments, "shard", program="python -m cluster submit")
     refuse_relative(places_of(command), job=True)

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from datapipe.cores import available_cores
 from datapipe.data import load_data
 from datapipe.errors import ConfigError, UserError
+from datapipe.resource_limits import available_cores
 from training import outlook
 from training.assembly import fake_batch, initial_method, make_stepper
 from training.audit import Audit

@@ -10,8 +10,8 @@ import tyro
 
 from datapipe import command
 from datapipe.config import StorageConfig
-from datapipe.cores import available_cores
 from datapipe.errors import ConfigError
+from datapipe.resource_limits import available_cores
 from datapipe.settings import settings
 from training import evaluation, last_words
 from training.engine.devices import choose_device

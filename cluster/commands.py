@@ -37,7 +37,7 @@ def demo(arguments: list[str]) -> int:
 def shard(arguments: list[str]) -> int:
     """Turn crops into shards as `python -m datapipe shard` does, to the same bytes, with all machines of a cluster."""
     from cluster.shard_job import ClusterShardCommand, run
-    from datapipe.parsing import parse
+    from datapipe.command import parse
 
     return run(parse(ClusterShardCommand, arguments, "shard", program="python -m cluster"))
 
@@ -45,7 +45,7 @@ def shard(arguments: list[str]) -> int:
 def pretrain(arguments: list[str]) -> int:
     """Train a recipe with Ray Train and DeepSpeed; crashed workers are restarted from the last checkpoint."""
     from cluster.pretrain_job import run
-    from training.commands import read_recipe
+    from training.commands.pretrain import read_recipe
 
     address, rest = _address(arguments)
     config = read_recipe(rest, prog="python -m cluster pretrain RECIPE [--address ADDRESS]")
@@ -67,7 +67,7 @@ def _address(arguments: list[str]) -> tuple[str, list[str]]:
 
 def evaluate(arguments: list[str]) -> int:
     """Score weights by retrieval, as they are or after fine-tuning; killed and started again it goes on."""
-    from cluster.evaluate_command import evaluate as run
+    from cluster.evaluate_job import evaluate as run
 
     return run(arguments)
 
@@ -91,6 +91,6 @@ def status(arguments: list[str]) -> int:
 
 def submit(arguments: list[str]) -> int:
     """Hand in pretrain, shard or evaluate as a Ray job; prints how to follow, stop and resume it."""
-    from cluster.jobs import submit as hand_in
+    from cluster.submit import submit as hand_in
 
     return hand_in(arguments)

@@ -23,13 +23,14 @@ from datapipe.command import COMPLETE, FAILED, INTERRUPTED, STOPPED
 from datapipe.config import StorageConfig
 from datapipe.errors import ClusterError, DataError
 from datapipe.manifest import Manifest
+from datapipe.progress import duration
 from datapipe.stopping import current, exit_code, receiving
-from training import config as recipes
-from training.assembly import clock_of
+from training import recipe_toml as recipes
 from training.engine.devices import Device, choose_device
 from training.lease import refuse_held
 from training.reid.zero_shot import COLOUR_HISTOGRAM, RANDOM
-from training.speed import duration, faster_precision
+from training.run_plan import clock_of
+from training.speed import faster_precision
 
 RECIPE = Path(recipes.__file__).parent / "recipes" / "demo.toml"
 DEMO_STEPS = 360

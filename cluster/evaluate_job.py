@@ -1,21 +1,72 @@
-"""Evaluation as Ray tasks: one for each set of weights; what has been scored already is not scored again."""
+"""Evaluation on Ray: what `python -m training evaluate` does, with a task for each set of weights; what has been scored
+already is not scored again, so that killed and started again it goes on."""
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from cluster.devices import Kind, decide, hidden, offered, own_device
-from cluster.session import LOCAL, prepare, ray_session, result
-from datapipe.cores import available_cores
-from training import evaluation
-from training.engine.devices import Device
-from training.evaluation import Task
+import tyro
 
+from cluster.devices import Kind, decide, hidden, offered, own_device
+from cluster.job_paths import refuse_relative
+from cluster.session import LOCAL, chosen_address, prepare, ray_session, result
+from datapipe import command
+from datapipe.resource_limits import available_cores
+from datapipe.settings import settings
+from datapipe.storage import full_url
+from training import evaluation
+from training.commands.evaluate import EvaluateCommand as LocalCommand
+from training.commands.evaluate import conclude, fine_tuning, show, writing, zero_shot_tasks
+from training.engine.devices import Device, choose_device
+from training.evaluation import Task
+from training.reid.supervised import RANDOM
+
+PROG = "python -m cluster evaluate"
 POLL_S = 1.0
 """Seconds between looks for what tasks say."""
 
 
-def run(tasks: Sequence[Task], *, address: str = LOCAL, device: Device = "auto") -> list[dict[str, Any]]:
+@settings
+class EvaluateCommand(LocalCommand):
+    address: str = ""
+    """Address of a running cluster. Empty: the one that this process is a job of (RAY_ADDRESS), else a Ray inside this
+    process. "local": always the latter."""
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Every place that is read from or written to, by its flag."""
+        found = {"weights": self.weights, "data": self.data, "out": self.out}
+        return {name: place for name, place in found.items() if place and (name, place) != ("weights", RANDOM)}
+
+
+def parse_evaluate(arguments: Sequence[str]) -> tuple[EvaluateCommand, list[str]]:
+    """The command, and the flags of a recipe that followed it."""
+    chosen, flags = tyro.cli(EvaluateCommand, args=list(arguments), prog=PROG, return_unknown_args=True)
+    return chosen, flags
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Score weights by retrieval, as they are or after fine-tuning; killed and started again it goes on."""
+    chosen, flags = parse_evaluate(arguments)
+    refuse_relative(chosen.places)
+    address = chosen_address(chosen.address)
+    weights, data, out = (full_url(chosen.places.get(name, "")) for name in ("weights", "data", "out"))
+    chosen = replace(chosen, weights=weights or chosen.weights, data=data, out=out)
+    if chosen.task == "supervised":
+        from cluster.pretrain_job import run as pretrain
+
+        with writing(chosen, has_workers=True) as lease:
+            config = fine_tuning(chosen, flags, prog=PROG)
+            code = pretrain(config, address=address, lease=lease)
+            return conclude(config) if code == command.COMPLETE else code
+    if address == LOCAL:
+        choose_device(chosen.device)  # refuses what cannot be before the data is looked through
+    print(f"reads the data set {chosen.data}", flush=True)
+    return show(chosen, score_all(zero_shot_tasks(chosen, flags, prog=PROG), address=address, device=chosen.device))
+
+
+def score_all(tasks: Sequence[Task], *, address: str = LOCAL, device: Device = "auto") -> list[dict[str, Any]]:
     """Score them all, each on a GPU of its own where the cluster has or can start any; their metrics in that order.
 
     Raises ConfigError where a GPU is asked for, and none is there that torch can use.

@@ -22,7 +22,7 @@ from cluster.bulletin import Leaving, Place, Situation, find_board
 from cluster.restarts import Failure
 from datapipe.errors import StorageError
 from training import last_words
-from training.config import RunConfig
+from training.run_config import RunConfig
 from training.run_folder import RunFolder
 
 POLL_S = 0.2

@@ -6,10 +6,12 @@ import secrets
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from datapipe.errors import StorageError
+from datapipe.stopping import at_end
 
 MOST_BYTES = 107
 """Of the path of a Unix socket (108 with the zero at its end); macOS allows 103."""
@@ -21,7 +23,7 @@ ROOM_BYTES = 32_000_000
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[str]:
-    """A new folder, removed afterwards.
+    """A new folder, removed afterwards, also where a signal ends the process.
 
     In the temporary folder (TMPDIR) where that will do, else in another place of this machine. Raises StorageError
     where none will.
@@ -32,9 +34,19 @@ def scratch_folder() -> Iterator[str]:
     except OSError as error:
         raise _none({str(root): error.strerror or str(error)}) from error
     try:
-        yield folder
+        with at_end(lambda: _remove(folder)):
+            yield folder
     finally:
+        _remove(folder)
+
+
+def _remove(folder: str) -> None:
+    """Processes that are being killed may still write there for a moment."""
+    for pause_s in (0.0, 0.1, 0.3, 0.6, 1.0):
+        time.sleep(pause_s)
         shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.exists(folder):
+            return
 
 
 def _chosen() -> Path:

@@ -3,9 +3,7 @@
 import contextlib
 import logging
 import os
-import shutil
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,11 +50,7 @@ def ray_session(address: str, *, cpus: int) -> Iterator[str]:
     print(f"joins the Ray cluster at {head}" if head else "starts Ray", flush=True)
     import ray
 
-    with (
-        scratch_folder() as scratch,
-        stopping.at_end(lambda: _remove(scratch)),
-        contextlib.nullcontext() if head else private_token(scratch),
-    ):
+    with scratch_folder() as scratch, contextlib.nullcontext() if head else private_token(scratch):
         try:
             with _own_signals():
                 if head:
@@ -66,15 +60,6 @@ def ray_session(address: str, *, cpus: int) -> Iterator[str]:
             yield scratch
         finally:
             ray.shutdown()
-
-
-def _remove(folder: str) -> None:
-    """Processes that are being killed may still write there for a moment."""
-    for pause_s in (0.0, 0.1, 0.3, 0.6, 1.0):
-        time.sleep(pause_s)
-        shutil.rmtree(folder, ignore_errors=True)
-        if not os.path.exists(folder):
-            return
 
 
 def _embed(scratch: str, cpus: int) -> None:

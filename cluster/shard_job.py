@@ -1,7 +1,7 @@
 """Sharding as Ray tasks: the same code as on one machine, on as many machines as the cluster has.
 
-`datapipe.ingest` decides what is done; here its tasks are carried to other processes and their results back. A killed
-worker or node costs the tasks it was at, which start again elsewhere; a killed driver costs nothing that was complete.
+What is done is decided there; here the tasks are carried to other processes and their results back. A killed worker or
+node costs the tasks it was at, which start again elsewhere; a killed driver costs nothing that was complete.
 """
 
 import dataclasses
@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
-from cluster.in_job import refuse_relative
+from cluster.job_paths import refuse_relative
 from cluster.session import LOCAL, chosen_address, ray_session, result
 from cluster.shared_paths import Witness, marked, unseen, witnesses
-from datapipe.commands import ShardCommand, run_shard
-from datapipe.cores import available_cores
+from datapipe.commands.ingest import ShardCommand, run_shard
 from datapipe.errors import DataError
+from datapipe.resource_limits import available_cores
 from datapipe.settings import settings
 from datapipe.spool import FOLDER as SPOOL
 from datapipe.stopping import GOES_ON, unwinding

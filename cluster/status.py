@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 from cluster.restarts import END, HISTORY
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError
+from datapipe.progress import duration
 from training import checkpoint
-from training.assembly import clock_of, saved_config
+from training.continuation import saved_config
 from training.growing import FLUSH_S
 from training.report_data import RunFiles
 from training.run_folder import RunFolder
-from training.speed import duration
+from training.run_plan import clock_of
 
 CONFIG = "config.toml"
 SILENT_S = 3 * FLUSH_S

@@ -16,7 +16,7 @@ from datapipe.errors import DataError, NotFoundError, UserError
 from datapipe.index import Shard
 from datapipe.randomness import Ints, UInts
 from datapipe.storage import Store
-from datapipe.storage.kept import KeptStore
+from datapipe.storage.local import OpenFilesStore
 
 GAP_BYTES = 16 << 10
 """Unwanted bytes between two crops that are cheaper to read along than to ask for separately."""
@@ -93,7 +93,7 @@ class Blocks:
         return f"{shard.sha256}-{xxh3_hex(ranges.tobytes())}"
 
 
-class Reader:
+class BlockReader:
     """Unchecked bytes of rows. A row whose shard ends early comes back short or empty, or filled up with zeros.
 
     Without a cache only what is asked for is read; otherwise whole blocks are. `in_flight` requests at a time; 0 reads
@@ -163,7 +163,7 @@ class Reader:
         for pool in (self.ahead, self._pool):
             if pool:
                 pool.shutdown(cancel_futures=True)
-        if isinstance(self.store, KeptStore):
+        if isinstance(self.store, OpenFilesStore):
             self.store.close()
 
     @property

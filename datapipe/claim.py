@@ -10,27 +10,27 @@ import json
 from collections.abc import Iterator
 
 from datapipe.errors import DataError, NotFoundError
-from datapipe.manifest import NAME
+from datapipe.manifest import has_manifest
 from datapipe.storage import Store
 
 FOLDER = "requests"
 
 
-def claimed(store: Store, request: bytes) -> bool:
+def owns_output(store: Store, request: bytes) -> bool:
     """Whether the folder is this request's already; False: nobody's. DataError where it is another one's."""
     own = _name(request)
     found = list(_claims(store))
     for name in found:
         if name != own:
             raise _refusal(store, name, request)
-    if not found and _has_manifest(store):
+    if not found and has_manifest(store):
         raise DataError("another data set is already there", where=store.url, hint="choose another --out")
     return bool(found)
 
 
-def claim(store: Store, request: bytes) -> None:
+def claim_output(store: Store, request: bytes) -> None:
     """Make the folder this request's, for all runs of it. DataError where it is another one's."""
-    if claimed(store, request):
+    if owns_output(store, request):
         return
     own = _name(request)
     made = store.create(own, request)
@@ -50,13 +50,6 @@ def _claims(store: Store) -> Iterator[str]:
         yield from (entry.name for entry in store.list(f"{FOLDER}/"))
     except NotFoundError:  # the folder itself is still to be made
         return
-
-
-def _has_manifest(store: Store) -> bool:
-    try:
-        return any(NAME.fullmatch(entry.name) for entry in store.list("manifest-v"))
-    except NotFoundError:
-        return False
 
 
 def _refusal(store: Store, name: str, request: bytes) -> DataError:

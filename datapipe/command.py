@@ -10,16 +10,19 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from datapipe import stopping
 from datapipe.errors import ConfigError, UserError, refusal
 from datapipe.stopping import COMPLETE, FAILED, INTERRUPTED, STOPPED, USAGE
 from datapipe.surroundings import misread, refuse_fatal_numbers, refuse_other_text, settle, unread
 
-__all__ = ["COMPLETE", "FAILED", "INTERRUPTED", "STOPPED", "USAGE", "Command", "dispatch", "run"]
+__all__ = ["COMPLETE", "FAILED", "INTERRUPTED", "STOPPED", "USAGE", "Command", "dispatch", "parse", "run"]
 
 DISTRIBUTION = "reid-pretraining"
 OWN = ("datapipe", "training", "cluster")
+T = TypeVar("T")
+PROGRAM = "python -m datapipe"
 HELP = ("-h", "--help")
 SILENCE_S = 0.7
 """Seconds after which a command that has not ended says that it is at work, where nothing was said at its start."""
@@ -175,3 +178,20 @@ def version() -> str:
         return metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:
         return "unknown"
+
+
+def parse(kind: type[T], arguments: list[str], name: str, *, program: str = PROGRAM) -> T:
+    """The command line as settings. Values out of range become one ConfigError that lists them all."""
+    import tyro
+    from pydantic import ValidationError
+
+    try:
+        return tyro.cli(kind, args=arguments, prog=f"{program} {name}")
+    except ValidationError as error:
+        wrong = [
+            f"--{'.'.join(map(str, item['loc'])).replace('_', '-')}: {item['msg']}, not {item['input']!r}"
+            for item in error.errors()
+        ]
+        raise ConfigError(
+            "\n  ".join(["settings out of range", *wrong]), hint=f"{program} {name} --help says what they mean"
+        ) from error

@@ -34,7 +34,7 @@ def rows_file(plan: Plan, shard: int) -> str:
     return f"{_folder(plan)}/{shard // SHARDS_PER_FILE:06d}.arrows"
 
 
-def distribute(plan: Plan, crops: Candidates, parts: Iterable[pyarrow.Table], spool: Store, *,
+def repartition(plan: Plan, crops: Candidates, parts: Iterable[pyarrow.Table], spool: Store, *,
                local: Path | None = None) -> None:
     """Write the file of every shard into the spool, unless an earlier run did.
 

@@ -8,10 +8,10 @@ from itertools import islice
 import numpy as np
 
 from datapipe.config import ShardConfig, StorageConfig
-from datapipe.cores import available_cores
 from datapipe.errors import DataError
 from datapipe.ingest import refuse_inside
 from datapipe.listing import Listing
+from datapipe.resource_limits import available_cores
 from datapipe.scan import Work, inspected
 from datapipe.screen import Kept
 from datapipe.sources import open_sources

@@ -41,7 +41,7 @@ class Expression:
     """A parsed condition; `columns` are those it speaks of. Raises ConfigError for anything it does not know."""
 
     def __init__(self, text: str, known: Sequence[str]) -> None:
-        self.text, self._known = text, known
+        self.text = text
         try:
             self._tree = ast.parse(text.strip(), mode="eval").body
             names = {node.id for node in ast.walk(self._tree) if isinstance(node, ast.Name)}

@@ -1,4 +1,4 @@
-"""Who is the original when the original goes: new marks for the copies that a removed crop leaves behind. Pure."""
+"""New duplicate marks for the copies that a removed crop leaves behind. Pure."""
 
 from collections.abc import Iterator
 
@@ -7,14 +7,10 @@ import pyarrow
 import pyarrow.compute
 
 from datapipe.duplicates import near_duplicates
-from datapipe.index import whole_column
-
-MARKS = ("duplicate_of", "near_of")
-Marks = tuple[str | None, str | None]
-"""Values of MARKS."""
+from datapipe.index import MARKS, RowMarks, whole_column
 
 
-def heirs(table: pyarrow.Table, live: np.ndarray, gone: pyarrow.Array) -> dict[int, Marks]:
+def relink_duplicates(table: pyarrow.Table, live: np.ndarray, gone: pyarrow.Array) -> dict[int, RowMarks]:
     """New marks of the live rows that are marked as copies of a crop whose key is gone.
 
     table: rows in the order of the data set, columns `key`, `dhash` and MARKS. Among equal crops the first that is left

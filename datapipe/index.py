@@ -1,6 +1,5 @@
 """The index of a shard: one row per crop, in the order of the tar, in a parquet file of its own."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from datapipe.errors import DataError, NotFoundError
+from datapipe.errors import DataError
 from datapipe.storage import Store
 
 INDEX = pyarrow.schema(
@@ -35,6 +34,10 @@ INDEX = pyarrow.schema(
     ]
 )
 """Columns of an index."""
+MARKS = ("duplicate_of", "near_of")
+"""Columns that name the crop of which a crop is a copy."""
+RowMarks = tuple[str | None, str | None]
+"""Values of MARKS."""
 KEY = r"^[0-9a-f]{32}$"
 REPAIR = "`python -m datapipe verify` lists what is wrong, and `--repair` mends what can be mended"
 
@@ -54,12 +57,7 @@ class Shard:
 def read_index(store: Store, shard: Shard, columns: Sequence[str] | None = None) -> pyarrow.Table:
     """A shard's index, verified against the manifest. Raises DataError that names it."""
     where = store.address(shard.index)
-    try:
-        data = store.read(shard.index)
-    except NotFoundError as error:
-        raise DataError("an index of the data set is missing", where=where, hint=REPAIR) from error
-    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
-        raise DataError("an index of the data set is not the one that was written", where=where, hint=REPAIR)
+    data = store.read_verified(shard.index, shard.index_sha256, what="an index of the data set", hint=REPAIR)
     try:
         wanted = None if columns is None else list(columns)
         table = pyarrow.parquet.read_table(pyarrow.BufferReader(data), columns=wanted)
@@ -77,7 +75,7 @@ def read_index(store: Store, shard: Shard, columns: Sequence[str] | None = None)
 def refuse_keys(table: pyarrow.Table, where: str) -> None:
     """Raises DataError where a key of a table, or one that it refers to, is no key: members of tars are called after
     them, and whoever unpacks those writes files of these names."""
-    for name in ("key", "duplicate_of", "near_of"):
+    for name in ("key", *MARKS):
         if name in table.column_names:
             bad = pyarrow.compute.invert(pyarrow.compute.match_substring_regex(table[name], KEY))
             bad = table[name].filter(bad, null_selection_behavior="drop")

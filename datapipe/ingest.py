@@ -1,4 +1,4 @@
-"""One run of `shard`: list, scan, plan, distribute, write, commit. Killed anywhere, the same command goes on.
+"""One run of `shard`: list, scan, plan, repartition, write, commit. Killed anywhere, the same command goes on.
 
     sources -> units -> scan (spool) -> plan -> rows of each shard -> shards (tar, then index)
             -> quarantine.parquet -> manifest
@@ -14,24 +14,24 @@ from pathlib import Path
 
 import pyarrow
 
-from datapipe.claim import claim, claimed
+from datapipe.claim import claim_output, owns_output
 from datapipe.config import ShardConfig, StorageConfig
-from datapipe.distribute import distribute, planned, rows_file
-from datapipe.errors import DataError, NotFoundError
+from datapipe.distribute import planned, repartition, rows_file
+from datapipe.errors import DataError
 from datapipe.index import Shard
 from datapipe.listing import Listing
-from datapipe.manifest import NAME, Manifest, libraries
+from datapipe.manifest import Manifest, has_manifest, libraries, load_unselected
 from datapipe.plan_shards import HOT, Candidates, Plan, plan_shards, repeated
 from datapipe.progress import Progress
 from datapipe.quarantine import NAME as QUARANTINE
 from datapipe.quarantine import Reasons, excluded, listed, write_quarantine
 from datapipe.scan import Scanned, read_part, read_refused, scan_part
-from datapipe.select import whole
 from datapipe.shard import Sheet, write_shard
-from datapipe.sources import Source, open_sources
+from datapipe.sources import open_sources
+from datapipe.sources.base import Source
 from datapipe.sources.patterns import would_meet
-from datapipe.spool import absolute, check_room, opened_spool
-from datapipe.storage import Store, open_store, probe, unsafe
+from datapipe.spool import check_room, opened_spool
+from datapipe.storage import Store, open_store, probe, resolved_url, unsafe
 from datapipe.workers import Executor, Workers
 
 
@@ -68,19 +68,21 @@ def ingest_sources(sources: Sequence[Source], out: str, config: ShardConfig, sto
     with opened_spool(config.spool, out, storage) as (spool, local), Listing(sources, local) as listing, \
             Workers(config.workers) as own:
         request = listing.request(config, licence)
-        if not claimed(store, request):
+        if not owns_output(store, request):
             probe(store).demand("ranges", "lists", where=out)
-        elif _is_complete(store):
-            return Ingested(whole(store.url, storage), True, {})
+        elif has_manifest(store):
+            return Ingested(load_unselected(store.url, storage), True, {})
         run = _Run(store, spool, local, config, storage, workers or own)
         parts = run.scan(listing)
         run.judge(parts)
         crops, plan = run.plan(parts)
-        claim(store, request)
-        distribute(plan, crops, run.rows(parts), spool, local=local)
+        claim_output(store, request)
+        repartition(plan, crops, run.rows(parts), spool, local=local)
         reasons = run.quarantine(parts, planned(plan, crops, run.rows(parts)) if config.exclude != "none" else ())
         del crops
-        manifest = Manifest(run.write(plan), name=listing.name, plan=plan.id, licence=licence,
+        shards = write_shards(plan, store, spool, storage, run.workers,
+                              with_sidecars=config.sidecars == "json")  # fmt: skip
+        manifest = Manifest(shards, name=listing.name, plan=plan.id, licence=licence,
                             quarantined=sum(reasons.values()), made_by=libraries()).save(store)
         return Ingested(manifest, False, reasons)
 
@@ -88,17 +90,9 @@ def ingest_sources(sources: Sequence[Source], out: str, config: ShardConfig, sto
 def refuse_inside(sources: Sequence[str], out: str) -> None:
     """DataError where `out` lies inside a source: the next run would take the shards for a part of it."""
     for source in sources:
-        place, whole = absolute(out), absolute(source)
+        place, whole = resolved_url(out), resolved_url(source)
         if f"{place}/".startswith(f"{whole}/") or would_meet(whole, f"{place}/shards/0.tar"):
             raise DataError("--out lies inside a source", where=out, hint="choose a folder beside the source")
-
-
-def _is_complete(store: Store) -> bool:
-    """Whether there is a manifest, the first one or one derived from it."""
-    try:
-        return any(NAME.fullmatch(entry.name) for entry in store.list("manifest-v"))
-    except NotFoundError:
-        return False
 
 
 @dataclass(frozen=True)
@@ -170,18 +164,6 @@ class _Run:
                 url = self.spool.address(segment)
                 yield rows.append_column("url", pyarrow.repeat(pyarrow.scalar(url), rows.num_rows))
 
-    def write(self, plan: Plan) -> tuple[Shard, ...]:
-        """All shards, in their order."""
-        sheets = [Sheet(plan.name(number), rows_file(plan, number), int(plan.cuts[number]), int(plan.cuts[number + 1]),
-                        self.config.sidecars == "json") for number in range(plan.shards)]
-        shards: list[Shard] = []
-        with Progress("write", plan.bytes) as progress:
-            tasks = ((self.store, self.spool, sheet, self.storage) for sheet in sheets)
-            for shard in self.workers.run(write_shard, tasks, count=len(sheets)):
-                shards.append(shard)
-                progress.advance(shard.bytes, f"{len(shards)} of {len(sheets)} shards", crops=shard.rows)
-        return tuple(shards)
-
     def _named(self, parts: Sequence[Scanned], row: int) -> str:
         """"source: name" of a candidate."""
         for part in parts:
@@ -190,3 +172,17 @@ class _Run:
                 return "{source}: {name}".format(**rows.slice(row, 1).to_pylist()[0])
             row -= part.kept
         raise AssertionError("no part holds the row")
+
+
+def write_shards(plan: Plan, store: Store, spool: Store, storage: StorageConfig, workers: Executor, *,
+                 with_sidecars: bool) -> tuple[Shard, ...]:
+    """All shards of a plan, in their order; the rows of each are in the spool."""
+    sheets = [Sheet(plan.name(number), rows_file(plan, number), int(plan.cuts[number]), int(plan.cuts[number + 1]),
+                    with_sidecars) for number in range(plan.shards)]
+    shards: list[Shard] = []
+    with Progress("write", plan.bytes) as progress:
+        tasks = ((store, spool, sheet, storage) for sheet in sheets)
+        for shard in workers.run(write_shard, tasks, count=len(sheets)):
+            shards.append(shard)
+            progress.advance(shard.bytes, f"{len(shards)} of {len(sheets)} shards", crops=shard.rows)
+    return tuple(shards)

@@ -1,6 +1,6 @@
 """Lists of crops that users bring along: by key, or by original name as published rankings have them.
 
-Lists come from editors, spreadsheets and shells of all systems: read_list.py says what is understood. Names are
+Lists come from editors, spreadsheets and shells of all systems: `read_list` says what is understood. Names are
 compared in one form, on both sides: composed characters (NFC), "/" between folders, no "./", no blanks around.
 """
 

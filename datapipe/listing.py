@@ -11,7 +11,7 @@ from typing import Any
 
 from datapipe.config import ShardConfig
 from datapipe.scan import Work
-from datapipe.sources import Source, Unit
+from datapipe.sources.base import Source, Unit
 
 PART_BYTES = 64_000_000
 """Bytes of sources at which a part ends: a few seconds of work, and few enough parts that a shard, which takes some

@@ -237,6 +237,23 @@ def manifest_files(store: Store) -> list[tuple[int, str]]:
     return [(int(match[1]), match[0]) for match in matches if match]
 
 
+def load_unselected(url: str, storage: StorageConfig) -> Manifest:
+    """The newest version of a folder that is no selection, or the version that the url names."""
+    newest = Manifest.load(url, storage)
+    if url.endswith(".json") or not newest.selection:
+        return newest
+    versions = Manifest.versions(open_store(url, storage))
+    return [version for version in versions if not version.selection][-1]
+
+
+def has_manifest(store: Store) -> bool:
+    """Whether a folder holds a complete data set: a first version, or one derived from it."""
+    try:
+        return bool(manifest_files(store))
+    except NotFoundError:
+        return False
+
+
 COPY_AGAIN = "copy the file again; where there is no copy, `python -m datapipe shard` makes the data set anew"
 
 

@@ -1,7 +1,7 @@
 """Pure: which patches of a view are hidden, from (seed, position, view) alone.
 
 Two laws on a grid of rows x columns: rectangles that overlap until a share is covered (BEiT; here with the rules of
-iBOT `loader.py` ImageFolderMask), or single patches.
+iBOT's ImageFolderMask), or single patches.
 """
 
 from collections.abc import Iterator, Sequence

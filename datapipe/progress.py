@@ -136,9 +136,14 @@ def _new_bar(*, transient: bool) -> "Bar | None":
 
 
 def duration(seconds: float) -> str:
-    """"48 s", "12 min", "3.4 h"; "?" where it is not known."""
+    """"48 s", "12 min", "14 h 20", "3 d 4 h"; "?" where it is not known."""
     if not math.isfinite(seconds):
         return "?"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 7_200:
+        return f"{whole // 60} min"
+    if whole < 172_800:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d}"
+    return f"{whole // 86_400} d {whole % 86_400 // 3600} h"

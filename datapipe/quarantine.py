@@ -10,10 +10,17 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from datapipe.scan import REFUSED
+from datapipe.index import INDEX
 from datapipe.storage import Store
 
 NAME = "quarantine.parquet"
+REFUSED = pyarrow.schema([
+    *(INDEX.field(name) for name in ("key", "source", "name")),
+    ("reason", pyarrow.string()),
+    ("detail", pyarrow.string()),
+    ("bytes", pyarrow.int64()),  # as found
+])
+"""Columns of the list."""
 EXACT, NEAR = "exact duplicate", "near duplicate"
 Reasons = dict[str, int]
 """Crops by the reason why they were left out."""
@@ -34,7 +41,7 @@ def write_quarantine(store: Store, tables: Iterable[pyarrow.Table], *, local: Pa
 
 
 def excluded(rows: Iterable[pyarrow.Table]) -> Iterator[pyarrow.Table]:
-    """Those of the planned rows (distribute.PLANNED) that have no place, as REFUSED; the detail is the original."""
+    """Those of the planned rows (`repartition`) that have no place, as REFUSED; the detail is the original."""
     for table in rows:
         left_out = table.filter(pyarrow.compute.less(table["place"], 0))
         if not left_out.num_rows:

@@ -8,9 +8,7 @@ import bz2
 import codecs
 import csv
 import gzip
-import io
 import lzma
-import pickle
 import re
 import zlib
 from collections.abc import Callable, Sequence
@@ -21,6 +19,7 @@ import pyarrow.parquet
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError
+from datapipe.plain_pickle import load_plain
 from datapipe.sources.place import printable
 from datapipe.storage import open_store, split_url
 
@@ -141,19 +140,9 @@ def _column(data: bytes, by: By, url: str) -> list[str]:
         ) from error
 
 
-class _Plain(pickle.Unpickler):
-    """Knows lists, text and numbers; whatever names a function or a class is refused before it is looked at."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it wants {module}.{name}")
-
-    def persistent_load(self, identity: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to something outside")
-
-
 def _unpickled(data: bytes, url: str) -> list[str]:
     try:
-        found = _Plain(io.BytesIO(data)).load()
+        found = load_plain(data)
         if not isinstance(found, list | tuple):
             raise TypeError(f"it is of type {type(found).__name__}")
         return _texts(found)

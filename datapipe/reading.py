@@ -3,7 +3,7 @@
 import logging
 from typing import NamedTuple
 
-from datapipe.blocks import Cache, Places, Reader
+from datapipe.blocks import BlockReader, Cache, Places
 from datapipe.cache import DiskCache, default_folder
 from datapipe.cache_memory import MemoryCache
 from datapipe.config import StorageConfig, StreamConfig
@@ -11,7 +11,7 @@ from datapipe.errors import StorageError
 from datapipe.manifest import ORDINAL, Manifest
 from datapipe.randomness import Ints
 from datapipe.storage import Store, is_remote, open_store
-from datapipe.storage.kept import KeptStore
+from datapipe.storage.local import OpenFilesStore
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ class Opened(NamedTuple):
     """One version of a data set. `pid` and `camera`: [rows], -1 where unknown."""
 
     manifest: Manifest
-    reader: Reader
+    reader: BlockReader
     pid: Ints
     camera: Ints
 
@@ -31,11 +31,11 @@ def open_manifest(manifest: Manifest, storage: StorageConfig, config: StreamConf
     columns = {name: table.column(name).to_numpy() for name in table.column_names}
     places = Places(manifest.shards, columns[ORDINAL], columns["offset"], columns["size"], columns["xxh3"])
     remote = is_remote(manifest.url)
-    store = open_store(manifest.url, storage) if remote else KeptStore(manifest.url)
+    store = open_store(manifest.url, storage) if remote else OpenFilesStore(manifest.url)
     window = int(places.size.mean() * min(config.window * config.block, manifest.rows))
     cache = _cache(manifest, store, config, window) if remote else _memory(config, window)
     ahead = isinstance(cache, DiskCache) and 2 * window <= cache.limit
-    reader = Reader(
+    reader = BlockReader(
         store, places, block=config.block, cache=cache, in_flight=config.reads if remote else 0, ahead=ahead
     )
     return Opened(manifest, reader, columns["pid"], columns["camera"])

@@ -17,8 +17,7 @@ import xxhash
 from datapipe.difference_hash import difference_hash
 from datapipe.duplicates import Marks, exact_duplicates, near_duplicates
 from datapipe.errors import DataError
-from datapipe.heirs import MARKS
-from datapipe.index import INDEX, KEY, Shard, content_words, read_index
+from datapipe.index import INDEX, KEY, MARKS, Shard, content_words, read_index
 from datapipe.plan_shards import Within, hot_columns
 from datapipe.rewrite import with_index
 from datapipe.shard import TAR_BYTES, TAR_SHA256, build_index

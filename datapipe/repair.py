@@ -18,7 +18,7 @@ from datapipe.errors import ConfigError, DataError, NotFoundError
 from datapipe.index import Shard, read_index
 from datapipe.manifest import Manifest
 from datapipe.rebuild import members, rebuild
-from datapipe.remove import RECORDS, claimed, finish, refuse_links, unfinished, write_record
+from datapipe.removal_records import RECORDS, exclusive_change, finish, refuse_links, unfinished, write_record
 from datapipe.rewrite import stand_in
 from datapipe.storage import Store, open_store
 from datapipe.successors import in_use, replace_versions
@@ -69,7 +69,7 @@ def repair(url: str, storage: StorageConfig, *, workers: int = 0) -> Repaired:
     store = open_store(url, storage)
     refuse_links(store)
     done = Repaired()
-    with claimed(store, "repair"), Workers(workers) as pool:
+    with exclusive_change(store, "repair"), Workers(workers) as pool:
         versions = in_use(list(Manifest.versions(store)))
         using, past = _shards(versions), _shards(unfinished(store))
         shards = list(dict.fromkeys([*using, *past]))

@@ -19,20 +19,17 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from datapipe.claim import claim, claimed
+from datapipe.claim import claim_output, owns_output
 from datapipe.config import ReshardConfig, ShardConfig, StorageConfig
-from datapipe.distribute import distribute, planned, rows_file
+from datapipe.distribute import planned, repartition
 from datapipe.errors import DataError, NotFoundError
-from datapipe.index import INDEX, Shard
-from datapipe.ingest import refuse_inside
-from datapipe.manifest import Manifest, libraries
+from datapipe.index import INDEX
+from datapipe.ingest import refuse_inside, write_shards
+from datapipe.manifest import Manifest, has_manifest, libraries, load_unselected
 from datapipe.plan_shards import Candidates, Plan, hot_columns, key_texts, plan_shards, ranked
-from datapipe.progress import Progress
 from datapipe.quarantine import NAME as QUARANTINE
-from datapipe.quarantine import excluded, write_quarantine
-from datapipe.scan import REFUSED
-from datapipe.select import whole
-from datapipe.shard import Sheet, sidecars, write_shard
+from datapipe.quarantine import REFUSED, excluded, write_quarantine
+from datapipe.shard import sidecars
 from datapipe.spool import opened_spool
 from datapipe.storage import Store, open_store, probe
 from datapipe.tar import member_bytes
@@ -74,18 +71,18 @@ def reshard(
     store = open_store(out, storage)
     with opened_spool(config.spool, out, storage) as (spool, local), Workers(config.workers) as own:
         request = _request(sets, config, licence)
-        if not claimed(store, request):
+        if not owns_output(store, request):
             probe(store).demand("ranges", "lists", where=out)
-        elif any(True for _ in store.list("manifest-v")):
-            return Resharded(whole(out, storage), True)
+        elif has_manifest(store):
+            return Resharded(load_unselected(out, storage), True)
         run = _Run(sets, store, spool, local, config, storage, workers or own)
         crops, plan = run.plan()
-        claim(store, request)
-        distribute(plan, crops, run.rows(), spool, local=local)
+        claim_output(store, request)
+        repartition(plan, crops, run.rows(), spool, local=local)
         refused, repeated = run.quarantine(plan, crops), int((~run.once).sum())
         del crops
         manifest = Manifest(
-            run.write(plan),
+            write_shards(plan, store, spool, storage, run.workers, with_sidecars=config.sidecars == "json"),
             name="+".join(sorted({part.name for part in sets})),
             plan=plan.id,
             licence=licence or "; ".join(sorted({part.licence for part in sets} - {""})),
@@ -149,26 +146,6 @@ class _Run:
         """Bring the lists of what was left out together, with what this plan leaves out; returns how many."""
         rows = planned(plan, crops, self.rows()) if self.config.exclude != "none" else ()
         return sum(write_quarantine(self.store, chain(self._refused(), excluded(rows)), local=self.local).values())
-
-    def write(self, plan: Plan) -> tuple[Shard, ...]:
-        """All shards, in their order."""
-        sheets = [
-            Sheet(
-                plan.name(number),
-                rows_file(plan, number),
-                int(plan.cuts[number]),
-                int(plan.cuts[number + 1]),
-                self.config.sidecars == "json",
-            )
-            for number in range(plan.shards)
-        ]
-        shards: list[Shard] = []
-        with Progress("write", plan.bytes) as progress:
-            tasks = ((self.store, self.spool, sheet, self.storage) for sheet in sheets)
-            for shard in self.workers.run(write_shard, tasks, count=len(sheets)):
-                shards.append(shard)
-                progress.advance(shard.bytes, f"{len(shards)} of {len(sheets)} shards", crops=shard.rows)
-        return tuple(shards)
 
     def _hot(self, rows: pyarrow.Table) -> pyarrow.Table:
         """The columns that Candidates take."""

@@ -19,8 +19,7 @@ import pyarrow.parquet
 import xxhash
 
 from datapipe.errors import DataError, NotFoundError
-from datapipe.heirs import MARKS, Marks
-from datapipe.index import INDEX, Shard, read_index
+from datapipe.index import INDEX, MARKS, RowMarks, Shard, read_index
 from datapipe.storage import Store
 from datapipe.tar import BLOCK, END_BYTES, header, member_bytes
 
@@ -30,7 +29,7 @@ class Change(NamedTuple):
 
     out: np.ndarray
     """Rows (int64, within the shard) whose crops go."""
-    marks: Mapping[int, Marks]
+    marks: Mapping[int, RowMarks]
     """New marks of rows whose original goes."""
     mend: bool = False
     """The tar is damaged: its sound crops are copied one by one, and all around them is written anew."""
@@ -108,7 +107,7 @@ def _is_sidecar(data: bytes, key: str) -> bool:
     return member.name == f"{key}.json" and len(data) == BLOCK + member.size + -member.size % BLOCK
 
 
-def _marked(table: pyarrow.Table, marks: Mapping[int, Marks]) -> pyarrow.Table:
+def _marked(table: pyarrow.Table, marks: Mapping[int, RowMarks]) -> pyarrow.Table:
     for number, name in enumerate(MARKS if marks else ()):
         values = table[name].to_pylist()
         for row, new in marks.items():
@@ -118,20 +117,19 @@ def _marked(table: pyarrow.Table, marks: Mapping[int, Marks]) -> pyarrow.Table:
 
 
 def _read(store: Store, shard: Shard, *, intact: bool) -> bytes:
-    where, hint = store.address(shard.name), "`python -m datapipe verify --repair` first"
+    what = "a tar of the data set"
+    if intact:
+        hint = "copy it there again; where there is no copy, `python -m datapipe verify --repair` first"
+        return store.read_verified(shard.name, shard.sha256, what=what, hint=hint)
     try:
-        tar = store.read(shard.name)
+        return store.read(shard.name)
     except NotFoundError as error:
-        raise DataError("a tar of the data set is missing", where=where, hint="copy it there again") from error
-    if intact and hashlib.sha256(tar).hexdigest() != shard.sha256:
-        raise DataError("a tar of the data set is not the one that was written", where=where, hint=hint)
-    return tar
+        raise DataError(f"{what} is missing", where=store.address(shard.name), hint="copy it there again") from error
 
 
 def _create(store: Store, data: bytes | bytearray, ending: str) -> tuple[str, str]:
     """Write an object under the name of its content: (name, sha256)."""
     sha256 = hashlib.sha256(data).hexdigest()
     name = f"shards/{sha256[:32]}{ending}"
-    if not store.create(name, data) and hashlib.sha256(store.read(name)).hexdigest() != sha256:
-        store.replace(name, data)  # damaged: its name says what it has to be
+    store.create_by_content(name, data)
     return name, sha256

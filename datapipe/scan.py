@@ -29,9 +29,10 @@ from datapipe.errors import NotFoundError
 from datapipe.index import INDEX
 from datapipe.manifest import libraries
 from datapipe.plan_shards import HOT, hot_columns, sample_key
+from datapipe.quarantine import REFUSED
 from datapipe.screen import Kept, Reason, Refused, screen
 from datapipe.shard import sidecars
-from datapipe.sources import Crop, Source, Unit
+from datapipe.sources.base import Crop, Source, Unit
 from datapipe.storage import Store
 from datapipe.tar import member_bytes
 
@@ -48,12 +49,6 @@ ROWS = pyarrow.schema([
     *(INDEX.field(name) for name in FOUND), INDEX.field("dhash"), *HOT,
     ("segment", pyarrow.string()),  # the object that holds the JPEG
     ("start", pyarrow.int64()),  # of the JPEG within it
-])
-REFUSED = pyarrow.schema([
-    *(INDEX.field(name) for name in ("key", "source", "name")),
-    ("reason", pyarrow.string()),
-    ("detail", pyarrow.string()),
-    ("bytes", pyarrow.int64()),  # as found
 ])
 Work = Sequence[tuple[Source, Unit]]
 """Units that are scanned together."""

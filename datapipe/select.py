@@ -12,7 +12,7 @@ from datapipe.errors import ConfigError, DataError
 from datapipe.expression import Expression
 from datapipe.index import INDEX, whole_column
 from datapipe.listed import By, look_up, read_list, refuse_ambiguous, refuse_missing
-from datapipe.manifest import Manifest
+from datapipe.manifest import Manifest, load_unselected
 from datapipe.plan_shards import rank
 from datapipe.selection import write_selection
 from datapipe.storage import open_store
@@ -41,7 +41,7 @@ def select(url: str, config: SelectConfig, storage: StorageConfig) -> Selected:
     """
     if config == SelectConfig(seed=config.seed, max_missing=config.max_missing, keep=config.keep):
         raise ConfigError("no criterion is given", hint="--where, --names, --keys, --fraction or --exclude")
-    base = whole(url, storage)
+    base = load_unselected(url, storage)
     choice = _Choice(base, config, storage)
     if not len(choice.rows):
         raise DataError(
@@ -52,15 +52,6 @@ def select(url: str, config: SelectConfig, storage: StorageConfig) -> Selected:
     store = open_store(base.url, storage)
     selection = write_selection(store, base.selected(storage)[choice.rows])
     return Selected(base.derive(store, "select", selection=selection), tuple(choice.steps), choice.missing)
-
-
-def whole(url: str, storage: StorageConfig) -> Manifest:
-    """The newest version of a folder that is no selection, or the version that the url names."""
-    newest = Manifest.load(url, storage)
-    if url.endswith(".json") or not newest.selection:
-        return newest
-    versions = Manifest.versions(open_store(url, storage))
-    return [version for version in versions if not version.selection][-1]
 
 
 class _Choice:

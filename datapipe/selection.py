@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from datapipe.errors import DataError, NotFoundError
+from datapipe.errors import DataError
 from datapipe.storage import Store
 
 HINT = "copy the file again, or make the version anew with `python -m datapipe select`"
@@ -25,12 +25,7 @@ class Selection:
 def read_selection(store: Store, selection: Selection) -> np.ndarray:
     """The selected rows, int64, verified against the manifest. Raises DataError that names the file."""
     where = store.address(selection.file)
-    try:
-        data = store.read(selection.file)
-    except NotFoundError as error:
-        raise DataError("the selection of this version is missing", where=where, hint=HINT) from error
-    if hashlib.sha256(data).hexdigest() != selection.sha256:
-        raise DataError("the selection of this version is not what was written", where=where, hint=HINT)
+    data = store.read_verified(selection.file, selection.sha256, what="the selection of this version", hint=HINT)
     try:
         rows = pyarrow.parquet.read_table(pyarrow.BufferReader(data), columns=["row"])["row"].to_numpy()
     except (pyarrow.ArrowException, OSError, KeyError) as error:
@@ -47,6 +42,5 @@ def write_selection(store: Store, rows: np.ndarray) -> Selection:
     data = sink.getvalue().to_pybytes()
     sha256 = hashlib.sha256(data).hexdigest()
     selection = Selection(f"selections/{sha256[:16]}.parquet", sha256, len(rows))
-    if not store.create(selection.file, data) and store.read(selection.file) != data:
-        store.replace(selection.file, data)  # damaged: its name says what it has to be
+    store.create_by_content(selection.file, data)
     return selection

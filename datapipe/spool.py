@@ -11,15 +11,9 @@ from pathlib import Path
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError, NotFoundError, StorageError
-from datapipe.storage import Store, full_url, is_remote, open_store
+from datapipe.storage import Store, is_remote, open_store, resolved_url
 
 FOLDER, LOCK = ".spool", "lock"
-
-
-def absolute(url: str) -> str:
-    """The url in the one form that tells places apart."""
-    url = full_url(url)
-    return url.rstrip("/") if is_remote(url) else os.path.realpath(os.path.expanduser(url.removeprefix("file://")))
 
 
 @contextlib.contextmanager
@@ -64,11 +58,11 @@ def check_room(folder: Path | None, wanted: int) -> None:
 
 def _url(chosen: str, out: str) -> str:
     """A folder of this data set's own, so that it may be emptied."""
-    name = hashlib.sha256(absolute(out).encode()).hexdigest()[:16]
+    name = hashlib.sha256(resolved_url(out).encode()).hexdigest()[:16]
     if chosen:
-        return f"{absolute(chosen)}/{name}"
+        return f"{resolved_url(chosen)}/{name}"
     if not is_remote(out):
-        return f"{absolute(out)}/{FOLDER}"
+        return f"{resolved_url(out)}/{FOLDER}"
     return f"{tempfile.gettempdir()}/datapipe-spool-{os.getuid()}-{name}"
 
 

@@ -10,8 +10,7 @@ import pyarrow.parquet
 
 from datapipe.config import StorageConfig
 from datapipe.errors import NotFoundError
-from datapipe.heirs import MARKS
-from datapipe.index import whole_column
+from datapipe.index import MARKS, whole_column
 from datapipe.manifest import Manifest
 from datapipe.quarantine import NAME as QUARANTINE
 from datapipe.storage import Store, open_store

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from datapipe.blocks import MissingShardError, Reader
+from datapipe.blocks import BlockReader, MissingShardError
 from datapipe.config import StorageConfig, StreamConfig
 from datapipe.errors import DataError
 from datapipe.manifest import Manifest
@@ -119,7 +119,7 @@ class Stream:
     def _now(self) -> Opened:
         return self._versions[-1]
 
-    def _from_newest(self, work: Callable[[Reader], Fetched]) -> Fetched:
+    def _from_newest(self, work: Callable[[BlockReader], Fetched]) -> Fetched:
         """What `work` returns; done again with another version where this one's shards are gone."""
         while True:
             version = self._now
@@ -140,7 +140,7 @@ class Stream:
         self._versions.append(opened)  # others may still read through the one before: it is closed at the end
         return True
 
-    def _fetch(self, reader: Reader, samples: Ints) -> Fetched:
+    def _fetch(self, reader: BlockReader, samples: Ints) -> Fetched:
         wanted = [self._sound(sample) for sample in samples.tolist()] if self._broken else samples.tolist()
         found = reader.read(np.array(wanted, dtype=np.int64))
         promised = reader.places.xxh3[wanted].tolist()
@@ -151,7 +151,7 @@ class Stream:
         rows = np.array([row for row, _ in checked], dtype=np.int64)
         return Fetched(rows, [data for _, data in checked])
 
-    def _checked(self, reader: Reader, row: int) -> tuple[int, bytes]:
+    def _checked(self, reader: BlockReader, row: int) -> tuple[int, bytes]:
         """The row and its bytes if they are what the index promises, else the first sound row after it and its."""
         sample = row
         while True:

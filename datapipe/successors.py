@@ -10,8 +10,8 @@ import pyarrow.compute
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError
-from datapipe.heirs import MARKS, Marks, heirs
-from datapipe.index import Shard
+from datapipe.heirs import relink_duplicates
+from datapipe.index import MARKS, RowMarks, Shard
 from datapipe.manifest import ORDINAL, Manifest
 from datapipe.progress import Progress
 from datapipe.rewrite import Change, rewrite, stand_in
@@ -85,7 +85,7 @@ def _renew(
     if not out.any() and not mend:
         return _Renewed(whole.shards, int((~there).sum()))
     starts = np.cumsum([0, *(shard.rows for shard in whole.shards)])
-    marks = heirs(table, staying, keys)
+    marks = relink_duplicates(table, staying, keys)
     changes = dict(_changes(whole.shards, starts, out, staying, marks, mend))
     shards = list(whole.shards)
     with Progress("rewrite", max(1, len(changes))) as progress:
@@ -102,7 +102,7 @@ def _changes(
     starts: np.ndarray,
     out: np.ndarray,
     staying: np.ndarray,
-    marks: Mapping[int, Marks],
+    marks: Mapping[int, RowMarks],
     mend: Collection[str],
 ) -> Iterator[tuple[int, Change]]:
     """What is to be done to each shard that changes and keeps a crop."""

@@ -7,31 +7,27 @@ there; both hold the configuration, so that a folder is only ever continued with
 import json
 import multiprocessing
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cv2
 
 from datapipe.config import SynthConfig
-from datapipe.cores import available_cores
-from datapipe.errors import ClusterError, ConfigError, DataError, StorageError
-from datapipe.stopping import sheltered
+from datapipe.errors import ConfigError, DataError, StorageError
+from datapipe.resource_limits import available_cores
 from datapipe.synth_scenes import Shot, crop
+from datapipe.workers import Workers
 
 TRAIN, GALLERY, QUERY = "bounding_box_train", "bounding_box_test", "query"
 FINISHED, UNFINISHED = "synth.json", "synth.unfinished.json"
 RENDERER = 1
 """Raise when the same configuration gives other images; folders made by another one are not continued."""
 REPORT_EVERY_S = 5.0
+IMAGES_PER_TASK = 16
 
 
 def render(out: Path, config: SynthConfig) -> None:
@@ -109,48 +105,29 @@ def _render_all(out: Path, config: SynthConfig, work: list[tuple[str, Shot]], *,
     begin = reported = time.monotonic()
     workers = config.workers or available_cores()
     print(f"synth: rendering {len(work)} of {total} images into {out} ({workers} processes)", flush=True)
-    for done, _ in enumerate(_written(out, config, work, workers), start=1):
-        now = time.monotonic()
+    done = 0
+    for written in _written(out, config, work, workers):
+        done, now = done + written, time.monotonic()
         if now - reported >= REPORT_EVERY_S or done == len(work):
             reported = now
             print(f"synth: {done} of {len(work)} images, {done / (now - begin):.0f} images/s", flush=True)
 
 
-def _written(out: Path, config: SynthConfig, work: list[tuple[str, Shot]], workers: int) -> Iterator[None]:
-    """Yields once per image written."""
-    write = partial(_write_crop, out, config)
-    if workers == 1 or len(work) < 2 * workers:
-        yield from map(write, work)
-        return
-    spawn = multiprocessing.get_context("spawn")  # never fork: the caller may have threads
-    try:
-        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker) as pool:
-            with sheltered():
-                written = pool.map(write, work, chunksize=16)  # starts the processes
-            yield from written
-    except BrokenProcessPool as error:
-        hint = "run it again: it goes on from there; use fewer workers if memory ran out"
-        raise ClusterError("a rendering process was ended from outside", where=str(out), hint=hint) from error
+def _written(out: Path, config: SynthConfig, work: list[tuple[str, Shot]], workers: int) -> Iterator[int]:
+    """Yields numbers of images written."""
+    size = 1 if workers == 1 else IMAGES_PER_TASK
+    tasks = [(out, config, work[start : start + size]) for start in range(0, len(work), size)]
+    with Workers(workers if len(work) >= 2 * workers else 1) as pool:
+        yield from pool.run(_write_crops, tasks, count=len(tasks))
 
 
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    cv2.setNumThreads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """The pool does not notice when the parent is killed: its processes would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _write_crop(out: Path, config: SynthConfig, work: tuple[str, Shot]) -> None:
-    name, shot = work
+def _write_crops(out: Path, config: SynthConfig, work: Sequence[tuple[str, Shot]]) -> int:
+    if multiprocessing.parent_process() is not None:
+        cv2.setNumThreads(1)  # the processes are the parallelism
     with _refusals_named(out):
-        _write(out / name, crop(config, shot))
+        for name, shot in work:
+            _write(out / name, crop(config, shot))
+    return len(work)
 
 
 def _write(path: Path, data: bytes) -> None:

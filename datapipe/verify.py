@@ -15,8 +15,7 @@ import xxhash
 from datapipe.config import StorageConfig
 from datapipe.difference_hash import difference_hash
 from datapipe.errors import DataError, NotFoundError
-from datapipe.heirs import MARKS
-from datapipe.index import INDEX, Shard, read_index
+from datapipe.index import INDEX, MARKS, Shard, read_index
 from datapipe.manifest import Manifest
 from datapipe.progress import Progress
 from datapipe.relations import Finding, relation_findings

@@ -1,6 +1,6 @@
 """What views a method asks for, group by group: sizes, crops, colours and masks, as plain settings.
 
-Needs nothing that decodes or draws pictures; `views.py` carries it out.
+Needs nothing that decodes or draws pictures; `make_views` carries it out.
 """
 
 from dataclasses import dataclass, replace

@@ -1,22 +1,49 @@
-"""Work spread over processes: results in the order of the tasks, few tasks waiting, and none that outlives the run."""
+"""Work spread over threads or processes: results in the order of the tasks, few waiting, none that outlives the run."""
 
 import multiprocessing
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from typing import Any, Protocol, TypeVar
 
-from datapipe.ahead import results
-from datapipe.cores import available_cores
 from datapipe.errors import ClusterError
+from datapipe.resource_limits import available_cores
 from datapipe.stopping import sheltered
 
 T = TypeVar("T")
+Task = TypeVar("Task")
 TASKS_PER_WORKER = 2
+
+
+def in_order(work: Callable[[Task], T], tasks: Iterable[Task], *, threads: int) -> Iterator[T]:
+    """`work` of each, in order, by so many threads at a time; no more answers than that wait. The first error is raised
+    in its turn, and what is then still to be done is left. `threads` 0: one after the other, in this thread."""
+    if not threads:
+        yield from map(work, tasks)
+        return
+    with ThreadPoolExecutor(threads, "datapipe-ahead") as pool:
+        yield from results((pool.submit(work, task) for task in tasks), most=threads)
+
+
+def results(futures: Iterable[Future[T]], *, most: int) -> Iterator[T]:
+    """What they give, in order. `futures` makes each of them when it is asked for, and no more than `most` are there at
+    a time; those that are left when it ends early are cancelled."""
+    coming: deque[Future[T]] = deque()
+    try:
+        for future in futures:
+            coming.append(future)
+            if len(coming) == most:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+    finally:
+        for future in coming:
+            future.cancel()
 
 
 class Executor(Protocol):

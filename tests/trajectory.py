@@ -10,15 +10,15 @@ from torch import Tensor
 
 from datapipe.batch import Batch, Intake
 from tests.golden import golden, group
-from training.assembly import Portion, portion
 from training.backbone import BackboneConfig
-from training.config import EngineConfig, OptimisationConfig
+from training.batch_split import Portion, portion
 from training.engine.clock import Clock
 from training.engine.faults import Faults, describe
 from training.engine.host import LocalHost
 from training.engine.loop import Run, Segment, rehearse, train
 from training.engine.optimisation import group_parameters
 from training.engine.plain import PlainStepper
+from training.engine.settings import EngineConfig, OptimisationConfig
 from training.engine.stepper import Result, Stepper
 from training.engine.stop import Stop
 from training.engine.world import World
@@ -28,7 +28,7 @@ from training.methods.base import Method, Progress, Views
 from training.methods.dino import DinoConfig
 from training.methods.pass_reid import PassConfig
 from training.methods.personvit import PersonVitConfig
-from training.weights import load_counted
+from training.weights.counted_keys import load_counted
 
 
 @dataclass

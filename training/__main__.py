@@ -7,24 +7,25 @@ from datapipe.command import Command
 
 TORCH = "PyTorch"
 COMMANDS = {
-    "pretrain": Command("training.commands:pretrain", "Train a recipe in this one process, without Ray; `--dry-run` "
-                        "says what it would be and needs.", loads=TORCH, log=True, quiet=("--json", "--dry-run")),
-    "views": Command("training.commands:views", "Print the views that a recipe trains on, as JSON for `python -m "
-                     "datapipe preview --views FILE`.", loads=TORCH),
-    "checkpoints": Command("training.checkpoint.command:checkpoints", "List, verify, compare or prune a run's "
+    "pretrain": Command("training.commands.pretrain:pretrain", "Train a recipe in this one process, without Ray; "
+                        "`--dry-run` says what it would be and needs.", loads=TORCH, log=True,
+                        quiet=("--json", "--dry-run")),
+    "views": Command("training.commands.pretrain:views", "Print the views that a recipe trains on, as JSON for "
+                     "`python -m datapipe preview --views FILE`.", loads=TORCH),
+    "checkpoints": Command("training.commands.checkpoints:checkpoints", "List, verify, compare or prune a run's "
                            "checkpoints.", loads=TORCH),
-    "evaluate": Command("training.evaluate_command:evaluate", "Score weights by retrieval: a run's checkpoints beside "
+    "evaluate": Command("training.commands.evaluate:evaluate", "Score weights by retrieval: a run's checkpoints beside "
                         "baselines, an export, a file; or after fine-tuning.", loads=TORCH, log=True),
-    "reproduce": Command("training.reproduce_command:reproduce", "Carry out a published evaluation and hold ours "
+    "reproduce": Command("training.commands.reproduce:reproduce", "Carry out a published evaluation and hold ours "
                          "against it: exit code 0 within the tolerance, 1 outside.", loads=TORCH),
-    "export": Command("training.commands:export", "Write a checkpoint's backbone for timm, with a card that says what "
-                      "it is.", loads=TORCH),
-    "import": Command("training.commands:import_published", "Read weights published by others and write their backbone "
-                      "as an export, with a card that says where from.", loads=TORCH),
-    "report": Command("training.commands:report", "Write report.html, one self-contained file, from what the run "
-                      "folder holds.", loads=TORCH),
-    "warm": Command("training.commands:warm", "Start DeepSpeed once, with a tiny module, to see that it works here.",
-                    loads="PyTorch and DeepSpeed"),
+    "export": Command("training.commands.weights:export", "Write a checkpoint's backbone for timm, with a card that "
+                      "says what it is.", loads=TORCH),
+    "import": Command("training.commands.weights:import_published", "Read weights published by others and write their "
+                      "backbone as an export, with a card that says where from.", loads=TORCH),
+    "report": Command("training.commands.report:report", "Write report.html, one self-contained file, from what the "
+                      "run folder holds.", loads=TORCH),
+    "warm": Command("training.commands.pretrain:warm", "Start DeepSpeed once, with a tiny module, to see that it works "
+                    "here.", loads="PyTorch and DeepSpeed"),
 }  # fmt: skip
 
 

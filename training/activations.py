@@ -1,7 +1,8 @@
 """How many bytes one micro-batch keeps for the backward pass: pure arithmetic on the recipe, part by part.
 
-Every term is a tensor that autograd saves (PyTorch 2.15, timm 1.0); `tests/training/test_activations.py` counts the
-real ones. What two operations save counts once. Left out are drop-path factors and masks: a few bytes per image.
+Every term is a tensor that autograd saves (PyTorch 2.15, timm 1.0); the real ones are counted by
+`tests/training/test_activations.py`. What two operations save counts once.
+Left out are drop-path factors and masks: a few bytes per image.
 
 Letters: B images of the micro-batch, R rows (views * images), T tokens, C channels, K prototypes, Z bottleneck.
 """
@@ -11,13 +12,13 @@ from typing import NamedTuple
 
 from datapipe.config import Size
 from training.backbone import BackboneConfig
-from training.config import RunConfig
 from training.heads import HeadConfig
 from training.methods.dino import DinoConfig
 from training.methods.pass_reid import PassConfig
 from training.methods.personmae import PersonMaeConfig
 from training.methods.personvit import PersonVitConfig
 from training.methods.supervised import SupervisedConfig
+from training.run_config import RunConfig
 from training.stem import CHANNELS
 
 FULL = 4

@@ -4,86 +4,27 @@ What reads data sets is imported where it is used: a method, its stepper and a b
 """
 
 import math
-import tomllib
-from contextlib import closing
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from datapipe.batch import Batch
-from datapipe.errors import ConfigError, DataError
-from datapipe.identities import IdentityOrder, numbered
 from datapipe.masking import draw_masks
-from datapipe.order import SampleOrder
-from datapipe.randomness import Ints, words
+from datapipe.randomness import words
 from datapipe.view_spec import ViewSpec
-from training import checkpoint, methods
-from training import config as recipes
-from training.config import RunConfig
-from training.engine.clock import Clock
+from training import methods
+from training.batch_split import Portion
 from training.engine.optimisation import group_parameters
 from training.engine.plain import PlainStepper
 from training.engine.stepper import Stepper
 from training.engine.world import World
-from training.initial_weights import refuse_missing, start_from
-from training.methods.base import ByIdentity, Method, refuse_fp16_on_cpu
-from training.run_folder import RunFolder
+from training.initial_weights import start_from
+from training.methods.base import Method
+from training.run_config import RunConfig
 
 if TYPE_CHECKING:
-    from datapipe.data import Data
-    from datapipe.loader import Loader
-    from datapipe.mixed_stream import MixedStream
     from datapipe.preview import TrainingViews
-    from datapipe.stream import Stream
-
-FREE_TO_CHANGE = ("out", "storage", "engine", "checkpoints", "cluster", "evaluation.data", "evaluation.every_epochs",
-                  "evaluation.scoring.embed_batch", "optimisation.micro_batch", "backbone.checkpoint_blocks",
-                  "backbone.compile_blocks", "stream.threads", "stream.prefetch", "stream.cache_mb", "stream.cache_gb",
-                  "stream.cache_dir", "stream.reads", "stream.max_bad", "stream.assignment")  # fmt: skip
-"""Settings that may differ when a run is continued: they change where, how fast and how often, not what is learnt.
-(stream.manifest and stream.mix are compared by their content, not by their addresses.)"""
-
-
-class Portion(NamedTuple):
-    """One rank's share of a global batch."""
-
-    rows: int
-    """Images per rank, padding included; a multiple of `micro`."""
-    micro: int
-    """Images taken through forward and backward at once."""
-
-
-def portion(batch: int, micro_batch: int, world: int) -> Portion:
-    """Equal shares for all ranks in equal micro-batches, with as little padding as that allows. `micro_batch` 0: each
-    share in one."""
-    share = math.ceil(batch / world)
-    pieces = math.ceil(share / micro_batch) if micro_batch else 1
-    micro = math.ceil(share / pieces)
-    return Portion(micro * pieces, micro)
-
-
-def refuse_split(config: RunConfig, share: Portion, *, couples: bool) -> None:
-    """Raises ConfigError where a batch must not be taken in micro-batches. `couples`: see `Method.couples_batch`."""
-    if couples and share.rows > share.micro:
-        raise ConfigError(
-            f"{config.method.name} couples the images of a batch (Sinkhorn targets, batch norm in the stem, mining), "
-            f"so a batch cannot be taken in {share.rows // share.micro} micro-batches",
-            where="optimisation.micro_batch, method.targets, backbone.stem",
-            hint=f"optimisation.micro_batch = 0 (here {share.rows} images at once), more workers, or targets and a "
-            "stem that do not couple",
-        )
-
-
-def clock_of(config: RunConfig, rows: int) -> Clock:
-    """The run's clock over a data set of so many rows."""
-    return Clock(
-        batch=config.optimisation.batch,
-        epoch_samples=config.samples_per_epoch or rows,
-        epochs=config.optimisation.epochs,
-        seed=config.seed,
-    )
 
 
 def initial_method(config: RunConfig) -> tuple[Method, dict[str, Any]]:
@@ -110,7 +51,7 @@ def view_spec(config: RunConfig) -> ViewSpec:
 
 
 def training_views(config: RunConfig) -> "TrainingViews":
-    """The same with seed and order, for `python -m datapipe preview`."""
+    """`view_spec` with seed and order of the stream, for `python -m datapipe preview`."""
     from datapipe.preview import TrainingViews
 
     return TrainingViews(view_spec(config), config.seed, config.stream.block, config.stream.window)
@@ -134,84 +75,6 @@ def deepspeed_json(config: RunConfig, world: World, share: Portion) -> dict[str,
     return derive_json(config.engine, rows=share.rows, micro=share.micro, world=world.size)
 
 
-def make_loader(config: RunConfig, data: "Data", world: World, share: Portion) -> "Loader":
-    from datapipe.loader import Loader
-
-    stream = data.stream(config.storage, config.stream)
-    return Loader(
-        stream,
-        order_of(config, data, stream),
-        view_spec(config),
-        seed=config.seed,
-        global_batch=config.optimisation.batch,
-        rank=world.rank,
-        world=world.size,
-        micro_batch=share.micro,
-        config=config.stream,
-        allocate=_pinned if world.device.type == "cuda" else np.empty,
-        ranks_here=world.local_size,
-        nodes=world.nodes() if config.stream.assignment == "node" else (),
-        labels=labels_of(config, stream.pid),
-    )
-
-
-def order_of(config: RunConfig, data: "Data", stream: "Stream | MixedStream") -> SampleOrder:
-    """Which sample comes when. Raises DataError where there are too few identities for a batch of them."""
-    sampling = sampling_of(config)
-    if sampling is None:
-        return data.order(config.seed, config.stream)
-    identities = config.optimisation.batch // sampling.instances
-    labels = labels_of(config, stream.pid)
-    return IdentityOrder(labels, seed=config.seed, identities=identities, instances=sampling.instances)
-
-
-def labels_of(config: RunConfig, pids: Ints) -> Ints:
-    """Every row's label as the method gets it: what the index says, or numbers from 0 where batches are made up of
-    identities, -1 for those that take no part."""
-    sampling = sampling_of(config)
-    return pids if sampling is None else numbered(pids, fraction=sampling.fraction, seed=config.seed)
-
-
-def sampling_of(config: RunConfig) -> ByIdentity | None:
-    """How the recipe's batches are made up of identities, if they are. Raises ConfigError where the batch does not
-    divide."""
-    sampling = methods.METHODS[config.method.name].by_identity(config.method)
-    if sampling is not None and config.optimisation.batch % sampling.instances:
-        raise ConfigError(f"a batch of {config.optimisation.batch} is not whole identities of {sampling.instances} "
-                          "images each", where="optimisation.batch, method.instances",
-                          hint="a batch that is a multiple of method.instances")  # fmt: skip
-    return sampling
-
-
-def resolved(config: RunConfig, data: "Data") -> RunConfig:
-    """The recipe with what only the data tells: for methods that learn from identities how many there are, and how
-    long an epoch is, as the reference's sampler has it (TransReID `datasets/sampler.py`).
-
-        epoch = sum over identities of max(K, images - images mod K)
-
-    Raises ConfigError where the recipe says otherwise, DataError where there are too few identities for a batch.
-    """
-    sampling = sampling_of(config)
-    if sampling is None:
-        return config
-    with closing(data.stream(config.storage, config.stream)) as stream:
-        labels = labels_of(config, stream.pid)
-        order_of(config, data, stream)  # refuses too few identities
-    images = np.bincount(labels[labels >= 0])
-    method: Any = config.method
-    if method.classes not in (0, len(images)):
-        raise ConfigError(f"the recipe is for {method.classes} identities, the data has {len(images)}",
-                          where="method.classes", hint="0: as many as there are")  # fmt: skip
-    epoch = int(np.maximum(sampling.instances, images - images % sampling.instances).sum())
-    method = replace(method, classes=len(images))
-    return replace(config, method=method, samples_per_epoch=config.samples_per_epoch or epoch)
-
-
-def _pinned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Page-locked host memory, which copies to the GPU beside the computation."""
-    return torch.empty(shape, dtype=getattr(torch, np.dtype(dtype).name), pin_memory=True).numpy()
-
-
 def fake_batch(spec: ViewSpec, share: Portion, config: RunConfig) -> Batch:
     """A batch of noise in the shape of real ones, for the rehearsal."""
     n = share.micro
@@ -228,68 +91,3 @@ def fake_batch(spec: ViewSpec, share: Portion, config: RunConfig) -> Batch:
         masks=draw_masks(spec.masks, config.seed, rows) if spec.masks else None,
         boxes=np.broadcast_to([0, 0, *config.backbone.size, 0], (spec.boxed, n, 5)).copy() if spec.boxed else None,
     )  # fmt: skip
-
-
-def refuse_unsuited(config: RunConfig, device: torch.device) -> None:
-    """Raises ConfigError for settings that this device or this engine cannot carry out; reads nothing."""
-    refuse_fp16_on_cpu(config.optimisation.precision, device)
-    engine = config.engine
-    if config.backbone.compile_blocks and engine.stepper == "deepspeed" and engine.zero_stage == 3:
-        raise ConfigError(
-            "compile_blocks does not go with zero_stage 3: hooks fetch the parameters of every layer, so that a block "
-            "falls into dozens of pieces, and compiling them gains nothing",
-            where="backbone.compile_blocks, engine.zero_stage",
-            hint="engine.zero_stage = 2, or backbone.compile_blocks = false",
-        )
-
-
-def check(config: RunConfig) -> "Data":
-    """Everything that can be refused before processes start: settings, data, an older run in the same folder.
-
-    Raises ConfigError, DataError or StorageError.
-    """
-    from datapipe.data import load_data
-
-    data = load_data(config.stream, config.storage)
-    config = resolved(config, data)
-    clock_of(config, data.rows)
-    if config.init.weights:
-        refuse_missing(config.init, config.storage)
-    folder = RunFolder(config.out, config.storage)
-    _refuse_other_settings(config, folder)
-    _refuse_other_data(folder, data)
-    folder.refuse_unwritable()
-    return data
-
-
-def saved_config(folder: RunFolder) -> RunConfig | None:
-    """The resolved recipe of a run folder; None where there is none."""
-    text = folder.read_text("config.toml")
-    return None if text is None else recipes.validate(tomllib.loads(text), where=folder.store.address("config.toml"))
-
-
-def _refuse_other_settings(config: RunConfig, folder: RunFolder) -> None:
-    if not checkpoint.complete(folder.at("checkpoints")):
-        return
-    before = saved_config(folder)
-    if before is None:
-        return
-    changed = recipes.differences(before, config, ignore=(*FREE_TO_CHANGE, "stream.manifest", "stream.mix"))
-    if changed:
-        raise ConfigError(
-            "the run in this folder began with other settings:\n" + "\n".join(f"    {line}" for line in changed),
-            where=folder.url,
-            hint="set them back to go on with that run, or choose another folder with --out",
-        )
-
-
-def _refuse_other_data(folder: RunFolder, data: "Data") -> None:
-    store = folder.at("checkpoints")
-    for name in reversed(checkpoint.complete(store)):
-        try:
-            marker = checkpoint.read_marker(store, name)
-        except DataError:
-            continue  # a damaged one is passed over, with a warning, when it is read
-        where = store.address(name)
-        checkpoint.refuse_other_data(marker, data.id, data.rows, data.replaces, where=where)
-        return

@@ -10,11 +10,13 @@ import torch
 from datapipe.data import load_data
 from datapipe.errors import ConfigError, StorageError
 from training import memory
-from training.assembly import clock_of, portion, refuse_split, refuse_unsuited, sampling_of
-from training.config import RunConfig
+from training.batch_split import portion
+from training.checks import refuse_split, refuse_unsuited
 from training.deviations import Comparison, compare
 from training.engine.clock import Clock
 from training.memory import Census, Memory
+from training.run_config import RunConfig
+from training.run_plan import clock_of, sampling_of
 
 LUPERSON = 4_180_243
 """Images of LUPerson, on which the published runs were trained."""

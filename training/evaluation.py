@@ -12,23 +12,25 @@ from datapipe.config import StorageConfig
 from datapipe.errors import DataError, NotFoundError
 from datapipe.storage import Store, open_store
 from training import checkpoint
-from training import config as recipes
 from training import pedigree as pedigrees
-from training import weights as exports
-from training.assembly import build_method, saved_config
+from training import recipe_toml as recipes
+from training.assembly import build_method
 from training.backbone import VisionTransformer
-from training.config import RunConfig
+from training.continuation import saved_config
+from training.image_statistics import MEAN_STD
 from training.methods.base import Method
 from training.out_of_memory import scoring_memory
 from training.pedigree import Pedigree
-from training.placing import MEAN_STD
 from training.reid import zero_shot
 from training.reid.datasets import ReIDSet, check_images, open_reid
 from training.reid.embed import EmbedConfig
 from training.reid.scoring import ScoringConfig
 from training.reid.zero_shot import COLOUR_HISTOGRAM, RANDOM, Weights
+from training.run_config import RunConfig
 from training.run_folder import RunFolder
-from training.weights import CARD, Provenance, first_few
+from training.weights import export as exports
+from training.weights.counted_keys import first_few
+from training.weights.export import CARD, Provenance
 
 EXPORTED = "exported"
 """Name of the weights of an export or import among the scores."""

@@ -9,8 +9,8 @@ from datapipe.storage import Data, Entry, Store
 
 
 class Guard:
-    """Who may write. This one lets everybody: for folders that nobody else writes to. `training/lease.py` has those
-    that know."""
+    """Who may write. This one lets everybody: for folders that nobody else writes to. Those that know are in
+    `training/lease.py`."""
 
     term: int = 0
     """Number of the lease, which rises with every takeover; 0 without one."""

@@ -12,11 +12,12 @@ from datapipe.errors import ConfigError, DataError, NotFoundError
 from datapipe.settings import settings
 from datapipe.storage import open_store, split_url
 from training.backbone import BackboneConfig, Shape, VisionTransformer
+from training.image_statistics import MEAN_STD
 from training.methods.base import Method
-from training.placing import MEAN_STD
 from training.published import Network, Published, Stated, read_published
 from training.resizing import Interpolation, resized, resizing
-from training.weights import CARD, first_few, load_backbone, load_card, load_counted
+from training.weights.counted_keys import first_few, load_counted
+from training.weights.export import CARD, load_backbone, load_card
 
 CENTRES = {"center": "centre_cls", "center2": "centre_patch"}
 """Names in DINO's and iBOT's files -> ours; PASS's have the tokens' names."""

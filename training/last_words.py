@@ -8,8 +8,9 @@ into the rank's log in the run folder:
     | terminate called after throwing an instance of 'c10::DistBackendError'
     | ...
 
-The child (`python -m training.last_words`) needs next to nothing until then. It is in a session of its own, as Ctrl-C
-and a scheduler's signals are for the run, and ignores those that reach it; it ends when the process has ended.
+The child (`python -m training.last_words`) needs next to nothing until then. It is in a session of its
+own, as Ctrl-C and a scheduler's signals are for the run, and ignores those that reach it; it ends when the process has
+ended.
 """
 
 import contextlib

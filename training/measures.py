@@ -1,4 +1,6 @@
-"""What a run is watched by: how much targets and features still say of an image. `health.py` judges the course of it.
+"""What a run is watched by: how much targets and features still say of an image.
+
+The course of it is judged by `training/health.py`.
 
 Every measure is recorded per image, [B], though it compares the real images of a micro-batch. Shapes: T teacher views,
 B images, K prototypes, R rows of any kind, C channels.
@@ -8,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.precision import at_least_float32
+
 
 def cosine_to_others(features_BC: Tensor, weight_B: Tensor) -> Tensor:
     """Mean cosine of each image with the other real images of its micro-batch: [B]; 0 where there is no other.
@@ -15,7 +19,7 @@ def cosine_to_others(features_BC: Tensor, weight_B: Tensor) -> Tensor:
     cosine[b] = (1 / (n - 1)) * sum over real b' != b of <f[b], f[b']> / (|f[b]| |f[b']|)
     """
     real_B1 = (weight_B > 0)[:, None]
-    unit_BC = F.normalize(_at_least_float32(features_BC), dim=-1) * real_B1
+    unit_BC = F.normalize(at_least_float32(features_BC), dim=-1) * real_B1
     others = (real_B1.sum() - 1).clamp(min=1)
     return ((unit_BC @ unit_BC.sum(dim=0)) - real_B1[:, 0].to(unit_BC.dtype)) / others
 
@@ -31,7 +35,7 @@ def participation(features_BC: Tensor, weight_B: Tensor) -> Tensor:
     """
     real_B1 = (weight_B > 0).to(features_BC.dtype)[:, None]
     mean_C = (features_BC * real_B1).sum(dim=0) / real_B1.sum().clamp(min=1)
-    centred_BC = _at_least_float32((features_BC - mean_C) * real_B1)
+    centred_BC = at_least_float32((features_BC - mean_C) * real_B1)
     gram_BB = centred_BC @ centred_BC.T
     tiny = 1e-30
     ratio = gram_BB.trace().square() / gram_BB.square().sum().clamp(min=tiny)
@@ -64,7 +68,3 @@ def of_features(features_BC: Tensor, weight_B: Tensor) -> dict[str, Tensor]:
         "feature_rank": participation(features_BC, weight_B),
         "images_compared": (weight_B > 0).sum().to(features_BC.dtype).expand(len(weight_B)),
     }
-
-
-def _at_least_float32(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -2,7 +2,7 @@
 
 Pure: a function of the recipe and of the sizes of the parameters, which are those of a module on the meta device.
 
-    forward    state, what autograd keeps of a micro-batch (`activations.py`), and what is alive when the loss is formed
+    forward    state, what autograd keeps of a micro-batch, and what is alive when the loss is formed
     backward   the same without what the loss alone needed, with the largest temporaries: the prototypes' or a block's
     reduction  state, all gradients, and what the ranks' sum takes
     step       state, gradients, and the temporaries of norms and AdamW
@@ -19,12 +19,13 @@ from torch import nn
 
 from training import activations
 from training.activations import FULL, Numerics
-from training.assembly import build_method, deepspeed_json, portion, view_spec
-from training.config import RunConfig
+from training.assembly import build_method, deepspeed_json, view_spec
+from training.batch_split import portion
 from training.engine.optimisation import group_parameters
 from training.engine.world import World
 from training.methods.base import Method
 from training.methods.personmae import PersonMaeConfig
+from training.run_config import RunConfig
 
 DOUBLE = 8
 """Bytes of a float64."""

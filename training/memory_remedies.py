@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 from datapipe.errors import ConfigError
 from training import memory
-from training.assembly import portion, sampling_of
-from training.config import RunConfig
+from training.batch_split import portion
 from training.engine.world import World
 from training.out_of_memory import GB, device_bytes, device_name, explained, first_line
+from training.run_config import RunConfig
 from training.run_folder import RunFolder
+from training.run_plan import sampling_of
 
 
 def training_memory(config: RunConfig, world: World) -> contextlib.AbstractContextManager[None]:

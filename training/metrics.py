@@ -1,8 +1,8 @@
 """What a run records: one JSON line per step and attempt, a status line now and then, TensorBoard as a view.
 
-The names of what every method records are explained in `training/measures.py`, those of a method's own where it makes
-them. A step on which signs of collapse stand (`training/health.py`) lists them under "signs"; the log tells when one
-appears or goes.
+The names of what every method records are explained in `training/measures.py`, those of a method's own
+where it makes them. A step on which signs of collapse stand (`training/health.py`) lists them
+under "signs"; the log tells when one appears or goes.
 Floats are written so that they read back exactly. Readers keep the last record of a step over all attempts.
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from datapipe.progress import duration
 from training.checkpoint import Saved
 from training.engine.host import Host
 from training.engine.optimisation import StepSettings
@@ -20,7 +21,7 @@ from training.engine.stepper import Result
 from training.health import Course
 from training.methods.base import Progress
 from training.run_folder import RunFolder
-from training.speed import Rates, Speed, Spent, duration, in_words
+from training.speed import Rates, Speed, Spent, in_words
 
 STATUS_S = 5.0
 """Seconds between status lines."""

@@ -17,15 +17,16 @@ import safetensors.torch
 from datapipe.errors import NotFoundError
 from datapipe.progress import telling
 from training import checkpoint, evaluation
-from training import weights as exports
-from training.config import EvaluationConfig, RunConfig
 from training.engine.clock import Clock
 from training.engine.host import Host
 from training.engine.world import World
 from training.evaluation import Task
 from training.methods.supervised import Supervised, to_transreid
+from training.reid.scoring import EvaluationConfig
 from training.reid.zero_shot import Weights
+from training.run_config import RunConfig
 from training.run_folder import RunFolder
+from training.weights import export as exports
 
 ALIVE_S = 1.0
 """Seconds between signs of life while one rank scores and the others wait for it."""

@@ -1,15 +1,16 @@
-"""Allocations that fail, whoever says so, and the error that scoring ends with. (`memory_remedies.py`: training's.)"""
+"""Allocations that fail, whoever says so, and the error that scoring ends with. Training's is that of
+`training/memory_remedies.py`."""
 
 import contextlib
 import errno
 import os
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
 from datapipe.errors import ConfigError, UserError
+from datapipe.resource_limits import memory_limit
 from training.engine.world import World
 
 GB = 10**9
@@ -19,7 +20,6 @@ SAYINGS = re.compile(
 )  # fmt: skip
 """How allocators say so in errors without a type of their own: CUDA's runtime, cuBLAS, cuDNN and cuSOLVER, NCCL, and
 PyTorch's for the CPU."""
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -80,9 +80,7 @@ def device_bytes(world: World) -> int:
         room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return 0
-    with contextlib.suppress(OSError, ValueError):  # no cgroup, or one without a limit, "max"
-        room = min(room, int(CGROUP_LIMIT.read_text()))
-    return room // world.local_size
+    return min(room, memory_limit() or room) // world.local_size
 
 
 def first_line(error: BaseException) -> str:

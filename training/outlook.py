@@ -6,20 +6,21 @@ Recipes are written for GPUs; on a machine without one they start all the same, 
 import dataclasses
 import math
 import time
-from pathlib import Path
 
 import psutil
 import torch
 from torch import nn
 
 from datapipe.errors import ConfigError
+from datapipe.resource_limits import memory_left
 from training import activations, memory
 from training.activations import FULL, Stack, student_stacks, teacher_stack
-from training.assembly import build_method, portion
-from training.config import RunConfig
+from training.assembly import build_method
+from training.batch_split import portion
 from training.engine.clock import Clock
 from training.engine.world import World
 from training.methods.supervised import SupervisedConfig
+from training.run_config import RunConfig
 
 GB = 10**9
 DAY_S = 86_400.0
@@ -187,35 +188,6 @@ def in_days(seconds: float) -> str:
 def available_memory() -> int:
     """Bytes that this process can still get: what the machine has free, or less where a container or a job limits
     it."""
-    return min([psutil.virtual_memory().available, *_left_in_groups()])
-
-
-def _left_in_groups(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """Bytes left below the memory limit of each control group that this process is in; version 1 and 2. Cached files
-    count as free."""
-    try:
-        lines = [line.split(":", 2) for line in proc.read_text().splitlines()]
-    except OSError:
-        return []
-    found = []
-    for _, kinds, path in lines:
-        if kinds == "":
-            files, base = ("memory.max", "memory.current", "inactive_file"), root
-        elif "memory" in kinds.split(","):
-            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            base = root / "memory"
-        else:
-            continue
-        places = [base / path.lstrip("/"), *(base / path.lstrip("/")).parents]
-        found += [left for place in places if place.is_relative_to(base) and (left := _left(place, *files)) is not None]
-    return found
-
-
-def _left(group: Path, limit: str, used: str, cached: str) -> int | None:
-    """Bytes left in one control group; None where there is no limit."""
-    try:
-        most, now = int((group / limit).read_text()), int((group / used).read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no such group, or "max"
-        return None
-    return max(0, most - now + int(stat.get(cached, 0)))
+    left = memory_left()
+    free = int(psutil.virtual_memory().available)
+    return free if left is None else min(free, left)

@@ -1,14 +1,13 @@
 """What weights are and where they come from, as far as it decides what their scores may be compared with."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
 
-from datapipe.storage import is_remote
+from datapipe.storage import full_url
 from training.backbone import BackboneConfig
-from training.config import RunConfig
+from training.run_config import RunConfig
 
 FINE_TUNED = "fine_tuned"
 """How the names of layouts of others' fine-tuned weights end."""
@@ -94,10 +93,6 @@ def _file(origin: Mapping[str, Any]) -> str:
 
 def _other(learnt: str, scored: str) -> str:
     """The data set that was learnt from, by the end of its address; empty: the one that is scored, or unknown."""
-    if not learnt or _whole(learnt) == _whole(scored):
+    if not learnt or full_url(learnt) == full_url(scored):
         return ""
     return learnt.rstrip("/").rpartition("/")[2]
-
-
-def _whole(address: str) -> str:
-    return address.rstrip("/") if is_remote(address) else os.path.abspath(address)

@@ -6,18 +6,9 @@ from torch import Tensor
 
 from datapipe.batch import Batch
 from datapipe.config import Statistics
+from training.image_statistics import MEAN_STD
 from training.methods.base import Views
 from training.transfer import to_device
-from training.weights import Triple
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Channel statistics (RGB, of values in 0..1) that all published pre-training recipes normalise with."""
-MEAN_STD: dict[Statistics, tuple[Triple, Triple]] = {
-    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-"""What images are normalised with. Fine-tuning in the references uses halves, their pre-training ImageNet's."""
 
 
 class Place:

@@ -8,29 +8,17 @@ from typing import NamedTuple
 
 import torch
 
-from datapipe.cores import available_cores
-from datapipe.data import Data, load_data
+from datapipe.data import load_data
 from datapipe.errors import ConfigError, UserError
+from datapipe.resource_limits import available_cores
 from datapipe.surroundings import numbers_in_environment
 from training import outlook
-from training.assembly import (
-    check,
-    clock_of,
-    fake_batch,
-    initial_method,
-    make_loader,
-    make_stepper,
-    portion,
-    refuse_split,
-    refuse_unsuited,
-    resolved,
-    view_spec,
-)
+from training.assembly import fake_batch, initial_method, make_stepper
 from training.audit import Audit
 from training.backbone import parameter_count
 from training.checkpoint import Checkpoints
+from training.checks import check, refuse_split, refuse_unsuited
 from training.compiling import refuse_without_compiler
-from training.config import RunConfig
 from training.engine.clock import Clock
 from training.engine.determinism import deterministic, guarantee
 from training.engine.devices import slow_precision, unused_gpus
@@ -53,11 +41,12 @@ from training.milestones import Milestones
 from training.placing import Place
 from training.provenance import about, describe, resume_command
 from training.rank_log import rank_log
+from training.run_config import RunConfig
 from training.run_folder import RunFolder
+from training.run_plan import RunPlan, make_loader, plan_run
 from training.speed import Tally
-from training.startup import Startup
 from training.succession import Succession
-from training.watch import Watch
+from training.watch import Startup, Watch
 
 
 class Ending(NamedTuple):
@@ -90,14 +79,14 @@ def pretrain(
     ):
         _use_threads(config, world)
         say(f"reads the data set {' + '.join(config.stream.mix) or config.stream.manifest}")
-        data = check(config) if world.leads else load_data(config.stream, config.storage)
+        plan = check(config) if world.leads else plan_run(config, load_data(config.stream, config.storage))
         if reason == "started":  # later on memory of workers that were ended may not be free yet
             outlook.refuse_want_of_memory(config, world, place=host.place())
         folder = RunFolder(config.out, config.storage, guard)
         if world.leads:
             refuse_slower(config, folder, world)
         with rank_log(folder, world, host):
-            return _pretrain(resolved(config, data), data, folder, world, host, reason, startup)
+            return _pretrain(plan, folder, world, host, reason, startup)
 
 
 @contextlib.contextmanager
@@ -137,26 +126,25 @@ def refuse_slower(config: RunConfig, folder: RunFolder, world: World) -> None:
 
 
 def _pretrain(
-    config: RunConfig, data: Data, folder: RunFolder, world: World, host: Host, reason: str, startup: Startup
+    plan: RunPlan, folder: RunFolder, world: World, host: Host, reason: str, startup: Startup
 ) -> Ending:
-    clock = clock_of(config, data.rows)
+    config, clock, share = plan.config, plan.clock, plan.share(world.size)
     say = host.say if world.leads else _silent
     if world.leads and reason == "started" and (warning := outlook.warning(config, clock, world)):
         say(warning)
     say(f"builds {config.method.name} with {config.backbone.arch}" + (
         f" from {config.init.weights}" if config.init.weights else ""))  # fmt: skip
     method, origin = initial_method(config)
-    share = portion(config.optimisation.batch, config.optimisation.micro_batch, world.size)
     refuse_split(config, share, couples=method.couples_batch())
     if world.leads:
-        describe(config, folder, data, world, share)
+        describe(plan, folder, world)
     method = method.to(world.device)
     say(f"starts the engine ({config.engine.stepper}, {world.size} ranks, {world.device.type})")
     stepper = make_stepper(config, method, world, share)
     world.expect_within(config.cluster.start_timeout_s + config.cluster.collective_timeout_s)  # DeepSpeed's groups, too
     checkpoints = Checkpoints(
-        folder.at("checkpoints"), config.checkpoints, world, about=about(config, data, world, origin), say=say,
-        replaces=data.replaces, epoch_steps=clock.epoch_steps, guard=folder.guard,
+        folder.at("checkpoints"), config.checkpoints, world, about=about(plan, world, origin), say=say,
+        replaces=plan.data.replaces, epoch_steps=clock.epoch_steps, guard=folder.guard,
     )
     startup.reached("engine")
     say("looks for a checkpoint")
@@ -166,7 +154,7 @@ def _pretrain(
         host.saved(position // clock.batch)  # whoever was to say so may have died before
     pace = Pace(method, host, world, say)
     watch = Watch(folder, world, config, pace)
-    with make_loader(config, data, world, share) as loader:
+    with make_loader(plan, world) as loader:
         run = Run(
             method=method, stepper=stepper, loader=loader, clock=clock,
             place=Place(world.device, config.views.statistics),
@@ -180,7 +168,7 @@ def _pretrain(
             say(f"complete: {clock.total_steps:,} steps were already done")
             return Ending(clock.total_steps, True)
         say("rehearses one micro-batch" + (", compiles" if config.backbone.compile_blocks else ""))
-        rehearse(run, fake_batch(view_spec(config), share, config))
+        rehearse(run, fake_batch(plan.spec, share, config))
         pace.reset()
         if config.engine.audit:
             watch.also.append(Audit(method, folder, world))
@@ -192,7 +180,7 @@ def _pretrain(
             pace.say = milestones.say = run.recorder.say
             if reason != "started":
                 run.recorder.say(reason)
-            run.recorder.say(_opening(config, data, clock, resumed, method))
+            run.recorder.say(_opening(plan, resumed, method))
             for line in filter(None, (slow_precision(config.optimisation.precision, world.device),
                                       unused_gpus(world.device, config.engine.device))):
                 run.recorder.say(line)
@@ -201,7 +189,7 @@ def _pretrain(
                 run.recorder.say(in_words(origin))
             host.say("reads the first batch")
             say = run.recorder.say
-        watch.also.append(Succession(loader, data, checkpoints, folder, world, run.tally, say))
+        watch.also.append(Succession(loader, plan.data, checkpoints, folder, world, run.tally, say))
         position, done = _train(run, checkpoints, config, milestones, position)
     if run.recorder is not None:
         run.recorder.say(_closing(config, position // clock.batch, clock, done))
@@ -261,11 +249,12 @@ def _silent(line: str) -> None:
     """Ranks that do not lead say nothing."""
 
 
-def _opening(config: RunConfig, data: Data, clock: Clock, resumed: str | None, method: Method) -> str:
+def _opening(plan: RunPlan, resumed: str | None, method: Method) -> str:
+    config, clock = plan.config, plan.clock
     trained = parameter_count(method, trained=True)
     start = f"goes on from {resumed}" if resumed else "starts"
     return (
-        f"{config.method.name} {start}: {data.rows:,} crops, {clock.total_steps:,} steps of {clock.batch} images, "
+        f"{config.method.name} {start}: {plan.data.rows:,} crops, {clock.total_steps:,} steps of {clock.batch} images, "
         f"{trained / 1e6:.1f} M trained parameters, {config.optimisation.precision}, {config.engine.stepper}"
     )
 

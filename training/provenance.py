@@ -11,24 +11,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from datapipe.cores import available_cores
 from datapipe.data import Data
 from datapipe.order import ORDER_VERSION
 from datapipe.preview import hide, view_sheet
+from datapipe.resource_limits import available_cores
 from datapipe.views import make_views
-from training import config as recipes
-from training.assembly import Portion, deepspeed_json, order_of, training_views, view_spec
-from training.config import RunConfig
+from training import recipe_toml as recipes
+from training.assembly import deepspeed_json, training_views
 from training.engine.determinism import guarantee
 from training.engine.world import World
+from training.run_config import RunConfig
 from training.run_folder import RunFolder, as_json
+from training.run_plan import RunPlan, order_of
 
 
-def about(config: RunConfig, data: Data, world: World, origin: dict[str, Any]) -> dict[str, Any]:
+def about(plan: RunPlan, world: World, origin: dict[str, Any]) -> dict[str, Any]:
     """What every checkpoint's marker repeats."""
+    config = plan.config
     return {
-        "manifest": data.id,
-        "manifest_rows": data.rows,
+        "manifest": plan.data.id,
+        "manifest_rows": plan.data.rows,
         "seed": config.seed,
         "batch": config.optimisation.batch,
         "world": world.size,
@@ -38,23 +40,26 @@ def about(config: RunConfig, data: Data, world: World, origin: dict[str, Any]) -
     }
 
 
-def describe(config: RunConfig, folder: RunFolder, data: Data, world: World, share: Portion) -> None:
+def describe(plan: RunPlan, folder: RunFolder, world: World) -> None:
     """Write everything that is known before the first step; on object storage before the first checkpoint exists."""
+    config = plan.config
     folder.write_soon("command.txt", shlex.join(resume_command(config)) + "\n")
     folder.write_soon("config.toml", recipes.to_toml(config))
     if config.engine.stepper == "deepspeed":
-        folder.write_soon("deepspeed.json", as_json(deepspeed_json(config, world, share)))
-    folder.write_soon("environment.json", as_json(environment(data, world) | {"guarantee": guarantee(config, world)}))
+        folder.write_soon("deepspeed.json", as_json(deepspeed_json(config, world, plan.share(world.size))))
+    where = environment(plan.data, world) | {"guarantee": guarantee(config, world)}
+    folder.write_soon("environment.json", as_json(where))
     folder.write_soon("views.json", training_views(config).to_json() + "\n")
-    folder.write_soon("first_batch.jpg", view_sheet(first_views(config, data, count=8)))
+    folder.write_soon("first_batch.jpg", view_sheet(first_views(plan, count=8)))
 
 
-def first_views(config: RunConfig, data: Data, *, count: int) -> dict[str, np.ndarray]:
+def first_views(plan: RunPlan, *, count: int) -> dict[str, np.ndarray]:
     """The views of the first samples of the stream, uint8 [V, count, H, W, 3]: the pixels that training sees,
     patches that are hidden from the student in grey."""
     positions = np.arange(count, dtype=np.int64)
-    stream, spec = data.stream(config.storage, config.stream), view_spec(config)
-    order = order_of(config, data, stream)
+    config, spec = plan.config, plan.spec
+    stream = plan.data.stream(config.storage, config.stream)
+    order = order_of(config, plan.data, stream)
     out = {group.name: np.zeros(spec.shape(group, count), np.uint8) for group in spec.groups}
     make_views(stream.fetch(order.samples(positions)).data, spec, config.seed, positions, out)
     hide(out, spec, config.seed, positions)

@@ -20,7 +20,8 @@ from datapipe.errors import DataError
 from datapipe.storage import open_store, split_url
 from training.backbone import ARCHITECTURES, BackboneConfig, Shape, VisionTransformer
 from training.weight_files import Arguments, read_weights
-from training.weights import digest, first_few, load_counted, unfilled
+from training.weights.counted_keys import first_few, load_counted
+from training.weights.export import digest, unfilled
 
 Network = Literal["teacher", "student"]
 

@@ -11,23 +11,12 @@ from typing import Any
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError
+from datapipe.progress import duration
 from training.report_curves import curve, grid, keys, restarts, wide
 from training.report_data import Attempt, Record, RunFiles
 from training.report_faults import faults_section
 from training.report_health import health_section
-from training.report_page import (
-    Pictures,
-    Row,
-    count,
-    details,
-    duration,
-    escape,
-    facts,
-    missing,
-    page,
-    soft,
-    table,
-)
+from training.report_page import Pictures, Row, count, details, escape, facts, missing, page, soft, table
 from training.report_plots import Plot
 from training.report_published import published_section
 from training.report_restarts import restarts_section

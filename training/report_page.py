@@ -148,13 +148,6 @@ def count(number: int | None) -> str:
     return "" if number is None else f"{number:,}"
 
 
-def duration(seconds: float) -> str:
-    """3700 -> "1 h 01 min"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
 def escape(value: str) -> str:
     """Text, safe inside elements and attributes."""
     return html.escape(str(value), quote=True)

@@ -5,8 +5,9 @@ import statistics
 from datetime import UTC, datetime
 from typing import Any
 
+from datapipe.progress import duration
 from training.report_data import RunFiles
-from training.report_page import Row, count, duration, percent, soft, table
+from training.report_page import Row, count, percent, soft, table
 
 HISTORY, PACE = "restarts.jsonl", "ranks/pace.jsonl"
 MOST_ROWS = 200

@@ -11,7 +11,8 @@ from torch import Tensor
 from datapipe.config import Size
 from datapipe.errors import ConfigError
 from training.backbone import VisionTransformer
-from training.weights import load_counted, unfilled
+from training.weights.counted_keys import load_counted
+from training.weights.export import unfilled
 
 Interpolation = Literal["bicubic", "bilinear"]
 """How a position table is resized. "bicubic": by scale factor, as pre-training does for local views and so for going on

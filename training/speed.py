@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from datapipe.batch import Intake
 from training.engine.devices import slow_precision
 from training.engine.world import World
-from training.methods.base import Precision
+from training.late_reduce import LateReduce
+from training.precision import Precision
 
 WARM_UP = 2
 """Steps after a start, a restore or a score that say nothing of the time left: compilation, caches, the first data."""
@@ -40,7 +40,7 @@ class Tally:
     def __init__(self, world: World = World()) -> None:  # noqa: B008  (frozen)
         self.world = world
         self._waited_s = 0.0
-        self._asked: tuple[torch.Tensor, dist.Work] | None = None
+        self._rows = LateReduce(world)
         self.latest: list[Spent] = []
         """What `of_all` gave last."""
 
@@ -53,13 +53,9 @@ class Tally:
         self._waited_s += waited_s
         if self.world.size == 1:
             return [Spent(self._waited_s, intake)]
-        table = torch.zeros(self.world.size, 1 + len(intake), dtype=torch.float64, device=self.world.device)
-        table[self.world.rank] = torch.tensor([self._waited_s, *intake], dtype=torch.float64)
-        before, self._asked = self._asked, (table, dist.all_reduce(table, async_op=True))
-        if before is None:
-            return []
-        before[1].wait()
-        return [Spent(waited, Intake(*rest)) for waited, *rest in before[0].tolist()]
+        before = self._rows.answer()
+        self._rows.ask_rows(torch.tensor([self._waited_s, *intake], dtype=torch.float64))
+        return [] if before is None else [Spent(waited, Intake(*rest)) for waited, *rest in before.tolist()]
 
 
 class Rates(NamedTuple):
@@ -157,20 +153,6 @@ class Speed:
         usual = statistics.median(step[0] for step in self._steady)
         counted = [step for step in self._steady if step[0] <= STRAY * usual]
         return images_left * sum(step[0] for step in counted) / sum(step[1] for step in counted)
-
-
-def duration(seconds: float) -> str:
-    """`85 s`, `12 min`, `14 h 20`, `3 d 4 h`."""
-    if seconds != seconds:
-        return "?"
-    whole = round(seconds)
-    if whole < 120:
-        return f"{whole} s"
-    if whole < 7_200:
-        return f"{whole // 60} min"
-    if whole < 172_800:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d}"
-    return f"{whole // 86_400} d {whole % 86_400 // 3600} h"
 
 
 def faster_precision(device: torch.device, seconds: float = 0.3) -> Precision:

@@ -6,10 +6,12 @@ SyncBatchNorm refuses CPU tensors, and padding must not count.
 Shapes: B images, H x W pixels, C channels, N patches, V calls of a norm in one step.
 """
 
-from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
+
+from training.collectives import sum_over_ranks
+from training.precision import at_least_float32
 
 CHANNELS = 64
 """Channels of all convolutions before the last."""
@@ -53,7 +55,7 @@ class SplitNorm(nn.Module):
         self.BN = PooledBatchNorm(channels - self.instances)
 
     def forward(self, values: Tensor, real_B: Tensor | None) -> Tensor:
-        values = _at_least_float32(values)
+        values = at_least_float32(values)
         return torch.cat([self.IN(values[:, : self.instances]), self.BN(values[:, self.instances :], real_B)], dim=1)
 
 
@@ -78,7 +80,7 @@ class PooledBatchNorm(nn.Module):
         self.fresh: list[Tensor] = []
 
     def forward(self, values: Tensor, real_B: Tensor | None) -> Tensor:
-        values = _at_least_float32(values)
+        values = at_least_float32(values)
         if not self.training:
             return self._normalised(values, self.running_mean, self.running_var)
         count, mean, variance = pooled_statistics(values, real_B)
@@ -100,10 +102,10 @@ def pooled_statistics(values_BCHW: Tensor, real_B: Tensor | None) -> tuple[Tenso
     images, channels, height, width = values_BCHW.shape
     weight_B = values_BCHW.new_ones(images) if real_B is None else real_B.to(values_BCHW.dtype)
     sums_C = torch.einsum("bchw,b->c", values_BCHW, weight_B)
-    whole = _sum_over_ranks(torch.cat([sums_C, (weight_B.sum() * height * width)[None]]))
+    whole = sum_over_ranks(torch.cat([sums_C, (weight_B.sum() * height * width)[None]]))
     count, mean_C = whole[channels].detach(), whole[:channels] / whole[channels].detach()
     squares_BC = (values_BCHW - mean_C[:, None, None]).square().sum(dim=(2, 3))
-    variance_C = _sum_over_ranks(torch.einsum("bc,b->c", squares_BC, weight_B)) / count
+    variance_C = sum_over_ranks(torch.einsum("bc,b->c", squares_BC, weight_B)) / count
     return count, mean_C, variance_C
 
 
@@ -128,32 +130,3 @@ def settle(module: nn.Module, sums: dict[str, Tensor]) -> None:
                 layer.running_mean.lerp_(mean_C, MOMENTUM)
                 layer.running_var.lerp_(variance_C, MOMENTUM)
                 layer.num_batches_tracked += 1
-
-
-class _Sum(torch.autograd.Function):
-    """All-reduce whose gradient is an all-reduce: what every rank's loss owes to this rank's summand."""
-
-    @staticmethod
-    def forward(context: Any, values: Tensor) -> Tensor:
-        return _reduced(values)
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Tensor:
-        return _reduced(gradients[0])
-
-
-def _sum_over_ranks(values: Tensor) -> Tensor:
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return values
-    total: Tensor = _Sum.apply(values)
-    return total
-
-
-def _reduced(values: Tensor) -> Tensor:
-    total = values.clone()
-    distributed.all_reduce(total)
-    return total
-
-
-def _at_least_float32(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))

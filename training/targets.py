@@ -6,6 +6,8 @@ Shapes: T teacher views, B images, K prototypes.
 import torch
 from torch import Tensor, distributed
 
+from training.collectives import all_reduce
+
 
 def centred(teacher_TBK: Tensor, centre_1K: Tensor, *, temperature: float) -> Tensor:
     """softmax((teacher - centre) / temperature) over K. TransReID-SSL `dino/main_dino.py` DINOLoss.forward."""
@@ -50,12 +52,7 @@ def _log_sum_over_rows(log_q_TBK: Tensor) -> Tensor:
     """log of the sum of exp over the rows of all ranks: [K]. A rank may have no rows at all (no hidden patches)."""
     none_1K = log_q_TBK.new_full((1, log_q_TBK.shape[-1]), -torch.inf)
     largest_K = torch.cat([log_q_TBK.flatten(0, 1), none_1K]).amax(dim=0)
-    _all_reduce(largest_K, distributed.ReduceOp.MAX)
+    all_reduce(largest_K, distributed.ReduceOp.MAX)
     sum_K = (log_q_TBK - largest_K).exp().sum(dim=(0, 1))
-    _all_reduce(sum_K, distributed.ReduceOp.SUM)
+    all_reduce(sum_K)
     return largest_K + sum_K.log()
-
-
-def _all_reduce(values: Tensor, operation: distributed.ReduceOp.RedOpType) -> None:
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(values, op=operation)

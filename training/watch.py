@@ -1,4 +1,4 @@
-"""What every rank leaves behind while it trains: signs of life, its share of the time."""
+"""What every rank leaves behind: when the stages of its start were over, signs of life, its share of the time."""
 
 import json
 import os
@@ -6,16 +6,30 @@ import socket
 import time
 from collections.abc import Callable
 
+import psutil
+
 from datapipe.batch import Batch
-from training.config import RunConfig
 from training.engine.pace import Pace, Share
 from training.engine.stepper import Result
 from training.engine.world import World
 from training.methods.base import Progress
+from training.run_config import RunConfig
 from training.run_folder import RunFolder, as_json
 
 HEARTBEAT_S = 0.5
 """Seconds between signs of life; on object storage they arrive as seldom as other growing files."""
+
+
+class Startup:
+    """Unix times at which the stages of this rank's start were over. Made when `pretrain` begins."""
+
+    def __init__(self) -> None:
+        self.times = {"process": psutil.Process().create_time(), "imported": time.time()}
+        """"process": when the operating system started it; "imported": code is loaded, the ranks have met."""
+
+    def reached(self, stage: str) -> None:
+        """The stage is over."""
+        self.times[stage] = time.time()
 
 
 class Watch:

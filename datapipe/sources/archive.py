@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from datapipe.config import StorageConfig
-from datapipe.sources import UNIT_BYTES, UNIT_CROPS, Crop, tars, webdataset_shards, zips
+from datapipe.sources.base import UNIT_BYTES, UNIT_CROPS, Crop
 from datapipe.sources.labels import labelled
 from datapipe.sources.pieces import Archive, list_archives, open_archive
 from datapipe.sources.place import ARCHIVES, Place, is_hidden, is_image
+from datapipe.sources.tars import look_ahead, read_members, read_samples
+from datapipe.sources.zips import check_readable, find_directory, list_entries, read_entry
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,12 @@ class ArchiveSource:
 
     def _slices(self, archive: Archive) -> Iterator[ArchiveUnit]:
         with open_archive(archive, self.storage) as stream:
-            start, size, shift = zips.find_directory(stream, archive.volumes, archive.url)
+            start, size, shift = find_directory(stream, archive.volumes, archive.url)
             begin = position = start
             crops = packed = 0
             digest = hashlib.sha256(archive.name.encode("utf-8", "surrogateescape"))
-            for entry in zips.list_entries(stream, start, size, archive.volumes, archive.url):
-                zips.check_readable(entry, archive.url)
+            for entry in list_entries(stream, start, size, archive.volumes, archive.url):
+                check_readable(entry, archive.url)
                 digest.update(entry.facts)
                 position = entry.end
                 if is_wanted(entry.name, entry.special):
@@ -81,16 +83,16 @@ class ArchiveSource:
     def _zip(self, stream: BinaryIO, unit: ArchiveUnit) -> Iterator[Crop]:
         stream.seek(unit.start)
         listed = io.BytesIO(stream.read(unit.size))
-        for entry in zips.list_entries(listed, 0, unit.size, unit.archive.volumes, unit.archive.url):
+        for entry in list_entries(listed, 0, unit.size, unit.archive.volumes, unit.archive.url):
             if is_wanted(entry.name, entry.special):
-                data, problem = zips.read_entry(stream, entry, unit.shift, unit.archive.url)
+                data, problem = read_entry(stream, entry, unit.shift, unit.archive.url)
                 yield labelled(self.label, unit.archive.prefix + entry.name, data, problem=problem)
 
     def _tar(self, stream: BinaryIO, archive: Archive) -> Iterator[Crop]:
-        members = tars.read_members(stream, archive.url, packed=not archive.name.lower().endswith(".tar"))
+        members = read_members(stream, archive.url, packed=not archive.name.lower().endswith(".tar"))
         wanted = (member for member in members if not is_hidden(member.name))
-        if (found := webdataset_shards.look_ahead(wanted)).has_samples:
-            yield from webdataset_shards.read_samples(found.members, self.label, archive.prefix, archive.url)
+        if (found := look_ahead(wanted)).has_samples:
+            yield from read_samples(found.members, self.label, archive.prefix, archive.url)
             return
         for member in found.members:
             if is_wanted(member.name, member.problem):

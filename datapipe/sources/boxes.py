@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 
 from datapipe.errors import DataError
-from datapipe.sources import UNKNOWN
+from datapipe.sources.base import UNKNOWN
 from datapipe.sources.labels import NUMBERS
 
 MOT_COLUMNS = 6

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from datapipe.index import INDEX
-from datapipe.sources import UNKNOWN, Crop
+from datapipe.sources.base import UNKNOWN, Crop
 from datapipe.sources.place import printable
 
 MARKET_NAME = re.compile(r"([-\d]+)_c(\d+)")

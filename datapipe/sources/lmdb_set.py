@@ -1,15 +1,13 @@
 """LMDBs of encoded images, as LUPerson ships them: key "CC_cc_VVVV_NNNNNNNN" (country, city, video, image), raw JPEG.
 
 keys.pkl, a list of the keys or a dict of "keys" and "pids", is read as data: no code in it is ever run. Pages are read
-one by one (lmdb_pages.py): an LMDB on an object store is fetched once into the temporary folder, and kept there.
+one by one (`LmdbFile`): an LMDB on an object store is fetched once into the temporary folder, and kept there.
 """
 
 import fcntl
 import hashlib
-import io
 import logging
 import os
-import pickle
 import re
 import shutil
 import tempfile
@@ -21,7 +19,8 @@ from typing import Any
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError, StorageError
-from datapipe.sources import UNIT_CROPS, UNKNOWN, Crop
+from datapipe.plain_pickle import NamesCodeError, load_plain
+from datapipe.sources.base import UNIT_CROPS, UNKNOWN, Crop
 from datapipe.sources.labels import fits
 from datapipe.sources.lmdb_pages import LmdbFile
 from datapipe.sources.place import Place, local_path
@@ -135,8 +134,8 @@ def read_keys(url: str, storage: StorageConfig) -> tuple[list[str], list[int]]:
     folder, name = split_url(url)
     pickled = open_store(folder, storage).read(name)
     try:
-        found = _DataOnly(io.BytesIO(pickled)).load()
-    except _NotData as error:
+        found = load_plain(pickled)
+    except NamesCodeError as error:
         raise DataError(
             f"{KEYS} asks for code to be run ({error}); only lists, dicts, text and numbers are read",
             where=url,
@@ -184,15 +183,6 @@ def fetch(url: str, storage: StorageConfig) -> Path:
                 shutil.copyfileobj(source, target, FETCH_BYTES)
             os.replace(part, copy)
     return copy
-
-
-class _NotData(Exception):
-    """A pickle names something to import."""
-
-
-class _DataOnly(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        raise _NotData(f"{module_name}.{global_name}")
 
 
 def _find_keys(data: str, storage: StorageConfig) -> str:

@@ -14,7 +14,7 @@ import xxhash
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError
-from datapipe.sources import UNIT_BYTES, UNIT_CROPS, Crop
+from datapipe.sources.base import UNIT_BYTES, UNIT_CROPS, Crop
 from datapipe.sources.labels import LABELS, labelled
 from datapipe.sources.place import TABLE_ENDINGS, TABLES, File, Place, list_files
 from datapipe.storage import open_object, open_store

@@ -5,12 +5,13 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError
 from datapipe.sources.place import ARCHIVE, ARCHIVES, File, file_urls, list_files
 from datapipe.storage import open_object, open_store
+from datapipe.storage.streams import SeekableReader
 
 READ_BYTES = 1 << 20
 MOST_MEMBER_BYTES = 1 << 28
@@ -109,39 +110,19 @@ def volumes_missing(url: str) -> DataError:
     )
 
 
-class Joined(io.RawIOBase):
+class Joined(SeekableReader):
     """Files one after the other, as if they were one. Opens a file when it is first read from."""
 
     def __init__(self, files: Iterator[BinaryIO], sizes: Sequence[int]) -> None:
         self.files, self.opened = files, list[BinaryIO]()
         self.ends = list(itertools.accumulate(sizes))
-        self.position = 0
+        super().__init__(self.ends[-1], READ_BYTES)
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.ends[-1]}[whence] + offset
-        if self.position < 0:
-            raise OSError("seek before the beginning")
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        number = next((number for number, end in enumerate(self.ends) if self.position < end), None)
-        if number is None:
-            return 0
+    def next_bytes(self, most: int) -> bytes:
+        number = next(number for number, end in enumerate(self.ends) if self.position < end)
         file = self._file(number)
         file.seek(self.position - (self.ends[number - 1] if number else 0))
-        data = file.read(min(len(buffer), self.ends[number] - self.position))
-        buffer[: len(data)] = data
-        self.position += len(data)
-        return len(data)
+        return file.read(min(most, self.ends[number] - self.position))
 
     def close(self) -> None:
         for file in self.opened:

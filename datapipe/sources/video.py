@@ -18,7 +18,7 @@ import simplejpeg
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError
 from datapipe.formats import is_known
-from datapipe.sources import Crop
+from datapipe.sources.base import Crop
 from datapipe.sources.boxes import Boxes, read_mot, read_table
 from datapipe.sources.place import (
     ARCHIVES,

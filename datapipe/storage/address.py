@@ -6,7 +6,7 @@ import re
 from datapipe.config import StorageConfig
 from datapipe.errors import StorageError
 from datapipe.storage.local import LocalStore
-from datapipe.storage.schemes import SchemeStore
+from datapipe.storage.schemes import FsspecStore
 from datapipe.storage.store import Store
 
 
@@ -22,7 +22,7 @@ def open_store(url: str, config: StorageConfig = StorageConfig()) -> Store:  # n
         from datapipe.storage.s3 import S3Store  # boto3 takes a third of a second that local runs do without
 
         return S3Store(url, config)
-    return SchemeStore(url, config)
+    return FsspecStore(url, config)
 
 
 def split_url(url: str) -> tuple[str, str]:
@@ -42,6 +42,12 @@ def full_url(url: str) -> str:
     if not url or is_remote(url):
         return url.rstrip("/")
     return os.path.abspath(os.path.expanduser(url.removeprefix("file://")))
+
+
+def resolved_url(url: str) -> str:
+    """The url in the one form that tells places apart: a local path in full, links resolved."""
+    url = full_url(url)
+    return url if is_remote(url) else os.path.realpath(url)
 
 
 def _refuse_one_slash(url: str) -> None:

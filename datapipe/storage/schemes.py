@@ -26,7 +26,7 @@ NETWORK = {
 }
 
 
-class SchemeStore(Store):
+class FsspecStore(Store):
     """See the module. It knows no conditions: create-once is a look followed by a write."""
 
     def __init__(self, url: str, config: StorageConfig) -> None:
@@ -102,7 +102,7 @@ class SchemeStore(Store):
     def at(self, *parts: str) -> Store:
         for part in parts:
             self.refuse_outside(part)
-        return SchemeStore("/".join((self.url, *parts)), self.config)
+        return FsspecStore("/".join((self.url, *parts)), self.config)
 
     @property
     def _system(self) -> Any:

@@ -4,13 +4,14 @@ Names are '/'-separated. What `create` and `replace` write is whole under its na
 meets half an object. Every fault becomes a `StorageError` that names the address.
 """
 
+import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from datapipe.errors import NotFoundError, StorageError
+from datapipe.errors import DataError, NotFoundError, StorageError
 
 Data = bytes | bytearray | memoryview | Path
 """What can be written: bytes in memory, or a local file that is streamed."""
@@ -110,6 +111,23 @@ class Store(ABC):
         lost: compare the content.
         """
         return not self.exists(name) and self.put_if_absent(name, data)
+
+    def create_by_content(self, name: str, data: bytes | bytearray) -> None:
+        """Write an object whose name follows from its content. One that is there with other bytes is damaged, and is
+        replaced."""
+        if not self.create(name, data) and self.read(name) != data:
+            self.replace(name, data)
+
+    def read_verified(self, name: str, sha256: str, *, what: str, hint: str) -> bytes:
+        """A whole object, compared with its sha256 (hex). Raises DataError, with `what` the object is and a hint, where
+        it is missing or not what was written."""
+        try:
+            data = self.read(name)
+        except NotFoundError as error:
+            raise DataError(f"{what} is missing", where=self.address(name), hint=hint) from error
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise DataError(f"{what} is not the one that was written", where=self.address(name), hint=hint)
+        return data
 
     def refuses_overwrite(self, name: str) -> bool:
         """Whether `put_if_absent` on an object that is there is refused. Overwrites it if not: for `probe`."""

@@ -43,14 +43,15 @@ def open_object(store: Store, name: str, *, block: int = STREAM_BYTES) -> Binary
     return io.BufferedReader(_Object(store, name, block), BUFFER_BYTES)
 
 
-class _Object(io.RawIOBase):
-    def __init__(self, store: Store, name: str, block: int) -> None:
-        self.store, self.name, self.block = store, name, block
-        self.total, self.position = store.size(name), 0
-        self._start, self._held = 0, memoryview(b"")
-        self._size = min(FIRST_BYTES, block)
-        self._ahead: Future[bytes] | None = None
-        self._pool = ThreadPoolExecutor(1, "datapipe-ahead") if is_remote(store.url) else None
+class SeekableReader(io.RawIOBase):
+    """A file to read of `total` bytes; what is made of it says which bytes come next, asked for `block` at most."""
+
+    def __init__(self, total: int, block: int) -> None:
+        self.total, self.block, self.position = total, block, 0
+
+    def next_bytes(self, most: int) -> bytes | memoryview:
+        """At least one byte from `position` on, `most` at most; none at the end."""
+        raise NotImplementedError
 
     def readable(self) -> bool:
         return True
@@ -69,28 +70,38 @@ class _Object(io.RawIOBase):
         return self.position
 
     def readinto(self, buffer: Any) -> int:
-        data = self._next(len(buffer))
+        data = self._take(len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
     def readall(self) -> bytes:  # the inherited one would ask for 8 kB at a time
-        return b"".join(iter(lambda: bytes(self._next(self.block)), b""))
+        return b"".join(iter(lambda: bytes(self._take(self.block)), b""))
+
+    def _take(self, most: int) -> bytes | memoryview:
+        data = self.next_bytes(most) if self.position < self.total else b""
+        self.position += len(data)
+        return data
+
+
+class _Object(SeekableReader):
+    def __init__(self, store: Store, name: str, block: int) -> None:
+        super().__init__(store.size(name), block)
+        self.store, self.name = store, name
+        self._start, self._held = 0, memoryview(b"")
+        self._size = min(FIRST_BYTES, block)
+        self._ahead: Future[bytes] | None = None
+        self._pool = ThreadPoolExecutor(1, "datapipe-ahead") if is_remote(store.url) else None
 
     def close(self) -> None:
         if not self.closed and self._pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
         super().close()
 
-    def _next(self, most: int) -> memoryview:
-        """At least one byte from the position on, unless it is at the end."""
-        if self.position >= self.total:
-            return memoryview(b"")
+    def next_bytes(self, most: int) -> memoryview:
         if not self._start <= self.position < self._start + len(self._held):
             self._fetch()
         begin = self.position - self._start
-        data = self._held[begin : begin + most]
-        self.position += len(data)
-        return data
+        return self._held[begin : begin + most]
 
     def _fetch(self) -> None:
         """The block at the position, and an order for the one after it where the reader goes through in order."""

@@ -27,7 +27,7 @@ import numpy as np
 from datapipe.config import ShardConfig, StorageConfig
 from datapipe.ingest import ingest_sources
 from datapipe.plan_shards import Candidates, plan_shards, repeated
-from datapipe.sources import Crop
+from datapipe.sources.base import Crop
 from datapipe.tar import member_bytes
 from tests.bench.crops import crops
 from tests.bench.measure import cpu_s

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from datapipe.cores import available_cores
+from datapipe.resource_limits import available_cores
 from tests.golden import ROOT
 
 

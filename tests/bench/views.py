@@ -13,7 +13,7 @@ from tests.bench.reference import PassRecipe
 from tests.bench.scale import Scale
 from tests.bench.specs import Interpolation, pass_views
 from tests.bench.table import Row, Table, Target, compare
-from training.placing import IMAGENET_MEAN, IMAGENET_STD
+from training.image_statistics import IMAGENET_MEAN, IMAGENET_STD
 
 REPEATS = 2
 """Ours gets the same images so many times, to take about as long as the reference."""
@@ -90,7 +90,8 @@ def _ours(jpegs: list[bytes], spec: ViewSpec, then: Callable[[np.ndarray], objec
 
 
 def _normalise(stack: np.ndarray) -> None:
-    """uint8 [V, B, H, W, 3] -> normalised float32 [V, B, 3, H, W], as `training.placing` does it on a device."""
+    """uint8 [V, B, H, W, 3] -> normalised float32 [V, B, 3, H, W]; on a device done by
+    `training.placing`."""
     scale = 255 * torch.tensor(IMAGENET_STD).reshape(3, 1, 1)
     shift = -255 * torch.tensor(IMAGENET_MEAN).reshape(3, 1, 1) / scale
     moved = torch.from_numpy(stack).permute(0, 1, 4, 2, 3).to(torch.float32, memory_format=torch.contiguous_format)

@@ -114,7 +114,7 @@ def test_join__shows_no_token_to_a_cluster_that_asks_for_none(
 
 TRIED = """
 import sys
-from cluster.jobs import _client
+from cluster.submit import _client
 from cluster.ray_token import MODE, PATH, TOKEN, _set
 from cluster.session import _join
 from datapipe.errors import ClusterError

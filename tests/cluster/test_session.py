@@ -10,9 +10,9 @@ import pytest
 
 from cluster import scratch
 from cluster.scratch import BELOW, MOST_BYTES, places, scratch_folder, unfit
-from datapipe.cores import available_cores
 from datapipe.errors import StorageError
 from datapipe.manifest import Manifest
+from datapipe.resource_limits import available_cores
 from tests.flow.tiny import command, finished
 
 

@@ -13,10 +13,11 @@ from datapipe.errors import DataError
 from tests.conftest import S3Server
 from tests.flow.test_resume import Pace
 from tests.flow.tiny import generated, recipe
-from training import config as recipes
+from training import recipe_toml as recipes
 from training.engine.host import LocalHost
 from training.engine.world import World
 from training.pretrain import pretrain
+from training.run_config import RunConfig
 from training.run_folder import RunFolder
 
 HERE = StorageConfig()
@@ -59,7 +60,7 @@ def test_status__of_runs_in_every_state(tmp_path: Path, capsys: pytest.CaptureFi
 def test_status__on_object_storage(s3: S3Server) -> None:
     url = f"s3://{s3.bucket()}/runs"
     folder = RunFolder(f"{url}/one", s3.storage)
-    folder.write("config.toml", recipes.to_toml(recipes.RunConfig()))
+    folder.write("config.toml", recipes.to_toml(RunConfig()))
     folder.write_json("ranks/rank_00.json", {"time": time.time() - 5, "step": 3})
     folder.write("metrics/attempt_001.jsonl", '{"attempt": 1, "world": 4}\n{"step": 3}\n{"step": ')
     folder.write("ranks/pace.jsonl", '{"step": 1, "wait_share": [0.5, 0.25]}\n{"st')

@@ -11,13 +11,8 @@ stopped after STOP steps; `undisturbed.json`, the loss of every step of the same
 import json
 import shutil
 import sys
+from importlib import import_module
 from pathlib import Path
-
-from tests.datapipe.crop_set import jpegs
-from tests.flow.tiny import RECIPE, StoppingHost, shards, step_records
-from training.config import load
-from training.engine.world import World
-from training.pretrain import pretrain
 
 CROPS, STEPS, STOP = 20, 20, 9
 SMALLER = {"width = 24": "width = 12", "depth = 2": "depth = 1", "out_dim = 32": "out_dim = 16",
@@ -26,17 +21,21 @@ SMALLER = {"width = 24": "width = 12", "depth = 2": "depth = 1", "out_dim = 32":
 
 def make(folder: Path) -> None:
     """Write all of it below `folder`, which must not exist."""
+    jpegs = import_module("tests.datapipe.crop_set").jpegs  # modules as they are called in that version
+    tiny = import_module("tests.flow.tiny")
+    load, pretrain = import_module("training.config").load, import_module("training.pretrain").pretrain
+    alone = import_module("training.engine.world").World()
     (folder / "crops").mkdir(parents=True)
     for row, data in enumerate(jpegs(CROPS)):
         (folder / "crops" / f"{row // 2:04d}_c{row % 2 + 1}s1_{row:06d}_00.jpg").write_bytes(data)
-    manifest = shards(folder / "crops", str(folder / "shards")).url
+    manifest = tiny.shards(folder / "crops", str(folder / "shards")).url
     for name, stop in (("undisturbed", 0), ("run", STOP)):
-        text = RECIPE.format(out=folder / name, manifest=manifest, epochs=STEPS * 6 / CROPS)
+        text = tiny.RECIPE.format(out=folder / name, manifest=manifest, epochs=STEPS * 6 / CROPS)
         for before, after in SMALLER.items():
             text = text.replace(before, after)
         (folder / "recipe.toml").write_text(text)
-        pretrain(load(str(folder / "recipe.toml")), world=World(), host=StoppingHost(stop))
-    losses = {record["step"]: record["loss"] for record in step_records(folder / "undisturbed")}
+        pretrain(load(str(folder / "recipe.toml")), world=alone, host=tiny.StoppingHost(stop))
+    losses = {record["step"]: record["loss"] for record in tiny.step_records(folder / "undisturbed")}
     (folder / "undisturbed.json").write_text(json.dumps(losses, indent=1))
     for name in ("crops", "undisturbed", "run/tensorboard"):
         shutil.rmtree(folder / name)

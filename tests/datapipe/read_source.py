@@ -4,7 +4,8 @@ import pickle
 from typing import Any
 
 from datapipe.config import StorageConfig
-from datapipe.sources import Crop, Source, open_sources
+from datapipe.sources import open_sources
+from datapipe.sources.base import Crop, Source
 
 
 def units(url: str, storage: StorageConfig = StorageConfig()) -> list[tuple[Source, Any]]:  # noqa: B008  (frozen)

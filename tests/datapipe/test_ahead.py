@@ -4,7 +4,7 @@ from threading import Barrier, Lock
 
 import pytest
 
-from datapipe.ahead import in_order
+from datapipe.workers import in_order
 
 THREADS = 3
 

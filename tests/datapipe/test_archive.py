@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError
-from datapipe.sources import Crop, archive, open_sources
+from datapipe.sources import archive, open_sources
+from datapipe.sources.base import Crop
 from datapipe.sources.pieces import plain_name
 from tests.conftest import S3Server
 from tests.datapipe.read_source import crops, units
@@ -358,10 +359,8 @@ def test_archive__gnu_tar_wrote_is_read(tmp_path: Path, write_crops: WriteCrops)
 
 
 def test_members__of_no_sane_size_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from datapipe.sources import tars, zips
-
-    for module in (tars, zips):
-        monkeypatch.setattr(module, "MOST_MEMBER_BYTES", 1_000)
+    monkeypatch.setattr("datapipe.sources.tars.MOST_MEMBER_BYTES", 1_000)
+    monkeypatch.setattr("datapipe.sources.zips.MOST_MEMBER_BYTES", 1_000)
     write_zip(tmp_path / "x.zip", FILES)
     write_tar(tmp_path / "x.tar", FILES)
     for name in ("x.zip", "x.tar"):

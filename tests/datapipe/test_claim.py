@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from datapipe.claim import claim, claimed
+from datapipe.claim import claim_output, owns_output
 from datapipe.errors import DataError
 from datapipe.storage import Data, open_store
 from datapipe.storage.local import LocalStore
@@ -16,7 +16,7 @@ class Raced(LocalStore):
     """Somebody else's claim arrives between the look and the write."""
 
     def create(self, name: str, data: Data) -> bool:
-        claim(open_store(self.url), REQUESTS[1])
+        claim_output(open_store(self.url), REQUESTS[1])
         return super().create(name, data)
 
 
@@ -31,35 +31,35 @@ class Twin(LocalStore):
 
 def test_claim__is_kept_for_all_runs_of_a_request(tmp_path: Path) -> None:
     store = open_store(f"{tmp_path}/out")
-    assert not claimed(store, REQUESTS[0])
+    assert not owns_output(store, REQUESTS[0])
     for _ in range(2):
-        claim(store, REQUESTS[0])
-        assert claimed(store, REQUESTS[0])
+        claim_output(store, REQUESTS[0])
+        assert owns_output(store, REQUESTS[0])
     with pytest.raises(DataError, match="seed is 0 there and 1 here"):
-        claim(store, REQUESTS[1])
+        claim_output(store, REQUESTS[1])
     assert len(list(store.list("requests/"))) == 1
 
 
 def test_claim__withdraws_where_another_came_at_the_same_moment(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="seed is 1 there and 0 here"):
-        claim(Raced(f"{tmp_path}/out"), REQUESTS[0])
-    assert claimed(open_store(f"{tmp_path}/out"), REQUESTS[1])
+        claim_output(Raced(f"{tmp_path}/out"), REQUESTS[0])
+    assert owns_output(open_store(f"{tmp_path}/out"), REQUESTS[1])
 
 
 def test_claim__of_another_run_of_the_same_request_stays(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="seed is 1 there and 0 here"):
-        claim(Twin(f"{tmp_path}/out"), REQUESTS[0])
+        claim_output(Twin(f"{tmp_path}/out"), REQUESTS[0])
     assert len(list(open_store(f"{tmp_path}/out").list("requests/"))) == 2
 
 
 def test_claim__refuses_a_folder_with_a_manifest_of_nobody(tmp_path: Path) -> None:
     (tmp_path / "manifest-v0001.json").write_text("{}")
     with pytest.raises(DataError, match="another data set is already there"):
-        claimed(open_store(str(tmp_path)), REQUESTS[0])
+        owns_output(open_store(str(tmp_path)), REQUESTS[0])
 
 
 def test_claim__that_cannot_be_read_is_anothers(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     store.replace("requests/0123456789abcdef.json", b"cut")
     with pytest.raises(DataError, match="cannot be read"):
-        claimed(store, REQUESTS[0])
+        owns_output(store, REQUESTS[0])

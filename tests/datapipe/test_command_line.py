@@ -188,19 +188,21 @@ def shard_words(folder: Path, out: object, *more: object) -> list[object]:
 
 KILLED = """
 import os, signal, sys
-from datapipe import command, shard, workers
+from datapipe import command
 from datapipe.__main__ import main
+from datapipe.shard import write_shard
+from datapipe.workers import Workers
 
-def run(self, function, tasks, *, count, run=workers.Workers.run):
+def run(self, function, tasks, *, count, run=Workers.run):
     for done, result in enumerate(run(self, function, tasks, count=count), 1):
-        if function is shard.write_shard and done == last:
+        if function is write_shard and done == last:
             pid = os.getpid()
             with open(f"/proc/{pid}/task/{pid}/children") as children:
                 print(children.read(), flush=True)
             os.kill(pid, signal.SIGKILL)
         yield result
 
-last, workers.Workers.run = int(sys.argv[1]), run
+last, Workers.run = int(sys.argv[1]), run
 command.run(main, sys.argv[2:])
 """
 

@@ -1,4 +1,4 @@
-"""Cores that a process may use: its affinity, and quotas of control groups of both versions."""
+"""Cores and memory that a process may use: its affinity, and limits of control groups of both versions."""
 
 import subprocess
 import sys
@@ -9,8 +9,8 @@ from uuid import uuid4
 
 import pytest
 
-from datapipe import cores
-from datapipe.cores import available_cores, cpu_quota
+from datapipe import resource_limits
+from datapipe.resource_limits import available_cores, cpu_quota, memory_left, memory_limit
 from datapipe.workers import Workers
 from tests.golden import ROOT
 
@@ -66,12 +66,36 @@ def test_quota__nothing_that_can_be_read_is_no_limit(tmp_path: Path, text: str) 
     assert cpu_quota(tmp_path / "absent") is None
 
 
+def test_memory__version_2_is_the_least_of_all_groups_above(tmp_path: Path) -> None:
+    job, step = tmp_path / "cg" / "job", tmp_path / "cg" / "job" / "step"
+    _files(job, memory__max="5000\n", memory__current="3000\n", memory__stat="anon 1\ninactive_file 500\n")
+    _files(step, memory__max="max\n", memory__current="3000\n", memory__stat="inactive_file 500\n")
+    proc = _proc(tmp_path, "0::/job/step\n", V2)
+    assert (memory_limit(proc), memory_left(proc)) == (5_000, 2_500)
+    _files(step, memory__max="4000\n")
+    assert (memory_limit(proc), memory_left(proc)) == (4_000, 1_500)
+
+
+def test_memory__version_1_with_its_own_hierarchy(tmp_path: Path) -> None:
+    mounts = "32 31 0:29 / {}/cpu rw - cgroup cgroup rw,cpu\n33 31 0:30 / {}/memory rw - cgroup cgroup rw,memory\n"
+    proc = _proc(tmp_path, "9:cpu,cpuacct:/a\n5:memory:/a\n", mounts)
+    _files(tmp_path / "memory", memory__limit_in_bytes=f"{(1 << 63) - 4096}\n", memory__usage_in_bytes="9000\n")
+    assert (memory_limit(proc), memory_left(proc)) == (None, None)
+    _files(tmp_path / "memory" / "a", memory__limit_in_bytes="800\n", memory__usage_in_bytes="300\n",
+           memory__stat="total_inactive_file 100\n")  # fmt: skip
+    assert (memory_limit(proc), memory_left(proc)) == (800, 600)
+
+
+def test_memory__nothing_that_can_be_read_is_no_limit(tmp_path: Path) -> None:
+    assert memory_limit(tmp_path / "absent") is None and memory_left(tmp_path / "absent") is None
+
+
 @pytest.mark.parametrize(("quota", "affinity", "found"), [(1.5, 8, 1), (0.3, 8, 1), (2.0, 8, 2), (64.0, 3, 3),
                                                            (None, 5, 5)])  # fmt: skip
 def test_cores__a_part_of_one_counts_for_nothing_but_one_there_is(monkeypatch: pytest.MonkeyPatch, quota: float | None,
                                                                   affinity: int, found: int) -> None:
-    monkeypatch.setattr(cores, "cpu_quota", lambda: quota)
-    monkeypatch.setattr(cores, "_by_affinity", lambda: affinity)
+    monkeypatch.setattr(resource_limits, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(resource_limits, "_by_affinity", lambda: affinity)
     assert available_cores() == found and Workers().limit == found
 
 
@@ -99,7 +123,7 @@ def _group(limit_us: int) -> Iterator[Path]:
         outer.rmdir()
 
 
-ASK = "from datapipe.cores import available_cores; print(available_cores())"
+ASK = "from datapipe.resource_limits import available_cores; print(available_cores())"
 
 
 def _asked(program: str, *, group: Path | None = None) -> int:

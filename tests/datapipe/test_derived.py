@@ -11,6 +11,7 @@ import pytest
 
 from datapipe import remove as removal
 from datapipe.cache import DiskCache
+from datapipe.commands.maintain import remove as command
 from datapipe.config import RemoveConfig, ShardConfig, StorageConfig, StreamConfig
 from datapipe.errors import DataError, StorageError
 from datapipe.ingest import ingest
@@ -19,7 +20,6 @@ from datapipe.remove import remove
 from datapipe.storage import open_store
 from datapipe.storage.local import LocalStore
 from datapipe.stream import Stream
-from datapipe.upkeep import remove as command
 from tests.conftest import S3Server
 
 STORAGE = StorageConfig()
@@ -159,7 +159,7 @@ def test_runs__given_again_or_later_are_cleared_too(folder: Path, tmp_path: Path
     assert done.found_complete and files(one) == set(STAYING)
     (tmp_path / "keys").write_text(f"{row['key']}\n")
     again = remove(str(folder), RemoveConfig(keys=f"{tmp_path}/keys", runs=(str(two),), workers=1), STORAGE)
-    assert again.found_complete and (again.crops, again.before) == (0, 1) and files(two) == set(STAYING)
+    assert again.found_complete and (again.crops, again.lists.before) == (0, 1) and files(two) == set(STAYING)
     assert take_out(folder, str(two), name=row["name"]).cleared.remaining == [
         f"{two}/log.txt: line 1 names a removed crop"
     ]
@@ -251,6 +251,6 @@ def test_remove__quarantine_forgets_removed_crops(tmp_path: Path, write_crops: C
     row = Manifest.load(store.url).table(["key", "name", "source"]).to_pylist()[0]
     (tmp_path / "list").write_text(f"{row['name']}\nbroken.jpg\n")
     done = remove(store.url, RemoveConfig(names=f"{tmp_path}/list", workers=1), STORAGE)
-    assert (done.crops, done.before, done.missing_count) == (1, 1, 0)
+    assert (done.crops, done.lists.before, done.lists.missing_count) == (1, 1, 0)
     left = [entry for entry in before if entry["detail"] != row["key"] and entry["name"] != "broken.jpg"]
     assert removal._quarantined(store, "").to_pylist() == left and len(left) == 8

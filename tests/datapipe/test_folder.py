@@ -7,7 +7,8 @@ import pytest
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError, NotFoundError
-from datapipe.sources import Crop, Source, folder, open_sources
+from datapipe.sources import folder, open_sources
+from datapipe.sources.base import Crop, Source
 from datapipe.sources.labels import parse_market_name
 from tests.conftest import S3Server
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from datapipe.errors import NotFoundError
-from datapipe.storage.kept import KeptStore
+from datapipe.storage.local import OpenFilesStore
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> KeptStore:
+def store(tmp_path: Path) -> OpenFilesStore:
     for number in range(20):
         (tmp_path / f"{number}.tar").write_bytes(bytes([number]) * 1000)
-    return KeptStore(str(tmp_path))
+    return OpenFilesStore(str(tmp_path))
 
 
 def open_files(folder: Path) -> int:
@@ -23,7 +23,7 @@ def open_files(folder: Path) -> int:
     return sum(link.startswith(str(folder)) for link in links)
 
 
-def test_read__gives_ranges_and_less_at_the_end(store: KeptStore) -> None:
+def test_read__gives_ranges_and_less_at_the_end(store: OpenFilesStore) -> None:
     for _ in range(2):
         assert store.read("3.tar", start=10, size=5) == bytes([3]) * 5
         assert store.read("3.tar", start=990, size=50) == bytes([3]) * 10
@@ -32,7 +32,7 @@ def test_read__gives_ranges_and_less_at_the_end(store: KeptStore) -> None:
     assert pickle.loads(pickle.dumps(store)).read("5.tar", start=0, size=1) == b"\5"
 
 
-def test_read__a_deleted_file_is_gone_and_a_replaced_one_is_read_anew(store: KeptStore, tmp_path: Path) -> None:
+def test_read__a_deleted_file_is_gone_and_a_replaced_one_is_read_anew(store: OpenFilesStore, tmp_path: Path) -> None:
     for name in ("0.tar", "1.tar"):
         store.read(name, start=0, size=1)
     (tmp_path / "0.tar").unlink()
@@ -44,7 +44,7 @@ def test_read__a_deleted_file_is_gone_and_a_replaced_one_is_read_anew(store: Kep
     assert store.read("1.tar", start=0, size=3) == b"new"
 
 
-def test_read__keeps_few_files_open_while_many_threads_read(store: KeptStore, tmp_path: Path) -> None:
+def test_read__keeps_few_files_open_while_many_threads_read(store: OpenFilesStore, tmp_path: Path) -> None:
     store._most = 3
     with ThreadPoolExecutor(8) as pool:
         numbers = [number % 20 for number in range(4_000)]

@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from datapipe.commands.inspect import verify
 from datapipe.config import RemoveConfig, ShardConfig, StorageConfig
 from datapipe.errors import DataError, StorageError
 from datapipe.index import Shard, read_index
@@ -22,8 +23,7 @@ from datapipe.manifest import Manifest
 from datapipe.remove import remove
 from datapipe.repair import repair
 from datapipe.storage import open_store, unsafe
-from datapipe.storage.kept import KeptStore
-from datapipe.upkeep import verify
+from datapipe.storage.local import OpenFilesStore
 from datapipe.verify import verify as check
 from tests.conftest import S3Server
 from training.checkpoint.marker import MARKER, File, Form, Fragment, Marker, read_marker
@@ -197,7 +197,7 @@ def test_store__writes_and_reads_nothing_outside(tmp_path: Path, s3: S3Server) -
                          lambda: store.put_if_absent(name, b"y")):  # fmt: skip  # noqa: B023
                 with pytest.raises(StorageError, match="leads out of the folder"):
                     work()
-    for local in (open_store(str(tmp_path / "in")), KeptStore(str(tmp_path / "in"))):
+    for local in (open_store(str(tmp_path / "in")), OpenFilesStore(str(tmp_path / "in"))):
         with pytest.raises(StorageError, match="leads out of the folder"):
             local.read("../outside", start=0, size=1)
     assert (tmp_path / "outside").read_bytes() == b"x" and set(s3.objects(bucket)) == {"in/a"}

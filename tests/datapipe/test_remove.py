@@ -14,7 +14,7 @@ import pytest
 
 from datapipe.config import RemoveConfig, SelectConfig, ShardConfig, StorageConfig, StreamConfig
 from datapipe.errors import ConfigError, DataError, StorageError
-from datapipe.heirs import heirs
+from datapipe.heirs import relink_duplicates
 from datapipe.index import INDEX
 from datapipe.ingest import ingest
 from datapipe.manifest import Manifest
@@ -87,7 +87,7 @@ def test_remove__takes_the_bytes_and_leaves_the_rows(
     new = Manifest.load(url, s3.storage)
     replaced = {shard.index for shard in old.shards} - {shard.index for shard in new.shards}
     tars = {shard.name for shard in old.shards} - {shard.name for shard in new.shards}
-    assert (done.crops, done.missing, done.found_complete) == (5, (), False)
+    assert (done.crops, done.lists.missing, done.found_complete) == (5, [], False)
     assert len(tars) == 3 and done.deleted == len(tars) + len(replaced) and len(replaced) >= 3
     after = everything(url, s3.storage)
     assert [row["removed"] for row in after] == [row["key"] in gone for row in before]
@@ -186,7 +186,8 @@ def test_remove__by_names__within_a_source(folder: Path, tmp_path: Path) -> None
     with pytest.raises(DataError, match="1 of the 4 listed crops are not in the data set, for example never/there.jpg"):
         remove(str(folder), RemoveConfig(names=file, source="b", workers=1), STORAGE)
     done = remove(str(folder), RemoveConfig(names=file, source="b", max_missing=0.25, workers=1), STORAGE)
-    assert (done.crops, done.missing, done.missing_count, done.copies) == (3, ("never/there.jpg",), 1, 3)
+    lists = done.lists
+    assert (done.crops, lists.missing, lists.missing_count, lists.copies) == (3, ["never/there.jpg"], 1, 3)
     left = [row for row in everything(str(folder)) if not row["removed"]]
     assert sum(row["source"] == "b" for row in left) == 7 and sum(row["source"] == "a" for row in left) == 25
 
@@ -195,7 +196,7 @@ def test_remove__with_duplicates__takes_the_copies_too(made: Made, folder: Path,
     key = next(row["key"] for row in everything(str(folder)) if row["source"] == "b")
     data = made[1]["b", next(row["name"] for row in everything(str(folder)) if row["key"] == key)]
     done = remove(str(folder), RemoveConfig(keys=listed(tmp_path, [key]), duplicates=True, workers=1), STORAGE)
-    assert (done.crops, done.copies) == (2, 0) and data not in stored(folder)
+    assert (done.crops, done.lists.copies) == (2, 0) and data not in stored(folder)
 
 
 def test_remove__marks_pass_to_the_next_copy(folder: Path, tmp_path: Path) -> None:
@@ -208,7 +209,7 @@ def test_remove__marks_pass_to_the_next_copy(folder: Path, tmp_path: Path) -> No
     assert verify(str(folder), "all", STORAGE, workers=1).findings == []
 
 
-def test_heirs__first_that_is_left_and_who_is_near_to_it() -> None:
+def test_relink_duplicates__first_that_is_left_and_who_is_near_to_it() -> None:
     table = pyarrow.table(
         {
             "key": list("abcdefgh"),
@@ -218,13 +219,13 @@ def test_heirs__first_that_is_left_and_who_is_near_to_it() -> None:
         }
     )
     live = np.array([False, True, True, True, True, True, False, True])
-    assert heirs(table, live, pyarrow.array(["a", "g"])) == {
+    assert relink_duplicates(table, live, pyarrow.array(["a", "g"])) == {
         1: (None, None),  # the first copy of a; near to nothing that is left before it
         2: (None, "b"),  # 01 and 10: two bits
         3: ("b", None),  # 0001 and 1100: three bits, so it is kept
         4: (None, "d"),
     }
-    assert heirs(table, live, pyarrow.array(["h"])) == {}
+    assert relink_duplicates(table, live, pyarrow.array(["h"])) == {}
 
 
 def test_remove__keeps_sidecars_with_their_crops(tmp_path: Path, write_crops: WriteCrops) -> None:

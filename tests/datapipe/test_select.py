@@ -188,7 +188,7 @@ def test_load__names_a_selection_that_changed(folder: Path) -> None:
     assert made.selection
     path = folder / made.selection.file
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match="selection of this version is not what was written") as caught:
+    with pytest.raises(DataError, match="selection of this version is not the one that was written") as caught:
         made.table(["key"])
     assert caught.value.where == str(path)
     assert select(str(folder), SelectConfig(fraction=0.5), STORAGE).manifest == made

@@ -13,9 +13,9 @@ import numpy as np
 import psutil
 import pytest
 
-from datapipe import synth
 from datapipe.config import SynthConfig
 from datapipe.errors import ConfigError, DataError
+from datapipe.synth import FINISHED, GALLERY, QUERY, TRAIN, UNFINISHED, render
 from datapipe.synth_scenes import Shot, crop, person
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ LUMINANCE_TABLE_START = 16  # first step of the standard luminance table at qual
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("synth") / "people"
-    synth.render(out, SynthConfig(**SMALL))
+    render(out, SynthConfig(**SMALL))
     return out
 
 
@@ -40,7 +40,7 @@ def identities(folder: Path) -> set[int]:
 
 
 def test_render__same_bytes_for_any_number_of_workers(folder: Path, tmp_path: Path) -> None:
-    synth.render(tmp_path / "two", SynthConfig(**{**SMALL, "workers": 2}))
+    render(tmp_path / "two", SynthConfig(**{**SMALL, "workers": 2}))
     assert contents(tmp_path / "two") == contents(folder)
 
 
@@ -62,14 +62,14 @@ def test_crop__does_not_depend_on_how_many_people_or_images_there_are() -> None:
 
 
 def test_render__test_identities_are_not_trained_on(folder: Path) -> None:
-    train, gallery, query = (identities(folder / name) for name in (synth.TRAIN, synth.GALLERY, synth.QUERY))
+    train, gallery, query = (identities(folder / name) for name in (TRAIN, GALLERY, QUERY))
     assert train == {1, 2, 3}
     assert gallery == query == {4, 5, 6, 7}
 
 
 def test_render__names_parse_and_counts_add_up(folder: Path) -> None:
-    counts = {name: len(list((folder / name).iterdir())) for name in (synth.TRAIN, synth.GALLERY, synth.QUERY)}
-    assert counts == {synth.TRAIN: 27, synth.GALLERY: 24, synth.QUERY: 12}
+    counts = {name: len(list((folder / name).iterdir())) for name in (TRAIN, GALLERY, QUERY)}
+    assert counts == {TRAIN: 27, GALLERY: 24, QUERY: 12}
     for path in folder.rglob("*.jpg"):
         parts = NAME.fullmatch(path.name)
         assert parts is not None, path.name
@@ -78,9 +78,9 @@ def test_render__names_parse_and_counts_add_up(folder: Path) -> None:
 
 def test_render__every_query_has_a_match_under_another_camera(folder: Path) -> None:
     cameras = defaultdict(set)
-    for path in (folder / synth.GALLERY).glob("*.jpg"):
+    for path in (folder / GALLERY).glob("*.jpg"):
         cameras[path.name[:4]].add(path.name.split("_")[1])
-    for path in (folder / synth.QUERY).glob("*.jpg"):
+    for path in (folder / QUERY).glob("*.jpg"):
         assert cameras[path.name[:4]] - {path.name.split("_")[1]}
 
 
@@ -105,23 +105,23 @@ def _step_at(quality: int) -> int:
 
 def test_render__an_interrupted_run_is_completed_and_nothing_is_rendered_twice(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "people"
-    synth.render(out, SynthConfig(**SMALL))
-    (out / synth.FINISHED).rename(out / synth.UNFINISHED)
+    render(out, SynthConfig(**SMALL))
+    (out / FINISHED).rename(out / UNFINISHED)
     images = sorted(out.rglob("*.jpg"))
     for path in images[::2]:
         path.unlink()
     images[0].with_name(images[0].name + ".part").write_bytes(b"half a")
     kept = {path: path.stat().st_mtime_ns for path in images[1::2]}
-    synth.render(out, SynthConfig(**SMALL))
+    render(out, SynthConfig(**SMALL))
     assert contents(out) == contents(folder)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
 KILLED = """
 from pathlib import Path
-from datapipe import synth
 from datapipe.config import SynthConfig
-synth.render(Path({out!r}), SynthConfig(train_identities=400, test_identities=4, cameras=3, images=3, workers=2))
+from datapipe.synth import render
+render(Path({out!r}), SynthConfig(train_identities=400, test_identities=4, cameras=3, images=3, workers=2))
 """
 
 
@@ -138,32 +138,32 @@ def test_render__killed_leaves_whole_images_no_marker_and_no_processes(tmp_path:
     assert workers and psutil.wait_procs(workers, timeout=300)[1] == []
     images = list(out.glob("*/*.jpg"))
     assert images and all(cv2.imread(str(path)) is not None for path in images)
-    assert (out / synth.UNFINISHED).exists() and not (out / synth.FINISHED).exists()
+    assert (out / UNFINISHED).exists() and not (out / FINISHED).exists()
 
 
 def test_render__a_finished_folder_is_left_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    synth.render(folder, SynthConfig(**{**SMALL, "workers": 2}))
+    render(folder, SynthConfig(**{**SMALL, "workers": 2}))
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     assert "complete: 63 images" in capsys.readouterr().out
 
 
 def test_render__other_settings_are_refused_by_name(folder: Path) -> None:
     with pytest.raises(DataError, match=r"seed: 0 there, 7 asked for"):
-        synth.render(folder, SynthConfig(**{**SMALL, "seed": 7}))
+        render(folder, SynthConfig(**{**SMALL, "seed": 7}))
 
 
 def test_render__a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "holiday.jpg").write_bytes(b"")
     with pytest.raises(DataError, match="not made by synth"):
-        synth.render(tmp_path, SynthConfig(**SMALL))
+        render(tmp_path, SynthConfig(**SMALL))
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
 
 
 @pytest.mark.parametrize("wrong", [{"height": (320, 150)}, {"quality": (75, 101)}, {"width": (0, 60)}])
 def test_render__ranges_are_checked(tmp_path: Path, wrong: dict[str, tuple[int, int]]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
-        synth.render(tmp_path / "people", SynthConfig(**SMALL, **wrong))
+        render(tmp_path / "people", SynthConfig(**SMALL, **wrong))
 
 
 def test_person__clothes_colours_are_shared_but_people_differ() -> None:

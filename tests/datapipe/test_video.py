@@ -15,7 +15,8 @@ from PIL import Image
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError
-from datapipe.sources import Crop, open_sources
+from datapipe.sources import open_sources
+from datapipe.sources.base import Crop
 from tests.conftest import S3Server
 from tests.datapipe.read_source import crops, units
 

@@ -10,7 +10,8 @@ import webdataset
 
 from datapipe.config import StorageConfig
 from datapipe.errors import DataError, NotFoundError
-from datapipe.sources import Crop, open_sources
+from datapipe.sources import open_sources
+from datapipe.sources.base import Crop
 from tests.conftest import S3Server
 
 WriteCrops = Callable[..., dict[str, bytes]]

@@ -13,7 +13,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 from tests.flow.tiny import recipe, seen_in_forward, shards
 from tests.ranks import run_ranks
-from training import config as recipes
+from training import recipe_toml as recipes
 from training.engine.host import LocalHost
 from training.engine.world import World
 from training.pretrain import pretrain

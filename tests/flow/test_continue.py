@@ -10,11 +10,11 @@ import torch
 from datapipe.errors import NotFoundError
 from tests.flow.tiny import recipe, shards
 from tests.training.published_files import save, training_checkpoint
-from training import config as recipes
+from training import recipe_toml as recipes
 from training.__main__ import main
 from training.assembly import build_method, initial_method
 from training.backbone import VisionTransformer
-from training.weights import load_backbone
+from training.weights.export import load_backbone
 
 Write = Callable[..., dict[str, bytes]]
 

@@ -14,12 +14,12 @@ from datapipe.randomness import words
 from tests.datapipe import crop_set
 from tests.flow.pause import Pause
 from tests.flow.tiny import audited, command, recipe
-from training import config as recipes
-from training.config import RunConfig
+from training import recipe_toml as recipes
 from training.engine.host import LocalHost
 from training.engine.world import World
 from training.pretrain import pretrain
 from training.report_data import RunFiles
+from training.run_config import RunConfig
 from training.run_folder import RunFolder
 
 ROWS, WEIGHTS = (14, 25), (3, 1)

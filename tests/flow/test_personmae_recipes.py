@@ -9,11 +9,11 @@ import torch
 from tests.flow import tiny
 from training import methods
 from training.assembly import build_method
-from training.config import load
 from training.engine.host import LocalHost
 from training.engine.world import World
 from training.methods.personmae import PersonMae, PersonMaeConfig
 from training.pretrain import pretrain
+from training.recipe_toml import load
 
 FOLDER = Path(methods.__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("personmae_*.toml"))

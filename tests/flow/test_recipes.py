@@ -10,14 +10,16 @@ from datapipe.config import ViewConfig
 from datapipe.errors import ConfigError
 from tests.flow import tiny
 from training import memory, methods
-from training.assembly import portion, refuse_split
-from training.config import RunConfig, load
+from training.batch_split import portion
+from training.checks import refuse_split
 from training.engine.host import LocalHost
 from training.engine.world import World
 from training.methods.dino import DinoConfig
 from training.methods.pass_reid import PassConfig
 from training.methods.personvit import PersonVitConfig
 from training.pretrain import pretrain
+from training.recipe_toml import load
+from training.run_config import RunConfig
 
 FOLDER = Path(methods.__file__).parents[1] / "recipes"
 FAMILY = {"dino": DinoConfig, "pass": PassConfig, "personvit": PersonVitConfig}

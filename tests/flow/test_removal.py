@@ -12,7 +12,7 @@ from datapipe.manifest import Manifest
 from datapipe.order import Order
 from datapipe.remove import remove
 from tests.flow.tiny import audited, recipe, shards
-from training import config as recipes
+from training import recipe_toml as recipes
 from training.engine.host import LocalHost
 from training.engine.world import World
 from training.pretrain import Ending, pretrain

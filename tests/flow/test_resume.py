@@ -17,7 +17,7 @@ from datapipe.storage import open_store
 from tests.flow.pause import Pause
 from tests.flow.tiny import audited, command, final_state, finished, recipe, shards
 from tests.ranks import run_ranks
-from training import config as recipes
+from training import recipe_toml as recipes
 from training.checkpoint import complete
 from training.engine.host import LocalHost
 from training.engine.world import World

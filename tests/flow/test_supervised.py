@@ -18,18 +18,19 @@ from tests.ranks import run_ranks
 from tests.training.reid.people import market
 from training import milestones
 from training.__main__ import main
-from training.assembly import labels_of, order_of, resolved
-from training.config import RunConfig, load
 from training.engine.clock import Clock
 from training.engine.host import LocalHost
 from training.engine.world import World
 from training.evaluation import score, tasks
 from training.pretrain import Ending, pretrain
 from training.published import Stated, read_published
+from training.recipe_toml import load
 from training.reid.datasets import open_reid
 from training.reid.supervised import prepare, suited_recipe
 from training.reid.training_part import shard_training_part
-from training.weights import load_backbone
+from training.run_config import RunConfig
+from training.run_plan import labels_of, order_of, resolved
+from training.weights.export import load_backbone
 
 TINY = [
     "--backbone.arch", "custom", "--backbone.size", "32", "16", "--backbone.patch", "8", "--backbone.width", "24",

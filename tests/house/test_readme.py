@@ -32,7 +32,7 @@ from tests.training import published_files
 from tests.training.reid.people import market
 from tests.training.test_reproduce import own_row
 from training.backbone import BackboneConfig, VisionTransformer
-from training.config import load, to_toml
+from training.recipe_toml import load, to_toml
 
 WriteCrops = Callable[..., dict[str, bytes]]
 SOURCES = 'lup_lmdb crops/ "hf/train-*.parquet" mot/videos'

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tests.golden import difference, golden, group, tolerance
 from training.backbone import BackboneConfig, VisionTransformer
-from training.weights import load_counted
+from training.weights.counted_keys import load_counted
 
 
 def build(

@@ -5,7 +5,7 @@ import torch
 
 from tests.golden import difference, golden, group, tolerance
 from training.heads import DinoHead, HeadConfig, MaskedHead, TokenHeads
-from training.weights import load_counted
+from training.weights.counted_keys import load_counted
 
 
 def head_config(constructor: dict[str, Any], *, norm_last_layer: bool) -> HeadConfig:

@@ -4,7 +4,8 @@ import torch
 from tests.golden import difference, golden, tolerance
 from training.backbone import BackboneConfig
 from training.resizing import resized
-from training.weights import load_counted, unfilled
+from training.weights.counted_keys import load_counted
+from training.weights.export import unfilled
 
 PATCH = 2
 

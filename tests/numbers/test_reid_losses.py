@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from tests.golden import difference, golden, tolerance
-from training.config import OptimisationConfig
 from training.engine.clock import Clock
 from training.engine.optimisation import settings_at
+from training.engine.settings import OptimisationConfig
 from training.metric_losses import distances, hardest, identity, triplet
 
 

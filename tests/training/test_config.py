@@ -4,9 +4,11 @@ from pathlib import Path
 import pytest
 
 from datapipe.errors import ConfigError
-from training import config as recipes
-from training.config import RunConfig, load, override, to_toml, validate
+from training import recipe_toml as recipes
 from training.methods import METHODS
+from training.recipe_toml import load, override, to_toml, validate
+from training.recipes import SHIPPED
+from training.run_config import RunConfig
 
 
 def _write(folder: Path, text: str) -> Path:
@@ -65,7 +67,7 @@ def test_override__a_flag_of_another_method_is_a_usage_error(tmp_path: Path) -> 
 
 
 def test_load__a_recipe_that_comes_along_by_its_name() -> None:
-    assert load("pass_vits") == load(recipes.SHIPPED / "pass_vits.toml")
+    assert load("pass_vits") == load(SHIPPED / "pass_vits.toml")
 
 
 def test_load__missing_and_broken_files(tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ import pytest
 from datapipe import command
 from datapipe.errors import ConfigError
 from tests.flow import tiny as flow
-from training import config as recipes
+from training import recipe_toml as recipes
 from training.__main__ import main
-from training.config import SHIPPED, load
 from training.dry_run import GB, LUPERSON, dry_run
 from training.dry_run_page import page, to_tree
+from training.recipe_toml import load
+from training.recipes import SHIPPED
 
 RECIPES = sorted(path.stem for path in SHIPPED.glob("*.toml") if not path.stem.startswith("supervised"))
 """Those of pre-training."""

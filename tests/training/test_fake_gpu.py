@@ -23,14 +23,17 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from training import assembly, backbone, ema, erasing, methods
-from training.config import SHIPPED, RunConfig, load
+from training.batch_split import portion
 from training.engine.optimisation import group_parameters
 from training.engine.plain import PlainStepper
 from training.engine.world import World
 from training.methods import distillation, personmae, supervised
 from training.methods.base import Progress
 from training.placing import Place
+from training.recipe_toml import load
+from training.recipes import SHIPPED
 from training.reid import embed
+from training.run_config import RunConfig
 
 GPU = torch.device("cuda", 0)
 IMAGES = 4
@@ -151,7 +154,7 @@ def check_embedding(config: RunConfig, method: methods.Method) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_step__on_a_fake_gpu(name: str, fake_gpu: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small(name)
-    batch = assembly.fake_batch(assembly.view_spec(config), assembly.portion(IMAGES, IMAGES, 1), config)
+    batch = assembly.fake_batch(assembly.view_spec(config), portion(IMAGES, IMAGES, 1), config)
     keep_host_numbers(monkeypatch, fake_gpu, batch.position.copy())
     with torch.device("meta"):
         method = methods.build(config.method, config.backbone)

@@ -9,14 +9,14 @@ import pytest
 from datapipe.config import SynthConfig
 from datapipe.synth import TRAIN, render
 from tests.flow.tiny import shards, step_records
-from training import config as recipes
 from training import health
-from training.config import RunConfig
+from training import recipe_toml as recipes
 from training.engine.host import LocalHost
 from training.engine.world import World
 from training.health import LEAST_IMAGES, SETTLED_STEPS, WINDOW, Record, signs
 from training.pretrain import pretrain
 from training.report import write_report
+from training.run_config import RunConfig
 
 RECIPE = """
 out = "unused"

@@ -12,15 +12,15 @@ from safetensors.torch import load_file, save_file
 from datapipe.config import StorageConfig
 from datapipe.errors import ConfigError
 from datapipe.storage import open_store
-from training import weights
 from training.assembly import initial_method
 from training.backbone import BackboneConfig, VisionTransformer, parameter_count
-from training.config import RunConfig
 from training.engine.optimisation import group_parameters
 from training.heads import HeadConfig
 from training.initial_weights import InitConfig
 from training.methods.dino import DinoConfig
 from training.published import Stated, read_published
+from training.run_config import RunConfig
+from training.weights import export
 
 CONFIG = BackboneConfig(arch="custom", size=(64, 32), patch=16, width=24, depth=2, heads=3, layer_scale=0.1)
 RUN = RunConfig(backbone=CONFIG, method=DinoConfig(local_size=(32, 16), head=HeadConfig(out_dim=8, hidden=8)))
@@ -64,13 +64,13 @@ def test_layer_scale__does_not_decay_and_learns_at_the_rate_of_its_block() -> No
 @torch.no_grad()
 def test_layer_scale__exported_to_timm(parts: int, tmp_path: Path) -> None:
     backbone, images = scrambled(parts), torch.randn(2, 3, 64, 32)
-    card = weights.export(backbone, open_store(str(tmp_path)), weights.Provenance())
-    assert "init_values=0.1" in weights.create_model_call(card)
-    model: Any = eval(weights.create_model_call(card), {"timm": timm}).eval()
+    card = export.export(backbone, open_store(str(tmp_path)), export.Provenance())
+    assert "init_values=0.1" in export.create_model_call(card)
+    model: Any = eval(export.create_model_call(card), {"timm": timm}).eval()
     report = model.load_state_dict(load_file(tmp_path / "backbone.safetensors"))
     assert not report.missing_keys and not report.unexpected_keys
     torch.testing.assert_close(model(images), backbone.features(images).cls, rtol=1e-4, atol=1e-5)
-    again = weights.load_backbone(str(tmp_path))
+    again = export.load_backbone(str(tmp_path))
     assert again.config == CONFIG
     assert all(torch.equal(value, backbone.state_dict()[name]) for name, value in again.state_dict().items())
 

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +14,11 @@ from tests.flow.tiny import generated, recipe
 from tests.training.tiny_recipe import tiny, with_views
 from training import outlook
 from training.__main__ import main
-from training.assembly import clock_of
-from training.config import SHIPPED, load
 from training.engine.world import World
+from training.recipe_toml import load
+from training.recipes import SHIPPED
+from training.run_plan import clock_of
 
-GB = 10**9
 METHODS = ("dino_vits", "pass_vits", "personvit_vits", "personmae_vits")
 
 
@@ -105,21 +106,10 @@ def test_pretrain__is_refused_before_anything_is_built(
     assert not (tmp_path / "run" / "config.toml").exists()
 
 
-def group(folder: Path, **files: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (folder / name.replace("__", ".")).write_text(content)
-
-
-def test_left__is_below_the_limit_of_every_control_group(tmp_path: Path) -> None:
-    proc, root = tmp_path / "cgroup", tmp_path / "sys"
-    proc.write_text("0::/job/step\n")
-    group(root / "job", memory__max="5000", memory__current="3000", memory__stat="anon 1\ninactive_file 500\n")
-    group(root / "job" / "step", memory__max="max", memory__current="3000", memory__stat="inactive_file 500\n")
-    assert outlook._left_in_groups(proc, root) == [2_500]
-    proc.write_text("9:cpu,cpuacct:/a\n5:memory:/a\n")
-    group(root / "memory" / "a", memory__limit_in_bytes="800", memory__usage_in_bytes="300",
-          memory__stat="total_inactive_file 100\n")  # fmt: skip
-    assert outlook._left_in_groups(proc, root) == [600]
-    assert outlook._left_in_groups(tmp_path / "absent", root) == []
-    assert 0 < outlook.available_memory() < 10_000 * GB
+@pytest.mark.parametrize(("free", "left", "found"), [(5, None, 5), (5, 3, 3), (2, 3, 2)])
+def test_available_memory__is_what_the_machine_and_the_control_groups_leave(
+    monkeypatch: pytest.MonkeyPatch, free: int, left: int | None, found: int
+) -> None:
+    monkeypatch.setattr(outlook.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr(outlook, "memory_left", lambda: left)
+    assert outlook.available_memory() == found

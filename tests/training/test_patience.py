@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from tests.flow.tiny import generated, recipe
 from tests.ranks import run_ranks
-from training import config as recipes
 from training import evaluation, milestones
+from training import recipe_toml as recipes
 from training.engine.host import Doing, LocalHost
 from training.engine.world import World, process_groups
 from training.milestones import Milestones

@@ -6,9 +6,12 @@ import torch
 
 from datapipe.batch import Batch
 from tests.training.tiny_recipe import tiny
-from training.assembly import _pinned, fake_batch, portion, view_spec
+from training.assembly import fake_batch, view_spec
+from training.batch_split import portion
+from training.image_statistics import IMAGENET_MEAN, IMAGENET_STD
 from training.losses import hidden_numbers
-from training.placing import IMAGENET_MEAN, IMAGENET_STD, Place
+from training.placing import Place
+from training.run_plan import _pinned
 
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="GPU absent: pinned slots"))
 

@@ -19,7 +19,7 @@ from tests.training.reid.people import market
 from training.__main__ import main
 from training.backbone import ARCHITECTURES, BackboneConfig, Shape, VisionTransformer
 from training.published import LAYOUTS, SHAPES, Stated, read_published
-from training.weights import load_backbone, load_card, unfilled
+from training.weights.export import load_backbone, load_card, unfilled
 
 PASS, SSL, ICS, IBOT = "pass_backbone", "transreid_ssl_backbone", "transreid_ssl_ics_backbone", "ibot_backbone"
 OUTPUTS = {PASS: ("global_input", "global_cls_stored_pos"), SSL: ("global_input", "global_cls"),

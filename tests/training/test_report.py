@@ -23,7 +23,6 @@ from training.reid.literature import BY_NAME
 from training.report import write_report
 from training.report_data import RunFiles
 from training.report_faults import MOST_IMAGES, MOST_SHEETS
-from training.report_page import duration
 from training.report_plots import MOST_POINTS, Curve, Plot, thinned, to_svg
 from training.report_published import alike, not_comparable
 from training.run_folder import RunFolder
@@ -283,9 +282,6 @@ def test_to_svg__is_inline_and_takes_the_colour_of_the_page() -> None:
     assert "A &amp; &lt;title&gt;" in svg
     assert "<metadata" not in svg and "#123457" not in svg
 
-
-def test_duration__reads_well() -> None:
-    assert [duration(seconds) for seconds in (0.4, 59.6, 3_700)] == ["0 s", "1 min 00 s", "1 h 01 min"]
 
 
 def keep_batch(step: int, rank: int, images: int = 10, padding: int = 2, seed: int = 0) -> tuple[str, bytes]:

@@ -12,10 +12,10 @@ from tests.training import published_files as files
 from tests.training.reid.people import market
 from training.__main__ import main
 from training.backbone import BackboneConfig, VisionTransformer
-from training.config import SHIPPED
+from training.commands.reproduce import Agreement, Reproduction, agreements, read_row
+from training.recipes import SHIPPED
 from training.reid.literature import BUILT, BY_NAME, ROWS, TASKS, Row
 from training.reid.published import PUBLISHED
-from training.reproduce import Agreement, Reproduction, agreements, read_row
 
 SIZE = (64, 32)
 PEOPLE = 6

@@ -5,10 +5,11 @@ import math
 import pytest
 
 from datapipe.batch import Intake
+from datapipe.progress import duration
 from tests.ranks import run_ranks
 from training import speed
 from training.engine.world import World
-from training.speed import Speed, Spent, Tally, bottleneck, duration, in_words
+from training.speed import Speed, Spent, Tally, bottleneck, in_words
 
 
 class Clock:

@@ -1,6 +1,7 @@
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_sinkhorn__rows_of_all_ranks_count(monkeypatch: pytest.MonkeyPatch) -> N
     """Two ranks as two threads whose collectives meet at a barrier: one with three real rows, one with one."""
     meeting, waiting = threading.Barrier(2, timeout=300), []
 
-    def all_reduce(values: Tensor, operation: distributed.ReduceOp.RedOpType) -> None:
+    def all_reduce(values: Tensor, operation: Any = distributed.ReduceOp.SUM) -> None:
         waiting.append(values.clone())
         meeting.wait()
         both = torch.stack(waiting[-2:])
@@ -85,7 +86,7 @@ def test_sinkhorn__rows_of_all_ranks_count(monkeypatch: pytest.MonkeyPatch) -> N
         (teacher[:, :3], weight[:3]),
         (torch.cat([teacher[:, 3:], padding], dim=1), torch.tensor([0.25, 0, 0], dtype=torch.float64)),
     ]
-    monkeypatch.setattr(targets, "_all_reduce", all_reduce)
+    monkeypatch.setattr(targets, "all_reduce", all_reduce)
     with ThreadPoolExecutor(2) as ranks:
         first, second = ranks.map(lambda share: targets.sinkhorn(*share, temperature=0.2), shares, timeout=300)
     torch.testing.assert_close(torch.cat([first, second[:, :1]], dim=1), whole, rtol=1e-12, atol=1e-12)

@@ -5,10 +5,13 @@ from typing import Any
 
 import torch
 
-from training.assembly import fake_batch, initial_method, portion, view_spec
-from training.config import SHIPPED, RunConfig, load
+from training.assembly import fake_batch, initial_method, view_spec
+from training.batch_split import portion
 from training.methods.base import Method, Views
 from training.placing import Place
+from training.recipe_toml import load
+from training.recipes import SHIPPED
+from training.run_config import RunConfig
 
 
 def tiny(name: str, *, images: int, precision: Any = "fp32", **backbone: Any) -> RunConfig:

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import NamedTuple
 
-from datapipe.ahead import in_order
 from datapipe.errors import NotFoundError
 from datapipe.storage import Store, is_remote
+from datapipe.workers import in_order
 from training.checkpoint.marker import MARKER, completed, step_of
 
 log = logging.getLogger(__name__)

@@ -9,16 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from datapipe.ahead import in_order
 from datapipe.errors import DataError, NotFoundError
 from datapipe.progress import QUIET_S, Progress
 from datapipe.storage import Store, is_remote
+from datapipe.workers import in_order
 from training.checkpoint.digest import matches
 from training.checkpoint.lineage import complete
 from training.checkpoint.marker import File, Form, Fragment, Marker, read_marker
 from training.checkpoint.part import TYPES
 from training.engine.pieces import Piece, whole
-from training.weights import check_counted
+from training.weights.counted_keys import check_counted
 
 BLOCK = 8 << 20
 """Bytes read at a time: fragments that lie side by side are fetched together up to this many."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 
 from training.checkpoint.marker import MARKER, completed, step_of
-from training.config import CheckpointConfig
+from training.checkpoint.settings import CheckpointConfig
 
 
 def due(config: CheckpointConfig, step: int, epoch_steps: float) -> bool:

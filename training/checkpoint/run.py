@@ -27,7 +27,7 @@ from training.checkpoint.lineage import Head, complete
 from training.checkpoint.marker import Marker, name_of, read_marker
 from training.checkpoint.part import Snapshots
 from training.checkpoint.reader import Reader, passed_over, refuse_misfit, verify
-from training.config import CheckpointConfig
+from training.checkpoint.settings import CheckpointConfig
 from training.engine.pieces import Piece, divide
 from training.engine.scaling import LossScale, first_scale
 from training.engine.stepper import Stepper

@@ -1,6 +1,6 @@
 """What the thread of a save does: writes this rank's part; on the leading rank, then, the marker that makes it exist.
 
-Nothing here communicates: the ranks agree in `run.py`.
+Nothing here communicates: the ranks agree in `training/checkpoint/run.py`.
 """
 
 import json
@@ -16,7 +16,7 @@ from training.checkpoint.lineage import Head, survey, term_of
 from training.checkpoint.marker import MARKER, Form, Marker, file_from, name_of, read_marker
 from training.checkpoint.part import Part
 from training.checkpoint.retention import strays, superseded
-from training.config import CheckpointConfig
+from training.checkpoint.settings import CheckpointConfig
 from training.guard import Guard
 
 

@@ -2,7 +2,7 @@
 
 DeepSpeed is configured for fp32 and lower precision is autocast inside the method (parameters and teacher stay fp32);
 its own clipping is switched off (it is on at 1.0 unless set to 0); accumulation boundaries are set by hand. Gradients
-are reached where each stage keeps them (`layouts.py`).
+are reached where each stage keeps them (`training/engine/layouts.py`).
 """
 
 import contextlib
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.config import EngineConfig, OptimisationConfig
 from training.engine.layouts import LAYOUTS
 from training.engine.optimisation import ParameterGroup, StepSettings
 from training.engine.optimizers import make_optimizer
 from training.engine.pieces import Piece
+from training.engine.settings import EngineConfig, OptimisationConfig
 from training.engine.stepper import Stepper
 from training.engine.world import World
 from training.methods.base import Method, Outcome, Progress, Views

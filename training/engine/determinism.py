@@ -18,8 +18,8 @@ from collections.abc import Iterator
 
 import torch
 
-from training.config import RunConfig
 from training.engine.world import World
+from training.run_config import RunConfig
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 FIXED = ":4096:8"

@@ -7,12 +7,11 @@ from typing import Protocol
 from datapipe.batch import Batch, Intake
 from training import ema
 from training.checkpoint import Checkpoints
-from training.config import OptimisationConfig
-from training.engine import optimisation
 from training.engine.clock import Clock
 from training.engine.faults import Faults
 from training.engine.host import Host
-from training.engine.optimisation import StepSettings
+from training.engine.optimisation import StepSettings, settings_at
+from training.engine.settings import OptimisationConfig
 from training.engine.stepper import Result, Stepper
 from training.engine.stop import Stop
 from training.methods.base import Method, Progress, Views
@@ -75,7 +74,7 @@ def train(run: Run, segment: Segment, *, position: int = 0) -> tuple[int, bool]:
     for batch in run.loader.after(position, until=segment.end):
         run.host.stepping()
         progress = run.clock.at(batch.start)
-        now = optimisation.settings_at(run.optimisation, progress)
+        now = settings_at(run.optimisation, progress)
         run.stepper.apply(now, progress)
         result = _step(run, batch, progress)
         if result.finite:
@@ -117,7 +116,7 @@ def _try(run: Run, batch: Batch, progress: Progress) -> Result:
 def rehearse(run: Run, batch: Batch) -> None:
     """Forward and backward on one micro-batch without a step: faults show in the first minute. Leaves no trace."""
     progress = run.clock.at(0)
-    run.stepper.apply(optimisation.settings_at(run.optimisation, progress), progress)
+    run.stepper.apply(settings_at(run.optimisation, progress), progress)
     run.stepper.rehearse(run.place(next(batch.micro_batches(run.micro_batch))), progress)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from training import schedules
-from training.config import OptimisationConfig
+from training.engine.settings import OptimisationConfig
 from training.methods.base import Method, Progress
 
 

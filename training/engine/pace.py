@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from training.engine.host import Doing, Host
 from training.engine.world import World
+from training.late_reduce import LateReduce
 from training.methods.base import Method
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Pace:
         self._steps = 0
         self._slow: set[int] = set()
         self._suspected: set[int] = set()
-        self._asked: tuple[list[torch.Tensor], dist.Work] | None = None
+        self._rows = LateReduce(world)
         self._timer = _Timer(world.device)
         self._begin()
         method.register_forward_pre_hook(self._enter)
@@ -104,21 +104,18 @@ class Pace:
             self._host.launched(self._done, doing, event.query)
 
     def _ask(self) -> None:
-        mine = torch.tensor(self.mine(), device=self._world.device)
+        mine = self.mine()
         self._begin()
         log.info("step %d: %.3f s a step, of them %.3f s forward, %.3f s waiting for data", self._done,
-                 *(float(mine[part]) for part in (2, 0, 1)))  # fmt: skip
+                 mine.step_s, mine.forward_s, mine.waited_s)  # fmt: skip
         if self._world.size > 1:
-            shares = [torch.empty_like(mine) for _ in range(self._world.size)]
-            self._asked = shares, dist.all_gather(shares, mine, async_op=True)
+            self._rows.ask_rows(torch.tensor(mine))
 
     def _answer(self) -> list[Share] | None:
-        if self._asked is None:
+        rows = self._rows.answer()
+        if rows is None:
             return None
-        tensors, work = self._asked
-        self._asked = None
-        work.wait()
-        shares = [Share(*tensor.tolist()) for tensor in tensors]
+        shares = [Share(*row) for row in rows.tolist()]
         self._judge(shares)
         return shares
 

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from training.config import OptimisationConfig
 from training.engine import optimisation
 from training.engine.optimisation import ParameterGroup, StepSettings
 from training.engine.pieces import Piece, whole
 from training.engine.scaling import first_scale
+from training.engine.settings import OptimisationConfig
 from training.engine.world import World
 from training.methods.base import Method, Outcome, Progress, Views
 
@@ -186,10 +186,9 @@ class Stepper(ABC):
         }
         self._totals.clear()
         sums = {name.removeprefix("sum/"): value for name, value in whole.items() if name.startswith("sum/")}
-        metrics = {
-            name.removeprefix("metric/"): float(value) for name, value in whole.items() if name.startswith("metric/")
-        }
-        return whole["loss"], sums, metrics
+        metrics = {name.removeprefix("metric/"): value for name, value in whole.items() if name.startswith("metric/")}
+        numbers = torch.stack(list(metrics.values())).tolist() if metrics else []  # one wait for the device
+        return whole["loss"], sums, dict(zip(metrics, numbers, strict=True))
 
     def _factors(self, norms: Tensor) -> dict[str, float]:
         """What each gradient is multiplied by, where that is not 1: the clip rule, over the loss scale."""

@@ -5,19 +5,14 @@ N patches.
 """
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
-import torch
 from torch import Tensor, nn
 
 from datapipe.config import ViewConfig
-from datapipe.errors import ConfigError
 from datapipe.view_spec import ViewSpec
 from training.backbone import BackboneConfig, VisionTransformer
-
-Precision = Literal["fp32", "bf16", "fp16"]
-"""What autocast lowers matrix products to. Parameters are float32 (float64 on the yardstick) in every case."""
+from training.precision import Precision
 
 Views = TypedDict(
     "Views",
@@ -138,27 +133,3 @@ class Method(nn.Module, ABC):
         Then the same batch in another number of micro-batches has another loss, so gradients must not be accumulated.
         """
         return False
-
-
-def lowered(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
-    """The region where matrix products run in `precision`. Parameters and residual streams stay float32."""
-    refuse_fp16_on_cpu(precision, device)
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
-
-
-def refuse_fp16_on_cpu(precision: Precision, device: torch.device) -> None:
-    """Raises ConfigError."""
-    if precision == "fp16" and device.type == "cpu":
-        raise ConfigError("fp16 needs a GPU: on a CPU float16 products are slow and their gradients vanish",
-                          where="optimisation.precision", hint='precision = "bf16" or "fp32"')  # fmt: skip
-
-
-def full(device: torch.device) -> AbstractContextManager[None]:
-    """The region for heads and losses, where autocast is off."""
-    return torch.autocast(device.type, enabled=False)
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    """Half-precision values as float32; float32 and float64 as they are."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

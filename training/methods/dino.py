@@ -15,8 +15,9 @@ from datapipe.settings import settings
 from datapipe.view_spec import ViewSpec, multi_crop
 from training.backbone import BackboneConfig, VisionTransformer
 from training.heads import DinoHead
-from training.methods.base import Outcome, Precision, Progress, Views, at_least_float32, full, lowered
+from training.methods.base import Outcome, Progress, Views
 from training.methods.distillation import Distillation, DistillationConfig, Keep, TokenViews, seen
+from training.precision import Precision, at_least_float32, full, lowered
 
 
 @settings

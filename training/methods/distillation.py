@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from datapipe.config import Size
 from datapipe.errors import ConfigError
 from datapipe.settings import settings
-from training import stem, targets
+from training import stem
 from training.backbone import BackboneConfig, Features, VisionTransformer, keep_masks, on_device
 from training.heads import HeadConfig
 from training.losses import entropy, pair_cross_entropies
 from training.measures import information, of_features
-from training.methods.base import Method, Outcome, Precision, Progress, Role, Views, full
+from training.methods.base import Method, Outcome, Progress, Role, Views
+from training.precision import Precision, full
 from training.schedules import teacher_temperature
+from training.targets import centre_sum, centred, moved_centre, sinkhorn
 
 
 @settings
@@ -159,8 +161,8 @@ class Distillation(Method):
         """Probabilities over a token's prototypes: [T, B, K]."""
         temperature = self.temperature(token, epoch)
         if self.config.targets == "sinkhorn":
-            return targets.sinkhorn(logits_TBK, weight_B, temperature=temperature)
-        return targets.centred(logits_TBK, self.get_buffer(f"centre_{token}"), temperature=temperature)
+            return sinkhorn(logits_TBK, weight_B, temperature=temperature)
+        return centred(logits_TBK, self.get_buffer(f"centre_{token}"), temperature=temperature)
 
     def flat_mean(self, said: Said, weight_B: Tensor, metrics: dict[str, Tensor]) -> Outcome:
         """One mean over the pairs of all tokens, image by image; the centres' sums.
@@ -177,7 +179,7 @@ class Distillation(Method):
         weight_B = weight_B.to(loss_B.dtype)
         sums = {}
         if self.config.targets == "centring":
-            sums = {f"centre_{token}": targets.centre_sum(rows, weight_B) for token, rows in taught_TBK.items()}
+            sums = {f"centre_{token}": centre_sum(rows, weight_B) for token, rows in taught_TBK.items()}
         return Outcome((weight_B * loss_B).sum(), sums, metrics)
 
     @torch.no_grad()
@@ -206,7 +208,7 @@ class Distillation(Method):
             name = f"centre_{token}"
             if name in sums:
                 centre_1K = self.get_buffer(name)
-                centre_1K.copy_(targets.moved_centre(centre_1K, sums[name], self.centre_momentum(token)))
+                centre_1K.copy_(moved_centre(centre_1K, sums[name], self.centre_momentum(token)))
         stem.settle(self, sums)
 
     def roles(self) -> dict[str, Role]:

@@ -17,8 +17,9 @@ from training.backbone import BackboneConfig, VisionTransformer
 from training.heads import TokenHeads
 from training.losses import entropy
 from training.measures import information
-from training.methods.base import Outcome, Precision, Progress, Views, at_least_float32, full, lowered
+from training.methods.base import Outcome, Progress, Views
 from training.methods.distillation import Distillation, DistillationConfig, Keep, Said, TokenViews, seen
+from training.precision import Precision, at_least_float32, full, lowered
 
 
 @settings

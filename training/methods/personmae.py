@@ -28,7 +28,8 @@ from training import positions, reconstruction
 from training.backbone import BackboneConfig, VisionTransformer, keep_masks, on_device
 from training.decoders import Decoder
 from training.measures import of_features
-from training.methods.base import Method, Outcome, Precision, Progress, Role, Views, at_least_float32, full, lowered
+from training.methods.base import Method, Outcome, Progress, Role, Views
+from training.precision import Precision, at_least_float32, full, lowered
 from training.reconstruction import PixelNorm
 from training.schedules import grown
 from training.transfer import to_device

@@ -24,6 +24,7 @@ from datapipe.errors import DataError
 from datapipe.formats import FORMATS
 from datapipe.progress import QUIET_S, Progress
 from datapipe.settings import settings
+from training.image_statistics import IMAGENET_MEAN, IMAGENET_STD, Triple
 from training.out_of_memory import scoring_memory
 from training.transfer import to_device
 
@@ -38,9 +39,9 @@ AHEAD = 3
 class EmbedConfig:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """How images are resized, by PIL, antialiased. TransReID validates with bilinear, cluster-contrast with bicubic."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    mean: Triple = IMAGENET_MEAN
     """Subtracted from R, G, B in 0..1. ImageNet's, as in pre-training; .5 for TransReID's fine-tuned models."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    std: Triple = IMAGENET_STD
     """Divisor of R, G, B after the mean is subtracted."""
     batch: int = Field(default=64, ge=1)
     """Images embedded at once. Lower it when memory runs out; the features stay the same up to rounding."""

@@ -104,7 +104,11 @@ def evaluate_distances(
     keep: int = 0,
     threads: int = 2,
 ) -> RetrievalResult:
-    """The same for distances [Q, G] that somebody else has computed; any dtype, smaller is nearer."""
+    """Score distances [Q, G] that were computed elsewhere, such as another model's; any dtype, smaller is nearer. For
+    use from Python: no command needs it.
+
+    Raises DataError for another shape and for NaN.
+    """
     labels = Labels(np.asarray(q_pids), np.asarray(g_pids), np.asarray(q_cams), np.asarray(g_cams))
     expected = (len(labels.query_pids), len(labels.gallery_pids))
     if distances.shape != expected:

@@ -1,4 +1,6 @@
-"""How a labelled data set is taken, and how features are scored on it."""
+"""Settings of evaluation: how a labelled data set is taken, how features are scored on it, when a run scores itself."""
+
+from typing import Literal
 
 from pydantic import Field
 
@@ -32,3 +34,20 @@ class ScoringConfig:
     trapezoid: bool = False
     """Report the mAP of the official Market-1501 code too (trapezoids; about a point lower), as `trapezoid_mAP`. Tables
     of the literature have the other one."""
+
+
+@settings
+class EvaluationConfig:
+    """Scores of the run's own weights, by retrieval, while it goes on."""
+
+    data: str = ""
+    """Test set, as `python -m training evaluate --data` takes it. Empty: none."""
+    every_epochs: float = Field(default=0.0, ge=0)
+    """Epochs between scores; the end is always scored. 0: only the end."""
+    quote: Literal["last", "best"] = "last"
+    """Which score is the run's result. The best of several on a test set was chosen on the test set, and is reported
+    as that."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How test images are resized. TransReID bilinear, HAP bicubic."""
+    scoring: ScoringConfig = ScoringConfig()
+    """What the test set is, and how features are scored on it."""

@@ -17,7 +17,7 @@ from datapipe.errors import DataError, NotFoundError
 from datapipe.manifest import Manifest, manifest_files
 from datapipe.progress import QUIET_S, Progress
 from datapipe.reading import Opened, open_manifest
-from datapipe.sources import UNKNOWN
+from datapipe.sources.base import UNKNOWN
 from datapipe.storage import Store, open_store
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")

@@ -13,20 +13,20 @@ from datapipe.config import StorageConfig
 from datapipe.errors import ConfigError, DataError, NotFoundError
 from datapipe.storage import Store, open_store, split_url
 from training import checkpoint, evaluation
-from training import config as recipes
-from training import weights as exports
-from training.assembly import saved_config
+from training import recipe_toml as recipes
 from training.backbone import BackboneConfig
-from training.config import RunConfig
+from training.continuation import saved_config
+from training.image_statistics import MEAN_STD
 from training.methods.supervised import SupervisedConfig
-from training.placing import MEAN_STD
 from training.published import Stated, read_published
 from training.reid.scoring import ScoringConfig
 from training.reid.training_part import shard_training_part
 from training.reid.zero_shot import Weights
+from training.run_config import RunConfig
 from training.run_folder import RunFolder
 from training.weight_files import FILES
-from training.weights import CARD, Provenance
+from training.weights import export as exports
+from training.weights.export import CARD, Provenance
 
 RANDOM = "random"
 """In place of weights: none; the recipe's backbone as it is drawn."""

@@ -9,7 +9,7 @@ from datapipe.config import ShardConfig, StorageConfig
 from datapipe.errors import DataError
 from datapipe.ingest import ingest_sources
 from datapipe.manifest import Manifest
-from datapipe.sources import UNIT_CROPS, Crop
+from datapipe.sources.base import UNIT_CROPS, Crop
 from training.reid.labelled import ReIDSet
 from training.reid.sources import Source, open_source
 

@@ -10,17 +10,20 @@ import torch
 
 from datapipe.batch import Batch, Intake
 from datapipe.storage import Store
-from training.assembly import clock_of, fake_batch, make_stepper, portion, view_spec
+from training.assembly import fake_batch, make_stepper, view_spec
+from training.batch_split import portion
 from training.checkpoint import Checkpoints
-from training.config import RunConfig
 from training.engine.faults import Faults, describe
 from training.engine.host import LocalHost
 from training.engine.loop import Run, Segment, train
 from training.engine.stepper import Result
 from training.engine.stop import Stop
 from training.engine.world import World
-from training.methods.base import Method, Precision, Progress
+from training.methods.base import Method, Progress
 from training.placing import Place
+from training.precision import Precision
+from training.run_config import RunConfig
+from training.run_plan import clock_of
 
 DISTINCT = 3
 """Batches of noise that are made; they come in turn."""

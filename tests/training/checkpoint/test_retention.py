@@ -2,7 +2,7 @@ import pytest
 
 from training.checkpoint.marker import MARKER
 from training.checkpoint.retention import due, kept, strays, superseded
-from training.config import CheckpointConfig
+from training.checkpoint.settings import CheckpointConfig
 
 
 def _files(*steps: int, partial: tuple[int, ...] = ()) -> list[str]:

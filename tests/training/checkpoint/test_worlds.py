@@ -22,17 +22,19 @@ from tests.training.checkpoint.toy import (
 )
 from tests.training.tiny_recipe import tiny, with_views
 from training import ema
-from training.assembly import build_method, clock_of, portion
+from training.assembly import build_method
 from training.assembly import make_stepper as assemble
+from training.batch_split import portion
 from training.checkpoint import Saved, complete, read_marker, verify
-from training.config import EngineConfig, OptimisationConfig
 from training.engine.host import LocalHost
 from training.engine.optimisation import group_parameters, settings_at
 from training.engine.plain import PlainStepper
 from training.engine.scaling import LossScale
+from training.engine.settings import EngineConfig, OptimisationConfig
 from training.engine.stepper import Stepper
 from training.engine.stop import Stop
 from training.engine.world import World
+from training.run_plan import clock_of
 
 STEPPERS = ("plain", "zero0", "zero1", "zero2", "zero3")
 CHAIN = ((4, STEPPERS[:1]), (3, STEPPERS), (1, STEPPERS), (2, STEPPERS))

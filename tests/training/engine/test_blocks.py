@@ -10,9 +10,9 @@ import torch
 from datapipe.errors import ConfigError
 from tests.flow.tiny import final_state, recipe, shards, step_records
 from tests.ranks import run_ranks
-from training import config as recipes
-from training.assembly import refuse_unsuited
+from training import recipe_toml as recipes
 from training.backbone import BackboneConfig, VisionTransformer, keep_masks
+from training.checks import refuse_unsuited
 from training.engine.host import LocalHost
 from training.engine.world import World
 from training.pretrain import pretrain

@@ -7,8 +7,9 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.training.tiny_recipe import tiny
-from training.assembly import build_method, make_stepper, portion
+from training.assembly import build_method, make_stepper
 from training.backbone import parameter_count
+from training.batch_split import portion
 from training.engine.world import World
 
 

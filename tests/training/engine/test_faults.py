@@ -13,7 +13,7 @@ from datapipe.batch import Batch
 from datapipe.errors import DataError
 from tests.flow.tiny import final_state, recipe, shards
 from tests.ranks import run_ranks
-from training import config as recipes
+from training import recipe_toml as recipes
 from training.engine.host import LocalHost
 from training.engine.world import World
 from training.methods.base import Views

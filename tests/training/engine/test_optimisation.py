@@ -1,12 +1,11 @@
 import pytest
 import torch
 
-from training.assembly import portion
 from training.backbone import BackboneConfig
-from training.config import OptimisationConfig
 from training.engine.clock import Clock
 from training.engine.optimisation import group_parameters, settings_at
 from training.engine.plain import PlainStepper
+from training.engine.settings import OptimisationConfig
 from training.engine.world import World
 from training.heads import HeadConfig
 from training.methods.base import Method
@@ -71,18 +70,6 @@ def test_step__a_gradient_that_is_not_finite_changes_nothing() -> None:
     stepper._totals = {"loss": torch.tensor(1.0)}
     assert not stepper.step().finite
     assert all(torch.equal(value, stepper.parameters[name]) for name, value in before.items())
-
-
-@pytest.mark.parametrize(
-    ("batch", "micro", "world", "expected"),
-    [(512, 64, 8, (64, 64)), (16, 64, 3, (6, 6)), (100, 64, 1, (100, 50)), (7, 2, 2, (4, 2)), (4, 4, 8, (1, 1))],
-)
-def test_portion__covers_the_batch_with_little_padding(
-    batch: int, micro: int, world: int, expected: tuple[int, int]
-) -> None:
-    found = portion(batch, micro, world)
-    assert tuple(found) == expected
-    assert found.rows * world >= batch and found.rows % found.micro == 0 and found.micro <= micro
 
 
 def test_lr_of__a_factor_multiplies_the_peak_alone() -> None:

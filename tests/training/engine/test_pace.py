@@ -9,7 +9,7 @@ import pytest
 
 from tests.flow.tiny import generated, recipe
 from tests.ranks import run_ranks
-from training import config as recipes
+from training import recipe_toml as recipes
 from training.engine import pace
 from training.engine.host import LocalHost
 from training.engine.pace import SLOWER, WINDOW_STEPS, Pace, Share, stragglers

@@ -18,9 +18,10 @@ from datapipe.storage import open_store
 from tests.flow.tiny import StoppingHost, audited, command, final_state, finished, recipe, shards
 from tests.ranks import run_ranks
 from training import checkpoint
-from training import config as recipes
-from training.assembly import Portion, make_stepper, refuse_unsuited
-from training.config import RunConfig
+from training import recipe_toml as recipes
+from training.assembly import make_stepper
+from training.batch_split import Portion
+from training.checks import refuse_unsuited
 from training.engine.host import LocalHost
 from training.engine.scaling import GROWTH_STEPS, LARGEST, LossScale, first_scale
 from training.engine.stepper import Stepper
@@ -28,6 +29,7 @@ from training.engine.world import World, alone
 from training.methods.base import Method, Views
 from training.placing import Place
 from training.pretrain import pretrain
+from training.run_config import RunConfig
 
 CROPS, BATCH = 36, 6
 STEPS = CROPS // BATCH

@@ -15,7 +15,7 @@ from tests.training.reid.people import crop, market
 from training.__main__ import main
 from training.backbone import BackboneConfig
 from training.reid import embed
-from training.weights import CARD, Provenance, export, unfilled
+from training.weights.export import CARD, Provenance, export, unfilled
 
 Evaluate = Callable[..., dict]
 

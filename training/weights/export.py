@@ -6,25 +6,23 @@ timm has no ICS stem: such a backbone keeps its own key names, its card's "timm"
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Any
 
 import safetensors.torch
 import torch
 from pydantic import ValidationError
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor, nn
+from torch import Tensor
 
 from datapipe.errors import DataError
 from datapipe.storage import Store, open_store
 from training.backbone import BackboneConfig, VisionTransformer
+from training.image_statistics import IMAGENET_MEAN, IMAGENET_STD, Triple
+from training.weights.counted_keys import load_counted
 
 WEIGHTS, CARD = "backbone.safetensors", "card.json"
 CARD_FORMAT = 1
-SHOWN = 5
-"""Keys of each kind that an error names; the others are counted."""
-Triple = tuple[float, float, float]
 LOADING = {
     "patch": "timm.create_model(**timm) and its load_state_dict, or training.weights.load_backbone(folder)",
     "ics": "training.weights.load_backbone(folder) alone: timm has no ICS stem",
@@ -53,9 +51,9 @@ class Provenance:
     """Optimizer steps done."""
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The published weights that these are, or were continued from: file, checksum, layout, what was left out."""
-    mean: Triple = IMAGENET_DEFAULT_MEAN
+    mean: Triple = IMAGENET_MEAN
     """Subtracted from RGB values in 0..1 before the backbone."""
-    std: Triple = IMAGENET_DEFAULT_STD
+    std: Triple = IMAGENET_STD
     """Divides after that."""
     versions: dict[str, str] = dataclasses.field(default_factory=_versions)
 
@@ -121,57 +119,6 @@ def load_card(store: Store) -> dict[str, Any]:
         lacking = f"lacks {sorted(missing)}" if missing else f"has format {card['format']}, not {CARD_FORMAT}"
         raise DataError(f"the card {lacking}", where=where, hint=hint)
     return card
-
-
-def load_counted(
-    module: nn.Module, state: Mapping[str, Tensor], *, leave_out: Collection[str] = (), where: str = ""
-) -> int:
-    """Load every tensor of `state` but those named in `leave_out`, and fill every one of the module's. Their number.
-
-    What is missing, left over or of another shape is a DataError that names the keys; nothing is loaded then.
-    """
-    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    given = {name: tensor for name, tensor in state.items() if name not in leave_out}
-    check_counted(shapes, given, absent=sorted(set(leave_out) - state.keys()), where=where)
-    module.load_state_dict(given)
-    return len(given)
-
-
-class Shaped(Protocol):
-    """A tensor, or what is known of one."""
-
-    @property
-    def shape(self) -> Sequence[int]: ...
-
-
-def check_counted(
-    own: Mapping[str, Sequence[int]], given: Mapping[str, Shaped], *, absent: Sequence[str] = (), where: str = ""
-) -> None:
-    """Raise a DataError that names what is missing, left over, or of another shape than `own` says.
-
-    `absent`: names that were to be left out, but are not there to leave out.
-    """
-    shapes = [
-        f"{name} {tuple(given[name].shape)} for {tuple(own[name])}"
-        for name in own.keys() & given.keys()
-        if tuple(own[name]) != tuple(given[name].shape)
-    ]
-    faults = {
-        "missing": sorted(own.keys() - given.keys()),
-        "left over": sorted(given.keys() - own.keys()),
-        "of another shape": sorted(shapes),
-        "to leave out, but absent": absent,
-    }
-    if any(faults.values()):
-        told = "; ".join(f"{kind}: {first_few(keys)}" for kind, keys in faults.items() if keys)
-        raise DataError(f"the weights do not fit ({len(given)} for {len(own)}); {told}", where=where,
-                        hint="check that file and architecture belong together")  # fmt: skip
-
-
-def first_few(keys: Sequence[str]) -> str:
-    """The first keys, and how many there are where that is not all."""
-    rest = f", ... ({len(keys)} in all)" if len(keys) > SHOWN else ""
-    return ", ".join(keys[:SHOWN]) + rest
 
 
 def timm_arguments(backbone: VisionTransformer) -> dict[str, Any]:

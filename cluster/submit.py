@@ -11,22 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from cluster.addresses import RAY_API_SERVER_ADDRESS, SUBMIT, dashboard_of
-from cluster.in_job import refuse_relative
+from cluster.job_paths import paths_of, refuse_relative
 from cluster.ray_token import MODE, WITH_TOKEN, refuse_mode_without_token, refused, show_token
 from datapipe.errors import ClusterError
-from training import config as recipes
-from training.config import RunConfig
+from training import recipe_toml as recipes
 
 PACKAGES = ("cluster", "datapipe", "training")
 MOST_MB = 20.0
 """Megabytes (10^6 bytes) that a job may upload. Our code is one."""
 RECIPE = "recipe.toml"
-
-
-def paths_of(config: RunConfig) -> dict[str, str]:
-    """Every place that a run reads from or writes to."""
-    mix = {f"stream.mix[{number}]": address for number, address in enumerate(config.stream.mix)}
-    return {"out": config.out, "stream.manifest": config.stream.manifest, **mix, "init.weights": config.init.weights}
 
 
 def submit(arguments: Sequence[str]) -> int:
@@ -51,7 +44,7 @@ def submit(arguments: Sequence[str]) -> int:
 
 def _pretrain(arguments: list[str], folder: Path) -> list[str]:
     """The resolved recipe goes along, so that its mistakes are met here, and flags need no quoting there."""
-    from training.commands import read_recipe
+    from training.commands.pretrain import read_recipe
 
     config = read_recipe(arguments, prog="python -m cluster submit pretrain RECIPE")
     refuse_relative(paths_of(config), job=True)
@@ -61,7 +54,7 @@ def _pretrain(arguments: list[str], folder: Path) -> list[str]:
 
 def _shard(arguments: list[str], folder: Path) -> list[str]:
     from cluster.shard_job import ClusterShardCommand, places_of
-    from datapipe.parsing import parse
+    from datapipe.command import parse
 
     command = parse(ClusterShardCommand, arguments, "shard", program="python -m cluster submit")
     refuse_relative(places_of(command), job=True)
@@ -69,7 +62,7 @@ def _shard(arguments: list[str], folder: Path) -> list[str]:
 
 
 def _evaluate(arguments: list[str], folder: Path) -> list[str]:
-    from cluster.evaluate_command import parse_evaluate
+    from cluster.evaluate_job import parse_evaluate
 
     refuse_relative(parse_evaluate(arguments)[0].places, job=True)
     return arguments

@@ -1,83 +1,15 @@
-"""The commands for data sets that are finished: verify | stats | select | reshard | remove."""
+"""The commands that change finished data sets: select | reshard | remove."""
 
-import json
 from typing import Annotated
 
 import tyro
-from pydantic import Field
 
 from datapipe import command
+from datapipe.command import parse
 from datapipe.config import RemoveConfig, ReshardConfig, SelectConfig, StorageConfig
 from datapipe.manifest import Manifest
-from datapipe.parsing import parse
 from datapipe.settings import settings
 from datapipe.stopping import GOES_ON, unwinding
-from datapipe.verify import Decode
-
-MOST_FINDINGS = 50
-"""Lines that `verify` prints at most."""
-
-
-@settings
-class VerifyCommand:
-    url: tyro.conf.Positional[str]
-    """The data set: a folder or s3://bucket/prefix, or one manifest file."""
-    decode: Decode = "sample"
-    """Which crops are decoded as well: none, one in a hundred, or all."""
-    repair: bool = False
-    """First rebuild damaged or missing indexes from intact tars, and take damaged crops out of all versions of the
-    folder; their rows stay, as with `remove`."""
-    workers: Annotated[int, Field(ge=0)] = 0
-    """Processes. 0: one per core."""
-    storage: StorageConfig = StorageConfig()
-    """How object stores are reached."""
-
-
-def verify(arguments: list[str]) -> int:
-    """Check a data set against its manifest and name what is wrong; exits with 1 if anything is."""
-    chosen = parse(VerifyCommand, arguments, "verify")
-    from datapipe.verify import verify as check
-
-    if chosen.repair:
-        from datapipe.repair import repair
-
-        with unwinding(GOES_ON):
-            repaired = repair(chosen.url, chosen.storage, workers=chosen.workers)
-        for line in repaired.lines():
-            print(line)
-    with unwinding():
-        checked = check(chosen.url, chosen.decode, chosen.storage, workers=chosen.workers)
-    for finding in checked.findings[:MOST_FINDINGS]:
-        print(f"{finding.where}: {finding.what}")
-    if len(checked.findings) > MOST_FINDINGS:
-        print(f"and {len(checked.findings) - MOST_FINDINGS:,} more")
-    manifest = checked.manifest
-    print(
-        f"{'FAILED' if checked.findings else 'good'}: {len(checked.findings)} findings in {checked.crops:,} crops of "
-        f"{len(manifest.shards):,} shards, {checked.decoded:,} decoded"
-    )
-    return command.FAILED if checked.findings else command.COMPLETE
-
-
-@settings
-class StatsCommand:
-    url: tyro.conf.Positional[str]
-    """The data set: a folder or s3://bucket/prefix, or one manifest file."""
-    json: bool = False
-    """Print it as JSON, for programs."""
-    storage: StorageConfig = StorageConfig()
-    """How object stores are reached."""
-
-
-def stats(arguments: list[str]) -> int:
-    """Say what a data set holds: counts, sizes, duplicates, per source."""
-    chosen = parse(StatsCommand, arguments, "stats")
-    from datapipe.stats import as_text, statistics
-
-    with unwinding():
-        facts = statistics(chosen.url, chosen.storage)
-    print(json.dumps(facts, indent=1) if chosen.json else as_text(facts))
-    return command.COMPLETE
 
 
 @settings
@@ -153,18 +85,19 @@ def remove(arguments: list[str]) -> int:
 
     with unwinding(GOES_ON):
         done = take_out(chosen.url, chosen.config, chosen.storage)
+    lists = done.lists
     if done.found_complete:
         print("already complete: these crops were removed before")
-    elif done.before:
-        print(f"{done.before:,} listed crops were removed before, or quarantined and never in the stream")
-    if done.missing_count:
-        print(f"listed, but not in the data set: {done.missing_count:,}, for example {', '.join(done.missing)}")
-    if done.remarks:
-        print(f"{done.remarks:,} lines were taken for a heading or a comment")
-    if done.alike:
-        print(f"{done.alike:,} crops more than were listed: their names differ in Unicode's forms or blanks alone")
-    if done.copies:
-        print(f"{done.copies:,} other crops have the bytes of removed ones and stay; --duplicates removes them too")
+    elif lists.before:
+        print(f"{lists.before:,} listed crops were removed before, or quarantined and never in the stream")
+    if lists.missing_count:
+        print(f"listed, but not in the data set: {lists.missing_count:,}, for example {', '.join(lists.missing)}")
+    if lists.remarks:
+        print(f"{lists.remarks:,} lines were taken for a heading or a comment")
+    if lists.alike:
+        print(f"{lists.alike:,} crops more than were listed: their names differ in Unicode's forms or blanks alone")
+    if lists.copies:
+        print(f"{lists.copies:,} other crops have the bytes of removed ones and stay; --duplicates removes them too")
     print(f"{done.crops:,} crops removed, {done.deleted:,} old objects deleted")
     for file in done.versions:
         print(f"{chosen.url.rstrip('/')}/{file}")

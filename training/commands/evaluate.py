@@ -10,11 +10,10 @@ import tyro
 
 from datapipe import command
 from datapipe.config import StorageConfig
-from datapipe.cores import available_cores
 from datapipe.errors import ConfigError
+from datapipe.resource_limits import available_cores
 from datapipe.settings import settings
 from training import evaluation, last_words
-from training.config import RunConfig
 from training.engine.devices import choose_device
 from training.engine.host import LocalHost, exit_code
 from training.engine.world import alone
@@ -25,6 +24,7 @@ from training.pretrain import pretrain
 from training.reid import supervised
 from training.reid.scoring import ScoringConfig
 from training.report import write_report
+from training.run_config import RunConfig
 from training.run_folder import RunFolder
 from training.weight_files import FILES
 

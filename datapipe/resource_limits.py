@@ -1,12 +1,24 @@
-"""How many cores this process may keep busy: what every count of workers and threads begins with."""
+"""Cores and memory that this process may use, by its affinity and by control groups (cgroups), version 1 and 2.
+
+Groups lie inside one another, and each may have a limit: the least of a process's own group and of all above it counts.
+"""
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 PROC = Path("/proc/self")
+MEMORY_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Of version 2 and 1: the files with a group's limit and with what it holds, and the line of memory.stat with the bytes
+of files that the kernel drops from memory when it needs them."""
+UNLIMITED = 1 << 62
+"""Version 1 gives a number near 2^63 where there is no limit, version 2 the word "max"."""
+Number = TypeVar("Number", int, float)
 
 
 def available_cores() -> int:
@@ -28,12 +40,28 @@ def _by_affinity() -> int:
 
 
 def cpu_quota(proc: Path = PROC) -> float | None:
-    """Cores that the scheduler grants to the control group of the process that `proc` describes; None: no limit.
+    """Cores that the scheduler grants to the control group of the process that `proc` describes, or to one above it if
+    that grants less; None: no limit.
 
     Version 2 (`cpu.max`) and 1 (`cpu.cfs_quota_us`, `cpu.cfs_period_us`), or both side by side.
     """
-    found = [quota for folder in _group_folders(proc) if (quota := _quota_of(folder)) is not None]
-    return min(found, default=None)
+    return _least(_quota_of(folder) for folder in _group_folders(proc, "cpu"))
+
+
+def memory_limit(proc: Path = PROC) -> int | None:
+    """Bytes that the control group of the process that `proc` describes may hold, or one above it if that may hold
+    less; None: no limit."""
+    return _least(_memory_limit_of(folder) for folder in _group_folders(proc, "memory"))
+
+
+def memory_left(proc: Path = PROC) -> int | None:
+    """Bytes that the process can still get before its control group, or one above it, is full; cached files count as
+    free. None: no limit."""
+    return _least(_memory_left_in(folder) for folder in _group_folders(proc, "memory"))
+
+
+def _least(found: Iterable[Number | None]) -> Number | None:
+    return min((number for number in found if number is not None), default=None)
 
 
 class _Hierarchy(NamedTuple):
@@ -46,14 +74,15 @@ class _Hierarchy(NamedTuple):
     """Of version 1; None: version 2."""
 
 
-def _group_folders(proc: Path) -> Iterator[Path]:
-    """The folders of the groups that the process is in, from its own up to the top that it can see."""
+def _group_folders(proc: Path, controller: str) -> Iterator[Path]:
+    """The folders of the groups that the process is in, from its own up to the top that it can see. `controller`: "cpu"
+    or "memory"."""
     hierarchies = list(_hierarchies(proc))
     for line in _lines(proc / "cgroup"):
         number, names, group = line.split(":", 2)
         for hierarchy in hierarchies:
-            of_kind = number == "0" if hierarchy.controllers is None else "cpu" in names.split(",")
-            if of_kind and (hierarchy.controllers is None or "cpu" in hierarchy.controllers):
+            of_kind = number == "0" if hierarchy.controllers is None else controller in names.split(",")
+            if of_kind and (hierarchy.controllers is None or controller in hierarchy.controllers):
                 yield from _upwards(hierarchy, group)
 
 
@@ -96,6 +125,28 @@ def _ratio(quota: str, period: str) -> float | None:
     except ValueError:
         return None
     return microseconds / every if microseconds > 0 and every > 0 else None
+
+
+def _memory_limit_of(folder: Path) -> int | None:
+    limits = (_whole_number(folder / limit) for limit, _, _ in MEMORY_FILES)
+    return next((limit for limit in limits if limit is not None and limit < UNLIMITED), None)
+
+
+def _memory_left_in(folder: Path) -> int | None:
+    limit = _memory_limit_of(folder)
+    facts = dict(line.split(" ", 1) for line in _lines(folder / "memory.stat") if " " in line)
+    for _, used_name, cached in MEMORY_FILES:
+        used = _whole_number(folder / used_name)
+        if limit is not None and used is not None:
+            return max(0, limit - used + int(facts.get(cached, 0)))
+    return None
+
+
+def _whole_number(file: Path) -> int | None:
+    try:
+        return int("".join(_lines(file)))
+    except ValueError:
+        return None
 
 
 def _lines(file: Path) -> list[str]:

@@ -1,4 +1,5 @@
-"""Carry out the evaluation behind a published score, or behind one of the user's own, and hold ours against it.
+"""python -m training reproduce: carry out the evaluation behind a published score, or behind one of the user's own,
+and hold ours against it.
 
     OUT/reproduction.json     the row, our scores, and whether they agree
     OUT/evaluation/, ...      what `evaluate` writes; for fine-tuning a whole run folder
@@ -11,15 +12,17 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tyro
 from pydantic import TypeAdapter, ValidationError
 
+from datapipe import command
 from datapipe.config import StorageConfig
 from datapipe.errors import ConfigError, DataError
+from datapipe.settings import settings
 from datapipe.storage import open_store
 from training import evaluation, last_words
-from training import weights as exports
 from training.engine.devices import choose_device
-from training.engine.host import Host
+from training.engine.host import Host, LocalHost, exit_code
 from training.engine.world import alone
 from training.guard import Guard, GuardedStore
 from training.lease import lease_on
@@ -30,10 +33,52 @@ from training.reid import supervised
 from training.reid.datasets import ReIDSet
 from training.reid.literature import BY_NAME, TASKS, Row
 from training.reid.scoring import ScoringConfig
+from training.report import write_report
+from training.weights import export as exports
 
+PROG = "python -m training reproduce"
 RESULT = "reproduction.json"
 LIST = "`python -m training reproduce --list` has all rows"
 _METRICS = {"mAP": "mAP", "rank1": "Rank-1"}
+
+
+@settings
+class ReproduceCommand:
+    row: tyro.conf.Positional[str] = ""
+    """Name of a published row, or a TOML file with a row of your own."""
+    list: bool = False
+    """Print every row: name, mAP, Rank-1, what its authors' code gave them again, tolerance, source."""
+    weights: str = ""
+    """File of published weights, folder of an export or import, or run folder, local or s3://bucket/prefix. Weights
+    that are fine-tuned already are scored as they are; others are fine-tuned first, as the row says."""
+    data: str = ""
+    """The row's data set: a folder or s3://bucket/prefix with its files, or its shards."""
+    out: str = ""
+    """Folder for scores, report and, where it takes one, the run. Started again with the same folder, it goes on.
+    Empty: reproductions/ROW."""
+    storage: StorageConfig = StorageConfig()
+    """How object stores are reached."""
+
+
+def reproduce(arguments: list[str]) -> int:
+    """Carry out a published evaluation and hold ours against it: exit code 0 within the tolerance, 1 outside."""
+    chosen = tyro.cli(ReproduceCommand, args=arguments, prog=PROG)
+    if chosen.list:
+        print(listing())
+        return command.COMPLETE
+    missing = [name for name in ("row", "weights", "data") if not getattr(chosen, name)]
+    if missing:
+        raise ConfigError(f"not given: {', '.join(missing)}", where=PROG,
+                          hint=f"reproduce ROW --weights FILE --data FOLDER; {LIST}")  # fmt: skip
+    row = read_row(chosen.row)
+    out = chosen.out or f"reproductions/{row.name}"
+    with LocalHost(starting=True) as host:
+        done = carry_out(row, chosen.weights, chosen.data, out, chosen.storage, host)
+        if done is None:
+            return exit_code(host.received)
+    print(page(done))
+    print(write_report(out, chosen.storage))
+    return command.COMPLETE if done.within else command.FAILED
 
 
 class Agreement(NamedTuple):
@@ -101,7 +146,7 @@ def read_row(name: str) -> Row:
     return replace(row, recipe=str(beside)) if beside.is_file() else row
 
 
-def reproduce(row: Row, weights: str, data: str, out: str, storage: StorageConfig, host: Host) -> Reproduction | None:
+def carry_out(row: Row, weights: str, data: str, out: str, storage: StorageConfig, host: Host) -> Reproduction | None:
     """Score `weights` on `data` as the row's publication does, fine-tuned first unless they are; None where the host
     was told to stop on the way.
 
@@ -112,10 +157,10 @@ def reproduce(row: Row, weights: str, data: str, out: str, storage: StorageConfi
     scoring = ScoringConfig(data_name=row.data, rerank=row.reranking)
     reid = evaluation.open_data(data, storage, scoring)
     with lease_on(out, storage, say=host.say) as lease:
-        return _reproduce(row, weights, data, out, storage, host, reid, scoring, lease)
+        return _carry_out(row, weights, data, out, storage, host, reid, scoring, lease)
 
 
-def _reproduce(
+def _carry_out(
     row: Row, weights: str, data: str, out: str, storage: StorageConfig, host: Host, reid: ReIDSet,
     scoring: ScoringConfig, guard: Guard,
 ) -> Reproduction | None:  # fmt: skip

@@ -1,15 +1,13 @@
-"""The commands that make data sets, and pictures of them: shard | preview | synth."""
+"""The commands that make data sets: shard | synth."""
 
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from pydantic import Field
 
 from datapipe import command
-from datapipe.config import ShardConfig, StorageConfig, StreamConfig, SynthConfig
-from datapipe.errors import ConfigError
-from datapipe.parsing import parse
+from datapipe.command import parse
+from datapipe.config import ShardConfig, StorageConfig, SynthConfig
 from datapipe.settings import settings
 from datapipe.stopping import GOES_ON, unwinding
 from datapipe.workers import Executor
@@ -73,39 +71,6 @@ def _say_what_would_be_done(chosen: ShardCommand) -> int:
     print(f"would write about {found.shards:,} shards: {written} to {chosen.out}, as much to the spool for as long; "
           f"about {found.refused:.2%} of the crops quarantined")
     print(f"would take about {duration(found.seconds)} on this machine, nothing was written")
-    return command.COMPLETE
-
-
-@settings
-class PreviewCommand:
-    manifest: tyro.conf.Positional[str]
-    """The data set: a folder or s3://bucket/prefix, or one manifest file."""
-    out: Path = Path("preview.jpg")
-    """Picture to write, .jpg or .png."""
-    count: Annotated[int, Field(ge=1)] = 20
-    """Crops to show: the first ones of the stream."""
-    views: Path | None = None
-    """File written by `python -m training views RECIPE`: beside each crop, exactly the views that training with that
-    recipe makes of it, in its order. Without: whole crops only."""
-    storage: StorageConfig = StorageConfig()
-    """How object stores are reached."""
-
-
-def preview(arguments: list[str]) -> int:
-    """Draw a contact sheet of crops and of the views that training will see of them."""
-    chosen = parse(PreviewCommand, arguments, "preview")
-    from datapipe.preview import TrainingViews, contact_sheet
-
-    if chosen.views is None:
-        with unwinding():
-            print(contact_sheet(chosen.manifest, chosen.out, count=chosen.count, storage=chosen.storage))
-        return command.COMPLETE
-    if not chosen.views.is_file():
-        raise ConfigError("no such file", where=str(chosen.views), hint="python -m training views RECIPE > views.json")
-    seen = TrainingViews.from_json(chosen.views.read_text(), where=str(chosen.views))
-    with unwinding():
-        print(contact_sheet(chosen.manifest, chosen.out, spec=seen.spec, seed=seen.seed, count=chosen.count,
-                            storage=chosen.storage, stream=StreamConfig(block=seen.block, window=seen.window)))
     return command.COMPLETE
 
 

@@ -18,10 +18,9 @@ from training.checkpoint.lineage import complete, survey
 from training.checkpoint.marker import Marker, completed, read_marker, step_of
 from training.checkpoint.reader import Reader, newest_good, verify
 from training.checkpoint.retention import folder_of, kept, old_files
-from training.config import CheckpointConfig
+from training.checkpoint.settings import CheckpointConfig
 
 PROG = "python -m training checkpoints"
-ACTIONS = ("verify", "compare", "prune")
 
 
 @settings

@@ -1,0 +1,228 @@
+"""The driver of a run under Ray Train: starts the workers, judges what ended them, and keeps the history."""
+
+import json
+import threading
+import time
+from typing import Any
+
+import torch
+
+from cluster.devices import Choice, decide, hidden, offered
+from cluster.restarts import END, HISTORY, Failure, Restarts
+from cluster.trainer_setup import make_trainer, worker_resources
+from cluster.vigil import Hung, accusation, end_process, hung
+from datapipe.errors import ClusterError, ConfigError, UserError
+from datapipe.progress import duration
+from datapipe.stopping import at_end
+from training import checkpoint
+from training.checks import refuse_unsuited
+from training.engine.host import LocalHost
+from training.lease import Lease
+from training.pretrain import ran_on
+from training.run_config import RunConfig
+from training.run_folder import RunFolder
+
+POLL_S = 0.3
+WAITING_S = 30.0
+"""Seconds between lines that say why there are no workers yet."""
+IDLE_S = 5.0
+"""Seconds without workers after which a stop needs no save."""
+FAREWELL_S = 10.0
+"""For Ray Train to end by itself: a process that shuts Ray down under its thread may die of a segmentation fault."""
+
+
+class Driver:
+    """Starts the workers, passes on their lines and our stop word, ends those that hang, keeps the history."""
+
+    def __init__(self, config: RunConfig, signals: LocalHost, scratch: str, lease: Lease, *, embedded: bool) -> None:
+        from cluster.bulletin import open_board
+
+        self.config, self.signals, self.scratch, self.embedded = config, signals, scratch, embedded
+        self.lease = lease
+        self.folder = RunFolder(config.out, config.storage, lease)
+        self.choice = self._choose()
+        self._name, self._board = open_board(self._begin(), Restarts(config.cluster, config.out))
+        self._trainer = self._make_trainer()
+        self._error: BaseException | None = None
+        self._leaving = threading.Event()
+        self._told, self._spoke = False, 0.0
+        self._ended: set[int] = set()
+
+    def _choose(self) -> Choice:
+        """GPUs or CPUs, for as long as this command lasts. Raises ConfigError."""
+        asked, offer = self.config.engine.device, offered(embedded=self.embedded)
+        choice = decide(asked, offer, before=ran_on(self.folder))
+        print(f"device: {choice.kind} ({choice.why})", flush=True)
+        if unused := hidden(choice, asked):
+            print(unused, flush=True)
+        least = self.config.cluster.least_workers
+        if self.embedded and choice.kind == "cuda" and offer.now < least:
+            raise ConfigError(f"{least} workers are asked for, a GPU each, and this machine has {offer.now:g}",
+                              where="cluster.max_workers, cluster.min_workers",
+                              hint=f"--cluster.max-workers {offer.now:g}, or --engine.device cpu")  # fmt: skip
+        refuse_unsuited(self.config, torch.device(choice.kind))
+        return choice
+
+    def _make_trainer(self) -> Any:
+        return make_trainer(self.config, self._name, self.scratch, self.choice, self.lease.ticket,
+                            embedded=self.embedded)
+
+    def train(self) -> bool:
+        """True: complete; False: stopped, and resumable. Raises UserError."""
+        ending = "failed"
+        stopped = {"time": time.time(), "kind": END, "reason": "stopped"}
+        try:
+            with at_end(lambda: self._record(stopped)):
+                complete = self._train()
+            ending = "complete" if complete else "stopped"
+        finally:
+            if not self.lease.lost:
+                self._record({"time": time.time(), "kind": END, "reason": ending})
+        return complete
+
+    def _train(self) -> bool:
+        print("starts the workers", flush=True)
+        self._start_controller()
+        try:
+            return self._accompany()
+        finally:
+            self._leaving.set()
+            self._fitting.join(FAREWELL_S)
+
+    def _start_controller(self, delay_s: float = 0.0) -> None:
+        """Off the main thread Ray Train leaves our signal handlers alone."""
+        self._error = None
+        self._fitting = threading.Thread(target=self._fit, args=(delay_s,), name="ray train", daemon=True)
+        self._fitting.start()
+
+    def _accompany(self) -> bool:
+        """What `train` returns and raises, once it is clear."""
+        import ray
+
+        while True:
+            if self.lease.lost:
+                raise self.lease.lost
+            alive = self._fitting.is_alive()
+            try:
+                notes = ray.get(self._board.take.remote())
+            except ray.exceptions.RayError as error:
+                raise self._lost(error) from error
+            self._tell(notes)
+            if notes.failure is not None:
+                raise notes.failure
+            if not alive:
+                if not self._orphaned(notes):
+                    return self._ending(notes)
+                self._replace_controller()
+            if self._told and notes.waiting_s > IDLE_S:
+                print("stopped while no workers were there; the last checkpoint stays", flush=True)
+                return False
+            self._guard(notes)
+            time.sleep(POLL_S)
+
+    def _fit(self, delay_s: float) -> None:
+        if self._leaving.wait(delay_s):
+            return
+        try:
+            self._trainer.fit()
+        except BaseException as error:  # noqa: BLE001  (judged in the main thread)
+            self._error = error
+
+    def _orphaned(self, notes: Any) -> bool:
+        """Has Ray Train's controller died, and is there work left?"""
+        from ray.exceptions import RayActorError
+
+        complete = notes.ending is not None and notes.ending[1]
+        return isinstance(self._error, RayActorError) and not complete and not self._told
+
+    def _replace_controller(self) -> None:
+        """Have the workers of the dead one end, if Ray has not yet seen to it, and start another one with its own."""
+        import ray
+
+        from cluster.ray_trainer import give_back
+
+        give_back()
+        ray.get(self._board.abandon.remote())
+        decision = ray.get(self._board.follow.remote(Failure("controller", "Ray Train's controller died")))
+        if decision.give_up is None:
+            self._trainer = self._make_trainer()
+            self._start_controller(decision.delay_s)
+
+    def _begin(self) -> int:
+        """The step of the newest checkpoint; a run that goes on has the new start in its history."""
+        names = checkpoint.complete(self.folder.at("checkpoints"))
+        saved = checkpoint.step_of(names[-1]) or 0 if names else 0
+        if any(self.folder.names("metrics/")):
+            self._record({"time": time.time(), "kind": "driver", "reason": "the command was run again",
+                          "step": saved, "saved": saved})  # fmt: skip
+        return saved
+
+    def _tell(self, notes: Any) -> None:
+        """Pass on what was noted: lines to the terminal, restarts to the history, the stop word to the workers."""
+        self.signals.starting = not notes.stepping
+        for line in notes.lines:
+            self.signals.say(line)
+        for restart in notes.restarts:
+            self._record(restart)
+            self._ended.clear()
+            then = "giving up" if restart["gave_up"] else f"again in {restart['delay_s']:.0f} s" if restart[
+                "delay_s"] else "again at once"  # fmt: skip
+            print(f"workers ended after step {restart['step']:,} ({restart['kind']}): {restart['reason']}; {then} from "
+                  f"step {restart['saved']:,}", flush=True)  # fmt: skip
+        if notes.stop and self.signals.received is None:
+            self.signals.notice(notes.stop)
+        if self.signals.received is not None and not self._told:
+            self._told = True
+            self._board.stop.remote()
+
+    def _record(self, restart: dict[str, Any]) -> None:
+        self.folder.append(HISTORY, json.dumps(restart))
+        self.folder.flush()
+
+    def _guard(self, notes: Any) -> None:
+        """End workers that hang; say what is waited for, and not for ever."""
+        machine = self.config.cluster
+        found = hung(notes.pulses, start_s=machine.start_timeout_s, hang_s=machine.hang_timeout_s,
+                     silence_s=machine.silence_timeout_s)  # fmt: skip
+        meant = [one for one in found if one.rank in notes.places and notes.places[one.rank].pid not in self._ended]
+        if meant:
+            self._end(meant, notes.places)
+        if notes.waiting_s > machine.start_timeout_s:
+            raise ClusterError(f"no room for workers in {duration(notes.waiting_s)}: {self._shortage()}",
+                               where=self.config.out, hint="start again when there is; the run goes on")  # fmt: skip
+        if notes.waiting_s > WAITING_S and time.monotonic() - self._spoke > WAITING_S:
+            self._spoke = time.monotonic()
+            print(f"workers are not up yet: {self._shortage()}", flush=True)
+
+    def _end(self, meant: list[Hung], places: dict[int, Any]) -> None:
+        import ray
+
+        failure = accusation(meant, places)
+        ray.get(self._board.blame.remote(failure))
+        pids = [places[one.rank].pid for one in meant]
+        listed = f"process {pids[0]}" if len(pids) == 1 else f"processes {', '.join(map(str, pids))}"
+        print(f"hung: {failure.reason}; SIGKILL to {listed}", flush=True)
+        for one in meant:
+            self._ended.add(places[one.rank].pid)
+            end_process(places[one.rank].node, places[one.rank].pid)
+
+    def _shortage(self) -> str:
+        import ray
+
+        config, has, wanted = self.config, ray.cluster_resources(), worker_resources(self.config, self.choice)
+        each = ", ".join(f"{value:g} {name}" for name, value in wanted.items())
+        there = ", ".join(f"{has.get(name, 0):g} {name}" for name in wanted)
+        return (f"at least {config.cluster.least_workers} of {each} each are needed; the cluster has {there} "
+                f"on {sum(node['Alive'] for node in ray.nodes())} machines")  # fmt: skip
+
+    def _ending(self, notes: Any) -> bool:
+        if notes.ending is not None and (notes.ending[1] or self._told):
+            return bool(notes.ending[1])
+        if self._told:
+            return False  # told to stop between two groups of workers
+        raise self._lost(self._error) from self._error
+
+    def _lost(self, error: BaseException | None) -> UserError:
+        last = [line for line in str(error or "").splitlines() if line.strip()][-1:] or ["it did not say why"]
+        return ClusterError(f"Ray Train ended by itself: {last[0]}", where=self.config.out,
+                            hint="--debug shows the whole trace; started again, the run goes on")  # fmt: skip

@@ -1,0 +1,87 @@
+"""What Ray Train is told of a run: its workers, their resources and meeting place, callbacks, patience."""
+
+import math
+import os
+import uuid
+from typing import Any
+
+from cluster.devices import Choice
+from cluster.worker import work
+from training import recipe_toml as recipes
+from training.guard import Ticket
+from training.run_config import RunConfig
+
+PLACEMENT_S = 20.0
+"""Seconds after which room that was counted, but is not there, is counted again."""
+
+
+def make_trainer(
+    config: RunConfig, board: str, scratch: str, choice: Choice, ticket: Ticket, *, embedded: bool
+) -> Any:
+    """A run of Ray Train. Its name is new each time, as Ray Train goes by what it finds under a name it has had."""
+    machine = config.cluster
+    patience = PLACEMENT_S if is_elastic(config) else machine.start_timeout_s
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(patience)
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(machine.start_timeout_s + machine.hang_timeout_s)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import RunConfig as RayRunConfig
+
+    from cluster.guard import Guard
+    from cluster.meeting import MeetingConfig
+    from cluster.ray_host import TakeSigterm
+    from cluster.ray_trainer import Trainer
+
+    gpus = choice.kind == "cuda"
+    variables = dict(variable.split("=", 1) for variable in machine.environment)
+    workers: Any = (machine.least_workers, machine.max_workers) if is_elastic(config) else machine.max_workers
+    callbacks: list[Any] = [Guard(board, config), TakeSigterm()]
+    return Trainer(
+        work,
+        train_loop_config={"config": recipes.to_tree(config), "board": board, "embedded": embedded,
+                           "kind": choice.kind, "ticket": ticket},
+        torch_config=MeetingConfig(
+            backend="nccl" if gpus else "gloo",
+            timeout_s=round(machine.start_timeout_s + machine.collective_timeout_s),
+            kind=choice.kind,
+            board=board,
+            out=config.out,
+            storage=config.storage,
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=gpus,
+            resources_per_worker=worker_resources(config, choice),
+            placement_strategy=machine.placement.upper(),
+            elastic_resize_monitor_interval_s=machine.resize_every_s,  # type: ignore[call-arg]
+        ),
+        run_config=RayRunConfig(
+            name=f"run-{uuid.uuid4().hex[:12]}",
+            storage_path=scratch,
+            callbacks=callbacks,
+            failure_config=FailureConfig(  # Guard counts; mypy sees the fields of Ray Train's first version
+                max_failures=-1,
+                controller_failure_limit=-1,  # type: ignore[call-arg]
+            ),
+            worker_runtime_env={"env_vars": variables} if variables else None,
+        ),
+    )
+
+
+def worker_resources(config: RunConfig, choice: Choice) -> dict[str, float]:
+    """What Ray sets aside for a worker: its cores, and a GPU where the run is on GPUs."""
+    import ray
+
+    machine = config.cluster
+    cpus = machine.cpus_per_worker
+    if machine.workers_per_node:
+        cores = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+        smallest = min(filter(None, cores), default=0)
+        cpus = max(cpus, math.floor(100 * smallest / machine.workers_per_node) / 100)
+    return {"CPU": cpus, **({"GPU": 1} if choice.kind == "cuda" else {})}
+
+
+def is_elastic(config: RunConfig) -> bool:
+    """May the number of workers change during the run?"""
+    return config.cluster.least_workers < config.cluster.max_workers

@@ -1,0 +1,59 @@
+"""What each worker process of a run under Ray Train does: one rank, from the driver's recipe to its end."""
+
+import os
+from typing import Any
+
+from cluster.devices import own_device
+from cluster.restarts import Failure
+from cluster.session import prepare
+from datapipe.errors import ConfigError, DataError, LeaseError
+from training import recipe_toml as recipes
+from training.engine.world import World
+from training.lease import Follower
+from training.pretrain import pretrain
+
+
+def work(settings: dict[str, Any]) -> None:
+    """What each worker does, in every group."""
+    prepare()
+    os.environ["REID_ENTRY"] = "cluster"
+    import ray
+    from ray import train
+
+    from cluster.bulletin import Leaving, find_board
+    from cluster.meeting import take_leave
+    from cluster.ray_host import RayHost
+
+    board = find_board(settings["board"])
+    group, reason, wanted = ray.get(board.enter.remote())
+    if not wanted:
+        take_leave()
+        return  # the group before met a mistake that a restart does not mend
+    config = recipes.validate(settings["config"], where="the driver's recipe")
+    context = train.get_context()
+    world = World(
+        rank=context.get_world_rank(),
+        size=context.get_world_size(),
+        local_rank=context.get_local_rank(),
+        local_size=context.get_local_world_size(),
+        device=own_device(settings["kind"]),
+    )
+    host = RayHost(board, group, world, config.cluster, embedded=settings["embedded"])
+    try:
+        with Follower(config.out, config.storage, settings["ticket"]) as guard:
+            ending = pretrain(config, world=world, host=host, reason=reason, guard=guard)
+        take_leave()
+    except (ConfigError, DataError, LeaseError) as error:
+        take_leave()
+        ray.get(board.fail.remote(error))
+        raise
+    except Exception as error:
+        said = f"rank {world.rank} on {host.place()}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        ray.get(board.blame.remote(Failure("crash", said, host.where.node, world.rank)))
+        raise
+    finally:
+        word = host.close()
+    if world.leads:
+        ray.get(board.end.remote(ending.step, ending.complete))
+    if not ending.complete and word != "stop":
+        raise Leaving(f"saved after step {ending.step}")

@@ -1,0 +1,1 @@
+"""The commands, by what they do: make data sets, look into them, change them."""

@@ -1,0 +1,114 @@
+"""The commands that look into data sets: verify | stats | preview."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from pydantic import Field
+
+from datapipe import command
+from datapipe.command import parse
+from datapipe.config import StorageConfig, StreamConfig
+from datapipe.errors import ConfigError
+from datapipe.settings import settings
+from datapipe.stopping import GOES_ON, unwinding
+from datapipe.verify import Decode
+
+MOST_FINDINGS = 50
+"""Lines that `verify` prints at most."""
+
+
+@settings
+class VerifyCommand:
+    url: tyro.conf.Positional[str]
+    """The data set: a folder or s3://bucket/prefix, or one manifest file."""
+    decode: Decode = "sample"
+    """Which crops are decoded as well: none, one in a hundred, or all."""
+    repair: bool = False
+    """First rebuild damaged or missing indexes from intact tars, and take damaged crops out of all versions of the
+    folder; their rows stay, as with `remove`."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes. 0: one per core."""
+    storage: StorageConfig = StorageConfig()
+    """How object stores are reached."""
+
+
+def verify(arguments: list[str]) -> int:
+    """Check a data set against its manifest and name what is wrong; exits with 1 if anything is."""
+    chosen = parse(VerifyCommand, arguments, "verify")
+    from datapipe.verify import verify as check
+
+    if chosen.repair:
+        from datapipe.repair import repair
+
+        with unwinding(GOES_ON):
+            repaired = repair(chosen.url, chosen.storage, workers=chosen.workers)
+        for line in repaired.lines():
+            print(line)
+    with unwinding():
+        checked = check(chosen.url, chosen.decode, chosen.storage, workers=chosen.workers)
+    for finding in checked.findings[:MOST_FINDINGS]:
+        print(f"{finding.where}: {finding.what}")
+    if len(checked.findings) > MOST_FINDINGS:
+        print(f"and {len(checked.findings) - MOST_FINDINGS:,} more")
+    manifest = checked.manifest
+    print(
+        f"{'FAILED' if checked.findings else 'good'}: {len(checked.findings)} findings in {checked.crops:,} crops of "
+        f"{len(manifest.shards):,} shards, {checked.decoded:,} decoded"
+    )
+    return command.FAILED if checked.findings else command.COMPLETE
+
+
+@settings
+class StatsCommand:
+    url: tyro.conf.Positional[str]
+    """The data set: a folder or s3://bucket/prefix, or one manifest file."""
+    json: bool = False
+    """Print it as JSON, for programs."""
+    storage: StorageConfig = StorageConfig()
+    """How object stores are reached."""
+
+
+def stats(arguments: list[str]) -> int:
+    """Say what a data set holds: counts, sizes, duplicates, per source."""
+    chosen = parse(StatsCommand, arguments, "stats")
+    from datapipe.stats import as_text, statistics
+
+    with unwinding():
+        facts = statistics(chosen.url, chosen.storage)
+    print(json.dumps(facts, indent=1) if chosen.json else as_text(facts))
+    return command.COMPLETE
+
+
+@settings
+class PreviewCommand:
+    manifest: tyro.conf.Positional[str]
+    """The data set: a folder or s3://bucket/prefix, or one manifest file."""
+    out: Path = Path("preview.jpg")
+    """Picture to write, .jpg or .png."""
+    count: Annotated[int, Field(ge=1)] = 20
+    """Crops to show: the first ones of the stream."""
+    views: Path | None = None
+    """File written by `python -m training views RECIPE`: beside each crop, exactly the views that training with that
+    recipe makes of it, in its order. Without: whole crops only."""
+    storage: StorageConfig = StorageConfig()
+    """How object stores are reached."""
+
+
+def preview(arguments: list[str]) -> int:
+    """Draw a contact sheet of crops and of the views that training will see of them."""
+    chosen = parse(PreviewCommand, arguments, "preview")
+    from datapipe.preview import TrainingViews, contact_sheet
+
+    if chosen.views is None:
+        with unwinding():
+            print(contact_sheet(chosen.manifest, chosen.out, count=chosen.count, storage=chosen.storage))
+        return command.COMPLETE
+    if not chosen.views.is_file():
+        raise ConfigError("no such file", where=str(chosen.views), hint="python -m training views RECIPE > views.json")
+    seen = TrainingViews.from_json(chosen.views.read_text(), where=str(chosen.views))
+    with unwinding():
+        print(contact_sheet(chosen.manifest, chosen.out, spec=seen.spec, seed=seen.seed, count=chosen.count,
+                            storage=chosen.storage, stream=StreamConfig(block=seen.block, window=seen.window)))
+    return command.COMPLETE

@@ -1,0 +1,55 @@
+"""What is refused before processes start: settings that cannot work here, data, an older run in the same folder."""
+
+import torch
+
+from datapipe.errors import ConfigError
+from training.batch_split import Portion
+from training.continuation import refuse_changed_data, refuse_changed_settings
+from training.initial_weights import refuse_missing
+from training.precision import refuse_fp16_on_cpu
+from training.run_config import RunConfig
+from training.run_folder import RunFolder
+from training.run_plan import RunPlan, plan_run
+
+
+def check(config: RunConfig) -> RunPlan:
+    """Everything that can be refused before processes start: settings, data, an older run in the same folder.
+
+    Returns what it is otherwise. Raises ConfigError, DataError or StorageError.
+    """
+    from datapipe.data import load_data
+
+    plan = plan_run(config, load_data(config.stream, config.storage))
+    config = plan.config
+    if config.init.weights:
+        refuse_missing(config.init, config.storage)
+    folder = RunFolder(config.out, config.storage)
+    refuse_changed_settings(config, folder)
+    refuse_changed_data(folder, plan.data)
+    folder.refuse_unwritable()
+    return plan
+
+
+def refuse_unsuited(config: RunConfig, device: torch.device) -> None:
+    """Raises ConfigError for settings that this device or this engine cannot carry out; reads nothing."""
+    refuse_fp16_on_cpu(config.optimisation.precision, device)
+    engine = config.engine
+    if config.backbone.compile_blocks and engine.stepper == "deepspeed" and engine.zero_stage == 3:
+        raise ConfigError(
+            "compile_blocks does not go with zero_stage 3: hooks fetch the parameters of every layer, so that a block "
+            "falls into dozens of pieces, and compiling them gains nothing",
+            where="backbone.compile_blocks, engine.zero_stage",
+            hint="engine.zero_stage = 2, or backbone.compile_blocks = false",
+        )
+
+
+def refuse_split(config: RunConfig, share: Portion, *, couples: bool) -> None:
+    """Raises ConfigError where a batch must not be taken in micro-batches. `couples`: see `Method.couples_batch`."""
+    if couples and share.rows > share.micro:
+        raise ConfigError(
+            f"{config.method.name} couples the images of a batch (Sinkhorn targets, batch norm in the stem, mining), "
+            f"so a batch cannot be taken in {share.rows // share.micro} micro-batches",
+            where="optimisation.micro_batch, method.targets, backbone.stem",
+            hint=f"optimisation.micro_batch = 0 (here {share.rows} images at once), more workers, or targets and a "
+            "stem that do not couple",
+        )

@@ -1,0 +1,1 @@
+"""What `python -m training` does, one file per command or two."""

@@ -136,7 +136,7 @@ def _new_bar(*, transient: bool) -> "Bar | None":
 
 
 def duration(seconds: float) -> str:
-    """"48 s", "12 min", "14 h 20", "3 d 4 h"; "?" where it is not known."""
+    """`85 s`, `12 min`, `14 h 20`, `3 d 4 h`; `?` where it is not known."""
     if not math.isfinite(seconds):
         return "?"
     whole = round(seconds)

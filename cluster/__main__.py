@@ -2,8 +2,8 @@
 
 import sys
 
-from datapipe import command
-from datapipe.command import Command
+from datapipe.core import cli
+from datapipe.core.cli import Command
 
 LIBRARIES = "PyTorch and Ray"
 COMMANDS = {
@@ -24,12 +24,12 @@ COMMANDS = {
 
 def main(arguments: list[str]) -> int:
     """Dispatch to a command."""
-    return command.dispatch(COMMANDS, arguments, prog="python -m cluster", extra="cluster")
+    return cli.dispatch(COMMANDS, arguments, prog="python -m cluster", extra="cluster")
 
 
 def console() -> int:
     """The command line of this process; the exit code."""
-    return command.run(main)
+    return cli.run(main)
 
 
 if __name__ == "__main__":

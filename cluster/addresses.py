@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import NamedTuple, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
-from datapipe.errors import ClusterError
-from datapipe.surroundings import bypass_proxies
+from datapipe.core.errors import ClusterError
+from datapipe.core.process_setup import bypass_proxies
 
 T = TypeVar("T")
 RAY_ADDRESS, RAY_API_SERVER_ADDRESS = "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"

@@ -9,7 +9,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.restarts import Decision, Failure, Restarts
 from cluster.vigil import Pulse
-from datapipe.errors import UserError
+from datapipe.core.errors import UserError
 
 NAMESPACE = "reid"
 

@@ -6,10 +6,10 @@ from typing import Literal
 import tyro
 
 from cluster.session import chosen_address
-from datapipe import command
-from datapipe.config import StorageConfig
-from datapipe.errors import ConfigError
-from datapipe.settings import settings
+from datapipe.core import cli
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import ConfigError
+from datapipe.core.settings import settings
 
 
 @settings
@@ -37,7 +37,7 @@ def demo(arguments: list[str]) -> int:
 def shard(arguments: list[str]) -> int:
     """Turn crops into shards as `python -m datapipe shard` does, to the same bytes, with all machines of a cluster."""
     from cluster.shard_job import ClusterShardCommand, run
-    from datapipe.command import parse
+    from datapipe.core.cli import parse
 
     return run(parse(ClusterShardCommand, arguments, "shard", program="python -m cluster"))
 
@@ -86,7 +86,7 @@ def status(arguments: list[str]) -> int:
 
     chosen = tyro.cli(StatusCommand, args=arguments, prog="python -m cluster status")
     print(table(statuses(chosen.place, chosen.storage)))
-    return command.COMPLETE
+    return cli.COMPLETE
 
 
 def submit(arguments: list[str]) -> int:

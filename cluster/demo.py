@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from datapipe.command import COMPLETE, FAILED, INTERRUPTED, STOPPED
-from datapipe.config import StorageConfig
-from datapipe.errors import ClusterError, DataError
+from datapipe.core.cli import COMPLETE, FAILED, INTERRUPTED, STOPPED
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import ClusterError, DataError
+from datapipe.core.progress import duration
+from datapipe.core.stop_signals import current, exit_code, receiving
 from datapipe.manifest import Manifest
-from datapipe.progress import duration
-from datapipe.stopping import current, exit_code, receiving
 from training import recipe_toml as recipes
 from training.engine.devices import Device, choose_device
 from training.lease import refuse_held

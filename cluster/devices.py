@@ -9,7 +9,7 @@ import psutil
 import torch
 import yaml
 
-from datapipe.errors import ConfigError
+from datapipe.core.errors import ConfigError
 from training.engine.devices import Device, choose_device
 
 Kind = Literal["cpu", "cuda"]

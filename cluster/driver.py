@@ -11,9 +11,9 @@ from cluster.devices import Choice, decide, hidden, offered
 from cluster.restarts import END, HISTORY, Failure, Restarts
 from cluster.trainer_setup import make_trainer, worker_resources
 from cluster.vigil import Hung, accusation, end_process, hung
-from datapipe.errors import ClusterError, ConfigError, UserError
-from datapipe.progress import duration
-from datapipe.stopping import at_end
+from datapipe.core.errors import ClusterError, ConfigError, UserError
+from datapipe.core.progress import duration
+from datapipe.core.stop_signals import at_end
 from training import checkpoint
 from training.checks import refuse_unsuited
 from training.engine.host import LocalHost

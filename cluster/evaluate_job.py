@@ -11,9 +11,9 @@ import tyro
 from cluster.devices import Kind, decide, hidden, offered, own_device
 from cluster.job_paths import refuse_relative
 from cluster.session import LOCAL, chosen_address, prepare, ray_session, result
-from datapipe import command
-from datapipe.resource_limits import available_cores
-from datapipe.settings import settings
+from datapipe.core import cli
+from datapipe.core.resource_limits import available_cores
+from datapipe.core.settings import settings
 from datapipe.storage import full_url
 from training import evaluation
 from training.commands.evaluate import EvaluateCommand as LocalCommand
@@ -59,7 +59,7 @@ def evaluate(arguments: list[str]) -> int:
         with writing(chosen, has_workers=True) as lease:
             config = fine_tuning(chosen, flags, prog=PROG)
             code = pretrain(config, address=address, lease=lease)
-            return conclude(config) if code == command.COMPLETE else code
+            return conclude(config) if code == cli.COMPLETE else code
     if address == LOCAL:
         choose_device(chosen.device)  # refuses what cannot be before the data is looked through
     print(f"reads the data set {chosen.data}", flush=True)
@@ -117,8 +117,8 @@ def _score(task: Task, kind: Kind, lines: Any) -> dict[str, Any]:
     prepare()
     import torch
 
-    from datapipe.progress import telling
-    from datapipe.surroundings import numbers_in_environment
+    from datapipe.core.process_setup import numbers_in_environment
+    from datapipe.core.progress import telling
 
     torch.set_num_threads(1)
     with numbers_in_environment(), telling(lines.say.remote):

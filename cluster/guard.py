@@ -20,7 +20,7 @@ from ray.train.v2._internal.execution.controller.state import (
 
 from cluster.bulletin import Leaving, Place, Situation, find_board
 from cluster.restarts import Failure
-from datapipe.errors import StorageError
+from datapipe.core.errors import StorageError
 from training import last_words
 from training.run_config import RunConfig
 from training.run_folder import RunFolder

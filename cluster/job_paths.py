@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from datapipe.errors import ConfigError
+from datapipe.core.errors import ConfigError
 from datapipe.storage import is_remote
 
 if TYPE_CHECKING:

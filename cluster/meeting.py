@@ -17,9 +17,9 @@ from ray.train.torch import TorchConfig
 
 from cluster.bulletin import find_board
 from cluster.devices import Kind, own_device
-from datapipe.config import StorageConfig
-from datapipe.errors import ConfigError
-from datapipe.surroundings import numbers_in_environment
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import ConfigError
+from datapipe.core.process_setup import numbers_in_environment
 from training import last_words
 from training.engine.devices import bind
 from training.engine.launchers import forget_launchers

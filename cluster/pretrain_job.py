@@ -7,8 +7,8 @@ from cluster.driver import Driver
 from cluster.job_paths import paths_of, refuse_relative
 from cluster.session import LOCAL, ray_session
 from cluster.trainer_setup import is_elastic
-from datapipe.command import COMPLETE, STOPPED
-from datapipe.resource_limits import available_cores
+from datapipe.core.cli import COMPLETE, STOPPED
+from datapipe.core.resource_limits import available_cores
 from datapipe.storage import full_url
 from training import outlook
 from training.checks import check, refuse_unsuited

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from datapipe.errors import ClusterError
+from datapipe.core.errors import ClusterError
 
 MODE, PATH, TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN"
 """What Ray reads: "token" or "disabled"; where the token is; the token itself, before any file."""

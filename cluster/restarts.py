@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-from datapipe.errors import ClusterError
+from datapipe.core.errors import ClusterError
 from training.cluster_config import ClusterConfig
 
 Kind = Literal["crash", "hang", "start", "preemption", "resize", "controller", "driver"]

@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from datapipe.errors import StorageError
-from datapipe.stopping import at_end
+from datapipe.core.errors import StorageError
+from datapipe.core.stop_signals import at_end
 
 MOST_BYTES = 107
 """Of the path of a Unix socket (108 with the zero at its end); macOS allows 103."""

@@ -10,9 +10,9 @@ from typing import Any
 from cluster.addresses import JOIN, head_of
 from cluster.ray_token import private_token, refuse_mode_without_token, refused, show_token
 from cluster.scratch import scratch_folder
-from datapipe import stopping
-from datapipe.errors import ClusterError, UserError
-from datapipe.surroundings import misread, unread
+from datapipe.core import stop_signals
+from datapipe.core.errors import ClusterError, UserError
+from datapipe.core.process_setup import misread, unread
 from training.engine.launchers import stay_on_loopback
 
 OBJECT_STORE_BYTES = 200_000_000
@@ -108,11 +108,11 @@ def _own_signals() -> Iterator[None]:
 
     before, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
     try:
-        with stopping.sheltered():
+        with stop_signals.sheltered():
             yield
     finally:
         utils.set_sigterm_handler = before
-        stopping.take_again()
+        stop_signals.take_again()
 
 
 def _join(address: str) -> None:

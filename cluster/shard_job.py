@@ -14,11 +14,11 @@ from cluster.job_paths import refuse_relative
 from cluster.session import LOCAL, chosen_address, ray_session, result
 from cluster.shared_paths import Witness, marked, unseen, witnesses
 from datapipe.commands.ingest import ShardCommand, run_shard
-from datapipe.errors import DataError
-from datapipe.resource_limits import available_cores
-from datapipe.settings import settings
+from datapipe.core.errors import DataError
+from datapipe.core.resource_limits import available_cores
+from datapipe.core.settings import settings
+from datapipe.core.stop_signals import GOES_ON, unwinding
 from datapipe.spool import FOLDER as SPOOL
-from datapipe.stopping import GOES_ON, unwinding
 from datapipe.storage import full_url, is_remote
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ def _anywhere(command: ClusterShardCommand, *, joined: bool) -> ClusterShardComm
 
 
 class RayWorkers:
-    """Runs tasks anywhere in the cluster; what `datapipe.workers.Workers` is on one machine."""
+    """Runs tasks anywhere in the cluster; what `datapipe.core.parallel.Workers` is on one machine."""
 
     def __init__(self, limit: int = 0, seen: tuple[Witness, ...] = ()) -> None:
         self.limit, self.seen = limit, seen

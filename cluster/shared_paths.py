@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from datapipe.errors import StorageError
+from datapipe.core.errors import StorageError
 from datapipe.storage import is_remote
 
 MARK = ".shared-"

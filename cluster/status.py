@@ -5,9 +5,9 @@ import time
 from typing import Any, NamedTuple
 
 from cluster.restarts import END, HISTORY
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError
-from datapipe.progress import duration
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError
+from datapipe.core.progress import duration
 from training import checkpoint
 from training.continuation import saved_config
 from training.growing import FLUSH_S

@@ -13,7 +13,7 @@ from typing import Any
 from cluster.addresses import RAY_API_SERVER_ADDRESS, SUBMIT, dashboard_of
 from cluster.job_paths import paths_of, refuse_relative
 from cluster.ray_token import MODE, WITH_TOKEN, refuse_mode_without_token, refused, show_token
-from datapipe.errors import ClusterError
+from datapipe.core.errors import ClusterError
 from training import recipe_toml as recipes
 
 PACKAGES = ("cluster", "datapipe", "training")
@@ -54,7 +54,7 @@ def _pretrain(arguments: list[str], folder: Path) -> list[str]:
 
 def _shard(arguments: list[str], folder: Path) -> list[str]:
     from cluster.shard_job import ClusterShardCommand, places_of
-    from datapipe.command import parse
+    from datapipe.core.cli import parse
 
     command = parse(ClusterShardCommand, arguments, "shard", program="python -m cluster submit")
     refuse_relative(places_of(command), job=True)

@@ -6,7 +6,7 @@ from typing import Any
 from cluster.devices import own_device
 from cluster.restarts import Failure
 from cluster.session import prepare
-from datapipe.errors import ConfigError, DataError, LeaseError
+from datapipe.core.errors import ConfigError, DataError, LeaseError
 from training import recipe_toml as recipes
 from training.engine.world import World
 from training.lease import Follower

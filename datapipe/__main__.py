@@ -3,8 +3,8 @@
 import logging
 import sys
 
-from datapipe import command
-from datapipe.command import Command
+from datapipe.core import cli
+from datapipe.core.cli import Command
 
 COMMANDS = {
     "shard": Command(
@@ -45,12 +45,12 @@ COMMANDS = {
 def main(arguments: list[str]) -> int:
     """Dispatch to a command."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    return command.dispatch(COMMANDS, arguments, prog="python -m datapipe")
+    return cli.dispatch(COMMANDS, arguments, prog="python -m datapipe")
 
 
 def console() -> int:
     """The command line of this process; the exit code."""
-    return command.run(main)
+    return cli.run(main)
 
 
 if __name__ == "__main__":

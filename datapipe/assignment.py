@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from datapipe.core.randomness import Ints
 from datapipe.order import SampleOrder, scramble
-from datapipe.randomness import Ints
 
 DRAWN_AT_ONCE = 4_096
 """Places of the stream that the order is asked for at a time: a call costs as much for 100 as for 1,000 of them."""

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from datapipe.core.randomness import Floats, Ints
 from datapipe.masking import Masks
-from datapipe.randomness import Floats, Ints
 from datapipe.view_spec import View
 
 

@@ -12,9 +12,9 @@ from xxhash import xxh3_64_hexdigest as xxh3_hex
 from xxhash import xxh3_64_intdigest as xxh3
 
 from datapipe.cache import Part
-from datapipe.errors import DataError, NotFoundError, UserError
+from datapipe.core.errors import DataError, NotFoundError, UserError
+from datapipe.core.randomness import Ints, UInts
 from datapipe.index import Shard
-from datapipe.randomness import Ints, UInts
 from datapipe.storage import Store
 from datapipe.storage.local import OpenFilesStore
 

@@ -7,7 +7,7 @@ erasures, as in torchvision.
 import numpy as np
 from numpy.typing import NDArray
 
-from datapipe.randomness import Floats, Ints
+from datapipe.core.randomness import Floats, Ints
 
 TRIES = 10
 NUMBERS = 2 * TRIES + 2

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import xxhash
 
-from datapipe.errors import StorageError
+from datapipe.core.errors import StorageError
 from datapipe.storage.store import TEMPORARY
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 
-from datapipe.errors import DataError, NotFoundError
+from datapipe.core.errors import DataError, NotFoundError
 from datapipe.manifest import has_manifest
 from datapipe.storage import Store
 

@@ -5,13 +5,13 @@ from itertools import product
 
 import numpy as np
 
-from datapipe.config import StorageConfig, StreamConfig
-from datapipe.errors import ConfigError, DataError
+from datapipe.core.config import StorageConfig, StreamConfig
+from datapipe.core.errors import ConfigError, DataError
+from datapipe.core.randomness import words
 from datapipe.manifest import Manifest
 from datapipe.mixed_stream import MixedStream
 from datapipe.mixing import MixedOrder, whole_weights
 from datapipe.order import Order, SampleOrder
-from datapipe.randomness import words
 from datapipe.stream import Stream
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from datapipe.formats import FORMATS
+from datapipe.core.image_formats import FORMATS
 from datapipe.view_spec import View
 
 ROOM_BYTES = 16 << 20

@@ -16,8 +16,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError, NotFoundError, StorageError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError, NotFoundError, StorageError
 from datapipe.storage import Store, is_remote, open_store
 from datapipe.storage.store import TEMPORARY
 

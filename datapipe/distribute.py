@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 
+from datapipe.core.errors import DataError
 from datapipe.duplicates import Marks
-from datapipe.errors import DataError
 from datapipe.index import INDEX
 from datapipe.plan_shards import Candidates, Plan, key_texts, places
 from datapipe.storage import Store

@@ -7,11 +7,11 @@ from itertools import islice
 
 import numpy as np
 
-from datapipe.config import ShardConfig, StorageConfig
-from datapipe.errors import DataError
+from datapipe.core.config import ShardConfig, StorageConfig
+from datapipe.core.errors import DataError
+from datapipe.core.resource_limits import available_cores
 from datapipe.ingest import refuse_inside
 from datapipe.listing import Listing
-from datapipe.resource_limits import available_cores
 from datapipe.scan import Work, inspected
 from datapipe.screen import Kept
 from datapipe.sources import open_sources

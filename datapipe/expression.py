@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow
 import pyarrow.compute
 
-from datapipe.errors import ConfigError
+from datapipe.core.errors import ConfigError
 
 Compute = Callable[..., Any]
 COMPARED: Mapping[type, Compute] = {

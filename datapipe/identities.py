@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
+from datapipe.core.randomness import Ints, UInts, words
 from datapipe.order import KEY_WORDS, encrypt
-from datapipe.randomness import Ints, UInts, words
 
 IDENTITY_ORDER_VERSION = 1
 """Part of every key; raised whenever the same arguments would give another order."""

@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
 from datapipe.storage import Store
 
 INDEX = pyarrow.schema(

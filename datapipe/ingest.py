@@ -15,14 +15,15 @@ from pathlib import Path
 import pyarrow
 
 from datapipe.claim import claim_output, owns_output
-from datapipe.config import ShardConfig, StorageConfig
+from datapipe.core.config import ShardConfig, StorageConfig
+from datapipe.core.errors import DataError
+from datapipe.core.parallel import Executor, Workers
+from datapipe.core.progress import Progress
 from datapipe.distribute import planned, repartition, rows_file
-from datapipe.errors import DataError
 from datapipe.index import Shard
 from datapipe.listing import Listing
 from datapipe.manifest import Manifest, has_manifest, libraries, load_unselected
 from datapipe.plan_shards import HOT, Candidates, Plan, plan_shards, repeated
-from datapipe.progress import Progress
 from datapipe.quarantine import NAME as QUARANTINE
 from datapipe.quarantine import Reasons, excluded, listed, write_quarantine
 from datapipe.scan import Scanned, read_part, read_refused, scan_part
@@ -32,7 +33,6 @@ from datapipe.sources.base import Source
 from datapipe.sources.patterns import would_meet
 from datapipe.spool import check_room, opened_spool
 from datapipe.storage import Store, open_store, probe, resolved_url, unsafe
-from datapipe.workers import Executor, Workers
 
 
 @dataclass(frozen=True)

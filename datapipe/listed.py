@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
 from datapipe.index import whole_column
 from datapipe.read_list import By, is_remark, read_list
 

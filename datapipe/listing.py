@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from datapipe.config import ShardConfig
+from datapipe.core.config import ShardConfig
 from datapipe.scan import Work
 from datapipe.sources.base import Source, Unit
 

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import pyarrow
 
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError, NotFoundError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError, NotFoundError
+from datapipe.core.progress import QUIET_S, Progress
 from datapipe.index import INDEX, Shard, read_index
-from datapipe.progress import QUIET_S, Progress
 from datapipe.selection import Selection, read_selection
 from datapipe.storage import Store, open_store, split_url, unsafe
 

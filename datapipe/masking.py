@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from datapipe.config import Range, Size
-from datapipe.randomness import Floats, Ints, uniform
-from datapipe.settings import settings
+from datapipe.core.config import Range, Size
+from datapipe.core.randomness import Floats, Ints, uniform
+from datapipe.core.settings import settings
 
 Masks = NDArray[np.bool_]
 """True: hidden."""

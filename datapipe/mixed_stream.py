@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from datapipe.core.randomness import Ints
 from datapipe.manifest import Manifest
-from datapipe.randomness import Ints
 from datapipe.stream import Fetched, Stream
 
 LABELS_APART = 1 << 32

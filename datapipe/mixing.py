@@ -13,9 +13,9 @@ from itertools import accumulate
 
 import numpy as np
 
-from datapipe.errors import ConfigError
+from datapipe.core.errors import ConfigError
+from datapipe.core.randomness import Ints
 from datapipe.order import SampleOrder
-from datapipe.randomness import Ints
 
 LARGEST_TOTAL = 2**31 - 1
 """Of the weights: squares of sums of weights must fit into 63 bits."""

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from datapipe.randomness import Ints, UInts, words
+from datapipe.core.randomness import Ints, UInts, words
 
 ORDER_VERSION = 1
 """Part of every key; raised whenever the same arguments would give another order. Checkpoints record it."""

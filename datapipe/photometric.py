@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datapipe import boxes
-from datapipe.config import JitterConfig, Size
-from datapipe.randomness import Floats, to_normal
+from datapipe.core.config import JitterConfig, Size
+from datapipe.core.randomness import Floats, to_normal
 from datapipe.view_spec import Photometric, View
 
 Step = tuple[Callable[[View, Any], None], Any]

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow
 import xxhash
 
-from datapipe.config import ShardConfig
+from datapipe.core.config import ShardConfig
 from datapipe.duplicates import Marks, exact_duplicates, near_duplicates
 from datapipe.tar import END_BYTES
 

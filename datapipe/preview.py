@@ -9,13 +9,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pydantic import TypeAdapter, ValidationError
 
-from datapipe.config import StorageConfig, StreamConfig
+from datapipe.core.config import StorageConfig, StreamConfig
+from datapipe.core.errors import ConfigError
+from datapipe.core.randomness import Ints
 from datapipe.decoding import decode
-from datapipe.errors import ConfigError
 from datapipe.manifest import Manifest
 from datapipe.masking import draw_masks
 from datapipe.order import Order
-from datapipe.randomness import Ints
 from datapipe.stream import Stream
 from datapipe.view_spec import View, ViewSpec
 from datapipe.views import make_views

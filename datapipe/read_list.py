@@ -17,9 +17,9 @@ from typing import Any, Literal
 import pyarrow
 import pyarrow.parquet
 
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError
-from datapipe.plain_pickle import load_plain
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError
+from datapipe.core.plain_pickle import load_plain
 from datapipe.sources.place import printable
 from datapipe.storage import open_store, split_url
 

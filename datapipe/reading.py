@@ -6,10 +6,10 @@ from typing import NamedTuple
 from datapipe.blocks import BlockReader, Cache, Places
 from datapipe.cache import DiskCache, default_folder
 from datapipe.cache_memory import MemoryCache
-from datapipe.config import StorageConfig, StreamConfig
-from datapipe.errors import StorageError
+from datapipe.core.config import StorageConfig, StreamConfig
+from datapipe.core.errors import StorageError
+from datapipe.core.randomness import Ints
 from datapipe.manifest import ORDINAL, Manifest
-from datapipe.randomness import Ints
 from datapipe.storage import Store, is_remote, open_store
 from datapipe.storage.local import OpenFilesStore
 

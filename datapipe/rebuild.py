@@ -14,9 +14,9 @@ import pyarrow.compute
 import simplejpeg
 import xxhash
 
+from datapipe.core.errors import DataError
 from datapipe.difference_hash import difference_hash
 from datapipe.duplicates import Marks, exact_duplicates, near_duplicates
-from datapipe.errors import DataError
 from datapipe.index import INDEX, KEY, MARKS, Shard, content_words, read_index
 from datapipe.plan_shards import Within, hot_columns
 from datapipe.rewrite import with_index

@@ -23,9 +23,10 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from datapipe.cache import default_folder
-from datapipe.config import RemoveConfig, StorageConfig
+from datapipe.core.config import RemoveConfig, StorageConfig
+from datapipe.core.errors import ConfigError, DataError, NotFoundError
+from datapipe.core.parallel import Workers
 from datapipe.derived import Cleared, Place, clear, look
-from datapipe.errors import ConfigError, DataError, NotFoundError
 from datapipe.listed import (
     EXAMPLES,
     By,
@@ -52,7 +53,6 @@ from datapipe.removal_records import (
 from datapipe.spool import spool_of
 from datapipe.storage import Store, open_store
 from datapipe.successors import in_use, replace_versions
-from datapipe.workers import Workers
 
 COLUMNS = ["key", "source", "name", "sha256"]
 

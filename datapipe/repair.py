@@ -13,8 +13,9 @@ from typing import NamedTuple
 import pyarrow
 import xxhash
 
-from datapipe.config import StorageConfig
-from datapipe.errors import ConfigError, DataError, NotFoundError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import ConfigError, DataError, NotFoundError
+from datapipe.core.parallel import Workers
 from datapipe.index import Shard, read_index
 from datapipe.manifest import Manifest
 from datapipe.rebuild import members, rebuild
@@ -22,7 +23,6 @@ from datapipe.removal_records import RECORDS, exclusive_change, finish, refuse_l
 from datapipe.rewrite import stand_in
 from datapipe.storage import Store, open_store
 from datapipe.successors import in_use, replace_versions
-from datapipe.workers import Workers
 
 
 class Diagnosis(NamedTuple):

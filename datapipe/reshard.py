@@ -20,9 +20,10 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from datapipe.claim import claim_output, owns_output
-from datapipe.config import ReshardConfig, ShardConfig, StorageConfig
+from datapipe.core.config import ReshardConfig, ShardConfig, StorageConfig
+from datapipe.core.errors import DataError, NotFoundError
+from datapipe.core.parallel import Executor, Workers
 from datapipe.distribute import planned, repartition
-from datapipe.errors import DataError, NotFoundError
 from datapipe.index import INDEX
 from datapipe.ingest import refuse_inside, write_shards
 from datapipe.manifest import Manifest, has_manifest, libraries, load_unselected
@@ -33,7 +34,6 @@ from datapipe.shard import sidecars
 from datapipe.spool import opened_spool
 from datapipe.storage import Store, open_store, probe
 from datapipe.tar import member_bytes
-from datapipe.workers import Executor, Workers
 
 KEPT = tuple(name for name in INDEX.names if name not in ("offset", "duplicate_of", "near_of", "removed"))
 """Columns that a crop takes along; the others are made anew."""

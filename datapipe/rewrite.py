@@ -18,7 +18,7 @@ import pyarrow.compute
 import pyarrow.parquet
 import xxhash
 
-from datapipe.errors import DataError, NotFoundError
+from datapipe.core.errors import DataError, NotFoundError
 from datapipe.index import INDEX, MARKS, RowMarks, Shard, read_index
 from datapipe.storage import Store
 from datapipe.tar import BLOCK, END_BYTES, header, member_bytes

@@ -23,9 +23,9 @@ import pyarrow
 import pyarrow.parquet
 import xxhash
 
-from datapipe.config import ShardConfig
+from datapipe.core.config import ShardConfig
+from datapipe.core.errors import NotFoundError
 from datapipe.difference_hash import DifferenceHashes
-from datapipe.errors import NotFoundError
 from datapipe.index import INDEX
 from datapipe.manifest import libraries
 from datapipe.plan_shards import HOT, hot_columns, sample_key

@@ -11,8 +11,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from datapipe.config import ShardConfig
-from datapipe.formats import FORMATS
+from datapipe.core.config import ShardConfig
+from datapipe.core.image_formats import FORMATS
 
 JPEG_START = b"\xff\xd8\xff"
 ORIENTATION = 0x0112

@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 
-from datapipe.config import SelectConfig, StorageConfig
-from datapipe.errors import ConfigError, DataError
+from datapipe.core.config import SelectConfig, StorageConfig
+from datapipe.core.errors import ConfigError, DataError
 from datapipe.expression import Expression
 from datapipe.index import INDEX, whole_column
 from datapipe.listed import By, look_up, read_list, refuse_ambiguous, refuse_missing

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
 from datapipe.storage import Store
 
 HINT = "copy the file again, or make the version anew with `python -m datapipe select`"

@@ -13,9 +13,9 @@ import pyarrow
 import pyarrow.parquet
 import xxhash
 
-from datapipe.config import StorageConfig
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError, NotFoundError, StorageError
 from datapipe.distribute import rows_of_places
-from datapipe.errors import DataError, NotFoundError, StorageError
 from datapipe.index import INDEX, Shard
 from datapipe.storage import Store, open_store, split_url
 from datapipe.tar import BLOCK, headers, layout

@@ -9,8 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError, NotFoundError, StorageError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError, NotFoundError, StorageError
 from datapipe.storage import Store, is_remote, open_store, resolved_url
 
 FOLDER, LOCK = ".spool", "lock"

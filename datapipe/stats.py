@@ -8,8 +8,8 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from datapipe.config import StorageConfig
-from datapipe.errors import NotFoundError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import NotFoundError
 from datapipe.index import MARKS, whole_column
 from datapipe.manifest import Manifest
 from datapipe.quarantine import NAME as QUARANTINE

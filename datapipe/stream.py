@@ -13,10 +13,10 @@ import numpy as np
 import xxhash
 
 from datapipe.blocks import BlockReader, MissingShardError
-from datapipe.config import StorageConfig, StreamConfig
-from datapipe.errors import DataError
+from datapipe.core.config import StorageConfig, StreamConfig
+from datapipe.core.errors import DataError
+from datapipe.core.randomness import Ints
 from datapipe.manifest import Manifest
-from datapipe.randomness import Ints
 from datapipe.reading import Opened, open_manifest
 from datapipe.storage import open_store
 

@@ -8,15 +8,15 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError
+from datapipe.core.parallel import Workers
+from datapipe.core.progress import Progress
 from datapipe.heirs import relink_duplicates
 from datapipe.index import MARKS, RowMarks, Shard
 from datapipe.manifest import ORDINAL, Manifest
-from datapipe.progress import Progress
 from datapipe.rewrite import Change, rewrite, stand_in
 from datapipe.storage import Store
-from datapipe.workers import Workers
 
 Shards = tuple[Shard, ...]
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import cv2
 
-from datapipe.config import SynthConfig
-from datapipe.errors import ConfigError, DataError, StorageError
-from datapipe.resource_limits import available_cores
+from datapipe.core.config import SynthConfig
+from datapipe.core.errors import ConfigError, DataError, StorageError
+from datapipe.core.parallel import Workers
+from datapipe.core.resource_limits import available_cores
 from datapipe.synth_scenes import Shot, crop
-from datapipe.workers import Workers
 
 TRAIN, GALLERY, QUERY = "bounding_box_train", "bounding_box_test", "query"
 FINISHED, UNFINISHED = "synth.json", "synth.unfinished.json"

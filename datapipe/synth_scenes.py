@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from datapipe.config import SynthConfig
+from datapipe.core.config import SynthConfig
 from datapipe.synth_figures import ACCENT_COLOURS, Appearance, Pixels, draw_appearance, draw_pose, rgb
 from datapipe.synth_painting import Canvas, box, ellipse, limb, paint_figure
 

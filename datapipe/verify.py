@@ -12,17 +12,17 @@ import pyarrow.compute
 import simplejpeg
 import xxhash
 
-from datapipe.config import StorageConfig
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError, NotFoundError
+from datapipe.core.parallel import Workers
+from datapipe.core.progress import Progress
 from datapipe.difference_hash import difference_hash
-from datapipe.errors import DataError, NotFoundError
 from datapipe.index import INDEX, MARKS, Shard, read_index
 from datapipe.manifest import Manifest
-from datapipe.progress import Progress
 from datapipe.relations import Finding, relation_findings
 from datapipe.selection import read_selection
 from datapipe.storage import Store, open_store
 from datapipe.tar import BLOCK, END_BYTES, header
-from datapipe.workers import Workers
 
 Decode = Literal["none", "sample", "all"]
 SAMPLE = 100

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from datapipe.config import JitterConfig, Range, Size, ViewConfig
+from datapipe.core.config import JitterConfig, Range, Size, ViewConfig
 from datapipe.masking import MaskLaw
 
 View = NDArray[np.uint8]

@@ -31,7 +31,7 @@ from cryptography.x509.oid import NameOID
 from moto.server import DomainDispatcherApplication, ThreadedMotoServer, create_backend_app
 from werkzeug.serving import make_server
 
-from datapipe.config import StorageConfig
+from datapipe.core.config import StorageConfig
 from tests.datapipe.crop_set import jpegs
 from tests.golden import ABSENT, ROOT
 from tests.support import warm_python

@@ -10,7 +10,7 @@ Letters: B images of the micro-batch, R rows (views * images), T tokens, C chann
 import math
 from typing import NamedTuple
 
-from datapipe.config import Size
+from datapipe.core.config import Size
 from training.backbone import BackboneConfig
 from training.heads import HeadConfig
 from training.methods.dino import DinoConfig

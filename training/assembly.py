@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from datapipe.batch import Batch
+from datapipe.core.randomness import words
 from datapipe.masking import draw_masks
-from datapipe.randomness import words
 from datapipe.view_spec import ViewSpec
 from training import methods
 from training.batch_split import Portion

@@ -21,9 +21,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from datapipe.config import Size
-from datapipe.randomness import uniform
-from datapipe.settings import settings
+from datapipe.core.config import Size
+from datapipe.core.randomness import uniform
+from datapipe.core.settings import settings
 from training.stem import ConvStem
 from training.transfer import to_device
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from datapipe.errors import ConfigError
+from datapipe.core.errors import ConfigError
 from training.batch_split import Portion
 from training.continuation import refuse_changed_data, refuse_changed_settings
 from training.initial_weights import refuse_missing

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from datapipe.errors import ConfigError
-from datapipe.settings import settings
+from datapipe.core.errors import ConfigError
+from datapipe.core.settings import settings
 
 _SECRET = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|ACCESS_KEY|API_KEY|PRIVATE", re.IGNORECASE)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from datapipe.errors import ConfigError
+from datapipe.core.errors import ConfigError
 
 WHERE = "backbone.compile_blocks"
 WITHOUT = "or backbone.compile_blocks = false"

@@ -3,7 +3,7 @@
 import tomllib
 from typing import TYPE_CHECKING
 
-from datapipe.errors import ConfigError, DataError
+from datapipe.core.errors import ConfigError, DataError
 from training import checkpoint
 from training import recipe_toml as recipes
 from training.run_config import RunConfig

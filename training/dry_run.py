@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from datapipe.core.errors import ConfigError, StorageError
 from datapipe.data import load_data
-from datapipe.errors import ConfigError, StorageError
 from training import memory
 from training.batch_split import portion
 from training.checks import refuse_split, refuse_unsuited

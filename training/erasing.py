@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from datapipe import boxes
-from datapipe.randomness import draw, normal
+from datapipe.core.randomness import draw, normal
 from training.transfer import to_device
 
 AREA = (0.02, 1 / 3)

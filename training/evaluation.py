@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError, NotFoundError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError, NotFoundError
 from datapipe.storage import Store, open_store
 from training import checkpoint
 from training import pedigree as pedigrees

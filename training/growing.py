@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 
-from datapipe.errors import LeaseError, NotFoundError, UserError
+from datapipe.core.errors import LeaseError, NotFoundError, UserError
 from datapipe.storage import Store
 
 log = logging.getLogger(__name__)

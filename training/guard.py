@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from datapipe.errors import LeaseError
+from datapipe.core.errors import LeaseError
 from datapipe.storage import Data, Entry, Store
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from datapipe.settings import settings
+from datapipe.core.settings import settings
 
 
 @settings

@@ -1,6 +1,6 @@
 """What images are normalised with: mean and deviation of each channel."""
 
-from datapipe.config import Statistics
+from datapipe.core.config import Statistics
 
 Triple = tuple[float, float, float]
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from datapipe.config import Statistics, StorageConfig
-from datapipe.errors import ConfigError, DataError, NotFoundError
-from datapipe.settings import settings
+from datapipe.core.config import Statistics, StorageConfig
+from datapipe.core.errors import ConfigError, DataError, NotFoundError
+from datapipe.core.settings import settings
 from datapipe.storage import open_store, split_url
 from training.backbone import BackboneConfig, Shape, VisionTransformer
 from training.image_statistics import MEAN_STD

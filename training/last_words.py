@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from datapipe.stopping import SIGNALS, at_end
+from datapipe.core.stop_signals import SIGNALS, at_end
 
 KEPT_BYTES = 64_000
 """Of the end of what was written."""
@@ -171,7 +171,7 @@ def _pass_on(end: bytes, data: bytes) -> bytes:
 
 def _write(about: dict[str, Any], lines: Sequence[str]) -> None:
     """Into the rank's log, and where it is wanted into the run's. Raises StorageError."""
-    from datapipe.config import StorageConfig
+    from datapipe.core.config import StorageConfig
     from training.run_folder import RunFolder
 
     now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"

@@ -22,9 +22,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from datapipe.config import StorageConfig
-from datapipe.errors import LeaseError, NotFoundError, StorageError
-from datapipe.stopping import at_end
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import LeaseError, NotFoundError, StorageError
+from datapipe.core.stop_signals import at_end
 from datapipe.storage import Store, full_url, is_remote, open_store
 from training.guard import Guard, Ticket
 from training.holder import Holder, boottime

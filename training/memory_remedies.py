@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 from typing import NamedTuple
 
-from datapipe.errors import ConfigError
+from datapipe.core.errors import ConfigError
 from training import memory
 from training.batch_split import portion
 from training.engine.world import World

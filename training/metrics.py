@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from datapipe.progress import duration
+from datapipe.core.progress import duration
 from training.checkpoint import Saved
 from training.engine.host import Host
 from training.engine.optimisation import StepSettings

@@ -14,8 +14,8 @@ from typing import Any
 
 import safetensors.torch
 
-from datapipe.errors import NotFoundError
-from datapipe.progress import telling
+from datapipe.core.errors import NotFoundError
+from datapipe.core.progress import telling
 from training import checkpoint, evaluation
 from training.engine.clock import Clock
 from training.engine.host import Host

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from datapipe.errors import ConfigError, UserError
-from datapipe.resource_limits import memory_limit
+from datapipe.core.errors import ConfigError, UserError
+from datapipe.core.resource_limits import memory_limit
 from training.engine.world import World
 
 GB = 10**9

@@ -11,8 +11,8 @@ import psutil
 import torch
 from torch import nn
 
-from datapipe.errors import ConfigError
-from datapipe.resource_limits import memory_left
+from datapipe.core.errors import ConfigError
+from datapipe.core.resource_limits import memory_left
 from training import activations, memory
 from training.activations import FULL, Stack, student_stacks, teacher_stack
 from training.assembly import build_method

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from datapipe.batch import Batch
-from datapipe.config import Statistics
+from datapipe.core.config import Statistics
 from training.image_statistics import MEAN_STD
 from training.methods.base import Views
 from training.transfer import to_device

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from datapipe.errors import ConfigError
+from datapipe.core.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """What autocast lowers matrix products to. Parameters are float32 (float64 on the yardstick) in every case."""

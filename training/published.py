@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from datapipe.config import Size, Statistics, StorageConfig
-from datapipe.errors import DataError
+from datapipe.core.config import Size, Statistics, StorageConfig
+from datapipe.core.errors import DataError
 from datapipe.storage import open_store, split_url
 from training.backbone import ARCHITECTURES, BackboneConfig, Shape, VisionTransformer
 from training.weight_files import Arguments, read_weights

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from datapipe.errors import LeaseError
+from datapipe.core.errors import LeaseError
 from training.engine.host import Host
 from training.engine.world import World
 from training.run_folder import RunFolder

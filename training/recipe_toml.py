@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args, get_origin
 import tyro
 from pydantic import TypeAdapter, ValidationError
 
-from datapipe.errors import ConfigError
+from datapipe.core.errors import ConfigError
 from training.methods import METHODS
 from training.recipes import SHIPPED
 from training.run_config import RunConfig

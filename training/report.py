@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError
-from datapipe.progress import duration
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError
+from datapipe.core.progress import duration
 from training.report_curves import curve, grid, keys, restarts, wide
 from training.report_data import Attempt, Record, RunFiles
 from training.report_faults import faults_section

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
 from training.run_folder import RunFolder
 
 Record = dict[str, Any]

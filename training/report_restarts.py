@@ -5,7 +5,7 @@ import statistics
 from datetime import UTC, datetime
 from typing import Any
 
-from datapipe.progress import duration
+from datapipe.core.progress import duration
 from training.report_data import RunFiles
 from training.report_page import Row, count, percent, soft, table
 

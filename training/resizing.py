@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
-from datapipe.config import Size
-from datapipe.errors import ConfigError
+from datapipe.core.config import Size
+from datapipe.core.errors import ConfigError
 from training.backbone import VisionTransformer
 from training.weights.counted_keys import load_counted
 from training.weights.export import unfilled

@@ -2,8 +2,8 @@
 
 from pydantic import Field
 
-from datapipe.config import StorageConfig, StreamConfig, ViewConfig
-from datapipe.settings import settings
+from datapipe.core.config import StorageConfig, StreamConfig, ViewConfig
+from datapipe.core.settings import settings
 from training.backbone import BackboneConfig
 from training.checkpoint.settings import CheckpointConfig
 from training.cluster_config import ClusterConfig

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datapipe.config import StorageConfig
-from datapipe.errors import NotFoundError, refusal
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import NotFoundError, refusal
 from datapipe.storage import Store, is_remote, open_store
 from training.growing import GrowingFiles
 from training.guard import FREE, Guard, GuardedStore

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from datapipe.errors import ConfigError
+from datapipe.core.errors import ConfigError
+from datapipe.core.randomness import Ints
 from datapipe.identities import IdentityOrder, numbered
 from datapipe.order import SampleOrder
-from datapipe.randomness import Ints
 from datapipe.view_spec import ViewSpec
 from training import methods
 from training.assembly import view_spec

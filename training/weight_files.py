@@ -16,7 +16,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
 
 PICKLES = (b"PK\x03\x04", b"\x80\x02")
 """How a .pth file begins: an archive, or (before torch 1.6) a bare pickle of protocol 2."""

@@ -5,12 +5,12 @@ from typing import Annotated
 
 import tyro
 
-from datapipe import command
-from datapipe.command import parse
-from datapipe.config import ShardConfig, StorageConfig, SynthConfig
-from datapipe.settings import settings
-from datapipe.stopping import GOES_ON, unwinding
-from datapipe.workers import Executor
+from datapipe.core import cli
+from datapipe.core.cli import parse
+from datapipe.core.config import ShardConfig, StorageConfig, SynthConfig
+from datapipe.core.parallel import Executor
+from datapipe.core.settings import settings
+from datapipe.core.stop_signals import GOES_ON, unwinding
 
 
 @settings
@@ -58,12 +58,12 @@ def run_shard(chosen: ShardCommand, workers: Executor | None = None) -> int:
         print(f"quarantined: {listed(done.reasons)}; see {folder}/{NAME}")
     print(f"id {manifest.id}")
     print(f"{folder}/{manifest.file}")
-    return command.COMPLETE
+    return cli.COMPLETE
 
 
 def _say_what_would_be_done(chosen: ShardCommand) -> int:
+    from datapipe.core.progress import duration
     from datapipe.estimate import estimate
-    from datapipe.progress import duration
 
     found = estimate(chosen.sources, chosen.out, chosen.config, chosen.storage)
     read, written = (f"{size / 1e6:,.1f} MB" for size in (found.source_bytes, found.bytes))
@@ -71,7 +71,7 @@ def _say_what_would_be_done(chosen: ShardCommand) -> int:
     print(f"would write about {found.shards:,} shards: {written} to {chosen.out}, as much to the spool for as long; "
           f"about {found.refused:.2%} of the crops quarantined")
     print(f"would take about {duration(found.seconds)} on this machine, nothing was written")
-    return command.COMPLETE
+    return cli.COMPLETE
 
 
 @settings
@@ -89,4 +89,4 @@ def synth(arguments: list[str]) -> int:
 
     with unwinding(GOES_ON):
         render(chosen.out, chosen.config)
-    return command.COMPLETE
+    return cli.COMPLETE

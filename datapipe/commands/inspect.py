@@ -7,12 +7,12 @@ from typing import Annotated
 import tyro
 from pydantic import Field
 
-from datapipe import command
-from datapipe.command import parse
-from datapipe.config import StorageConfig, StreamConfig
-from datapipe.errors import ConfigError
-from datapipe.settings import settings
-from datapipe.stopping import GOES_ON, unwinding
+from datapipe.core import cli
+from datapipe.core.cli import parse
+from datapipe.core.config import StorageConfig, StreamConfig
+from datapipe.core.errors import ConfigError
+from datapipe.core.settings import settings
+from datapipe.core.stop_signals import GOES_ON, unwinding
 from datapipe.verify import Decode
 
 MOST_FINDINGS = 50
@@ -57,7 +57,7 @@ def verify(arguments: list[str]) -> int:
         f"{'FAILED' if checked.findings else 'good'}: {len(checked.findings)} findings in {checked.crops:,} crops of "
         f"{len(manifest.shards):,} shards, {checked.decoded:,} decoded"
     )
-    return command.FAILED if checked.findings else command.COMPLETE
+    return cli.FAILED if checked.findings else cli.COMPLETE
 
 
 @settings
@@ -78,7 +78,7 @@ def stats(arguments: list[str]) -> int:
     with unwinding():
         facts = statistics(chosen.url, chosen.storage)
     print(json.dumps(facts, indent=1) if chosen.json else as_text(facts))
-    return command.COMPLETE
+    return cli.COMPLETE
 
 
 @settings
@@ -104,11 +104,11 @@ def preview(arguments: list[str]) -> int:
     if chosen.views is None:
         with unwinding():
             print(contact_sheet(chosen.manifest, chosen.out, count=chosen.count, storage=chosen.storage))
-        return command.COMPLETE
+        return cli.COMPLETE
     if not chosen.views.is_file():
         raise ConfigError("no such file", where=str(chosen.views), hint="python -m training views RECIPE > views.json")
     seen = TrainingViews.from_json(chosen.views.read_text(), where=str(chosen.views))
     with unwinding():
         print(contact_sheet(chosen.manifest, chosen.out, spec=seen.spec, seed=seen.seed, count=chosen.count,
                             storage=chosen.storage, stream=StreamConfig(block=seen.block, window=seen.window)))
-    return command.COMPLETE
+    return cli.COMPLETE

@@ -4,12 +4,12 @@ from typing import Annotated
 
 import tyro
 
-from datapipe import command
-from datapipe.command import parse
-from datapipe.config import RemoveConfig, ReshardConfig, SelectConfig, StorageConfig
+from datapipe.core import cli
+from datapipe.core.cli import parse
+from datapipe.core.config import RemoveConfig, ReshardConfig, SelectConfig, StorageConfig
+from datapipe.core.settings import settings
+from datapipe.core.stop_signals import GOES_ON, unwinding
 from datapipe.manifest import Manifest
-from datapipe.settings import settings
-from datapipe.stopping import GOES_ON, unwinding
 
 
 @settings
@@ -33,7 +33,7 @@ def select(arguments: list[str]) -> int:
     if done.missing:
         print(f"{done.missing:,} listed crops are not in the data set")
     _say(done.manifest)
-    return command.COMPLETE
+    return cli.COMPLETE
 
 
 @settings
@@ -65,7 +65,7 @@ def reshard(arguments: list[str]) -> int:
     if done.repeated:
         print(f"{done.repeated:,} crops were in several of the data sets and are taken once")
     _say(done.manifest)
-    return command.COMPLETE
+    return cli.COMPLETE
 
 
 @settings
@@ -105,7 +105,7 @@ def remove(arguments: list[str]) -> int:
         print(line)
     if chosen.config.runs:
         print("`python -m training report RUN` makes a report again; give caches of other machines with --runs there")
-    return command.FAILED if done.cleared.failed else command.COMPLETE
+    return cli.FAILED if done.cleared.failed else cli.COMPLETE
 
 
 def _say(manifest: Manifest) -> None:

@@ -7,8 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from datapipe.config import ShardConfig, StorageConfig
-from datapipe.errors import DataError
+from datapipe.core.config import ShardConfig, StorageConfig
+from datapipe.core.errors import DataError
 from datapipe.sources.base import Kind, Source
 from datapipe.sources.place import Place, find_place, printable
 from datapipe.storage import full_url

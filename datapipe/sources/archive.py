@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from datapipe.config import StorageConfig
+from datapipe.core.config import StorageConfig
 from datapipe.sources.base import UNIT_BYTES, UNIT_CROPS, Crop
 from datapipe.sources.labels import labelled
 from datapipe.sources.pieces import Archive, list_archives, open_archive

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
 from datapipe.sources.base import UNKNOWN
 from datapipe.sources.labels import NUMBERS
 

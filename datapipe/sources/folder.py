@@ -4,12 +4,12 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from datapipe.config import StorageConfig
+from datapipe.core.config import StorageConfig
+from datapipe.core.parallel import in_order
 from datapipe.sources.base import UNIT_BYTES, UNIT_CROPS, Crop
 from datapipe.sources.labels import labelled
 from datapipe.sources.place import IMAGE_ENDINGS, IMAGES, File, Place, list_files
 from datapipe.storage import is_remote, open_store
-from datapipe.workers import in_order
 
 REMOTE_READS = 16
 """Objects asked for at once from a store, per process; a folder on disk is read one file after the other."""

@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from datapipe.errors import DataError, NotFoundError, RefusedError
+from datapipe.core.errors import DataError, NotFoundError, RefusedError
 
 HEAD, NODE = struct.Struct("<QHHHH"), struct.Struct("<4H")
 OVERFLOW_HEAD = struct.Struct("<QHHI")

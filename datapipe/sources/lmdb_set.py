@@ -17,9 +17,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError, StorageError
-from datapipe.plain_pickle import NamesCodeError, load_plain
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError, StorageError
+from datapipe.core.plain_pickle import NamesCodeError, load_plain
 from datapipe.sources.base import UNIT_CROPS, UNKNOWN, Crop
 from datapipe.sources.labels import fits
 from datapipe.sources.lmdb_pages import LmdbFile

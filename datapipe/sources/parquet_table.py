@@ -12,8 +12,8 @@ import pyarrow.compute
 import pyarrow.parquet
 import xxhash
 
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError
 from datapipe.sources.base import UNIT_BYTES, UNIT_CROPS, Crop
 from datapipe.sources.labels import LABELS, labelled
 from datapipe.sources.place import TABLE_ENDINGS, TABLES, File, Place, list_files

@@ -17,8 +17,8 @@ from itertools import islice
 import braceexpand
 from fsspec.utils import glob_translate
 
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError, NotFoundError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError, NotFoundError
 from datapipe.storage import Entry, is_remote, open_store, split_url
 
 WILDCARD = re.compile(r"[*?\[]")

@@ -7,8 +7,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError
 from datapipe.sources.place import ARCHIVE, ARCHIVES, File, file_urls, list_files
 from datapipe.storage import open_object, open_store
 from datapipe.storage.streams import SeekableReader

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import braceexpand
 
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError, NotFoundError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError, NotFoundError
 from datapipe.sources.patterns import find_pattern, nothing_meets
 from datapipe.storage import Entry, is_remote, open_store, split_url
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import chain, pairwise
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
 from datapipe.sources.base import Crop
 from datapipe.sources.labels import labelled
 from datapipe.sources.pieces import MOST_MEMBER_BYTES, plain_name

@@ -15,9 +15,9 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError
-from datapipe.formats import is_known
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError
+from datapipe.core.image_formats import is_known
 from datapipe.sources.base import Crop
 from datapipe.sources.boxes import Boxes, read_mot, read_table
 from datapipe.sources.place import (

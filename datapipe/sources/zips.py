@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
 from datapipe.sources.pieces import MOST_MEMBER_BYTES, plain_name, volumes_missing
 
 END, END_SIGNATURE = struct.Struct("<4s4H2LH"), b"PK\5\6"

@@ -3,8 +3,8 @@
 import os
 import re
 
-from datapipe.config import StorageConfig
-from datapipe.errors import StorageError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import StorageError
 from datapipe.storage.local import LocalStore
 from datapipe.storage.schemes import FsspecStore
 from datapipe.storage.store import Store

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from datapipe.errors import NotFoundError, RefusedError, StorageError
+from datapipe.core.errors import NotFoundError, RefusedError, StorageError
 from datapipe.storage.store import TEMPORARY, Data, Entry, Store
 
 NAMES_AT_ONCE = 1 << 16

@@ -5,7 +5,7 @@ import secrets
 from contextlib import suppress
 from dataclasses import dataclass, fields
 
-from datapipe.errors import RefusedError, StorageError
+from datapipe.core.errors import RefusedError, StorageError
 from datapipe.storage.store import Store, WrongRangeError
 
 log = logging.getLogger(__name__)

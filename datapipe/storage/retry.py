@@ -8,8 +8,8 @@ from itertools import count
 from math import inf
 from typing import TypeVar
 
-from datapipe.config import StorageConfig
-from datapipe.errors import StorageError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import StorageError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

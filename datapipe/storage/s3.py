@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from botocore.exceptions import ClientError
 
-from datapipe.config import StorageConfig
-from datapipe.errors import StorageError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import StorageError
 from datapipe.storage.retry import keep_trying
 from datapipe.storage.s3_client import connection
 from datapipe.storage.s3_faults import ERRORS, Place, code_of, explained, status_of

@@ -10,9 +10,9 @@ import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, IncompleteReadError
 
-from datapipe.config import StorageConfig
-from datapipe.errors import StorageError
-from datapipe.surroundings import misread, unread
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import StorageError
+from datapipe.core.process_setup import misread, unread
 
 CONNECT_TIMEOUT_S = 10.0
 MOST_CONNECTIONS = 32

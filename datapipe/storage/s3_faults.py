@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from botocore import exceptions
 from botocore.parsers import ResponseParserError
 
-from datapipe.errors import NotFoundError, RefusedError, StorageError
+from datapipe.core.errors import NotFoundError, RefusedError, StorageError
 from datapipe.storage.retry import PassingFault
 
 ERRORS = (exceptions.BotoCoreError, exceptions.ClientError, ResponseParserError, ConnectionError)

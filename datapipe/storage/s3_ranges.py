@@ -16,7 +16,7 @@ from botocore.exceptions import BotoCoreError
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
-from datapipe.config import StorageConfig
+from datapipe.core.config import StorageConfig
 from datapipe.storage.retry import PassingFault
 from datapipe.storage.s3_client import Connection, connect_timeout_s, connection
 from datapipe.storage.s3_faults import PASSING_STATUS, Place, unanswered

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from datapipe.config import StorageConfig
-from datapipe.errors import NotFoundError, RefusedError, StorageError, UserError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import NotFoundError, RefusedError, StorageError, UserError
 from datapipe.storage.retry import PassingFault, keep_trying
 from datapipe.storage.store import TEMPORARY, Data, Entry, Store
 

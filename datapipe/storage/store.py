@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from datapipe.errors import DataError, NotFoundError, StorageError
+from datapipe.core.errors import DataError, NotFoundError, StorageError
 
 Data = bytes | bytearray | memoryview | Path
 """What can be written: bytes in memory, or a local file that is streamed."""

@@ -4,8 +4,8 @@ import io
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
 
-from datapipe.config import StorageConfig
-from datapipe.errors import StorageError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import StorageError
 from datapipe.storage.address import is_remote, open_store, split_url
 from datapipe.storage.store import Store
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from datapipe.config import ShardConfig, StorageConfig
+from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.ingest import ingest
 from datapipe.manifest import FORMAT
 from tests.bench.scale import Scale

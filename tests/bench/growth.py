@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from datapipe.config import ShardConfig, StorageConfig
+from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.ingest import ingest_sources
 from datapipe.plan_shards import Candidates, plan_shards, repeated
 from datapipe.sources.base import Crop

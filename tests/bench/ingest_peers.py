@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import process_time
 
-from datapipe.config import ShardConfig, StorageConfig
+from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.ingest import ingest
 from tests.bench.crops import ABOUT, KINDS, Crops, crops
 from tests.bench.measure import Work, rates, tree_cpu_s

@@ -14,7 +14,7 @@ import webdataset
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
 
-from datapipe.config import StorageConfig
+from datapipe.core.config import StorageConfig
 from datapipe.decoding import decode
 from datapipe.manifest import Manifest
 from datapipe.views import make_views

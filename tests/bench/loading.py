@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from datapipe.config import StorageConfig, StreamConfig
+from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.loader import Loader
 from datapipe.manifest import Manifest
 from datapipe.order import Order

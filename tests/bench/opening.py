@@ -26,7 +26,7 @@ import resource, sys, time
 import torch
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 import datapipe.loader
-from datapipe.config import StorageConfig, StreamConfig
+from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.manifest import Manifest
 from datapipe.stream import Stream
 began, cpu = time.monotonic(), time.process_time()

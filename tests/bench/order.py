@@ -4,7 +4,7 @@ import tracemalloc
 
 import numpy as np
 
-from datapipe.config import StreamConfig
+from datapipe.core.config import StreamConfig
 from datapipe.order import Order
 from tests.bench.measure import Spread, rates
 from tests.bench.scale import Scale

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from datapipe.resource_limits import available_cores
+from datapipe.core.resource_limits import available_cores
 from tests.golden import ROOT
 
 

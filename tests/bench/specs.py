@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from datapipe.config import JitterConfig, ViewConfig
+from datapipe.core.config import JitterConfig, ViewConfig
 from datapipe.view_spec import Photometric, ViewGroup, ViewSpec, multi_crop
 
 GLOBAL, LOCAL = (256, 128), (128, 64)

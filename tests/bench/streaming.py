@@ -15,7 +15,7 @@ import boto3
 import obstore
 from obstore.store import S3Store
 
-from datapipe.config import ShardConfig, StorageConfig, StreamConfig
+from datapipe.core.config import ShardConfig, StorageConfig, StreamConfig
 from datapipe.ingest import ingest
 from datapipe.manifest import Manifest
 from datapipe.storage import open_store

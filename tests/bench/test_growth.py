@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from datapipe.config import ShardConfig, StorageConfig
+from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.ingest import ingest_sources
 from tests.bench.growth import COPIES, RepeatedCrops, plan
 from tests.datapipe.crop_set import jpegs

@@ -4,7 +4,7 @@ import sys
 import time
 from pathlib import Path
 
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
 
 PATIENCE_S = 120
 

@@ -16,8 +16,8 @@ from cluster.__main__ import main
 from cluster.addresses import dashboard_of, head_of
 from cluster.commands import _address
 from cluster.session import chosen_address
-from datapipe import command
-from datapipe.errors import ClusterError, ConfigError
+from datapipe.core import cli
+from datapipe.core.errors import ClusterError, ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +127,7 @@ def test_dashboard__that_is_reached_is_reached_without_a_proxy(refusing: str, mo
 def test_commands__say_it_in_one_error(closed: str, tmp_path: object, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["shard", str(tmp_path), "--out", f"{tmp_path}/out"]
     for words in ([*line, "--address", closed], ["submit", "--address", f"http://{closed}", *line]):
-        assert command.run(main, words) == 1
+        assert cli.run(main, words) == 1
         said = capsys.readouterr().err
         assert f"error: no Ray cluster is reached: nobody answers at {closed}" in said and "try:" in said
 

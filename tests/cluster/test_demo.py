@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.demo import Demo, _judge
-from datapipe.command import COMPLETE, FAILED
+from datapipe.core.cli import COMPLETE, FAILED
 from tests.flow.tiny import command, finished
 
 

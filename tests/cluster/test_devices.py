@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.devices import Offer, _of_autoscaler, decide, gpus_of, index_of
-from datapipe.errors import ConfigError
+from datapipe.core.errors import ConfigError
 from tests.golden import ROOT
 
 HERE = Offer(0, 0.0, embedded=True)

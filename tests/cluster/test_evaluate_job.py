@@ -12,7 +12,7 @@ import pytest
 
 from cluster.evaluate_job import parse_evaluate
 from cluster.job_paths import IN_JOB
-from datapipe.errors import ConfigError
+from datapipe.core.errors import ConfigError
 from tests.flow.tiny import command, finished, generated, recipe
 from tests.support.warm_python import descendants
 from tests.training.reid.people import market

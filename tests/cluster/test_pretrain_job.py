@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from datapipe import command as ends
+from datapipe.core import cli as ends
 from tests.flow.pause import Pause
 from tests.flow.test_resume import _until
 from tests.flow.tiny import audited, command, final_state, finished, recipe, shards

@@ -117,7 +117,7 @@ import sys
 from cluster.submit import _client
 from cluster.ray_token import MODE, PATH, TOKEN, _set
 from cluster.session import _join
-from datapipe.errors import ClusterError
+from datapipe.core.errors import ClusterError
 
 for changes in ({}, {TOKEN: "fedcba9876543210" * 2}, {TOKEN: "0" * 32, MODE: "disabled"}, {MODE: "token"},
                 {PATH: "/nowhere/token"}):

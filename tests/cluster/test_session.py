@@ -10,9 +10,9 @@ import pytest
 
 from cluster import scratch
 from cluster.scratch import BELOW, MOST_BYTES, places, scratch_folder, unfit
-from datapipe.errors import StorageError
+from datapipe.core.errors import StorageError
+from datapipe.core.resource_limits import available_cores
 from datapipe.manifest import Manifest
-from datapipe.resource_limits import available_cores
 from tests.flow.tiny import command, finished
 
 

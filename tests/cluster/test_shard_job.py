@@ -18,8 +18,8 @@ import pytest
 from cluster.session import prepare
 from cluster.shard_job import ClusterShardCommand, RayWorkers, _anywhere
 from cluster.shared_paths import MARK, marked, unseen, witnesses
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError
 from datapipe.listing import PART_BYTES
 from datapipe.sources import open_sources
 from tests.cluster import tasks

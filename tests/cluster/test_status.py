@@ -8,8 +8,8 @@ import pytest
 
 from cluster.__main__ import main
 from cluster.status import SILENT_S, status
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError
 from tests.conftest import S3Server
 from tests.flow.test_resume import Pace
 from tests.flow.tiny import generated, recipe

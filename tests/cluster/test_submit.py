@@ -18,7 +18,7 @@ import pytest
 
 from cluster.status import status
 from cluster.submit import PACKAGES, submit
-from datapipe.errors import ClusterError, ConfigError
+from datapipe.core.errors import ClusterError, ConfigError
 from datapipe.storage import open_store
 from tests.cluster.ray_head import PATIENCE_S, ray_head, ray_words
 from tests.conftest import S3Server

@@ -3,7 +3,7 @@
 import pickle
 from typing import Any
 
-from datapipe.config import StorageConfig
+from datapipe.core.config import StorageConfig
 from datapipe.sources import open_sources
 from datapipe.sources.base import Crop, Source
 

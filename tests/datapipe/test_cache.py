@@ -14,8 +14,8 @@ import pytest
 from datapipe import cache as caches
 from datapipe.cache import DiskCache
 from datapipe.cache_memory import MemoryCache
-from datapipe.config import RemoveConfig, StorageConfig, StreamConfig
-from datapipe.errors import DataError, StorageError
+from datapipe.core.config import RemoveConfig, StorageConfig, StreamConfig
+from datapipe.core.errors import DataError, StorageError
 from datapipe.manifest import Manifest
 from datapipe.remove import remove
 from datapipe.stream import Stream
@@ -274,7 +274,7 @@ def test_memory__a_failed_load_fails_all_who_wait_and_is_forgotten() -> None:
 READER = """
 import sys
 import numpy as np
-from datapipe.config import StorageConfig, StreamConfig
+from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.manifest import Manifest
 from datapipe.stream import Stream
 url, folder, gigabytes, seed, rounds = sys.argv[1:]

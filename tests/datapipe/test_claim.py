@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from datapipe.claim import claim_output, owns_output
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
 from datapipe.storage import Data, open_store
 from datapipe.storage.local import LocalStore
 

@@ -12,8 +12,8 @@ import pytest
 from datapipe import remove as removal
 from datapipe.cache import DiskCache
 from datapipe.commands.maintain import remove as command
-from datapipe.config import RemoveConfig, ShardConfig, StorageConfig, StreamConfig
-from datapipe.errors import DataError, StorageError
+from datapipe.core.config import RemoveConfig, ShardConfig, StorageConfig, StreamConfig
+from datapipe.core.errors import DataError, StorageError
 from datapipe.ingest import ingest
 from datapipe.manifest import Manifest
 from datapipe.remove import remove

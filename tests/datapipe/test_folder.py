@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError, NotFoundError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError, NotFoundError
 from datapipe.sources import folder, open_sources
 from datapipe.sources.base import Crop, Source
 from datapipe.sources.labels import parse_market_name

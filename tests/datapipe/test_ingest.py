@@ -12,12 +12,12 @@ import webdataset
 
 from datapipe import distribute, listing, scan
 from datapipe.__main__ import main
-from datapipe.config import ShardConfig, StorageConfig
+from datapipe.core.config import ShardConfig, StorageConfig
+from datapipe.core.errors import DataError
+from datapipe.core.parallel import Workers
 from datapipe.difference_hash import difference_hash
-from datapipe.errors import DataError
 from datapipe.ingest import Ingested, ingest
 from datapipe.plan_shards import rank, sample_key
-from datapipe.workers import Workers
 from tests.conftest import S3Server
 from tests.killing import local_objects
 

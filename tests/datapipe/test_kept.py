@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from datapipe.errors import NotFoundError
+from datapipe.core.errors import NotFoundError
 from datapipe.storage.local import OpenFilesStore
 
 

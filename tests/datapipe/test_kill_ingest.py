@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from datapipe import listing, scan
-from datapipe.config import ShardConfig, StorageConfig
+from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.ingest import ingest
 from tests.conftest import CREDENTIALS, S3Server
 from tests.killing import Job, kill_evenly, local_objects, s3_objects

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from datapipe.config import RemoveConfig, ReshardConfig, SelectConfig, ShardConfig, StorageConfig
+from datapipe.core.config import RemoveConfig, ReshardConfig, SelectConfig, ShardConfig, StorageConfig
 from datapipe.ingest import ingest
 from datapipe.manifest import Manifest
 from datapipe.remove import remove

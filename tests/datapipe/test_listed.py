@@ -12,8 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError
 from datapipe.listed import By, look_up, read_list, refuse_ambiguous, refuse_missing
 
 STORAGE = StorageConfig()

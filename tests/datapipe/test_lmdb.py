@@ -8,8 +8,8 @@ import lmdb
 import numpy as np
 import pytest
 
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError
 from datapipe.sources import open_sources
 from tests.conftest import S3Server
 from tests.datapipe.crop_set import jpegs

@@ -8,8 +8,8 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError
 from datapipe.sources import open_sources
 from datapipe.sources.lmdb_pages import LmdbFile
 from tests.datapipe.crop_set import jpegs

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datapipe.batch import Batch, Intake
-from datapipe.config import JitterConfig, StorageConfig, StreamConfig, ViewConfig
-from datapipe.errors import DataError
+from datapipe.core.config import JitterConfig, StorageConfig, StreamConfig, ViewConfig
+from datapipe.core.errors import DataError
 from datapipe.loader import FEWEST_ROWS, Loader, rows_of_a_piece
 from datapipe.manifest import Manifest
 from datapipe.masking import MaskConfig, MaskLaw, draw_masks

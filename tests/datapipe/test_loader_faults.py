@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from datapipe.batch import Batch
-from datapipe.config import StorageConfig, StreamConfig
+from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.loader import Loader
 from datapipe.manifest import Manifest
 from datapipe.order import Order

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datapipe.config import StorageConfig, StreamConfig
+from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.loader import Loader
 from datapipe.manifest import Manifest
 from datapipe.order import Order

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datapipe.errors import DataError, NotFoundError
+from datapipe.core.errors import DataError, NotFoundError
 from datapipe.manifest import FORMAT, Manifest, Shard
 from datapipe.storage import open_store
 from tests.conftest import S3Server

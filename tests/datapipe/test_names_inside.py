@@ -15,8 +15,8 @@ import pyarrow.parquet
 import pytest
 
 from datapipe.commands.inspect import verify
-from datapipe.config import RemoveConfig, ShardConfig, StorageConfig
-from datapipe.errors import DataError, StorageError
+from datapipe.core.config import RemoveConfig, ShardConfig, StorageConfig
+from datapipe.core.errors import DataError, StorageError
 from datapipe.index import Shard, read_index
 from datapipe.ingest import ingest
 from datapipe.manifest import Manifest

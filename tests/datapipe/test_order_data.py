@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datapipe.config import SelectConfig, ShardConfig, StorageConfig, StreamConfig, ViewConfig
+from datapipe.core.config import SelectConfig, ShardConfig, StorageConfig, StreamConfig, ViewConfig
+from datapipe.core.errors import ConfigError, DataError
 from datapipe.data import Data, load_data
-from datapipe.errors import ConfigError, DataError
 from datapipe.identities import IdentityOrder
 from datapipe.ingest import ingest
 from datapipe.loader import Loader

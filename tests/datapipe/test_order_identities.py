@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
 from datapipe.identities import IDENTITY_ORDER_VERSION, IdentityOrder, numbered
 
 SMALL = [10, -1, 10, 0, 40, -1, 10, 40, 30, 20, 0, 40, 10, 10, -1, -1, 40, 30, 0, -1]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from datapipe.errors import ConfigError
+from datapipe.core.errors import ConfigError
 from datapipe.mixing import LARGEST_TOTAL, MixedOrder, Schedule, whole_weights
 from datapipe.order import Order
 

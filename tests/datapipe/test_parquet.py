@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
 from datapipe.sources import parquet_table
 from tests.conftest import S3Server
 from tests.datapipe.read_source import crops, units

@@ -10,9 +10,9 @@ import pytest
 
 from cluster.shared_paths import witnesses
 from datapipe.__main__ import main
-from datapipe.command import run as run_command
-from datapipe.config import ShardConfig, StorageConfig
-from datapipe.errors import DataError
+from datapipe.core.cli import run as run_command
+from datapipe.core.config import ShardConfig, StorageConfig
+from datapipe.core.errors import DataError
 from datapipe.ingest import ingest
 from datapipe.sources import open_sources
 from datapipe.sources.place import list_entries

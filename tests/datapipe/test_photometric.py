@@ -14,9 +14,9 @@ from PIL import Image, ImageFilter, ImageOps
 from scipy import stats
 
 from datapipe import boxes, photometric
-from datapipe.config import JitterConfig
+from datapipe.core.config import JitterConfig
+from datapipe.core.randomness import draw
 from datapipe.photometric import numbers_needed, plan
-from datapipe.randomness import draw
 from datapipe.view_spec import Photometric
 
 

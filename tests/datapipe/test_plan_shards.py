@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datapipe.config import ShardConfig
+from datapipe.core.config import ShardConfig
 from datapipe.duplicates import Marks
 from datapipe.plan_shards import (
     Candidates,

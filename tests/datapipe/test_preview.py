@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datapipe.config import StreamConfig, ViewConfig
-from datapipe.errors import ConfigError, NotFoundError
+from datapipe.core.config import StreamConfig, ViewConfig
+from datapipe.core.errors import ConfigError, NotFoundError
 from datapipe.masking import MaskConfig, MaskLaw, draw_masks
 from datapipe.order import Order
 from datapipe.preview import OUTLINES, contact_sheet, view_sheet

@@ -5,8 +5,8 @@ from uuid import uuid4
 
 import pytest
 
-from datapipe.config import StorageConfig
-from datapipe.errors import RefusedError, StorageError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import RefusedError, StorageError
 from datapipe.storage import Capabilities, open_store, probe
 from tests.conftest import S3Server
 from tests.faulty_proxy import Faults, FaultyProxy

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from datapipe import boxes as cuts
-from datapipe.config import ViewConfig
+from datapipe.core.config import ViewConfig
 from datapipe.decoding import decode
 from datapipe.masking import MaskConfig, MaskLaw
 from datapipe.view_spec import RegionLaw, ViewSpec, regions

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow
 import pytest
 
-from datapipe.config import RemoveConfig, SelectConfig, ShardConfig, StorageConfig, StreamConfig
-from datapipe.errors import ConfigError, DataError, StorageError
+from datapipe.core.config import RemoveConfig, SelectConfig, ShardConfig, StorageConfig, StreamConfig
+from datapipe.core.errors import ConfigError, DataError, StorageError
 from datapipe.heirs import relink_duplicates
 from datapipe.index import INDEX
 from datapipe.ingest import ingest

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from datapipe import command
 from datapipe.__main__ import main
-from datapipe.config import RemoveConfig, ShardConfig, StorageConfig
-from datapipe.errors import ConfigError
+from datapipe.core import cli
+from datapipe.core.config import RemoveConfig, ShardConfig, StorageConfig
+from datapipe.core.errors import ConfigError
 from datapipe.index import INDEX
 from datapipe.ingest import ingest
 from datapipe.manifest import Manifest
@@ -127,9 +127,9 @@ def test_verify__repair__says_what_it_did(folder: Path, capsys: pytest.CaptureFi
     old = Manifest.load(str(folder))
     (folder / old.shards[1].index).unlink()
     words = ["verify", str(folder), "--workers", "1"]
-    assert command.run(main, words) == command.FAILED
+    assert cli.run(main, words) == cli.FAILED
     capsys.readouterr()
-    assert command.run(main, [*words, "--repair"]) == command.COMPLETE
+    assert cli.run(main, [*words, "--repair"]) == cli.COMPLETE
     printed = capsys.readouterr().out
     assert f"rebuilt {old.shards[1].index}" in printed and "good: 0 findings" in printed
     with pytest.raises(ConfigError, match="all versions"):

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from datapipe.config import RemoveConfig, ReshardConfig, SelectConfig, ShardConfig, StorageConfig
-from datapipe.errors import DataError
+from datapipe.core.config import RemoveConfig, ReshardConfig, SelectConfig, ShardConfig, StorageConfig
+from datapipe.core.errors import DataError
 from datapipe.index import INDEX
 from datapipe.ingest import ingest
 from datapipe.manifest import Manifest
@@ -20,7 +20,7 @@ from datapipe.reshard import reshard
 from datapipe.select import select
 from datapipe.verify import verify
 from tests.conftest import S3Server
-from tests.datapipe.test_command_line import contents
+from tests.datapipe.core.test_cli import contents
 
 STORAGE = StorageConfig()
 WriteCrops = Callable[..., dict[str, bytes]]

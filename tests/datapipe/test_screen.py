@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from datapipe.config import ShardConfig
+from datapipe.core.config import ShardConfig
 from datapipe.screen import Kept, Reason, Refused, screen
 
 HEIGHT, WIDTH = 96, 48

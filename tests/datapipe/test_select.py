@@ -10,8 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from datapipe.config import SelectConfig, ShardConfig, StorageConfig, StreamConfig
-from datapipe.errors import ConfigError, DataError
+from datapipe.core.config import SelectConfig, ShardConfig, StorageConfig, StreamConfig
+from datapipe.core.errors import ConfigError, DataError
 from datapipe.expression import Expression
 from datapipe.index import INDEX
 from datapipe.ingest import ingest

@@ -15,8 +15,8 @@ import webdataset
 from PIL import Image
 from webdataset.gopen import gopen_schemes
 
-from datapipe.config import ShardConfig, StorageConfig
-from datapipe.errors import DataError
+from datapipe.core.config import ShardConfig, StorageConfig
+from datapipe.core.errors import DataError
 from datapipe.ingest import ingest
 from datapipe.manifest import INDEX, Manifest
 from datapipe.plan_shards import Plan, plan_shards, sample_key

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datapipe.config import RemoveConfig, SelectConfig, ShardConfig, StorageConfig
+from datapipe.core.config import RemoveConfig, SelectConfig, ShardConfig, StorageConfig
 from datapipe.ingest import ingest
 from datapipe.manifest import Manifest
 from datapipe.remove import remove

@@ -8,8 +8,8 @@ from uuid import uuid4
 
 import pytest
 
-from datapipe.config import StorageConfig
-from datapipe.errors import NotFoundError, StorageError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import NotFoundError, StorageError
 from datapipe.storage import Entry, Store, is_remote, open_store, open_stream, split_url
 from datapipe.storage import s3 as s3_store
 from tests.conftest import S3Server

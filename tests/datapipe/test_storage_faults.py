@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import ClientError
 
-from datapipe.config import StorageConfig
-from datapipe.errors import NotFoundError, RefusedError, StorageError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import NotFoundError, RefusedError, StorageError
 from datapipe.storage import Store, open_object, open_store, retry, s3_faults
 from datapipe.storage import s3 as s3_store
 from datapipe.storage.s3_client import connection

@@ -14,8 +14,8 @@ from typing import Any
 import boto3
 import pytest
 
-from datapipe.config import StorageConfig
-from datapipe.errors import NotFoundError, RefusedError, StorageError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import NotFoundError, RefusedError, StorageError
 from datapipe.storage import Store, open_store, retry, s3_ranges
 from datapipe.storage.s3 import S3Store
 from tests.conftest import S3Server
@@ -232,7 +232,7 @@ def test_range__in_the_main_thread_heeds_signals(s3: S3Server) -> None:
 FORK = """
 import os, sys
 from concurrent.futures import ThreadPoolExecutor
-from datapipe.config import StorageConfig
+from datapipe.core.config import StorageConfig
 from datapipe.storage import open_store, s3_ranges
 
 store = open_store(sys.argv[1], StorageConfig(endpoint_url=sys.argv[2]))

@@ -12,8 +12,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from datapipe.cache_memory import MemoryCache
-from datapipe.config import StorageConfig, StreamConfig
-from datapipe.errors import DataError
+from datapipe.core.config import StorageConfig, StreamConfig
+from datapipe.core.errors import DataError
 from datapipe.manifest import Manifest
 from datapipe.storage import open_store
 from datapipe.stream import Stream

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datapipe.config import RemoveConfig, StorageConfig, StreamConfig
-from datapipe.errors import DataError
+from datapipe.core.config import RemoveConfig, StorageConfig, StreamConfig
+from datapipe.core.errors import DataError
 from datapipe.manifest import Manifest
 from datapipe.remove import remove
 from datapipe.stream import Stream

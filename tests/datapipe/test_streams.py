@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from datapipe.errors import NotFoundError, StorageError
+from datapipe.core.errors import NotFoundError, StorageError
 from datapipe.storage import Store, open_object, open_store, open_stream, streams
 from tests.conftest import S3Server
 

@@ -13,8 +13,8 @@ import numpy as np
 import psutil
 import pytest
 
-from datapipe.config import SynthConfig
-from datapipe.errors import ConfigError, DataError
+from datapipe.core.config import SynthConfig
+from datapipe.core.errors import ConfigError, DataError
 from datapipe.synth import FINISHED, GALLERY, QUERY, TRAIN, UNFINISHED, render
 from datapipe.synth_scenes import Shot, crop, person
 
@@ -119,7 +119,7 @@ def test_render__an_interrupted_run_is_completed_and_nothing_is_rendered_twice(f
 
 KILLED = """
 from pathlib import Path
-from datapipe.config import SynthConfig
+from datapipe.core.config import SynthConfig
 from datapipe.synth import render
 render(Path({out!r}), SynthConfig(train_identities=400, test_identities=4, cameras=3, images=3, workers=2))
 """

@@ -11,8 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from datapipe.config import ShardConfig, StorageConfig
-from datapipe.errors import DataError
+from datapipe.core.config import ShardConfig, StorageConfig
+from datapipe.core.errors import DataError
 from datapipe.ingest import ingest
 from datapipe.manifest import Manifest
 from datapipe.storage import open_store

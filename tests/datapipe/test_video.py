@@ -13,8 +13,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError
 from datapipe.sources import open_sources
 from datapipe.sources.base import Crop
 from tests.conftest import S3Server

@@ -14,9 +14,9 @@ from PIL import Image
 from scipy import stats
 
 from datapipe import boxes
-from datapipe.config import JitterConfig, ViewConfig
+from datapipe.core.config import JitterConfig, ViewConfig
+from datapipe.core.randomness import draw
 from datapipe.decoding import decode
-from datapipe.randomness import draw
 from datapipe.view_spec import Photometric, ViewGroup, ViewSpec, multi_crop, padded
 from datapipe.views import make_views
 from tests.datapipe.crop_set import jpegs

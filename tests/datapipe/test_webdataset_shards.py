@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError, NotFoundError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError, NotFoundError
 from datapipe.sources import open_sources
 from datapipe.sources.base import Crop
 from tests.conftest import S3Server

@@ -17,8 +17,8 @@ import psutil
 import pytest
 from botocore.exceptions import BotoCoreError, ClientError
 
-from datapipe.config import StorageConfig
-from datapipe.errors import StorageError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import StorageError
 from tests.cluster.local_nodes import PATIENCE_S, Watched, local_nodes
 from tests.conftest import CREDENTIALS
 from tests.faults.gate import Gate

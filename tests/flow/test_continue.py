@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from datapipe.errors import NotFoundError
+from datapipe.core.errors import NotFoundError
 from tests.flow.tiny import recipe, shards
 from tests.training.published_files import save, training_checkpoint
 from training import recipe_toml as recipes

@@ -7,7 +7,7 @@ import pytest
 
 import cluster.__main__
 import training.__main__
-from datapipe.command import run
+from datapipe.core.cli import run
 from datapipe.manifest import Manifest
 from tests.conftest import S3Server
 from tests.flow.tiny import command, finished, recipe, shards

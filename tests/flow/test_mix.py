@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datapipe.errors import ConfigError, DataError
+from datapipe.core.errors import ConfigError, DataError
+from datapipe.core.randomness import words
 from datapipe.order import Order
-from datapipe.randomness import words
 from tests.datapipe import crop_set
 from tests.flow.pause import Pause
 from tests.flow.tiny import audited, command, recipe

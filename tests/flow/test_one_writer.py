@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from datapipe import command as ends
-from datapipe.errors import LeaseError
+from datapipe.core import cli as ends
+from datapipe.core.errors import LeaseError
 from datapipe.storage import Store, open_store
 from tests.conftest import S3Server
 from tests.flow.tiny import StoppingHost, generated, recipe

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from datapipe.config import ViewConfig
-from datapipe.errors import ConfigError
+from datapipe.core.config import ViewConfig
+from datapipe.core.errors import ConfigError
 from tests.flow import tiny
 from training import memory, methods
 from training.batch_split import portion

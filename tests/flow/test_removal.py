@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datapipe.config import RemoveConfig, StorageConfig
+from datapipe.core.config import RemoveConfig, StorageConfig
 from datapipe.manifest import Manifest
 from datapipe.order import Order
 from datapipe.remove import remove

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from datapipe import command as ends
 from datapipe.__main__ import main
-from datapipe.config import StorageConfig
+from datapipe.core import cli as ends
+from datapipe.core.config import StorageConfig
 from datapipe.storage import retry
 from tests.conftest import S3Server
 from tests.faulty_proxy import Faults, FaultyProxy

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from datapipe.config import StorageConfig
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import ConfigError, DataError, NotFoundError
 from datapipe.data import load_data
-from datapipe.errors import ConfigError, DataError, NotFoundError
 from tests.flow import tiny
 from tests.ranks import run_ranks
 from tests.training.reid.people import market

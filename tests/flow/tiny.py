@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from datapipe.config import ShardConfig, StorageConfig
+from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.ingest import ingest
 from datapipe.manifest import Manifest
 from datapipe.storage import open_store

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from datapipe.config import ShardConfig
+from datapipe.core.config import ShardConfig
 from datapipe.ingest import ingest
 from datapipe.plan_shards import sample_key
 from tests.cluster.ray_head import Head, ray_head, without_ray

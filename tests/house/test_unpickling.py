@@ -10,7 +10,7 @@ FOLDERS = ("datapipe", "training", "cluster")
 RUNS_CODE = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "jsonpickle"}
 ALLOWED = {
     "datapipe/listing.py": "its own temporary file, which no other process has a name for",
-    "datapipe/plain_pickle.py": "an Unpickler that refuses every name",
+    "datapipe/core/plain_pickle.py": "an Unpickler that refuses every name",
     "training/weight_files.py": "only the name of its error; torch.load(weights_only=True) reads",
 }
 """Who may import pickle, and why that is safe."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from datapipe.errors import ConfigError
+from datapipe.core.errors import ConfigError
 from training.compiling import refuse_without_compiler
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

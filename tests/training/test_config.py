@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from datapipe.errors import ConfigError
+from datapipe.core.errors import ConfigError
 from training import recipe_toml as recipes
 from training.methods import METHODS
 from training.recipe_toml import load, override, to_toml, validate

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from datapipe import command
-from datapipe.errors import ConfigError
+from datapipe.core import cli
+from datapipe.core.errors import ConfigError
 from tests.flow import tiny as flow
 from training import recipe_toml as recipes
 from training.__main__ import main
@@ -27,7 +27,7 @@ PUBLISHED = [name for name in RECIPES if name != "demo"]
 def called(*words: str) -> int:
     """Exit code of the command line."""
     try:
-        return command.run(main, ["pretrain", *words])
+        return cli.run(main, ["pretrain", *words])
     except SystemExit as end:
         assert isinstance(end.code, int)
         return end.code
@@ -45,7 +45,7 @@ def test_dry_run__recipe_reads_back(
 ) -> None:
     """In an empty folder: the data set that a recipe names is not there."""
     monkeypatch.chdir(tmp_path)
-    assert called(name, "--dry-run") == command.COMPLETE
+    assert called(name, "--dry-run") == cli.COMPLETE
     said = capsys.readouterr().out
     recipe = said.split("== Parameters ==")[0].removeprefix("== Recipe, resolved ==\n")
     assert recipes.validate(tomllib.loads(recipe), where=name) == load(name)
@@ -134,7 +134,7 @@ def test_dry_run__a_batch_that_must_stay_whole_is_not_split() -> None:
 
 def test_dry_run__json_holds_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert called("pass_vitb", "--dry-run", "--json", "--gpu-memory-gb", "40", "--rows", "100000",
-                  "--optimisation.batch", "256") == command.COMPLETE  # fmt: skip
+                  "--optimisation.batch", "256") == cli.COMPLETE  # fmt: skip
     said = json.loads(capsys.readouterr().out)
     config = load("pass_vitb", ["--optimisation.batch", "256"])
     assert said == json.loads(json.dumps(to_tree(dry_run(config, rows=100_000, gpu_memory_gb=40))))
@@ -144,7 +144,7 @@ def test_dry_run__json_holds_all_of_it(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_dry_run__text_names_a_deviation_with_its_source(capsys: pytest.CaptureFixture[str]) -> None:
-    assert called("personmae_vitb", "--dry-run", "--method.mask-ratio", "0.5") == command.COMPLETE
+    assert called("personmae_vitb", "--dry-run", "--method.mask-ratio", "0.5") == cli.COMPLETE
     said = capsys.readouterr().out
     assert "  method.mask_ratio = 0.5 (the recipe: 0.75)   BootMAE, MAE; HAP .5\n" in said
     assert "  optimisation.precision = 'bf16', published 'fp16'\n      MAE main_pretrain.py" in said
@@ -160,17 +160,17 @@ def test_dry_run__of_a_cpu_run() -> None:
 
 def test_dry_run__starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert called("dino_vits", "--dry-run", "--out", str(tmp_path / "run")) == command.COMPLETE
+    assert called("dino_vits", "--dry-run", "--out", str(tmp_path / "run")) == cli.COMPLETE
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("words", "code", "said"), [
-    (["pass_vitx", "--dry-run"], command.FAILED, "no such recipe"),
-    (["pass_vits", "--dry-run", "--rows", "0"], command.USAGE, "no finite number above zero"),
-    (["pass_vits", "--dry-run", "--gpu-memory-gb", "much"], command.USAGE, "invalid number value: 'much'"),
-    (["pass_vits", "--rows", "5"], command.USAGE, "go with --dry-run"),
-    (["pass_vits", "--dry-run", "--optimisation.lrr", "1"], command.USAGE, "optimisation.lrr"),
-    (["pass_vits", "--dry-run", "--rows", "3"], command.FAILED, "less than one batch"),
+    (["pass_vitx", "--dry-run"], cli.FAILED, "no such recipe"),
+    (["pass_vits", "--dry-run", "--rows", "0"], cli.USAGE, "no finite number above zero"),
+    (["pass_vits", "--dry-run", "--gpu-memory-gb", "much"], cli.USAGE, "invalid number value: 'much'"),
+    (["pass_vits", "--rows", "5"], cli.USAGE, "go with --dry-run"),
+    (["pass_vits", "--dry-run", "--optimisation.lrr", "1"], cli.USAGE, "optimisation.lrr"),
+    (["pass_vits", "--dry-run", "--rows", "3"], cli.FAILED, "less than one batch"),
 ], ids=["recipe", "rows", "gpu", "without_dry_run", "flag", "too_few_rows"])  # fmt: skip
 def test_dry_run__mistakes(words: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert called(*words) == code
@@ -178,5 +178,5 @@ def test_dry_run__mistakes(words: list[str], code: int, said: str, capsys: pytes
 
 
 def test_help__tells_of_dry_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert called("--help") == command.COMPLETE
+    assert called("--help") == cli.COMPLETE
     assert "--gpu-memory-gb GB" in capsys.readouterr().out

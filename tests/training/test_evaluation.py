@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError
 from tests.flow.tiny import generated, recipe
 from tests.training.reid.people import market
 from tests.training.test_reproduce import PEOPLE, SIZE, weights

@@ -5,8 +5,8 @@ from threading import Condition
 
 import pytest
 
-from datapipe.config import StorageConfig
-from datapipe.errors import StorageError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import StorageError
 from tests.conftest import S3Server
 from tests.faulty_proxy import FaultyProxy
 from training import growing

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from datapipe.config import SynthConfig
+from datapipe.core.config import SynthConfig
 from datapipe.synth import TRAIN, render
 from tests.flow.tiny import shards, step_records
 from training import health

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from datapipe.config import StorageConfig, ViewConfig
-from datapipe.errors import ConfigError, DataError, NotFoundError
+from datapipe.core.config import StorageConfig, ViewConfig
+from datapipe.core.errors import ConfigError, DataError, NotFoundError
 from datapipe.storage import open_store
 from tests.golden import difference, golden, group, tolerance
 from tests.training import published_files as files

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from datapipe.config import StorageConfig
+from datapipe.core.config import StorageConfig
 from tests.conftest import S3Server
 from tests.golden import ROOT
 from training.last_words import of_process, telling
@@ -18,7 +18,7 @@ from training.run_folder import RunFolder
 PATIENCE_S = 120
 DYING = """
 import ctypes, os, sys
-from datapipe.config import StorageConfig
+from datapipe.core.config import StorageConfig
 from training import last_words
 url, endpoint, way = sys.argv[1:]
 with last_words.kept(url, StorageConfig(endpoint_url=endpoint), 3, log=True):

@@ -9,8 +9,8 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from datapipe.config import StorageConfig
-from datapipe.errors import ConfigError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import ConfigError
 from datapipe.storage import open_store
 from training.assembly import initial_method
 from training.backbone import BackboneConfig, VisionTransformer, parameter_count

@@ -16,8 +16,8 @@ from uuid import uuid4
 
 import pytest
 
-from datapipe.config import StorageConfig
-from datapipe.errors import LeaseError, StorageError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import LeaseError, StorageError
 from datapipe.storage import Store, open_store
 from tests.conftest import S3Server
 from tests.faulty_proxy import Faults, FaultyProxy

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import training.__main__
-from datapipe.command import FAILED, run
-from datapipe.errors import ConfigError
+from datapipe.core.cli import FAILED, run
+from datapipe.core.errors import ConfigError
 from tests.flow.tiny import command, finished, generated, recipe
 from tests.golden import ROOT
 from tests.training.greedy import ENVIRONMENT, TOO_MANY

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from datapipe.command import run
-from datapipe.errors import ConfigError
+from datapipe.core.cli import run
+from datapipe.core.errors import ConfigError
 from tests.flow.tiny import generated, recipe
 from tests.training.tiny_recipe import tiny, with_views
 from training import outlook

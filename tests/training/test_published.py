@@ -9,8 +9,8 @@ import timm
 import torch
 from torch import Tensor
 
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError
 from datapipe.storage import open_store
 from tests.golden import difference, golden, tolerance
 from tests.training import published_files as files

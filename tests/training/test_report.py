@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datapipe.config import StorageConfig
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError
 from datapipe.derived import clear, look
-from datapipe.errors import DataError
 from datapipe.storage import open_store
 from tests.conftest import S3Server
 from tests.training.fake_run import ATTEMPTS, MODEL, fake_run, picture, record, write_metrics, write_scores

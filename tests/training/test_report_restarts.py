@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from datapipe.config import StorageConfig
+from datapipe.core.config import StorageConfig
 from training.report_data import RunFiles
 from training.report_restarts import MOST_ROWS, restarts_section
 from training.run_folder import RunFolder

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from datapipe.errors import ConfigError, DataError
+from datapipe.core.errors import ConfigError, DataError
 from tests.training import published_files as files
 from tests.training.reid.people import market
 from training.__main__ import main

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from datapipe.config import StorageConfig
-from datapipe.errors import StorageError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import StorageError
 from training.run_folder import RunFolder
 
 

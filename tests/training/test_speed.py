@@ -5,7 +5,7 @@ import math
 import pytest
 
 from datapipe.batch import Intake
-from datapipe.progress import duration
+from datapipe.core.progress import duration
 from tests.ranks import run_ranks
 from training import speed
 from training.engine.world import World

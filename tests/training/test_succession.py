@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from datapipe.batch import Batch, Intake
-from datapipe.config import RemoveConfig, StorageConfig, StreamConfig
+from datapipe.core.config import RemoveConfig, StorageConfig, StreamConfig
 from datapipe.data import load_data
 from datapipe.loader import Loader
 from datapipe.manifest import Manifest

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
 from tests.training.published_files import arguments, saved
 from training.weight_files import Arguments, read_weights
 

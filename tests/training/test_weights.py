@@ -9,7 +9,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
 from datapipe.storage import open_store
 from training.backbone import BackboneConfig, VisionTransformer
 from training.weights import export

@@ -6,7 +6,7 @@ knows which it is. Whole files have a SHA-256 in any case.
 
 import hashlib
 
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
 
 try:
     import xxhash

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import NamedTuple
 
-from datapipe.errors import NotFoundError
+from datapipe.core.errors import NotFoundError
+from datapipe.core.parallel import in_order
 from datapipe.storage import Store, is_remote
-from datapipe.workers import in_order
 from training.checkpoint.marker import MARKER, completed, step_of
 
 log = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from datapipe.errors import DataError, NotFoundError
-from datapipe.progress import QUIET_S, Progress
+from datapipe.core.errors import DataError, NotFoundError
+from datapipe.core.parallel import in_order
+from datapipe.core.progress import QUIET_S, Progress
 from datapipe.storage import Store, is_remote
-from datapipe.workers import in_order
 from training.checkpoint.digest import matches
 from training.checkpoint.lineage import complete
 from training.checkpoint.marker import File, Form, Fragment, Marker, read_marker

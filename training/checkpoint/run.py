@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from datapipe.errors import DataError, LeaseError, NotFoundError, StorageError
+from datapipe.core.errors import DataError, LeaseError, NotFoundError, StorageError
 from datapipe.storage import Store
 from training.checkpoint import lineage, retention, saving
 from training.checkpoint.lineage import Head, complete

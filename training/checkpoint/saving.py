@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from datapipe.errors import DataError, LeaseError, NotFoundError, StorageError, UserError
+from datapipe.core.errors import DataError, LeaseError, NotFoundError, StorageError, UserError
 from datapipe.storage import Store
 from training.checkpoint.lineage import Head, survey, term_of
 from training.checkpoint.marker import MARKER, Form, Marker, file_from, name_of, read_marker

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from datapipe.settings import settings
+from datapipe.core.settings import settings
 
 
 @settings

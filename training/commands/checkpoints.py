@@ -8,10 +8,10 @@ from typing import Annotated
 import tyro
 from pydantic import Field
 
-from datapipe import command
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError, NotFoundError
-from datapipe.settings import settings
+from datapipe.core import cli
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError, NotFoundError
+from datapipe.core.settings import settings
 from datapipe.storage import Store, open_store, split_url
 from training.checkpoint import compare as comparing
 from training.checkpoint.lineage import complete, survey
@@ -104,7 +104,7 @@ def _list(chosen: List) -> int:
             print(f"{name}  DAMAGED: {error.what}")
     for name in _partial(store):
         print(f"{name}  not complete: being written, or left by a crash")
-    return command.FAILED if damaged else command.COMPLETE
+    return cli.FAILED if damaged else cli.COMPLETE
 
 
 def _line(marker: Marker) -> str:
@@ -121,7 +121,7 @@ def _verify(chosen: Verify) -> int:
         fault = _fault(store, name)
         damaged = damaged or bool(fault)
         print(f"{name}  {'DAMAGED: ' + fault if fault else 'good'}", flush=True)
-    return command.FAILED if damaged else command.COMPLETE
+    return cli.FAILED if damaged else cli.COMPLETE
 
 
 def _fault(store: Store, name: str) -> str:
@@ -137,7 +137,7 @@ def _compare(chosen: Compare) -> int:
     store = _store(chosen.run, chosen.storage)
     found = comparing.compare(*(_open(store, address, chosen.storage) for address in (chosen.a, chosen.b)))
     print("\n".join(comparing.table(found)))
-    return command.COMPLETE if found.equal else command.FAILED
+    return cli.COMPLETE if found.equal else cli.FAILED
 
 
 def _open(store: Store, address: str, storage: StorageConfig) -> Reader:
@@ -179,7 +179,7 @@ def _prune(chosen: Prune) -> int:
         print(f"{said} {name}")
     size = sum(entries[file] for file in going) / 1e6
     print(f"{said} {len(going)} files, {size:,.1f} MB; good ones that stay: {', '.join(sorted(staying))}")
-    return command.COMPLETE
+    return cli.COMPLETE
 
 
 def _newest_good(store: Store, count: int) -> list[str]:

@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from datapipe import command
-from datapipe.config import StorageConfig
-from datapipe.errors import ConfigError
-from datapipe.resource_limits import available_cores
-from datapipe.settings import settings
+from datapipe.core import cli
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import ConfigError
+from datapipe.core.resource_limits import available_cores
+from datapipe.core.settings import settings
 from training import evaluation, last_words
 from training.engine.devices import choose_device
 from training.engine.host import LocalHost, exit_code
@@ -95,7 +95,7 @@ def show(chosen: EvaluateCommand, scores: list[dict[str, Any]]) -> int:
     """Print the table of scores and write the report of the folder that holds them."""
     print(evaluation.table(scores))
     print(write_report(chosen.out or evaluation.checkpoint_of(chosen.weights)[0], chosen.storage))
-    return command.COMPLETE
+    return cli.COMPLETE
 
 
 def writing(chosen: EvaluateCommand, *, has_workers: bool) -> contextlib.AbstractContextManager[Lease | None]:
@@ -122,4 +122,4 @@ def conclude(config: RunConfig) -> int:
     print(evaluation.table(list(shown.values())))
     print(f"result: {found['result']['weights']}, {found['rule']}")
     print(write_report(config.out, config.storage))
-    return command.COMPLETE
+    return cli.COMPLETE

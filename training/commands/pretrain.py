@@ -9,8 +9,8 @@ from contextlib import closing
 
 import tyro
 
-from datapipe import command
-from datapipe.settings import settings
+from datapipe.core import cli
+from datapipe.core.settings import settings
 from training import dry_run_page, last_words
 from training import recipe_toml as recipes
 from training.assembly import training_views
@@ -73,7 +73,7 @@ def _above(kind: Callable[[str], float]) -> Callable[[str], float]:
 def _dry_run(config: RunConfig, asked: argparse.Namespace) -> int:
     found = dry_run(config, rows=asked.rows, gpu_memory_gb=asked.gpu_memory_gb)
     print(json.dumps(dry_run_page.to_tree(found), indent=2) if asked.json else dry_run_page.page(found))
-    return command.COMPLETE
+    return cli.COMPLETE
 
 
 def read_recipe(arguments: list[str], *, prog: str) -> RunConfig:
@@ -86,7 +86,7 @@ def read_recipe(arguments: list[str], *, prog: str) -> RunConfig:
 def views(arguments: list[str]) -> int:
     """Print the views that a recipe trains on, as JSON for `python -m datapipe preview --views FILE`."""
     print(training_views(read_recipe(arguments, prog="python -m training views RECIPE")).to_json())
-    return command.COMPLETE
+    return cli.COMPLETE
 
 
 def warm(arguments: list[str]) -> int:
@@ -98,7 +98,7 @@ def warm(arguments: list[str]) -> int:
     with alone("cpu", group=True) as world:
         warm_up(world)
     print(f"DeepSpeed is ready ({time.monotonic() - began:.0f} s)")
-    return command.COMPLETE
+    return cli.COMPLETE
 
 
 @settings

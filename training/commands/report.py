@@ -3,9 +3,9 @@
 
 import tyro
 
-from datapipe import command
-from datapipe.config import StorageConfig
-from datapipe.settings import settings
+from datapipe.core import cli
+from datapipe.core.config import StorageConfig
+from datapipe.core.settings import settings
 
 
 @settings
@@ -22,4 +22,4 @@ def report(arguments: list[str]) -> int:
 
     chosen = tyro.cli(ReportCommand, args=arguments, prog="python -m training report")
     print(write_report(chosen.run, chosen.storage))
-    return command.COMPLETE
+    return cli.COMPLETE

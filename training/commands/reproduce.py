@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import tyro
 from pydantic import TypeAdapter, ValidationError
 
-from datapipe import command
-from datapipe.config import StorageConfig
-from datapipe.errors import ConfigError, DataError
-from datapipe.settings import settings
+from datapipe.core import cli
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import ConfigError, DataError
+from datapipe.core.settings import settings
 from datapipe.storage import open_store
 from training import evaluation, last_words
 from training.engine.devices import choose_device
@@ -65,7 +65,7 @@ def reproduce(arguments: list[str]) -> int:
     chosen = tyro.cli(ReproduceCommand, args=arguments, prog=PROG)
     if chosen.list:
         print(listing())
-        return command.COMPLETE
+        return cli.COMPLETE
     missing = [name for name in ("row", "weights", "data") if not getattr(chosen, name)]
     if missing:
         raise ConfigError(f"not given: {', '.join(missing)}", where=PROG,
@@ -78,7 +78,7 @@ def reproduce(arguments: list[str]) -> int:
             return exit_code(host.received)
     print(page(done))
     print(write_report(out, chosen.storage))
-    return command.COMPLETE if done.within else command.FAILED
+    return cli.COMPLETE if done.within else cli.FAILED
 
 
 class Agreement(NamedTuple):

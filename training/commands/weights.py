@@ -5,9 +5,9 @@ from typing import Annotated
 
 import tyro
 
-from datapipe import command
-from datapipe.config import Size, Statistics, StorageConfig
-from datapipe.settings import settings
+from datapipe.core import cli
+from datapipe.core.config import Size, Statistics, StorageConfig
+from datapipe.core.settings import settings
 from datapipe.storage import open_store
 from training import evaluation
 from training.commands.checkpoints import newest
@@ -43,7 +43,7 @@ def export(arguments: list[str]) -> int:
     card = export_backbone(backbone, out, evaluation.provenance(weights, folder, config))
     print(f"exported {name} to {out.url}")
     print(create_model_call(card))
-    return command.COMPLETE
+    return cli.COMPLETE
 
 
 @settings
@@ -95,4 +95,4 @@ def import_published(arguments: list[str]) -> int:
     for why, count in Counter(origin["left_out"].values()).items():
         print(f"left out: {count} of {why}")
     print(create_model_call(card))
-    return command.COMPLETE
+    return cli.COMPLETE

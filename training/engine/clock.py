@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from datapipe.errors import ConfigError
+from datapipe.core.errors import ConfigError
 from training.methods.base import Progress
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from datapipe.errors import ConfigError
+from datapipe.core.errors import ConfigError
 
 Device = Literal["auto", "cpu", "cuda"]
 """What is asked for; "auto": a GPU where there is one."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from datapipe.batch import Batch
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
 from training.engine.stepper import Result
 from training.engine.world import World
 from training.methods.base import Progress

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol
 
-from datapipe import stopping
-from datapipe.stopping import exit_code
+from datapipe.core import stop_signals
+from datapipe.core.stop_signals import exit_code
 from training.engine.whereabouts import Doing
 
 __all__ = ["Doing", "Host", "LocalHost", "exit_code"]
@@ -66,7 +66,7 @@ class LocalHost:
         self._taken = contextlib.ExitStack()
 
     def __enter__(self) -> "LocalHost":
-        self._taken.enter_context(stopping.receiving(self._receive))
+        self._taken.enter_context(stop_signals.receiving(self._receive))
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -78,7 +78,7 @@ class LocalHost:
         self.received = self.received or signal.SIGTERM
 
     def _receive(self, number: int) -> None:
-        listener = stopping.current()
+        listener = stop_signals.current()
         assert listener is not None  # it calls this
         if self._signalled:
             listener.words = " a second time: stopping at once; the last checkpoint stays"
@@ -87,7 +87,7 @@ class LocalHost:
             listener.words = " before the first step: nothing needed saving"
             listener.end(number)
         self.received, self._signalled = number, True
-        stopping.write_line(f"{stopping.name_of(number)}: stopping; the step is finished and saved first; "
+        stop_signals.write_line(f"{stop_signals.name_of(number)}: stopping; the step is finished and saved first; "
                             "a second signal stops at once")  # fmt: skip
 
     def place(self) -> str:
@@ -114,4 +114,4 @@ class LocalHost:
         except OSError as error:
             if self.received is None and error.errno != errno.EIO:  # a terminal that hangs up sends SIGHUP, too
                 raise
-            stopping.silence(1)  # whoever read it was stopped as well: the save matters more
+            stop_signals.silence(1)  # whoever read it was stopped as well: the save matters more

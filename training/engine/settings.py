@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from datapipe.config import Range
-from datapipe.settings import settings
+from datapipe.core.config import Range
+from datapipe.core.settings import settings
 from training.precision import Precision
 
 

@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from datapipe.config import ViewConfig
-from datapipe.settings import settings
+from datapipe.core.config import ViewConfig
+from datapipe.core.settings import settings
 from datapipe.view_spec import ViewSpec, multi_crop
 from training.backbone import BackboneConfig, VisionTransformer
 from training.heads import DinoHead

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from datapipe.config import Size
-from datapipe.errors import ConfigError
-from datapipe.settings import settings
+from datapipe.core.config import Size
+from datapipe.core.errors import ConfigError
+from datapipe.core.settings import settings
 from training import stem
 from training.backbone import BackboneConfig, Features, VisionTransformer, keep_masks, on_device
 from training.heads import HeadConfig

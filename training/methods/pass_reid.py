@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from datapipe.config import Range, ViewConfig
-from datapipe.settings import settings
+from datapipe.core.config import Range, ViewConfig
+from datapipe.core.settings import settings
 from datapipe.view_spec import ViewSpec, multi_crop
 from training.backbone import BackboneConfig, VisionTransformer
 from training.heads import TokenHeads

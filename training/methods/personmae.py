@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from datapipe.config import Range, ViewConfig
-from datapipe.errors import ConfigError
+from datapipe.core.config import Range, ViewConfig
+from datapipe.core.errors import ConfigError
+from datapipe.core.settings import settings
 from datapipe.masking import MaskConfig, MaskLaw
-from datapipe.settings import settings
 from datapipe.view_spec import RegionLaw, ViewSpec, regions
 from training import positions, reconstruction
 from training.backbone import BackboneConfig, VisionTransformer, keep_masks, on_device

@@ -18,9 +18,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from datapipe.config import ViewConfig
+from datapipe.core.config import ViewConfig
+from datapipe.core.settings import settings
 from datapipe.masking import MaskConfig, MaskLaw
-from datapipe.settings import settings
 from datapipe.view_spec import ViewSpec, multi_crop
 from training.backbone import BackboneConfig, VisionTransformer
 from training.heads import HeadConfig, MaskedHead

@@ -17,8 +17,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from datapipe.config import ViewConfig
-from datapipe.settings import settings
+from datapipe.core.config import ViewConfig
+from datapipe.core.settings import settings
 from datapipe.view_spec import ViewSpec, padded
 from training import metric_losses, stem
 from training.backbone import BackboneConfig, VisionTransformer, keep_masks, on_device

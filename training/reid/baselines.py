@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from datapipe.errors import DataError
-from datapipe.formats import is_known
+from datapipe.core.errors import DataError
+from datapipe.core.image_formats import is_known
 
 BINS = (8, 4, 4)
 """Hue, saturation, value."""

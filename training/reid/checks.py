@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
 from training.reid.labelled import DISTRACTOR, JUNK, Labelled, ReIDSet
 from training.reid.published import PARTS, Published
 from training.reid.reading import PartRead

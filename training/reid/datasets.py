@@ -9,8 +9,8 @@ import logging
 from dataclasses import replace
 from pathlib import PurePosixPath
 
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError
 from training.reid import checks
 from training.reid.labelled import DISTRACTOR, JUNK, Images, Labelled, ReIDSet
 from training.reid.published import PUBLISHED

@@ -19,11 +19,11 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 from torch import Tensor
 
-from datapipe.config import Size
-from datapipe.errors import DataError
-from datapipe.formats import FORMATS
-from datapipe.progress import QUIET_S, Progress
-from datapipe.settings import settings
+from datapipe.core.config import Size
+from datapipe.core.errors import DataError
+from datapipe.core.image_formats import FORMATS
+from datapipe.core.progress import QUIET_S, Progress
+from datapipe.core.settings import settings
 from training.image_statistics import IMAGENET_MEAN, IMAGENET_STD, Triple
 from training.out_of_memory import scoring_memory
 from training.transfer import to_device

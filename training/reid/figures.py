@@ -8,7 +8,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from datapipe.config import Size
+from datapipe.core.config import Size
 
 Picture = NDArray[np.uint8]
 """RGB [height, width, 3]."""

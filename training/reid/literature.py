@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from datapipe.config import Size
-from datapipe.settings import settings
+from datapipe.core.config import Size
+from datapipe.core.settings import settings
 
 Task = Literal["zero-shot", "supervised", "uda", "usl"]
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
 from training.reid.labelled import JUNK
 
 Floats = NDArray[np.floating]

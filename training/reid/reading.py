@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
 from datapipe.sources.labels import fits
 from training.reid.labelled import JUNK, Labelled
 from training.reid.published import Layout, Part

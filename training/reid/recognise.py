@@ -2,7 +2,7 @@
 
 import difflib
 
-from datapipe.errors import ConfigError, DataError
+from datapipe.core.errors import ConfigError, DataError
 from training.reid.labelled import Labelled
 from training.reid.published import MARKET, PUBLISHED, Layout, by_folder
 from training.reid.reading import lacks

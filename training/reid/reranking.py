@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csc_array, csr_array
 
-from datapipe.progress import QUIET_S, Progress
+from datapipe.core.progress import QUIET_S, Progress
 from training.reid.ranking import Chunk, Floats, Integers, distance_chunks, in_slices, nearest
 from training.reid.scoring import RerankConfig
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from datapipe.errors import DataError
-from datapipe.progress import QUIET_S, Progress
+from datapipe.core.errors import DataError
+from datapipe.core.progress import QUIET_S, Progress
 from training.reid.ranking import Floats, Integers, Labels, Ranking, distance_chunks, rank
 from training.reid.reranking import reranked
 from training.reid.scoring import RerankConfig

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from datapipe.settings import settings
+from datapipe.core.settings import settings
 
 
 @settings

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from datapipe.config import StorageConfig
-from datapipe.errors import ConfigError, DataError, NotFoundError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import ConfigError, DataError, NotFoundError
 from datapipe.storage import Store, open_store, split_url
 from training import checkpoint, evaluation
 from training import recipe_toml as recipes

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from datapipe.config import ShardConfig, StorageConfig
-from datapipe.errors import DataError
+from datapipe.core.config import ShardConfig, StorageConfig
+from datapipe.core.errors import DataError
 from datapipe.ingest import ingest_sources
 from datapipe.manifest import Manifest
 from datapipe.sources.base import UNIT_CROPS, Crop

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from datapipe.config import Size
-from datapipe.errors import DataError
-from datapipe.progress import QUIET_S, Progress
+from datapipe.core.config import Size
+from datapipe.core.errors import DataError
+from datapipe.core.progress import QUIET_S, Progress
 from datapipe.storage import Store
 from training.reid.baselines import colour_histogram
 from training.reid.datasets import Labelled, ReIDSet

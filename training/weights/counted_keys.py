@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
 
 SHOWN = 5
 """Keys of each kind that an error names; the others are counted."""

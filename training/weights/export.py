@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
 from datapipe.storage import Store, open_store
 from training.backbone import BackboneConfig, VisionTransformer
 from training.image_statistics import IMAGENET_MEAN, IMAGENET_STD, Triple

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
 from datapipe.storage import Store, open_store
 from tests.training.checkpoint.toy import make_checkpoints, make_method, make_step, make_stepper, save, saved
 from training.__main__ import main

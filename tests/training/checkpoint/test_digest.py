@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
 from datapipe.storage import open_store
 from tests.training.checkpoint.toy import make_checkpoints, make_method, make_step, make_stepper, same, save, tensors
 from training.checkpoint import Reader, complete, digest

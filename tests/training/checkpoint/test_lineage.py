@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from datapipe.errors import DataError, LeaseError
+from datapipe.core.errors import DataError, LeaseError
 from datapipe.storage import Store, open_store
 from tests.conftest import S3Server
 from tests.training.checkpoint.toy import make_checkpoints, make_method, make_stepper, save, saved

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from datapipe.config import StorageConfig
-from datapipe.errors import DataError, StorageError
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError, StorageError
 from datapipe.storage import Store, open_store
 from tests.conftest import S3Server
 from tests.faulty_proxy import FaultyProxy

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from datapipe.errors import ConfigError
+from datapipe.core.errors import ConfigError
 from tests.flow.tiny import final_state, recipe, shards, step_records
 from tests.ranks import run_ranks
 from training import recipe_toml as recipes

@@ -1,6 +1,6 @@
 import pytest
 
-from datapipe.errors import ConfigError
+from datapipe.core.errors import ConfigError
 from training.engine.clock import Clock
 
 

@@ -9,7 +9,7 @@ import torch
 
 from cluster.commands import evaluate as cluster_evaluate
 from cluster.commands import pretrain as cluster_pretrain
-from datapipe.errors import ConfigError
+from datapipe.core.errors import ConfigError
 from training.commands.evaluate import evaluate
 from training.commands.pretrain import pretrain
 from training.engine.devices import choose_device, refuse_without_kernels, runs_on, slow_precision, unused_gpus

@@ -10,7 +10,7 @@ import torch
 
 import training.pretrain
 from datapipe.batch import Batch
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
 from tests.flow.tiny import final_state, recipe, shards
 from tests.ranks import run_ranks
 from training import recipe_toml as recipes

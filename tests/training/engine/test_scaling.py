@@ -13,7 +13,7 @@ import torch
 
 import training.pretrain
 from datapipe.batch import Batch
-from datapipe.errors import ConfigError
+from datapipe.core.errors import ConfigError
 from datapipe.storage import open_store
 from tests.flow.tiny import StoppingHost, audited, command, final_state, finished, recipe, shards
 from tests.ranks import run_ranks

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from datapipe.config import ViewConfig
-from datapipe.errors import ConfigError
+from datapipe.core.config import ViewConfig
+from datapipe.core.errors import ConfigError
 from datapipe.masking import MaskConfig, draw_masks
 from tests.ranks import run_ranks
 from tests.training.methods.batches import gradients, rows, same_images, taken_apart

@@ -7,8 +7,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from datapipe.config import ViewConfig
-from datapipe.errors import ConfigError
+from datapipe.core.config import ViewConfig
+from datapipe.core.errors import ConfigError
 from tests.training.methods.batches import gradients, rows, same_images, taken_apart
 from training.backbone import BackboneConfig
 from training.heads import HeadConfig

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from datapipe.config import ViewConfig
-from datapipe.errors import ConfigError
+from datapipe.core.config import ViewConfig
+from datapipe.core.errors import ConfigError
 from datapipe.masking import draw_masks
 from tests.ranks import run_ranks
 from tests.training.methods.batches import gradients, same_images, taken_apart

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from datapipe.config import SynthConfig
-from datapipe.errors import DataError
+from datapipe.core.config import SynthConfig
+from datapipe.core.errors import DataError
 from datapipe.synth_scenes import Shot, crop
 from training.reid.baselines import BINS, STRIPES, colour_histogram
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datapipe.config import ShardConfig, StorageConfig
-from datapipe.errors import ConfigError, DataError
+from datapipe.core.config import ShardConfig, StorageConfig
+from datapipe.core.errors import ConfigError, DataError
 from datapipe.ingest import ingest
 from datapipe.storage import open_store
 from tests.conftest import S3Server

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from datapipe.errors import DataError
-from datapipe.progress import telling
+from datapipe.core.errors import DataError
+from datapipe.core.progress import telling
 from tests.training.reid.people import crop
 from training.reid.embed import EmbedConfig, decode, embed, normalise, resize
 
@@ -129,8 +129,8 @@ def test_embed__names_the_broken_image(images: dict[str, bytes]) -> None:
 
 
 def test_embed__tells_rate_and_time_left(images: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datapipe.progress.INTERVAL_S", 0.0)
-    monkeypatch.setattr("datapipe.progress.FIRST_S", 0.0)
+    monkeypatch.setattr("datapipe.core.progress.INTERVAL_S", 0.0)
+    monkeypatch.setattr("datapipe.core.progress.FIRST_S", 0.0)
     lines: list[str] = []
     with telling(lines.append):
         embed(Means(), list(images), reader(images), size=(32, 16), config=EmbedConfig(batch=2), label="random: query")

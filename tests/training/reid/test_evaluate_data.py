@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from datapipe.errors import ConfigError, DataError
+from datapipe.core.errors import ConfigError, DataError
 from datapipe.storage import open_store
 from tests.training.reid.people import crop, market
 from training.__main__ import main

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from datapipe.errors import DataError
-from datapipe.progress import telling
+from datapipe.core.errors import DataError
+from datapipe.core.progress import telling
 from training.reid.reranking import memberships, neighbours, reranked
 from training.reid.retrieval import evaluate
 from training.reid.scoring import RerankConfig
@@ -88,8 +88,8 @@ def test_memberships__are_sparse_rows_of_sum_one() -> None:
 
 
 def test_evaluate__tells_of_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datapipe.progress.INTERVAL_S", 0.0)
-    monkeypatch.setattr("datapipe.progress.FIRST_S", 0.0)
+    monkeypatch.setattr("datapipe.core.progress.INTERVAL_S", 0.0)
+    monkeypatch.setattr("datapipe.core.progress.FIRST_S", 0.0)
     features = unit(3)
     pids, cameras = np.arange(60) % 12, np.arange(60) // 12
     parts = (features[:20], features[20:], pids[:20], pids[20:], cameras[:20], cameras[20:])

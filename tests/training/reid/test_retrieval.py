@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score
 
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
 from training.reid.retrieval import (
     RetrievalResult,
     confident_mistakes,

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datapipe.errors import DataError
+from datapipe.core.errors import DataError
 from datapipe.storage import Store, open_store
 from tests.training.reid.people import market
 from tests.training.reid.test_embed import Means

@@ -9,9 +9,9 @@ from uuid import uuid4
 
 import pytest
 
-from datapipe import resource_limits
-from datapipe.resource_limits import available_cores, cpu_quota, memory_left, memory_limit
-from datapipe.workers import Workers
+from datapipe.core import resource_limits
+from datapipe.core.parallel import Workers
+from datapipe.core.resource_limits import available_cores, cpu_quota, memory_left, memory_limit
 from tests.golden import ROOT
 
 
@@ -123,7 +123,7 @@ def _group(limit_us: int) -> Iterator[Path]:
         outer.rmdir()
 
 
-ASK = "from datapipe.resource_limits import available_cores; print(available_cores())"
+ASK = "from datapipe.core.resource_limits import available_cores; print(available_cores())"
 
 
 def _asked(program: str, *, group: Path | None = None) -> int:

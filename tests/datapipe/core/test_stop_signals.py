@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from datapipe import command, stopping
+from datapipe.core import cli, stop_signals
 from tests.golden import ROOT
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGHUP: 75}
 SCRIPT = """
 import ctypes, subprocess, sys, time
-from datapipe import command, stopping
+from datapipe.core import cli as command, stop_signals as stopping
 stopping.GRACE_S = 0.5
 
 def main(line):
@@ -112,12 +112,12 @@ def test_hangup__is_ignored_under_nohup() -> None:
 
 def test_listening__gives_the_signals_back() -> None:
     before = [signal.getsignal(number) for number in CODES]
-    with stopping.listening() as listener:
-        assert listener is not None and stopping.current() is listener
+    with stop_signals.listening() as listener:
+        assert listener is not None and stop_signals.current() is listener
         assert signal.getsignal(signal.SIGTERM) != before[1]
-        with stopping.listening() as inner:
+        with stop_signals.listening() as inner:
             assert inner is listener
-    assert [signal.getsignal(number) for number in CODES] == before and stopping.current() is None
+    assert [signal.getsignal(number) for number in CODES] == before and stop_signals.current() is None
 
 
 def test_receiving__hears_of_a_signal() -> None:
@@ -128,7 +128,7 @@ def test_receiving__hears_of_a_signal() -> None:
         heard.append(number)
         os.write(writer, b"x")
 
-    with stopping.receiving(receive):
+    with stop_signals.receiving(receive):
         os.kill(os.getpid(), signal.SIGUSR1)
         assert os.read(reader, 1) == b"x"
     assert heard == [signal.SIGUSR1]
@@ -144,7 +144,7 @@ def test_main__imports_next_to_nothing_before_its_first_words(package: str) -> N
 
 
 def test_announce__says_what_is_loaded_where_no_program_reads(capsys: pytest.CaptureFixture[str]) -> None:
-    chosen = command.Command("nowhere:nothing", "Train.", loads="PyTorch", log=True, quiet=("--json",))
+    chosen = cli.Command("nowhere:nothing", "Train.", loads="PyTorch", log=True, quiet=("--json",))
     for words in ([], ["--help"], ["recipe", "-h"]):
         chosen.announce("pretrain", words)
     assert capsys.readouterr() == ("", "")

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from datapipe.config import ShardConfig
+from datapipe.core.config import ShardConfig
+from datapipe.core.errors import DataError
+from datapipe.core.image_formats import FORMATS, is_known
 from datapipe.decoding import decode
-from datapipe.errors import DataError
-from datapipe.formats import FORMATS, is_known
 from datapipe.screen import Refused, screen
 from tests.datapipe.read_source import crops
 from training.reid.baselines import _rgb

@@ -11,9 +11,9 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from typing import Any, Protocol, TypeVar
 
-from datapipe.errors import ClusterError
-from datapipe.resource_limits import available_cores
-from datapipe.stopping import sheltered
+from datapipe.core.errors import ClusterError
+from datapipe.core.resource_limits import available_cores
+from datapipe.core.stop_signals import sheltered
 
 T = TypeVar("T")
 Task = TypeVar("Task")

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from datapipe.randomness import draw, key, normal, uniform, words
+from datapipe.core.randomness import draw, key, normal, uniform, words
 
 GOLDEN = [
     [13588516369348949586,

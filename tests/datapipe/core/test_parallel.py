@@ -4,7 +4,7 @@ from threading import Barrier, Lock
 
 import pytest
 
-from datapipe.workers import in_order
+from datapipe.core.parallel import in_order
 
 THREADS = 3
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from datapipe import progress
-from datapipe.progress import Progress, duration, telling
+from datapipe.core import progress
+from datapipe.core.progress import Progress, duration, telling
 
 
 class Clock:

@@ -16,9 +16,9 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from datapipe import command
 from datapipe.__main__ import main
-from datapipe.config import StorageConfig
+from datapipe.core import cli
+from datapipe.core.config import StorageConfig
 from datapipe.manifest import Manifest
 from datapipe.verify import verify
 from tests.conftest import CREDENTIALS, S3Server
@@ -33,7 +33,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def run(*words: object) -> int:
-    return command.run(main, [str(word) for word in words])
+    return cli.run(main, [str(word) for word in words])
 
 
 def start(*words: object) -> "subprocess.Popen[str]":
@@ -150,7 +150,7 @@ def test_errors__are_one_clear_message(words: tuple[str, ...], message: str, tmp
 def test_usage__out_of_range_is_refused(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         run(*words)
-    assert ended.value.code == command.USAGE and "greater than or equal to" in capsys.readouterr().err
+    assert ended.value.code == cli.USAGE and "greater than or equal to" in capsys.readouterr().err
 
 
 def test_errors__end_the_process_with_one_and_show_a_trace_on_request(tmp_path: Path) -> None:
@@ -188,10 +188,10 @@ def shard_words(folder: Path, out: object, *more: object) -> list[object]:
 
 KILLED = """
 import os, signal, sys
-from datapipe import command
+from datapipe.core import cli as command
 from datapipe.__main__ import main
 from datapipe.shard import write_shard
-from datapipe.workers import Workers
+from datapipe.core.parallel import Workers
 
 def run(self, function, tasks, *, count, run=Workers.run):
     for done, result in enumerate(run(self, function, tasks, count=count), 1):

@@ -12,10 +12,10 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from datapipe import stopping
-from datapipe.errors import ConfigError, UserError, refusal
-from datapipe.stopping import COMPLETE, FAILED, INTERRUPTED, STOPPED, USAGE
-from datapipe.surroundings import misread, refuse_fatal_numbers, refuse_other_text, settle, unread
+from datapipe.core import stop_signals
+from datapipe.core.errors import ConfigError, UserError, refusal
+from datapipe.core.process_setup import misread, refuse_fatal_numbers, refuse_other_text, settle, unread
+from datapipe.core.stop_signals import COMPLETE, FAILED, INTERRUPTED, STOPPED, USAGE
 
 __all__ = ["COMPLETE", "FAILED", "INTERRUPTED", "STOPPED", "USAGE", "Command", "dispatch", "parse", "run"]
 
@@ -52,7 +52,7 @@ class Command:
             result = not self.log or any(word in self.quiet for word in arguments)
             print(f"{name}: starting, loads {self.loads}", file=sys.stderr if result else sys.stdout, flush=True)
         elif _alone:
-            timer = threading.Timer(SILENCE_S, stopping.write_line, args=(f"{name}: at work",))
+            timer = threading.Timer(SILENCE_S, stop_signals.write_line, args=(f"{name}: at work",))
             timer.daemon = True
             timer.start()
 
@@ -75,7 +75,7 @@ def run(main: Callable[[list[str]], int], arguments: Sequence[str] | None = None
     settle()
     line = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in line or os.environ.get("DEBUG") == "1"
-    with stopping.listening() as listener:
+    with stop_signals.listening() as listener:
         code = _called(main, [word for word in line if word != "--debug"], listener, debug=debug)
     if _alone:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no trace out of the interpreter's own end
@@ -83,7 +83,7 @@ def run(main: Callable[[list[str]], int], arguments: Sequence[str] | None = None
 
 
 def _called(
-    main: Callable[[list[str]], int], line: list[str], listener: stopping.Listener | None, *, debug: bool
+    main: Callable[[list[str]], int], line: list[str], listener: stop_signals.Listener | None, *, debug: bool
 ) -> int:
     try:
         refuse_other_text(line)
@@ -103,8 +103,8 @@ def _called(
             return INTERRUPTED
         listener.speak(listener.received)
         if _alone:
-            stopping.kill_children()
-        return stopping.exit_code(listener.received)
+            stop_signals.kill_children()
+        return stop_signals.exit_code(listener.received)
     except BrokenPipeError:  # the reader of our output went away: `... | head`
         sys.stderr.close()
         return FAILED

@@ -8,7 +8,7 @@ import resource
 import sys
 from collections.abc import Iterator, Sequence
 
-from datapipe.errors import ConfigError, StorageError
+from datapipe.core.errors import ConfigError, StorageError
 
 OPEN_FILES = 65_536
 """Files that a process may have open at a time, where the system's hard limit allows so many. Shells allow 1,024, which

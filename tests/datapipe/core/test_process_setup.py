@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from datapipe import command
-from datapipe.config import StorageConfig
-from datapipe.errors import ConfigError, RefusedError, StorageError, refusal
-from datapipe.storage import full_url, open_store
-from datapipe.surroundings import (
+from datapipe.core import cli
+from datapipe.core.config import StorageConfig
+from datapipe.core.errors import ConfigError, RefusedError, StorageError, refusal
+from datapipe.core.process_setup import (
     DIRECT,
     bypass_proxies,
     numbers_in_environment,
@@ -22,12 +21,13 @@ from datapipe.surroundings import (
     refuse_fatal_numbers,
     refuse_other_text,
 )
+from datapipe.storage import full_url, open_store
 from tests.conftest import S3Server
 from tests.golden import ROOT
 
 PROGRAM = """
 import os, sys
-from datapipe import command
+from datapipe.core import cli as command
 def main(words):
     file = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
     print("printed \\u884c\\udcd0")
@@ -70,13 +70,13 @@ def test_system__refusals_are_errors_with_a_place(capsys: pytest.CaptureFixture[
     def main(_: list[str]) -> int:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/a/place")
 
-    assert command.run(main, []) == 1
+    assert cli.run(main, []) == 1
     assert capsys.readouterr().err.splitlines() == [
         "error: the operating system refused: Permission denied", "  where: /a/place",
         "  try:   give the rights to it, or choose another folder",
     ]  # fmt: skip
     with pytest.raises(PermissionError):
-        command.run(main, ["--debug"])
+        cli.run(main, ["--debug"])
 
 
 def test_refusal__is_of_a_kind() -> None:
@@ -90,7 +90,7 @@ def test_names__that_are_no_utf8_are_refused_as_they_are(capsys: pytest.CaptureF
     word = os.fsdecode(b"/data/\xd0\xd0")
     with pytest.raises(ConfigError, match="not UTF-8"):
         refuse_other_text([f"--out={word}"])
-    assert command.run(lambda _: 0, ["--out", word]) == 1
+    assert cli.run(lambda _: 0, ["--out", word]) == 1
     assert r"where: /data/\xd0\xd0" in capsys.readouterr().err
 
 
@@ -99,10 +99,10 @@ def test_working_directory__may_be_gone_or_no_utf8(tmp_path: Path, monkeypatch: 
     odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xd0"))
     odd.mkdir()
     monkeypatch.chdir(odd)
-    assert command.run(lambda _: 0, []) == 1
+    assert cli.run(lambda _: 0, []) == 1
     assert "not UTF-8" in capsys.readouterr().err
     odd.rmdir()
-    assert command.run(lambda _: 0, []) == 1
+    assert cli.run(lambda _: 0, []) == 1
     assert "the working directory cannot be used" in capsys.readouterr().err
 
 
@@ -170,12 +170,12 @@ def test_number__that_a_library_cannot_read_is_one_error_with_its_name(
     def main(_: list[str]) -> int:
         return int(read(os.environ["A_TIMEOUT"]))
 
-    assert command.run(main, []) == 1
+    assert cli.run(main, []) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: ") and f"where: A_TIMEOUT={value!r}" in said and "try:   unset A_TIMEOUT" in said
     monkeypatch.setenv("DEBUG", "1")
     with pytest.raises(ValueError):
-        command.run(main, [])
+        cli.run(main, [])
 
 
 def test_number__the_failing_line_tells_variables_of_one_value_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,9 +30,9 @@ from datapipe.scan import Scanned, read_part, read_refused, scan_part
 from datapipe.shard import Sheet, write_shard
 from datapipe.sources import open_sources
 from datapipe.sources.base import Source
-from datapipe.sources.patterns import would_meet
 from datapipe.spool import check_room, opened_spool
 from datapipe.storage import Store, open_store, probe, resolved_url, unsafe
+from datapipe.storage.url_patterns import would_meet
 
 
 @dataclass(frozen=True)

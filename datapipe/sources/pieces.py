@@ -11,7 +11,7 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.sources.place import ARCHIVE, ARCHIVES, File, file_urls, list_files
 from datapipe.storage import open_object, open_store
-from datapipe.storage.streams import SeekableReader
+from datapipe.storage.file_objects import SeekableReader
 
 READ_BYTES = 1 << 20
 MOST_MEMBER_BYTES = 1 << 28

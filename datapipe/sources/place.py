@@ -12,8 +12,8 @@ import braceexpand
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, NotFoundError
-from datapipe.sources.patterns import find_pattern, nothing_meets
 from datapipe.storage import Entry, is_remote, open_store, split_url
+from datapipe.storage.url_patterns import find_pattern, nothing_meets
 
 IMAGES, ARCHIVES, TABLES, VIDEOS = "images", "archives", "parquet files", "videos"
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")

@@ -14,8 +14,8 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import StorageError
 from datapipe.storage.retry import keep_trying
 from datapipe.storage.s3_client import connection
-from datapipe.storage.s3_faults import ERRORS, Place, code_of, explained, status_of
-from datapipe.storage.s3_ranges import ranges
+from datapipe.storage.s3_errors import ERRORS, Place, code_of, explained, status_of
+from datapipe.storage.s3_obstore import ranges
 from datapipe.storage.store import Data, Entry, Store, WrongRangeError
 
 T = TypeVar("T")

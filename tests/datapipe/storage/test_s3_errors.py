@@ -12,7 +12,7 @@ from botocore.exceptions import ClientError
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import NotFoundError, RefusedError, StorageError
-from datapipe.storage import Store, open_object, open_store, retry, s3_faults
+from datapipe.storage import Store, open_object, open_store, retry, s3_errors
 from datapipe.storage import s3 as s3_store
 from datapipe.storage.s3_client import connection
 from tests.conftest import S3Server
@@ -134,10 +134,10 @@ def test_s3__waits_as_long_as_the_store_asks(s3: S3Server) -> None:
 @pytest.mark.parametrize(("given", "seconds"), [("7", 7), ("+40", 40), ("-40", 0), ("", 0), ("soon", 0)])
 def test_retry_after__is_a_number_or_a_date(given: str, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     if given.startswith(("+", "-")):
-        monkeypatch.setattr(s3_faults.time, "time", lambda: NOW_S)
+        monkeypatch.setattr(s3_errors.time, "time", lambda: NOW_S)
         given = email.utils.formatdate(NOW_S + int(given), usegmt=True)
     answer = {"ResponseMetadata": {"HTTPHeaders": {"retry-after": given}}}
-    found = s3_faults.explained(ClientError({**answer, **SLOW_DOWN}, "GetObject"), s3_faults.Place("", "", ""), True)
+    found = s3_errors.explained(ClientError({**answer, **SLOW_DOWN}, "GetObject"), s3_errors.Place("", "", ""), True)
     assert isinstance(found, retry.PassingFault) and found.after_s == seconds
 
 

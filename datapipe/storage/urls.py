@@ -5,8 +5,8 @@ import re
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import StorageError
+from datapipe.storage.fsspec_store import FsspecStore
 from datapipe.storage.local import LocalStore
-from datapipe.storage.schemes import FsspecStore
 from datapipe.storage.store import Store
 
 

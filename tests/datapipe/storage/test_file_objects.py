@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from datapipe.core.errors import NotFoundError, StorageError
-from datapipe.storage import Store, open_object, open_store, open_stream, streams
+from datapipe.storage import Store, file_objects, open_object, open_store, open_stream
 from tests.conftest import S3Server
 
 DATA = random.Random(0).randbytes(3_000_000)
@@ -44,7 +44,7 @@ def test_open_object__reads_in_order_with_few_large_requests(s3: S3Server, monke
     bucket = s3.bucket()
     store = open_store(f"s3://{bucket}", s3.storage)
     store.replace("name", DATA)
-    monkeypatch.setattr(streams, "FIRST_BYTES", 10_000)
+    monkeypatch.setattr(file_objects, "FIRST_BYTES", 10_000)
     asked: list[tuple[int, int]] = []
     read = type(store).read
 

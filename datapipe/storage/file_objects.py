@@ -6,8 +6,8 @@ from typing import Any, BinaryIO
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import StorageError
-from datapipe.storage.address import is_remote, open_store, split_url
 from datapipe.storage.store import Store
+from datapipe.storage.urls import is_remote, open_store, split_url
 
 STREAM_BYTES = 8 << 20
 """Most bytes that a stream asks for at a time; it holds two such blocks."""

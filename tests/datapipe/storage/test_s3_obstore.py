@@ -16,7 +16,7 @@ import pytest
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import NotFoundError, RefusedError, StorageError
-from datapipe.storage import Store, open_store, retry, s3_ranges
+from datapipe.storage import Store, open_store, retry, s3_obstore
 from datapipe.storage.s3 import S3Store
 from tests.conftest import S3Server
 from tests.faulty_proxy import ALWAYS, KINDS, Faults, FaultyProxy
@@ -48,7 +48,7 @@ def without_obstore(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*_: object) -> bytes:
         raise AssertionError("obstore was asked")
 
-    monkeypatch.setattr(s3_ranges.Ranges, "_read", read)
+    monkeypatch.setattr(s3_obstore.Ranges, "_read", read)
 
 
 def ranged(store: Store, name: str, start: int, size: int) -> bytes:
@@ -174,7 +174,7 @@ def test_range__is_signed_with_credentials_that_boto3_keeps_fresh(
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_PROFILE", "reid")
-    monkeypatch.setattr(s3_ranges, "CREDENTIALS_FOR", timedelta(minutes=4))
+    monkeypatch.setattr(s3_obstore, "CREDENTIALS_FOR", timedelta(minutes=4))
     reads, began = 0, time.monotonic()
     with FaultyProxy(s3.endpoint) as proxy:
         store = open_store(f"s3://{bucket}", StorageConfig(endpoint_url=proxy.endpoint, timeout_s=34))
@@ -207,7 +207,7 @@ def test_address__is_where_boto3_looks(
     (tmp_path / "config").write_text(f"[default]\ns3 =\n  {settings}\n")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     client = boto3.session.Session().client("s3", endpoint_url=endpoint or None, region_name=region)
-    assert s3_ranges._address(client, "bucket") == address
+    assert s3_obstore._address(client, "bucket") == address
 
 
 @pytest.mark.usefixtures("without_obstore")
@@ -233,7 +233,7 @@ FORK = """
 import os, sys
 from concurrent.futures import ThreadPoolExecutor
 from datapipe.core.config import StorageConfig
-from datapipe.storage import open_store, s3_ranges
+from datapipe.storage import open_store, s3_obstore as s3_ranges
 
 store = open_store(sys.argv[1], StorageConfig(endpoint_url=sys.argv[2]))
 def read():
@@ -263,16 +263,16 @@ def test_range__goes_back_to_boto3_where_obstore_never_gets_through(
     def wrong_address(of: Callable[..., Any]) -> Callable[..., Any]:
         return lambda client, bucket: of(client, bucket)._replace(endpoint="http://127.0.0.1:9")
 
-    read = s3_ranges.Ranges._read
+    read = s3_obstore.Ranges._read
 
-    def counted(self: s3_ranges.Ranges, key: str, start: int, size: int) -> bytes:
+    def counted(self: s3_obstore.Ranges, key: str, start: int, size: int) -> bytes:
         tries.append(start)
         return read(self, key, start, size)
 
-    monkeypatch.setattr(s3_ranges, "_address", wrong_address(s3_ranges._address))
-    monkeypatch.setattr(s3_ranges.Ranges, "_read", counted)
+    monkeypatch.setattr(s3_obstore, "_address", wrong_address(s3_obstore._address))
+    monkeypatch.setattr(s3_obstore.Ranges, "_read", counted)
     store = open_store(f"s3://{bucket}", StorageConfig(endpoint_url=s3.endpoint, timeout_s=37))
     for start in range(15):
         assert ranged(store, "name", start, 9) == DATA[start : start + 9]
-    assert tries == list(range(s3_ranges.MOST_IN_VAIN))
+    assert tries == list(range(s3_obstore.MOST_IN_VAIN))
     assert sum("obstore cannot read here" in message for message in caplog.messages) == 1

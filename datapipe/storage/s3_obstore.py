@@ -19,7 +19,7 @@ from obstore.store import S3Store
 from datapipe.core.config import StorageConfig
 from datapipe.storage.retry import PassingFault
 from datapipe.storage.s3_client import Connection, connect_timeout_s, connection
-from datapipe.storage.s3_faults import PASSING_STATUS, Place, unanswered
+from datapipe.storage.s3_errors import PASSING_STATUS, Place, unanswered
 
 log = logging.getLogger(__name__)
 

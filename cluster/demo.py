@@ -24,7 +24,7 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ClusterError, DataError
 from datapipe.core.progress import duration
 from datapipe.core.stop_signals import current, exit_code, receiving
-from datapipe.manifest import Manifest
+from datapipe.dataset.manifest import Manifest
 from training import recipe_toml as recipes
 from training.engine.devices import Device, choose_device
 from training.lease import refuse_held

@@ -14,7 +14,7 @@ from xxhash import xxh3_64_intdigest as xxh3
 from datapipe.cache import Part
 from datapipe.core.errors import DataError, NotFoundError, UserError
 from datapipe.core.randomness import Ints, UInts
-from datapipe.index import Shard
+from datapipe.dataset.index import Shard
 from datapipe.storage import Store
 from datapipe.storage.local import OpenFilesStore
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 
 from datapipe.core.errors import DataError, NotFoundError
-from datapipe.manifest import has_manifest
+from datapipe.dataset.manifest import has_manifest
 from datapipe.storage import Store
 
 FOLDER = "requests"

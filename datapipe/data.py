@@ -8,7 +8,7 @@ import numpy as np
 from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.core.errors import ConfigError, DataError
 from datapipe.core.randomness import words
-from datapipe.manifest import Manifest
+from datapipe.dataset.manifest import Manifest
 from datapipe.mixed_stream import MixedStream
 from datapipe.mixing import MixedOrder, whole_weights
 from datapipe.order import Order, SampleOrder

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow
 
 from datapipe.core.errors import DataError
-from datapipe.duplicates import Marks
-from datapipe.index import INDEX
+from datapipe.dataset.duplicates import Marks
+from datapipe.dataset.index import INDEX
 from datapipe.plan_shards import Candidates, Plan, key_texts, places
 from datapipe.storage import Store
 

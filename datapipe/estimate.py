@@ -10,12 +10,12 @@ import numpy as np
 from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.core.resource_limits import available_cores
+from datapipe.dataset.tar import END_BYTES, member_bytes
 from datapipe.ingest import refuse_inside
 from datapipe.listing import Listing
 from datapipe.scan import Work, inspected
 from datapipe.screen import Kept
 from datapipe.sources import open_sources
-from datapipe.tar import END_BYTES, member_bytes
 
 SAMPLE_S = 3.0
 """Seconds of reading and decoding."""

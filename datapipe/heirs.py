@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 
-from datapipe.duplicates import near_duplicates
-from datapipe.index import MARKS, RowMarks, whole_column
+from datapipe.dataset.duplicates import near_duplicates
+from datapipe.dataset.index import MARKS, RowMarks, whole_column
 
 
 def relink_duplicates(table: pyarrow.Table, live: np.ndarray, gone: pyarrow.Array) -> dict[int, RowMarks]:

@@ -19,13 +19,13 @@ from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.core.parallel import Executor, Workers
 from datapipe.core.progress import Progress
+from datapipe.dataset.index import Shard
+from datapipe.dataset.manifest import Manifest, has_manifest, libraries, load_unselected
+from datapipe.dataset.quarantine import NAME as QUARANTINE
+from datapipe.dataset.quarantine import Reasons, excluded, listed, write_quarantine
 from datapipe.distribute import planned, repartition, rows_file
-from datapipe.index import Shard
 from datapipe.listing import Listing
-from datapipe.manifest import Manifest, has_manifest, libraries, load_unselected
 from datapipe.plan_shards import HOT, Candidates, Plan, plan_shards, repeated
-from datapipe.quarantine import NAME as QUARANTINE
-from datapipe.quarantine import Reasons, excluded, listed, write_quarantine
 from datapipe.scan import Scanned, read_part, read_refused, scan_part
 from datapipe.shard import Sheet, write_shard
 from datapipe.sources import open_sources

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.compute
 
 from datapipe.core.errors import DataError
-from datapipe.index import whole_column
+from datapipe.dataset.index import whole_column
 from datapipe.read_list import By, is_remark, read_list
 
 __all__ = ["By", "Found", "look_up", "read_list", "refuse_ambiguous", "refuse_missing"]

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from datapipe.core.randomness import Ints
-from datapipe.manifest import Manifest
+from datapipe.dataset.manifest import Manifest
 from datapipe.stream import Fetched, Stream
 
 LABELS_APART = 1 << 32

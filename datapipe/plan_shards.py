@@ -15,8 +15,8 @@ import pyarrow
 import xxhash
 
 from datapipe.core.config import ShardConfig
-from datapipe.duplicates import Marks, exact_duplicates, near_duplicates
-from datapipe.tar import END_BYTES
+from datapipe.dataset.duplicates import Marks, exact_duplicates, near_duplicates
+from datapipe.dataset.tar import END_BYTES
 
 Within = Literal["source", "track", "none"]
 HOT = pyarrow.schema([

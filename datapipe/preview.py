@@ -12,8 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.core.errors import ConfigError
 from datapipe.core.randomness import Ints
+from datapipe.dataset.manifest import Manifest
 from datapipe.decoding import decode
-from datapipe.manifest import Manifest
 from datapipe.masking import draw_masks
 from datapipe.order import Order
 from datapipe.stream import Stream

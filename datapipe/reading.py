@@ -9,7 +9,7 @@ from datapipe.cache_memory import MemoryCache
 from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.core.errors import StorageError
 from datapipe.core.randomness import Ints
-from datapipe.manifest import ORDINAL, Manifest
+from datapipe.dataset.manifest import ORDINAL, Manifest
 from datapipe.storage import Store, is_remote, open_store
 from datapipe.storage.local import OpenFilesStore
 

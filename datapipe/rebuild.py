@@ -15,9 +15,9 @@ import simplejpeg
 import xxhash
 
 from datapipe.core.errors import DataError
-from datapipe.difference_hash import difference_hash
-from datapipe.duplicates import Marks, exact_duplicates, near_duplicates
-from datapipe.index import INDEX, KEY, MARKS, Shard, content_words, read_index
+from datapipe.dataset.duplicates import Marks, exact_duplicates, near_duplicates
+from datapipe.dataset.index import INDEX, KEY, MARKS, Shard, content_words, read_index
+from datapipe.dataset.perceptual_hash import difference_hash
 from datapipe.plan_shards import Within, hot_columns
 from datapipe.rewrite import with_index
 from datapipe.shard import TAR_BYTES, TAR_SHA256, build_index

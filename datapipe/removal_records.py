@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pyarrow
 
 from datapipe.core.errors import DataError, UserError
-from datapipe.manifest import Manifest
+from datapipe.dataset.manifest import Manifest
 from datapipe.storage import Store, unsafe
 from datapipe.successors import in_use
 

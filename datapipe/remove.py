@@ -26,6 +26,9 @@ from datapipe.cache import default_folder
 from datapipe.core.config import RemoveConfig, StorageConfig
 from datapipe.core.errors import ConfigError, DataError, NotFoundError
 from datapipe.core.parallel import Workers
+from datapipe.dataset.manifest import Manifest
+from datapipe.dataset.quarantine import NAME as QUARANTINE
+from datapipe.dataset.quarantine import REFUSED, write_quarantine
 from datapipe.derived import Cleared, Place, clear, look
 from datapipe.listed import (
     EXAMPLES,
@@ -37,10 +40,7 @@ from datapipe.listed import (
     refuse_ambiguous,
     refuse_missing,
 )
-from datapipe.manifest import Manifest
 from datapipe.plan_shards import sample_key
-from datapipe.quarantine import NAME as QUARANTINE
-from datapipe.quarantine import REFUSED, write_quarantine
 from datapipe.removal_records import (
     RECORDS,
     exclusive_change,

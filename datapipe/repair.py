@@ -16,8 +16,8 @@ import xxhash
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError, DataError, NotFoundError
 from datapipe.core.parallel import Workers
-from datapipe.index import Shard, read_index
-from datapipe.manifest import Manifest
+from datapipe.dataset.index import Shard, read_index
+from datapipe.dataset.manifest import Manifest
 from datapipe.rebuild import members, rebuild
 from datapipe.removal_records import RECORDS, exclusive_change, finish, refuse_links, unfinished, write_record
 from datapipe.rewrite import stand_in

@@ -23,17 +23,17 @@ from datapipe.claim import claim_output, owns_output
 from datapipe.core.config import ReshardConfig, ShardConfig, StorageConfig
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.core.parallel import Executor, Workers
+from datapipe.dataset.index import INDEX
+from datapipe.dataset.manifest import Manifest, has_manifest, libraries, load_unselected
+from datapipe.dataset.quarantine import NAME as QUARANTINE
+from datapipe.dataset.quarantine import REFUSED, excluded, write_quarantine
+from datapipe.dataset.tar import member_bytes
 from datapipe.distribute import planned, repartition
-from datapipe.index import INDEX
 from datapipe.ingest import refuse_inside, write_shards
-from datapipe.manifest import Manifest, has_manifest, libraries, load_unselected
 from datapipe.plan_shards import Candidates, Plan, hot_columns, key_texts, plan_shards, ranked
-from datapipe.quarantine import NAME as QUARANTINE
-from datapipe.quarantine import REFUSED, excluded, write_quarantine
 from datapipe.shard import sidecars
 from datapipe.spool import opened_spool
 from datapipe.storage import Store, open_store, probe
-from datapipe.tar import member_bytes
 
 KEPT = tuple(name for name in INDEX.names if name not in ("offset", "duplicate_of", "near_of", "removed"))
 """Columns that a crop takes along; the others are made anew."""

@@ -19,9 +19,9 @@ import pyarrow.parquet
 import xxhash
 
 from datapipe.core.errors import DataError, NotFoundError
-from datapipe.index import INDEX, MARKS, RowMarks, Shard, read_index
+from datapipe.dataset.index import INDEX, MARKS, RowMarks, Shard, read_index
+from datapipe.dataset.tar import BLOCK, END_BYTES, header, member_bytes
 from datapipe.storage import Store
-from datapipe.tar import BLOCK, END_BYTES, header, member_bytes
 
 
 class Change(NamedTuple):

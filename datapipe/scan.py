@@ -25,16 +25,16 @@ import xxhash
 
 from datapipe.core.config import ShardConfig
 from datapipe.core.errors import NotFoundError
-from datapipe.difference_hash import DifferenceHashes
-from datapipe.index import INDEX
-from datapipe.manifest import libraries
+from datapipe.dataset.index import INDEX
+from datapipe.dataset.manifest import libraries
+from datapipe.dataset.perceptual_hash import DifferenceHashes
+from datapipe.dataset.quarantine import REFUSED
+from datapipe.dataset.tar import member_bytes
 from datapipe.plan_shards import HOT, hot_columns, sample_key
-from datapipe.quarantine import REFUSED
 from datapipe.screen import Kept, Reason, Refused, screen
 from datapipe.shard import sidecars
 from datapipe.sources.base import Crop, Source, Unit
 from datapipe.storage import Store
-from datapipe.tar import member_bytes
 
 VERSION = "scan 2"
 """Change it when screening changes: spooled parts of before are then read again."""

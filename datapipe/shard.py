@@ -15,10 +15,10 @@ import xxhash
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, NotFoundError, StorageError
+from datapipe.dataset.index import INDEX, Shard
+from datapipe.dataset.tar import BLOCK, headers, layout
 from datapipe.distribute import rows_of_places
-from datapipe.index import INDEX, Shard
 from datapipe.storage import Store, open_store, split_url
-from datapipe.tar import BLOCK, headers, layout
 
 TAR_SHA256, TAR_BYTES = b"tar_sha256", b"tar_bytes"
 """Kept in the index, so that a finished shard need not be read again to be entered in a manifest."""

@@ -16,7 +16,7 @@ from datapipe.blocks import BlockReader, MissingShardError
 from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.core.errors import DataError
 from datapipe.core.randomness import Ints
-from datapipe.manifest import Manifest
+from datapipe.dataset.manifest import Manifest
 from datapipe.reading import Opened, open_manifest
 from datapipe.storage import open_store
 

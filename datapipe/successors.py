@@ -12,9 +12,9 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.core.parallel import Workers
 from datapipe.core.progress import Progress
+from datapipe.dataset.index import MARKS, RowMarks, Shard
+from datapipe.dataset.manifest import ORDINAL, Manifest
 from datapipe.heirs import relink_duplicates
-from datapipe.index import MARKS, RowMarks, Shard
-from datapipe.manifest import ORDINAL, Manifest
 from datapipe.rewrite import Change, rewrite, stand_in
 from datapipe.storage import Store
 

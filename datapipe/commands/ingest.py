@@ -39,8 +39,8 @@ def shard(arguments: list[str]) -> int:
 
 def run_shard(chosen: ShardCommand, workers: Executor | None = None) -> int:
     """Do what the command line says, on this machine or with the workers given, and print how it ended."""
+    from datapipe.dataset.quarantine import NAME, listed
     from datapipe.ingest import ingest
-    from datapipe.quarantine import NAME, listed
 
     if chosen.dry_run:
         return _say_what_would_be_done(chosen)

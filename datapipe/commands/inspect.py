@@ -13,7 +13,7 @@ from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.core.errors import ConfigError
 from datapipe.core.settings import settings
 from datapipe.core.stop_signals import GOES_ON, unwinding
-from datapipe.verify import Decode
+from datapipe.dataset.verify import Decode
 
 MOST_FINDINGS = 50
 """Lines that `verify` prints at most."""
@@ -37,7 +37,7 @@ class VerifyCommand:
 def verify(arguments: list[str]) -> int:
     """Check a data set against its manifest and name what is wrong; exits with 1 if anything is."""
     chosen = parse(VerifyCommand, arguments, "verify")
-    from datapipe.verify import verify as check
+    from datapipe.dataset.verify import verify as check
 
     if chosen.repair:
         from datapipe.repair import repair
@@ -73,7 +73,7 @@ class StatsCommand:
 def stats(arguments: list[str]) -> int:
     """Say what a data set holds: counts, sizes, duplicates, per source."""
     chosen = parse(StatsCommand, arguments, "stats")
-    from datapipe.stats import as_text, statistics
+    from datapipe.dataset.stats import as_text, statistics
 
     with unwinding():
         facts = statistics(chosen.url, chosen.storage)

@@ -9,7 +9,7 @@ from datapipe.core.cli import parse
 from datapipe.core.config import RemoveConfig, ReshardConfig, SelectConfig, StorageConfig
 from datapipe.core.settings import settings
 from datapipe.core.stop_signals import GOES_ON, unwinding
-from datapipe.manifest import Manifest
+from datapipe.dataset.manifest import Manifest
 
 
 @settings

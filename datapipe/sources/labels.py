@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from datapipe.index import INDEX
+from datapipe.dataset.index import INDEX
 from datapipe.sources.base import UNKNOWN, Crop
 from datapipe.sources.place import printable
 

@@ -15,8 +15,8 @@ import cv2
 import numpy as np
 
 from datapipe.core.config import ShardConfig, StorageConfig
+from datapipe.dataset.manifest import FORMAT
 from datapipe.ingest import ingest
-from datapipe.manifest import FORMAT
 from tests.bench.scale import Scale
 
 RENDERER = 1

@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 
 from datapipe.core.config import ShardConfig, StorageConfig
+from datapipe.dataset.tar import member_bytes
 from datapipe.ingest import ingest_sources
 from datapipe.plan_shards import Candidates, plan_shards, repeated
 from datapipe.sources.base import Crop
-from datapipe.tar import member_bytes
 from tests.bench.crops import crops
 from tests.bench.measure import cpu_s
 from tests.bench.scale import Scale

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
 
 from datapipe.core.config import StorageConfig
+from datapipe.dataset.manifest import Manifest
 from datapipe.decoding import decode
-from datapipe.manifest import Manifest
 from datapipe.views import make_views
 from tests.bench.crops import ABOUT, KINDS, Crops, crops
 from tests.bench.cut import cut, decoded_and_cut

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from datapipe.core.config import StorageConfig, StreamConfig
+from datapipe.dataset.manifest import Manifest
 from datapipe.loader import Loader
-from datapipe.manifest import Manifest
 from datapipe.order import Order
 from datapipe.stream import Stream
 from tests.bench.measure import Work

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from datapipe.index import INDEX, Shard
-from datapipe.manifest import FORMAT, Manifest
+from datapipe.dataset.index import INDEX, Shard
+from datapipe.dataset.manifest import FORMAT, Manifest
+from datapipe.dataset.tar import layout
 from datapipe.storage import open_store
-from datapipe.tar import layout
 from tests.bench.measure import Spread
 from tests.bench.scale import Scale
 from tests.bench.table import Row, Table, Target
@@ -27,7 +27,7 @@ import torch
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 import datapipe.loader
 from datapipe.core.config import StorageConfig, StreamConfig
-from datapipe.manifest import Manifest
+from datapipe.dataset.manifest import Manifest
 from datapipe.stream import Stream
 began, cpu = time.monotonic(), time.process_time()
 stream = Stream(Manifest.load(sys.argv[1]), StorageConfig(), StreamConfig())

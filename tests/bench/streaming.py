@@ -16,8 +16,8 @@ import obstore
 from obstore.store import S3Store
 
 from datapipe.core.config import ShardConfig, StorageConfig, StreamConfig
+from datapipe.dataset.manifest import Manifest
 from datapipe.ingest import ingest
-from datapipe.manifest import Manifest
 from datapipe.storage import open_store
 from tests.bench.crops import ABOUT, KINDS, Crops, crops
 from tests.bench.loading import loading

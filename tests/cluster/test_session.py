@@ -12,7 +12,7 @@ from cluster import scratch
 from cluster.scratch import BELOW, MOST_BYTES, places, scratch_folder, unfit
 from datapipe.core.errors import StorageError
 from datapipe.core.resource_limits import available_cores
-from datapipe.manifest import Manifest
+from datapipe.dataset.manifest import Manifest
 from tests.flow.tiny import command, finished
 
 

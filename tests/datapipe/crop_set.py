@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import xxhash
 
-from datapipe.manifest import INDEX, Manifest, Shard
+from datapipe.dataset.manifest import INDEX, Manifest, Shard
 from datapipe.storage import open_store
 
 

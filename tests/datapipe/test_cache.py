@@ -16,7 +16,7 @@ from datapipe.cache import DiskCache
 from datapipe.cache_memory import MemoryCache
 from datapipe.core.config import RemoveConfig, StorageConfig, StreamConfig
 from datapipe.core.errors import DataError, StorageError
-from datapipe.manifest import Manifest
+from datapipe.dataset.manifest import Manifest
 from datapipe.remove import remove
 from datapipe.stream import Stream
 from tests.conftest import S3Server
@@ -275,7 +275,7 @@ READER = """
 import sys
 import numpy as np
 from datapipe.core.config import StorageConfig, StreamConfig
-from datapipe.manifest import Manifest
+from datapipe.dataset.manifest import Manifest
 from datapipe.stream import Stream
 url, folder, gigabytes, seed, rounds = sys.argv[1:]
 config = StreamConfig(block=5, window=1, cache_mb=0, cache_dir=folder, cache_gb=float(gigabytes), reads=3)

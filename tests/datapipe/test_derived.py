@@ -14,8 +14,8 @@ from datapipe.cache import DiskCache
 from datapipe.commands.maintain import remove as command
 from datapipe.core.config import RemoveConfig, ShardConfig, StorageConfig, StreamConfig
 from datapipe.core.errors import DataError, StorageError
+from datapipe.dataset.manifest import Manifest
 from datapipe.ingest import ingest
-from datapipe.manifest import Manifest
 from datapipe.remove import remove
 from datapipe.storage import open_store
 from datapipe.storage.local import LocalStore

@@ -15,7 +15,7 @@ from datapipe.__main__ import main
 from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.core.parallel import Workers
-from datapipe.difference_hash import difference_hash
+from datapipe.dataset.perceptual_hash import difference_hash
 from datapipe.ingest import Ingested, ingest
 from datapipe.plan_shards import rank, sample_key
 from tests.conftest import S3Server

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from datapipe.core.config import RemoveConfig, ReshardConfig, SelectConfig, ShardConfig, StorageConfig
+from datapipe.dataset.manifest import Manifest
 from datapipe.ingest import ingest
-from datapipe.manifest import Manifest
 from datapipe.remove import remove
 from datapipe.reshard import reshard
 from datapipe.select import select

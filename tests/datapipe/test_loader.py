@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from datapipe.batch import Batch, Intake
 from datapipe.core.config import JitterConfig, StorageConfig, StreamConfig, ViewConfig
 from datapipe.core.errors import DataError
+from datapipe.dataset.manifest import Manifest
 from datapipe.loader import FEWEST_ROWS, Loader, rows_of_a_piece
-from datapipe.manifest import Manifest
 from datapipe.masking import MaskConfig, MaskLaw, draw_masks
 from datapipe.order import Order
 from datapipe.stream import Stream

@@ -10,8 +10,8 @@ import pytest
 
 from datapipe.batch import Batch
 from datapipe.core.config import StorageConfig, StreamConfig
+from datapipe.dataset.manifest import Manifest
 from datapipe.loader import Loader
-from datapipe.manifest import Manifest
 from datapipe.order import Order
 from datapipe.stream import Stream
 from tests.bench.specs import one_view

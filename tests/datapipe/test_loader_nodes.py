@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from datapipe.core.config import StorageConfig, StreamConfig
+from datapipe.dataset.manifest import Manifest
 from datapipe.loader import Loader
-from datapipe.manifest import Manifest
 from datapipe.order import Order
 from datapipe.stream import Stream
 from datapipe.view_spec import Photometric, ViewGroup, ViewSpec

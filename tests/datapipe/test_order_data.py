@@ -9,10 +9,10 @@ import pytest
 from datapipe.core.config import SelectConfig, ShardConfig, StorageConfig, StreamConfig, ViewConfig
 from datapipe.core.errors import ConfigError, DataError
 from datapipe.data import Data, load_data
+from datapipe.dataset.manifest import Manifest
 from datapipe.identities import IdentityOrder
 from datapipe.ingest import ingest
 from datapipe.loader import Loader
-from datapipe.manifest import Manifest
 from datapipe.mixed_stream import LABELS_APART, MixedStream
 from datapipe.order import Order
 from datapipe.select import select

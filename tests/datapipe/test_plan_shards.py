@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datapipe.core.config import ShardConfig
-from datapipe.duplicates import Marks
+from datapipe.dataset.duplicates import Marks
+from datapipe.dataset.tar import BLOCK, END_BYTES, layout, member_bytes
 from datapipe.plan_shards import (
     Candidates,
     Plan,
@@ -25,7 +26,6 @@ from datapipe.plan_shards import (
     repeated,
     sample_key,
 )
-from datapipe.tar import BLOCK, END_BYTES, layout, member_bytes
 
 PRINTABLE = st.characters(exclude_categories=("C", "Z"), include_characters=" ")
 CROPS = st.lists(st.tuples(

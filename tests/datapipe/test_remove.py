@@ -14,15 +14,15 @@ import pytest
 
 from datapipe.core.config import RemoveConfig, SelectConfig, ShardConfig, StorageConfig, StreamConfig
 from datapipe.core.errors import ConfigError, DataError, StorageError
+from datapipe.dataset.index import INDEX
+from datapipe.dataset.manifest import Manifest
+from datapipe.dataset.verify import verify
 from datapipe.heirs import relink_duplicates
-from datapipe.index import INDEX
 from datapipe.ingest import ingest
-from datapipe.manifest import Manifest
 from datapipe.remove import remove
 from datapipe.select import select
 from datapipe.storage import open_store
 from datapipe.stream import Stream
-from datapipe.verify import verify
 from tests.conftest import S3Server
 
 STORAGE = StorageConfig()

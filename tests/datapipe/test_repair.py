@@ -11,12 +11,12 @@ from datapipe.__main__ import main
 from datapipe.core import cli
 from datapipe.core.config import RemoveConfig, ShardConfig, StorageConfig
 from datapipe.core.errors import ConfigError
-from datapipe.index import INDEX
+from datapipe.dataset.index import INDEX
+from datapipe.dataset.manifest import Manifest
+from datapipe.dataset.verify import verify
 from datapipe.ingest import ingest
-from datapipe.manifest import Manifest
 from datapipe.remove import remove
 from datapipe.repair import Repaired, repair
-from datapipe.verify import verify
 
 STORAGE = StorageConfig()
 

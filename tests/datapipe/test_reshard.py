@@ -12,13 +12,13 @@ import pytest
 
 from datapipe.core.config import RemoveConfig, ReshardConfig, SelectConfig, ShardConfig, StorageConfig
 from datapipe.core.errors import DataError
-from datapipe.index import INDEX
+from datapipe.dataset.index import INDEX
+from datapipe.dataset.manifest import Manifest
+from datapipe.dataset.verify import verify
 from datapipe.ingest import ingest
-from datapipe.manifest import Manifest
 from datapipe.remove import remove
 from datapipe.reshard import reshard
 from datapipe.select import select
-from datapipe.verify import verify
 from tests.conftest import S3Server
 from tests.datapipe.core.test_cli import contents
 

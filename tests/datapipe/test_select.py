@@ -12,10 +12,10 @@ import pytest
 
 from datapipe.core.config import SelectConfig, ShardConfig, StorageConfig, StreamConfig
 from datapipe.core.errors import ConfigError, DataError
+from datapipe.dataset.index import INDEX
+from datapipe.dataset.manifest import Manifest
 from datapipe.expression import Expression
-from datapipe.index import INDEX
 from datapipe.ingest import ingest
-from datapipe.manifest import Manifest
 from datapipe.select import first_of_each, select
 from datapipe.storage import open_store
 from datapipe.stream import Stream

@@ -17,11 +17,11 @@ from webdataset.gopen import gopen_schemes
 
 from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.core.errors import DataError
+from datapipe.dataset.manifest import INDEX, Manifest
+from datapipe.dataset.tar import header
 from datapipe.ingest import ingest
-from datapipe.manifest import INDEX, Manifest
 from datapipe.plan_shards import Plan, plan_shards, sample_key
 from datapipe.storage import open_stream
-from datapipe.tar import header
 from tests.conftest import S3Server
 
 WriteCrops = Callable[..., dict[str, bytes]]

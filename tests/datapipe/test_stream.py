@@ -14,7 +14,7 @@ from moto.server import ThreadedMotoServer
 from datapipe.cache_memory import MemoryCache
 from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.core.errors import DataError
-from datapipe.manifest import Manifest
+from datapipe.dataset.manifest import Manifest
 from datapipe.storage import open_store
 from datapipe.stream import Stream
 from tests.datapipe import crop_set

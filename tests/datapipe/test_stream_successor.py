@@ -9,7 +9,7 @@ import pytest
 
 from datapipe.core.config import RemoveConfig, StorageConfig, StreamConfig
 from datapipe.core.errors import DataError
-from datapipe.manifest import Manifest
+from datapipe.dataset.manifest import Manifest
 from datapipe.remove import remove
 from datapipe.stream import Stream
 from tests.datapipe import crop_set

@@ -8,7 +8,7 @@ import pytest
 import cluster.__main__
 import training.__main__
 from datapipe.core.cli import run
-from datapipe.manifest import Manifest
+from datapipe.dataset.manifest import Manifest
 from tests.conftest import S3Server
 from tests.flow.tiny import command, finished, recipe, shards
 from tests.ports import free_port

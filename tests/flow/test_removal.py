@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from datapipe.core.config import RemoveConfig, StorageConfig
-from datapipe.manifest import Manifest
+from datapipe.dataset.manifest import Manifest
 from datapipe.order import Order
 from datapipe.remove import remove
 from tests.flow.tiny import audited, recipe, shards

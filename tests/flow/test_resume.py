@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from datapipe.manifest import Manifest
+from datapipe.dataset.manifest import Manifest
 from datapipe.order import Order
 from datapipe.storage import open_store
 from tests.flow.pause import Pause

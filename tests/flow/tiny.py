@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from datapipe.core.config import ShardConfig, StorageConfig
+from datapipe.dataset.manifest import Manifest
 from datapipe.ingest import ingest
-from datapipe.manifest import Manifest
 from datapipe.storage import open_store
 from tests.datapipe.crop_set import jpegs
 from tests.golden import ROOT

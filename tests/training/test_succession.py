@@ -8,8 +8,8 @@ import pytest
 from datapipe.batch import Batch, Intake
 from datapipe.core.config import RemoveConfig, StorageConfig, StreamConfig
 from datapipe.data import load_data
+from datapipe.dataset.manifest import Manifest
 from datapipe.loader import Loader
-from datapipe.manifest import Manifest
 from datapipe.order import Order
 from datapipe.remove import remove
 from datapipe.storage import open_store

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.core.progress import QUIET_S, Progress
-from datapipe.manifest import Manifest, manifest_files
+from datapipe.dataset.manifest import Manifest, manifest_files
 from datapipe.reading import Opened, open_manifest
 from datapipe.sources.base import UNKNOWN
 from datapipe.storage import Store, open_store

@@ -19,8 +19,8 @@ from PIL import Image
 from datapipe.__main__ import main
 from datapipe.core import cli
 from datapipe.core.config import StorageConfig
-from datapipe.manifest import Manifest
-from datapipe.verify import verify
+from datapipe.dataset.manifest import Manifest
+from datapipe.dataset.verify import verify
 from tests.conftest import CREDENTIALS, S3Server
 from tests.golden import ROOT
 

@@ -13,10 +13,10 @@ import pytest
 
 from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.core.errors import DataError
+from datapipe.dataset.manifest import Manifest
+from datapipe.dataset.verify import Decode, verify
 from datapipe.ingest import ingest
-from datapipe.manifest import Manifest
 from datapipe.storage import open_store
-from datapipe.verify import Decode, verify
 from tests.conftest import S3Server
 from tests.datapipe import crop_set
 

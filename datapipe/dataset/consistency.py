@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 
-from datapipe.duplicates import DISTANCE, exact_duplicates
-from datapipe.index import content_words, whole_column
+from datapipe.dataset.duplicates import DISTANCE, exact_duplicates
+from datapipe.dataset.index import content_words, whole_column
 
 MOST = 20
 """Findings of a kind listed one by one; more are counted."""

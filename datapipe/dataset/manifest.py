@@ -25,8 +25,8 @@ import pyarrow
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.core.progress import QUIET_S, Progress
-from datapipe.index import INDEX, Shard, read_index
-from datapipe.selection import Selection, read_selection
+from datapipe.dataset.index import INDEX, Shard, read_index
+from datapipe.dataset.selection import Selection, read_selection
 from datapipe.storage import Store, open_store, split_url, unsafe
 
 FORMAT = 2

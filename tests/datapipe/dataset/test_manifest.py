@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from datapipe.core.errors import DataError, NotFoundError
-from datapipe.manifest import FORMAT, Manifest, Shard
+from datapipe.dataset.manifest import FORMAT, Manifest, Shard
 from datapipe.storage import open_store
 from tests.conftest import S3Server
 from tests.datapipe import crop_set

@@ -16,13 +16,13 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.core.parallel import Workers
 from datapipe.core.progress import Progress
-from datapipe.difference_hash import difference_hash
-from datapipe.index import INDEX, MARKS, Shard, read_index
-from datapipe.manifest import Manifest
-from datapipe.relations import Finding, relation_findings
-from datapipe.selection import read_selection
+from datapipe.dataset.consistency import Finding, relation_findings
+from datapipe.dataset.index import INDEX, MARKS, Shard, read_index
+from datapipe.dataset.manifest import Manifest
+from datapipe.dataset.perceptual_hash import difference_hash
+from datapipe.dataset.selection import read_selection
+from datapipe.dataset.tar import BLOCK, END_BYTES, header
 from datapipe.storage import Store, open_store
-from datapipe.tar import BLOCK, END_BYTES, header
 
 Decode = Literal["none", "sample", "all"]
 SAMPLE = 100

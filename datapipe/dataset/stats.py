@@ -10,9 +10,9 @@ import pyarrow.parquet
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import NotFoundError
-from datapipe.index import MARKS, whole_column
-from datapipe.manifest import Manifest
-from datapipe.quarantine import NAME as QUARANTINE
+from datapipe.dataset.index import MARKS, whole_column
+from datapipe.dataset.manifest import Manifest
+from datapipe.dataset.quarantine import NAME as QUARANTINE
 from datapipe.storage import Store, open_store
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datapipe.difference_hash import BATCH, DifferenceHashes, difference_hash
+from datapipe.dataset.perceptual_hash import BATCH, DifferenceHashes, difference_hash
 
 
 def naive_hash(luma: np.ndarray) -> int:

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from datapipe.core.config import RemoveConfig, SelectConfig, ShardConfig, StorageConfig
+from datapipe.dataset.manifest import Manifest
+from datapipe.dataset.stats import as_text, statistics
 from datapipe.ingest import ingest
-from datapipe.manifest import Manifest
 from datapipe.remove import remove
 from datapipe.select import select
-from datapipe.stats import as_text, statistics
 
 STORAGE = StorageConfig()
 

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow
 import pytest
 
-from datapipe.index import content_words, whole_column
+from datapipe.dataset.index import content_words, whole_column
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5])

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datapipe import duplicates
-from datapipe.duplicates import DISTANCE, Marks, exact_duplicates, near_duplicates
+from datapipe.dataset import duplicates
+from datapipe.dataset.duplicates import DISTANCE, Marks, exact_duplicates, near_duplicates
 
 
 def naive_near(hashes: np.ndarray, groups: np.ndarray) -> Marks:

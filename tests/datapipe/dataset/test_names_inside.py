@@ -17,14 +17,14 @@ import pytest
 from datapipe.commands.inspect import verify
 from datapipe.core.config import RemoveConfig, ShardConfig, StorageConfig
 from datapipe.core.errors import DataError, StorageError
-from datapipe.index import Shard, read_index
+from datapipe.dataset.index import Shard, read_index
+from datapipe.dataset.manifest import Manifest
+from datapipe.dataset.verify import verify as check
 from datapipe.ingest import ingest
-from datapipe.manifest import Manifest
 from datapipe.remove import remove
 from datapipe.repair import repair
 from datapipe.storage import open_store, unsafe
 from datapipe.storage.local import OpenFilesStore
-from datapipe.verify import verify as check
 from tests.conftest import S3Server
 from training.checkpoint.marker import MARKER, File, Form, Fragment, Marker, read_marker
 

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from datapipe.index import INDEX
+from datapipe.dataset.index import INDEX
 from datapipe.storage import Store
 
 NAME = "quarantine.parquet"

@@ -20,7 +20,7 @@ import pyarrow.parquet
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.core.plain_pickle import load_plain
-from datapipe.sources.place import printable
+from datapipe.sources.location import printable
 from datapipe.storage import open_store, split_url
 
 By = Literal["key", "name"]

@@ -10,7 +10,7 @@ import pytest  # noqa: F401
 import datapipe.remove
 import datapipe.reshard
 import datapipe.sources.archive
-import datapipe.sources.lmdb_set
+import datapipe.sources.lmdb
 import datapipe.sources.video  # noqa: F401
 import training.pretrain  # noqa: F401
 from training.engine.deepspeed import _import

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.sources.base import Kind, Source
-from datapipe.sources.place import Place, find_place, printable
+from datapipe.sources.location import Place, find_place, printable
 from datapipe.storage import full_url
 
 
@@ -46,8 +46,8 @@ def _kinds() -> tuple[Kind, ...]:
     """In the order in which they are tried: a folder of videos also holds tables of boxes, one of frames images."""
     from datapipe.sources.archive import ArchiveSource
     from datapipe.sources.folder import FolderSource
-    from datapipe.sources.lmdb_set import LmdbSource
-    from datapipe.sources.parquet_table import ParquetSource
+    from datapipe.sources.lmdb import LmdbSource
+    from datapipe.sources.parquet import ParquetSource
     from datapipe.sources.video import VideoSource
 
     return LmdbSource, VideoSource, ArchiveSource, ParquetSource, FolderSource

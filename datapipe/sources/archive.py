@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from datapipe.core.config import StorageConfig
+from datapipe.sources.archive_parts import Archive, list_archives, open_archive
 from datapipe.sources.base import UNIT_BYTES, UNIT_CROPS, Crop
 from datapipe.sources.labels import labelled
-from datapipe.sources.pieces import Archive, list_archives, open_archive
-from datapipe.sources.place import ARCHIVES, Place, is_hidden, is_image
-from datapipe.sources.tars import look_ahead, read_members, read_samples
-from datapipe.sources.zips import check_readable, find_directory, list_entries, read_entry
+from datapipe.sources.location import ARCHIVES, Place, is_hidden, is_image
+from datapipe.sources.tar_members import look_ahead, read_members, read_samples
+from datapipe.sources.zip_members import check_readable, find_directory, list_entries, read_entry
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ units in a file.
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
-from datapipe.sources.place import Place
+from datapipe.sources.location import Place
 
 UNKNOWN = -1
 UNIT_CROPS = 2_048

@@ -8,7 +8,7 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.parallel import in_order
 from datapipe.sources.base import UNIT_BYTES, UNIT_CROPS, Crop
 from datapipe.sources.labels import labelled
-from datapipe.sources.place import IMAGE_ENDINGS, IMAGES, File, Place, list_files
+from datapipe.sources.location import IMAGE_ENDINGS, IMAGES, File, Place, list_files
 from datapipe.storage import is_remote, open_store
 
 REMOTE_READS = 16

@@ -6,7 +6,7 @@ from typing import Any
 
 from datapipe.dataset.index import INDEX
 from datapipe.sources.base import UNKNOWN, Crop
-from datapipe.sources.place import printable
+from datapipe.sources.location import printable
 
 MARKET_NAME = re.compile(r"([-\d]+)_c(\d+)")
 NUMBERS = {

@@ -19,8 +19,7 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.core.image_formats import is_known
 from datapipe.sources.base import Crop
-from datapipe.sources.boxes import Boxes, read_mot, read_table
-from datapipe.sources.place import (
+from datapipe.sources.location import (
     ARCHIVES,
     BOX_ENDINGS,
     IMAGES,
@@ -34,6 +33,7 @@ from datapipe.sources.place import (
     list_entries,
     printable,
 )
+from datapipe.sources.video_boxes import Boxes, read_mot, read_table
 from datapipe.storage import Entry, Store, open_object, open_store, split_url
 
 FRAMES, TRUTH, DETECTIONS = "img1/", "gt/gt.txt", "det/det.txt"

@@ -24,8 +24,8 @@ from datapipe.plan_shards import sample_key
 from tests.cluster.ray_head import Head, ray_head, without_ray
 from tests.conftest import S3Server
 from tests.datapipe.crop_set import jpegs
-from tests.datapipe.test_lmdb import convert
-from tests.datapipe.test_parquet import write
+from tests.datapipe.sources.test_lmdb import convert
+from tests.datapipe.sources.test_parquet import write
 from tests.golden import ROOT
 from tests.support.warm_python import python
 from tests.training import published_files

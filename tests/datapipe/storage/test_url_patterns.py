@@ -15,13 +15,13 @@ from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.ingest import ingest
 from datapipe.sources import open_sources
-from datapipe.sources.place import list_entries
+from datapipe.sources.location import list_entries
 from tests.conftest import S3Server
-from tests.datapipe.read_source import crops
-from tests.datapipe.test_archive import write_tar, write_zip
-from tests.datapipe.test_lmdb import convert
-from tests.datapipe.test_parquet import images, write
-from tests.datapipe.test_video import BOXES, frames, write_mot, write_video  # noqa: F401  (`frames` is a fixture)
+from tests.datapipe.sources.read_source import crops
+from tests.datapipe.sources.test_archive import write_tar, write_zip
+from tests.datapipe.sources.test_lmdb import convert
+from tests.datapipe.sources.test_parquet import images, write
+from tests.datapipe.sources.test_video import BOXES, frames, write_mot, write_video  # noqa: F401  (`frames` is a fixture)
 
 WriteCrops = Callable[..., dict[str, bytes]]
 

@@ -9,7 +9,7 @@ from typing import BinaryIO, cast
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
-from datapipe.sources.place import ARCHIVE, ARCHIVES, File, file_urls, list_files
+from datapipe.sources.location import ARCHIVE, ARCHIVES, File, file_urls, list_files
 from datapipe.storage import open_object, open_store
 from datapipe.storage.file_objects import SeekableReader
 

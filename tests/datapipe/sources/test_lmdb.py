@@ -13,7 +13,7 @@ from datapipe.core.errors import DataError
 from datapipe.sources import open_sources
 from tests.conftest import S3Server
 from tests.datapipe.crop_set import jpegs
-from tests.datapipe.read_source import crops, units
+from tests.datapipe.sources.read_source import crops, units
 
 
 def convert(folder: Path, videos: dict[str, int]) -> dict[str, bytes]:
@@ -55,7 +55,7 @@ def test_lmdb__follows_keys_pkl_as_a_list_as_a_dict_and_without_it(
     written = convert(tmp_path, VIDEOS)
     backwards = list(written)[::-1]
     url = f"{tmp_path}/lup_lmdb"
-    monkeypatch.setattr("datapipe.sources.lmdb_set.UNIT_CROPS", 5)
+    monkeypatch.setattr("datapipe.sources.lmdb.UNIT_CROPS", 5)
     write_keys(tmp_path, backwards)
     assert [crop.name for crop in crops(url)] == backwards
     write_keys(tmp_path, {"keys": [key.encode() for key in backwards], "pids": list(range(len(backwards)))})
@@ -142,7 +142,7 @@ def test_lmdb__on_an_object_store_is_fetched_once(
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     s3.client.upload_file(f"{tmp_path}/lup_lmdb/data.mdb", bucket, "lup/lup_lmdb/data.mdb")
     s3.client.upload_file(f"{tmp_path}/keys.pkl", bucket, "lup/keys.pkl")
-    monkeypatch.setattr("datapipe.sources.lmdb_set.UNIT_CROPS", 5)
+    monkeypatch.setattr("datapipe.sources.lmdb.UNIT_CROPS", 5)
     found = crops(f"s3://{bucket}/lup", s3.storage)
     assert [(crop.name, crop.data) for crop in found] == list(written.items())
     (copy,) = temporary.glob("*.mdb")

@@ -13,7 +13,7 @@ from datapipe.core.errors import DataError
 from datapipe.sources import open_sources
 from datapipe.sources.lmdb_pages import LmdbFile
 from tests.datapipe.crop_set import jpegs
-from tests.datapipe.read_source import crops
+from tests.datapipe.sources.read_source import crops
 
 PAGE = 4096
 

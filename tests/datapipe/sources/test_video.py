@@ -18,7 +18,7 @@ from datapipe.core.errors import DataError
 from datapipe.sources import open_sources
 from datapipe.sources.base import Crop
 from tests.conftest import S3Server
-from tests.datapipe.read_source import crops, units
+from tests.datapipe.sources.read_source import crops, units
 
 HEIGHT, WIDTH, FRAMES = 96, 128, 12
 BOXES = np.array(

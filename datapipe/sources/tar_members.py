@@ -13,10 +13,10 @@ from itertools import chain, pairwise
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from datapipe.core.errors import DataError
+from datapipe.sources.archive_parts import MOST_MEMBER_BYTES, plain_name
 from datapipe.sources.base import Crop
 from datapipe.sources.labels import labelled
-from datapipe.sources.pieces import MOST_MEMBER_BYTES, plain_name
-from datapipe.sources.place import IMAGE_ENDINGS, is_image
+from datapipe.sources.location import IMAGE_ENDINGS, is_image
 
 END_BYTES = 1024
 """A tar ends with two blocks of zeros; one that does not was cut."""

@@ -8,9 +8,9 @@ import pyarrow.parquet
 import pytest
 
 from datapipe.core.errors import DataError
-from datapipe.sources import parquet_table
+from datapipe.sources import parquet
 from tests.conftest import S3Server
-from tests.datapipe.read_source import crops, units
+from tests.datapipe.sources.read_source import crops, units
 
 STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
@@ -72,7 +72,7 @@ def test_parquet__cells_without_bytes_are_reported(tmp_path: Path) -> None:
 def test_parquet__folder_is_cut_at_row_groups_and_is_the_same_on_an_object_store(
     tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parquet_table, "UNIT_CROPS", 8)
+    monkeypatch.setattr(parquet, "UNIT_CROPS", 8)
     bucket = s3.bucket()
     for name in ("train/0.parquet", "train/1.parquet"):
         write(tmp_path / "set" / name, {"image": images([f"{row}.jpg" for row in range(20)])})

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 from datapipe.core.errors import DataError
-from datapipe.sources.pieces import MOST_MEMBER_BYTES, plain_name, volumes_missing
+from datapipe.sources.archive_parts import MOST_MEMBER_BYTES, plain_name, volumes_missing
 
 END, END_SIGNATURE = struct.Struct("<4s4H2LH"), b"PK\5\6"
 END64, END64_SIGNATURE = struct.Struct("<4sQ2H2L4Q"), b"PK\6\6"

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.sources import archive, open_sources
+from datapipe.sources.archive_parts import plain_name
 from datapipe.sources.base import Crop
-from datapipe.sources.pieces import plain_name
 from tests.conftest import S3Server
-from tests.datapipe.read_source import crops, units
+from tests.datapipe.sources.read_source import crops, units
 
 WriteCrops = Callable[..., dict[str, bytes]]
 FILES = {"0002_c1s1_000451_03.jpg": b"one", "b/0007_c3.JPEG": b"two" * 500, "b/deep/x.png": b"three", "ä ö.webp": b""}
@@ -359,8 +359,8 @@ def test_archive__gnu_tar_wrote_is_read(tmp_path: Path, write_crops: WriteCrops)
 
 
 def test_members__of_no_sane_size_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datapipe.sources.tars.MOST_MEMBER_BYTES", 1_000)
-    monkeypatch.setattr("datapipe.sources.zips.MOST_MEMBER_BYTES", 1_000)
+    monkeypatch.setattr("datapipe.sources.tar_members.MOST_MEMBER_BYTES", 1_000)
+    monkeypatch.setattr("datapipe.sources.zip_members.MOST_MEMBER_BYTES", 1_000)
     write_zip(tmp_path / "x.zip", FILES)
     write_tar(tmp_path / "x.tar", FILES)
     for name in ("x.zip", "x.tar"):

@@ -18,7 +18,7 @@ from datapipe.core.errors import DataError
 from datapipe.core.resource_limits import available_cores
 from datapipe.core.settings import settings
 from datapipe.core.stop_signals import GOES_ON, unwinding
-from datapipe.spool import FOLDER as SPOOL
+from datapipe.ingest.spool import FOLDER as SPOOL
 from datapipe.storage import full_url, is_remote
 
 T = TypeVar("T")

@@ -30,6 +30,8 @@ from datapipe.dataset.manifest import Manifest
 from datapipe.dataset.quarantine import NAME as QUARANTINE
 from datapipe.dataset.quarantine import REFUSED, write_quarantine
 from datapipe.derived import Cleared, Place, clear, look
+from datapipe.ingest.shard_plan import sample_key
+from datapipe.ingest.spool import spool_of
 from datapipe.listed import (
     EXAMPLES,
     By,
@@ -40,7 +42,6 @@ from datapipe.listed import (
     refuse_ambiguous,
     refuse_missing,
 )
-from datapipe.plan_shards import sample_key
 from datapipe.removal_records import (
     RECORDS,
     exclusive_change,
@@ -50,7 +51,6 @@ from datapipe.removal_records import (
     replaced_versions,
     write_record,
 )
-from datapipe.spool import spool_of
 from datapipe.storage import Store, open_store
 from datapipe.successors import in_use, replace_versions
 

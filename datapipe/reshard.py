@@ -19,7 +19,6 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from datapipe.claim import claim_output, owns_output
 from datapipe.core.config import ReshardConfig, ShardConfig, StorageConfig
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.core.parallel import Executor, Workers
@@ -28,11 +27,12 @@ from datapipe.dataset.manifest import Manifest, has_manifest, libraries, load_un
 from datapipe.dataset.quarantine import NAME as QUARANTINE
 from datapipe.dataset.quarantine import REFUSED, excluded, write_quarantine
 from datapipe.dataset.tar import member_bytes
-from datapipe.distribute import planned, repartition
-from datapipe.ingest import refuse_inside, write_shards
-from datapipe.plan_shards import Candidates, Plan, hot_columns, key_texts, plan_shards, ranked
-from datapipe.shard import sidecars
-from datapipe.spool import opened_spool
+from datapipe.ingest.ownership import claim_output, owns_output
+from datapipe.ingest.pipeline import refuse_inside, write_shards
+from datapipe.ingest.repartition import planned, repartition
+from datapipe.ingest.shard_plan import Candidates, Plan, hot_columns, key_texts, plan_shards, ranked
+from datapipe.ingest.shard_writer import sidecars
+from datapipe.ingest.spool import opened_spool
 from datapipe.storage import Store, open_store, probe
 
 KEPT = tuple(name for name in INDEX.names if name not in ("offset", "duplicate_of", "near_of", "removed"))

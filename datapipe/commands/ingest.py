@@ -40,7 +40,7 @@ def shard(arguments: list[str]) -> int:
 def run_shard(chosen: ShardCommand, workers: Executor | None = None) -> int:
     """Do what the command line says, on this machine or with the workers given, and print how it ended."""
     from datapipe.dataset.quarantine import NAME, listed
-    from datapipe.ingest import ingest
+    from datapipe.ingest.pipeline import ingest
 
     if chosen.dry_run:
         return _say_what_would_be_done(chosen)
@@ -63,7 +63,7 @@ def run_shard(chosen: ShardCommand, workers: Executor | None = None) -> int:
 
 def _say_what_would_be_done(chosen: ShardCommand) -> int:
     from datapipe.core.progress import duration
-    from datapipe.estimate import estimate
+    from datapipe.ingest.dry_run import estimate
 
     found = estimate(chosen.sources, chosen.out, chosen.config, chosen.storage)
     read, written = (f"{size / 1e6:,.1f} MB" for size in (found.source_bytes, found.bytes))

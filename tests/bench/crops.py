@@ -16,7 +16,7 @@ import numpy as np
 
 from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.dataset.manifest import FORMAT
-from datapipe.ingest import ingest
+from datapipe.ingest.pipeline import ingest
 from tests.bench.scale import Scale
 
 RENDERER = 1

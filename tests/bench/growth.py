@@ -26,8 +26,8 @@ import numpy as np
 
 from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.dataset.tar import member_bytes
-from datapipe.ingest import ingest_sources
-from datapipe.plan_shards import Candidates, plan_shards, repeated
+from datapipe.ingest.pipeline import ingest_sources
+from datapipe.ingest.shard_plan import Candidates, plan_shards, repeated
 from datapipe.sources.base import Crop
 from tests.bench.crops import crops
 from tests.bench.measure import cpu_s

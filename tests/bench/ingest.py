@@ -11,7 +11,7 @@ from tempfile import mkdtemp
 import simplejpeg
 
 from datapipe.core.config import ShardConfig, StorageConfig
-from datapipe.ingest import ingest as ingest_crops
+from datapipe.ingest.pipeline import ingest as ingest_crops
 from tests.bench.crops import ABOUT, KINDS, Crops, crops
 from tests.bench.measure import Work, rates
 from tests.bench.scale import Scale

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from time import process_time
 
 from datapipe.core.config import ShardConfig, StorageConfig
-from datapipe.ingest import ingest
+from datapipe.ingest.pipeline import ingest
 from tests.bench.crops import ABOUT, KINDS, Crops, crops
 from tests.bench.measure import Work, rates, tree_cpu_s
 from tests.bench.peers import HERE, INGEST, Process, answer, tell

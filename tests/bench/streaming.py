@@ -17,7 +17,7 @@ from obstore.store import S3Store
 
 from datapipe.core.config import ShardConfig, StorageConfig, StreamConfig
 from datapipe.dataset.manifest import Manifest
-from datapipe.ingest import ingest
+from datapipe.ingest.pipeline import ingest
 from datapipe.storage import open_store
 from tests.bench.crops import ABOUT, KINDS, Crops, crops
 from tests.bench.loading import loading

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from datapipe.core.config import ShardConfig, StorageConfig
-from datapipe.ingest import ingest_sources
+from datapipe.ingest.pipeline import ingest_sources
 from tests.bench.growth import COPIES, RepeatedCrops, plan
 from tests.datapipe.crop_set import jpegs
 

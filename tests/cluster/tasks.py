@@ -38,7 +38,7 @@ def refuse(number: int) -> int:
 
 def imported() -> set[str]:
     """The packages that a worker holds once it has all code of ingestion."""
-    import datapipe.ingest
+    import datapipe.ingest.pipeline
 
-    assert datapipe.ingest.__name__ in sys.modules
+    assert datapipe.ingest.pipeline.__name__ in sys.modules
     return {name.partition(".")[0] for name in sys.modules}

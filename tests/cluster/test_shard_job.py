@@ -20,7 +20,7 @@ from cluster.shard_job import ClusterShardCommand, RayWorkers, _anywhere
 from cluster.shared_paths import MARK, marked, unseen, witnesses
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
-from datapipe.listing import PART_BYTES
+from datapipe.ingest.work_units import PART_BYTES
 from datapipe.sources import open_sources
 from tests.cluster import tasks
 from tests.cluster.tasks import PATIENCE_S

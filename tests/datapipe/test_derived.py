@@ -15,7 +15,7 @@ from datapipe.commands.maintain import remove as command
 from datapipe.core.config import RemoveConfig, ShardConfig, StorageConfig, StreamConfig
 from datapipe.core.errors import DataError, StorageError
 from datapipe.dataset.manifest import Manifest
-from datapipe.ingest import ingest
+from datapipe.ingest.pipeline import ingest
 from datapipe.remove import remove
 from datapipe.storage import open_store
 from datapipe.storage.local import LocalStore

@@ -8,7 +8,7 @@ import pytest
 
 from datapipe.core.config import RemoveConfig, ReshardConfig, SelectConfig, ShardConfig, StorageConfig
 from datapipe.dataset.manifest import Manifest
-from datapipe.ingest import ingest
+from datapipe.ingest.pipeline import ingest
 from datapipe.remove import remove
 from datapipe.reshard import reshard
 from datapipe.select import select

@@ -11,7 +11,7 @@ from datapipe.core.errors import ConfigError, DataError
 from datapipe.data import Data, load_data
 from datapipe.dataset.manifest import Manifest
 from datapipe.identities import IdentityOrder
-from datapipe.ingest import ingest
+from datapipe.ingest.pipeline import ingest
 from datapipe.loader import Loader
 from datapipe.mixed_stream import LABELS_APART, MixedStream
 from datapipe.order import Order

@@ -18,7 +18,7 @@ from datapipe.dataset.index import INDEX
 from datapipe.dataset.manifest import Manifest
 from datapipe.dataset.verify import verify
 from datapipe.heirs import relink_duplicates
-from datapipe.ingest import ingest
+from datapipe.ingest.pipeline import ingest
 from datapipe.remove import remove
 from datapipe.select import select
 from datapipe.storage import open_store

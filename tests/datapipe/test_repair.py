@@ -14,7 +14,7 @@ from datapipe.core.errors import ConfigError
 from datapipe.dataset.index import INDEX
 from datapipe.dataset.manifest import Manifest
 from datapipe.dataset.verify import verify
-from datapipe.ingest import ingest
+from datapipe.ingest.pipeline import ingest
 from datapipe.remove import remove
 from datapipe.repair import Repaired, repair
 

@@ -15,7 +15,7 @@ from datapipe.core.errors import DataError
 from datapipe.dataset.index import INDEX
 from datapipe.dataset.manifest import Manifest
 from datapipe.dataset.verify import verify
-from datapipe.ingest import ingest
+from datapipe.ingest.pipeline import ingest
 from datapipe.remove import remove
 from datapipe.reshard import reshard
 from datapipe.select import select

@@ -15,7 +15,7 @@ from datapipe.core.errors import ConfigError, DataError
 from datapipe.dataset.index import INDEX
 from datapipe.dataset.manifest import Manifest
 from datapipe.expression import Expression
-from datapipe.ingest import ingest
+from datapipe.ingest.pipeline import ingest
 from datapipe.select import first_of_each, select
 from datapipe.storage import open_store
 from datapipe.stream import Stream

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.dataset.manifest import Manifest
-from datapipe.ingest import ingest
+from datapipe.ingest.pipeline import ingest
 from datapipe.storage import open_store
 from tests.datapipe.crop_set import jpegs
 from tests.golden import ROOT

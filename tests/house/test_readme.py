@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from datapipe.core.config import ShardConfig
-from datapipe.ingest import ingest
-from datapipe.plan_shards import sample_key
+from datapipe.ingest.pipeline import ingest
+from datapipe.ingest.shard_plan import sample_key
 from tests.cluster.ray_head import Head, ray_head, without_ray
 from tests.conftest import S3Server
 from tests.datapipe.crop_set import jpegs

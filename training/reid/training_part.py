@@ -8,7 +8,7 @@ from functools import cached_property
 from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.dataset.manifest import Manifest
-from datapipe.ingest import ingest_sources
+from datapipe.ingest.pipeline import ingest_sources
 from datapipe.sources.base import UNIT_CROPS, Crop
 from training.reid.labelled import ReIDSet
 from training.reid.sources import Source, open_source

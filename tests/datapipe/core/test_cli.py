@@ -190,7 +190,7 @@ KILLED = """
 import os, signal, sys
 from datapipe.core import cli as command
 from datapipe.__main__ import main
-from datapipe.shard import write_shard
+from datapipe.ingest.shard_writer import write_shard
 from datapipe.core.parallel import Workers
 
 def run(self, function, tasks, *, count, run=Workers.run):
@@ -225,7 +225,7 @@ def test_shard__killed_goes_on_where_it_was(many: tuple[Path, dict[str, bytes]],
     assert not (out / "manifest-v0001.json").exists()
     written = {path: path.stat().st_mtime_ns for path in out.glob("shards/*.parquet")}
     assert len(written) == 30
-    monkeypatch.delattr("datapipe.scan.screen")
+    monkeypatch.delattr("datapipe.ingest.scan.screen")
     assert run(*shard_words(folder, out)) == 0
     assert {name: data for name, data in contents(out).items() if not name.endswith(".part")} == undisturbed
     assert {path: path.stat().st_mtime_ns for path in written} == written

@@ -20,7 +20,7 @@ from datapipe.core.errors import DataError, StorageError
 from datapipe.dataset.index import Shard, read_index
 from datapipe.dataset.manifest import Manifest
 from datapipe.dataset.verify import verify as check
-from datapipe.ingest import ingest
+from datapipe.ingest.pipeline import ingest
 from datapipe.remove import remove
 from datapipe.repair import repair
 from datapipe.storage import open_store, unsafe

@@ -13,7 +13,7 @@ from PIL import Image
 from datapipe.core.config import RemoveConfig, SelectConfig, ShardConfig, StorageConfig
 from datapipe.dataset.manifest import Manifest
 from datapipe.dataset.stats import as_text, statistics
-from datapipe.ingest import ingest
+from datapipe.ingest.pipeline import ingest
 from datapipe.remove import remove
 from datapipe.select import select
 

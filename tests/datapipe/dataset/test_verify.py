@@ -15,7 +15,7 @@ from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.dataset.manifest import Manifest
 from datapipe.dataset.verify import Decode, verify
-from datapipe.ingest import ingest
+from datapipe.ingest.pipeline import ingest
 from datapipe.storage import open_store
 from tests.conftest import S3Server
 from tests.datapipe import crop_set

@@ -13,7 +13,7 @@ from datapipe.__main__ import main
 from datapipe.core.cli import run as run_command
 from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.core.errors import DataError
-from datapipe.ingest import ingest
+from datapipe.ingest.pipeline import ingest
 from datapipe.sources import open_sources
 from datapipe.sources.location import list_entries
 from tests.conftest import S3Server

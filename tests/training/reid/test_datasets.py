@@ -10,7 +10,7 @@ import pytest
 
 from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.core.errors import ConfigError, DataError
-from datapipe.ingest import ingest
+from datapipe.ingest.pipeline import ingest
 from datapipe.storage import open_store
 from tests.conftest import S3Server
 from tests.training.reid.people import crop, cuhk03, market, msmt17

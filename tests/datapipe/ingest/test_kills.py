@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from datapipe import listing, scan
 from datapipe.core.config import ShardConfig, StorageConfig
-from datapipe.ingest import ingest
+from datapipe.ingest import scan, work_units
+from datapipe.ingest.pipeline import ingest
 from tests.conftest import CREDENTIALS, S3Server
 from tests.killing import Job, kill_evenly, local_objects, s3_objects
 
@@ -19,7 +19,7 @@ FIRST = "manifest-v0001.json"
 def run(sources: list[str], out: str, config: ShardConfig, storage: StorageConfig) -> None:
     """In the process that is killed. Many parts, so that many moments lie within the scan."""
     os.environ.update(CREDENTIALS)
-    listing.PART_BYTES, scan.SEGMENT_BYTES = 16_000, 9_000
+    work_units.PART_BYTES, scan.SEGMENT_BYTES = 16_000, 9_000
     ingest(sources, out, config, storage)
 
 

@@ -19,8 +19,8 @@ from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.dataset.manifest import INDEX, Manifest
 from datapipe.dataset.tar import header
-from datapipe.ingest import ingest
-from datapipe.plan_shards import Plan, plan_shards, sample_key
+from datapipe.ingest.pipeline import ingest
+from datapipe.ingest.shard_plan import Plan, plan_shards, sample_key
 from datapipe.storage import open_stream
 from tests.conftest import S3Server
 
@@ -98,7 +98,7 @@ def test_index__says_where_each_crop_is_and_what_it_was(tmp_path: Path, write_cr
 
 def test_shards__are_byte_identical_for_any_number_of_workers(tmp_path: Path, write_crops: WriteCrops,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datapipe.listing.PART_BYTES", 1)
+    monkeypatch.setattr("datapipe.ingest.work_units.PART_BYTES", 1)
     write_crops(tmp_path / "a" / "crops", 60)
     write_crops(tmp_path / "b", 30, seed=1)
     sources = [f"{tmp_path}/a/crops", f"{tmp_path}/b"]
@@ -133,7 +133,7 @@ def test_shard__refuses_a_spool_that_changed(tmp_path: Path, write_crops: WriteC
             file.write_bytes(file.read_bytes()[:-100] + bytes(100))
         return plan_shards(*arguments)
 
-    monkeypatch.setattr("datapipe.ingest.plan_shards", planned)
+    monkeypatch.setattr("datapipe.ingest.pipeline.plan_shards", planned)
     with pytest.raises(DataError, match="not what they were when they were read before"):
         shard(tmp_path / "crops", f"{tmp_path}/out", ShardConfig(samples_per_shard=16, workers=1, spool=str(spool)))
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from datapipe.core.config import ShardConfig
 from datapipe.dataset.duplicates import Marks
 from datapipe.dataset.tar import BLOCK, END_BYTES, layout, member_bytes
-from datapipe.plan_shards import (
+from datapipe.ingest.shard_plan import (
     Candidates,
     Plan,
     cut,

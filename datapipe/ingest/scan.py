@@ -30,9 +30,9 @@ from datapipe.dataset.manifest import libraries
 from datapipe.dataset.perceptual_hash import DifferenceHashes
 from datapipe.dataset.quarantine import REFUSED
 from datapipe.dataset.tar import member_bytes
-from datapipe.plan_shards import HOT, hot_columns, sample_key
-from datapipe.screen import Kept, Reason, Refused, screen
-from datapipe.shard import sidecars
+from datapipe.ingest.screen import Kept, Reason, Refused, screen
+from datapipe.ingest.shard_plan import HOT, hot_columns, sample_key
+from datapipe.ingest.shard_writer import sidecars
 from datapipe.sources.base import Crop, Source, Unit
 from datapipe.storage import Store
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pyarrow
 
-from datapipe.claim import claim_output, owns_output
 from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.core.parallel import Executor, Workers
@@ -23,14 +22,15 @@ from datapipe.dataset.index import Shard
 from datapipe.dataset.manifest import Manifest, has_manifest, libraries, load_unselected
 from datapipe.dataset.quarantine import NAME as QUARANTINE
 from datapipe.dataset.quarantine import Reasons, excluded, listed, write_quarantine
-from datapipe.distribute import planned, repartition, rows_file
-from datapipe.listing import Listing
-from datapipe.plan_shards import HOT, Candidates, Plan, plan_shards, repeated
-from datapipe.scan import Scanned, read_part, read_refused, scan_part
-from datapipe.shard import Sheet, write_shard
+from datapipe.ingest.ownership import claim_output, owns_output
+from datapipe.ingest.repartition import planned, repartition, rows_file
+from datapipe.ingest.scan import Scanned, read_part, read_refused, scan_part
+from datapipe.ingest.shard_plan import HOT, Candidates, Plan, plan_shards, repeated
+from datapipe.ingest.shard_writer import Sheet, write_shard
+from datapipe.ingest.spool import check_room, opened_spool
+from datapipe.ingest.work_units import Listing
 from datapipe.sources import open_sources
 from datapipe.sources.base import Source
-from datapipe.spool import check_room, opened_spool
 from datapipe.storage import Store, open_store, probe, resolved_url, unsafe
 from datapipe.storage.url_patterns import would_meet
 

@@ -17,7 +17,7 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, NotFoundError, StorageError
 from datapipe.dataset.index import INDEX, Shard
 from datapipe.dataset.tar import BLOCK, headers, layout
-from datapipe.distribute import rows_of_places
+from datapipe.ingest.repartition import rows_of_places
 from datapipe.storage import Store, open_store, split_url
 
 TAR_SHA256, TAR_BYTES = b"tar_sha256", b"tar_bytes"

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from datapipe.claim import claim_output, owns_output
 from datapipe.core.errors import DataError
+from datapipe.ingest.ownership import claim_output, owns_output
 from datapipe.storage import Data, open_store
 from datapipe.storage.local import LocalStore
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from datapipe.core.config import ShardConfig
-from datapipe.screen import Kept, Reason, Refused, screen
+from datapipe.ingest.screen import Kept, Reason, Refused, screen
 
 HEIGHT, WIDTH = 96, 48
 CONFIG = ShardConfig()

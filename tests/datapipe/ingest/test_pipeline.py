@@ -10,14 +10,14 @@ import pyarrow.parquet
 import pytest
 import webdataset
 
-from datapipe import distribute, listing, scan
 from datapipe.__main__ import main
 from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.core.parallel import Workers
 from datapipe.dataset.perceptual_hash import difference_hash
-from datapipe.ingest import Ingested, ingest
-from datapipe.plan_shards import rank, sample_key
+from datapipe.ingest import repartition, scan, work_units
+from datapipe.ingest.pipeline import Ingested, ingest
+from datapipe.ingest.shard_plan import rank, sample_key
 from tests.conftest import S3Server
 from tests.killing import local_objects
 
@@ -96,13 +96,13 @@ def test_ingest__is_the_same_however_the_work_is_cut(doubled: tuple[Path, dict[s
                                                      setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _ = doubled
     shard(folder, tmp_path / "one", samples_per_shard=3)
-    places = {"part": (listing, "PART_BYTES", 1), "segment": (scan, "SEGMENT_BYTES", 4_000),
-              "crops": (scan, "MOST_CROPS", 3), "chunk": (distribute, "CHUNK", 7)}
+    places = {"part": (work_units, "PART_BYTES", 1), "segment": (scan, "SEGMENT_BYTES", 4_000),
+              "crops": (scan, "MOST_CROPS", 3), "chunk": (repartition, "CHUNK", 7)}
     if setting in places:
         monkeypatch.setattr(*places[setting])
     monkeypatch.setattr("datapipe.sources.folder.UNIT_CROPS", 10)
     if setting == "workers":
-        monkeypatch.setattr(listing, "PART_BYTES", 1)
+        monkeypatch.setattr(work_units, "PART_BYTES", 1)
     shard(folder, tmp_path / "two", samples_per_shard=3, workers=2 if setting == "workers" else 1)
     assert local_objects(tmp_path / "one", "requests") == local_objects(tmp_path / "two", "requests")
 

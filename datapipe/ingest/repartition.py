@@ -14,7 +14,7 @@ import pyarrow
 from datapipe.core.errors import DataError
 from datapipe.dataset.duplicates import Marks
 from datapipe.dataset.index import INDEX
-from datapipe.plan_shards import Candidates, Plan, key_texts, places
+from datapipe.ingest.shard_plan import Candidates, Plan, key_texts, places
 from datapipe.storage import Store
 
 SHARDS_PER_FILE = 8

@@ -11,10 +11,10 @@ from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.core.resource_limits import available_cores
 from datapipe.dataset.tar import END_BYTES, member_bytes
-from datapipe.ingest import refuse_inside
-from datapipe.listing import Listing
-from datapipe.scan import Work, inspected
-from datapipe.screen import Kept
+from datapipe.ingest.pipeline import refuse_inside
+from datapipe.ingest.scan import Work, inspected
+from datapipe.ingest.screen import Kept
+from datapipe.ingest.work_units import Listing
 from datapipe.sources import open_sources
 
 SAMPLE_S = 3.0

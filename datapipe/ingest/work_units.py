@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from datapipe.core.config import ShardConfig
-from datapipe.scan import Work
+from datapipe.ingest.scan import Work
 from datapipe.sources.base import Source, Unit
 
 PART_BYTES = 64_000_000

@@ -1,0 +1,1 @@
+"""Crops of sources become shards: list, scan, screen, plan, repartition, write."""

@@ -10,8 +10,8 @@ from datapipe.core.errors import ConfigError, DataError
 from datapipe.core.randomness import words
 from datapipe.dataset.manifest import Manifest
 from datapipe.mixed_stream import MixedStream
-from datapipe.mixing import MixedOrder, whole_weights
-from datapipe.order import Order, SampleOrder
+from datapipe.sampling.epoch_order import Order, SampleOrder
+from datapipe.sampling.mixture import MixedOrder, whole_weights
 from datapipe.stream import Stream
 
 

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from datapipe.assignment import Assignment, Share, shares
 from datapipe.batch import Batch, Intake
 from datapipe.core.config import StreamConfig
 from datapipe.core.randomness import Ints
 from datapipe.core.resource_limits import available_cores
 from datapipe.masking import draw_masks
 from datapipe.mixed_stream import MixedStream
-from datapipe.order import SampleOrder
+from datapipe.sampling.epoch_order import SampleOrder
+from datapipe.sampling.rank_assignment import Assignment, Share, shares
 from datapipe.stream import Stream
 from datapipe.view_spec import View, ViewSpec
 from datapipe.views import make_views

@@ -15,7 +15,7 @@ from datapipe.core.randomness import Ints
 from datapipe.dataset.manifest import Manifest
 from datapipe.decoding import decode
 from datapipe.masking import draw_masks
-from datapipe.order import Order
+from datapipe.sampling.epoch_order import Order
 from datapipe.stream import Stream
 from datapipe.view_spec import View, ViewSpec
 from datapipe.views import make_views

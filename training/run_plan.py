@@ -9,8 +9,8 @@ import torch
 
 from datapipe.core.errors import ConfigError
 from datapipe.core.randomness import Ints
-from datapipe.identities import IdentityOrder, numbered
-from datapipe.order import SampleOrder
+from datapipe.sampling.epoch_order import SampleOrder
+from datapipe.sampling.identity_sampler import IdentityOrder, numbered
 from datapipe.view_spec import ViewSpec
 from training import methods
 from training.assembly import view_spec

@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 
 from datapipe.core.config import StreamConfig
-from datapipe.order import Order
+from datapipe.sampling.epoch_order import Order
 from tests.bench.measure import Spread, rates
 from tests.bench.scale import Scale
 from tests.bench.table import Row, Table, Target

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datapipe.order import Order
+from datapipe.sampling.epoch_order import Order
 from tests.cluster.local_nodes import Watched, local_nodes
 from tests.flow.tiny import audited, command, recipe, shards
 from tests.golden import ROOT

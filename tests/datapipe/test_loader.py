@@ -15,7 +15,7 @@ from datapipe.core.errors import DataError
 from datapipe.dataset.manifest import Manifest
 from datapipe.loader import FEWEST_ROWS, Loader, rows_of_a_piece
 from datapipe.masking import MaskConfig, MaskLaw, draw_masks
-from datapipe.order import Order
+from datapipe.sampling.epoch_order import Order
 from datapipe.stream import Stream
 from datapipe.view_spec import RegionLaw, ViewSpec, multi_crop, regions
 from datapipe.views import make_views

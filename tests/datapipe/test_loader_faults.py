@@ -12,7 +12,7 @@ from datapipe.batch import Batch
 from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.dataset.manifest import Manifest
 from datapipe.loader import Loader
-from datapipe.order import Order
+from datapipe.sampling.epoch_order import Order
 from datapipe.stream import Stream
 from tests.bench.specs import one_view
 from tests.datapipe import crop_set

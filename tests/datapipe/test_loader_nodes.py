@@ -8,7 +8,7 @@ import pytest
 from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.dataset.manifest import Manifest
 from datapipe.loader import Loader
-from datapipe.order import Order
+from datapipe.sampling.epoch_order import Order
 from datapipe.stream import Stream
 from datapipe.view_spec import Photometric, ViewGroup, ViewSpec
 from tests.datapipe import crop_set

@@ -10,11 +10,11 @@ from datapipe.core.config import SelectConfig, ShardConfig, StorageConfig, Strea
 from datapipe.core.errors import ConfigError, DataError
 from datapipe.data import Data, load_data
 from datapipe.dataset.manifest import Manifest
-from datapipe.identities import IdentityOrder
 from datapipe.ingest.pipeline import ingest
 from datapipe.loader import Loader
 from datapipe.mixed_stream import LABELS_APART, MixedStream
-from datapipe.order import Order
+from datapipe.sampling.epoch_order import Order
+from datapipe.sampling.identity_sampler import IdentityOrder
 from datapipe.select import select
 from datapipe.storage import open_store
 from datapipe.view_spec import multi_crop

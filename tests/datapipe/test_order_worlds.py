@@ -6,10 +6,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datapipe.assignment import Assignment, shares
-from datapipe.identities import IdentityOrder
-from datapipe.mixing import MixedOrder, whole_weights
-from datapipe.order import Order, SampleOrder
+from datapipe.sampling.epoch_order import Order, SampleOrder
+from datapipe.sampling.identity_sampler import IdentityOrder
+from datapipe.sampling.mixture import MixedOrder, whole_weights
+from datapipe.sampling.rank_assignment import Assignment, shares
 
 NODES = st.lists(st.integers(1, 4), min_size=1, max_size=4)
 """Ranks of each node."""

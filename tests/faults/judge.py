@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from datapipe.order import Order
+from datapipe.sampling.epoch_order import Order
 from tests.faults.kinds import BATCH
 from tests.faults.scene import Scene
 from tests.flow.tiny import audited, final_state

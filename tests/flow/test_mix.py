@@ -10,7 +10,7 @@ import pytest
 
 from datapipe.core.errors import ConfigError, DataError
 from datapipe.core.randomness import words
-from datapipe.order import Order
+from datapipe.sampling.epoch_order import Order
 from tests.datapipe import crop_set
 from tests.flow.pause import Pause
 from tests.flow.tiny import audited, command, recipe

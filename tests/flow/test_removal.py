@@ -9,8 +9,8 @@ import pytest
 
 from datapipe.core.config import RemoveConfig, StorageConfig
 from datapipe.dataset.manifest import Manifest
-from datapipe.order import Order
 from datapipe.remove import remove
+from datapipe.sampling.epoch_order import Order
 from tests.flow.tiny import audited, recipe, shards
 from training import recipe_toml as recipes
 from training.engine.host import LocalHost

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from datapipe.dataset.manifest import Manifest
-from datapipe.order import Order
+from datapipe.sampling.epoch_order import Order
 from datapipe.storage import open_store
 from tests.flow.pause import Pause
 from tests.flow.tiny import audited, command, final_state, finished, recipe, shards

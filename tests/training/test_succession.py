@@ -10,8 +10,8 @@ from datapipe.core.config import RemoveConfig, StorageConfig, StreamConfig
 from datapipe.data import load_data
 from datapipe.dataset.manifest import Manifest
 from datapipe.loader import Loader
-from datapipe.order import Order
 from datapipe.remove import remove
+from datapipe.sampling.epoch_order import Order
 from datapipe.storage import open_store
 from tests.bench.specs import one_view
 from tests.flow.tiny import shards

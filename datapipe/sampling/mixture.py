@@ -15,7 +15,7 @@ import numpy as np
 
 from datapipe.core.errors import ConfigError
 from datapipe.core.randomness import Ints
-from datapipe.order import SampleOrder
+from datapipe.sampling.epoch_order import SampleOrder
 
 LARGEST_TOTAL = 2**31 - 1
 """Of the weights: squares of sums of weights must fit into 63 bits."""

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from datapipe.core.errors import DataError
-from datapipe.identities import IDENTITY_ORDER_VERSION, IdentityOrder, numbered
+from datapipe.sampling.identity_sampler import IDENTITY_ORDER_VERSION, IdentityOrder, numbered
 
 SMALL = [10, -1, 10, 0, 40, -1, 10, 40, 30, 20, 0, 40, 10, 10, -1, -1, 40, 30, 0, -1]
 GOLDEN_SMALL = [9, 9, 9, 11, 16, 7, 13, 6, 12, 8, 17, 8, 9, 9, 9, 18, 10, 3, 17, 8, 17, 11, 4, 16]

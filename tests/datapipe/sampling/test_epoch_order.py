@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from datapipe.core.randomness import words
-from datapipe.order import ORDER_VERSION, Order, _ceil_sqrt, _decrypt, encrypt
+from datapipe.sampling.epoch_order import ORDER_VERSION, Order, _ceil_sqrt, _decrypt, encrypt
 
 GOLDEN_SMALL = [1, 8, 2, 7, 0, 6, 9, 5, 4, 3, 4, 3, 5, 8, 7, 6, 1, 0, 9, 2]
 GOLDEN_LARGE = [4043850, 6136074, 65236501, 1888103, 87836885, 95118200]

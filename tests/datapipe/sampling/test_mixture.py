@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from datapipe.core.errors import ConfigError
-from datapipe.mixing import LARGEST_TOTAL, MixedOrder, Schedule, whole_weights
-from datapipe.order import Order
+from datapipe.sampling.epoch_order import Order
+from datapipe.sampling.mixture import LARGEST_TOTAL, MixedOrder, Schedule, whole_weights
 
 GOLDEN_SCHEDULE = "02100201200210020120"
 GOLDEN_MIX = [4, 20, 8, 5, 22, 7, 3, 23, 6, 14, 24, 12, 17, 21, 15, 16, 25, 13, 11, 27]

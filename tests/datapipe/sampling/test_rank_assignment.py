@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datapipe.assignment import Assignment
-from datapipe.order import Order
+from datapipe.sampling.epoch_order import Order
+from datapipe.sampling.rank_assignment import Assignment
 
 GOLDEN_RANKS = [2, 0, 0, 0, 0, 1, 4, 2, 2, 2, 3, 3, 3, 1, 4, 1, 3, 1]
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from datapipe.core.randomness import Ints
-from datapipe.order import SampleOrder, scramble
+from datapipe.sampling.epoch_order import SampleOrder, scramble
 
 DRAWN_AT_ONCE = 4_096
 """Places of the stream that the order is asked for at a time: a call costs as much for 100 as for 1,000 of them."""

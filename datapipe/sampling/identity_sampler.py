@@ -10,7 +10,7 @@ import numpy as np
 
 from datapipe.core.errors import DataError
 from datapipe.core.randomness import Ints, UInts, words
-from datapipe.order import KEY_WORDS, encrypt
+from datapipe.sampling.epoch_order import KEY_WORDS, encrypt
 
 IDENTITY_ORDER_VERSION = 1
 """Part of every key; raised whenever the same arguments would give another order."""

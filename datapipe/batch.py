@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from datapipe.core.randomness import Floats, Ints
-from datapipe.masking import Masks
-from datapipe.view_spec import View
+from datapipe.views.masking import Masks
+from datapipe.views.spec import View
 
 
 class Intake(NamedTuple):

@@ -18,13 +18,13 @@ from datapipe.batch import Batch, Intake
 from datapipe.core.config import StreamConfig
 from datapipe.core.randomness import Ints
 from datapipe.core.resource_limits import available_cores
-from datapipe.masking import draw_masks
 from datapipe.mixed_stream import MixedStream
 from datapipe.sampling.epoch_order import SampleOrder
 from datapipe.sampling.rank_assignment import Assignment, Share, shares
 from datapipe.stream import Stream
-from datapipe.view_spec import View, ViewSpec
-from datapipe.views import make_views
+from datapipe.views.masking import draw_masks
+from datapipe.views.render import make_views
+from datapipe.views.spec import View, ViewSpec
 
 FEWEST_ROWS = 8
 """Smallest piece of a batch that is handed to a thread."""

@@ -13,12 +13,12 @@ from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.core.errors import ConfigError
 from datapipe.core.randomness import Ints
 from datapipe.dataset.manifest import Manifest
-from datapipe.decoding import decode
-from datapipe.masking import draw_masks
 from datapipe.sampling.epoch_order import Order
 from datapipe.stream import Stream
-from datapipe.view_spec import View, ViewSpec
-from datapipe.views import make_views
+from datapipe.views.decode import decode
+from datapipe.views.masking import draw_masks
+from datapipe.views.render import make_views
+from datapipe.views.spec import View, ViewSpec
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 CROP_SIZE = 192, 96

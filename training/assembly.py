@@ -11,8 +11,8 @@ import torch
 
 from datapipe.batch import Batch
 from datapipe.core.randomness import words
-from datapipe.masking import draw_masks
-from datapipe.view_spec import ViewSpec
+from datapipe.views.masking import draw_masks
+from datapipe.views.spec import ViewSpec
 from training import methods
 from training.batch_split import Portion
 from training.engine.optimisation import group_parameters

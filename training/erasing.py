@@ -7,8 +7,8 @@ It is done on the device after normalising, because its noise goes beyond black 
 import numpy as np
 from torch import Tensor
 
-from datapipe import boxes
 from datapipe.core.randomness import draw, normal
+from datapipe.views import crop_boxes
 from training.transfer import to_device
 
 AREA = (0.02, 1 / 3)
@@ -40,8 +40,8 @@ def _rectangles(
     position: np.ndarray, size: tuple[int, ...], probability: float, seed: int
 ) -> list[tuple[int, tuple[int, int, int, int]]]:
     """(row, (top, left, height, width)) of every image that loses one."""
-    counts = {"erasing/whether": 1, "erasing/box": boxes.NUMBERS}
+    counts = {"erasing/whether": 1, "erasing/box": crop_boxes.NUMBERS}
     unit = draw(seed, counts, position.clip(min=0))
-    found = boxes.erasures(unit["erasing/box"], (size[0], size[1]), AREA, RATIO)
+    found = crop_boxes.erasures(unit["erasing/box"], (size[0], size[1]), AREA, RATIO)
     chosen = (unit["erasing/whether"][:, 0] < probability) & (position >= 0) & (found[:, 2] > 0)
     return [(int(row), tuple(found[row].tolist())) for row in np.flatnonzero(chosen)]

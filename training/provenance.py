@@ -15,7 +15,7 @@ from datapipe.core.resource_limits import available_cores
 from datapipe.data import Data
 from datapipe.preview import hide, view_sheet
 from datapipe.sampling.epoch_order import ORDER_VERSION
-from datapipe.views import make_views
+from datapipe.views.render import make_views
 from training import recipe_toml as recipes
 from training.assembly import deepspeed_json, training_views
 from training.engine.determinism import guarantee

@@ -11,7 +11,7 @@ from datapipe.core.errors import ConfigError
 from datapipe.core.randomness import Ints
 from datapipe.sampling.epoch_order import SampleOrder
 from datapipe.sampling.identity_sampler import IdentityOrder, numbered
-from datapipe.view_spec import ViewSpec
+from datapipe.views.spec import ViewSpec
 from training import methods
 from training.assembly import view_spec
 from training.batch_split import Portion, portion

@@ -6,7 +6,7 @@ from math import exp, log, sqrt
 import cv2
 import numpy as np
 
-from datapipe.decoding import decode
+from datapipe.views.decode import decode
 from tests.bench.specs import GLOBAL, ONE_RATIO, ONE_SCALE
 
 
@@ -18,7 +18,7 @@ def decoded_and_cut(data: bytes) -> np.ndarray:
 
 
 def cut(image: np.ndarray, out: np.ndarray) -> None:
-    """A random resized crop, resized as `datapipe.views` does it with "linear"."""
+    """A random resized crop, resized as `datapipe.views.render` does it with "linear"."""
     top, left, height, width = _box(*image.shape[:2])
     shrinks = height > out.shape[0] and width > out.shape[1]
     cv2.resize(image[top:top + height, left:left + width], out.shape[1::-1], dst=out,

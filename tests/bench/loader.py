@@ -16,8 +16,8 @@ from torchvision.datasets import ImageFolder
 
 from datapipe.core.config import StorageConfig
 from datapipe.dataset.manifest import Manifest
-from datapipe.decoding import decode
-from datapipe.views import make_views
+from datapipe.views.decode import decode
+from datapipe.views.render import make_views
 from tests.bench.crops import ABOUT, KINDS, Crops, crops
 from tests.bench.cut import cut, decoded_and_cut
 from tests.bench.loading import loading

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from datapipe.core.config import JitterConfig, ViewConfig
-from datapipe.view_spec import Photometric, ViewGroup, ViewSpec, multi_crop
+from datapipe.views.spec import Photometric, ViewGroup, ViewSpec, multi_crop
 
 GLOBAL, LOCAL = (256, 128), (128, 64)
 GLOBAL_SCALE, LOCAL_SCALE = (0.4, 1.0), (0.1, 0.8)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from datapipe.view_spec import ViewSpec
-from datapipe.views import make_views
+from datapipe.views.render import make_views
+from datapipe.views.spec import ViewSpec
 from tests.bench.crops import ABOUT, KINDS, crops
 from tests.bench.measure import Rates, Work, rates
 from tests.bench.reference import PassRecipe

@@ -14,11 +14,11 @@ from datapipe.core.config import JitterConfig, StorageConfig, StreamConfig, View
 from datapipe.core.errors import DataError
 from datapipe.dataset.manifest import Manifest
 from datapipe.loader import FEWEST_ROWS, Loader, rows_of_a_piece
-from datapipe.masking import MaskConfig, MaskLaw, draw_masks
 from datapipe.sampling.epoch_order import Order
 from datapipe.stream import Stream
-from datapipe.view_spec import RegionLaw, ViewSpec, multi_crop, regions
-from datapipe.views import make_views
+from datapipe.views.masking import MaskConfig, MaskLaw, draw_masks
+from datapipe.views.render import make_views
+from datapipe.views.spec import RegionLaw, ViewSpec, multi_crop, regions
 from tests.datapipe import crop_set
 from tests.datapipe.crop_set import CropSet
 

@@ -10,7 +10,7 @@ from datapipe.dataset.manifest import Manifest
 from datapipe.loader import Loader
 from datapipe.sampling.epoch_order import Order
 from datapipe.stream import Stream
-from datapipe.view_spec import Photometric, ViewGroup, ViewSpec
+from datapipe.views.spec import Photometric, ViewGroup, ViewSpec
 from tests.datapipe import crop_set
 
 ROWS, BATCH, NODES = 480, 48, (0, 0, 1, 1)

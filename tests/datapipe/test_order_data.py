@@ -17,7 +17,7 @@ from datapipe.sampling.epoch_order import Order
 from datapipe.sampling.identity_sampler import IdentityOrder
 from datapipe.select import select
 from datapipe.storage import open_store
-from datapipe.view_spec import multi_crop
+from datapipe.views.spec import multi_crop
 from tests.datapipe import crop_set
 from tests.datapipe.crop_set import CropSet
 

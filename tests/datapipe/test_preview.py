@@ -10,11 +10,11 @@ from PIL import Image
 
 from datapipe.core.config import StreamConfig, ViewConfig
 from datapipe.core.errors import ConfigError, NotFoundError
-from datapipe.masking import MaskConfig, MaskLaw, draw_masks
 from datapipe.preview import OUTLINES, contact_sheet, view_sheet
 from datapipe.sampling.epoch_order import Order
-from datapipe.view_spec import RegionLaw, multi_crop, regions
-from datapipe.views import make_views
+from datapipe.views.masking import MaskConfig, MaskLaw, draw_masks
+from datapipe.views.render import make_views
+from datapipe.views.spec import RegionLaw, multi_crop, regions
 from tests.datapipe import crop_set
 from tests.datapipe.crop_set import CropSet
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypedDict
 from torch import Tensor, nn
 
 from datapipe.core.config import ViewConfig
-from datapipe.view_spec import ViewSpec
+from datapipe.views.spec import ViewSpec
 from training.backbone import BackboneConfig, VisionTransformer
 from training.precision import Precision
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from datapipe.core.config import ViewConfig
 from datapipe.core.settings import settings
-from datapipe.view_spec import ViewSpec, multi_crop
+from datapipe.views.spec import ViewSpec, multi_crop
 from training.backbone import BackboneConfig, VisionTransformer
 from training.heads import DinoHead
 from training.methods.base import Outcome, Progress, Views

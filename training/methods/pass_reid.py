@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from datapipe.core.config import Range, ViewConfig
 from datapipe.core.settings import settings
-from datapipe.view_spec import ViewSpec, multi_crop
+from datapipe.views.spec import ViewSpec, multi_crop
 from training.backbone import BackboneConfig, VisionTransformer
 from training.heads import TokenHeads
 from training.losses import entropy

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from datapipe.core.config import Range, ViewConfig
 from datapipe.core.errors import ConfigError
 from datapipe.core.settings import settings
-from datapipe.masking import MaskConfig, MaskLaw
-from datapipe.view_spec import RegionLaw, ViewSpec, regions
+from datapipe.views.masking import MaskConfig, MaskLaw
+from datapipe.views.spec import RegionLaw, ViewSpec, regions
 from training import positions, reconstruction
 from training.backbone import BackboneConfig, VisionTransformer, keep_masks, on_device
 from training.decoders import Decoder

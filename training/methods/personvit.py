@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from datapipe.core.config import ViewConfig
 from datapipe.core.settings import settings
-from datapipe.masking import MaskConfig, MaskLaw
-from datapipe.view_spec import ViewSpec, multi_crop
+from datapipe.views.masking import MaskConfig, MaskLaw
+from datapipe.views.spec import ViewSpec, multi_crop
 from training.backbone import BackboneConfig, VisionTransformer
 from training.heads import HeadConfig, MaskedHead
 from training.losses import entropy, hidden_numbers, hidden_patch_cross_entropies, mean_over_hidden

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from datapipe.core.config import ViewConfig
 from datapipe.core.settings import settings
-from datapipe.view_spec import ViewSpec, padded
+from datapipe.views.spec import ViewSpec, padded
 from training import metric_losses, stem
 from training.backbone import BackboneConfig, VisionTransformer, keep_masks, on_device
 from training.collectives import gathered

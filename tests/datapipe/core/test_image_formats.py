@@ -14,8 +14,8 @@ from PIL import EpsImagePlugin, Image
 from datapipe.core.config import ShardConfig
 from datapipe.core.errors import DataError
 from datapipe.core.image_formats import FORMATS, is_known
-from datapipe.decoding import decode
 from datapipe.ingest.screen import Refused, screen
+from datapipe.views.decode import decode
 from tests.datapipe.sources.read_source import crops
 from training.reid.baselines import _rgb
 from training.reid.embed import _decode_with_pil

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from datapipe.core.config import ViewConfig
 from datapipe.core.errors import ConfigError
-from datapipe.masking import draw_masks
+from datapipe.views.masking import draw_masks
 from tests.ranks import run_ranks
 from tests.training.methods.batches import gradients, same_images, taken_apart
 from tests.trajectory import run_trajectory

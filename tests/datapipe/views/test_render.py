@@ -13,12 +13,12 @@ import torchvision.transforms.functional as functional
 from PIL import Image
 from scipy import stats
 
-from datapipe import boxes
 from datapipe.core.config import JitterConfig, ViewConfig
 from datapipe.core.randomness import draw
-from datapipe.decoding import decode
-from datapipe.view_spec import Photometric, ViewGroup, ViewSpec, multi_crop, padded
-from datapipe.views import make_views
+from datapipe.views import crop_boxes
+from datapipe.views.decode import decode
+from datapipe.views.render import make_views
+from datapipe.views.spec import Photometric, ViewGroup, ViewSpec, multi_crop, padded
 from tests.datapipe.crop_set import jpegs
 
 BANDS = ((0.0, 0.5),) * 3 + ((0.25, 0.75),) * 3 + ((0.5, 1.0),) * 3
@@ -43,9 +43,9 @@ def chosen(crops: list[bytes], spec: ViewSpec, seed: int, positions: np.ndarray,
     for data, position in zip(crops, positions, strict=True):
         height, width = decode(data).shape[:2]
         top, bottom = int(height * group.bands[view][0]), int(height * group.bands[view][1])
-        wanted = {f"views/plain/{view}/crop": boxes.NUMBERS, f"views/plain/{view}/flip": 1}
+        wanted = {f"views/plain/{view}/crop": crop_boxes.NUMBERS, f"views/plain/{view}/flip": 1}
         crop, flip = (unit for unit in draw(seed, wanted, np.array([position])).values())
-        box = boxes.crops(crop, np.array([bottom - top]), np.array([width]), group.scale, group.ratio)[0]
+        box = crop_boxes.crops(crop, np.array([bottom - top]), np.array([width]), group.scale, group.ratio)[0]
         found.append((int(box[0]) + top, *map(int, box[1:]), bool(flip[0, 0] < group.flip)))
     return found
 
@@ -89,8 +89,8 @@ def test_crops__follow_torchvisions_own_sampling(
     theirs = np.array([
         transforms.RandomResizedCrop.get_params(blank, list(scale), list(ratio)) for _ in range(count)
     ])
-    unit = draw(2, {"crop": boxes.NUMBERS}, np.arange(count))["crop"]
-    ours = boxes.crops(unit, np.full(count, shape[0]), np.full(count, shape[1]), scale, ratio)
+    unit = draw(2, {"crop": crop_boxes.NUMBERS}, np.arange(count))["crop"]
+    ours = crop_boxes.crops(unit, np.full(count, shape[0]), np.full(count, shape[1]), scale, ratio)
     for at, name in enumerate(("top", "left", "height", "width")):
         assert stats.ks_2samp(ours[:, at], theirs[:, at], method="asymp").pvalue > 0.001, name
     assert (ours[:, :2] + ours[:, 2:] <= np.array(shape)).all() and (ours[:, :2] >= 0).all() and (ours[:, 2:] > 0).all()
@@ -98,9 +98,9 @@ def test_crops__follow_torchvisions_own_sampling(
 
 def test_crops__fall_back_to_the_centre_as_often_as_measured() -> None:
     """A 3:1 crop with the default ratio gives up in 93 % of all cases (PASS's and DINO's setting)."""
-    unit = draw(2, {"crop": boxes.NUMBERS}, np.arange(20_000))["crop"]
+    unit = draw(2, {"crop": crop_boxes.NUMBERS}, np.arange(20_000))["crop"]
     height, width = np.full(20_000, 300), np.full(20_000, 100)
-    found = boxes.crops(unit, height, width, (0.4, 1.0), (3 / 4, 4 / 3))
+    found = crop_boxes.crops(unit, height, width, (0.4, 1.0), (3 / 4, 4 / 3))
     centre = (found == np.array([83, 0, 133, 100])).all(axis=1).mean()
     assert 0.91 < centre < 0.95
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datapipe.core.config import JitterConfig, Range, Size, ViewConfig
-from datapipe.masking import MaskLaw
+from datapipe.views.masking import MaskLaw
 
 View = NDArray[np.uint8]
 """Pixels, [H, W, 3] or a stack of these."""

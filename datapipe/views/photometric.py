@@ -13,10 +13,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from datapipe import boxes
 from datapipe.core.config import JitterConfig, Size
 from datapipe.core.randomness import Floats, to_normal
-from datapipe.view_spec import Photometric, View
+from datapipe.views import crop_boxes
+from datapipe.views.spec import Photometric, View
 
 Step = tuple[Callable[[View, Any], None], Any]
 """An operation and its argument."""
@@ -41,7 +41,7 @@ def numbers_needed(photometric: Photometric) -> dict[str, int]:
         "grey": 1 if photometric.grey else 0,
         "blur": 2 if photometric.blur else 0,
         "solarise": 1 if photometric.solarise else 0,
-        "erase": 1 + boxes.NUMBERS if photometric.erase else 0,
+        "erase": 1 + crop_boxes.NUMBERS if photometric.erase else 0,
     }
     return {operation: count for operation, count in counts.items() if count}
 
@@ -60,7 +60,7 @@ def plan(photometric: Photometric, unit: dict[str, Floats], size: Size, count: i
     if "solarise" in unit:
         _append(steps, unit["solarise"][:, 0] < photometric.solarise, solarise, [None] * count)
     if "erase" in unit:
-        areas = boxes.erasures(unit["erase"][:, 1:], size, photometric.erase_area, ERASE_RATIO)
+        areas = crop_boxes.erasures(unit["erase"][:, 1:], size, photometric.erase_area, ERASE_RATIO)
         _append(steps, unit["erase"][:, 0] < photometric.erase, erase, areas.tolist())
     return steps
 

@@ -13,7 +13,7 @@ import simplejpeg
 from PIL import Image
 
 from datapipe.core.image_formats import FORMATS
-from datapipe.view_spec import View
+from datapipe.views.spec import View
 
 ROOM_BYTES = 16 << 20
 """Decoded images that a thread holds at a time; pages that are never needed are never touched."""

@@ -13,11 +13,11 @@ import torchvision.transforms.functional as functional
 from PIL import Image, ImageFilter, ImageOps
 from scipy import stats
 
-from datapipe import boxes, photometric
 from datapipe.core.config import JitterConfig
 from datapipe.core.randomness import draw
-from datapipe.photometric import numbers_needed, plan
-from datapipe.view_spec import Photometric
+from datapipe.views import crop_boxes, photometric
+from datapipe.views.photometric import numbers_needed, plan
+from datapipe.views.spec import Photometric
 
 
 def pictures() -> list[np.ndarray]:
@@ -163,8 +163,8 @@ def test_plan__erasing_follows_torchvisions_own_sampling() -> None:
     blank = torch.zeros(3, 64, 32)
     law = blank, (0.02, 0.3), (0.3, 3.3), [0.0]
     theirs = np.array([transforms.RandomErasing.get_params(*law)[:4] for _ in range(3000)])
-    unit = draw(9, {"erase": boxes.NUMBERS}, np.arange(3000))["erase"]
-    ours = boxes.erasures(unit, (64, 32), (0.02, 0.3), photometric.ERASE_RATIO)
+    unit = draw(9, {"erase": crop_boxes.NUMBERS}, np.arange(3000))["erase"]
+    ours = crop_boxes.erasures(unit, (64, 32), (0.02, 0.3), photometric.ERASE_RATIO)
     for at, name in enumerate(("top", "left", "height", "width")):
         assert stats.ks_2samp(ours[:, at], theirs[:, at]).pvalue > 0.001, name
 

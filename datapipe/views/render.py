@@ -11,11 +11,11 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from datapipe import boxes as cuts
-from datapipe import photometric
 from datapipe.core.randomness import Floats, Ints, draw
-from datapipe.decoding import decode_runs
-from datapipe.view_spec import REDRAWS, Band, View, ViewGroup, ViewSpec
+from datapipe.views import crop_boxes as cuts
+from datapipe.views import photometric
+from datapipe.views.decode import decode_runs
+from datapipe.views.spec import REDRAWS, Band, View, ViewGroup, ViewSpec
 
 cv2.setNumThreads(0)  # the loader's threads are the parallelism; cv2's own pool would fight them
 

@@ -8,8 +8,8 @@ import pytest
 from pydantic import ValidationError
 from scipy.stats import chi2_contingency, ks_2samp
 
-from datapipe import masking
-from datapipe.masking import MaskConfig, MaskLaw, Masks, block_mask, draw_masks
+from datapipe.views import masking
+from datapipe.views.masking import MaskConfig, MaskLaw, Masks, block_mask, draw_masks
 from tests.golden import golden
 
 GRID = (16, 8)

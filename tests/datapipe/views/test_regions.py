@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datapipe import boxes as cuts
 from datapipe.core.config import ViewConfig
-from datapipe.decoding import decode
-from datapipe.masking import MaskConfig, MaskLaw
-from datapipe.view_spec import RegionLaw, ViewSpec, regions
-from datapipe.views import make_views
+from datapipe.views import crop_boxes as cuts
+from datapipe.views.decode import decode
+from datapipe.views.masking import MaskConfig, MaskLaw
+from datapipe.views.render import make_views
+from datapipe.views.spec import RegionLaw, ViewSpec, regions
 from tests.datapipe.crop_set import jpegs
 
 SIZE = (32, 16)

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from datapipe.decoding import decode, decode_runs
+from datapipe.views.decode import decode, decode_runs
 from tests.datapipe.crop_set import jpegs
 
 CROPS = list(jpegs(40))
@@ -20,7 +20,7 @@ def copies(crops: list[bytes]) -> list[np.ndarray | None]:
 def room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     largest = max(decode(crop).nbytes for crop in CROPS)
     size = {"one image at a time": largest, "few images": 3 * largest + 1, "all": 40 * largest}[request.param]
-    monkeypatch.setattr("datapipe.decoding._room.bytes", np.zeros(size, np.uint8))
+    monkeypatch.setattr("datapipe.views.decode._room.bytes", np.zeros(size, np.uint8))
     return str(request.param)
 
 

@@ -22,7 +22,6 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from datapipe.cache import default_folder
 from datapipe.core.config import RemoveConfig, StorageConfig
 from datapipe.core.errors import ConfigError, DataError, NotFoundError
 from datapipe.core.parallel import Workers
@@ -52,6 +51,7 @@ from datapipe.removal_records import (
     write_record,
 )
 from datapipe.storage import Store, open_store
+from datapipe.stream.disk_cache import default_folder
 from datapipe.successors import in_use, replace_versions
 
 COLUMNS = ["key", "source", "name", "sha256"]

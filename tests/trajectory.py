@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datapipe.batch import Batch, Intake
+from datapipe.stream.batch import Batch, Intake
 from tests.golden import golden, group
 from training.backbone import BackboneConfig
 from training.batch_split import Portion, portion

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from datapipe.batch import Batch
 from datapipe.core.randomness import words
+from datapipe.stream.batch import Batch
 from datapipe.views.masking import draw_masks
 from datapipe.views.spec import ViewSpec
 from training import methods
@@ -24,7 +24,7 @@ from training.methods.base import Method
 from training.run_config import RunConfig
 
 if TYPE_CHECKING:
-    from datapipe.preview import TrainingViews
+    from datapipe.stream.preview import TrainingViews
 
 
 def initial_method(config: RunConfig) -> tuple[Method, dict[str, Any]]:
@@ -52,7 +52,7 @@ def view_spec(config: RunConfig) -> ViewSpec:
 
 def training_views(config: RunConfig) -> "TrainingViews":
     """`view_spec` with seed and order of the stream, for `python -m datapipe preview`."""
-    from datapipe.preview import TrainingViews
+    from datapipe.stream.preview import TrainingViews
 
     return TrainingViews(view_spec(config), config.seed, config.stream.block, config.stream.window)
 

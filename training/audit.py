@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from datapipe.batch import Batch
+from datapipe.stream.batch import Batch
 from training.engine.world import World
 from training.methods.base import Method
 from training.run_folder import RunFolder

@@ -17,7 +17,7 @@ def check(config: RunConfig) -> RunPlan:
 
     Returns what it is otherwise. Raises ConfigError, DataError or StorageError.
     """
-    from datapipe.data import load_data
+    from datapipe.stream.training_data import load_data
 
     plan = plan_run(config, load_data(config.stream, config.storage))
     config = plan.config

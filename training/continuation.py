@@ -10,7 +10,7 @@ from training.run_config import RunConfig
 from training.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from datapipe.data import Data
+    from datapipe.stream.training_data import Data
 
 FREE_TO_CHANGE = ("out", "storage", "engine", "checkpoints", "cluster", "evaluation.data", "evaluation.every_epochs",
                   "evaluation.scoring.embed_batch", "optimisation.micro_batch", "backbone.checkpoint_blocks",

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from datapipe.core.errors import ConfigError, StorageError
-from datapipe.data import load_data
+from datapipe.stream.training_data import load_data
 from training import memory
 from training.batch_split import portion
 from training.checks import refuse_split, refuse_unsuited

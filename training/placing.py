@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datapipe.batch import Batch
 from datapipe.core.config import Statistics
+from datapipe.stream.batch import Batch
 from training.image_statistics import MEAN_STD
 from training.methods.base import Views
 from training.transfer import to_device

@@ -11,7 +11,7 @@ import torch
 from datapipe.core.errors import ConfigError, UserError
 from datapipe.core.process_setup import numbers_in_environment
 from datapipe.core.resource_limits import available_cores
-from datapipe.data import load_data
+from datapipe.stream.training_data import load_data
 from training import outlook
 from training.assembly import fake_batch, initial_method, make_stepper
 from training.audit import Audit

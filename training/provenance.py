@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from datapipe.core.resource_limits import available_cores
-from datapipe.data import Data
-from datapipe.preview import hide, view_sheet
 from datapipe.sampling.epoch_order import ORDER_VERSION
+from datapipe.stream.preview import hide, view_sheet
+from datapipe.stream.training_data import Data
 from datapipe.views.render import make_views
 from training import recipe_toml as recipes
 from training.assembly import deepspeed_json, training_views

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datapipe.preview import view_sheet
+from datapipe.stream.preview import view_sheet
 from training.engine.faults import RECORD
 from training.report_data import RunFiles
 from training.report_page import Pictures, Row, count, escape, soft, table

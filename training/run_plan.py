@@ -21,10 +21,10 @@ from training.methods.base import ByIdentity
 from training.run_config import RunConfig
 
 if TYPE_CHECKING:
-    from datapipe.data import Data
-    from datapipe.loader import Loader
-    from datapipe.mixed_stream import MixedStream
-    from datapipe.stream import Stream
+    from datapipe.stream.loader import Loader
+    from datapipe.stream.mixed_stream import MixedStream
+    from datapipe.stream.stream import Stream
+    from datapipe.stream.training_data import Data
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def clock_of(config: RunConfig, rows: int) -> Clock:
 
 def make_loader(plan: RunPlan, world: World) -> "Loader":
     """This rank's batches."""
-    from datapipe.loader import Loader
+    from datapipe.stream.loader import Loader
 
     config = plan.config
     stream = plan.data.stream(config.storage, config.stream)

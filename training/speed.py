@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from datapipe.batch import Intake
+from datapipe.stream.batch import Intake
 from training.engine.devices import slow_precision
 from training.engine.world import World
 from training.late_reduce import LateReduce

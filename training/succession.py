@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from datapipe.batch import Batch
-from datapipe.data import Data
-from datapipe.loader import Loader
+from datapipe.stream.batch import Batch
+from datapipe.stream.loader import Loader
+from datapipe.stream.training_data import Data
 from training.checkpoint import Checkpoints
 from training.engine.world import World
 from training.provenance import environment

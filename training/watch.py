@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import psutil
 
-from datapipe.batch import Batch
+from datapipe.stream.batch import Batch
 from training.engine.pace import Pace, Share
 from training.engine.stepper import Result
 from training.engine.world import World

@@ -99,7 +99,7 @@ class PreviewCommand:
 def preview(arguments: list[str]) -> int:
     """Draw a contact sheet of crops and of the views that training will see of them."""
     chosen = parse(PreviewCommand, arguments, "preview")
-    from datapipe.preview import TrainingViews, contact_sheet
+    from datapipe.stream.preview import TrainingViews, contact_sheet
 
     if chosen.views is None:
         with unwinding():

@@ -6,9 +6,9 @@ from typing import Any
 
 from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.dataset.manifest import Manifest
-from datapipe.loader import Loader
 from datapipe.sampling.epoch_order import Order
-from datapipe.stream import Stream
+from datapipe.stream.loader import Loader
+from datapipe.stream.stream import Stream
 from tests.bench.measure import Work
 from tests.bench.scale import Scale
 from tests.bench.specs import one_view

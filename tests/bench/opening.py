@@ -25,10 +25,10 @@ OPEN = """
 import resource, sys, time
 import torch
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-import datapipe.loader
+import datapipe.stream.loader
 from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.dataset.manifest import Manifest
-from datapipe.stream import Stream
+from datapipe.stream.stream import Stream
 began, cpu = time.monotonic(), time.process_time()
 stream = Stream(Manifest.load(sys.argv[1]), StorageConfig(), StreamConfig())
 print(time.monotonic() - began, time.process_time() - cpu,

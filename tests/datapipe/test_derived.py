@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from datapipe import remove as removal
-from datapipe.cache import DiskCache
 from datapipe.commands.maintain import remove as command
 from datapipe.core.config import RemoveConfig, ShardConfig, StorageConfig, StreamConfig
 from datapipe.core.errors import DataError, StorageError
@@ -19,7 +18,8 @@ from datapipe.ingest.pipeline import ingest
 from datapipe.remove import remove
 from datapipe.storage import open_store
 from datapipe.storage.local import LocalStore
-from datapipe.stream import Stream
+from datapipe.stream.disk_cache import DiskCache
+from datapipe.stream.stream import Stream
 from tests.conftest import S3Server
 
 STORAGE = StorageConfig()

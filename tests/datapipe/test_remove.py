@@ -22,7 +22,7 @@ from datapipe.ingest.pipeline import ingest
 from datapipe.remove import remove
 from datapipe.select import select
 from datapipe.storage import open_store
-from datapipe.stream import Stream
+from datapipe.stream.stream import Stream
 from tests.conftest import S3Server
 
 STORAGE = StorageConfig()

@@ -18,7 +18,7 @@ from datapipe.expression import Expression
 from datapipe.ingest.pipeline import ingest
 from datapipe.select import first_of_each, select
 from datapipe.storage import open_store
-from datapipe.stream import Stream
+from datapipe.stream.stream import Stream
 from tests.conftest import S3Server
 
 STORAGE = StorageConfig()

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 import training.placing
-from datapipe.batch import Batch
+from datapipe.stream.batch import Batch
 from tests.flow.pause import HOOK
 from training.methods.base import Views
 

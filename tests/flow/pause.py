@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import training.audit
-from datapipe.batch import Batch
+from datapipe.stream.batch import Batch
 from tests.golden import ROOT
 
 HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"

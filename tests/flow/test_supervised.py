@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError, DataError, NotFoundError
-from datapipe.data import load_data
+from datapipe.stream.training_data import load_data
 from tests.flow import tiny
 from tests.ranks import run_ranks
 from tests.training.reid.people import market

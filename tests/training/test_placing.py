@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from datapipe.batch import Batch
+from datapipe.stream.batch import Batch
 from tests.training.tiny_recipe import tiny
 from training.assembly import fake_batch, view_spec
 from training.batch_split import portion

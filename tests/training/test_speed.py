@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from datapipe.batch import Intake
 from datapipe.core.progress import duration
+from datapipe.stream.batch import Intake
 from tests.ranks import run_ranks
 from training import speed
 from training.engine.world import World

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from datapipe.batch import Batch, Intake
 from datapipe.core.config import RemoveConfig, StorageConfig, StreamConfig
-from datapipe.data import load_data
 from datapipe.dataset.manifest import Manifest
-from datapipe.loader import Loader
 from datapipe.remove import remove
 from datapipe.sampling.epoch_order import Order
 from datapipe.storage import open_store
+from datapipe.stream.batch import Batch, Intake
+from datapipe.stream.loader import Loader
+from datapipe.stream.training_data import load_data
 from tests.bench.specs import one_view
 from tests.flow.tiny import shards
 from tests.training.checkpoint.toy import ABOUT, make_checkpoints

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from datapipe.batch import Batch
 from datapipe.core.errors import DataError
+from datapipe.stream.batch import Batch
 from training.engine.stepper import Result
 from training.engine.world import World
 from training.methods.base import Progress

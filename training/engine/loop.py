@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from datapipe.batch import Batch, Intake
+from datapipe.stream.batch import Batch, Intake
 from training import ema
 from training.checkpoint import Checkpoints
 from training.engine.clock import Clock
@@ -20,7 +20,7 @@ from training.speed import Tally
 
 
 class Source(Protocol):
-    """Where batches come from: a `datapipe.loader.Loader`, or fixed batches in a test."""
+    """Where batches come from: a `datapipe.stream.loader.Loader`, or fixed batches in a test."""
 
     @property
     def intake(self) -> Intake:

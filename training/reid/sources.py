@@ -16,9 +16,9 @@ from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.core.progress import QUIET_S, Progress
 from datapipe.dataset.manifest import Manifest, manifest_files
-from datapipe.reading import Opened, open_manifest
 from datapipe.sources.base import UNKNOWN
 from datapipe.storage import Store, open_store
+from datapipe.stream.open_manifest import Opened, open_manifest
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 READS = 16

@@ -8,8 +8,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from datapipe.batch import Batch, Intake
 from datapipe.storage import Store
+from datapipe.stream.batch import Batch, Intake
 from training.assembly import fake_batch, make_stepper, view_spec
 from training.batch_split import portion
 from training.checkpoint import Checkpoints
@@ -53,7 +53,7 @@ class Noise:
         self._made: Callable[[int], Batch] = lru_cache(maxsize=DISTINCT)(self._make)
 
     def after(self, position: int, until: int) -> Iterator[Batch]:
-        """Batches from there on, as `datapipe.loader.Loader.after` gives them."""
+        """Batches from there on, as `datapipe.stream.loader.Loader.after` gives them."""
         size = self._config.optimisation.batch
         for start in range(position, until, size):
             places = np.arange(start, start + size)

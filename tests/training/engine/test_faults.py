@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import training.pretrain
-from datapipe.batch import Batch
 from datapipe.core.errors import DataError
+from datapipe.stream.batch import Batch
 from tests.flow.tiny import final_state, recipe, shards
 from tests.ranks import run_ranks
 from training import recipe_toml as recipes

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import training.pretrain
-from datapipe.batch import Batch
 from datapipe.core.errors import ConfigError
 from datapipe.storage import open_store
+from datapipe.stream.batch import Batch
 from tests.flow.tiny import StoppingHost, audited, command, final_state, finished, recipe, shards
 from tests.ranks import run_ranks
 from training import checkpoint

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datapipe.batch import Batch
+from datapipe.stream.batch import Batch
 from tests.ranks import run_ranks
 from tests.trajectory import FixedBatches, NoFaults
 from training.backbone import BackboneConfig, keep_masks

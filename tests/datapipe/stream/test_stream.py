@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
-from datapipe.cache_memory import MemoryCache
 from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.core.errors import DataError
 from datapipe.dataset.manifest import Manifest
 from datapipe.storage import open_store
-from datapipe.stream import Stream
+from datapipe.stream.memory_cache import MemoryCache
+from datapipe.stream.stream import Stream
 from tests.datapipe import crop_set
 from tests.datapipe.crop_set import CropSet
 

@@ -11,12 +11,12 @@ import numpy as np
 from xxhash import xxh3_64_hexdigest as xxh3_hex
 from xxhash import xxh3_64_intdigest as xxh3
 
-from datapipe.cache import Part
 from datapipe.core.errors import DataError, NotFoundError, UserError
 from datapipe.core.randomness import Ints, UInts
 from datapipe.dataset.index import Shard
 from datapipe.storage import Store
 from datapipe.storage.local import OpenFilesStore
+from datapipe.stream.disk_cache import Part
 
 GAP_BYTES = 16 << 10
 """Unwanted bytes between two crops that are cheaper to read along than to ask for separately."""

@@ -14,7 +14,7 @@ from datapipe.core.errors import ConfigError
 from datapipe.core.randomness import Ints
 from datapipe.dataset.manifest import Manifest
 from datapipe.sampling.epoch_order import Order
-from datapipe.stream import Stream
+from datapipe.stream.stream import Stream
 from datapipe.views.decode import decode
 from datapipe.views.masking import draw_masks
 from datapipe.views.render import make_views

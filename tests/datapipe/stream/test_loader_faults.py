@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datapipe.batch import Batch
 from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.dataset.manifest import Manifest
-from datapipe.loader import Loader
 from datapipe.sampling.epoch_order import Order
-from datapipe.stream import Stream
+from datapipe.stream.batch import Batch
+from datapipe.stream.loader import Loader
+from datapipe.stream.stream import Stream
 from tests.bench.specs import one_view
 from tests.datapipe import crop_set
 from tests.datapipe.crop_set import CropSet

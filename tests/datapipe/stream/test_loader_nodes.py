@@ -7,9 +7,9 @@ import pytest
 
 from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.dataset.manifest import Manifest
-from datapipe.loader import Loader
 from datapipe.sampling.epoch_order import Order
-from datapipe.stream import Stream
+from datapipe.stream.loader import Loader
+from datapipe.stream.stream import Stream
 from datapipe.views.spec import Photometric, ViewGroup, ViewSpec
 from tests.datapipe import crop_set
 

@@ -9,10 +9,10 @@ from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.core.errors import ConfigError, DataError
 from datapipe.core.randomness import words
 from datapipe.dataset.manifest import Manifest
-from datapipe.mixed_stream import MixedStream
 from datapipe.sampling.epoch_order import Order, SampleOrder
 from datapipe.sampling.mixture import MixedOrder, whole_weights
-from datapipe.stream import Stream
+from datapipe.stream.mixed_stream import MixedStream
+from datapipe.stream.stream import Stream
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 
 from datapipe.core.randomness import Ints
 from datapipe.dataset.manifest import Manifest
-from datapipe.stream import Fetched, Stream
+from datapipe.stream.stream import Fetched, Stream
 
 LABELS_APART = 1 << 32
 """Between labels of one data set and of the next, so that no identity or camera has a label of another data set."""

@@ -8,15 +8,15 @@ import pytest
 
 from datapipe.core.config import SelectConfig, ShardConfig, StorageConfig, StreamConfig, ViewConfig
 from datapipe.core.errors import ConfigError, DataError
-from datapipe.data import Data, load_data
 from datapipe.dataset.manifest import Manifest
 from datapipe.ingest.pipeline import ingest
-from datapipe.loader import Loader
-from datapipe.mixed_stream import LABELS_APART, MixedStream
 from datapipe.sampling.epoch_order import Order
 from datapipe.sampling.identity_sampler import IdentityOrder
 from datapipe.select import select
 from datapipe.storage import open_store
+from datapipe.stream.loader import Loader
+from datapipe.stream.mixed_stream import LABELS_APART, MixedStream
+from datapipe.stream.training_data import Data, load_data
 from datapipe.views.spec import multi_crop
 from tests.datapipe import crop_set
 from tests.datapipe.crop_set import CropSet

@@ -3,15 +3,15 @@
 import logging
 from typing import NamedTuple
 
-from datapipe.blocks import BlockReader, Cache, Places
-from datapipe.cache import DiskCache, default_folder
-from datapipe.cache_memory import MemoryCache
 from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.core.errors import StorageError
 from datapipe.core.randomness import Ints
 from datapipe.dataset.manifest import ORDINAL, Manifest
 from datapipe.storage import Store, is_remote, open_store
 from datapipe.storage.local import OpenFilesStore
+from datapipe.stream.block_reader import BlockReader, Cache, Places
+from datapipe.stream.disk_cache import DiskCache, default_folder
+from datapipe.stream.memory_cache import MemoryCache
 
 log = logging.getLogger(__name__)
 

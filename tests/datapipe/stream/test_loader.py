@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datapipe.batch import Batch, Intake
 from datapipe.core.config import JitterConfig, StorageConfig, StreamConfig, ViewConfig
 from datapipe.core.errors import DataError
 from datapipe.dataset.manifest import Manifest
-from datapipe.loader import FEWEST_ROWS, Loader, rows_of_a_piece
 from datapipe.sampling.epoch_order import Order
-from datapipe.stream import Stream
+from datapipe.stream.batch import Batch, Intake
+from datapipe.stream.loader import FEWEST_ROWS, Loader, rows_of_a_piece
+from datapipe.stream.stream import Stream
 from datapipe.views.masking import MaskConfig, MaskLaw, draw_masks
 from datapipe.views.render import make_views
 from datapipe.views.spec import RegionLaw, ViewSpec, multi_crop, regions
@@ -304,7 +304,7 @@ def test_loader__refuses_what_cannot_be(crops: CropSet) -> None:
 def test_threads__divide_the_cores_among_the_ranks_of_a_machine(
     crops: CropSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("datapipe.loader.available_cores", lambda: 8)
+    monkeypatch.setattr("datapipe.stream.loader.available_cores", lambda: 8)
     shared = StreamConfig(block=5, window=3)
     for ranks, expected in ((1, 8), (2, 4), (16, 1)):
         with loader(crops, config=shared, ranks_here=ranks) as running:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from threading import Lock
 
-from datapipe.cache import Part
+from datapipe.stream.disk_cache import Part
 
 
 class MemoryCache:

@@ -11,14 +11,14 @@ from threading import Barrier, Event
 import numpy as np
 import pytest
 
-from datapipe import cache as caches
-from datapipe.cache import DiskCache
-from datapipe.cache_memory import MemoryCache
 from datapipe.core.config import RemoveConfig, StorageConfig, StreamConfig
 from datapipe.core.errors import DataError, StorageError
 from datapipe.dataset.manifest import Manifest
 from datapipe.remove import remove
-from datapipe.stream import Stream
+from datapipe.stream import disk_cache as caches
+from datapipe.stream.disk_cache import DiskCache
+from datapipe.stream.memory_cache import MemoryCache
+from datapipe.stream.stream import Stream
 from tests.conftest import S3Server
 from tests.datapipe import crop_set
 from tests.datapipe.crop_set import CropSet
@@ -276,7 +276,7 @@ import sys
 import numpy as np
 from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.dataset.manifest import Manifest
-from datapipe.stream import Stream
+from datapipe.stream.stream import Stream
 url, folder, gigabytes, seed, rounds = sys.argv[1:]
 config = StreamConfig(block=5, window=1, cache_mb=0, cache_dir=folder, cache_gb=float(gigabytes), reads=3)
 source = Stream(Manifest.load(url), StorageConfig(), config)
@@ -291,7 +291,7 @@ source.close()
 HOLDER = """
 import sys
 from pathlib import Path
-from datapipe.cache import DiskCache
+from datapipe.stream.disk_cache import DiskCache
 cache = DiskCache(sys.argv[1], 1000)
 with cache._turn("key"), cache._alone() as lock:
     cache._make_room(lock, 500)

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from datapipe.batch import Batch, Intake
 from datapipe.core.config import StreamConfig
 from datapipe.core.randomness import Ints
 from datapipe.core.resource_limits import available_cores
-from datapipe.mixed_stream import MixedStream
 from datapipe.sampling.epoch_order import SampleOrder
 from datapipe.sampling.rank_assignment import Assignment, Share, shares
-from datapipe.stream import Stream
+from datapipe.stream.batch import Batch, Intake
+from datapipe.stream.mixed_stream import MixedStream
+from datapipe.stream.stream import Stream
 from datapipe.views.masking import draw_masks
 from datapipe.views.render import make_views
 from datapipe.views.spec import View, ViewSpec

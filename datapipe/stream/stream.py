@@ -12,13 +12,13 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from datapipe.blocks import BlockReader, MissingShardError
 from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.core.errors import DataError
 from datapipe.core.randomness import Ints
 from datapipe.dataset.manifest import Manifest
-from datapipe.reading import Opened, open_manifest
 from datapipe.storage import open_store
+from datapipe.stream.block_reader import BlockReader, MissingShardError
+from datapipe.stream.open_manifest import Opened, open_manifest
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from datapipe.core.config import StreamConfig, ViewConfig
 from datapipe.core.errors import ConfigError, NotFoundError
-from datapipe.preview import OUTLINES, contact_sheet, view_sheet
 from datapipe.sampling.epoch_order import Order
+from datapipe.stream.preview import OUTLINES, contact_sheet, view_sheet
 from datapipe.views.masking import MaskConfig, MaskLaw, draw_masks
 from datapipe.views.render import make_views
 from datapipe.views.spec import RegionLaw, multi_crop, regions

@@ -1,0 +1,1 @@
+"""Samples of data sets become batches: block reads, caches, substitutes, the loader, the contact sheet."""

@@ -7,8 +7,8 @@ import pandas  # noqa: F401  (pyarrow imports it, and the next one, at the first
 import pyarrow.dataset  # noqa: F401
 import pytest  # noqa: F401
 
-import datapipe.remove
-import datapipe.reshard
+import datapipe.maintain.remove
+import datapipe.maintain.reshard
 import datapipe.sources.archive
 import datapipe.sources.lmdb
 import datapipe.sources.video  # noqa: F401

@@ -40,7 +40,7 @@ def verify(arguments: list[str]) -> int:
     from datapipe.dataset.verify import verify as check
 
     if chosen.repair:
-        from datapipe.repair import repair
+        from datapipe.maintain.repair import repair
 
         with unwinding(GOES_ON):
             repaired = repair(chosen.url, chosen.storage, workers=chosen.workers)

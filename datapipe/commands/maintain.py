@@ -25,7 +25,7 @@ class SelectCommand:
 def select(arguments: list[str]) -> int:
     """Make a new version of a data set with some of its crops; no tar is written."""
     chosen = parse(SelectCommand, arguments, "select")
-    from datapipe.select import select as choose
+    from datapipe.maintain.select import select as choose
 
     with unwinding():
         done = choose(chosen.url, chosen.config, chosen.storage)
@@ -54,7 +54,7 @@ class ReshardCommand:
 def reshard(arguments: list[str]) -> int:
     """Merge data sets, or cut one into other shards; no image is decoded. Goes on where a killed run stopped."""
     chosen = parse(ReshardCommand, arguments, "reshard")
-    from datapipe.reshard import reshard as rewrite
+    from datapipe.maintain.reshard import reshard as rewrite
 
     with unwinding(GOES_ON):
         done = rewrite(chosen.urls, chosen.out, chosen.config, chosen.storage, licence=chosen.licence)
@@ -81,7 +81,7 @@ class RemoveCommand:
 def remove(arguments: list[str]) -> int:
     """Take crops out of all versions of a data set and out of its stored bytes, for good."""
     chosen = parse(RemoveCommand, arguments, "remove")
-    from datapipe.remove import remove as take_out
+    from datapipe.maintain.remove import remove as take_out
 
     with unwinding(GOES_ON):
         done = take_out(chosen.url, chosen.config, chosen.storage)

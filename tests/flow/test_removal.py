@@ -9,7 +9,7 @@ import pytest
 
 from datapipe.core.config import RemoveConfig, StorageConfig
 from datapipe.dataset.manifest import Manifest
-from datapipe.remove import remove
+from datapipe.maintain.remove import remove
 from datapipe.sampling.epoch_order import Order
 from tests.flow.tiny import audited, recipe, shards
 from training import recipe_toml as recipes

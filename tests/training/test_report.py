@@ -13,7 +13,7 @@ import pytest
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
-from datapipe.derived import clear, look
+from datapipe.maintain.derived_copies import clear, look
 from datapipe.storage import open_store
 from tests.conftest import S3Server
 from tests.training.fake_run import ATTEMPTS, MODEL, fake_run, picture, record, write_metrics, write_scores

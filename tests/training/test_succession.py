@@ -7,7 +7,7 @@ import pytest
 
 from datapipe.core.config import RemoveConfig, StorageConfig, StreamConfig
 from datapipe.dataset.manifest import Manifest
-from datapipe.remove import remove
+from datapipe.maintain.remove import remove
 from datapipe.sampling.epoch_order import Order
 from datapipe.storage import open_store
 from datapipe.stream.batch import Batch, Intake

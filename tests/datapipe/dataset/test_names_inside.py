@@ -21,8 +21,8 @@ from datapipe.dataset.index import Shard, read_index
 from datapipe.dataset.manifest import Manifest
 from datapipe.dataset.verify import verify as check
 from datapipe.ingest.pipeline import ingest
-from datapipe.remove import remove
-from datapipe.repair import repair
+from datapipe.maintain.remove import remove
+from datapipe.maintain.repair import repair
 from datapipe.storage import open_store, unsafe
 from datapipe.storage.local import OpenFilesStore
 from tests.conftest import S3Server

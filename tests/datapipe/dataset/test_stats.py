@@ -14,8 +14,8 @@ from datapipe.core.config import RemoveConfig, SelectConfig, ShardConfig, Storag
 from datapipe.dataset.manifest import Manifest
 from datapipe.dataset.stats import as_text, statistics
 from datapipe.ingest.pipeline import ingest
-from datapipe.remove import remove
-from datapipe.select import select
+from datapipe.maintain.remove import remove
+from datapipe.maintain.select import select
 
 STORAGE = StorageConfig()
 

@@ -14,7 +14,7 @@ import pytest
 from datapipe.core.config import RemoveConfig, StorageConfig, StreamConfig
 from datapipe.core.errors import DataError, StorageError
 from datapipe.dataset.manifest import Manifest
-from datapipe.remove import remove
+from datapipe.maintain.remove import remove
 from datapipe.stream import disk_cache as caches
 from datapipe.stream.disk_cache import DiskCache
 from datapipe.stream.memory_cache import MemoryCache

@@ -10,7 +10,7 @@ import pytest
 from datapipe.core.config import RemoveConfig, StorageConfig, StreamConfig
 from datapipe.core.errors import DataError
 from datapipe.dataset.manifest import Manifest
-from datapipe.remove import remove
+from datapipe.maintain.remove import remove
 from datapipe.stream.stream import Stream
 from tests.datapipe import crop_set
 from tests.datapipe.crop_set import CropSet

@@ -10,9 +10,9 @@ from datapipe.core.config import SelectConfig, ShardConfig, StorageConfig, Strea
 from datapipe.core.errors import ConfigError, DataError
 from datapipe.dataset.manifest import Manifest
 from datapipe.ingest.pipeline import ingest
+from datapipe.maintain.select import select
 from datapipe.sampling.epoch_order import Order
 from datapipe.sampling.identity_sampler import IdentityOrder
-from datapipe.select import select
 from datapipe.storage import open_store
 from datapipe.stream.loader import Loader
 from datapipe.stream.mixed_stream import LABELS_APART, MixedStream

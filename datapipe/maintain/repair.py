@@ -18,11 +18,11 @@ from datapipe.core.errors import ConfigError, DataError, NotFoundError
 from datapipe.core.parallel import Workers
 from datapipe.dataset.index import Shard, read_index
 from datapipe.dataset.manifest import Manifest
-from datapipe.rebuild import members, rebuild
-from datapipe.removal_records import RECORDS, exclusive_change, finish, refuse_links, unfinished, write_record
-from datapipe.rewrite import stand_in
+from datapipe.maintain.rebuild_index import members, rebuild
+from datapipe.maintain.removal_records import RECORDS, exclusive_change, finish, refuse_links, unfinished, write_record
+from datapipe.maintain.replace_versions import in_use, replace_versions
+from datapipe.maintain.rewrite_shards import stand_in
 from datapipe.storage import Store, open_store
-from datapipe.successors import in_use, replace_versions
 
 
 class Diagnosis(NamedTuple):

@@ -20,7 +20,7 @@ from datapipe.dataset.index import INDEX, KEY, MARKS, Shard, content_words, read
 from datapipe.dataset.perceptual_hash import difference_hash
 from datapipe.ingest.shard_plan import Within, hot_columns
 from datapipe.ingest.shard_writer import TAR_BYTES, TAR_SHA256, build_index
-from datapipe.rewrite import with_index
+from datapipe.maintain.rewrite_shards import with_index
 from datapipe.storage import Store
 
 UNKNOWN = {"source": "", "name": "", "pid": -1, "camera": -1, "video": "", "track": -1, "frame": -1}

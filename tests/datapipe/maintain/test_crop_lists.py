@@ -14,7 +14,7 @@ import pytest
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
-from datapipe.listed import By, look_up, read_list, refuse_ambiguous, refuse_missing
+from datapipe.maintain.crop_lists import By, look_up, read_list, refuse_ambiguous, refuse_missing
 
 STORAGE = StorageConfig()
 NAMES = ["0001_c1.jpg", "é/0002.jpg", "日本.jpg"]

@@ -13,7 +13,7 @@ import pyarrow.compute
 
 from datapipe.core.errors import DataError
 from datapipe.dataset.index import whole_column
-from datapipe.read_list import By, is_remark, read_list
+from datapipe.maintain.read_list import By, is_remark, read_list
 
 __all__ = ["By", "Found", "look_up", "read_list", "refuse_ambiguous", "refuse_missing"]
 

@@ -17,10 +17,10 @@ from datapipe.core.errors import ConfigError, DataError, StorageError
 from datapipe.dataset.index import INDEX
 from datapipe.dataset.manifest import Manifest
 from datapipe.dataset.verify import verify
-from datapipe.heirs import relink_duplicates
 from datapipe.ingest.pipeline import ingest
-from datapipe.remove import remove
-from datapipe.select import select
+from datapipe.maintain.relink_duplicates import relink_duplicates
+from datapipe.maintain.remove import remove
+from datapipe.maintain.select import select
 from datapipe.storage import open_store
 from datapipe.stream.stream import Stream
 from tests.conftest import S3Server
@@ -260,7 +260,7 @@ def test_remove__keeps_another_removal_away_until_it_has_ended(folder: Path, mon
         raise StorageError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("datapipe.remove.write_record", broken)
+        patch.setattr("datapipe.maintain.remove.write_record", broken)
         with pytest.raises(StorageError, match="full"):
             remove(str(folder), RemoveConfig(source="c", workers=1), STORAGE)
     with pytest.raises(DataError, match="another removal or repair was begun"):

@@ -14,8 +14,8 @@ from datapipe.core.parallel import Workers
 from datapipe.core.progress import Progress
 from datapipe.dataset.index import MARKS, RowMarks, Shard
 from datapipe.dataset.manifest import ORDINAL, Manifest
-from datapipe.heirs import relink_duplicates
-from datapipe.rewrite import Change, rewrite, stand_in
+from datapipe.maintain.relink_duplicates import relink_duplicates
+from datapipe.maintain.rewrite_shards import Change, rewrite, stand_in
 from datapipe.storage import Store
 
 Shards = tuple[Shard, ...]

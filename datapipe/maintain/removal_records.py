@@ -15,8 +15,8 @@ import pyarrow
 
 from datapipe.core.errors import DataError, UserError
 from datapipe.dataset.manifest import Manifest
+from datapipe.maintain.replace_versions import in_use
 from datapipe.storage import Store, unsafe
-from datapipe.successors import in_use
 
 RECORDS, CLAIM = "removals/", "removals/begun-"
 REWRITTEN = re.compile(r"shards/[0-9a-f]{32}\.(tar|parquet)")

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datapipe import remove as removal
 from datapipe.commands.maintain import remove as command
 from datapipe.core.config import RemoveConfig, ShardConfig, StorageConfig, StreamConfig
 from datapipe.core.errors import DataError, StorageError
 from datapipe.dataset.manifest import Manifest
 from datapipe.ingest.pipeline import ingest
-from datapipe.remove import remove
+from datapipe.maintain import remove as removal
+from datapipe.maintain.remove import remove
 from datapipe.storage import open_store
 from datapipe.storage.local import LocalStore
 from datapipe.stream.disk_cache import DiskCache

@@ -16,9 +16,9 @@ from datapipe.dataset.index import INDEX
 from datapipe.dataset.manifest import Manifest
 from datapipe.dataset.verify import verify
 from datapipe.ingest.pipeline import ingest
-from datapipe.remove import remove
-from datapipe.reshard import reshard
-from datapipe.select import select
+from datapipe.maintain.remove import remove
+from datapipe.maintain.reshard import reshard
+from datapipe.maintain.select import select
 from tests.conftest import S3Server
 from tests.datapipe.core.test_cli import contents
 

@@ -9,9 +9,9 @@ import pytest
 from datapipe.core.config import RemoveConfig, ReshardConfig, SelectConfig, ShardConfig, StorageConfig
 from datapipe.dataset.manifest import Manifest
 from datapipe.ingest.pipeline import ingest
-from datapipe.remove import remove
-from datapipe.reshard import reshard
-from datapipe.select import select
+from datapipe.maintain.remove import remove
+from datapipe.maintain.reshard import reshard
+from datapipe.maintain.select import select
 from tests.conftest import S3Server
 from tests.killing import Job, kill_evenly, local_objects, s3_objects
 

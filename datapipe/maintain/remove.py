@@ -28,10 +28,9 @@ from datapipe.core.parallel import Workers
 from datapipe.dataset.manifest import Manifest
 from datapipe.dataset.quarantine import NAME as QUARANTINE
 from datapipe.dataset.quarantine import REFUSED, write_quarantine
-from datapipe.derived import Cleared, Place, clear, look
 from datapipe.ingest.shard_plan import sample_key
 from datapipe.ingest.spool import spool_of
-from datapipe.listed import (
+from datapipe.maintain.crop_lists import (
     EXAMPLES,
     By,
     Found,
@@ -41,7 +40,8 @@ from datapipe.listed import (
     refuse_ambiguous,
     refuse_missing,
 )
-from datapipe.removal_records import (
+from datapipe.maintain.derived_copies import Cleared, Place, clear, look
+from datapipe.maintain.removal_records import (
     RECORDS,
     exclusive_change,
     finish,
@@ -50,9 +50,9 @@ from datapipe.removal_records import (
     replaced_versions,
     write_record,
 )
+from datapipe.maintain.replace_versions import in_use, replace_versions
 from datapipe.storage import Store, open_store
 from datapipe.stream.disk_cache import default_folder
-from datapipe.successors import in_use, replace_versions
 
 COLUMNS = ["key", "source", "name", "sha256"]
 

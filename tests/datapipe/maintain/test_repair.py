@@ -15,8 +15,8 @@ from datapipe.dataset.index import INDEX
 from datapipe.dataset.manifest import Manifest
 from datapipe.dataset.verify import verify
 from datapipe.ingest.pipeline import ingest
-from datapipe.remove import remove
-from datapipe.repair import Repaired, repair
+from datapipe.maintain.remove import remove
+from datapipe.maintain.repair import Repaired, repair
 
 STORAGE = StorageConfig()
 

@@ -1,0 +1,1 @@
+"""Changes to a finished data set: select, reshard, remove, repair."""

@@ -85,7 +85,7 @@ class SynthCommand:
 def synth(arguments: list[str]) -> int:
     """Render pedestrians as a Market-1501-style folder, for demos and tests."""
     chosen = parse(SynthCommand, arguments, "synth")
-    from datapipe.synth import render
+    from datapipe.synth.market_folder import render
 
     with unwinding(GOES_ON):
         render(chosen.out, chosen.config)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from datapipe.core.config import SynthConfig
-from datapipe.synth import TRAIN, render
+from datapipe.synth.market_folder import TRAIN, render
 from tests.flow.tiny import shards, step_records
 from training import health
 from training import recipe_toml as recipes

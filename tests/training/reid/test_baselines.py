@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from datapipe.core.config import SynthConfig
 from datapipe.core.errors import DataError
-from datapipe.synth_scenes import Shot, crop
+from datapipe.synth.scene import Shot, crop
 from training.reid.baselines import BINS, STRIPES, colour_histogram
 
 

@@ -20,7 +20,7 @@ from datapipe.core.config import SynthConfig
 from datapipe.core.errors import ConfigError, DataError, StorageError
 from datapipe.core.parallel import Workers
 from datapipe.core.resource_limits import available_cores
-from datapipe.synth_scenes import Shot, crop
+from datapipe.synth.scene import Shot, crop
 
 TRAIN, GALLERY, QUERY = "bounding_box_train", "bounding_box_test", "query"
 FINISHED, UNFINISHED = "synth.json", "synth.unfinished.json"

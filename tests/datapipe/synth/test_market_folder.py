@@ -15,10 +15,10 @@ import pytest
 
 from datapipe.core.config import SynthConfig
 from datapipe.core.errors import ConfigError, DataError
-from datapipe.synth import FINISHED, GALLERY, QUERY, TRAIN, UNFINISHED, render
-from datapipe.synth_scenes import Shot, crop, person
+from datapipe.synth.market_folder import FINISHED, GALLERY, QUERY, TRAIN, UNFINISHED, render
+from datapipe.synth.scene import Shot, crop, person
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SMALL = {"train_identities": 3, "test_identities": 4, "cameras": 3, "images": 3, "workers": 1}
 NAME = re.compile(r"(\d{4})_c(\d)s1_(\d{6})_00\.jpg")
 LUMINANCE_TABLE_START = 16  # first step of the standard luminance table at quality 50
@@ -120,7 +120,7 @@ def test_render__an_interrupted_run_is_completed_and_nothing_is_rendered_twice(f
 KILLED = """
 from pathlib import Path
 from datapipe.core.config import SynthConfig
-from datapipe.synth import render
+from datapipe.synth.market_folder import render
 render(Path({out!r}), SynthConfig(train_identities=400, test_identities=4, cameras=3, images=3, workers=2))
 """
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from datapipe.synth_figures import Appearance, Colour, Fabric, Pixels, Pose
+from datapipe.synth.figure import Appearance, Colour, Fabric, Pixels, Pose
 
 
 @dataclass

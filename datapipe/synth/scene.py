@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datapipe.core.config import SynthConfig
-from datapipe.synth_figures import ACCENT_COLOURS, Appearance, Pixels, draw_appearance, draw_pose, rgb
-from datapipe.synth_painting import Canvas, box, ellipse, limb, paint_figure
+from datapipe.synth.figure import ACCENT_COLOURS, Appearance, Pixels, draw_appearance, draw_pose, rgb
+from datapipe.synth.painting import Canvas, box, ellipse, limb, paint_figure
 
 PERSON, CAMERA, PLACE, IMAGE = range(4)
 """What a random stream is for: the second word of its key, after the seed."""

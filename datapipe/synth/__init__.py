@@ -1,0 +1,1 @@
+"""Rendered pedestrians for the demo, tests and benches."""

@@ -26,7 +26,7 @@ from datapipe.core.progress import duration
 from datapipe.core.stop_signals import current, exit_code, receiving
 from datapipe.dataset.manifest import Manifest
 from training import recipe_toml as recipes
-from training.engine.devices import Device, choose_device
+from training.core.devices import Device, choose_device
 from training.lease import refuse_held
 from training.reid.zero_shot import COLOUR_HISTOGRAM, RANDOM
 from training.run_plan import clock_of

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from datapipe.core.errors import ConfigError
-from training.engine.devices import Device, choose_device
+from training.core.devices import Device, choose_device
 
 Kind = Literal["cpu", "cuda"]
 MONITORS = ("autoscaler/_private/monitor.py", "autoscaler/v2/monitor.py")

@@ -16,7 +16,7 @@ from datapipe.core.progress import duration
 from datapipe.core.stop_signals import at_end
 from training import checkpoint
 from training.checks import refuse_unsuited
-from training.engine.host import LocalHost
+from training.core.host import LocalHost
 from training.lease import Lease
 from training.pretrain import ran_on
 from training.run_config import RunConfig

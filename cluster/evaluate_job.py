@@ -18,7 +18,7 @@ from datapipe.storage import full_url
 from training import evaluation
 from training.commands.evaluate import EvaluateCommand as LocalCommand
 from training.commands.evaluate import conclude, fine_tuning, show, writing, zero_shot_tasks
-from training.engine.devices import Device, choose_device
+from training.core.devices import Device, choose_device
 from training.evaluation import Task
 from training.reid.supervised import RANDOM
 

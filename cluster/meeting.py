@@ -21,8 +21,8 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError
 from datapipe.core.process_setup import numbers_in_environment
 from training import last_words
-from training.engine.devices import bind
-from training.engine.launchers import forget_launchers
+from training.core.devices import bind
+from training.core.launchers import forget_launchers
 
 FAREWELL = "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"
 FAREWELL_S = 5

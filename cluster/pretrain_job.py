@@ -12,8 +12,8 @@ from datapipe.core.resource_limits import available_cores
 from datapipe.storage import full_url
 from training import outlook
 from training.checks import check, refuse_unsuited
-from training.engine.devices import choose_device
-from training.engine.host import LocalHost, exit_code
+from training.core.devices import choose_device
+from training.core.host import LocalHost, exit_code
 from training.lease import Lease, lease_on
 from training.run_config import RunConfig
 

@@ -14,10 +14,10 @@ from ray.train.v2._internal.execution.callback import WorkerCallback
 from cluster.bulletin import Place, Word
 from cluster.vigil import Pulse
 from training.cluster_config import ClusterConfig
-from training.engine.host import Doing
-from training.engine.notice import Notice
-from training.engine.whereabouts import Whereabouts
-from training.engine.world import World
+from training.core.host import Doing
+from training.core.preemption_notice import Notice
+from training.core.step_phase import Whereabouts
+from training.core.world import World
 
 POLL_S = 0.5
 """Seconds between signs of life, each of which brings back the driver's word."""

@@ -13,7 +13,7 @@ from cluster.scratch import scratch_folder
 from datapipe.core import stop_signals
 from datapipe.core.errors import ClusterError, UserError
 from datapipe.core.process_setup import misread, unread
-from training.engine.launchers import stay_on_loopback
+from training.core.launchers import stay_on_loopback
 
 OBJECT_STORE_BYTES = 200_000_000
 """Shared memory of an embedded Ray. Samples never pass through it; Ray's default of 30 % of memory is not needed."""

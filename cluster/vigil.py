@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cluster.restarts import Failure
-from training.engine.host import Doing
+from training.core.host import Doing
 
 ORDER: tuple[Doing, ...] = ("data", "forward", "backward")
 """How far in a step. From "backward" on a rank may be waiting for the others."""

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from tests.forked import call, forkserver
-from training.engine.world import World
+from training.core.world import World
 
 TIMEOUT_S = 300
 

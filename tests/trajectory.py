@@ -12,16 +12,16 @@ from datapipe.stream.batch import Batch, Intake
 from tests.golden import golden, group
 from training.backbone import BackboneConfig
 from training.batch_split import Portion, portion
+from training.core.host import LocalHost
+from training.core.world import World
 from training.engine.clock import Clock
 from training.engine.faults import Faults, describe
-from training.engine.host import LocalHost
 from training.engine.loop import Run, Segment, rehearse, train
 from training.engine.optimisation import group_parameters
 from training.engine.plain import PlainStepper
 from training.engine.settings import EngineConfig, OptimisationConfig
 from training.engine.stepper import Result, Stepper
 from training.engine.stop import Stop
-from training.engine.world import World
 from training.heads import HeadConfig
 from training.methods import build
 from training.methods.base import Method, Progress, Views

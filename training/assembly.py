@@ -15,10 +15,10 @@ from datapipe.views.masking import draw_masks
 from datapipe.views.spec import ViewSpec
 from training import methods
 from training.batch_split import Portion
+from training.core.world import World
 from training.engine.optimisation import group_parameters
 from training.engine.plain import PlainStepper
 from training.engine.stepper import Stepper
-from training.engine.world import World
 from training.initial_weights import start_from
 from training.methods.base import Method
 from training.run_config import RunConfig

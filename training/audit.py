@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from datapipe.stream.batch import Batch
-from training.engine.world import World
+from training.core.world import World
 from training.methods.base import Method
 from training.run_folder import RunFolder
 

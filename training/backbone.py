@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from datapipe.core.config import Size
 from datapipe.core.randomness import uniform
 from datapipe.core.settings import settings
+from training.core.device_copy import to_device
 from training.stem import ConvStem
-from training.transfer import to_device
 
 
 class Shape(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from datapipe.core.randomness import draw, normal
 from datapipe.views import crop_boxes
-from training.transfer import to_device
+from training.core.device_copy import to_device
 
 AREA = (0.02, 1 / 3)
 """Erased share of the image, uniform."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.precision import at_least_float32
+from training.core.precision import at_least_float32
 
 
 def cosine_to_others(features_BC: Tensor, weight_B: Tensor) -> Tensor:

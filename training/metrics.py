@@ -15,7 +15,7 @@ from typing import Any
 
 from datapipe.core.progress import duration
 from training.checkpoint import Saved
-from training.engine.host import Host
+from training.core.host import Host
 from training.engine.optimisation import StepSettings
 from training.engine.stepper import Result
 from training.health import Course

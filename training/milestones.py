@@ -17,9 +17,9 @@ import safetensors.torch
 from datapipe.core.errors import NotFoundError
 from datapipe.core.progress import telling
 from training import checkpoint, evaluation
+from training.core.host import Host
+from training.core.world import World
 from training.engine.clock import Clock
-from training.engine.host import Host
-from training.engine.world import World
 from training.evaluation import Task
 from training.methods.supervised import Supervised, to_transreid
 from training.reid.scoring import EvaluationConfig

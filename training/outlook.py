@@ -17,8 +17,8 @@ from training import activations, memory
 from training.activations import FULL, Stack, student_stacks, teacher_stack
 from training.assembly import build_method
 from training.batch_split import portion
+from training.core.world import World
 from training.engine.clock import Clock
-from training.engine.world import World
 from training.methods.supervised import SupervisedConfig
 from training.run_config import RunConfig
 

@@ -6,7 +6,7 @@ Shapes: B images, N patches (row-major) on a grid of R rows and G columns, C cha
 import torch
 from torch import Tensor
 
-from training.transfer import to_device
+from training.core.device_copy import to_device
 
 TEMPERATURE = 10_000.0
 

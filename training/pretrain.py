@@ -19,18 +19,18 @@ from training.backbone import parameter_count
 from training.checkpoint import Checkpoints
 from training.checks import check, refuse_split, refuse_unsuited
 from training.compiling import refuse_without_compiler
+from training.core.devices import slow_precision, unused_gpus
+from training.core.host import Host
+from training.core.world import World
 from training.engine.clock import Clock
 from training.engine.determinism import deterministic, guarantee
-from training.engine.devices import slow_precision, unused_gpus
 from training.engine.faults import Faults, Rewind
-from training.engine.host import Host
 from training.engine.loop import Run, Segment, rehearse, train
 from training.engine.pace import Pace
 from training.engine.pieces import Piece
 from training.engine.scaling import first_scale
 from training.engine.stepper import Stepper
 from training.engine.stop import Stop
-from training.engine.world import World
 from training.guard import Guard, Ticket
 from training.initial_weights import in_words
 from training.lease import Follower, Lease, lease_on

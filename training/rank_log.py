@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterator
 
 from datapipe.core.errors import LeaseError
-from training.engine.host import Host
-from training.engine.world import World
+from training.core.host import Host
+from training.core.world import World
 from training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from datapipe.views.spec import ViewSpec
 from training import methods
 from training.assembly import view_spec
 from training.batch_split import Portion, portion
+from training.core.world import World
 from training.engine.clock import Clock
-from training.engine.world import World
 from training.methods.base import ByIdentity
 from training.run_config import RunConfig
 

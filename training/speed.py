@@ -9,10 +9,10 @@ from typing import Literal, NamedTuple
 import torch
 
 from datapipe.stream.batch import Intake
-from training.engine.devices import slow_precision
-from training.engine.world import World
-from training.late_reduce import LateReduce
-from training.precision import Precision
+from training.core.devices import slow_precision
+from training.core.late_reduce import LateReduce
+from training.core.precision import Precision
+from training.core.world import World
 
 WARM_UP = 2
 """Steps after a start, a restore or a score that say nothing of the time left: compilation, caches, the first data."""

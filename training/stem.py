@@ -10,8 +10,8 @@ Shapes: B images, H x W pixels, C channels, N patches, V calls of a norm in one 
 import torch
 from torch import Tensor, nn
 
-from training.collectives import sum_over_ranks
-from training.precision import at_least_float32
+from training.core.collectives import sum_over_ranks
+from training.core.precision import at_least_float32
 
 CHANNELS = 64
 """Channels of all convolutions before the last."""

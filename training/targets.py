@@ -6,7 +6,7 @@ Shapes: T teacher views, B images, K prototypes.
 import torch
 from torch import Tensor, distributed
 
-from training.collectives import all_reduce
+from training.core.collectives import all_reduce
 
 
 def centred(teacher_TBK: Tensor, centre_1K: Tensor, *, temperature: float) -> Tensor:

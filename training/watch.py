@@ -9,9 +9,9 @@ from collections.abc import Callable
 import psutil
 
 from datapipe.stream.batch import Batch
+from training.core.world import World
 from training.engine.pace import Pace, Share
 from training.engine.stepper import Result
-from training.engine.world import World
 from training.methods.base import Progress
 from training.run_config import RunConfig
 from training.run_folder import RunFolder, as_json

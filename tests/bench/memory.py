@@ -21,9 +21,9 @@ from tests.ranks import run_ranks
 from training import ema
 from training.assembly import build_method, fake_batch, make_stepper, view_spec
 from training.batch_split import portion
+from training.core.world import World
 from training.engine import optimisation
 from training.engine.deepspeed import warm_up
-from training.engine.world import World
 from training.memory import calculate, census
 from training.placing import Place
 from training.recipe_toml import load

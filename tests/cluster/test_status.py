@@ -14,8 +14,8 @@ from tests.conftest import S3Server
 from tests.flow.test_resume import Pace
 from tests.flow.tiny import generated, recipe
 from training import recipe_toml as recipes
-from training.engine.host import LocalHost
-from training.engine.world import World
+from training.core.host import LocalHost
+from training.core.world import World
 from training.pretrain import pretrain
 from training.run_config import RunConfig
 from training.run_folder import RunFolder

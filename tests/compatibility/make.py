@@ -24,7 +24,7 @@ def make(folder: Path) -> None:
     jpegs = import_module("tests.datapipe.crop_set").jpegs  # modules as they are called in that version
     tiny = import_module("tests.flow.tiny")
     load, pretrain = import_module("training.config").load, import_module("training.pretrain").pretrain
-    alone = import_module("training.engine.world").World()
+    alone = import_module("training.core.world").World()
     (folder / "crops").mkdir(parents=True)
     for row, data in enumerate(jpegs(CROPS)):
         (folder / "crops" / f"{row // 2:04d}_c{row % 2 + 1}s1_{row:06d}_00.jpg").write_bytes(data)

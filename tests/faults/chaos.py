@@ -20,8 +20,8 @@ from tests.faults.scene import BUCKET, Scene, machines, object_store
 from tests.flow.tiny import generated, recipe
 from tests.ranks import run_ranks
 from training import recipe_toml as recipes
-from training.engine.host import LocalHost
-from training.engine.world import World
+from training.core.host import LocalHost
+from training.core.world import World
 from training.pretrain import pretrain
 
 CROPS, EVERY = 48, 20

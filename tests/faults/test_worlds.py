@@ -15,8 +15,8 @@ from tests.flow.tiny import final_state, recipe, shards
 from tests.ranks import exit_codes, run_ranks
 from training import recipe_toml as recipes
 from training.assembly import initial_method
-from training.engine.host import LocalHost
-from training.engine.world import World
+from training.core.host import LocalHost
+from training.core.world import World
 from training.methods.base import Method
 from training.placing import Place
 from training.pretrain import pretrain

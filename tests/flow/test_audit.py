@@ -14,8 +14,8 @@ from torch.multiprocessing.spawn import ProcessExitedException
 from tests.flow.tiny import recipe, seen_in_forward, shards
 from tests.ranks import run_ranks
 from training import recipe_toml as recipes
-from training.engine.host import LocalHost
-from training.engine.world import World
+from training.core.host import LocalHost
+from training.core.world import World
 from training.pretrain import pretrain
 from training.report_data import RunFiles
 from training.run_folder import RunFolder

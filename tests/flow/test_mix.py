@@ -15,8 +15,8 @@ from tests.datapipe import crop_set
 from tests.flow.pause import Pause
 from tests.flow.tiny import audited, command, recipe
 from training import recipe_toml as recipes
-from training.engine.host import LocalHost
-from training.engine.world import World
+from training.core.host import LocalHost
+from training.core.world import World
 from training.pretrain import pretrain
 from training.report_data import RunFiles
 from training.run_config import RunConfig

@@ -9,8 +9,8 @@ import torch
 from tests.flow import tiny
 from training import methods
 from training.assembly import build_method
-from training.engine.host import LocalHost
-from training.engine.world import World
+from training.core.host import LocalHost
+from training.core.world import World
 from training.methods.personmae import PersonMae, PersonMaeConfig
 from training.pretrain import pretrain
 from training.recipe_toml import load

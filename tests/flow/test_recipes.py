@@ -12,8 +12,8 @@ from tests.flow import tiny
 from training import memory, methods
 from training.batch_split import portion
 from training.checks import refuse_split
-from training.engine.host import LocalHost
-from training.engine.world import World
+from training.core.host import LocalHost
+from training.core.world import World
 from training.methods.dino import DinoConfig
 from training.methods.pass_reid import PassConfig
 from training.methods.personvit import PersonVitConfig

@@ -13,8 +13,8 @@ from datapipe.maintain.remove import remove
 from datapipe.sampling.epoch_order import Order
 from tests.flow.tiny import audited, recipe, shards
 from training import recipe_toml as recipes
-from training.engine.host import LocalHost
-from training.engine.world import World
+from training.core.host import LocalHost
+from training.core.world import World
 from training.pretrain import Ending, pretrain
 from training.report import write_report
 

@@ -19,8 +19,8 @@ from tests.flow.tiny import audited, command, final_state, finished, recipe, sha
 from tests.ranks import run_ranks
 from training import recipe_toml as recipes
 from training.checkpoint import complete
-from training.engine.host import LocalHost
-from training.engine.world import World
+from training.core.host import LocalHost
+from training.core.world import World
 from training.pretrain import pretrain
 from training.report_data import RunFiles
 from training.run_folder import RunFolder

@@ -18,9 +18,9 @@ from tests.ranks import run_ranks
 from tests.training.reid.people import market
 from training import milestones
 from training.__main__ import main
+from training.core.host import LocalHost
+from training.core.world import World
 from training.engine.clock import Clock
-from training.engine.host import LocalHost
-from training.engine.world import World
 from training.evaluation import score, tasks
 from training.pretrain import Ending, pretrain
 from training.published import Stated, read_published

@@ -30,7 +30,7 @@ REHEARSAL, STEP = 2, 4
 WHERE = """
 import torch
 from training.engine.pace import _Timer
-from training.engine.whereabouts import Whereabouts
+from training.core.step_phase import Whereabouts
 timer, found = _Timer(torch.device("cuda", 0)), Whereabouts()
 for step in range(2):
     found.at(step, "data")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.golden import golden, group, tolerance
-from training.schedules import teacher_temperature, warmup_cosine
+from training.core.schedules import teacher_temperature, warmup_cosine
 
 
 def cosine_series(about: dict[str, Any]) -> list[float]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from tests.golden import golden
 from tests.ranks import run_ranks
 from tests.trajectory import CASES, Case, Trajectory, case_of, run_case
-from training.engine.world import World
+from training.core.world import World
 
 ON_RANKS = [name for name in CASES if " " not in name]
 STAGES = [(0, True), (1, True), (1, False), (2, True), (3, True)]

@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from training import assembly, backbone, ema, erasing, methods
 from training.batch_split import portion
+from training.core.world import World
 from training.engine.optimisation import group_parameters
 from training.engine.plain import PlainStepper
-from training.engine.world import World
 from training.methods import distillation, personmae, supervised
 from training.methods.base import Progress
 from training.placing import Place

@@ -11,8 +11,8 @@ from datapipe.synth.market_folder import TRAIN, render
 from tests.flow.tiny import shards, step_records
 from training import health
 from training import recipe_toml as recipes
-from training.engine.host import LocalHost
-from training.engine.world import World
+from training.core.host import LocalHost
+from training.core.world import World
 from training.health import LEAST_IMAGES, SETTLED_STEPS, WINDOW, Record, signs
 from training.pretrain import pretrain
 from training.report import write_report

@@ -9,9 +9,9 @@ import torch
 from tests.training.tiny_recipe import tiny, with_views
 from training.assembly import build_method, make_stepper
 from training.batch_split import portion
+from training.core.world import World
 from training.engine import optimisation
 from training.engine.plain import PlainStepper
-from training.engine.world import World
 from training.memory import FRAGMENTATION, FULL, RESERVED, calculate, census
 from training.recipe_toml import load
 from training.recipes import SHIPPED

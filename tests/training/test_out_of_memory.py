@@ -17,10 +17,10 @@ from tests.flow.tiny import command, finished, generated, recipe
 from tests.golden import ROOT
 from tests.training.greedy import ENVIRONMENT, TOO_MANY
 from tests.training.tiny_recipe import tiny
-from training.engine.world import World
+from training.core.out_of_memory import device_bytes, is_out_of_memory, scoring_memory
+from training.core.world import World
 from training.memory import calculate, census
 from training.memory_remedies import training_memory
-from training.out_of_memory import device_bytes, is_out_of_memory, scoring_memory
 from training.recipe_toml import load
 from training.recipes import SHIPPED
 from training.reid.embed import EmbedConfig, embed
@@ -146,7 +146,7 @@ def test_pretrain__out_of_memory_under_ray_is_not_tried_again(tmp_path: Path) ->
 
 
 def test_device_bytes__are_a_share_of_the_least_limit_of_all_control_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.out_of_memory.memory_limit", lambda: 8_000)
+    monkeypatch.setattr("training.core.out_of_memory.memory_limit", lambda: 8_000)
     assert device_bytes(World(device=torch.device("cpu"), local_size=2)) == 4_000
-    monkeypatch.setattr("training.out_of_memory.memory_limit", lambda: None)
+    monkeypatch.setattr("training.core.out_of_memory.memory_limit", lambda: None)
     assert device_bytes(World(device=torch.device("cpu"))) > 8_000

@@ -14,7 +14,7 @@ from tests.flow.tiny import generated, recipe
 from tests.training.tiny_recipe import tiny, with_views
 from training import outlook
 from training.__main__ import main
-from training.engine.world import World
+from training.core.world import World
 from training.recipe_toml import load
 from training.recipes import SHIPPED
 from training.run_plan import clock_of

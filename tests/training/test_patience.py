@@ -12,8 +12,8 @@ from tests.flow.tiny import generated, recipe
 from tests.ranks import run_ranks
 from training import evaluation, milestones
 from training import recipe_toml as recipes
-from training.engine.host import Doing, LocalHost
-from training.engine.world import World, process_groups
+from training.core.host import Doing, LocalHost
+from training.core.world import World, process_groups
 from training.milestones import Milestones
 from training.pretrain import pretrain
 from training.run_folder import RunFolder

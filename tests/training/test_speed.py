@@ -8,7 +8,7 @@ from datapipe.core.progress import duration
 from datapipe.stream.batch import Intake
 from tests.ranks import run_ranks
 from training import speed
-from training.engine.world import World
+from training.core.world import World
 from training.speed import Speed, Spent, Tally, bottleneck, in_words
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tests.ranks import run_ranks
 from training.backbone import BackboneConfig, VisionTransformer, parameter_count
-from training.engine.world import World
+from training.core.world import World
 from training.stem import CHANNELS, ConvStem, PooledBatchNorm, pooled_statistics, settle, take_statistics
 
 

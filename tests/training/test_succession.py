@@ -16,7 +16,7 @@ from datapipe.stream.training_data import load_data
 from tests.bench.specs import one_view
 from tests.flow.tiny import shards
 from tests.training.checkpoint.toy import ABOUT, make_checkpoints
-from training.engine.world import World
+from training.core.world import World
 from training.run_folder import RunFolder
 from training.speed import Spent, Tally
 from training.succession import Succession

@@ -14,9 +14,9 @@ from datapipe.core.errors import ConfigError
 from datapipe.core.resource_limits import available_cores
 from datapipe.core.settings import settings
 from training import evaluation, last_words
-from training.engine.devices import choose_device
-from training.engine.host import LocalHost, exit_code
-from training.engine.world import alone
+from training.core.devices import choose_device
+from training.core.host import LocalHost, exit_code
+from training.core.world import alone
 from training.evaluation import Task
 from training.lease import Lease, lease_on
 from training.milestones import SUMMARY

@@ -14,10 +14,10 @@ from datapipe.core.settings import settings
 from training import dry_run_page, last_words
 from training import recipe_toml as recipes
 from training.assembly import training_views
+from training.core.host import LocalHost, exit_code
+from training.core.preemption_notice import Notice
+from training.core.world import alone
 from training.dry_run import dry_run
-from training.engine.host import LocalHost, exit_code
-from training.engine.notice import Notice
-from training.engine.world import alone
 from training.pretrain import pretrain as run_recipe
 from training.run_config import RunConfig
 

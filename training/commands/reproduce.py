@@ -21,9 +21,9 @@ from datapipe.core.errors import ConfigError, DataError
 from datapipe.core.settings import settings
 from datapipe.storage import open_store
 from training import evaluation, last_words
-from training.engine.devices import choose_device
-from training.engine.host import Host, LocalHost, exit_code
-from training.engine.world import alone
+from training.core.devices import choose_device
+from training.core.host import Host, LocalHost, exit_code
+from training.core.world import alone
 from training.guard import Guard, GuardedStore
 from training.lease import lease_on
 from training.milestones import SUMMARY

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.core.world import World
 from training.engine.layouts import LAYOUTS
 from training.engine.optimisation import ParameterGroup, StepSettings
 from training.engine.optimizers import make_optimizer
 from training.engine.pieces import Piece
 from training.engine.settings import EngineConfig, OptimisationConfig
 from training.engine.stepper import Stepper
-from training.engine.world import World
 from training.methods.base import Method, Outcome, Progress, Views
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 import torch
 
-from training.engine.world import World
+from training.core.world import World
 from training.run_config import RunConfig
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"

@@ -17,8 +17,8 @@ import numpy as np
 
 from datapipe.core.errors import DataError
 from datapipe.stream.batch import Batch
+from training.core.world import World
 from training.engine.stepper import Result
-from training.engine.world import World
 from training.methods.base import Progress
 from training.run_folder import RunFolder
 

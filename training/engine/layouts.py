@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.core.world import World
 from training.engine.optimisation import ParameterGroup
 from training.engine.optimizers import begun, state_tensors, step_count, whole_pieces, whole_steps, zero_state
 from training.engine.pieces import Piece, whole
-from training.engine.world import World
 from training.methods.base import Method
 
 

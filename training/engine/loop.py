@@ -7,9 +7,9 @@ from typing import Protocol
 from datapipe.stream.batch import Batch, Intake
 from training import ema
 from training.checkpoint import Checkpoints
+from training.core.host import Host
 from training.engine.clock import Clock
 from training.engine.faults import Faults
-from training.engine.host import Host
 from training.engine.optimisation import StepSettings, settings_at
 from training.engine.settings import OptimisationConfig
 from training.engine.stepper import Result, Stepper

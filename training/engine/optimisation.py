@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from training import schedules
+from training.core import schedules
 from training.engine.settings import OptimisationConfig
 from training.methods.base import Method, Progress
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from training.engine.host import Doing, Host
-from training.engine.world import World
-from training.late_reduce import LateReduce
+from training.core.host import Doing, Host
+from training.core.late_reduce import LateReduce
+from training.core.world import World
 from training.methods.base import Method
 
 log = logging.getLogger(__name__)

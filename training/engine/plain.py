@@ -5,12 +5,12 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from training.core.world import World
 from training.engine.optimisation import ParameterGroup
 from training.engine.optimizers import make_optimizer, whole_pieces, whole_steps, zero_state
 from training.engine.pieces import Piece
 from training.engine.settings import OptimisationConfig
 from training.engine.stepper import Stepper
-from training.engine.world import World
 from training.methods.base import Method, Outcome, Progress, Views
 
 

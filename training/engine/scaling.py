@@ -6,7 +6,7 @@ two, so scaling the loss and unscaling the gradients rounds nothing.
 
 from dataclasses import dataclass
 
-from training.precision import Precision
+from training.core.precision import Precision
 
 GROWTH_STEPS = 2_000
 """Steps without an overflow after which a larger scale is tried."""

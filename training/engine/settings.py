@@ -6,7 +6,7 @@ from pydantic import Field
 
 from datapipe.core.config import Range
 from datapipe.core.settings import settings
-from training.precision import Precision
+from training.core.precision import Precision
 
 
 @settings

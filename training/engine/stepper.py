@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from training.core.world import World
 from training.engine import optimisation
 from training.engine.optimisation import ParameterGroup, StepSettings
 from training.engine.pieces import Piece, whole
 from training.engine.scaling import first_scale
 from training.engine.settings import OptimisationConfig
-from training.engine.world import World
 from training.methods.base import Method, Outcome, Progress, Views
 
 

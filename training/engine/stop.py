@@ -3,9 +3,9 @@
 import torch
 
 from training.checkpoint import Checkpoints, Report
-from training.engine.host import Host
-from training.engine.world import World
-from training.late_reduce import LateReduce
+from training.core.host import Host
+from training.core.late_reduce import LateReduce
+from training.core.world import World
 
 
 class Stop:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from datapipe.core.config import ViewConfig
 from datapipe.views.spec import ViewSpec
 from training.backbone import BackboneConfig, VisionTransformer
-from training.precision import Precision
+from training.core.precision import Precision
 
 Views = TypedDict(
     "Views",

@@ -21,12 +21,12 @@ from datapipe.core.errors import ConfigError
 from datapipe.core.settings import settings
 from training import stem
 from training.backbone import BackboneConfig, Features, VisionTransformer, keep_masks, on_device
+from training.core.precision import Precision, full
+from training.core.schedules import teacher_temperature
 from training.heads import HeadConfig
 from training.losses import entropy, pair_cross_entropies
 from training.measures import information, of_features
 from training.methods.base import Method, Outcome, Progress, Role, Views
-from training.precision import Precision, full
-from training.schedules import teacher_temperature
 from training.targets import centre_sum, centred, moved_centre, sinkhorn
 
 

@@ -14,12 +14,12 @@ from datapipe.core.config import Range, ViewConfig
 from datapipe.core.settings import settings
 from datapipe.views.spec import ViewSpec, multi_crop
 from training.backbone import BackboneConfig, VisionTransformer
+from training.core.precision import Precision, at_least_float32, full, lowered
 from training.heads import TokenHeads
 from training.losses import entropy
 from training.measures import information
 from training.methods.base import Outcome, Progress, Views
 from training.methods.distillation import Distillation, DistillationConfig, Keep, Said, TokenViews, seen
-from training.precision import Precision, at_least_float32, full, lowered
 
 
 @settings

@@ -26,13 +26,13 @@ from datapipe.views.masking import MaskConfig, MaskLaw
 from datapipe.views.spec import RegionLaw, ViewSpec, regions
 from training import positions, reconstruction
 from training.backbone import BackboneConfig, VisionTransformer, keep_masks, on_device
+from training.core.device_copy import to_device
+from training.core.precision import Precision, at_least_float32, full, lowered
+from training.core.schedules import grown
 from training.decoders import Decoder
 from training.measures import of_features
 from training.methods.base import Method, Outcome, Progress, Role, Views
-from training.precision import Precision, at_least_float32, full, lowered
 from training.reconstruction import PixelNorm
-from training.schedules import grown
-from training.transfer import to_device
 
 
 @settings

@@ -23,13 +23,13 @@ from datapipe.core.settings import settings
 from datapipe.views.masking import MaskConfig, MaskLaw
 from datapipe.views.spec import ViewSpec, multi_crop
 from training.backbone import BackboneConfig, VisionTransformer
+from training.core.precision import Precision, at_least_float32, full, lowered
+from training.core.schedules import teacher_temperature
 from training.heads import HeadConfig, MaskedHead
 from training.losses import entropy, hidden_numbers, hidden_patch_cross_entropies, mean_over_hidden
 from training.measures import information
 from training.methods.base import Outcome, Progress, Views
 from training.methods.distillation import Distillation, DistillationConfig, Keep, TokenViews, seen
-from training.precision import Precision, at_least_float32, full, lowered
-from training.schedules import teacher_temperature
 
 
 @settings

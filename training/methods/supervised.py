@@ -22,11 +22,11 @@ from datapipe.core.settings import settings
 from datapipe.views.spec import ViewSpec, padded
 from training import metric_losses, stem
 from training.backbone import BackboneConfig, VisionTransformer, keep_masks, on_device
-from training.collectives import gathered
+from training.core.collectives import gathered
+from training.core.precision import Precision, at_least_float32, full, lowered
 from training.erasing import erase
 from training.measures import of_features
 from training.methods.base import ByIdentity, Method, Outcome, Progress, Role, Views
-from training.precision import Precision, at_least_float32, full, lowered
 
 
 @settings

@@ -16,9 +16,9 @@ from datapipe.storage import open_store
 from tests.bench.gpu.settings import full, small
 from tests.bench.gpu.trial import Trial
 from training.assembly import build_method
+from training.core.precision import Precision
 from training.memory import FULL, Census, calculate
 from training.methods.base import Method
-from training.precision import Precision
 from training.run_config import RunConfig
 
 STEPS, SAVED_AFTER = 3, 2

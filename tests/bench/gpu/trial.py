@@ -13,15 +13,15 @@ from datapipe.stream.batch import Batch, Intake
 from training.assembly import fake_batch, make_stepper, view_spec
 from training.batch_split import portion
 from training.checkpoint import Checkpoints
+from training.core.host import LocalHost
+from training.core.precision import Precision
+from training.core.world import World
 from training.engine.faults import Faults, describe
-from training.engine.host import LocalHost
 from training.engine.loop import Run, Segment, train
 from training.engine.stepper import Result
 from training.engine.stop import Stop
-from training.engine.world import World
 from training.methods.base import Method, Progress
 from training.placing import Place
-from training.precision import Precision
 from training.run_config import RunConfig
 from training.run_plan import clock_of
 

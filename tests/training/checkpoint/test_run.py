@@ -24,8 +24,8 @@ from tests.training.checkpoint.toy import (
     tensors,
 )
 from training.checkpoint import MARKER, complete, newest_good, read_marker, reader, verify
+from training.core.world import World
 from training.engine.scaling import LossScale
-from training.engine.world import World
 
 
 @pytest.fixture(params=["local", "s3"])

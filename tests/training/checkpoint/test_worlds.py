@@ -26,14 +26,14 @@ from training.assembly import build_method
 from training.assembly import make_stepper as assemble
 from training.batch_split import portion
 from training.checkpoint import Saved, complete, read_marker, verify
-from training.engine.host import LocalHost
+from training.core.host import LocalHost
+from training.core.world import World
 from training.engine.optimisation import group_parameters, settings_at
 from training.engine.plain import PlainStepper
 from training.engine.scaling import LossScale
 from training.engine.settings import EngineConfig, OptimisationConfig
 from training.engine.stepper import Stepper
 from training.engine.stop import Stop
-from training.engine.world import World
 from training.run_plan import clock_of
 
 STEPPERS = ("plain", "zero0", "zero1", "zero2", "zero3")

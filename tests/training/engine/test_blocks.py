@@ -13,8 +13,8 @@ from tests.ranks import run_ranks
 from training import recipe_toml as recipes
 from training.backbone import BackboneConfig, VisionTransformer, keep_masks
 from training.checks import refuse_unsuited
-from training.engine.host import LocalHost
-from training.engine.world import World
+from training.core.host import LocalHost
+from training.core.world import World
 from training.pretrain import pretrain
 
 PLAIN = ("--engine.stepper", "plain", "--optimisation.micro-batch", "3")

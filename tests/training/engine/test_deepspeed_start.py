@@ -10,7 +10,7 @@ from tests.training.tiny_recipe import tiny
 from training.assembly import build_method, make_stepper
 from training.backbone import parameter_count
 from training.batch_split import portion
-from training.engine.world import World
+from training.core.world import World
 
 
 def _loaded(world: World) -> tuple[bool, bool]:

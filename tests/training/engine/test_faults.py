@@ -14,8 +14,8 @@ from datapipe.stream.batch import Batch
 from tests.flow.tiny import final_state, recipe, shards
 from tests.ranks import run_ranks
 from training import recipe_toml as recipes
-from training.engine.host import LocalHost
-from training.engine.world import World
+from training.core.host import LocalHost
+from training.core.world import World
 from training.methods.base import Views
 from training.placing import Place
 from training.pretrain import pretrain

@@ -10,10 +10,10 @@ import pytest
 from tests.flow.tiny import generated, recipe
 from tests.ranks import run_ranks
 from training import recipe_toml as recipes
+from training.core.host import LocalHost
+from training.core.world import World
 from training.engine import pace
-from training.engine.host import LocalHost
 from training.engine.pace import SLOWER, WINDOW_STEPS, Pace, Share, stragglers
-from training.engine.world import World
 from training.methods.pass_reid import Pass
 from training.pretrain import pretrain
 

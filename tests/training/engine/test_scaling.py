@@ -22,10 +22,10 @@ from training import recipe_toml as recipes
 from training.assembly import make_stepper
 from training.batch_split import Portion
 from training.checks import refuse_unsuited
-from training.engine.host import LocalHost
+from training.core.host import LocalHost
+from training.core.world import World, alone
 from training.engine.scaling import GROWTH_STEPS, LARGEST, LossScale, first_scale
 from training.engine.stepper import Stepper
-from training.engine.world import World, alone
 from training.methods.base import Method, Views
 from training.placing import Place
 from training.pretrain import pretrain

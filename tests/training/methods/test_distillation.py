@@ -16,10 +16,10 @@ from tests.ranks import run_ranks
 from tests.training.methods.batches import gradients, rows, same_images, taken_apart
 from training import ema
 from training.backbone import BackboneConfig
+from training.core.world import World
 from training.engine.optimisation import group_parameters
 from training.engine.plain import PlainStepper
 from training.engine.settings import OptimisationConfig
-from training.engine.world import World
 from training.heads import HeadConfig
 from training.losses import hidden_patch_cross_entropies
 from training.methods import METHODS, build

@@ -19,7 +19,7 @@ from tests.training.methods.batches import gradients, same_images, taken_apart
 from tests.trajectory import run_trajectory
 from training import ema
 from training.backbone import BackboneConfig, VisionTransformer
-from training.engine.world import World
+from training.core.world import World
 from training.methods import METHODS, build
 from training.methods.base import Method, Progress, Views
 from training.methods.personmae import PersonMae, PersonMaeConfig

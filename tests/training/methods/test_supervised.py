@@ -15,14 +15,14 @@ from tests.ranks import run_ranks
 from tests.trajectory import FixedBatches, NoFaults
 from training.backbone import BackboneConfig, keep_masks
 from training.batch_split import Portion, portion
+from training.core.host import LocalHost
+from training.core.world import World
 from training.engine.clock import Clock
-from training.engine.host import LocalHost
 from training.engine.loop import Run, Segment, train
 from training.engine.optimisation import group_parameters, settings_at
 from training.engine.plain import PlainStepper
 from training.engine.settings import OptimisationConfig
 from training.engine.stop import Stop
-from training.engine.world import World
 from training.methods.base import Progress, Views
 from training.methods.supervised import Neck, Supervised, SupervisedConfig, to_transreid
 

@@ -12,7 +12,7 @@ from cluster.commands import pretrain as cluster_pretrain
 from datapipe.core.errors import ConfigError
 from training.commands.evaluate import evaluate
 from training.commands.pretrain import pretrain
-from training.engine.devices import choose_device, refuse_without_kernels, runs_on, slow_precision, unused_gpus
+from training.core.devices import choose_device, refuse_without_kernels, runs_on, slow_precision, unused_gpus
 
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 GPU = torch.device("cuda", 0)

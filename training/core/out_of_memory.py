@@ -11,7 +11,7 @@ import torch
 
 from datapipe.core.errors import ConfigError, UserError
 from datapipe.core.resource_limits import memory_limit
-from training.engine.world import World
+from training.core.world import World
 
 GB = 10**9
 SAYINGS = re.compile(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from training.engine.host import LocalHost
-from training.engine.notice import Notice, look
+from training.core.host import LocalHost
+from training.core.preemption_notice import Notice, look
 
 ANSWERS = {"/google": b"FALSE", "/azure": b"NONE\n", "/spot": b'{"action": "terminate"}', "/secured": b"soon"}
 

@@ -2,10 +2,10 @@
 
 import torch
 
-from training.engine.host import Doing, LocalHost
+from training.core.host import Doing, LocalHost
+from training.core.step_phase import Whereabouts
+from training.core.world import World
 from training.engine.pace import Pace
-from training.engine.whereabouts import Whereabouts
-from training.engine.world import World
 
 
 class Event:

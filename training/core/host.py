@@ -11,7 +11,7 @@ from typing import Protocol
 
 from datapipe.core import stop_signals
 from datapipe.core.stop_signals import exit_code
-from training.engine.whereabouts import Doing
+from training.core.step_phase import Doing
 
 __all__ = ["Doing", "Host", "LocalHost", "exit_code"]
 

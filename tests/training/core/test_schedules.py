@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from training.schedules import along, grown, teacher_temperature, warmup_cosine
+from training.core.schedules import along, grown, teacher_temperature, warmup_cosine
 
 
 def test_warmup_cosine__corners() -> None:

@@ -2,8 +2,8 @@
 
 import torch
 
-from training.engine.world import World
-from training.late_reduce import LateReduce
+from training.core.late_reduce import LateReduce
+from training.core.world import World
 
 
 def test_late_reduce__answers_once() -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch.distributed as dist
 
 from tests.ranks import run_ranks
-from training.engine.launchers import forget_launchers, without_launchers
-from training.engine.world import World, alone
+from training.core.launchers import forget_launchers, without_launchers
+from training.core.world import World, alone
 
 LEFT = {
     "torchrun": {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "nowhere",

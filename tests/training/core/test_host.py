@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from training.engine.host import LocalHost, exit_code
+from training.core.host import LocalHost, exit_code
 
 CHILD = """
-from training.engine.host import LocalHost
+from training.core.host import LocalHost
 with LocalHost() as host:
     print("ready", flush=True)
     while not host.preempted():

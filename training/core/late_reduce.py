@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from training.engine.world import World
+from training.core.world import World
 
 
 class LateReduce:

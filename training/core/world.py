@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from training.engine.devices import Device, bind, choose_device
-from training.engine.launchers import stay_on_loopback, without_launchers
+from training.core.devices import Device, bind, choose_device
+from training.core.launchers import stay_on_loopback, without_launchers
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from datapipe.core.stop_signals import current, exit_code, receiving
 from datapipe.dataset.manifest import Manifest
 from training import recipe_toml as recipes
 from training.core.devices import Device, choose_device
-from training.lease import refuse_held
+from training.core.run_folder.lease import refuse_held
 from training.reid.zero_shot import COLOUR_HISTOGRAM, RANDOM
 from training.run_plan import clock_of
 from training.speed import faster_precision

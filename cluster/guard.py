@@ -21,9 +21,9 @@ from ray.train.v2._internal.execution.controller.state import (
 from cluster.bulletin import Leaving, Place, Situation, find_board
 from cluster.restarts import Failure
 from datapipe.core.errors import StorageError
-from training import last_words
+from training.core.run_folder import crash_log
+from training.core.run_folder.run_folder import RunFolder
 from training.run_config import RunConfig
-from training.run_folder import RunFolder
 
 POLL_S = 0.2
 ANSWER_S = 2.0
@@ -118,10 +118,10 @@ class Guard(ControllerCallback, WorkerGroupCallback):
                 time.sleep(POLL_S)
                 for rank in sorted(missing):
                     log = RunFolder(self._run.out, storage).read_text(f"ranks/rank_{rank:02d}.log") or ""
-                    words = last_words.of_process(log, situation.places[rank].pid)
+                    words = crash_log.of_process(log, situation.places[rank].pid)
                     if words is not None:
                         missing.discard(rank)
-                        found[rank] = last_words.telling(words)
+                        found[rank] = crash_log.telling(words)
         return found
 
     def _situation(self, cause: Exception) -> Situation:

@@ -20,9 +20,9 @@ from cluster.devices import Kind, own_device
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError
 from datapipe.core.process_setup import numbers_in_environment
-from training import last_words
 from training.core.devices import bind
 from training.core.launchers import forget_launchers
+from training.core.run_folder import crash_log
 
 FAREWELL = "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"
 FAREWELL_S = 5
@@ -35,7 +35,7 @@ _Theirs: Any = TorchConfig().backend_cls
 _listening: socket.socket | None = None
 """In the first worker's process, between `listen` and `meet`."""
 
-_words: list[last_words.LastWords] = []
+_words: list[crash_log.LastWords] = []
 """In a worker's process, between `meet` and `take_leave`."""
 
 
@@ -103,7 +103,7 @@ def meet(rank: int, size: int, host: str, port: int, config: MeetingConfig) -> N
     if rank == 0:
         assert _listening is not None
         given["master_listen_fd"], _listening = _listening.detach(), None
-    _words.append(last_words.start(config.out, config.storage, rank))  # NCCL speaks from its first communicator on
+    _words.append(crash_log.start(config.out, config.storage, rank))  # NCCL speaks from its first communicator on
     os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
     try:
         with numbers_in_environment():

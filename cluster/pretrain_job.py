@@ -14,7 +14,7 @@ from training import outlook
 from training.checks import check, refuse_unsuited
 from training.core.devices import choose_device
 from training.core.host import LocalHost, exit_code
-from training.lease import Lease, lease_on
+from training.core.run_folder.lease import Lease, lease_on
 from training.run_config import RunConfig
 
 

@@ -10,9 +10,9 @@ from datapipe.core.errors import DataError
 from datapipe.core.progress import duration
 from training import checkpoint
 from training.continuation import saved_config
-from training.growing import FLUSH_S
+from training.core.run_folder.append_files import FLUSH_S
+from training.core.run_folder.run_folder import RunFolder
 from training.report_data import RunFiles
-from training.run_folder import RunFolder
 from training.run_plan import clock_of
 
 CONFIG = "config.toml"

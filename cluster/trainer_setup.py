@@ -8,7 +8,7 @@ from typing import Any
 from cluster.devices import Choice
 from cluster.worker import work
 from training import recipe_toml as recipes
-from training.guard import Ticket
+from training.core.run_folder.write_guard import Ticket
 from training.run_config import RunConfig
 
 PLACEMENT_S = 20.0

@@ -8,8 +8,8 @@ from cluster.restarts import Failure
 from cluster.session import prepare
 from datapipe.core.errors import ConfigError, DataError, LeaseError
 from training import recipe_toml as recipes
+from training.core.run_folder.lease import Follower
 from training.core.world import World
-from training.lease import Follower
 from training.pretrain import pretrain
 
 

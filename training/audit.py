@@ -4,9 +4,9 @@ import json
 from typing import Any
 
 from datapipe.stream.batch import Batch
+from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
 from training.methods.base import Method
-from training.run_folder import RunFolder
 
 
 class Audit:

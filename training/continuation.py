@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from datapipe.core.errors import ConfigError, DataError
 from training import checkpoint
 from training import recipe_toml as recipes
+from training.core.run_folder.run_folder import RunFolder
 from training.run_config import RunConfig
-from training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from datapipe.stream.training_data import Data

@@ -18,6 +18,7 @@ from training.assembly import build_method
 from training.backbone import VisionTransformer
 from training.continuation import saved_config
 from training.core.out_of_memory import scoring_memory
+from training.core.run_folder.run_folder import RunFolder
 from training.image_statistics import MEAN_STD
 from training.methods.base import Method
 from training.pedigree import Pedigree
@@ -27,7 +28,6 @@ from training.reid.embed import EmbedConfig
 from training.reid.scoring import ScoringConfig
 from training.reid.zero_shot import COLOUR_HISTOGRAM, RANDOM, Weights
 from training.run_config import RunConfig
-from training.run_folder import RunFolder
 from training.weights import export as exports
 from training.weights.counted_keys import first_few
 from training.weights.export import CARD, Provenance

@@ -10,9 +10,9 @@ from datapipe.core.errors import ConfigError
 from training import memory
 from training.batch_split import portion
 from training.core.out_of_memory import GB, device_bytes, device_name, explained, first_line
+from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
 from training.run_config import RunConfig
-from training.run_folder import RunFolder
 from training.run_plan import sampling_of
 
 

@@ -16,11 +16,11 @@ from typing import Any
 from datapipe.core.progress import duration
 from training.checkpoint import Saved
 from training.core.host import Host
+from training.core.run_folder.run_folder import RunFolder
 from training.engine.optimisation import StepSettings
 from training.engine.stepper import Result
 from training.health import Course
 from training.methods.base import Progress
-from training.run_folder import RunFolder
 from training.speed import Rates, Speed, Spent, in_words
 
 STATUS_S = 5.0

@@ -18,6 +18,7 @@ from datapipe.core.errors import NotFoundError
 from datapipe.core.progress import telling
 from training import checkpoint, evaluation
 from training.core.host import Host
+from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
 from training.engine.clock import Clock
 from training.evaluation import Task
@@ -25,7 +26,6 @@ from training.methods.supervised import Supervised, to_transreid
 from training.reid.scoring import EvaluationConfig
 from training.reid.zero_shot import Weights
 from training.run_config import RunConfig
-from training.run_folder import RunFolder
 from training.weights import export as exports
 
 ALIVE_S = 1.0

@@ -21,6 +21,9 @@ from training.checks import check, refuse_split, refuse_unsuited
 from training.compiling import refuse_without_compiler
 from training.core.devices import slow_precision, unused_gpus
 from training.core.host import Host
+from training.core.run_folder.lease import Follower, Lease, lease_on
+from training.core.run_folder.run_folder import RunFolder
+from training.core.run_folder.write_guard import Guard, Ticket
 from training.core.world import World
 from training.engine.clock import Clock
 from training.engine.determinism import deterministic, guarantee
@@ -31,9 +34,7 @@ from training.engine.pieces import Piece
 from training.engine.scaling import first_scale
 from training.engine.stepper import Stepper
 from training.engine.stop import Stop
-from training.guard import Guard, Ticket
 from training.initial_weights import in_words
-from training.lease import Follower, Lease, lease_on
 from training.memory_remedies import training_memory
 from training.methods.base import Method
 from training.metrics import Recorder
@@ -42,7 +43,6 @@ from training.placing import Place
 from training.provenance import about, describe, resume_command
 from training.rank_log import rank_log
 from training.run_config import RunConfig
-from training.run_folder import RunFolder
 from training.run_plan import RunPlan, make_loader, plan_run
 from training.speed import Tally
 from training.succession import Succession

@@ -18,10 +18,10 @@ from datapipe.stream.training_data import Data
 from datapipe.views.render import make_views
 from training import recipe_toml as recipes
 from training.assembly import deepspeed_json, training_views
+from training.core.run_folder.run_folder import RunFolder, as_json
 from training.core.world import World
 from training.engine.determinism import guarantee
 from training.run_config import RunConfig
-from training.run_folder import RunFolder, as_json
 from training.run_plan import RunPlan, order_of
 
 

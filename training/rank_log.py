@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from datapipe.core.errors import LeaseError
 from training.core.host import Host
+from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
-from training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from typing import Any
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.core.progress import duration
+from training.core.run_folder.run_folder import RunFolder
 from training.report_curves import curve, grid, keys, restarts, wide
 from training.report_data import Attempt, Record, RunFiles
 from training.report_faults import faults_section
@@ -22,7 +23,6 @@ from training.report_published import published_section
 from training.report_restarts import restarts_section
 from training.report_retrieval import distances_section, ranked_section, scores_section, verdict
 from training.report_speed import speed_section
-from training.run_folder import RunFolder
 
 NAME = "report.html"
 MOST_ROWS = 200

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from datapipe.core.errors import DataError
-from training.run_folder import RunFolder
+from training.core.run_folder.run_folder import RunFolder
 
 Record = dict[str, Any]
 """One line of metrics: a step (1-based: steps done) and its numbers."""

@@ -7,9 +7,9 @@ from datapipe.stream.batch import Batch
 from datapipe.stream.loader import Loader
 from datapipe.stream.training_data import Data
 from training.checkpoint import Checkpoints
+from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
 from training.provenance import environment
-from training.run_folder import RunFolder
 from training.speed import Tally
 
 

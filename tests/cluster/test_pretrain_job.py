@@ -18,9 +18,9 @@ from tests.flow.test_resume import _until
 from tests.flow.tiny import audited, command, final_state, finished, recipe, shards
 from tests.ranks import run_ranks
 from tests.support.warm_python import descendants
-from training import last_words
 from training.__main__ import main
 from training.checkpoint import step_of
+from training.core.run_folder import crash_log
 
 KILLED_AFTER = 8
 """Steps, of 16; a checkpoint is saved after every third."""
@@ -74,7 +74,7 @@ def test_pretrain_job__the_last_words_of_a_dying_worker_are_in_the_history(tmp_p
     (restart,) = (record for record in records if record["kind"] == "crash")
     assert restart["rank"] == 1 and words in restart["reason"] and words in output
     assert words in (run / "log.txt").read_text()
-    kept = last_words.of_process((run / "ranks" / "rank_01.log").read_text(), killed)
+    kept = crash_log.of_process((run / "ranks" / "rank_01.log").read_text(), killed)
     assert kept is not None and any("most recent call first" in line for line in kept)
 
 

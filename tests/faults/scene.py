@@ -28,7 +28,7 @@ from tests.flow.tiny import command
 from tests.golden import ROOT
 from tests.ports import free_port
 from tests.support.warm_python import ancestors, descendants, python
-from training.run_folder import RunFolder
+from training.core.run_folder.run_folder import RunFolder
 
 BUCKET = "bucket-faults"
 CPUS = 2

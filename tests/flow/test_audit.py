@@ -15,10 +15,10 @@ from tests.flow.tiny import recipe, seen_in_forward, shards
 from tests.ranks import run_ranks
 from training import recipe_toml as recipes
 from training.core.host import LocalHost
+from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
 from training.pretrain import pretrain
 from training.report_data import RunFiles
-from training.run_folder import RunFolder
 
 CROPS, BATCH, STEPS = 26, 7, 10
 """Two epochs of 26 and a bit; the batch divides neither the epoch nor by any world but one."""

@@ -16,11 +16,11 @@ from tests.flow.pause import Pause
 from tests.flow.tiny import audited, command, recipe
 from training import recipe_toml as recipes
 from training.core.host import LocalHost
+from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
 from training.pretrain import pretrain
 from training.report_data import RunFiles
 from training.run_config import RunConfig
-from training.run_folder import RunFolder
 
 ROWS, WEIGHTS = (14, 25), (3, 1)
 BATCH, STEPS = 6, 13

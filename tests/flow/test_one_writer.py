@@ -21,8 +21,8 @@ from training import recipe_toml as recipes
 from training.__main__ import main
 from training.checkpoint import complete, name_of, read_marker
 from training.core.host import LocalHost
+from training.core.run_folder.lease import refuse_held
 from training.core.world import World
-from training.lease import refuse_held
 from training.pretrain import Ending, pretrain
 from training.run_config import RunConfig
 

@@ -13,10 +13,10 @@ from tests.ranks import run_ranks
 from training import evaluation, milestones
 from training import recipe_toml as recipes
 from training.core.host import Doing, LocalHost
+from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World, process_groups
 from training.milestones import Milestones
 from training.pretrain import pretrain
-from training.run_folder import RunFolder
 
 TIMEOUT_S, SLOW_S = 1.0, 2.5
 

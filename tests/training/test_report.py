@@ -18,6 +18,7 @@ from datapipe.storage import open_store
 from tests.conftest import S3Server
 from tests.training.fake_run import ATTEMPTS, MODEL, fake_run, picture, record, write_metrics, write_scores
 from training import health, report_page
+from training.core.run_folder.run_folder import RunFolder
 from training.reid.figures import to_jpeg
 from training.reid.literature import BY_NAME
 from training.report import write_report
@@ -25,7 +26,6 @@ from training.report_data import RunFiles
 from training.report_faults import MOST_IMAGES, MOST_SHEETS
 from training.report_plots import MOST_POINTS, Curve, Plot, thinned, to_svg
 from training.report_published import alike, not_comparable
-from training.run_folder import RunFolder
 
 
 class Page(html.parser.HTMLParser):

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 from datapipe.core.config import StorageConfig
+from training.core.run_folder.run_folder import RunFolder
 from training.report_data import RunFiles
 from training.report_restarts import MOST_ROWS, restarts_section
-from training.run_folder import RunFolder
 
 
 def _section(root: Path) -> str:

@@ -16,8 +16,8 @@ from datapipe.stream.training_data import load_data
 from tests.bench.specs import one_view
 from tests.flow.tiny import shards
 from tests.training.checkpoint.toy import ABOUT, make_checkpoints
+from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
-from training.run_folder import RunFolder
 from training.speed import Spent, Tally
 from training.succession import Succession
 

@@ -72,7 +72,7 @@ class Marker:
     """The pretrained weights that the run began with, where it did."""
     time: float = 0.0
     term: int = 0
-    """Of the run's lease, see `training/lease.py`; 0: it was written without one."""
+    """Of the run's lease, see `training/core/run_folder/lease.py`; 0: it was written without one."""
     format: int = FORMAT
 
     @property

@@ -28,11 +28,11 @@ from training.checkpoint.marker import Marker, name_of, read_marker
 from training.checkpoint.part import Snapshots
 from training.checkpoint.reader import Reader, passed_over, refuse_misfit, verify
 from training.checkpoint.settings import CheckpointConfig
+from training.core.run_folder.write_guard import FREE, Guard
 from training.core.world import World
 from training.engine.pieces import Piece, divide
 from training.engine.scaling import LossScale, first_scale
 from training.engine.stepper import Stepper
-from training.guard import FREE, Guard
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -17,7 +17,7 @@ from training.checkpoint.marker import MARKER, Form, Marker, file_from, name_of,
 from training.checkpoint.part import Part
 from training.checkpoint.retention import strays, superseded
 from training.checkpoint.settings import CheckpointConfig
-from training.guard import Guard
+from training.core.run_folder.write_guard import Guard
 
 
 class Task(threading.Thread):

@@ -13,19 +13,20 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError
 from datapipe.core.resource_limits import available_cores
 from datapipe.core.settings import settings
-from training import evaluation, last_words
+from training import evaluation
 from training.core.devices import choose_device
 from training.core.host import LocalHost, exit_code
+from training.core.run_folder import crash_log
+from training.core.run_folder.lease import Lease, lease_on
+from training.core.run_folder.run_folder import RunFolder
 from training.core.world import alone
 from training.evaluation import Task
-from training.lease import Lease, lease_on
 from training.milestones import SUMMARY
 from training.pretrain import pretrain
 from training.reid import supervised
 from training.reid.scoring import ScoringConfig
 from training.report import write_report
 from training.run_config import RunConfig
-from training.run_folder import RunFolder
 from training.weight_files import FILES
 
 PROG = "python -m training evaluate"
@@ -64,7 +65,7 @@ def evaluate(arguments: list[str]) -> int:
             config = fine_tuning(chosen, flags, prog=PROG)
             with (
                 LocalHost(starting=True) as host,
-                last_words.kept(config.out, config.storage, 0, log=True),
+                crash_log.kept(config.out, config.storage, 0, log=True),
                 alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world,
             ):
                 ending = pretrain(config, world=world, host=host, guard=guard)

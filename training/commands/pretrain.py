@@ -11,11 +11,12 @@ import tyro
 
 from datapipe.core import cli
 from datapipe.core.settings import settings
-from training import dry_run_page, last_words
+from training import dry_run_page
 from training import recipe_toml as recipes
 from training.assembly import training_views
 from training.core.host import LocalHost, exit_code
 from training.core.preemption_notice import Notice
+from training.core.run_folder import crash_log
 from training.core.world import alone
 from training.dry_run import dry_run
 from training.pretrain import pretrain as run_recipe
@@ -37,7 +38,7 @@ def pretrain(arguments: list[str]) -> int:
     with (
         LocalHost(starting=True) as host,
         closing(Notice(machine.notice, every_s=machine.notice_every_s, heard=host.notice)),
-        last_words.kept(config.out, config.storage, 0, log=True),
+        crash_log.kept(config.out, config.storage, 0, log=True),
         alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world,
     ):
         ending = run_recipe(config, world=world, host=host)

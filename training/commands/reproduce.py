@@ -20,12 +20,13 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError, DataError
 from datapipe.core.settings import settings
 from datapipe.storage import open_store
-from training import evaluation, last_words
+from training import evaluation
 from training.core.devices import choose_device
 from training.core.host import Host, LocalHost, exit_code
+from training.core.run_folder import crash_log
+from training.core.run_folder.lease import lease_on
+from training.core.run_folder.write_guard import Guard, GuardedStore
 from training.core.world import alone
-from training.guard import Guard, GuardedStore
-from training.lease import lease_on
 from training.milestones import SUMMARY
 from training.pedigree import Pedigree, is_fine_tuned, of_card
 from training.pretrain import pretrain
@@ -255,7 +256,7 @@ def _fine_tuned(
     flags = ["--backbone.size", *size, "--evaluation.interpolation", row.interpolation, *row.flags]
     config = supervised.prepare(export, data, out, recipe=row.recipe, flags=flags, scoring=scoring, storage=storage)
     with (
-        last_words.kept(config.out, config.storage, 0, log=True),
+        crash_log.kept(config.out, config.storage, 0, log=True),
         alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world,
     ):
         if not pretrain(config, world=world, host=host, guard=guard).complete:

@@ -17,10 +17,10 @@ import numpy as np
 
 from datapipe.core.errors import DataError
 from datapipe.stream.batch import Batch
+from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
 from training.engine.stepper import Result
 from training.methods.base import Progress
-from training.run_folder import RunFolder
 
 MOST_SKIPS, WINDOW_STEPS = 3, 1_000
 RECORD = "faults/steps.jsonl"

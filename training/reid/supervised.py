@@ -16,6 +16,7 @@ from training import checkpoint, evaluation
 from training import recipe_toml as recipes
 from training.backbone import BackboneConfig
 from training.continuation import saved_config
+from training.core.run_folder.run_folder import RunFolder
 from training.image_statistics import MEAN_STD
 from training.methods.supervised import SupervisedConfig
 from training.published import Stated, read_published
@@ -23,7 +24,6 @@ from training.reid.scoring import ScoringConfig
 from training.reid.training_part import shard_training_part
 from training.reid.zero_shot import Weights
 from training.run_config import RunConfig
-from training.run_folder import RunFolder
 from training.weight_files import FILES
 from training.weights import export as exports
 from training.weights.export import CARD, Provenance

@@ -13,7 +13,7 @@ from tests.conftest import S3Server
 from tests.training.checkpoint.toy import make_checkpoints, make_method, make_stepper, save, saved
 from training.checkpoint import MARKER, Checkpoints, complete, lineage, newest_good, read_marker
 from training.commands.checkpoints import checkpoints as command
-from training.guard import Guard
+from training.core.run_folder.write_guard import Guard
 
 
 class Term(Guard):

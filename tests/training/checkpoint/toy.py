@@ -9,12 +9,12 @@ from datapipe.storage import Store
 from training.backbone import BackboneConfig
 from training.checkpoint import Checkpoints, Reader, complete
 from training.checkpoint.settings import CheckpointConfig
+from training.core.run_folder.write_guard import FREE, Guard, GuardedStore
 from training.core.world import World
 from training.engine.optimisation import group_parameters
 from training.engine.plain import PlainStepper
 from training.engine.settings import OptimisationConfig
 from training.engine.stepper import Stepper
-from training.guard import FREE, Guard, GuardedStore
 from training.heads import HeadConfig
 from training.methods.base import Method
 from training.methods.pass_reid import Pass, PassConfig

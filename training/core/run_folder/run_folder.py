@@ -11,8 +11,8 @@ from typing import Any
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import NotFoundError, refusal
 from datapipe.storage import Store, is_remote, open_store
-from training.growing import GrowingFiles
-from training.guard import FREE, Guard, GuardedStore
+from training.core.run_folder.append_files import GrowingFiles
+from training.core.run_folder.write_guard import FREE, Guard, GuardedStore
 
 PROBE_BYTES = 65_536
 """Written to see whether there is any room; what a run writes before its first step."""

@@ -10,7 +10,7 @@ from datapipe.storage import Data, Entry, Store
 
 class Guard:
     """Who may write. This one lets everybody: for folders that nobody else writes to. Those that know are in
-    `training/lease.py`."""
+    `training/core/run_folder/lease.py`."""
 
     term: int = 0
     """Number of the lease, which rises with every takeover; 0 without one."""

@@ -26,9 +26,9 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import LeaseError, NotFoundError, StorageError
 from datapipe.core.stop_signals import at_end
 from datapipe.storage import Store, full_url, is_remote, open_store
-from training.guard import Guard, Ticket
-from training.holder import Holder, boottime
-from training.run_folder import RunFolder
+from training.core.run_folder.lease_holder import Holder, boottime
+from training.core.run_folder.run_folder import RunFolder
+from training.core.run_folder.write_guard import Guard, Ticket
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import pytest
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import StorageError
-from training.run_folder import RunFolder
+from training.core.run_folder.run_folder import RunFolder
 
 
 def test_run_folder__no_half_lines_on_a_full_disk(tmp_path: Path) -> None:

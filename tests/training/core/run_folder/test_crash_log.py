@@ -12,14 +12,14 @@ import pytest
 from datapipe.core.config import StorageConfig
 from tests.conftest import S3Server
 from tests.golden import ROOT
-from training.last_words import of_process, telling
-from training.run_folder import RunFolder
+from training.core.run_folder.crash_log import of_process, telling
+from training.core.run_folder.run_folder import RunFolder
 
 PATIENCE_S = 120
 DYING = """
 import ctypes, os, sys
 from datapipe.core.config import StorageConfig
-from training import last_words
+from training.core.run_folder import crash_log as last_words
 url, endpoint, way = sys.argv[1:]
 with last_words.kept(url, StorageConfig(endpoint_url=endpoint), 3, log=True):
     print("a warning", file=sys.stderr)

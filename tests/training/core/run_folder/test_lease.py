@@ -22,11 +22,11 @@ from datapipe.storage import Store, open_store
 from tests.conftest import S3Server
 from tests.faulty_proxy import Faults, FaultyProxy
 from tests.forked import call, forkserver
-from training import lease
-from training.guard import GuardedStore
-from training.holder import Holder, boottime
-from training.lease import Follower, Lease, lease_on, refuse_held
-from training.run_folder import RunFolder
+from training.core.run_folder import lease
+from training.core.run_folder.lease import Follower, Lease, lease_on, refuse_held
+from training.core.run_folder.lease_holder import Holder, boottime
+from training.core.run_folder.run_folder import RunFolder
+from training.core.run_folder.write_guard import GuardedStore
 
 LONG_S = 1e6
 """Nobody waits for the end of such a lease."""

@@ -8,7 +8,7 @@ into the rank's log in the run folder:
     | terminate called after throwing an instance of 'c10::DistBackendError'
     | ...
 
-The child (`python -m training.last_words`) needs next to nothing until then. It is in a session of its
+The child (`python -m training.core.run_folder.crash_log`) needs next to nothing until then. It is in a session of its
 own, as Ctrl-C and a scheduler's signals are for the run, and ignores those that reach it; it ends when the process has
 ended.
 """
@@ -86,8 +86,8 @@ class LastWords:
         self._before = os.dup(2)
         said, into = os.pipe()
         leave, self._leave = os.pipe()
-        words = [sys.executable, "-m", "training.last_words", str(said), str(leave), json.dumps(about)]
-        root = str(Path(__file__).parents[1])
+        words = [sys.executable, "-m", "training.core.run_folder.crash_log", str(said), str(leave), json.dumps(about)]
+        root = str(Path(__file__).parents[3])
         places = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
         self._child = subprocess.Popen(words, pass_fds=(said, leave), stdin=subprocess.DEVNULL, start_new_session=True,
@@ -172,7 +172,7 @@ def _pass_on(end: bytes, data: bytes) -> bytes:
 def _write(about: dict[str, Any], lines: Sequence[str]) -> None:
     """Into the rank's log, and where it is wanted into the run's. Raises StorageError."""
     from datapipe.core.config import StorageConfig
-    from training.run_folder import RunFolder
+    from training.core.run_folder.run_folder import RunFolder
 
     now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
     folder = RunFolder(about["url"], StorageConfig(**about["storage"]))

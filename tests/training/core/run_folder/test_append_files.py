@@ -9,8 +9,8 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import StorageError
 from tests.conftest import S3Server
 from tests.faulty_proxy import FaultyProxy
-from training import growing
-from training.run_folder import RunFolder
+from training.core.run_folder import append_files
+from training.core.run_folder.run_folder import RunFolder
 
 PATIENCE_S = 300
 LINES = [f"line {number}" for number in range(50)]
@@ -54,7 +54,7 @@ def _folder(s3: S3Server, proxy: FaultyProxy, bucket: str) -> RunFolder:
 @pytest.fixture
 def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is written at intervals."""
-    monkeypatch.setattr(growing, "FLUSH_S", 3_600.0)
+    monkeypatch.setattr(append_files, "FLUSH_S", 3_600.0)
 
 
 @pytest.mark.usefixtures("by_hand")
@@ -124,8 +124,8 @@ def test_write__takes_the_place_of_what_was_to_be_written(s3: S3Server) -> None:
 
 
 def test_append__is_written_by_itself_and_after_an_outage(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(growing, "FLUSH_S", 0.05)
-    monkeypatch.setattr(growing, "REST", 0.0)
+    monkeypatch.setattr(append_files, "FLUSH_S", 0.05)
+    monkeypatch.setattr(append_files, "REST", 0.0)
     tried, bucket = Tried(), s3.bucket()
     with FaultyProxy(s3.endpoint, before=tried) as proxy:
         folder = _folder(s3, proxy, bucket)

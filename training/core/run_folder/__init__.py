@@ -1,0 +1,1 @@
+"""What a run leaves on storage, and who may write there."""

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from datapipe.stream.batch import Batch, Intake
 from tests.golden import golden, group
-from training.backbone import BackboneConfig
 from training.batch_split import Portion, portion
 from training.core.host import LocalHost
 from training.core.world import World
@@ -22,12 +21,13 @@ from training.engine.plain import PlainStepper
 from training.engine.settings import EngineConfig, OptimisationConfig
 from training.engine.stepper import Result, Stepper
 from training.engine.stop import Stop
-from training.heads import HeadConfig
 from training.methods import build
 from training.methods.base import Method, Progress, Views
 from training.methods.dino import DinoConfig
 from training.methods.pass_reid import PassConfig
 from training.methods.personvit import PersonVitConfig
+from training.nn.heads import HeadConfig
+from training.nn.vision_transformer import BackboneConfig
 from training.weights.counted_keys import load_counted
 
 

@@ -11,15 +11,15 @@ import math
 from typing import NamedTuple
 
 from datapipe.core.config import Size
-from training.backbone import BackboneConfig
-from training.heads import HeadConfig
 from training.methods.dino import DinoConfig
 from training.methods.pass_reid import PassConfig
 from training.methods.personmae import PersonMaeConfig
 from training.methods.personvit import PersonVitConfig
 from training.methods.supervised import SupervisedConfig
+from training.nn.heads import HeadConfig
+from training.nn.ics_stem import CHANNELS
+from training.nn.vision_transformer import BackboneConfig
 from training.run_config import RunConfig
-from training.stem import CHANNELS
 
 FULL = 4
 """Bytes of a float32."""

@@ -15,12 +15,12 @@ from training import checkpoint
 from training import pedigree as pedigrees
 from training import recipe_toml as recipes
 from training.assembly import build_method
-from training.backbone import VisionTransformer
 from training.continuation import saved_config
 from training.core.out_of_memory import scoring_memory
 from training.core.run_folder.run_folder import RunFolder
-from training.image_statistics import MEAN_STD
 from training.methods.base import Method
+from training.nn.image_statistics import MEAN_STD
+from training.nn.vision_transformer import VisionTransformer
 from training.pedigree import Pedigree
 from training.reid import zero_shot
 from training.reid.datasets import ReIDSet, check_images, open_reid

@@ -11,9 +11,9 @@ from datapipe.core.config import Statistics, StorageConfig
 from datapipe.core.errors import ConfigError, DataError, NotFoundError
 from datapipe.core.settings import settings
 from datapipe.storage import open_store, split_url
-from training.backbone import BackboneConfig, Shape, VisionTransformer
-from training.image_statistics import MEAN_STD
 from training.methods.base import Method
+from training.nn.image_statistics import MEAN_STD
+from training.nn.vision_transformer import BackboneConfig, Shape, VisionTransformer
 from training.published import Network, Published, Stated, read_published
 from training.resizing import Interpolation, resized, resizing
 from training.weights.counted_keys import first_few, load_counted

@@ -1,6 +1,6 @@
 """What a run records: one JSON line per step and attempt, a status line now and then, TensorBoard as a view.
 
-The names of what every method records are explained in `training/measures.py`, those of a method's own
+The names of what every method records are explained in `training/nn/feature_diagnostics.py`, those of a method's own
 where it makes them. A step on which signs of collapse stand (`training/health.py`) lists them
 under "signs"; the log tells when one appears or goes.
 Floats are written so that they read back exactly. Readers keep the last record of a step over all attempts.

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from datapipe.storage import full_url
-from training.backbone import BackboneConfig
+from training.nn.vision_transformer import BackboneConfig
 from training.run_config import RunConfig
 
 FINE_TUNED = "fine_tuned"

@@ -7,8 +7,8 @@ from torch import Tensor
 from datapipe.core.config import Statistics
 from datapipe.stream.batch import Batch
 from training.core.device_copy import to_device
-from training.image_statistics import MEAN_STD
 from training.methods.base import Views
+from training.nn.image_statistics import MEAN_STD
 
 
 class Place:

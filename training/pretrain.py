@@ -15,7 +15,6 @@ from datapipe.stream.training_data import load_data
 from training import outlook
 from training.assembly import fake_batch, initial_method, make_stepper
 from training.audit import Audit
-from training.backbone import parameter_count
 from training.checkpoint import Checkpoints
 from training.checks import check, refuse_split, refuse_unsuited
 from training.compiling import refuse_without_compiler
@@ -39,6 +38,7 @@ from training.memory_remedies import training_memory
 from training.methods.base import Method
 from training.metrics import Recorder
 from training.milestones import Milestones
+from training.nn.vision_transformer import parameter_count
 from training.placing import Place
 from training.provenance import about, describe, resume_command
 from training.rank_log import rank_log

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from datapipe.core.config import Size
 from datapipe.core.errors import ConfigError
-from training.backbone import VisionTransformer
+from training.nn.vision_transformer import VisionTransformer
 from training.weights.counted_keys import load_counted
 from training.weights.export import unfilled
 

@@ -4,13 +4,13 @@ from pydantic import Field
 
 from datapipe.core.config import StorageConfig, StreamConfig, ViewConfig
 from datapipe.core.settings import settings
-from training.backbone import BackboneConfig
 from training.checkpoint.settings import CheckpointConfig
 from training.cluster_config import ClusterConfig
 from training.engine.settings import EngineConfig, OptimisationConfig
 from training.initial_weights import InitConfig
 from training.methods import MethodConfig
 from training.methods.pass_reid import PassConfig
+from training.nn.vision_transformer import BackboneConfig
 from training.reid.scoring import EvaluationConfig
 
 

@@ -9,7 +9,7 @@ import torchvision.transforms as transforms
 from PIL import Image, ImageFilter, ImageOps
 
 from tests.bench.specs import BANDS, GLOBAL, GLOBAL_SCALE, LOCAL, LOCAL_SCALE
-from training.image_statistics import IMAGENET_MEAN, IMAGENET_STD
+from training.nn.image_statistics import IMAGENET_MEAN, IMAGENET_STD
 
 Transform = Callable[[Any], Any]
 BICUBIC = transforms.InterpolationMode.BICUBIC

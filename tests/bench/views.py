@@ -13,7 +13,7 @@ from tests.bench.reference import PassRecipe
 from tests.bench.scale import Scale
 from tests.bench.specs import Interpolation, pass_views
 from tests.bench.table import Row, Table, Target, compare
-from training.image_statistics import IMAGENET_MEAN, IMAGENET_STD
+from training.nn.image_statistics import IMAGENET_MEAN, IMAGENET_STD
 
 REPEATS = 2
 """Ours gets the same images so many times, to take about as long as the reference."""

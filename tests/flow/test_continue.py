@@ -13,7 +13,7 @@ from tests.training.published_files import save, training_checkpoint
 from training import recipe_toml as recipes
 from training.__main__ import main
 from training.assembly import build_method, initial_method
-from training.backbone import VisionTransformer
+from training.nn.vision_transformer import VisionTransformer
 from training.weights.export import load_backbone
 
 Write = Callable[..., dict[str, bytes]]

@@ -31,7 +31,7 @@ from tests.support.warm_python import python
 from tests.training import published_files
 from tests.training.reid.people import market
 from tests.training.test_reproduce import own_row
-from training.backbone import BackboneConfig, VisionTransformer
+from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 from training.recipe_toml import load, to_toml
 
 WriteCrops = Callable[..., dict[str, bytes]]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.golden import difference, golden, group, tolerance
-from training.backbone import BackboneConfig, VisionTransformer
+from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 from training.weights.counted_keys import load_counted
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.golden import difference, golden, group, tolerance
-from training.heads import DinoHead, HeadConfig, MaskedHead, TokenHeads
+from training.nn.heads import DinoHead, HeadConfig, MaskedHead, TokenHeads
 from training.weights.counted_keys import load_counted
 
 

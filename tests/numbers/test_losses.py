@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from tests.golden import difference, golden, group, tolerance
-from training.backbone import BackboneConfig
-from training.heads import HeadConfig
 from training.methods.base import Method, Progress, Views
 from training.methods.dino import Dino, DinoConfig
 from training.methods.distillation import TokenViews
 from training.methods.pass_reid import Pass, PassConfig
 from training.methods.personvit import MaskedViews, PersonVit, PersonVitConfig
+from training.nn.heads import HeadConfig
+from training.nn.vision_transformer import BackboneConfig
 
 BACKBONE = BackboneConfig(arch="custom", size=(8, 4), patch=4, width=8, depth=1, heads=1)
 

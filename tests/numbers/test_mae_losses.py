@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from tests.golden import difference, golden, group, tolerance
-from training import positions, reconstruction
-from training.backbone import BackboneConfig
 from training.core.schedules import along, grown
 from training.engine.optimisation import settings_at
 from training.engine.settings import OptimisationConfig
 from training.methods.base import Outcome, Progress, Views
 from training.methods.personmae import Asked, PersonMae, PersonMaeConfig, Predictions
+from training.nn import positions, reconstruction
+from training.nn.vision_transformer import BackboneConfig
 from training.weights.counted_keys import load_counted
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.golden import difference, golden, tolerance
-from training.backbone import BackboneConfig
+from training.nn.vision_transformer import BackboneConfig
 from training.resizing import resized
 from training.weights.counted_keys import load_counted
 from training.weights.export import unfilled

@@ -10,7 +10,7 @@ from tests.golden import difference, golden, tolerance
 from training.engine.clock import Clock
 from training.engine.optimisation import settings_at
 from training.engine.settings import OptimisationConfig
-from training.metric_losses import distances, hardest, identity, triplet
+from training.nn.reid_losses import distances, hardest, identity, triplet
 
 
 def triplet_of(features: Tensor, labels: Tensor, margin: float = 0.0) -> Tensor:

@@ -3,7 +3,7 @@
 
 import torch
 
-import training.backbone
+import training.nn.vision_transformer
 from tests.flow.pause import HOOK
 
 TOO_MANY = 1 << 50
@@ -13,4 +13,4 @@ ENVIRONMENT = f"{HOOK}=tests.training.greedy.install"
 
 
 def install() -> None:
-    training.backbone.VisionTransformer.outputs = lambda *_, **__: torch.empty(TOO_MANY)  # type: ignore[assignment]
+    training.nn.vision_transformer.VisionTransformer.outputs = lambda *_, **__: torch.empty(TOO_MANY)  # type: ignore[assignment]

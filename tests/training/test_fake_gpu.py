@@ -22,13 +22,14 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from training import assembly, backbone, ema, erasing, methods
+from training import assembly, ema, methods
 from training.batch_split import portion
 from training.core.world import World
 from training.engine.optimisation import group_parameters
 from training.engine.plain import PlainStepper
 from training.methods import distillation, personmae, supervised
 from training.methods.base import Progress
+from training.nn import random_erasing, vision_transformer
 from training.placing import Place
 from training.recipe_toml import load
 from training.recipes import SHIPPED
@@ -79,7 +80,7 @@ class HostPositions:
 def keep_host_numbers(monkeypatch: pytest.MonkeyPatch, mode: FakeTensorMode, position: np.ndarray) -> None:
     """Numbers that the host draws from positions are drawn outside the mode, in which host tensors have none. What is
     handed to these functions must be on the host: from a GPU it would have to be waited for."""
-    real_keep, real_erase = backbone.keep_masks, erasing.erase
+    real_keep, real_erase = vision_transformer.keep_masks, random_erasing.erase
 
     def keep_masks(rates: Any, **given: Any) -> Tensor | None:
         assert given.pop("position").device.type == "cpu"

@@ -17,12 +17,12 @@ from tests.training.published_files import backbone_state, save
 from tests.training.test_weight_files import Runs
 from tests.trajectory import dino_config, pass_config, personvit_config
 from training.assembly import build_method, initial_method
-from training.backbone import BackboneConfig
-from training.heads import HeadConfig
 from training.initial_weights import InitConfig, in_words
 from training.methods.dino import DinoConfig
 from training.methods.pass_reid import PassConfig
 from training.methods.personmae import PersonMaeConfig
+from training.nn.heads import HeadConfig
+from training.nn.vision_transformer import BackboneConfig
 from training.published import Stated, read_published
 from training.run_config import RunConfig
 from training.weights.export import Provenance, export

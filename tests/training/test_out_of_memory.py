@@ -116,7 +116,7 @@ def test_embed__out_of_memory_names_the_batch() -> None:
 
 
 @pytest.mark.parametrize("place", [
-    "training.backbone.VisionTransformer.outputs", "training.engine.plain.PlainStepper.backward",
+    "training.nn.vision_transformer.VisionTransformer.outputs", "training.engine.plain.PlainStepper.backward",
     "training.engine.plain.PlainStepper._advance", "training.pretrain.make_stepper",
 ], ids=["forward", "backward", "step", "building"])  # fmt: skip
 @pytest.mark.slow

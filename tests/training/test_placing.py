@@ -8,8 +8,8 @@ from datapipe.stream.batch import Batch
 from tests.training.tiny_recipe import tiny
 from training.assembly import fake_batch, view_spec
 from training.batch_split import portion
-from training.image_statistics import IMAGENET_MEAN, IMAGENET_STD
-from training.losses import hidden_numbers
+from training.nn.distillation_losses import hidden_numbers
+from training.nn.image_statistics import IMAGENET_MEAN, IMAGENET_STD
 from training.placing import Place
 from training.run_plan import _pinned
 

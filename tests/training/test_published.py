@@ -17,7 +17,7 @@ from tests.training import published_files as files
 from tests.training.published_files import State, backbone_state, head_state, save
 from tests.training.reid.people import market
 from training.__main__ import main
-from training.backbone import ARCHITECTURES, BackboneConfig, Shape, VisionTransformer
+from training.nn.vision_transformer import ARCHITECTURES, BackboneConfig, Shape, VisionTransformer
 from training.published import LAYOUTS, SHAPES, Stated, read_published
 from training.weights.export import load_backbone, load_card, unfilled
 

@@ -11,8 +11,8 @@ from datapipe.core.errors import ConfigError, DataError
 from tests.training import published_files as files
 from tests.training.reid.people import market
 from training.__main__ import main
-from training.backbone import BackboneConfig, VisionTransformer
 from training.commands.reproduce import Agreement, Reproduction, agreements, read_row
+from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 from training.recipes import SHIPPED
 from training.reid.literature import BUILT, BY_NAME, ROWS, TASKS, Row
 from training.reid.published import PUBLISHED

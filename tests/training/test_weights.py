@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from datapipe.core.errors import DataError
 from datapipe.storage import open_store
-from training.backbone import BackboneConfig, VisionTransformer
+from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 from training.weights import export
 from training.weights.counted_keys import load_counted
 

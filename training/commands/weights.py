@@ -11,7 +11,7 @@ from datapipe.core.settings import settings
 from datapipe.storage import open_store
 from training import evaluation
 from training.commands.checkpoints import newest
-from training.image_statistics import MEAN_STD
+from training.nn.image_statistics import MEAN_STD
 from training.published import Network, Stated, read_published
 from training.reid.zero_shot import Weights
 from training.resizing import Interpolation, resized, resizing

@@ -4,13 +4,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from training.backbone import BackboneConfig
 from training.methods.base import Method
 from training.methods.dino import Dino, DinoConfig
 from training.methods.pass_reid import Pass, PassConfig
 from training.methods.personmae import PersonMae, PersonMaeConfig
 from training.methods.personvit import PersonVit, PersonVitConfig
 from training.methods.supervised import Supervised, SupervisedConfig
+from training.nn.vision_transformer import BackboneConfig
 
 MethodConfig = Annotated[
     DinoConfig | PassConfig | PersonVitConfig | PersonMaeConfig | SupervisedConfig, Field(discriminator="name")

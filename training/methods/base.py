@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from datapipe.core.config import ViewConfig
 from datapipe.views.spec import ViewSpec
-from training.backbone import BackboneConfig, VisionTransformer
 from training.core.precision import Precision
+from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 
 Views = TypedDict(
     "Views",

@@ -13,11 +13,11 @@ from torch import nn
 from datapipe.core.config import ViewConfig
 from datapipe.core.settings import settings
 from datapipe.views.spec import ViewSpec, multi_crop
-from training.backbone import BackboneConfig, VisionTransformer
 from training.core.precision import Precision, at_least_float32, full, lowered
-from training.heads import DinoHead
 from training.methods.base import Outcome, Progress, Views
 from training.methods.distillation import Distillation, DistillationConfig, Keep, TokenViews, seen
+from training.nn.heads import DinoHead
+from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 
 
 @settings

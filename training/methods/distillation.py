@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from datapipe.core.config import Size
 from datapipe.core.errors import ConfigError
 from datapipe.core.settings import settings
-from training import stem
-from training.backbone import BackboneConfig, Features, VisionTransformer, keep_masks, on_device
 from training.core.precision import Precision, full
 from training.core.schedules import teacher_temperature
-from training.heads import HeadConfig
-from training.losses import entropy, pair_cross_entropies
-from training.measures import information, of_features
 from training.methods.base import Method, Outcome, Progress, Role, Views
-from training.targets import centre_sum, centred, moved_centre, sinkhorn
+from training.nn import ics_stem
+from training.nn.distillation_losses import entropy, pair_cross_entropies
+from training.nn.feature_diagnostics import information, of_features
+from training.nn.heads import HeadConfig
+from training.nn.teacher_targets import centre_sum, centred, moved_centre, sinkhorn
+from training.nn.vision_transformer import BackboneConfig, Features, VisionTransformer, keep_masks, on_device
 
 
 @settings
@@ -140,7 +140,7 @@ class Distillation(Method):
         with full(views["global"].device):
             outcome = self.compare(learnt, taught, views, progress)
         share = views["weight"].sum().to(outcome.loss.dtype)
-        return outcome._replace(sums={**outcome.sums, **stem.take_statistics(self, share)})
+        return outcome._replace(sums={**outcome.sums, **ics_stem.take_statistics(self, share)})
 
     @abstractmethod
     def compare(self, learnt: Any, taught: Any, views: Views, progress: Progress) -> Outcome:
@@ -209,7 +209,7 @@ class Distillation(Method):
             if name in sums:
                 centre_1K = self.get_buffer(name)
                 centre_1K.copy_(moved_centre(centre_1K, sums[name], self.centre_momentum(token)))
-        stem.settle(self, sums)
+        ics_stem.settle(self, sums)
 
     def roles(self) -> dict[str, Role]:
         """Decay for all but biases and norms: tokens, positions and prototypes too, as the references have it."""

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from datapipe.core.config import Range, ViewConfig
 from datapipe.core.settings import settings
 from datapipe.views.spec import ViewSpec, multi_crop
-from training.backbone import BackboneConfig, VisionTransformer
 from training.core.precision import Precision, at_least_float32, full, lowered
-from training.heads import TokenHeads
-from training.losses import entropy
-from training.measures import information
 from training.methods.base import Outcome, Progress, Views
 from training.methods.distillation import Distillation, DistillationConfig, Keep, Said, TokenViews, seen
+from training.nn.distillation_losses import entropy
+from training.nn.feature_diagnostics import information
+from training.nn.heads import TokenHeads
+from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 
 
 @settings

@@ -24,15 +24,15 @@ from datapipe.core.errors import ConfigError
 from datapipe.core.settings import settings
 from datapipe.views.masking import MaskConfig, MaskLaw
 from datapipe.views.spec import RegionLaw, ViewSpec, regions
-from training import positions, reconstruction
-from training.backbone import BackboneConfig, VisionTransformer, keep_masks, on_device
 from training.core.device_copy import to_device
 from training.core.precision import Precision, at_least_float32, full, lowered
 from training.core.schedules import grown
-from training.decoders import Decoder
-from training.measures import of_features
 from training.methods.base import Method, Outcome, Progress, Role, Views
-from training.reconstruction import PixelNorm
+from training.nn import positions, reconstruction
+from training.nn.feature_diagnostics import of_features
+from training.nn.mae_decoder import Decoder
+from training.nn.reconstruction import PixelNorm
+from training.nn.vision_transformer import BackboneConfig, VisionTransformer, keep_masks, on_device
 
 
 @settings

@@ -22,14 +22,14 @@ from datapipe.core.config import ViewConfig
 from datapipe.core.settings import settings
 from datapipe.views.masking import MaskConfig, MaskLaw
 from datapipe.views.spec import ViewSpec, multi_crop
-from training.backbone import BackboneConfig, VisionTransformer
 from training.core.precision import Precision, at_least_float32, full, lowered
 from training.core.schedules import teacher_temperature
-from training.heads import HeadConfig, MaskedHead
-from training.losses import entropy, hidden_numbers, hidden_patch_cross_entropies, mean_over_hidden
-from training.measures import information
 from training.methods.base import Outcome, Progress, Views
 from training.methods.distillation import Distillation, DistillationConfig, Keep, TokenViews, seen
+from training.nn.distillation_losses import entropy, hidden_numbers, hidden_patch_cross_entropies, mean_over_hidden
+from training.nn.feature_diagnostics import information
+from training.nn.heads import HeadConfig, MaskedHead
+from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 
 
 @settings

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from datapipe.core.config import ViewConfig
 from datapipe.core.settings import settings
 from datapipe.views.spec import ViewSpec, padded
-from training import metric_losses, stem
-from training.backbone import BackboneConfig, VisionTransformer, keep_masks, on_device
 from training.core.collectives import gathered
 from training.core.precision import Precision, at_least_float32, full, lowered
-from training.erasing import erase
-from training.measures import of_features
 from training.methods.base import ByIdentity, Method, Outcome, Progress, Role, Views
+from training.nn import ics_stem, reid_losses
+from training.nn.feature_diagnostics import of_features
+from training.nn.random_erasing import erase
+from training.nn.vision_transformer import BackboneConfig, VisionTransformer, keep_masks, on_device
 
 
 @settings
@@ -74,7 +74,7 @@ class Said(NamedTuple):
     logits_BK: Tensor
 
 
-class Neck(stem.PooledBatchNorm):
+class Neck(ics_stem.PooledBatchNorm):
     """Batch norm of features [B, C] whose bias stays 0, so that identities are told by angles (BNNeck)."""
 
     def __init__(self, channels: int) -> None:
@@ -171,10 +171,10 @@ class Supervised(Method):
                 "identified": (said.logits_BK.argmax(dim=1) == label_B).to(loss_B.dtype),
                 **of_features(said.feature_BF.detach(), weight_B),
             }
-            return Outcome((weight_B * loss_B).sum(), stem.take_statistics(self, weight_B.sum()), metrics)
+            return Outcome((weight_B * loss_B).sum(), ics_stem.take_statistics(self, weight_B.sum()), metrics)
 
     def after_step(self, sums: dict[str, Tensor], progress: Progress) -> None:
-        stem.settle(self, sums)
+        ics_stem.settle(self, sums)
 
     def roles(self) -> dict[str, Role]:
         return {name: self._role(name, value) for name, value in self.named_parameters() if value.requires_grad}
@@ -189,10 +189,10 @@ class Supervised(Method):
     def _losses(self, said: Said, label_B: Tensor) -> tuple[Tensor, Tensor]:
         """Of the classifier and of the triplets: [B] both; 0 for an image of unknown identity."""
         features_NF, label_N = gathered(said.feature_BF), gathered(label_B)
-        far = metric_losses.distances(said.feature_BF, features_NF)
-        positive_B, negative_B = metric_losses.hardest(far, label_B, label_N)
-        triplet_B = metric_losses.triplet(positive_B, negative_B, self.config.margin) * (label_B >= 0)
-        return metric_losses.identity(said.logits_BK, label_B, smoothing=self.config.smoothing), triplet_B
+        far = reid_losses.distances(said.feature_BF, features_NF)
+        positive_B, negative_B = reid_losses.hardest(far, label_B, label_N)
+        triplet_B = reid_losses.triplet(positive_B, negative_B, self.config.margin) * (label_B >= 0)
+        return reid_losses.identity(said.logits_BK, label_B, smoothing=self.config.smoothing), triplet_B
 
     def _role(self, name: str, parameter: nn.Parameter) -> Role:
         network, _, rest = name.removeprefix("student.").partition(".")

@@ -26,7 +26,7 @@ from datapipe.core.progress import QUIET_S, Progress
 from datapipe.core.settings import settings
 from training.core.device_copy import to_device
 from training.core.out_of_memory import scoring_memory
-from training.image_statistics import IMAGENET_MEAN, IMAGENET_STD, Triple
+from training.nn.image_statistics import IMAGENET_MEAN, IMAGENET_STD, Triple
 
 Features = dict[str, NDArray[np.float32]]
 """Name -> float32 [N, C]."""

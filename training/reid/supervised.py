@@ -14,11 +14,11 @@ from datapipe.core.errors import ConfigError, DataError, NotFoundError
 from datapipe.storage import Store, open_store, split_url
 from training import checkpoint, evaluation
 from training import recipe_toml as recipes
-from training.backbone import BackboneConfig
 from training.continuation import saved_config
 from training.core.run_folder.run_folder import RunFolder
-from training.image_statistics import MEAN_STD
 from training.methods.supervised import SupervisedConfig
+from training.nn.image_statistics import MEAN_STD
+from training.nn.vision_transformer import BackboneConfig
 from training.published import Stated, read_published
 from training.reid.scoring import ScoringConfig
 from training.reid.training_part import shard_training_part

@@ -14,9 +14,9 @@ import re, sys, torch
 from pathlib import Path
 from datapipe.storage import open_store
 from tests.training.checkpoint.toy import make_checkpoints, make_step, make_stepper, save
-from training.backbone import BackboneConfig
+from training.nn.vision_transformer import BackboneConfig
 from training.checkpoint.reader import BLOCK
-from training.heads import HeadConfig
+from training.nn.heads import HeadConfig
 from training.methods.pass_reid import Pass, PassConfig
 
 def held(name):

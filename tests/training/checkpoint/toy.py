@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from datapipe.storage import Store
-from training.backbone import BackboneConfig
 from training.checkpoint import Checkpoints, Reader, complete
 from training.checkpoint.settings import CheckpointConfig
 from training.core.run_folder.write_guard import FREE, Guard, GuardedStore
@@ -15,9 +14,10 @@ from training.engine.optimisation import group_parameters
 from training.engine.plain import PlainStepper
 from training.engine.settings import OptimisationConfig
 from training.engine.stepper import Stepper
-from training.heads import HeadConfig
 from training.methods.base import Method
 from training.methods.pass_reid import Pass, PassConfig
+from training.nn.heads import HeadConfig
+from training.nn.vision_transformer import BackboneConfig
 
 ABOUT = {"manifest": "a" * 64, "manifest_rows": 100, "seed": 1, "batch": 4}
 

@@ -8,9 +8,9 @@ import pytest
 from tests.ranks import run_ranks
 from tests.training.tiny_recipe import tiny
 from training.assembly import build_method, make_stepper
-from training.backbone import parameter_count
 from training.batch_split import portion
 from training.core.world import World
+from training.nn.vision_transformer import parameter_count
 
 
 def _loaded(world: World) -> tuple[bool, bool]:

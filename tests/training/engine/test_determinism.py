@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.flow.tiny import final_state, generated, recipe
 from tests.training.tiny_recipe import tiny
 from training.__main__ import main
-from training.backbone import BackboneConfig, VisionTransformer, _weights
 from training.core.world import World
 from training.engine.determinism import WORKSPACE, deterministic, guarantee
+from training.nn.vision_transformer import BackboneConfig, VisionTransformer, _weights
 
 GPU = World(device=torch.device("cuda", 0))
 

@@ -1,15 +1,15 @@
 import pytest
 import torch
 
-from training.backbone import BackboneConfig
 from training.core.world import World
 from training.engine.clock import Clock
 from training.engine.optimisation import group_parameters, settings_at
 from training.engine.plain import PlainStepper
 from training.engine.settings import OptimisationConfig
-from training.heads import HeadConfig
 from training.methods.base import Method
 from training.methods.pass_reid import Pass, PassConfig
+from training.nn.heads import HeadConfig
+from training.nn.vision_transformer import BackboneConfig
 
 
 def _method() -> Method:

@@ -15,18 +15,18 @@ from datapipe.views.masking import MaskConfig, draw_masks
 from tests.ranks import run_ranks
 from tests.training.methods.batches import gradients, rows, same_images, taken_apart
 from training import ema
-from training.backbone import BackboneConfig
 from training.core.world import World
 from training.engine.optimisation import group_parameters
 from training.engine.plain import PlainStepper
 from training.engine.settings import OptimisationConfig
-from training.heads import HeadConfig
-from training.losses import hidden_patch_cross_entropies
 from training.methods import METHODS, build
 from training.methods.base import Progress, Views
 from training.methods.dino import Dino, DinoConfig
 from training.methods.distillation import Distillation, DistillationConfig
 from training.methods.personvit import PersonVit, PersonVitConfig
+from training.nn.distillation_losses import hidden_patch_cross_entropies
+from training.nn.heads import HeadConfig
+from training.nn.vision_transformer import BackboneConfig
 
 START = Progress(samples=0, step=0, epoch=0, fraction=0.0, total_steps=10, epoch_steps=5.0, seed=3)
 HEAD = HeadConfig(out_dim=10, hidden=8, bottleneck=6, init_std=0.3, norm_last_layer=False)

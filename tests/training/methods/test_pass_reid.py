@@ -10,12 +10,12 @@ from torch import Tensor
 from datapipe.core.config import ViewConfig
 from datapipe.core.errors import ConfigError
 from tests.training.methods.batches import gradients, rows, same_images, taken_apart
-from training.backbone import BackboneConfig
-from training.heads import HeadConfig
-from training.measures import cosine_to_others
 from training.methods import METHODS, build
 from training.methods.base import Progress, Views
 from training.methods.pass_reid import Pass, PassConfig
+from training.nn.feature_diagnostics import cosine_to_others
+from training.nn.heads import HeadConfig
+from training.nn.vision_transformer import BackboneConfig
 
 START = Progress(samples=0, step=0, epoch=0, fraction=0.0, total_steps=10, epoch_steps=5.0, seed=3)
 

@@ -18,12 +18,12 @@ from tests.ranks import run_ranks
 from tests.training.methods.batches import gradients, same_images, taken_apart
 from tests.trajectory import run_trajectory
 from training import ema
-from training.backbone import BackboneConfig, VisionTransformer
 from training.core.world import World
 from training.methods import METHODS, build
 from training.methods.base import Method, Progress, Views
 from training.methods.personmae import PersonMae, PersonMaeConfig
-from training.positions import grid, sincos
+from training.nn.positions import grid, sincos
+from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 
 START = Progress(samples=0, step=0, epoch=0, fraction=0.0, total_steps=40, epoch_steps=5.0, seed=3)
 """Of 8 epochs: the feature loss grows over 2."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from datapipe.stream.batch import Batch
 from tests.ranks import run_ranks
 from tests.trajectory import FixedBatches, NoFaults
-from training.backbone import BackboneConfig, keep_masks
 from training.batch_split import Portion, portion
 from training.core.host import LocalHost
 from training.core.world import World
@@ -25,6 +24,7 @@ from training.engine.settings import OptimisationConfig
 from training.engine.stop import Stop
 from training.methods.base import Progress, Views
 from training.methods.supervised import Neck, Supervised, SupervisedConfig, to_transreid
+from training.nn.vision_transformer import BackboneConfig, keep_masks
 
 BACKBONE = BackboneConfig(arch="custom", size=(16, 8), patch=4, width=12, depth=2, heads=2, drop_path=0.2, init_std=0.2)
 CLASSES, BATCH, STEPS = 5, 8, 6

@@ -13,7 +13,7 @@ from datapipe.core.errors import ConfigError, DataError
 from datapipe.storage import open_store
 from tests.training.reid.people import crop, market
 from training.__main__ import main
-from training.backbone import BackboneConfig
+from training.nn.vision_transformer import BackboneConfig
 from training.reid import embed
 from training.weights.export import CARD, Provenance, export, unfilled
 

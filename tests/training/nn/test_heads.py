@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from training.heads import DinoHead, HeadConfig, TokenHeads
+from training.nn.heads import DinoHead, HeadConfig, TokenHeads
 
 SMALL = HeadConfig(out_dim=7, hidden=6, bottleneck=4)
 

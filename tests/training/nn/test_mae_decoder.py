@@ -2,9 +2,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.backbone import BackboneConfig
-from training.decoders import Attention, Decoder
-from training.positions import grid
+from training.nn.mae_decoder import Attention, Decoder
+from training.nn.positions import grid
+from training.nn.vision_transformer import BackboneConfig
 
 ENCODER = BackboneConfig(arch="custom", size=(32, 16), patch=8, width=12, depth=2, heads=3, init_std=0.3)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.positions import grid, in_frame, sincos
+from training.nn.positions import grid, in_frame, sincos
 
 ROWS, COLUMNS = 4, 3
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from training.losses import entropy, pair_cross_entropies
+from training.nn.distillation_losses import entropy, pair_cross_entropies
 
 
 @pytest.mark.parametrize(("students", "teachers"), [(5, 2), (2, 2), (3, 1), (1, 2)])

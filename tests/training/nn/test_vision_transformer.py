@@ -5,7 +5,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from training.backbone import BackboneConfig, DroppableBlock, VisionTransformer, keep_masks, parameter_count
+from training.nn.vision_transformer import (
+    BackboneConfig,
+    DroppableBlock,
+    VisionTransformer,
+    keep_masks,
+    parameter_count,
+)
 
 TINY = BackboneConfig(arch="custom", size=(32, 16), patch=8, width=12, depth=3, heads=3)
 

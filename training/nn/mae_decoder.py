@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm, Mlp
 from torch import Tensor, nn
 
-from training.backbone import BackboneConfig
-from training.positions import sincos
+from training.nn.positions import sincos
+from training.nn.vision_transformer import BackboneConfig
 
 
 class Attention(nn.Module):

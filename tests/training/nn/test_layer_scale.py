@@ -13,11 +13,11 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError
 from datapipe.storage import open_store
 from training.assembly import initial_method
-from training.backbone import BackboneConfig, VisionTransformer, parameter_count
 from training.engine.optimisation import group_parameters
-from training.heads import HeadConfig
 from training.initial_weights import InitConfig
 from training.methods.dino import DinoConfig
+from training.nn.heads import HeadConfig
+from training.nn.vision_transformer import BackboneConfig, VisionTransformer, parameter_count
 from training.published import Stated, read_published
 from training.run_config import RunConfig
 from training.weights import export

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from training.measures import information, of_features, participation
+from training.nn.feature_diagnostics import information, of_features, participation
 
 
 def test_participation__equals_the_ratio_of_the_eigenvalues() -> None:

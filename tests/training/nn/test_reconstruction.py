@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training import reconstruction
+from training.nn import reconstruction
 
 
 def images() -> Tensor:

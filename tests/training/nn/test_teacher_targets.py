@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
-from training import targets
+from training.nn import teacher_targets
 
 
 def logits(views: int = 2, batch: int = 4, prototypes: int = 5) -> Tensor:
@@ -30,7 +30,7 @@ def naive_sinkhorn(rows: list[list[float]], temperature: float, iterations: int)
 
 def test_centred__equals_naive() -> None:
     teacher, centre = logits(), torch.randn(1, 5, dtype=torch.float64)
-    ours = targets.centred(teacher, centre, temperature=0.5)
+    ours = teacher_targets.centred(teacher, centre, temperature=0.5)
     for t in range(2):
         for b in range(4):
             powers = [math.exp((float(teacher[t, b, k]) - float(centre[0, k])) / 0.5) for k in range(5)]
@@ -42,9 +42,9 @@ def test_centre_sum__adds_up_over_micro_batches_and_leaves_padding_out() -> None
     teacher = logits(batch=5)
     teacher[:, 4] = 1e6  # padding
     weight = torch.tensor([0.25, 0.25, 0.25, 0.25, 0.0], dtype=torch.float64)
-    parts = [targets.centre_sum(teacher[:, rows], weight[rows]) for rows in (slice(0, 3), slice(3, 5))]
+    parts = [teacher_targets.centre_sum(teacher[:, rows], weight[rows]) for rows in (slice(0, 3), slice(3, 5))]
     torch.testing.assert_close(parts[0] + parts[1], teacher[:, :4].mean(dim=(0, 1))[None], rtol=1e-12, atol=1e-12)
-    moved = targets.moved_centre(torch.ones(1, 5, dtype=torch.float64), parts[0] + parts[1], 0.9)
+    moved = teacher_targets.moved_centre(torch.ones(1, 5, dtype=torch.float64), parts[0] + parts[1], 0.9)
     torch.testing.assert_close(moved, 0.9 + 0.1 * (parts[0] + parts[1]))
 
 
@@ -53,7 +53,7 @@ def test_sinkhorn__equals_naive_loops_without_padding(temperature: float) -> Non
     teacher = logits(batch=4)
     teacher[:, 3] = 50.0  # padding
     weight = torch.tensor([1 / 3, 1 / 3, 1 / 3, 0.0], dtype=torch.float64)
-    ours = targets.sinkhorn(teacher, weight, temperature=temperature)
+    ours = teacher_targets.sinkhorn(teacher, weight, temperature=temperature)
     naive = naive_sinkhorn(teacher[:, :3].reshape(-1, 5).tolist(), temperature, 3)
     expected = torch.tensor(naive, dtype=torch.float64)
     torch.testing.assert_close(ours[:, :3].reshape(-1, 5), expected, rtol=1e-9, atol=0)
@@ -62,7 +62,7 @@ def test_sinkhorn__equals_naive_loops_without_padding(temperature: float) -> Non
 def test_sinkhorn__low_temperatures_stay_finite_and_balanced() -> None:
     torch.manual_seed(0)
     cosines = torch.randn(2, 64, 32).tanh()
-    ours = targets.sinkhorn(cosines, torch.full((64,), 1 / 64), temperature=0.01, iterations=30)
+    ours = teacher_targets.sinkhorn(cosines, torch.full((64,), 1 / 64), temperature=0.01, iterations=30)
     assert ours.isfinite().all()
     torch.testing.assert_close(ours.sum(dim=-1), torch.ones(2, 64))
     assert float(ours.sum(dim=(0, 1)).max()) < 2 * 128 / 32
@@ -80,13 +80,13 @@ def test_sinkhorn__rows_of_all_ranks_count(monkeypatch: pytest.MonkeyPatch) -> N
         meeting.wait()
 
     teacher, weight = logits(batch=4), torch.full((4,), 0.25, dtype=torch.float64)
-    whole = targets.sinkhorn(teacher, weight, temperature=0.2)
+    whole = teacher_targets.sinkhorn(teacher, weight, temperature=0.2)
     padding = torch.full((2, 2, 5), 9.0, dtype=torch.float64)
     shares = [
         (teacher[:, :3], weight[:3]),
         (torch.cat([teacher[:, 3:], padding], dim=1), torch.tensor([0.25, 0, 0], dtype=torch.float64)),
     ]
-    monkeypatch.setattr(targets, "all_reduce", all_reduce)
+    monkeypatch.setattr(teacher_targets, "all_reduce", all_reduce)
     with ThreadPoolExecutor(2) as ranks:
-        first, second = ranks.map(lambda share: targets.sinkhorn(*share, temperature=0.2), shares, timeout=300)
+        first, second = ranks.map(lambda share: teacher_targets.sinkhorn(*share, temperature=0.2), shares, timeout=300)
     torch.testing.assert_close(torch.cat([first, second[:, :1]], dim=1), whole, rtol=1e-12, atol=1e-12)

@@ -25,7 +25,7 @@ from datapipe.core.config import Size
 from datapipe.core.randomness import uniform
 from datapipe.core.settings import settings
 from training.core.device_copy import to_device
-from training.stem import ConvStem
+from training.nn.ics_stem import ConvStem
 
 
 class Shape(NamedTuple):

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.ranks import run_ranks
-from training.backbone import BackboneConfig, VisionTransformer, parameter_count
 from training.core.world import World
-from training.stem import CHANNELS, ConvStem, PooledBatchNorm, pooled_statistics, settle, take_statistics
+from training.nn.ics_stem import CHANNELS, ConvStem, PooledBatchNorm, pooled_statistics, settle, take_statistics
+from training.nn.vision_transformer import BackboneConfig, VisionTransformer, parameter_count
 
 
 def images(count: int = 5, height: int = 16, width: int = 8) -> Tensor:

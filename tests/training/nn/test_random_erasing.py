@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy import stats
 
-from training.erasing import AREA, RATIO, erase
+from training.nn.random_erasing import AREA, RATIO, erase
 
 SIZE = (48, 24)
 

@@ -1,0 +1,1 @@
+"""The network and its losses: modules and pure functions of tensors."""

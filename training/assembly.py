@@ -19,9 +19,9 @@ from training.core.world import World
 from training.engine.optimisation import group_parameters
 from training.engine.plain import PlainStepper
 from training.engine.stepper import Stepper
-from training.initial_weights import start_from
 from training.methods.base import Method
 from training.run_config import RunConfig
+from training.weights.initialise import start_from
 
 if TYPE_CHECKING:
     from datapipe.stream.preview import TrainingViews

@@ -7,9 +7,9 @@ from training.batch_split import Portion
 from training.continuation import refuse_changed_data, refuse_changed_settings
 from training.core.precision import refuse_fp16_on_cpu
 from training.core.run_folder.run_folder import RunFolder
-from training.initial_weights import refuse_missing
 from training.run_config import RunConfig
 from training.run_plan import RunPlan, plan_run
+from training.weights.initialise import refuse_missing
 
 
 def check(config: RunConfig) -> RunPlan:

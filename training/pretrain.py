@@ -33,7 +33,6 @@ from training.engine.pieces import Piece
 from training.engine.scaling import first_scale
 from training.engine.stepper import Stepper
 from training.engine.stop import Stop
-from training.initial_weights import in_words
 from training.memory_remedies import training_memory
 from training.methods.base import Method
 from training.metrics import Recorder
@@ -47,6 +46,7 @@ from training.run_plan import RunPlan, make_loader, plan_run
 from training.speed import Tally
 from training.succession import Succession
 from training.watch import Startup, Watch
+from training.weights.initialise import in_words
 
 
 class Ending(NamedTuple):

@@ -7,11 +7,11 @@ from datapipe.core.settings import settings
 from training.checkpoint.settings import CheckpointConfig
 from training.cluster_config import ClusterConfig
 from training.engine.settings import EngineConfig, OptimisationConfig
-from training.initial_weights import InitConfig
 from training.methods import MethodConfig
 from training.methods.pass_reid import PassConfig
 from training.nn.vision_transformer import BackboneConfig
 from training.reid.scoring import EvaluationConfig
+from training.weights.initialise import InitConfig
 
 
 @settings

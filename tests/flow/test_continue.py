@@ -9,7 +9,7 @@ import torch
 
 from datapipe.core.errors import NotFoundError
 from tests.flow.tiny import recipe, shards
-from tests.training.published_files import save, training_checkpoint
+from tests.training.weights.published_files import save, training_checkpoint
 from training import recipe_toml as recipes
 from training.__main__ import main
 from training.assembly import build_method, initial_method

@@ -23,7 +23,6 @@ from training.core.world import World
 from training.engine.clock import Clock
 from training.evaluation import score, tasks
 from training.pretrain import Ending, pretrain
-from training.published import Stated, read_published
 from training.recipe_toml import load
 from training.reid.datasets import open_reid
 from training.reid.supervised import prepare, suited_recipe
@@ -31,6 +30,7 @@ from training.reid.training_part import shard_training_part
 from training.run_config import RunConfig
 from training.run_plan import labels_of, order_of, resolved
 from training.weights.export import load_backbone
+from training.weights.published import Stated, read_published
 
 TINY = [
     "--backbone.arch", "custom", "--backbone.size", "32", "16", "--backbone.patch", "8", "--backbone.width", "24",

@@ -11,7 +11,7 @@ RUNS_CODE = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "s
 ALLOWED = {
     "datapipe/ingest/work_units.py": "its own temporary file, which no other process has a name for",
     "datapipe/core/plain_pickle.py": "an Unpickler that refuses every name",
-    "training/weight_files.py": "only the name of its error; torch.load(weights_only=True) reads",
+    "training/weights/safe_load.py": "only the name of its error; torch.load(weights_only=True) reads",
 }
 """Who may import pickle, and why that is safe."""
 

@@ -3,9 +3,9 @@ import torch
 
 from tests.golden import difference, golden, tolerance
 from training.nn.vision_transformer import BackboneConfig
-from training.resizing import resized
 from training.weights.counted_keys import load_counted
 from training.weights.export import unfilled
+from training.weights.resize_positions import resized
 
 PATCH = 2
 

@@ -13,11 +13,11 @@ from tests.training.reid.people import market
 from tests.training.test_reproduce import PEOPLE, SIZE, weights
 from training import checkpoint, evaluation
 from training.__main__ import main
-from training.initial_weights import InitConfig
 from training.methods.supervised import SupervisedConfig
 from training.pedigree import of_card, of_run
 from training.reid.scoring import ScoringConfig
 from training.run_config import RunConfig
+from training.weights.initialise import InitConfig
 
 STORAGE = StorageConfig()
 

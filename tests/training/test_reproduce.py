@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from datapipe.core.errors import ConfigError, DataError
-from tests.training import published_files as files
 from tests.training.reid.people import market
+from tests.training.weights import published_files as files
 from training.__main__ import main
 from training.commands.reproduce import Agreement, Reproduction, agreements, read_row
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer

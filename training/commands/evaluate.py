@@ -27,7 +27,7 @@ from training.reid import supervised
 from training.reid.scoring import ScoringConfig
 from training.report import write_report
 from training.run_config import RunConfig
-from training.weight_files import FILES
+from training.weights.safe_load import FILES
 
 PROG = "python -m training evaluate"
 

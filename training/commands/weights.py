@@ -12,11 +12,11 @@ from datapipe.storage import open_store
 from training import evaluation
 from training.commands.checkpoints import newest
 from training.nn.image_statistics import MEAN_STD
-from training.published import Network, Stated, read_published
 from training.reid.zero_shot import Weights
-from training.resizing import Interpolation, resized, resizing
 from training.weights.export import Provenance, create_model_call
 from training.weights.export import export as export_backbone
+from training.weights.published import Network, Stated, read_published
+from training.weights.resize_positions import Interpolation, resized, resizing
 
 
 @settings

@@ -19,14 +19,14 @@ from training.core.run_folder.run_folder import RunFolder
 from training.methods.supervised import SupervisedConfig
 from training.nn.image_statistics import MEAN_STD
 from training.nn.vision_transformer import BackboneConfig
-from training.published import Stated, read_published
 from training.reid.scoring import ScoringConfig
 from training.reid.training_part import shard_training_part
 from training.reid.zero_shot import Weights
 from training.run_config import RunConfig
-from training.weight_files import FILES
 from training.weights import export as exports
 from training.weights.export import CARD, Provenance
+from training.weights.published import Stated, read_published
+from training.weights.safe_load import FILES
 
 RANDOM = "random"
 """In place of weights: none; the recipe's backbone as it is drawn."""

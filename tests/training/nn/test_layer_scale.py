@@ -14,13 +14,13 @@ from datapipe.core.errors import ConfigError
 from datapipe.storage import open_store
 from training.assembly import initial_method
 from training.engine.optimisation import group_parameters
-from training.initial_weights import InitConfig
 from training.methods.dino import DinoConfig
 from training.nn.heads import HeadConfig
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer, parameter_count
-from training.published import Stated, read_published
 from training.run_config import RunConfig
 from training.weights import export
+from training.weights.initialise import InitConfig
+from training.weights.published import Stated, read_published
 
 CONFIG = BackboneConfig(arch="custom", size=(64, 32), patch=16, width=24, depth=2, heads=3, layer_scale=0.1)
 RUN = RunConfig(backbone=CONFIG, method=DinoConfig(local_size=(32, 16), head=HeadConfig(out_dim=8, hidden=8)))

@@ -19,9 +19,9 @@ from datapipe.core.config import Size, Statistics, StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.storage import open_store, split_url
 from training.nn.vision_transformer import ARCHITECTURES, BackboneConfig, Shape, VisionTransformer
-from training.weight_files import Arguments, read_weights
 from training.weights.counted_keys import first_few, load_counted
 from training.weights.export import digest, unfilled
+from training.weights.safe_load import Arguments, read_weights
 
 Network = Literal["teacher", "student"]
 

@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 
 from datapipe.core.errors import DataError
-from tests.training.published_files import arguments, saved
-from training.weight_files import Arguments, read_weights
+from tests.training.weights.published_files import arguments, saved
+from training.weights.safe_load import Arguments, read_weights
 
 
 class Runs:

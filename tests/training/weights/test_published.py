@@ -13,13 +13,13 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.storage import open_store
 from tests.golden import difference, golden, tolerance
-from tests.training import published_files as files
-from tests.training.published_files import State, backbone_state, head_state, save
 from tests.training.reid.people import market
+from tests.training.weights import published_files as files
+from tests.training.weights.published_files import State, backbone_state, head_state, save
 from training.__main__ import main
 from training.nn.vision_transformer import ARCHITECTURES, BackboneConfig, Shape, VisionTransformer
-from training.published import LAYOUTS, SHAPES, Stated, read_published
 from training.weights.export import load_backbone, load_card, unfilled
+from training.weights.published import LAYOUTS, SHAPES, Stated, read_published
 
 PASS, SSL, ICS, IBOT = "pass_backbone", "transreid_ssl_backbone", "transreid_ssl_ics_backbone", "ibot_backbone"
 OUTPUTS = {PASS: ("global_input", "global_cls_stored_pos"), SSL: ("global_input", "global_cls"),

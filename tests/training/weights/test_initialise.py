@@ -12,20 +12,20 @@ from datapipe.core.config import StorageConfig, ViewConfig
 from datapipe.core.errors import ConfigError, DataError, NotFoundError
 from datapipe.storage import open_store
 from tests.golden import difference, golden, group, tolerance
-from tests.training import published_files as files
-from tests.training.published_files import backbone_state, save
-from tests.training.test_weight_files import Runs
+from tests.training.weights import published_files as files
+from tests.training.weights.published_files import backbone_state, save
+from tests.training.weights.test_safe_load import Runs
 from tests.trajectory import dino_config, pass_config, personvit_config
 from training.assembly import build_method, initial_method
-from training.initial_weights import InitConfig, in_words
 from training.methods.dino import DinoConfig
 from training.methods.pass_reid import PassConfig
 from training.methods.personmae import PersonMaeConfig
 from training.nn.heads import HeadConfig
 from training.nn.vision_transformer import BackboneConfig
-from training.published import Stated, read_published
 from training.run_config import RunConfig
 from training.weights.export import Provenance, export
+from training.weights.initialise import InitConfig, in_words
+from training.weights.published import Stated, read_published
 
 HEAD = HeadConfig(out_dim=16, hidden=8, bottleneck=4)
 

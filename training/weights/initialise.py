@@ -14,10 +14,10 @@ from datapipe.storage import open_store, split_url
 from training.methods.base import Method
 from training.nn.image_statistics import MEAN_STD
 from training.nn.vision_transformer import BackboneConfig, Shape, VisionTransformer
-from training.published import Network, Published, Stated, read_published
-from training.resizing import Interpolation, resized, resizing
 from training.weights.counted_keys import first_few, load_counted
 from training.weights.export import CARD, load_backbone, load_card
+from training.weights.published import Network, Published, Stated, read_published
+from training.weights.resize_positions import Interpolation, resized, resizing
 
 CENTRES = {"center": "centre_cls", "center2": "centre_patch"}
 """Names in DINO's and iBOT's files -> ours; PASS's have the tokens' names."""

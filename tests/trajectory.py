@@ -16,7 +16,7 @@ from training.core.world import World
 from training.engine.clock import Clock
 from training.engine.faults import Faults, describe
 from training.engine.loop import Run, Segment, rehearse, train
-from training.engine.optimisation import group_parameters
+from training.engine.param_groups import group_parameters
 from training.engine.plain import PlainStepper
 from training.engine.settings import EngineConfig, OptimisationConfig
 from training.engine.stepper import Result, Stepper

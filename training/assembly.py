@@ -16,7 +16,7 @@ from datapipe.views.spec import ViewSpec
 from training import methods
 from training.batch_split import Portion
 from training.core.world import World
-from training.engine.optimisation import group_parameters
+from training.engine.param_groups import group_parameters
 from training.engine.plain import PlainStepper
 from training.engine.stepper import Stepper
 from training.methods.base import Method

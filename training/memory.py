@@ -22,7 +22,7 @@ from training.activations import FULL, Numerics
 from training.assembly import build_method, deepspeed_json, view_spec
 from training.batch_split import portion
 from training.core.world import World
-from training.engine.optimisation import group_parameters
+from training.engine.param_groups import group_parameters
 from training.methods.base import Method
 from training.methods.personmae import PersonMaeConfig
 from training.run_config import RunConfig

@@ -17,7 +17,7 @@ from datapipe.core.progress import duration
 from training.checkpoint import Saved
 from training.core.host import Host
 from training.core.run_folder.run_folder import RunFolder
-from training.engine.optimisation import StepSettings
+from training.engine.param_groups import StepSettings
 from training.engine.stepper import Result
 from training.health import Course
 from training.methods.base import Progress

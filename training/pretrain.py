@@ -28,9 +28,9 @@ from training.engine.clock import Clock
 from training.engine.determinism import deterministic, guarantee
 from training.engine.faults import Faults, Rewind
 from training.engine.loop import Run, Segment, rehearse, train
+from training.engine.loss_scaling import first_scale
 from training.engine.pace import Pace
-from training.engine.pieces import Piece
-from training.engine.scaling import first_scale
+from training.engine.state_fragments import Piece
 from training.engine.stepper import Stepper
 from training.engine.stop import Stop
 from training.memory_remedies import training_memory

@@ -18,11 +18,10 @@ import psutil
 import torch
 
 from tests.ranks import run_ranks
-from training import ema
 from training.assembly import build_method, fake_batch, make_stepper, view_spec
 from training.batch_split import portion
 from training.core.world import World
-from training.engine import optimisation
+from training.engine import ema, param_groups
 from training.engine.deepspeed import warm_up
 from training.memory import calculate, census
 from training.placing import Place
@@ -75,7 +74,7 @@ def measure(world: World, config: RunConfig) -> Measured:
     for samples in (0, WORLD):
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         progress = clock.at(samples)
-        now = optimisation.settings_at(config.optimisation, progress)
+        now = param_groups.settings_at(config.optimisation, progress)
         stepper.apply(now, progress)
         views = Place(world.device, config.views.statistics)(fake_batch(view_spec(config), share, config))
         stepper.backward(stepper.forward(views, progress), last=True)

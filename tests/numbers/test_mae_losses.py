@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.golden import difference, golden, group, tolerance
 from training.core.schedules import along, grown
-from training.engine.optimisation import settings_at
+from training.engine.param_groups import settings_at
 from training.engine.settings import OptimisationConfig
 from training.methods.base import Outcome, Progress, Views
 from training.methods.personmae import Asked, PersonMae, PersonMaeConfig, Predictions

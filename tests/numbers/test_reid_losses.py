@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.golden import difference, golden, tolerance
 from training.engine.clock import Clock
-from training.engine.optimisation import settings_at
+from training.engine.param_groups import settings_at
 from training.engine.settings import OptimisationConfig
 from training.nn.reid_losses import distances, hardest, identity, triplet
 

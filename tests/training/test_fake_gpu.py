@@ -22,10 +22,11 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from training import assembly, ema, methods
+from training import assembly, methods
 from training.batch_split import portion
 from training.core.world import World
-from training.engine.optimisation import group_parameters
+from training.engine import ema
+from training.engine.param_groups import group_parameters
 from training.engine.plain import PlainStepper
 from training.methods import distillation, personmae, supervised
 from training.methods.base import Progress

@@ -10,7 +10,7 @@ from tests.training.tiny_recipe import tiny, with_views
 from training.assembly import build_method, make_stepper
 from training.batch_split import portion
 from training.core.world import World
-from training.engine import optimisation
+from training.engine import param_groups
 from training.engine.plain import PlainStepper
 from training.memory import FRAGMENTATION, FULL, RESERVED, calculate, census
 from training.recipe_toml import load
@@ -57,7 +57,7 @@ def test_state__is_that_of_a_real_step(recipe: str) -> None:
     stepper = make_stepper(config, method, World(), portion(2, 2, 1))
     assert isinstance(stepper, PlainStepper)
     progress = clock_of(config, 200).at(0)
-    stepper.apply(optimisation.settings_at(config.optimisation, progress), progress)
+    stepper.apply(param_groups.settings_at(config.optimisation, progress), progress)
     stepper.backward(stepper.forward(views, progress), last=True)
     trained = [value for value in method.parameters() if value.requires_grad]
     gradients = stored(stepper._gradient(value) for value in trained)

@@ -14,7 +14,7 @@ import torch
 
 from training.checkpoint.digest import digest_of
 from training.checkpoint.marker import File, Form, Fragment
-from training.engine.pieces import Piece
+from training.engine.state_fragments import Piece
 
 NAMES = {
     torch.float64: "F64",

@@ -17,7 +17,7 @@ from training.checkpoint.digest import matches
 from training.checkpoint.lineage import complete
 from training.checkpoint.marker import File, Form, Fragment, Marker, read_marker
 from training.checkpoint.part import TYPES
-from training.engine.pieces import Piece, whole
+from training.engine.state_fragments import Piece, whole
 from training.weights.counted_keys import check_counted
 
 BLOCK = 8 << 20

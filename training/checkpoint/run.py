@@ -30,8 +30,8 @@ from training.checkpoint.reader import Reader, passed_over, refuse_misfit, verif
 from training.checkpoint.settings import CheckpointConfig
 from training.core.run_folder.write_guard import FREE, Guard
 from training.core.world import World
-from training.engine.pieces import Piece, divide
-from training.engine.scaling import LossScale, first_scale
+from training.engine.loss_scaling import LossScale, first_scale
+from training.engine.state_fragments import Piece, divide
 from training.engine.stepper import Stepper
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 DeepSpeed is configured for fp32 and lower precision is autocast inside the method (parameters and teacher stay fp32);
 its own clipping is switched off (it is on at 1.0 unless set to 0); accumulation boundaries are set by hand. Gradients
-are reached where each stage keeps them (`training/engine/layouts.py`).
+are reached where each stage keeps them (`training/engine/zero_layouts.py`).
 """
 
 import contextlib
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from training.core.world import World
-from training.engine.layouts import LAYOUTS
-from training.engine.optimisation import ParameterGroup, StepSettings
 from training.engine.optimizers import make_optimizer
-from training.engine.pieces import Piece
+from training.engine.param_groups import ParameterGroup, StepSettings
 from training.engine.settings import EngineConfig, OptimisationConfig
+from training.engine.state_fragments import Piece
 from training.engine.stepper import Stepper
+from training.engine.zero_layouts import LAYOUTS
 from training.methods.base import Method, Outcome, Progress, Views
 
 CPU = torch.device("cpu")

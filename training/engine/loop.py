@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from datapipe.stream.batch import Batch, Intake
-from training import ema
 from training.checkpoint import Checkpoints
 from training.core.host import Host
+from training.engine import ema
 from training.engine.clock import Clock
 from training.engine.faults import Faults
-from training.engine.optimisation import StepSettings, settings_at
+from training.engine.param_groups import StepSettings, settings_at
 from training.engine.settings import OptimisationConfig
 from training.engine.stepper import Result, Stepper
 from training.engine.stop import Stop

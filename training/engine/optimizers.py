@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from training.engine.pieces import Piece, whole
 from training.engine.settings import OptimisationConfig
+from training.engine.state_fragments import Piece, whole
 
 STATE_TENSORS: dict[type[Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from training.core.world import World
-from training.engine.optimisation import ParameterGroup
 from training.engine.optimizers import make_optimizer, whole_pieces, whole_steps, zero_state
-from training.engine.pieces import Piece
+from training.engine.param_groups import ParameterGroup
 from training.engine.settings import OptimisationConfig
+from training.engine.state_fragments import Piece
 from training.engine.stepper import Stepper
 from training.methods.base import Method, Outcome, Progress, Views
 

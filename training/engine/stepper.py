@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from training.core.world import World
-from training.engine import optimisation
-from training.engine.optimisation import ParameterGroup, StepSettings
-from training.engine.pieces import Piece, whole
-from training.engine.scaling import first_scale
+from training.engine import param_groups
+from training.engine.loss_scaling import first_scale
+from training.engine.param_groups import ParameterGroup, StepSettings
 from training.engine.settings import OptimisationConfig
+from training.engine.state_fragments import Piece, whole
 from training.methods.base import Method, Outcome, Progress, Views
 
 
@@ -60,7 +60,7 @@ class Stepper(ABC):
     def apply(self, now: StepSettings, progress: Progress) -> None:
         """Set learning rate and decay of every group for the coming step."""
         self._frozen = {name for group in self.groups if group.frozen(progress) for name in group.names}
-        optimisation.apply(self.groups, self._optimizer_groups(), now, progress)
+        param_groups.apply(self.groups, self._optimizer_groups(), now, progress)
 
     def forward(self, views: Views, progress: Progress) -> Outcome:
         """The outcome of one micro-batch; its loss, sums and metrics are added to the step's."""

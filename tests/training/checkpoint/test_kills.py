@@ -22,7 +22,7 @@ from tests.forked import forkserver
 from tests.training.checkpoint.toy import make_checkpoints, make_method, make_step, same, tensors
 from training.checkpoint import complete, read_marker, verify
 from training.core.world import World
-from training.engine.optimisation import group_parameters
+from training.engine.param_groups import group_parameters
 from training.engine.plain import PlainStepper
 from training.engine.settings import OptimisationConfig
 

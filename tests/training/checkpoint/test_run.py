@@ -25,7 +25,7 @@ from tests.training.checkpoint.toy import (
 )
 from training.checkpoint import MARKER, complete, newest_good, read_marker, reader, verify
 from training.core.world import World
-from training.engine.scaling import LossScale
+from training.engine.loss_scaling import LossScale
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -21,16 +21,16 @@ from tests.training.checkpoint.toy import (
     tensors,
 )
 from tests.training.tiny_recipe import tiny, with_views
-from training import ema
 from training.assembly import build_method
 from training.assembly import make_stepper as assemble
 from training.batch_split import portion
 from training.checkpoint import Saved, complete, read_marker, verify
 from training.core.host import LocalHost
 from training.core.world import World
-from training.engine.optimisation import group_parameters, settings_at
+from training.engine import ema
+from training.engine.loss_scaling import LossScale
+from training.engine.param_groups import group_parameters, settings_at
 from training.engine.plain import PlainStepper
-from training.engine.scaling import LossScale
 from training.engine.settings import EngineConfig, OptimisationConfig
 from training.engine.stepper import Stepper
 from training.engine.stop import Stop

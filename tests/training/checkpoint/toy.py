@@ -10,7 +10,7 @@ from training.checkpoint import Checkpoints, Reader, complete
 from training.checkpoint.settings import CheckpointConfig
 from training.core.run_folder.write_guard import FREE, Guard, GuardedStore
 from training.core.world import World
-from training.engine.optimisation import group_parameters
+from training.engine.param_groups import group_parameters
 from training.engine.plain import PlainStepper
 from training.engine.settings import OptimisationConfig
 from training.engine.stepper import Stepper

@@ -14,9 +14,9 @@ from datapipe.core.errors import ConfigError
 from datapipe.views.masking import MaskConfig, draw_masks
 from tests.ranks import run_ranks
 from tests.training.methods.batches import gradients, rows, same_images, taken_apart
-from training import ema
 from training.core.world import World
-from training.engine.optimisation import group_parameters
+from training.engine import ema
+from training.engine.param_groups import group_parameters
 from training.engine.plain import PlainStepper
 from training.engine.settings import OptimisationConfig
 from training.methods import METHODS, build

@@ -17,8 +17,8 @@ from datapipe.views.masking import draw_masks
 from tests.ranks import run_ranks
 from tests.training.methods.batches import gradients, same_images, taken_apart
 from tests.trajectory import run_trajectory
-from training import ema
 from training.core.world import World
+from training.engine import ema
 from training.methods import METHODS, build
 from training.methods.base import Method, Progress, Views
 from training.methods.personmae import PersonMae, PersonMaeConfig

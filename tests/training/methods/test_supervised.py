@@ -18,7 +18,7 @@ from training.core.host import LocalHost
 from training.core.world import World
 from training.engine.clock import Clock
 from training.engine.loop import Run, Segment, train
-from training.engine.optimisation import group_parameters, settings_at
+from training.engine.param_groups import group_parameters, settings_at
 from training.engine.plain import PlainStepper
 from training.engine.settings import OptimisationConfig
 from training.engine.stop import Stop

@@ -13,7 +13,7 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError
 from datapipe.storage import open_store
 from training.assembly import initial_method
-from training.engine.optimisation import group_parameters
+from training.engine.param_groups import group_parameters
 from training.methods.dino import DinoConfig
 from training.nn.heads import HeadConfig
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer, parameter_count

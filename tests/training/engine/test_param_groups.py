@@ -3,7 +3,7 @@ import torch
 
 from training.core.world import World
 from training.engine.clock import Clock
-from training.engine.optimisation import group_parameters, settings_at
+from training.engine.param_groups import group_parameters, settings_at
 from training.engine.plain import PlainStepper
 from training.engine.settings import OptimisationConfig
 from training.methods.base import Method

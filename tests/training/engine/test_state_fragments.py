@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from training.engine.pieces import Piece, divide, whole
+from training.engine.state_fragments import Piece, divide, whole
 
 WORLDS = (1, 2, 3, 4, 7, 64)
 

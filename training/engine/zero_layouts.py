@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from training.core.world import World
-from training.engine.optimisation import ParameterGroup
 from training.engine.optimizers import begun, state_tensors, step_count, whole_pieces, whole_steps, zero_state
-from training.engine.pieces import Piece, whole
+from training.engine.param_groups import ParameterGroup
+from training.engine.state_fragments import Piece, whole
 from training.methods.base import Method
 
 

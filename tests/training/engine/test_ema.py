@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from training import ema
+from training.engine import ema
 
 
 def test_ema__float32_equals_float64_over_a_thousand_steps() -> None:

@@ -24,7 +24,7 @@ from training.batch_split import Portion
 from training.checks import refuse_unsuited
 from training.core.host import LocalHost
 from training.core.world import World, alone
-from training.engine.scaling import GROWTH_STEPS, LARGEST, LossScale, first_scale
+from training.engine.loss_scaling import GROWTH_STEPS, LARGEST, LossScale, first_scale
 from training.engine.stepper import Stepper
 from training.methods.base import Method, Views
 from training.placing import Place

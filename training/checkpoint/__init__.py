@@ -9,15 +9,15 @@ what it needs by range reads. Nothing is unpickled. `t7-5f2a9c01-2` is the term 
 save: files of an attempt that crashed, or is not quite dead, never mix with those of the next.
 
 lineage.py  which of them are the run's own
-marker.py   what a checkpoint says of itself       reader.py     its tensors, and whether they are whole
-part.py     one rank's file                        run.py        saving and restoring as the loop does it
+metadata.py   what a checkpoint says of itself       reader.py     its tensors, and whether they are whole
+snapshot.py     one rank's file                        manager.py        saving and restoring as the loop does it
 retention.py  which checkpoints stay               compare.py    how two of them differ
 """
 
 from training.checkpoint.lineage import complete
-from training.checkpoint.marker import MARKER, Marker, name_of, read_marker, step_of
+from training.checkpoint.manager import Checkpoints, Report, Saved, refuse_other_data
+from training.checkpoint.metadata import MARKER, Marker, name_of, read_marker, step_of
 from training.checkpoint.reader import Reader, load_model, newest_good, verify
-from training.checkpoint.run import Checkpoints, Report, Saved, refuse_other_data
 
 __all__ = [
     "MARKER",

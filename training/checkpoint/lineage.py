@@ -17,7 +17,7 @@ from typing import NamedTuple
 from datapipe.core.errors import NotFoundError
 from datapipe.core.parallel import in_order
 from datapipe.storage import Store, is_remote
-from training.checkpoint.marker import MARKER, completed, step_of
+from training.checkpoint.metadata import MARKER, completed, step_of
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from datapipe.core.progress import QUIET_S, Progress
 from datapipe.storage import Store, is_remote
 from training.checkpoint.digest import matches
 from training.checkpoint.lineage import complete
-from training.checkpoint.marker import File, Form, Fragment, Marker, read_marker
-from training.checkpoint.part import TYPES
+from training.checkpoint.metadata import File, Form, Fragment, Marker, read_marker
+from training.checkpoint.snapshot import TYPES
 from training.engine.state_fragments import Piece, whole
 from training.weights.counted_keys import check_counted
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Iterable, Sequence
 
-from training.checkpoint.marker import MARKER, completed, step_of
+from training.checkpoint.metadata import MARKER, completed, step_of
 from training.checkpoint.settings import CheckpointConfig
 
 

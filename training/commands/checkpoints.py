@@ -15,7 +15,7 @@ from datapipe.core.settings import settings
 from datapipe.storage import Store, open_store, split_url
 from training.checkpoint import compare as comparing
 from training.checkpoint.lineage import complete, survey
-from training.checkpoint.marker import Marker, completed, read_marker, step_of
+from training.checkpoint.metadata import Marker, completed, read_marker, step_of
 from training.checkpoint.reader import Reader, newest_good, verify
 from training.checkpoint.retention import folder_of, kept, old_files
 from training.checkpoint.settings import CheckpointConfig

@@ -26,7 +26,7 @@ from datapipe.maintain.repair import repair
 from datapipe.storage import open_store, unsafe
 from datapipe.storage.local import OpenFilesStore
 from tests.conftest import S3Server
-from training.checkpoint.marker import MARKER, File, Form, Fragment, Marker, read_marker
+from training.checkpoint.metadata import MARKER, File, Form, Fragment, Marker, read_marker
 
 STORAGE = StorageConfig()
 OUTSIDE = {

@@ -1,6 +1,6 @@
 import pytest
 
-from training.checkpoint.marker import MARKER
+from training.checkpoint.metadata import MARKER
 from training.checkpoint.retention import due, kept, strays, superseded
 from training.checkpoint.settings import CheckpointConfig
 

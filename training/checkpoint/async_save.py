@@ -1,6 +1,6 @@
 """What the thread of a save does: writes this rank's part; on the leading rank, then, the marker that makes it exist.
 
-Nothing here communicates: the ranks agree in `training/checkpoint/run.py`.
+Nothing here communicates: the ranks agree in `training/checkpoint/manager.py`.
 """
 
 import json
@@ -13,10 +13,10 @@ from typing import Any
 from datapipe.core.errors import DataError, LeaseError, NotFoundError, StorageError, UserError
 from datapipe.storage import Store
 from training.checkpoint.lineage import Head, survey, term_of
-from training.checkpoint.marker import MARKER, Form, Marker, file_from, name_of, read_marker
-from training.checkpoint.part import Part
+from training.checkpoint.metadata import MARKER, Form, Marker, file_from, name_of, read_marker
 from training.checkpoint.retention import strays, superseded
 from training.checkpoint.settings import CheckpointConfig
+from training.checkpoint.snapshot import Part
 from training.core.run_folder.write_guard import Guard
 
 

@@ -22,12 +22,12 @@ import torch
 
 from datapipe.core.errors import DataError, LeaseError, NotFoundError, StorageError
 from datapipe.storage import Store
-from training.checkpoint import lineage, retention, saving
+from training.checkpoint import async_save, lineage, retention
 from training.checkpoint.lineage import Head, complete
-from training.checkpoint.marker import Marker, name_of, read_marker
-from training.checkpoint.part import Snapshots
+from training.checkpoint.metadata import Marker, name_of, read_marker
 from training.checkpoint.reader import Reader, passed_over, refuse_misfit, verify
 from training.checkpoint.settings import CheckpointConfig
+from training.checkpoint.snapshot import Snapshots
 from training.core.run_folder.write_guard import FREE, Guard
 from training.core.world import World
 from training.engine.loss_scaling import LossScale, first_scale
@@ -75,7 +75,7 @@ class _Flight:
     began: float
     since_s: float
     """Seconds since the save before began."""
-    task: saving.Task
+    task: async_save.Task
     about: dict[str, Any]
     """The marker's fields."""
     stood_s: float = 0.0
@@ -116,7 +116,7 @@ class Checkpoints:
         self._saves, self._failures = 0, 0
         self._began = time.monotonic()
         self._time_is_up = False
-        self._tidying: saving.Task | None = None
+        self._tidying: async_save.Task | None = None
 
     # -- saving --------------------------------------------------------------------------------------------------
 
@@ -143,9 +143,9 @@ class Checkpoints:
 
         def write() -> None:
             first()
-            saving.write_part(self.store, name, self.world.rank, token, part)
+            async_save.write_part(self.store, name, self.world.rank, token, part)
 
-        task = saving.Task(write)
+        task = async_save.Task(write)
         self._flight = _Flight(step, samples, token, now, now - self._began, task, about)
         self._began, self._time_is_up = now, False
         self._flight.stood_s = time.monotonic() - now
@@ -176,7 +176,7 @@ class Checkpoints:
         elif not flight.parts_written:
             flight.parts_written = True
             if self.world.leads:
-                flight.task = saving.Task(lambda: self._complete(flight))
+                flight.task = async_save.Task(lambda: self._complete(flight))
         else:
             self._flight, self._failures = None, 0
             took_s = flight.took_s[0] if flight.took_s else math.nan
@@ -208,20 +208,20 @@ class Checkpoints:
 
     def _complete(self, flight: _Flight) -> None:
         """In the leading rank's thread: all parts are written."""
-        marker = saving.write_marker(self.store, flight.token, flight.about, self.guard)
+        marker = async_save.write_marker(self.store, flight.token, flight.about, self.guard)
         flight.took_s.append(time.monotonic() - flight.began)
-        prune = partial(saving.prune, self.store, self.config, marker, self.epoch_steps, self._heads, self.guard)
-        saving.tidy(prune, log.warning)
+        prune = partial(async_save.prune, self.store, self.config, marker, self.epoch_steps, self._heads, self.guard)
+        async_save.tidy(prune, log.warning)
 
     def _give_up(self, flight: _Flight) -> None:
         """The save failed somewhere: say why, take its files back, go on without. The checkpoints before stay."""
-        why = saving.unlike(self.world.gather(flight.task.failure))
+        why = async_save.unlike(self.world.gather(flight.task.failure))
         if self.guard.lost:
             raise self.guard.lost
         self._flight = None
         self._failures += 1
-        sweep = partial(saving.sweep, self.store, flight.name, self.world.rank, flight.token)
-        self._tidying = saving.Task(lambda: saving.tidy(sweep, log.warning))
+        sweep = partial(async_save.sweep, self.store, flight.name, self.world.rank, flight.token)
+        self._tidying = async_save.Task(lambda: async_save.tidy(sweep, log.warning))
         most = self.config.max_failed_saves
         if self._failures >= most:
             raise StorageError(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from training.checkpoint.digest import digest_of
-from training.checkpoint.marker import File, Form, Fragment
+from training.checkpoint.metadata import File, Form, Fragment
 from training.engine.state_fragments import Piece
 
 NAMES = {

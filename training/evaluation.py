@@ -23,7 +23,7 @@ from training.nn.image_statistics import MEAN_STD
 from training.nn.vision_transformer import VisionTransformer
 from training.pedigree import Pedigree
 from training.reid import zero_shot
-from training.reid.datasets import ReIDSet, check_images, open_reid
+from training.reid.datasets.open_dataset import ReIDSet, check_images, open_reid
 from training.reid.embed import EmbedConfig
 from training.reid.scoring import ScoringConfig
 from training.reid.zero_shot import COLOUR_HISTOGRAM, RANDOM, Weights

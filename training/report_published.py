@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from training.reid.datasets.benchmarks import PUBLISHED
 from training.reid.literature import ROWS, Task
 from training.reid.literature import Row as Published
-from training.reid.published import PUBLISHED
 from training.report_data import RunFiles, Score
 from training.report_page import Row, escape, missing, soft, table
 

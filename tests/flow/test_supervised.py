@@ -24,9 +24,9 @@ from training.engine.clock import Clock
 from training.evaluation import score, tasks
 from training.pretrain import Ending, pretrain
 from training.recipe_toml import load
-from training.reid.datasets import open_reid
+from training.reid.datasets.open_dataset import open_reid
+from training.reid.datasets.training_shards import shard_training_part
 from training.reid.supervised import prepare, suited_recipe
-from training.reid.training_part import shard_training_part
 from training.run_config import RunConfig
 from training.run_plan import labels_of, order_of, resolved
 from training.weights.export import load_backbone

@@ -14,8 +14,8 @@ from training.__main__ import main
 from training.commands.reproduce import Agreement, Reproduction, agreements, read_row
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 from training.recipes import SHIPPED
+from training.reid.datasets.benchmarks import PUBLISHED
 from training.reid.literature import BUILT, BY_NAME, ROWS, TASKS, Row
-from training.reid.published import PUBLISHED
 
 SIZE = (64, 32)
 PEOPLE = 6

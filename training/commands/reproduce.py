@@ -31,7 +31,7 @@ from training.milestones import SUMMARY
 from training.pedigree import Pedigree, is_fine_tuned, of_card
 from training.pretrain import pretrain
 from training.reid import supervised
-from training.reid.datasets import ReIDSet
+from training.reid.datasets.open_dataset import ReIDSet
 from training.reid.literature import BY_NAME, TASKS, Row
 from training.reid.scoring import ScoringConfig
 from training.report import write_report

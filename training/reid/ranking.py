@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datapipe.core.errors import DataError
-from training.reid.labelled import JUNK
+from training.reid.datasets.reid_set import JUNK
 
 Floats = NDArray[np.floating]
 Integers = NDArray[np.integer]

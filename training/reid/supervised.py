@@ -19,8 +19,8 @@ from training.core.run_folder.run_folder import RunFolder
 from training.methods.supervised import SupervisedConfig
 from training.nn.image_statistics import MEAN_STD
 from training.nn.vision_transformer import BackboneConfig
+from training.reid.datasets.training_shards import shard_training_part
 from training.reid.scoring import ScoringConfig
-from training.reid.training_part import shard_training_part
 from training.reid.zero_shot import Weights
 from training.run_config import RunConfig
 from training.weights import export as exports

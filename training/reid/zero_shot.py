@@ -19,7 +19,7 @@ from datapipe.core.errors import DataError
 from datapipe.core.progress import QUIET_S, Progress
 from datapipe.storage import Store
 from training.reid.baselines import colour_histogram
-from training.reid.datasets import Labelled, ReIDSet
+from training.reid.datasets.open_dataset import Labelled, ReIDSet
 from training.reid.embed import Backbone, EmbedConfig, Features, decode, embed
 from training.reid.figures import Picture, Tile, ranked_list, to_jpeg
 from training.reid.retrieval import RetrievalResult, confident_mistakes, evaluate, per_camera

@@ -10,8 +10,8 @@ from datapipe.core.errors import DataError
 from datapipe.dataset.manifest import Manifest
 from datapipe.ingest.pipeline import ingest_sources
 from datapipe.sources.base import UNIT_CROPS, Crop
-from training.reid.labelled import ReIDSet
-from training.reid.sources import Source, open_source
+from training.reid.datasets.image_stores import Source, open_source
+from training.reid.datasets.reid_set import ReIDSet
 
 EVERYTHING = ShardConfig(min_size=(1, 1), max_aspect=1_000.0)
 """Nothing that decodes is screened out: a benchmark's training part is what it is."""

@@ -14,10 +14,10 @@ from datapipe.ingest.pipeline import ingest
 from datapipe.storage import open_store
 from tests.conftest import S3Server
 from tests.training.reid.people import crop, cuhk03, market, msmt17
-from training.reid import datasets, published
-from training.reid.datasets import check_images, open_reid
-from training.reid.labelled import Labelled
-from training.reid.published import PARTS, PUBLISHED, Count
+from training.reid.datasets import benchmarks, open_dataset
+from training.reid.datasets.benchmarks import PARTS, PUBLISHED, Count
+from training.reid.datasets.open_dataset import check_images, open_reid
+from training.reid.datasets.reid_set import Labelled
 
 
 def counts(**parts: tuple[int, int]) -> dict[str, Count]:
@@ -241,7 +241,7 @@ def test_published__official_counts_are_those_of_the_literature() -> None:
     ("/data/cuhk03", ""), ("/market1501/mine", ""), ("supermarket1501", ""),
 ])  # fmt: skip
 def test_by_folder__knows_usual_names(folder: str, name: str) -> None:
-    assert published.by_folder(folder) == name
+    assert benchmarks.by_folder(folder) == name
 
 
 def test_names__unknown_ones_are_refused_with_the_nearest(tmp_path: Path) -> None:
@@ -412,4 +412,4 @@ def test_shards__lists_beside_them_count(tmp_path: Path, small: None) -> None:
 
 
 def test_module__says_what_may_be_asked_for() -> None:
-    assert set(datasets.__all__) <= set(vars(datasets))
+    assert set(open_dataset.__all__) <= set(vars(open_dataset))

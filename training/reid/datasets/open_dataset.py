@@ -1,8 +1,8 @@
 """A labelled data set by its place: recognised or named, read, and compared with what was published.
 
-published.py  the facts of every data set      sources.py    folders, object stores, shards
-reading.py    a layout -> labelled images      recognise.py  which layout it is
-labelled.py   what comes out                   checks.py     what would make a score wrong
+benchmarks.py  the facts of every data set      image_stores.py    folders, object stores, shards
+read_part.py    a layout -> labelled images      recognise.py  which layout it is
+reid_set.py   what comes out                   checks.py     what would make a score wrong
 """
 
 import logging
@@ -11,12 +11,12 @@ from pathlib import PurePosixPath
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
-from training.reid import checks
-from training.reid.labelled import DISTRACTOR, JUNK, Images, Labelled, ReIDSet
-from training.reid.published import PUBLISHED
-from training.reid.reading import PartRead, read_part
-from training.reid.recognise import OWN, by_counts, recognise
-from training.reid.sources import open_source
+from training.reid.datasets import checks
+from training.reid.datasets.benchmarks import PUBLISHED
+from training.reid.datasets.image_stores import open_source
+from training.reid.datasets.read_part import PartRead, read_part
+from training.reid.datasets.recognise import OWN, by_counts, recognise
+from training.reid.datasets.reid_set import DISTRACTOR, JUNK, Images, Labelled, ReIDSet
 
 __all__ = ["DISTRACTOR", "JUNK", "OWN", "Images", "Labelled", "ReIDSet", "check_images", "open_reid"]
 

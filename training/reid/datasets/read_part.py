@@ -11,9 +11,9 @@ import numpy as np
 
 from datapipe.core.errors import DataError
 from datapipe.sources.labels import fits
-from training.reid.labelled import JUNK, Labelled
-from training.reid.published import Layout, Part
-from training.reid.sources import Entry, Source
+from training.reid.datasets.benchmarks import Layout, Part
+from training.reid.datasets.image_stores import Entry, Source
+from training.reid.datasets.reid_set import JUNK, Labelled
 
 Row = tuple[str, int, int]
 """Path, identity, camera from 1."""

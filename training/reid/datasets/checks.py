@@ -4,9 +4,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datapipe.core.errors import DataError
-from training.reid.labelled import DISTRACTOR, JUNK, Labelled, ReIDSet
-from training.reid.published import PARTS, Published
-from training.reid.reading import PartRead
+from training.reid.datasets.benchmarks import PARTS, Published
+from training.reid.datasets.read_part import PartRead
+from training.reid.datasets.reid_set import DISTRACTOR, JUNK, Labelled, ReIDSet
 
 SHOWN = 3
 """Names in a message."""

@@ -3,10 +3,10 @@
 import difflib
 
 from datapipe.core.errors import ConfigError, DataError
-from training.reid.labelled import Labelled
-from training.reid.published import MARKET, PUBLISHED, Layout, by_folder
-from training.reid.reading import lacks
-from training.reid.sources import FolderSource, Source
+from training.reid.datasets.benchmarks import MARKET, PUBLISHED, Layout, by_folder
+from training.reid.datasets.image_stores import FolderSource, Source
+from training.reid.datasets.read_part import lacks
+from training.reid.datasets.reid_set import Labelled
 
 OWN = "own"
 """As a name: the user's own images in the layout of Market-1501, compared with nothing."""

@@ -1,0 +1,1 @@
+"""Labelled data sets: recognised, read, checked, turned into shards for fine-tuning."""

@@ -25,7 +25,7 @@ from training.pedigree import Pedigree
 from training.reid import zero_shot
 from training.reid.datasets.open_dataset import ReIDSet, check_images, open_reid
 from training.reid.embed import EmbedConfig
-from training.reid.scoring import ScoringConfig
+from training.reid.settings import ScoringConfig
 from training.reid.zero_shot import COLOUR_HISTOGRAM, RANDOM, Weights
 from training.run_config import RunConfig
 from training.weights import export as exports

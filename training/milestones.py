@@ -23,7 +23,7 @@ from training.core.world import World
 from training.engine.clock import Clock
 from training.evaluation import Task
 from training.methods.supervised import Supervised, to_transreid
-from training.reid.scoring import EvaluationConfig
+from training.reid.settings import EvaluationConfig
 from training.reid.zero_shot import Weights
 from training.run_config import RunConfig
 from training.weights import export as exports

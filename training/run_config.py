@@ -10,7 +10,7 @@ from training.engine.settings import EngineConfig, OptimisationConfig
 from training.methods import MethodConfig
 from training.methods.pass_reid import PassConfig
 from training.nn.vision_transformer import BackboneConfig
-from training.reid.scoring import EvaluationConfig
+from training.reid.settings import EvaluationConfig
 from training.weights.initialise import InitConfig
 
 

@@ -13,7 +13,7 @@ from tests.bench.scale import Scale, full
 from tests.bench.table import Row, Table, Target, compare
 from training.reid.ranking import distance_chunks
 from training.reid.retrieval import CHUNK_MB, evaluate, evaluate_distances
-from training.reid.scoring import RerankConfig
+from training.reid.settings import RerankConfig
 
 IMAGES_PER_IDENTITY, CAMERAS = 27, 15
 """As in MSMT17's gallery."""

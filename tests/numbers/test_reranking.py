@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from tests.golden import golden, tolerance
 from training.reid.reranking import reranked
 from training.reid.retrieval import evaluate, evaluate_distances
-from training.reid.scoring import RerankConfig
+from training.reid.settings import RerankConfig
 
 LABELS = ("query_pids", "gallery_pids", "query_camids", "gallery_camids")
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from datapipe.storage import open_store
-from training.reid.figures import Tile, ranked_list, to_jpeg
+from training.reid.ranked_lists import Tile, ranked_list, to_jpeg
 
 RECIPE = """out = "runs/demo"
 seed = 3

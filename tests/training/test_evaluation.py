@@ -15,7 +15,7 @@ from training import checkpoint, evaluation
 from training.__main__ import main
 from training.methods.supervised import SupervisedConfig
 from training.pedigree import of_card, of_run
-from training.reid.scoring import ScoringConfig
+from training.reid.settings import ScoringConfig
 from training.run_config import RunConfig
 from training.weights.initialise import InitConfig
 

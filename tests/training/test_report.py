@@ -19,8 +19,8 @@ from tests.conftest import S3Server
 from tests.training.fake_run import ATTEMPTS, MODEL, fake_run, picture, record, write_metrics, write_scores
 from training import health, report_page
 from training.core.run_folder.run_folder import RunFolder
-from training.reid.figures import to_jpeg
 from training.reid.literature import BY_NAME
+from training.reid.ranked_lists import to_jpeg
 from training.report import write_report
 from training.report_data import RunFiles
 from training.report_faults import MOST_IMAGES, MOST_SHEETS

@@ -24,7 +24,7 @@ from training.evaluation import Task
 from training.milestones import SUMMARY
 from training.pretrain import pretrain
 from training.reid import supervised
-from training.reid.scoring import ScoringConfig
+from training.reid.settings import ScoringConfig
 from training.report import write_report
 from training.run_config import RunConfig
 from training.weights.safe_load import FILES

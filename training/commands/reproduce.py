@@ -33,7 +33,7 @@ from training.pretrain import pretrain
 from training.reid import supervised
 from training.reid.datasets.open_dataset import ReIDSet
 from training.reid.literature import BY_NAME, TASKS, Row
-from training.reid.scoring import ScoringConfig
+from training.reid.settings import ScoringConfig
 from training.report import write_report
 from training.weights import export as exports
 

@@ -17,7 +17,7 @@ from scipy.sparse import csc_array, csr_array
 
 from datapipe.core.progress import QUIET_S, Progress
 from training.reid.ranking import Chunk, Floats, Integers, distance_chunks, in_slices, nearest
-from training.reid.scoring import RerankConfig
+from training.reid.settings import RerankConfig
 
 ROWS = 128
 """Images whose neighbourhoods are worked out at once."""

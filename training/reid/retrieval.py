@@ -15,7 +15,7 @@ from datapipe.core.errors import DataError
 from datapipe.core.progress import QUIET_S, Progress
 from training.reid.ranking import Floats, Integers, Labels, Ranking, distance_chunks, rank
 from training.reid.reranking import reranked
-from training.reid.scoring import RerankConfig
+from training.reid.settings import RerankConfig
 
 CHUNK_MB = 64.0
 """Distances held at once, in megabytes (10^6 bytes)."""

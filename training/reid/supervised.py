@@ -20,7 +20,7 @@ from training.methods.supervised import SupervisedConfig
 from training.nn.image_statistics import MEAN_STD
 from training.nn.vision_transformer import BackboneConfig
 from training.reid.datasets.training_shards import shard_training_part
-from training.reid.scoring import ScoringConfig
+from training.reid.settings import ScoringConfig
 from training.reid.zero_shot import Weights
 from training.run_config import RunConfig
 from training.weights import export as exports

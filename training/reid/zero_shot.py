@@ -18,12 +18,12 @@ from datapipe.core.config import Size
 from datapipe.core.errors import DataError
 from datapipe.core.progress import QUIET_S, Progress
 from datapipe.storage import Store
-from training.reid.baselines import colour_histogram
+from training.reid.colour_histogram import colour_histogram
 from training.reid.datasets.open_dataset import Labelled, ReIDSet
 from training.reid.embed import Backbone, EmbedConfig, Features, decode, embed
-from training.reid.figures import Picture, Tile, ranked_list, to_jpeg
+from training.reid.ranked_lists import Picture, Tile, ranked_list, to_jpeg
 from training.reid.retrieval import RetrievalResult, confident_mistakes, evaluate, per_camera
-from training.reid.scoring import ScoringConfig
+from training.reid.settings import ScoringConfig
 
 SHOWN = 10
 """Gallery images in a ranked list."""

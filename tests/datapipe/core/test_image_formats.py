@@ -17,7 +17,7 @@ from datapipe.core.image_formats import FORMATS, is_known
 from datapipe.ingest.screen import Refused, screen
 from datapipe.views.decode import decode
 from tests.datapipe.sources.read_source import crops
-from training.reid.baselines import _rgb
+from training.reid.colour_histogram import _rgb
 from training.reid.embed import _decode_with_pil
 
 

@@ -8,7 +8,7 @@ from datapipe.core.errors import DataError
 from datapipe.core.progress import telling
 from training.reid.reranking import memberships, neighbours, reranked
 from training.reid.retrieval import evaluate
-from training.reid.scoring import RerankConfig
+from training.reid.settings import RerankConfig
 
 
 def unit(seed: int, images: int = 60, people: int = 12, spread: float = 0.5) -> NDArray:

@@ -14,7 +14,7 @@ from tests.training.reid.people import market
 from tests.training.reid.test_embed import Means
 from training.reid.datasets.open_dataset import ReIDSet, open_reid
 from training.reid.embed import decode
-from training.reid.scoring import RerankConfig, ScoringConfig
+from training.reid.settings import RerankConfig, ScoringConfig
 from training.reid.zero_shot import (
     Evaluation,
     Weights,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from datapipe.core.config import SynthConfig
 from datapipe.core.errors import DataError
 from datapipe.synth.scene import Shot, crop
-from training.reid.baselines import BINS, STRIPES, colour_histogram
+from training.reid.colour_histogram import BINS, STRIPES, colour_histogram
 
 
 def striped(*colours: tuple[int, int, int]) -> NDArray[np.uint8]:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from training.reid.embed import decode
-from training.reid.figures import FRAME, GAP, RIGHT, TEXT, TILE, WRONG, Tile, ranked_list, to_jpeg
+from training.reid.ranked_lists import FRAME, GAP, RIGHT, TEXT, TILE, WRONG, Tile, ranked_list, to_jpeg
 
 
 def plain(colour: tuple[int, int, int], height: int = 60, width: int = 30) -> np.ndarray:

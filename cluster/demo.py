@@ -25,11 +25,11 @@ from datapipe.core.errors import ClusterError, DataError
 from datapipe.core.progress import duration
 from datapipe.core.stop_signals import current, exit_code, receiving
 from datapipe.dataset.manifest import Manifest
-from training import recipe_toml as recipes
+from training.config import recipe_toml as recipes
+from training.config.run_plan import clock_of
 from training.core.devices import Device, choose_device
 from training.core.run_folder.lease import refuse_held
 from training.reid.zero_shot import COLOUR_HISTOGRAM, RANDOM
-from training.run_plan import clock_of
 from training.speed import faster_precision
 
 RECIPE = Path(recipes.__file__).parent / "recipes" / "demo.toml"

@@ -16,11 +16,11 @@ from datapipe.core.progress import duration
 from datapipe.core.stop_signals import at_end
 from training import checkpoint
 from training.checks import refuse_unsuited
+from training.config.run_config import RunConfig
 from training.core.host import LocalHost
 from training.core.run_folder.lease import Lease
 from training.core.run_folder.run_folder import RunFolder
 from training.pretrain import ran_on
-from training.run_config import RunConfig
 
 POLL_S = 0.3
 WAITING_S = 30.0

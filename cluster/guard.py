@@ -21,9 +21,9 @@ from ray.train.v2._internal.execution.controller.state import (
 from cluster.bulletin import Leaving, Place, Situation, find_board
 from cluster.restarts import Failure
 from datapipe.core.errors import StorageError
+from training.config.run_config import RunConfig
 from training.core.run_folder import crash_log
 from training.core.run_folder.run_folder import RunFolder
-from training.run_config import RunConfig
 
 POLL_S = 0.2
 ANSWER_S = 2.0

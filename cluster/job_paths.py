@@ -8,7 +8,7 @@ from datapipe.core.errors import ConfigError
 from datapipe.storage import is_remote
 
 if TYPE_CHECKING:
-    from training.run_config import RunConfig
+    from training.config.run_config import RunConfig
 
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for the command of a job, and for nothing else."""

@@ -12,10 +12,10 @@ from datapipe.core.resource_limits import available_cores
 from datapipe.storage import full_url
 from training import outlook
 from training.checks import check, refuse_unsuited
+from training.config.run_config import RunConfig
 from training.core.devices import choose_device
 from training.core.host import LocalHost, exit_code
 from training.core.run_folder.lease import Lease, lease_on
-from training.run_config import RunConfig
 
 
 def run(config: RunConfig, *, address: str = LOCAL, lease: Lease | None = None) -> int:

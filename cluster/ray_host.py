@@ -13,7 +13,7 @@ from ray.train.v2._internal.execution.callback import WorkerCallback
 
 from cluster.bulletin import Place, Word
 from cluster.vigil import Pulse
-from training.cluster_config import ClusterConfig
+from training.config.cluster import ClusterConfig
 from training.core.host import Doing
 from training.core.preemption_notice import Notice
 from training.core.step_phase import Whereabouts

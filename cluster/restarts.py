@@ -3,7 +3,7 @@
 from typing import Literal, NamedTuple
 
 from datapipe.core.errors import ClusterError
-from training.cluster_config import ClusterConfig
+from training.config.cluster import ClusterConfig
 
 Kind = Literal["crash", "hang", "start", "preemption", "resize", "controller", "driver"]
 """Why workers were started anew. "start": they did not come up; "controller": Ray Train's, which they live by, died;

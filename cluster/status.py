@@ -9,11 +9,11 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.core.progress import duration
 from training import checkpoint
-from training.continuation import saved_config
+from training.config.continuation import saved_config
+from training.config.run_plan import clock_of
 from training.core.run_folder.append_files import FLUSH_S
 from training.core.run_folder.run_folder import RunFolder
 from training.report_data import RunFiles
-from training.run_plan import clock_of
 
 CONFIG = "config.toml"
 SILENT_S = 3 * FLUSH_S

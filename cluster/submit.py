@@ -14,7 +14,7 @@ from cluster.addresses import RAY_API_SERVER_ADDRESS, SUBMIT, dashboard_of
 from cluster.job_paths import paths_of, refuse_relative
 from cluster.ray_token import MODE, WITH_TOKEN, refuse_mode_without_token, refused, show_token
 from datapipe.core.errors import ClusterError
-from training import recipe_toml as recipes
+from training.config import recipe_toml as recipes
 
 PACKAGES = ("cluster", "datapipe", "training")
 MOST_MB = 20.0

@@ -7,9 +7,9 @@ from typing import Any
 
 from cluster.devices import Choice
 from cluster.worker import work
-from training import recipe_toml as recipes
+from training.config import recipe_toml as recipes
+from training.config.run_config import RunConfig
 from training.core.run_folder.write_guard import Ticket
-from training.run_config import RunConfig
 
 PLACEMENT_S = 20.0
 """Seconds after which room that was counted, but is not there, is counted again."""

@@ -7,7 +7,7 @@ from cluster.devices import own_device
 from cluster.restarts import Failure
 from cluster.session import prepare
 from datapipe.core.errors import ConfigError, DataError, LeaseError
-from training import recipe_toml as recipes
+from training.config import recipe_toml as recipes
 from training.core.run_folder.lease import Follower
 from training.core.world import World
 from training.pretrain import pretrain

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from datapipe.stream.batch import Batch, Intake
 from tests.golden import golden, group
-from training.batch_split import Portion, portion
+from training.config.batch_split import Portion, portion
 from training.core.host import LocalHost
 from training.core.world import World
 from training.engine.clock import Clock

@@ -11,6 +11,7 @@ import math
 from typing import NamedTuple
 
 from datapipe.core.config import Size
+from training.config.run_config import RunConfig
 from training.methods.dino import DinoConfig
 from training.methods.pass_reid import PassConfig
 from training.methods.personmae import PersonMaeConfig
@@ -19,7 +20,6 @@ from training.methods.supervised import SupervisedConfig
 from training.nn.heads import HeadConfig
 from training.nn.ics_stem import CHANNELS
 from training.nn.vision_transformer import BackboneConfig
-from training.run_config import RunConfig
 
 FULL = 4
 """Bytes of a float32."""

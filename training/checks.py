@@ -3,12 +3,12 @@
 import torch
 
 from datapipe.core.errors import ConfigError
-from training.batch_split import Portion
-from training.continuation import refuse_changed_data, refuse_changed_settings
+from training.config.batch_split import Portion
+from training.config.continuation import refuse_changed_data, refuse_changed_settings
+from training.config.run_config import RunConfig
+from training.config.run_plan import RunPlan, plan_run
 from training.core.precision import refuse_fp16_on_cpu
 from training.core.run_folder.run_folder import RunFolder
-from training.run_config import RunConfig
-from training.run_plan import RunPlan, plan_run
 from training.weights.initialise import refuse_missing
 
 

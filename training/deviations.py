@@ -6,11 +6,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from training import recipe_toml as recipes
-from training.continuation import FREE_TO_CHANGE
+from training.config import recipe_toml as recipes
+from training.config.continuation import FREE_TO_CHANGE
+from training.config.run_config import RunConfig
 from training.recipes import SHIPPED
 from training.recipes.sources import DATA, PUBLISHED
-from training.run_config import RunConfig
 
 SIZES = {"vit_small": "vits", "vit_base": "vitb", "vit_large": "vitl"}
 IGNORED = (*FREE_TO_CHANGE, "seed", "stream.", "samples_per_epoch")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from training import recipe_toml as recipes
+from training.config import recipe_toml as recipes
 from training.deviations import Comparison
 from training.dry_run import GB, DryRun, Steps
 from training.memory import FRAGMENTATION, RESERVED, Census, Memory

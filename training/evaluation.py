@@ -13,9 +13,10 @@ from datapipe.core.errors import DataError, NotFoundError
 from datapipe.storage import Store, open_store
 from training import checkpoint
 from training import pedigree as pedigrees
-from training import recipe_toml as recipes
-from training.assembly import build_method
-from training.continuation import saved_config
+from training.config import recipe_toml as recipes
+from training.config.build import build_method
+from training.config.continuation import saved_config
+from training.config.run_config import RunConfig
 from training.core.out_of_memory import scoring_memory
 from training.core.run_folder.run_folder import RunFolder
 from training.methods.base import Method
@@ -27,7 +28,6 @@ from training.reid.datasets.open_dataset import ReIDSet, check_images, open_reid
 from training.reid.embed import EmbedConfig
 from training.reid.settings import ScoringConfig
 from training.reid.zero_shot import COLOUR_HISTOGRAM, RANDOM, Weights
-from training.run_config import RunConfig
 from training.weights import export as exports
 from training.weights.counted_keys import first_few
 from training.weights.export import CARD, Provenance

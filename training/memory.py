@@ -19,13 +19,13 @@ from torch import nn
 
 from training import activations
 from training.activations import FULL, Numerics
-from training.assembly import build_method, deepspeed_json, view_spec
-from training.batch_split import portion
+from training.config.batch_split import portion
+from training.config.build import build_method, deepspeed_json, view_spec
+from training.config.run_config import RunConfig
 from training.core.world import World
 from training.engine.param_groups import group_parameters
 from training.methods.base import Method
 from training.methods.personmae import PersonMaeConfig
-from training.run_config import RunConfig
 
 DOUBLE = 8
 """Bytes of a float64."""

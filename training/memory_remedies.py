@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from datapipe.core.errors import ConfigError
 from training import memory
-from training.batch_split import portion
+from training.config.batch_split import portion
+from training.config.run_config import RunConfig
+from training.config.run_plan import sampling_of
 from training.core.out_of_memory import GB, device_bytes, device_name, explained, first_line
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
-from training.run_config import RunConfig
-from training.run_plan import sampling_of
 
 
 def training_memory(config: RunConfig, world: World) -> contextlib.AbstractContextManager[None]:

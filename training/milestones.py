@@ -17,6 +17,7 @@ import safetensors.torch
 from datapipe.core.errors import NotFoundError
 from datapipe.core.progress import telling
 from training import checkpoint, evaluation
+from training.config.run_config import RunConfig
 from training.core.host import Host
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
@@ -25,7 +26,6 @@ from training.evaluation import Task
 from training.methods.supervised import Supervised, to_transreid
 from training.reid.settings import EvaluationConfig
 from training.reid.zero_shot import Weights
-from training.run_config import RunConfig
 from training.weights import export as exports
 
 ALIVE_S = 1.0

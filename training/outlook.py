@@ -15,12 +15,12 @@ from datapipe.core.errors import ConfigError
 from datapipe.core.resource_limits import memory_left
 from training import activations, memory
 from training.activations import FULL, Stack, student_stacks, teacher_stack
-from training.assembly import build_method
-from training.batch_split import portion
+from training.config.batch_split import portion
+from training.config.build import build_method
+from training.config.run_config import RunConfig
 from training.core.world import World
 from training.engine.clock import Clock
 from training.methods.supervised import SupervisedConfig
-from training.run_config import RunConfig
 
 GB = 10**9
 DAY_S = 86_400.0

@@ -6,8 +6,8 @@ from types import MappingProxyType
 from typing import Any
 
 from datapipe.storage import full_url
+from training.config.run_config import RunConfig
 from training.nn.vision_transformer import BackboneConfig
-from training.run_config import RunConfig
 
 FINE_TUNED = "fine_tuned"
 """How the names of layouts of others' fine-tuned weights end."""

@@ -13,11 +13,13 @@ from datapipe.core.process_setup import numbers_in_environment
 from datapipe.core.resource_limits import available_cores
 from datapipe.stream.training_data import load_data
 from training import outlook
-from training.assembly import fake_batch, initial_method, make_stepper
 from training.audit import Audit
 from training.checkpoint import Checkpoints
 from training.checks import check, refuse_split, refuse_unsuited
 from training.compiling import refuse_without_compiler
+from training.config.build import fake_batch, initial_method, make_stepper
+from training.config.run_config import RunConfig
+from training.config.run_plan import RunPlan, make_loader, plan_run
 from training.core.devices import slow_precision, unused_gpus
 from training.core.host import Host
 from training.core.run_folder.lease import Follower, Lease, lease_on
@@ -41,8 +43,6 @@ from training.nn.vision_transformer import parameter_count
 from training.placing import Place
 from training.provenance import about, describe, resume_command
 from training.rank_log import rank_log
-from training.run_config import RunConfig
-from training.run_plan import RunPlan, make_loader, plan_run
 from training.speed import Tally
 from training.succession import Succession
 from training.watch import Startup, Watch

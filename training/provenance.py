@@ -16,13 +16,13 @@ from datapipe.sampling.epoch_order import ORDER_VERSION
 from datapipe.stream.preview import hide, view_sheet
 from datapipe.stream.training_data import Data
 from datapipe.views.render import make_views
-from training import recipe_toml as recipes
-from training.assembly import deepspeed_json, training_views
+from training.config import recipe_toml as recipes
+from training.config.build import deepspeed_json, training_views
+from training.config.run_config import RunConfig
+from training.config.run_plan import RunPlan, order_of
 from training.core.run_folder.run_folder import RunFolder, as_json
 from training.core.world import World
 from training.engine.determinism import guarantee
-from training.run_config import RunConfig
-from training.run_plan import RunPlan, order_of
 
 
 def about(plan: RunPlan, world: World, origin: dict[str, Any]) -> dict[str, Any]:

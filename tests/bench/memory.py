@@ -18,17 +18,17 @@ import psutil
 import torch
 
 from tests.ranks import run_ranks
-from training.assembly import build_method, fake_batch, make_stepper, view_spec
-from training.batch_split import portion
+from training.config.batch_split import portion
+from training.config.build import build_method, fake_batch, make_stepper, view_spec
+from training.config.recipe_toml import load
+from training.config.run_config import RunConfig
+from training.config.run_plan import clock_of
 from training.core.world import World
 from training.engine import ema, param_groups
 from training.engine.deepspeed import warm_up
 from training.memory import calculate, census
 from training.placing import Place
-from training.recipe_toml import load
 from training.recipes import SHIPPED
-from training.run_config import RunConfig
-from training.run_plan import clock_of
 
 SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
 """glibc gives back what is freed, instead of keeping it: else the peak is that of the allocator's habits."""

@@ -8,7 +8,7 @@ from cluster.bulletin import Board, Place, Situation
 from cluster.guard import death_in_words, describe
 from cluster.restarts import BAD_NODE_FAILURES, LONGEST_DELAY_S, Failure, Restarts
 from cluster.vigil import Pulse, accusation, hung
-from training.cluster_config import ClusterConfig
+from training.config.cluster import ClusterConfig
 
 CRASH = Failure("crash", "rank 1 on a: its process died", "a", 1)
 

@@ -19,7 +19,7 @@ from datapipe.sampling.epoch_order import Order
 from tests.cluster.local_nodes import Watched, local_nodes
 from tests.flow.tiny import audited, command, recipe, shards
 from tests.golden import ROOT
-from training.cluster_config import ClusterConfig
+from training.config.cluster import ClusterConfig
 
 BATCH, CROPS = 16, 50
 HANG_S = 20

@@ -13,12 +13,12 @@ from datapipe.core.errors import DataError
 from tests.conftest import S3Server
 from tests.flow.test_resume import Pace
 from tests.flow.tiny import generated, recipe
-from training import recipe_toml as recipes
+from training.config import recipe_toml as recipes
+from training.config.run_config import RunConfig
 from training.core.host import LocalHost
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
 from training.pretrain import pretrain
-from training.run_config import RunConfig
 
 HERE = StorageConfig()
 

@@ -19,7 +19,7 @@ from tests.faults.kinds import BATCH, KINDS, Event, Moment, arm_first_save, infl
 from tests.faults.scene import BUCKET, Scene, machines, object_store
 from tests.flow.tiny import generated, recipe
 from tests.ranks import run_ranks
-from training import recipe_toml as recipes
+from training.config import recipe_toml as recipes
 from training.core.host import LocalHost
 from training.core.world import World
 from training.pretrain import pretrain

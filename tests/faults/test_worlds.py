@@ -13,14 +13,14 @@ import training.pretrain
 from tests.faults.judge import wrong_samples
 from tests.flow.tiny import final_state, recipe, shards
 from tests.ranks import exit_codes, run_ranks
-from training import recipe_toml as recipes
-from training.assembly import initial_method
+from training.config import recipe_toml as recipes
+from training.config.build import initial_method
+from training.config.run_config import RunConfig
 from training.core.host import LocalHost
 from training.core.world import World
 from training.methods.base import Method
 from training.placing import Place
 from training.pretrain import pretrain
-from training.run_config import RunConfig
 
 CROPS, STEPS = 48, 24
 DEATHS = ((3, 2, 8), (2, 0, 13))

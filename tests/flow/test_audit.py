@@ -13,7 +13,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 from tests.flow.tiny import recipe, seen_in_forward, shards
 from tests.ranks import run_ranks
-from training import recipe_toml as recipes
+from training.config import recipe_toml as recipes
 from training.core.host import LocalHost
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World

@@ -10,9 +10,9 @@ import torch
 from datapipe.core.errors import NotFoundError
 from tests.flow.tiny import recipe, shards
 from tests.training.weights.published_files import save, training_checkpoint
-from training import recipe_toml as recipes
 from training.__main__ import main
-from training.assembly import build_method, initial_method
+from training.config import recipe_toml as recipes
+from training.config.build import build_method, initial_method
 from training.nn.vision_transformer import VisionTransformer
 from training.weights.export import load_backbone
 

@@ -14,13 +14,13 @@ from datapipe.sampling.epoch_order import Order
 from tests.datapipe import crop_set
 from tests.flow.pause import Pause
 from tests.flow.tiny import audited, command, recipe
-from training import recipe_toml as recipes
+from training.config import recipe_toml as recipes
+from training.config.run_config import RunConfig
 from training.core.host import LocalHost
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
 from training.pretrain import pretrain
 from training.report_data import RunFiles
-from training.run_config import RunConfig
 
 ROWS, WEIGHTS = (14, 25), (3, 1)
 BATCH, STEPS = 6, 13

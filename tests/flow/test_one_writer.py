@@ -17,14 +17,14 @@ from datapipe.storage import Store, open_store
 from tests.conftest import S3Server
 from tests.flow.tiny import StoppingHost, generated, recipe
 from tests.forked import call, forkserver
-from training import recipe_toml as recipes
 from training.__main__ import main
 from training.checkpoint import complete, name_of, read_marker
+from training.config import recipe_toml as recipes
+from training.config.run_config import RunConfig
 from training.core.host import LocalHost
 from training.core.run_folder.lease import refuse_held
 from training.core.world import World
 from training.pretrain import Ending, pretrain
-from training.run_config import RunConfig
 
 LEASE_S = 1.0
 STEP_S = 0.5

@@ -8,12 +8,12 @@ import torch
 
 from tests.flow import tiny
 from training import methods
-from training.assembly import build_method
+from training.config.build import build_method
+from training.config.recipe_toml import load
 from training.core.host import LocalHost
 from training.core.world import World
 from training.methods.personmae import PersonMae, PersonMaeConfig
 from training.pretrain import pretrain
-from training.recipe_toml import load
 
 FOLDER = Path(methods.__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("personmae_*.toml"))

@@ -10,16 +10,16 @@ from datapipe.core.config import ViewConfig
 from datapipe.core.errors import ConfigError
 from tests.flow import tiny
 from training import memory, methods
-from training.batch_split import portion
 from training.checks import refuse_split
+from training.config.batch_split import portion
+from training.config.recipe_toml import load
+from training.config.run_config import RunConfig
 from training.core.host import LocalHost
 from training.core.world import World
 from training.methods.dino import DinoConfig
 from training.methods.pass_reid import PassConfig
 from training.methods.personvit import PersonVitConfig
 from training.pretrain import pretrain
-from training.recipe_toml import load
-from training.run_config import RunConfig
 
 FOLDER = Path(methods.__file__).parents[1] / "recipes"
 FAMILY = {"dino": DinoConfig, "pass": PassConfig, "personvit": PersonVitConfig}

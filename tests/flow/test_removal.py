@@ -12,7 +12,7 @@ from datapipe.dataset.manifest import Manifest
 from datapipe.maintain.remove import remove
 from datapipe.sampling.epoch_order import Order
 from tests.flow.tiny import audited, recipe, shards
-from training import recipe_toml as recipes
+from training.config import recipe_toml as recipes
 from training.core.host import LocalHost
 from training.core.world import World
 from training.pretrain import Ending, pretrain

@@ -17,8 +17,8 @@ from datapipe.storage import open_store
 from tests.flow.pause import Pause
 from tests.flow.tiny import audited, command, final_state, finished, recipe, shards
 from tests.ranks import run_ranks
-from training import recipe_toml as recipes
 from training.checkpoint import complete
+from training.config import recipe_toml as recipes
 from training.core.host import LocalHost
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World

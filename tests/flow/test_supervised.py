@@ -18,17 +18,17 @@ from tests.ranks import run_ranks
 from tests.training.reid.people import market
 from training import milestones
 from training.__main__ import main
+from training.config.recipe_toml import load
+from training.config.run_config import RunConfig
+from training.config.run_plan import labels_of, order_of, resolved
 from training.core.host import LocalHost
 from training.core.world import World
 from training.engine.clock import Clock
 from training.evaluation import score, tasks
 from training.pretrain import Ending, pretrain
-from training.recipe_toml import load
 from training.reid.datasets.open_dataset import open_reid
 from training.reid.datasets.training_shards import shard_training_part
 from training.reid.supervised import prepare, suited_recipe
-from training.run_config import RunConfig
-from training.run_plan import labels_of, order_of, resolved
 from training.weights.export import load_backbone
 from training.weights.published import Stated, read_published
 

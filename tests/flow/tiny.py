@@ -19,8 +19,8 @@ from tests.datapipe.crop_set import jpegs
 from tests.golden import ROOT
 from tests.support.warm_python import Process, python
 from training.checkpoint import Reader, complete
+from training.config.run_config import RunConfig
 from training.core.host import LocalHost
-from training.run_config import RunConfig
 
 RECIPE = """
 out = "{out}"

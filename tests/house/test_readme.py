@@ -31,8 +31,8 @@ from tests.support.warm_python import python
 from tests.training.reid.people import market
 from tests.training.test_reproduce import own_row
 from tests.training.weights import published_files
+from training.config.recipe_toml import load, to_toml
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer
-from training.recipe_toml import load, to_toml
 
 WriteCrops = Callable[..., dict[str, bytes]]
 SOURCES = 'lup_lmdb crops/ "hf/train-*.parquet" mot/videos'

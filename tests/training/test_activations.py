@@ -9,8 +9,8 @@ from torch import Tensor
 from tests.training.tiny_recipe import tiny, with_views
 from training import memory
 from training.activations import numerics, saved
-from training.run_config import RunConfig
-from training.run_plan import clock_of
+from training.config.run_config import RunConfig
+from training.config.run_plan import clock_of
 
 RECIPES = ("dino_vits", "dino_vitb", "pass_vits", "personvit_vits", "personmae_vits")
 WITHIN = 0.01

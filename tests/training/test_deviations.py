@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from training.config.recipe_toml import leaves as flattened
+from training.config.recipe_toml import load
 from training.deviations import IGNORED, comments, compare, leaves, nearest
-from training.recipe_toml import leaves as flattened
-from training.recipe_toml import load
 from training.recipes import SHIPPED
 from training.recipes.sources import DATA, PUBLISHED
 

@@ -13,10 +13,10 @@ from tests.training.reid.people import market
 from tests.training.test_reproduce import PEOPLE, SIZE, weights
 from training import checkpoint, evaluation
 from training.__main__ import main
+from training.config.run_config import RunConfig
 from training.methods.supervised import SupervisedConfig
 from training.pedigree import of_card, of_run
 from training.reid.settings import ScoringConfig
-from training.run_config import RunConfig
 from training.weights.initialise import InitConfig
 
 STORAGE = StorageConfig()

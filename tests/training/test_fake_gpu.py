@@ -22,8 +22,11 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from training import assembly, methods
-from training.batch_split import portion
+from training import methods
+from training.config import build
+from training.config.batch_split import portion
+from training.config.recipe_toml import load
+from training.config.run_config import RunConfig
 from training.core.world import World
 from training.engine import ema
 from training.engine.param_groups import group_parameters
@@ -32,10 +35,8 @@ from training.methods import distillation, personmae, supervised
 from training.methods.base import Progress
 from training.nn import random_erasing, vision_transformer
 from training.placing import Place
-from training.recipe_toml import load
 from training.recipes import SHIPPED
 from training.reid import embed
-from training.run_config import RunConfig
 
 GPU = torch.device("cuda", 0)
 IMAGES = 4
@@ -156,7 +157,7 @@ def check_embedding(config: RunConfig, method: methods.Method) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_step__on_a_fake_gpu(name: str, fake_gpu: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small(name)
-    batch = assembly.fake_batch(assembly.view_spec(config), portion(IMAGES, IMAGES, 1), config)
+    batch = build.fake_batch(build.view_spec(config), portion(IMAGES, IMAGES, 1), config)
     keep_host_numbers(monkeypatch, fake_gpu, batch.position.copy())
     with torch.device("meta"):
         method = methods.build(config.method, config.backbone)

@@ -10,13 +10,13 @@ from datapipe.core.config import SynthConfig
 from datapipe.synth.market_folder import TRAIN, render
 from tests.flow.tiny import shards, step_records
 from training import health
-from training import recipe_toml as recipes
+from training.config import recipe_toml as recipes
+from training.config.run_config import RunConfig
 from training.core.host import LocalHost
 from training.core.world import World
 from training.health import LEAST_IMAGES, SETTLED_STEPS, WINDOW, Record, signs
 from training.pretrain import pretrain
 from training.report import write_report
-from training.run_config import RunConfig
 
 RECIPE = """
 out = "unused"

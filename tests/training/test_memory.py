@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from tests.training.tiny_recipe import tiny, with_views
-from training.assembly import build_method, make_stepper
-from training.batch_split import portion
+from training.config.batch_split import portion
+from training.config.build import build_method, make_stepper
+from training.config.recipe_toml import load
+from training.config.run_config import RunConfig
+from training.config.run_plan import clock_of
 from training.core.world import World
 from training.engine import param_groups
 from training.engine.plain import PlainStepper
 from training.memory import FRAGMENTATION, FULL, RESERVED, calculate, census
-from training.recipe_toml import load
 from training.recipes import SHIPPED
-from training.run_config import RunConfig
-from training.run_plan import clock_of
 
 METHODS = ("dino_vits", "dino_vitb", "pass_vits", "personvit_vits", "personmae_vits")
 

@@ -17,11 +17,11 @@ from tests.flow.tiny import command, finished, generated, recipe
 from tests.golden import ROOT
 from tests.training.greedy import ENVIRONMENT, TOO_MANY
 from tests.training.tiny_recipe import tiny
+from training.config.recipe_toml import load
 from training.core.out_of_memory import device_bytes, is_out_of_memory, scoring_memory
 from training.core.world import World
 from training.memory import calculate, census
 from training.memory_remedies import training_memory
-from training.recipe_toml import load
 from training.recipes import SHIPPED
 from training.reid.embed import EmbedConfig, embed
 

@@ -14,10 +14,10 @@ from tests.flow.tiny import generated, recipe
 from tests.training.tiny_recipe import tiny, with_views
 from training import outlook
 from training.__main__ import main
+from training.config.recipe_toml import load
+from training.config.run_plan import clock_of
 from training.core.world import World
-from training.recipe_toml import load
 from training.recipes import SHIPPED
-from training.run_plan import clock_of
 
 METHODS = ("dino_vits", "pass_vits", "personvit_vits", "personmae_vits")
 

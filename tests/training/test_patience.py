@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tests.flow.tiny import generated, recipe
 from tests.ranks import run_ranks
 from training import evaluation, milestones
-from training import recipe_toml as recipes
+from training.config import recipe_toml as recipes
 from training.core.host import Doing, LocalHost
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World, process_groups

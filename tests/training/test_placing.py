@@ -6,12 +6,12 @@ import torch
 
 from datapipe.stream.batch import Batch
 from tests.training.tiny_recipe import tiny
-from training.assembly import fake_batch, view_spec
-from training.batch_split import portion
+from training.config.batch_split import portion
+from training.config.build import fake_batch, view_spec
+from training.config.run_plan import _pinned
 from training.nn.distillation_losses import hidden_numbers
 from training.nn.image_statistics import IMAGENET_MEAN, IMAGENET_STD
 from training.placing import Place
-from training.run_plan import _pinned
 
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="GPU absent: pinned slots"))
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from training.assembly import fake_batch, initial_method, view_spec
-from training.batch_split import portion
+from training.config.batch_split import portion
+from training.config.build import fake_batch, initial_method, view_spec
+from training.config.recipe_toml import load
+from training.config.run_config import RunConfig
 from training.methods.base import Method, Views
 from training.placing import Place
-from training.recipe_toml import load
 from training.recipes import SHIPPED
-from training.run_config import RunConfig
 
 
 def tiny(name: str, *, images: int, precision: Any = "fp32", **backbone: Any) -> RunConfig:

@@ -14,6 +14,7 @@ from datapipe.core.errors import ConfigError
 from datapipe.core.resource_limits import available_cores
 from datapipe.core.settings import settings
 from training import evaluation
+from training.config.run_config import RunConfig
 from training.core.devices import choose_device
 from training.core.host import LocalHost, exit_code
 from training.core.run_folder import crash_log
@@ -26,7 +27,6 @@ from training.pretrain import pretrain
 from training.reid import supervised
 from training.reid.settings import ScoringConfig
 from training.report import write_report
-from training.run_config import RunConfig
 from training.weights.safe_load import FILES
 
 PROG = "python -m training evaluate"

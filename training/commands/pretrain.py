@@ -12,15 +12,15 @@ import tyro
 from datapipe.core import cli
 from datapipe.core.settings import settings
 from training import dry_run_page
-from training import recipe_toml as recipes
-from training.assembly import training_views
+from training.config import recipe_toml as recipes
+from training.config.build import training_views
+from training.config.run_config import RunConfig
 from training.core.host import LocalHost, exit_code
 from training.core.preemption_notice import Notice
 from training.core.run_folder import crash_log
 from training.core.world import alone
 from training.dry_run import dry_run
 from training.pretrain import pretrain as run_recipe
-from training.run_config import RunConfig
 
 
 def pretrain(arguments: list[str]) -> int:

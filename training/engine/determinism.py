@@ -18,8 +18,8 @@ from collections.abc import Iterator
 
 import torch
 
+from training.config.run_config import RunConfig
 from training.core.world import World
-from training.run_config import RunConfig
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 FIXED = ":4096:8"

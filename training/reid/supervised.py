@@ -13,8 +13,9 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError, DataError, NotFoundError
 from datapipe.storage import Store, open_store, split_url
 from training import checkpoint, evaluation
-from training import recipe_toml as recipes
-from training.continuation import saved_config
+from training.config import recipe_toml as recipes
+from training.config.continuation import saved_config
+from training.config.run_config import RunConfig
 from training.core.run_folder.run_folder import RunFolder
 from training.methods.supervised import SupervisedConfig
 from training.nn.image_statistics import MEAN_STD
@@ -22,7 +23,6 @@ from training.nn.vision_transformer import BackboneConfig
 from training.reid.datasets.training_shards import shard_training_part
 from training.reid.settings import ScoringConfig
 from training.reid.zero_shot import Weights
-from training.run_config import RunConfig
 from training.weights import export as exports
 from training.weights.export import CARD, Provenance
 from training.weights.published import Stated, read_published

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from training import activations
-from training.batch_split import portion
+from training.config.batch_split import portion
+from training.config.recipe_toml import load
+from training.config.run_config import RunConfig
 from training.memory import Census, calculate, census
-from training.recipe_toml import load
 from training.recipes import SHIPPED
-from training.run_config import RunConfig
 
 IDENTITIES = 751
 """Classes of a recipe that learns identities: Market-1501's."""

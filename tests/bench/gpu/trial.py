@@ -10,9 +10,11 @@ import torch
 
 from datapipe.storage import Store
 from datapipe.stream.batch import Batch, Intake
-from training.assembly import fake_batch, make_stepper, view_spec
-from training.batch_split import portion
 from training.checkpoint import Checkpoints
+from training.config.batch_split import portion
+from training.config.build import fake_batch, make_stepper, view_spec
+from training.config.run_config import RunConfig
+from training.config.run_plan import clock_of
 from training.core.host import LocalHost
 from training.core.precision import Precision
 from training.core.world import World
@@ -22,8 +24,6 @@ from training.engine.stepper import Result
 from training.engine.stop import Stop
 from training.methods.base import Method, Progress
 from training.placing import Place
-from training.run_config import RunConfig
-from training.run_plan import clock_of
 
 DISTINCT = 3
 """Batches of noise that are made; they come in turn."""

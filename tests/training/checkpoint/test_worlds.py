@@ -21,10 +21,11 @@ from tests.training.checkpoint.toy import (
     tensors,
 )
 from tests.training.tiny_recipe import tiny, with_views
-from training.assembly import build_method
-from training.assembly import make_stepper as assemble
-from training.batch_split import portion
 from training.checkpoint import Saved, complete, read_marker, verify
+from training.config.batch_split import portion
+from training.config.build import build_method
+from training.config.build import make_stepper as assemble
+from training.config.run_plan import clock_of
 from training.core.host import LocalHost
 from training.core.world import World
 from training.engine import ema
@@ -34,7 +35,6 @@ from training.engine.plain import PlainStepper
 from training.engine.settings import EngineConfig, OptimisationConfig
 from training.engine.stepper import Stepper
 from training.engine.stop import Stop
-from training.run_plan import clock_of
 
 STEPPERS = ("plain", "zero0", "zero1", "zero2", "zero3")
 CHAIN = ((4, STEPPERS[:1]), (3, STEPPERS), (1, STEPPERS), (2, STEPPERS))

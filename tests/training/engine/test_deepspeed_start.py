@@ -7,8 +7,8 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.training.tiny_recipe import tiny
-from training.assembly import build_method, make_stepper
-from training.batch_split import portion
+from training.config.batch_split import portion
+from training.config.build import build_method, make_stepper
 from training.core.world import World
 from training.nn.vision_transformer import parameter_count
 

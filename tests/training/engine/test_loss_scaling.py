@@ -18,10 +18,11 @@ from datapipe.stream.batch import Batch
 from tests.flow.tiny import StoppingHost, audited, command, final_state, finished, recipe, shards
 from tests.ranks import run_ranks
 from training import checkpoint
-from training import recipe_toml as recipes
-from training.assembly import make_stepper
-from training.batch_split import Portion
 from training.checks import refuse_unsuited
+from training.config import recipe_toml as recipes
+from training.config.batch_split import Portion
+from training.config.build import make_stepper
+from training.config.run_config import RunConfig
 from training.core.host import LocalHost
 from training.core.world import World, alone
 from training.engine.loss_scaling import GROWTH_STEPS, LARGEST, LossScale, first_scale
@@ -29,7 +30,6 @@ from training.engine.stepper import Stepper
 from training.methods.base import Method, Views
 from training.placing import Place
 from training.pretrain import pretrain
-from training.run_config import RunConfig
 
 CROPS, BATCH = 36, 6
 STEPS = CROPS // BATCH

@@ -9,7 +9,7 @@ import pytest
 
 from tests.flow.tiny import generated, recipe
 from tests.ranks import run_ranks
-from training import recipe_toml as recipes
+from training.config import recipe_toml as recipes
 from training.core.host import LocalHost
 from training.core.world import World
 from training.engine import pace

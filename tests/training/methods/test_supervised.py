@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from datapipe.stream.batch import Batch
 from tests.ranks import run_ranks
 from tests.trajectory import FixedBatches, NoFaults
-from training.batch_split import Portion, portion
+from training.config.batch_split import Portion, portion
 from training.core.host import LocalHost
 from training.core.world import World
 from training.engine.clock import Clock

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError
 from datapipe.storage import open_store
-from training.assembly import initial_method
+from training.config.build import initial_method
+from training.config.run_config import RunConfig
 from training.engine.param_groups import group_parameters
 from training.methods.dino import DinoConfig
 from training.nn.heads import HeadConfig
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer, parameter_count
-from training.run_config import RunConfig
 from training.weights import export
 from training.weights.initialise import InitConfig
 from training.weights.published import Stated, read_published

@@ -16,13 +16,13 @@ from tests.training.weights import published_files as files
 from tests.training.weights.published_files import backbone_state, save
 from tests.training.weights.test_safe_load import Runs
 from tests.trajectory import dino_config, pass_config, personvit_config
-from training.assembly import build_method, initial_method
+from training.config.build import build_method, initial_method
+from training.config.run_config import RunConfig
 from training.methods.dino import DinoConfig
 from training.methods.pass_reid import PassConfig
 from training.methods.personmae import PersonMaeConfig
 from training.nn.heads import HeadConfig
 from training.nn.vision_transformer import BackboneConfig
-from training.run_config import RunConfig
 from training.weights.export import Provenance, export
 from training.weights.initialise import InitConfig, in_words
 from training.weights.published import Stated, read_published

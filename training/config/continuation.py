@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 from datapipe.core.errors import ConfigError, DataError
 from training import checkpoint
-from training import recipe_toml as recipes
+from training.config import recipe_toml as recipes
+from training.config.run_config import RunConfig
 from training.core.run_folder.run_folder import RunFolder
-from training.run_config import RunConfig
 
 if TYPE_CHECKING:
     from datapipe.stream.training_data import Data

@@ -1,6 +1,6 @@
 import pytest
 
-from training.batch_split import portion
+from training.config.batch_split import portion
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ from datapipe.sampling.epoch_order import SampleOrder
 from datapipe.sampling.identity_sampler import IdentityOrder, numbered
 from datapipe.views.spec import ViewSpec
 from training import methods
-from training.assembly import view_spec
-from training.batch_split import Portion, portion
+from training.config.batch_split import Portion, portion
+from training.config.build import view_spec
+from training.config.run_config import RunConfig
 from training.core.world import World
 from training.engine.clock import Clock
 from training.methods.base import ByIdentity
-from training.run_config import RunConfig
 
 if TYPE_CHECKING:
     from datapipe.stream.loader import Loader

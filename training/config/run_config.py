@@ -5,7 +5,7 @@ from pydantic import Field
 from datapipe.core.config import StorageConfig, StreamConfig, ViewConfig
 from datapipe.core.settings import settings
 from training.checkpoint.settings import CheckpointConfig
-from training.cluster_config import ClusterConfig
+from training.config.cluster import ClusterConfig
 from training.engine.settings import EngineConfig, OptimisationConfig
 from training.methods import MethodConfig
 from training.methods.pass_reid import PassConfig

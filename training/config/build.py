@@ -14,13 +14,13 @@ from datapipe.stream.batch import Batch
 from datapipe.views.masking import draw_masks
 from datapipe.views.spec import ViewSpec
 from training import methods
-from training.batch_split import Portion
+from training.config.batch_split import Portion
+from training.config.run_config import RunConfig
 from training.core.world import World
 from training.engine.param_groups import group_parameters
 from training.engine.plain import PlainStepper
 from training.engine.stepper import Stepper
 from training.methods.base import Method
-from training.run_config import RunConfig
 from training.weights.initialise import start_from
 
 if TYPE_CHECKING:

@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 
 from datapipe.core.errors import ConfigError
-from training import recipe_toml as recipes
+from training.config import recipe_toml as recipes
+from training.config.recipe_toml import load, override, to_toml, validate
+from training.config.run_config import RunConfig
 from training.methods import METHODS
-from training.recipe_toml import load, override, to_toml, validate
 from training.recipes import SHIPPED
-from training.run_config import RunConfig
 
 
 def _write(folder: Path, text: str) -> Path:

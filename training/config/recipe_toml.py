@@ -11,9 +11,9 @@ import tyro
 from pydantic import TypeAdapter, ValidationError
 
 from datapipe.core.errors import ConfigError
+from training.config.run_config import RunConfig
 from training.methods import METHODS
 from training.recipes import SHIPPED
-from training.run_config import RunConfig
 
 _SCHEMA: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
 

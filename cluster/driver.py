@@ -15,11 +15,11 @@ from datapipe.core.errors import ClusterError, ConfigError, UserError
 from datapipe.core.progress import duration
 from datapipe.core.stop_signals import at_end
 from training import checkpoint
-from training.checks import refuse_unsuited
 from training.config.run_config import RunConfig
 from training.core.host import LocalHost
 from training.core.run_folder.lease import Lease
 from training.core.run_folder.run_folder import RunFolder
+from training.preflight.checks import refuse_unsuited
 from training.pretrain import ran_on
 
 POLL_S = 0.3

@@ -10,12 +10,12 @@ from cluster.trainer_setup import is_elastic
 from datapipe.core.cli import COMPLETE, STOPPED
 from datapipe.core.resource_limits import available_cores
 from datapipe.storage import full_url
-from training import outlook
-from training.checks import check, refuse_unsuited
 from training.config.run_config import RunConfig
 from training.core.devices import choose_device
 from training.core.host import LocalHost, exit_code
 from training.core.run_folder.lease import Lease, lease_on
+from training.preflight import cpu_forecast
+from training.preflight.checks import check, refuse_unsuited
 
 
 def run(config: RunConfig, *, address: str = LOCAL, lease: Lease | None = None) -> int:
@@ -30,7 +30,7 @@ def run(config: RunConfig, *, address: str = LOCAL, lease: Lease | None = None) 
     if address == LOCAL:
         device = choose_device(config.engine.device)
         refuse_unsuited(config, device)
-        outlook.refuse_on_this_machine(config, config.cluster.least_workers, device)
+        cpu_forecast.refuse_on_this_machine(config, config.cluster.least_workers, device)
     if lease is not None:
         return _run(config, address, lease)
     with lease_on(config.out, config.storage, config.cluster.lease_s, has_workers=True) as lease:

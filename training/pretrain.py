@@ -12,11 +12,8 @@ from datapipe.core.errors import ConfigError, UserError
 from datapipe.core.process_setup import numbers_in_environment
 from datapipe.core.resource_limits import available_cores
 from datapipe.stream.training_data import load_data
-from training import outlook
 from training.audit import Audit
 from training.checkpoint import Checkpoints
-from training.checks import check, refuse_split, refuse_unsuited
-from training.compiling import refuse_without_compiler
 from training.config.build import fake_batch, initial_method, make_stepper
 from training.config.run_config import RunConfig
 from training.config.run_plan import RunPlan, make_loader, plan_run
@@ -35,12 +32,15 @@ from training.engine.pace import Pace
 from training.engine.state_fragments import Piece
 from training.engine.stepper import Stepper
 from training.engine.stop import Stop
-from training.memory_remedies import training_memory
 from training.methods.base import Method
 from training.metrics import Recorder
 from training.milestones import Milestones
 from training.nn.vision_transformer import parameter_count
 from training.placing import Place
+from training.preflight import cpu_forecast
+from training.preflight.checks import check, refuse_split, refuse_unsuited
+from training.preflight.compiler import refuse_without_compiler
+from training.preflight.memory_advice import training_memory
 from training.provenance import about, describe, resume_command
 from training.rank_log import rank_log
 from training.speed import Tally
@@ -81,7 +81,7 @@ def pretrain(
         say(f"reads the data set {' + '.join(config.stream.mix) or config.stream.manifest}")
         plan = check(config) if world.leads else plan_run(config, load_data(config.stream, config.storage))
         if reason == "started":  # later on memory of workers that were ended may not be free yet
-            outlook.refuse_want_of_memory(config, world, place=host.place())
+            cpu_forecast.refuse_want_of_memory(config, world, place=host.place())
         folder = RunFolder(config.out, config.storage, guard)
         if world.leads:
             refuse_slower(config, folder, world)
@@ -130,7 +130,7 @@ def _pretrain(
 ) -> Ending:
     config, clock, share = plan.config, plan.clock, plan.share(world.size)
     say = host.say if world.leads else _silent
-    if world.leads and reason == "started" and (warning := outlook.warning(config, clock, world)):
+    if world.leads and reason == "started" and (warning := cpu_forecast.warning(config, clock, world)):
         say(warning)
     say(f"builds {config.method.name} with {config.backbone.arch}" + (
         f" from {config.init.weights}" if config.init.weights else ""))  # fmt: skip

@@ -3,7 +3,7 @@ full view sizes, beside the calculated one.
 
 Two processes on the CPU, one image each, checkpointed blocks, small buckets. What is measured is a process's resident
 memory at its highest in the second step (optimizer state exists by then) over that before the method was made; what is
-calculated is `training.memory.Memory.peak`, without what a GPU adds.
+calculated is `training.preflight.memory.Memory.peak`, without what a GPU adds.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from training.config.run_plan import clock_of
 from training.core.world import World
 from training.engine import ema, param_groups
 from training.engine.deepspeed import warm_up
-from training.memory import calculate, census
 from training.placing import Place
+from training.preflight.memory import calculate, census
 from training.recipes import SHIPPED
 
 SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}

@@ -9,8 +9,7 @@ import pytest
 from datapipe.core.config import ViewConfig
 from datapipe.core.errors import ConfigError
 from tests.flow import tiny
-from training import memory, methods
-from training.checks import refuse_split
+from training import methods
 from training.config.batch_split import portion
 from training.config.recipe_toml import load
 from training.config.run_config import RunConfig
@@ -19,6 +18,8 @@ from training.core.world import World
 from training.methods.dino import DinoConfig
 from training.methods.pass_reid import PassConfig
 from training.methods.personvit import PersonVitConfig
+from training.preflight import memory
+from training.preflight.checks import refuse_split
 from training.pretrain import pretrain
 
 FOLDER = Path(methods.__file__).parents[1] / "recipes"

@@ -11,7 +11,6 @@ import tyro
 
 from datapipe.core import cli
 from datapipe.core.settings import settings
-from training import dry_run_page
 from training.config import recipe_toml as recipes
 from training.config.build import training_views
 from training.config.run_config import RunConfig
@@ -19,7 +18,8 @@ from training.core.host import LocalHost, exit_code
 from training.core.preemption_notice import Notice
 from training.core.run_folder import crash_log
 from training.core.world import alone
-from training.dry_run import dry_run
+from training.preflight import dry_run_text
+from training.preflight.dry_run import dry_run
 from training.pretrain import pretrain as run_recipe
 
 
@@ -73,7 +73,7 @@ def _above(kind: Callable[[str], float]) -> Callable[[str], float]:
 
 def _dry_run(config: RunConfig, asked: argparse.Namespace) -> int:
     found = dry_run(config, rows=asked.rows, gpu_memory_gb=asked.gpu_memory_gb)
-    print(json.dumps(dry_run_page.to_tree(found), indent=2) if asked.json else dry_run_page.page(found))
+    print(json.dumps(dry_run_text.to_tree(found), indent=2) if asked.json else dry_run_text.page(found))
     return cli.COMPLETE
 
 

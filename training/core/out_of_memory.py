@@ -1,5 +1,5 @@
 """Allocations that fail, whoever says so, and the error that scoring ends with. Training's is that of
-`training/memory_remedies.py`."""
+`training/preflight/memory_advice.py`."""
 
 import contextlib
 import errno

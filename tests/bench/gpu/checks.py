@@ -18,8 +18,8 @@ from tests.bench.gpu.trial import Trial
 from training.config.build import build_method
 from training.config.run_config import RunConfig
 from training.core.precision import Precision
-from training.memory import FULL, Census, calculate
 from training.methods.base import Method
+from training.preflight.memory import FULL, Census, calculate
 
 STEPS, SAVED_AFTER = 3, 2
 """Steps beside the CPU's, and those after which the checkpoint is saved that the last step is done again from."""

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from training import activations
 from training.config.batch_split import portion
 from training.config.recipe_toml import load
 from training.config.run_config import RunConfig
-from training.memory import Census, calculate, census
+from training.preflight import activation_memory
+from training.preflight.memory import Census, calculate, census
 from training.recipes import SHIPPED
 
 IDENTITIES = 751
@@ -69,7 +69,7 @@ def full(name: str, config: RunConfig, sizes: Census, gpu: int) -> RunConfig:
 
 def work(config: RunConfig, sizes: Census) -> float:
     """How much a step on the small batch takes, next to other recipes: parameters times tokens."""
-    stacks = activations.student_stacks(small(config), small(config).optimisation.batch)
+    stacks = activation_memory.student_stacks(small(config), small(config).optimisation.batch)
     return float(sizes.student["blocks"] * sum(stack.rows * stack.tokens for stack in stacks))
 
 

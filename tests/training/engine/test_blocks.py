@@ -10,11 +10,11 @@ import torch
 from datapipe.core.errors import ConfigError
 from tests.flow.tiny import final_state, recipe, shards, step_records
 from tests.ranks import run_ranks
-from training.checks import refuse_unsuited
 from training.config import recipe_toml as recipes
 from training.core.host import LocalHost
 from training.core.world import World
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer, keep_masks
+from training.preflight.checks import refuse_unsuited
 from training.pretrain import pretrain
 
 PLAIN = ("--engine.stepper", "plain", "--optimisation.micro-batch", "3")

@@ -18,7 +18,6 @@ from datapipe.stream.batch import Batch
 from tests.flow.tiny import StoppingHost, audited, command, final_state, finished, recipe, shards
 from tests.ranks import run_ranks
 from training import checkpoint
-from training.checks import refuse_unsuited
 from training.config import recipe_toml as recipes
 from training.config.batch_split import Portion
 from training.config.build import make_stepper
@@ -29,6 +28,7 @@ from training.engine.loss_scaling import GROWTH_STEPS, LARGEST, LossScale, first
 from training.engine.stepper import Stepper
 from training.methods.base import Method, Views
 from training.placing import Place
+from training.preflight.checks import refuse_unsuited
 from training.pretrain import pretrain
 
 CROPS, BATCH = 36, 6

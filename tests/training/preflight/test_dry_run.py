@@ -15,8 +15,8 @@ from tests.flow import tiny as flow
 from training.__main__ import main
 from training.config import recipe_toml as recipes
 from training.config.recipe_toml import load
-from training.dry_run import GB, LUPERSON, dry_run
-from training.dry_run_page import page, to_tree
+from training.preflight.dry_run import GB, LUPERSON, dry_run
+from training.preflight.dry_run_text import page, to_tree
 from training.recipes import SHIPPED
 
 RECIPES = sorted(path.stem for path in SHIPPED.glob("*.toml") if not path.stem.startswith("supervised"))

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from training.config import recipe_toml as recipes
 from training.config.continuation import FREE_TO_CHANGE
 from training.config.run_config import RunConfig
+from training.preflight.published_settings import DATA, PUBLISHED
 from training.recipes import SHIPPED
-from training.recipes.sources import DATA, PUBLISHED
 
 SIZES = {"vit_small": "vits", "vit_base": "vitb", "vit_large": "vitl"}
 IGNORED = (*FREE_TO_CHANGE, "seed", "stream.", "samples_per_epoch")

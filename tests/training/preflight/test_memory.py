@@ -15,7 +15,7 @@ from training.config.run_plan import clock_of
 from training.core.world import World
 from training.engine import param_groups
 from training.engine.plain import PlainStepper
-from training.memory import FRAGMENTATION, FULL, RESERVED, calculate, census
+from training.preflight.memory import FRAGMENTATION, FULL, RESERVED, calculate, census
 from training.recipes import SHIPPED
 
 METHODS = ("dino_vits", "dino_vitb", "pass_vits", "personvit_vits", "personmae_vits")

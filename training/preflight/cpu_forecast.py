@@ -13,14 +13,14 @@ from torch import nn
 
 from datapipe.core.errors import ConfigError
 from datapipe.core.resource_limits import memory_left
-from training import activations, memory
-from training.activations import FULL, Stack, student_stacks, teacher_stack
 from training.config.batch_split import portion
 from training.config.build import build_method
 from training.config.run_config import RunConfig
 from training.core.world import World
 from training.engine.clock import Clock
 from training.methods.supervised import SupervisedConfig
+from training.preflight import activation_memory, memory
+from training.preflight.activation_memory import FULL, Stack, student_stacks, teacher_stack
 
 GB = 10**9
 DAY_S = 86_400.0
@@ -98,7 +98,7 @@ def needed(config: RunConfig, ranks: int) -> int:
     if not isinstance(config.method, SupervisedConfig):
         return memory.calculate(config, memory.census(config), world=ranks, cuda=False).peak
     share = portion(config.optimisation.batch, config.optimisation.micro_batch, ranks)
-    kept = activations.saved(config, share.micro, activations.numerics(config, cuda=False))
+    kept = activation_memory.saved(config, share.micro, activation_memory.numerics(config, cuda=False))
     weights = sum(value.numel() for value in _empty_method(config).parameters())
     return FULL * 2 * weights + sum(kept.values())  # weights and gradients; moments may be split over the ranks
 
@@ -132,11 +132,11 @@ def _head_flops(config: RunConfig) -> float:
     """Rows through heads, student's and teacher's, and PersonMAE's tokens through its decoders."""
     if isinstance(config.method, SupervisedConfig):
         return 0.0
-    hidden = activations.hidden_patches(config, 1)
-    rows = sum(BACKWARD * part.learnt + part.taught for part in activations.scored(config, 1, hidden))
+    hidden = activation_memory.hidden_patches(config, 1)
+    rows = sum(BACKWARD * part.learnt + part.taught for part in activation_memory.scored(config, 1, hidden))
     parts = memory.census(config).student
     heads = parts.get("head MLPs", 0) + parts.get("prototypes", 0)
-    kinds = max(1, len(activations.scored(config, 1, hidden)))
+    kinds = max(1, len(activation_memory.scored(config, 1, hidden)))
     decoders = parts.get("pixel decoder", 0) + parts.get("feature decoder", 0)
     return 2.0 * (rows * heads / kinds + BACKWARD * decoders * math.prod(config.backbone.grid))
 

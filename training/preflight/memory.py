@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from training import activations
-from training.activations import FULL, Numerics
 from training.config.batch_split import portion
 from training.config.build import build_method, deepspeed_json, view_spec
 from training.config.run_config import RunConfig
@@ -26,6 +24,8 @@ from training.core.world import World
 from training.engine.param_groups import group_parameters
 from training.methods.base import Method
 from training.methods.personmae import PersonMaeConfig
+from training.preflight import activation_memory
+from training.preflight.activation_memory import FULL, Numerics
 
 DOUBLE = 8
 """Bytes of a float64."""
@@ -142,11 +142,11 @@ class Memory(NamedTuple):
 
 def calculate(config: RunConfig, sizes: Census, *, world: int, cuda: bool) -> Memory:
     """The memory of one of `world` ranks, after the first step. `cuda`: with the kernels and AdamW of a GPU."""
-    how = activations.numerics(config, cuda=cuda)
+    how = activation_memory.numerics(config, cuda=cuda)
     share = portion(config.optimisation.batch, config.optimisation.micro_batch, world)
     held = _Held(config, sizes, world, cuda)
     state = held.state() | {"batch": batch_bytes(config, share.micro)}
-    kept = activations.saved(config, share.micro, how) | {"lowered weights": lowered_copies(config, sizes, how)}
+    kept = activation_memory.saved(config, share.micro, how) | {"lowered weights": lowered_copies(config, sizes, how)}
     base = sum(state.values()) + held.gathered()
     several = share.rows > share.micro
     earlier = held.accumulated() if several else 0
@@ -187,7 +187,7 @@ def _forward_temporaries(config: RunConfig, images: int, sizes: Census) -> int:
     if isinstance(config.method, PersonMaeConfig):
         patches, values = math.prod(config.backbone.grid), 3 * config.backbone.patch**2
         return FULL * images * patches * (2 * values + 5 * config.backbone.shape.width)
-    rows = activations.scored(config, images, activations.hidden_patches(config, images))
+    rows = activation_memory.scored(config, images, activation_memory.hidden_patches(config, images))
     logits = sum(part.prototypes * (part.learnt + part.taught + part.targets) for part in rows)
     loss = logits + max((part.prototypes * max(part.learnt, 4 * part.targets) for part in rows), default=0)
     return FULL * max(loss, sizes.largest if rows else 0)
@@ -196,7 +196,7 @@ def _forward_temporaries(config: RunConfig, images: int, sizes: Census) -> int:
 def _backward_temporaries(config: RunConfig, images: int, how: Numerics, sizes: Census) -> int:
     """The larger of two: the widest head, with three gradients of its logits and four of its prototypes; or a block,
     made again where it is checkpointed."""
-    rows = activations.scored(config, images, activations.hidden_patches(config, images))
+    rows = activation_memory.scored(config, images, activation_memory.hidden_patches(config, images))
     widest = max((part.prototypes * part.learnt for part in rows), default=0)
     head = FULL * (3 * widest + 4 * sizes.largest) if rows else 0
     return max(head, _block_again(config, images, how, sizes))
@@ -208,10 +208,10 @@ def _block_again(config: RunConfig, images: int, how: Numerics, sizes: Census) -
     whole = dataclasses.replace(backbone, checkpoint_blocks=False)
     width, depth, _, mlp_ratio = backbone.shape
     found = 0
-    for stack in activations.student_stacks(config, images):
+    for stack in activation_memory.student_stacks(config, images):
         tokens = stack.rows * stack.tokens
         gradients = tokens * (2 * FULL * width + 2 * how.matrix * int(mlp_ratio * width))
-        again = activations.block_bytes(whole, stack, how) if backbone.checkpoint_blocks else 0
+        again = activation_memory.block_bytes(whole, stack, how) if backbone.checkpoint_blocks else 0
         found = max(found, again + gradients)
     lowered = how.matrix * sizes.lowered_blocks // depth if backbone.checkpoint_blocks and how.lowered else 0
     return found + lowered

@@ -8,9 +8,9 @@ import pytest
 
 from training.config.recipe_toml import leaves as flattened
 from training.config.recipe_toml import load
-from training.deviations import IGNORED, comments, compare, leaves, nearest
+from training.preflight.deviations import IGNORED, comments, compare, leaves, nearest
+from training.preflight.published_settings import DATA, PUBLISHED
 from training.recipes import SHIPPED
-from training.recipes.sources import DATA, PUBLISHED
 
 RECIPES = sorted(PUBLISHED)
 DEEPER = {"backbone.drop_path": (0.3, 0.1)}

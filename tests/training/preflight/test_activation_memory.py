@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from tests.training.tiny_recipe import tiny, with_views
-from training import memory
-from training.activations import numerics, saved
 from training.config.run_config import RunConfig
 from training.config.run_plan import clock_of
+from training.preflight import memory
+from training.preflight.activation_memory import numerics, saved
 
 RECIPES = ("dino_vits", "dino_vitb", "pass_vits", "personvit_vits", "personmae_vits")
 WITHIN = 0.01

@@ -12,11 +12,11 @@ from datapipe.core.cli import run
 from datapipe.core.errors import ConfigError
 from tests.flow.tiny import generated, recipe
 from tests.training.tiny_recipe import tiny, with_views
-from training import outlook
 from training.__main__ import main
 from training.config.recipe_toml import load
 from training.config.run_plan import clock_of
 from training.core.world import World
+from training.preflight import cpu_forecast
 from training.recipes import SHIPPED
 
 METHODS = ("dino_vits", "pass_vits", "personvit_vits", "personmae_vits")
@@ -29,35 +29,35 @@ def test_flops__are_those_of_a_real_step(name: str) -> None:
     method, views = with_views(config)
     with FlopCounterMode(display=False) as counter:
         method(views, clock_of(config, 200).at(0)).loss.backward()
-    assert outlook.flops_of_image(config) == pytest.approx(counter.get_total_flops() / images, rel=0.2)
+    assert cpu_forecast.flops_of_image(config) == pytest.approx(counter.get_total_flops() / images, rel=0.2)
 
 
 def test_warning__of_a_recipe_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outlook, "measured_rate", lambda config: 100e9)
+    monkeypatch.setattr(cpu_forecast, "measured_rate", lambda config: 100e9)
     config = load(SHIPPED / "pass_vitb.toml")
     clock = clock_of(config, 100_000)
-    said = outlook.warning(config, clock, World())
-    seconds = outlook.flops_of_image(config) * clock.end / 100e9
-    assert f"takes about {outlook.in_days(seconds)} on 1 CPU worker" in said and "no GPU" in said
-    half = outlook.warning(config, clock, World(size=2, local_size=2))
-    assert f"takes about {outlook.in_days(seconds / 2)} on 2 CPU workers" in half
-    assert outlook.warning(config, clock, World(device=torch.device("cuda"))) == ""
+    said = cpu_forecast.warning(config, clock, World())
+    seconds = cpu_forecast.flops_of_image(config) * clock.end / 100e9
+    assert f"takes about {cpu_forecast.in_days(seconds)} on 1 CPU worker" in said and "no GPU" in said
+    half = cpu_forecast.warning(config, clock, World(size=2, local_size=2))
+    assert f"takes about {cpu_forecast.in_days(seconds / 2)} on 2 CPU workers" in half
+    assert cpu_forecast.warning(config, clock, World(device=torch.device("cuda"))) == ""
 
 
 def test_warning__leaves_short_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are not even measured."""
-    monkeypatch.delattr(outlook, "measured_rate")
+    monkeypatch.delattr(cpu_forecast, "measured_rate")
     demo = load(SHIPPED / "demo.toml")
-    assert outlook.warning(demo, clock_of(demo, 3_000), World()) == ""
+    assert cpu_forecast.warning(demo, clock_of(demo, 3_000), World()) == ""
 
 
 def test_rate__is_that_of_the_recipes_own_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each pass through a block is counted as PyTorch counts it, and leaves random numbers alone."""
     config, state = tiny("pass_vits", images=4), torch.get_rng_state()
     clock = iter([0.0, 0.0, 2.0])  # one pass, that took two seconds
-    monkeypatch.setattr(outlook.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(cpu_forecast.time, "perf_counter", lambda: next(clock))
     with FlopCounterMode(display=False) as counter:
-        rate = outlook.measured_rate(config, seconds=1.0)
+        rate = cpu_forecast.measured_rate(config, seconds=1.0)
     counted = counter.get_total_flops() / 2  # with the one before
     assert rate == pytest.approx(counted / 2.0, rel=0.05)
     assert torch.equal(torch.get_rng_state(), state)
@@ -66,31 +66,31 @@ def test_rate__is_that_of_the_recipes_own_blocks(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(("seconds", "words"), [
     (100_000, "28 hours"), (212.3 * 86_400, "212 days"), (5 * 365 * 86_400, "5 years")])  # fmt: skip
 def test_in_days(seconds: float, words: str) -> None:
-    assert outlook.in_days(seconds) == words
+    assert cpu_forecast.in_days(seconds) == words
 
 
 def test_memory__that_cannot_suffice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load(SHIPPED / "pass_vitb.toml")
-    need = outlook.needed(config, 1)
-    monkeypatch.setattr(outlook, "available_memory", lambda: need)
-    outlook.refuse_want_of_memory(config, World(), place="here")
-    monkeypatch.setattr(outlook, "available_memory", lambda: need - 1)
+    need = cpu_forecast.needed(config, 1)
+    monkeypatch.setattr(cpu_forecast, "available_memory", lambda: need)
+    cpu_forecast.refuse_want_of_memory(config, World(), place="here")
+    monkeypatch.setattr(cpu_forecast, "available_memory", lambda: need - 1)
     with pytest.raises(ConfigError, match="cannot suffice") as caught:
-        outlook.refuse_want_of_memory(config, World(), place="here")
+        cpu_forecast.refuse_want_of_memory(config, World(), place="here")
     assert "optimisation.micro_batch = 64, on here" in caught.value.where and "--dry-run" in caught.value.hint
     fitting = re.search(r"--optimisation.micro-batch (\d+) would fit", caught.value.hint)
     assert fitting
     smaller = load(SHIPPED / "pass_vitb.toml", ["--optimisation.micro-batch", fitting[1]])
-    assert outlook.needed(smaller, 1) < need
-    outlook.refuse_want_of_memory(config, World(device=torch.device("cuda")), place="here")
+    assert cpu_forecast.needed(smaller, 1) < need
+    cpu_forecast.refuse_want_of_memory(config, World(device=torch.device("cuda")), place="here")
 
 
 def test_memory__is_asked_of_a_machine_for_all_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load(SHIPPED / "pass_vits.toml")
-    monkeypatch.setattr(outlook, "available_memory", lambda: 2 * outlook.needed(config, 2) - 1)
-    outlook.refuse_on_this_machine(config, 1, torch.device("cpu"))
+    monkeypatch.setattr(cpu_forecast, "available_memory", lambda: 2 * cpu_forecast.needed(config, 2) - 1)
+    cpu_forecast.refuse_on_this_machine(config, 1, torch.device("cpu"))
     with pytest.raises(ConfigError, match="2 workers need"):
-        outlook.refuse_on_this_machine(config, 2, torch.device("cpu"))
+        cpu_forecast.refuse_on_this_machine(config, 2, torch.device("cpu"))
 
 
 @pytest.mark.slow
@@ -99,7 +99,7 @@ def test_pretrain__is_refused_before_anything_is_built(
 ) -> None:
     path = recipe(tmp_path, generated(tmp_path), str(tmp_path / "run"))
     monkeypatch.setattr("training.pretrain.initial_method", lambda config: pytest.fail("was built"))
-    monkeypatch.setattr(outlook, "available_memory", lambda: 100_000)
+    monkeypatch.setattr(cpu_forecast, "available_memory", lambda: 100_000)
     assert run(main, ["pretrain", str(path)]) == 1
     errors = capsys.readouterr().err
     assert "error: the memory of this machine cannot suffice" in errors and "optimisation.micro_batch = 6" in errors
@@ -110,6 +110,6 @@ def test_pretrain__is_refused_before_anything_is_built(
 def test_available_memory__is_what_the_machine_and_the_control_groups_leave(
     monkeypatch: pytest.MonkeyPatch, free: int, left: int | None, found: int
 ) -> None:
-    monkeypatch.setattr(outlook.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
-    monkeypatch.setattr(outlook, "memory_left", lambda: left)
-    assert outlook.available_memory() == found
+    monkeypatch.setattr(cpu_forecast.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr(cpu_forecast, "memory_left", lambda: left)
+    assert cpu_forecast.available_memory() == found

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from datapipe.core.errors import ConfigError
-from training.compiling import refuse_without_compiler
+from training.preflight.compiler import refuse_without_compiler
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -9,14 +9,14 @@ import torch
 
 from datapipe.core.errors import ConfigError, StorageError
 from datapipe.stream.training_data import load_data
-from training import memory
-from training.checks import refuse_split, refuse_unsuited
 from training.config.batch_split import portion
 from training.config.run_config import RunConfig
 from training.config.run_plan import clock_of, sampling_of
-from training.deviations import Comparison, compare
 from training.engine.clock import Clock
-from training.memory import Census, Memory
+from training.preflight import memory
+from training.preflight.checks import refuse_split, refuse_unsuited
+from training.preflight.deviations import Comparison, compare
+from training.preflight.memory import Census, Memory
 
 LUPERSON = 4_180_243
 """Images of LUPerson, on which the published runs were trained."""

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from training.config import recipe_toml as recipes
-from training.deviations import Comparison
-from training.dry_run import GB, DryRun, Steps
-from training.memory import FRAGMENTATION, RESERVED, Census, Memory
+from training.preflight.deviations import Comparison
+from training.preflight.dry_run import GB, DryRun, Steps
+from training.preflight.memory import FRAGMENTATION, RESERVED, Census, Memory
 
 
 def to_tree(run: DryRun) -> dict[str, Any]:

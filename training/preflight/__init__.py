@@ -1,0 +1,1 @@
+"""What a recipe would need and take, and what is refused, before a run starts."""

@@ -15,12 +15,12 @@ from datapipe.core import cli
 from datapipe.core.resource_limits import available_cores
 from datapipe.core.settings import settings
 from datapipe.storage import full_url
-from training import evaluation
 from training.commands.evaluate import EvaluateCommand as LocalCommand
 from training.commands.evaluate import conclude, fine_tuning, show, writing, zero_shot_tasks
 from training.core.devices import Device, choose_device
-from training.evaluation import Task
-from training.reid.supervised import RANDOM
+from training.evaluation import evaluation
+from training.evaluation.evaluation import Task
+from training.evaluation.fine_tune import RANDOM
 
 PROG = "python -m cluster evaluate"
 POLL_S = 1.0

@@ -16,13 +16,14 @@ import safetensors.torch
 
 from datapipe.core.errors import NotFoundError
 from datapipe.core.progress import telling
-from training import checkpoint, evaluation
+from training import checkpoint
 from training.config.run_config import RunConfig
 from training.core.host import Host
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
 from training.engine.clock import Clock
-from training.evaluation import Task
+from training.evaluation import evaluation
+from training.evaluation.evaluation import Task
 from training.methods.supervised import Supervised, to_transreid
 from training.reid.settings import EvaluationConfig
 from training.reid.zero_shot import Weights

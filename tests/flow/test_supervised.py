@@ -24,11 +24,11 @@ from training.config.run_plan import labels_of, order_of, resolved
 from training.core.host import LocalHost
 from training.core.world import World
 from training.engine.clock import Clock
-from training.evaluation import score, tasks
+from training.evaluation.evaluation import score, tasks
+from training.evaluation.fine_tune import prepare, suited_recipe
 from training.pretrain import Ending, pretrain
 from training.reid.datasets.open_dataset import open_reid
 from training.reid.datasets.training_shards import shard_training_part
-from training.reid.supervised import prepare, suited_recipe
 from training.weights.export import load_backbone
 from training.weights.published import Stated, read_published
 

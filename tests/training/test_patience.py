@@ -10,11 +10,12 @@ import torch.distributed as dist
 
 from tests.flow.tiny import generated, recipe
 from tests.ranks import run_ranks
-from training import evaluation, milestones
+from training import milestones
 from training.config import recipe_toml as recipes
 from training.core.host import Doing, LocalHost
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World, process_groups
+from training.evaluation import evaluation
 from training.milestones import Milestones
 from training.pretrain import pretrain
 

@@ -13,7 +13,6 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError
 from datapipe.core.resource_limits import available_cores
 from datapipe.core.settings import settings
-from training import evaluation
 from training.config.run_config import RunConfig
 from training.core.devices import choose_device
 from training.core.host import LocalHost, exit_code
@@ -21,10 +20,10 @@ from training.core.run_folder import crash_log
 from training.core.run_folder.lease import Lease, lease_on
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import alone
-from training.evaluation import Task
+from training.evaluation import evaluation, fine_tune
+from training.evaluation.evaluation import Task
 from training.milestones import SUMMARY
 from training.pretrain import pretrain
-from training.reid import supervised
 from training.reid.settings import ScoringConfig
 from training.report import write_report
 from training.weights.safe_load import FILES
@@ -88,7 +87,7 @@ def zero_shot_tasks(chosen: EvaluateCommand, flags: Sequence[str], *, prog: str)
     if weights.endswith(FILES):
         if not chosen.out:
             raise ConfigError("scores of a file need a folder", where="--out", hint="--out scores/market1501")
-        weights = supervised.as_export(weights, chosen.out, chosen.storage)
+        weights = fine_tune.as_export(weights, chosen.out, chosen.storage)
     return evaluation.tasks(weights, chosen.data, chosen.storage, chosen.scoring, out=chosen.out)
 
 
@@ -111,7 +110,7 @@ def fine_tuning(chosen: EvaluateCommand, flags: Sequence[str], *, prog: str) -> 
     """The run that fine-tunes and scores itself."""
     fraction = ["--method.label-fraction", str(chosen.label_fraction)] if chosen.label_fraction < 1 else []
     device = ["--engine.device", chosen.device] if chosen.device != "auto" else []
-    return supervised.prepare(chosen.weights, chosen.data, chosen.out, recipe=chosen.recipe,
+    return fine_tune.prepare(chosen.weights, chosen.data, chosen.out, recipe=chosen.recipe,
                               flags=[*fraction, *device, *flags],
                               scoring=chosen.scoring, storage=chosen.storage, prog=prog)  # fmt: skip
 

@@ -20,17 +20,16 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError, DataError
 from datapipe.core.settings import settings
 from datapipe.storage import open_store
-from training import evaluation
 from training.core.devices import choose_device
 from training.core.host import Host, LocalHost, exit_code
 from training.core.run_folder import crash_log
 from training.core.run_folder.lease import lease_on
 from training.core.run_folder.write_guard import Guard, GuardedStore
 from training.core.world import alone
+from training.evaluation import evaluation, fine_tune
+from training.evaluation.weights_origin import Pedigree, is_fine_tuned, of_card
 from training.milestones import SUMMARY
-from training.pedigree import Pedigree, is_fine_tuned, of_card
 from training.pretrain import pretrain
-from training.reid import supervised
 from training.reid.datasets.open_dataset import ReIDSet
 from training.reid.literature import BY_NAME, TASKS, Row
 from training.reid.settings import ScoringConfig
@@ -166,7 +165,7 @@ def _carry_out(
     scoring: ScoringConfig, guard: Guard,
 ) -> Reproduction | None:  # fmt: skip
     """The same with the lease on its folder."""
-    export = supervised.as_export(weights, out, storage)
+    export = fine_tune.as_export(weights, out, storage)
     card = exports.load_card(open_store(export, storage))
     refuse_others(row, card, of_card(card, data), reid, weights)
     if row.task == "supervised" and not is_fine_tuned(card):
@@ -254,7 +253,7 @@ def _fine_tuned(
     """The scores that the recipe quotes of the weights it ends with; None: told to stop."""
     size = [str(side) for side in row.size]
     flags = ["--backbone.size", *size, "--evaluation.interpolation", row.interpolation, *row.flags]
-    config = supervised.prepare(export, data, out, recipe=row.recipe, flags=flags, scoring=scoring, storage=storage)
+    config = fine_tune.prepare(export, data, out, recipe=row.recipe, flags=flags, scoring=scoring, storage=storage)
     with (
         crash_log.kept(config.out, config.storage, 0, log=True),
         alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world,

@@ -9,8 +9,8 @@ from datapipe.core import cli
 from datapipe.core.config import Size, Statistics, StorageConfig
 from datapipe.core.settings import settings
 from datapipe.storage import open_store
-from training import evaluation
 from training.commands.checkpoints import newest
+from training.evaluation import evaluation
 from training.nn.image_statistics import MEAN_STD
 from training.reid.zero_shot import Weights
 from training.weights.export import Provenance, create_model_call

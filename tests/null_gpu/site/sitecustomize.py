@@ -18,7 +18,7 @@ def _computed_workers(module: Any) -> None:
 
 
 def _computed_scores(module: Any) -> None:
-    """`training.evaluation`: the function that every task of an evaluation calls."""
+    """`training.evaluation.evaluation`: the function that every task of an evaluation calls."""
     from tests.null_gpu.computed import computed
 
     module.score = computed()(module.score)
@@ -37,7 +37,7 @@ def _counted_gpus(module: Any) -> None:
 
 
 AFTER: dict[str, Callable[[Any], None]] = {
-    "training.pretrain": _computed_workers, "training.evaluation": _computed_scores, "ray": _counted_gpus,
+    "training.pretrain": _computed_workers, "training.evaluation.evaluation": _computed_scores, "ray": _counted_gpus,
 }  # fmt: skip
 """Module -> what is done with it once it is imported."""
 

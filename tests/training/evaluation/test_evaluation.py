@@ -11,11 +11,12 @@ from datapipe.core.errors import DataError
 from tests.flow.tiny import generated, recipe
 from tests.training.reid.people import market
 from tests.training.test_reproduce import PEOPLE, SIZE, weights
-from training import checkpoint, evaluation
+from training import checkpoint
 from training.__main__ import main
 from training.config.run_config import RunConfig
+from training.evaluation import evaluation
+from training.evaluation.weights_origin import of_card, of_run
 from training.methods.supervised import SupervisedConfig
-from training.pedigree import of_card, of_run
 from training.reid.settings import ScoringConfig
 from training.weights.initialise import InitConfig
 

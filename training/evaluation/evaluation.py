@@ -12,17 +12,17 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.storage import Store, open_store
 from training import checkpoint
-from training import pedigree as pedigrees
 from training.config import recipe_toml as recipes
 from training.config.build import build_method
 from training.config.continuation import saved_config
 from training.config.run_config import RunConfig
 from training.core.out_of_memory import scoring_memory
 from training.core.run_folder.run_folder import RunFolder
+from training.evaluation import weights_origin as pedigrees
+from training.evaluation.weights_origin import Pedigree
 from training.methods.base import Method
 from training.nn.image_statistics import MEAN_STD
 from training.nn.vision_transformer import VisionTransformer
-from training.pedigree import Pedigree
 from training.reid import zero_shot
 from training.reid.datasets.open_dataset import ReIDSet, check_images, open_reid
 from training.reid.embed import EmbedConfig

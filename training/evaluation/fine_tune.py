@@ -12,11 +12,12 @@ from typing import Any
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError, DataError, NotFoundError
 from datapipe.storage import Store, open_store, split_url
-from training import checkpoint, evaluation
+from training import checkpoint
 from training.config import recipe_toml as recipes
 from training.config.continuation import saved_config
 from training.config.run_config import RunConfig
 from training.core.run_folder.run_folder import RunFolder
+from training.evaluation import evaluation
 from training.methods.supervised import SupervisedConfig
 from training.nn.image_statistics import MEAN_STD
 from training.nn.vision_transformer import BackboneConfig

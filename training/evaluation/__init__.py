@@ -1,0 +1,1 @@
+"""Scores of a run, a checkpoint or an export; fine-tuning as an evaluation."""

@@ -30,7 +30,7 @@ from training.config.run_plan import clock_of
 from training.core.devices import Device, choose_device
 from training.core.run_folder.lease import refuse_held
 from training.reid.zero_shot import COLOUR_HISTOGRAM, RANDOM
-from training.speed import faster_precision
+from training.trainer.monitoring.throughput import faster_precision
 
 RECIPE = Path(recipes.__file__).parent / "recipes" / "demo.toml"
 DEMO_STEPS = 360

@@ -12,7 +12,6 @@ from datapipe.core.errors import ConfigError, UserError
 from datapipe.core.process_setup import numbers_in_environment
 from datapipe.core.resource_limits import available_cores
 from datapipe.stream.training_data import load_data
-from training.audit import Audit
 from training.checkpoint import Checkpoints
 from training.config.build import fake_batch, initial_method, make_stepper
 from training.config.run_config import RunConfig
@@ -28,12 +27,10 @@ from training.engine.determinism import deterministic, guarantee
 from training.engine.faults import Faults, Rewind
 from training.engine.loop import Run, Segment, rehearse, train
 from training.engine.loss_scaling import first_scale
-from training.engine.pace import Pace
 from training.engine.state_fragments import Piece
 from training.engine.stepper import Stepper
 from training.engine.stop import Stop
 from training.methods.base import Method
-from training.metrics import Recorder
 from training.milestones import Milestones
 from training.nn.vision_transformer import parameter_count
 from training.placing import Place
@@ -42,10 +39,13 @@ from training.preflight.checks import check, refuse_split, refuse_unsuited
 from training.preflight.compiler import refuse_without_compiler
 from training.preflight.memory_advice import training_memory
 from training.provenance import about, describe, resume_command
-from training.rank_log import rank_log
-from training.speed import Tally
 from training.succession import Succession
-from training.watch import Startup, Watch
+from training.trainer.monitoring.heartbeat import Startup, Watch
+from training.trainer.monitoring.rank_log import rank_log
+from training.trainer.monitoring.recorder import Recorder
+from training.trainer.monitoring.sample_audit import Audit
+from training.trainer.monitoring.stragglers import Pace
+from training.trainer.monitoring.throughput import Tally
 from training.weights.initialise import in_words
 
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from training import health
-from training.health import Rule, Sign
 from training.report_curves import curve, grid, keys, restarts
 from training.report_data import Record, RunFiles
 from training.report_page import Row, count, missing, soft, table
 from training.report_plots import Curve, Plot
 from training.report_speed import SPEED_KEYS
+from training.trainer.monitoring import collapse
+from training.trainer.monitoring.collapse import Rule, Sign
 
 _ELSEWHERE = frozenset(
     ("attempt", "step", "samples", "epoch", "done", "time", "lr", "weight_decay", "momentum")
@@ -28,7 +28,7 @@ def health_section(files: RunFiles) -> str:
 
 
 def _signs(files: RunFiles) -> str:
-    seen = health.signs(files.records)
+    seen = collapse.signs(files.records)
     if not seen:
         return soft(f"No sign of collapse in {len(files.records):,} steps.")
     head = ("sign", "from step", "to step", "what it means", "what to try")

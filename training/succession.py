@@ -10,7 +10,7 @@ from training.checkpoint import Checkpoints
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
 from training.provenance import environment
-from training.speed import Tally
+from training.trainer.monitoring.throughput import Tally
 
 
 class Succession:

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-import training.audit
+import training.trainer.monitoring.sample_audit
 from datapipe.stream.batch import Batch
 from tests.golden import ROOT
 
@@ -61,9 +61,9 @@ def _waiting(order: Path) -> Path:
 
 def install() -> None:
     """Let audit logs of this process wait as ordered."""
-    note = training.audit.Audit.__call__
+    note = training.trainer.monitoring.sample_audit.Audit.__call__
 
-    def waiting(self: training.audit.Audit, done: int, batch: Batch) -> None:
+    def waiting(self: training.trainer.monitoring.sample_audit.Audit, done: int, batch: Batch) -> None:
         note(self, done, batch)
         order = Path(os.environ[VARIABLE])
         if order.exists() and json.loads(order.read_text()) == {"log": self._name, "step": done}:
@@ -73,7 +73,7 @@ def install() -> None:
             while order.exists():
                 time.sleep(POLL_S)
 
-    training.audit.Audit.__call__ = waiting  # type: ignore[method-assign]
+    training.trainer.monitoring.sample_audit.Audit.__call__ = waiting  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

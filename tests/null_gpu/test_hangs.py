@@ -29,7 +29,7 @@ REHEARSAL, STEP = 2, 4
 
 WHERE = """
 import torch
-from training.engine.pace import _Timer
+from training.trainer.monitoring.stragglers import _Timer
 from training.core.step_phase import Whereabouts
 timer, found = _Timer(torch.device("cuda", 0)), Whereabouts()
 for step in range(2):

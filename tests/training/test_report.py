@@ -17,7 +17,7 @@ from datapipe.maintain.derived_copies import clear, look
 from datapipe.storage import open_store
 from tests.conftest import S3Server
 from tests.training.fake_run import ATTEMPTS, MODEL, fake_run, picture, record, write_metrics, write_scores
-from training import health, report_page
+from training import report_page
 from training.core.run_folder.run_folder import RunFolder
 from training.reid.literature import BY_NAME
 from training.reid.ranked_lists import to_jpeg
@@ -26,6 +26,7 @@ from training.report_data import RunFiles
 from training.report_faults import MOST_IMAGES, MOST_SHEETS
 from training.report_plots import MOST_POINTS, Curve, Plot, thinned, to_svg
 from training.report_published import alike, not_comparable
+from training.trainer.monitoring import collapse
 
 
 class Page(html.parser.HTMLParser):
@@ -353,7 +354,7 @@ def test_report__lists_signs_of_collapse_with_their_steps(tmp_path: Path) -> Non
         one["target_information"] = 0.0
     lines = "".join(json.dumps(one) + "\n" for one in records)
     (tmp_path / "metrics" / "attempt_001.jsonl").write_text(lines)
-    (sign,) = health.signs(records)
+    (sign,) = collapse.signs(records)
     text = render_text(tmp_path)
     assert f"constant_targets {sign.since} {sign.until} {sign.rule.what} {sign.rule.hint}" in text
     assert "No sign of collapse" not in text

@@ -18,8 +18,8 @@ from tests.flow.tiny import shards
 from tests.training.checkpoint.toy import ABOUT, make_checkpoints
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
-from training.speed import Spent, Tally
 from training.succession import Succession
+from training.trainer.monitoring.throughput import Spent, Tally
 
 CROPS = 12
 

@@ -15,8 +15,8 @@ from training.engine.settings import OptimisationConfig
 from training.engine.stepper import Result, Stepper
 from training.engine.stop import Stop
 from training.methods.base import Method, Progress, Views
-from training.metrics import Recorder
-from training.speed import Tally
+from training.trainer.monitoring.recorder import Recorder
+from training.trainer.monitoring.throughput import Tally
 
 
 class Source(Protocol):

@@ -1,6 +1,6 @@
 """What a run is watched by: how much targets and features still say of an image.
 
-The course of it is judged by `training/health.py`.
+The course of it is judged by `training/trainer/monitoring/collapse.py`.
 
 Every measure is recorded per image, [B], though it compares the real images of a micro-batch. Shapes: T teacher views,
 B images, K prototypes, R rows of any kind, C channels.

@@ -5,7 +5,7 @@ import torch
 from training.core.host import Doing, LocalHost
 from training.core.step_phase import Whereabouts
 from training.core.world import World
-from training.engine.pace import Pace
+from training.trainer.monitoring.stragglers import Pace
 
 
 class Event:

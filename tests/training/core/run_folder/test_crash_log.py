@@ -73,14 +73,14 @@ def test_words__reach_an_object_store(s3: S3Server) -> None:
     assert log.startswith("said before\n") and "NCCL WARN" in "".join(of_process(log, process.pid) or ())
 
 
-LOG = """2026-11-29 10:00:00 INFO training.rank_log: rank 0 of 2
+LOG = """2026-11-29 10:00:00 INFO training.trainer.monitoring.rank_log: rank 0 of 2
 2026-11-29 10:00:09 ERROR last words of process 41:
 | [rank1]:[E1129 ProcessGroupNCCL.cpp:632] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=9)
 |
 | Fatal Python error: Aborted
 |   File "x.py", line 3 in error
 2026-11-29 10:00:19 ERROR last words of process 42:
-2026-11-29 10:00:20 INFO training.rank_log: rank 0 of 2
+2026-11-29 10:00:20 INFO training.trainer.monitoring.rank_log: rank 0 of 2
 """
 
 

@@ -7,9 +7,9 @@ import pytest
 from datapipe.core.progress import duration
 from datapipe.stream.batch import Intake
 from tests.ranks import run_ranks
-from training import speed
 from training.core.world import World
-from training.speed import Speed, Spent, Tally, bottleneck, in_words
+from training.trainer.monitoring import throughput
+from training.trainer.monitoring.throughput import Speed, Spent, Tally, bottleneck, in_words
 
 
 class Clock:
@@ -25,7 +25,7 @@ class Clock:
 
 @pytest.fixture
 def second_by_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed.time, "perf_counter", Clock())
+    monkeypatch.setattr(throughput.time, "perf_counter", Clock())
 
 
 def rank(waited_s: float, **intake: float) -> Spent:
@@ -93,7 +93,7 @@ class Steps:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr(speed.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(throughput.time, "perf_counter", lambda: self.now)
         self.meter = Speed()
 
     def make(self, *seconds: float) -> None:

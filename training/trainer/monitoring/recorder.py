@@ -1,7 +1,7 @@
 """What a run records: one JSON line per step and attempt, a status line now and then, TensorBoard as a view.
 
 The names of what every method records are explained in `training/nn/feature_diagnostics.py`, those of a method's own
-where it makes them. A step on which signs of collapse stand (`training/health.py`) lists them
+where it makes them. A step on which signs of collapse stand (`training/trainer/monitoring/collapse.py`) lists them
 under "signs"; the log tells when one appears or goes.
 Floats are written so that they read back exactly. Readers keep the last record of a step over all attempts.
 """
@@ -19,9 +19,9 @@ from training.core.host import Host
 from training.core.run_folder.run_folder import RunFolder
 from training.engine.param_groups import StepSettings
 from training.engine.stepper import Result
-from training.health import Course
 from training.methods.base import Progress
-from training.speed import Rates, Speed, Spent, in_words
+from training.trainer.monitoring.collapse import Course
+from training.trainer.monitoring.throughput import Rates, Speed, Spent, in_words
 
 STATUS_S = 5.0
 """Seconds between status lines."""

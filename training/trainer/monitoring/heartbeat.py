@@ -12,9 +12,9 @@ from datapipe.stream.batch import Batch
 from training.config.run_config import RunConfig
 from training.core.run_folder.run_folder import RunFolder, as_json
 from training.core.world import World
-from training.engine.pace import Pace, Share
 from training.engine.stepper import Result
 from training.methods.base import Progress
+from training.trainer.monitoring.stragglers import Pace, Share
 
 HEARTBEAT_S = 0.5
 """Seconds between signs of life; on object storage they arrive as seldom as other growing files."""

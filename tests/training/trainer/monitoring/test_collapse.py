@@ -9,14 +9,14 @@ import pytest
 from datapipe.core.config import SynthConfig
 from datapipe.synth.market_folder import TRAIN, render
 from tests.flow.tiny import shards, step_records
-from training import health
 from training.config import recipe_toml as recipes
 from training.config.run_config import RunConfig
 from training.core.host import LocalHost
 from training.core.world import World
-from training.health import LEAST_IMAGES, SETTLED_STEPS, WINDOW, Record, signs
 from training.pretrain import pretrain
 from training.report import write_report
+from training.trainer.monitoring import collapse
+from training.trainer.monitoring.collapse import LEAST_IMAGES, SETTLED_STEPS, WINDOW, Record, signs
 
 RECIPE = """
 out = "unused"
@@ -122,7 +122,7 @@ def test_healthy_run__shows_no_sign(tmp_path: Path, manifest: str, kind: str) ->
     records = step_records(_run(config))
     assert len(records) == SETTLED_STEPS + 2 * WINDOW
     assert signs(records) == [] and not any("signs" in record for record in records)
-    judged = {rule.name for rule in health.RULES if rule.broken(records[-1]) is not None}
+    judged = {rule.name for rule in collapse.RULES if rule.broken(records[-1]) is not None}
     assert {"alike_images", "one_direction", "views_as_images"} <= judged
     assert kind == "personmae" or {"constant_targets", "loss_at_ln_k"} <= judged
     assert kind != "pass" or "constant_targets_part" in judged
@@ -178,7 +178,7 @@ COLLAPSED: dict[str, dict[str, float]] = {
 }
 
 
-@pytest.mark.parametrize("name", [rule.name for rule in health.RULES])
+@pytest.mark.parametrize("name", [rule.name for rule in collapse.RULES])
 def test_rule__appears_after_half_a_window_and_goes_after_a_whole_one(name: str) -> None:
     start, more = 1_000, base(name)
     course = [healthy(step, **more) for step in range(1, start)]
@@ -191,10 +191,10 @@ def test_rule__appears_after_half_a_window_and_goes_after_a_whole_one(name: str)
     assert lasting.until is None
 
 
-@pytest.mark.parametrize("name", [rule.name for rule in health.RULES])
+@pytest.mark.parametrize("name", [rule.name for rule in collapse.RULES])
 def test_rule__from_the_start(name: str) -> None:
     """Targets are looked at from the first step on; the rest is natural at the start, and in the first epoch."""
-    (rule,) = (rule for rule in health.RULES if rule.name == name)
+    (rule,) = (rule for rule in collapse.RULES if rule.name == name)
     course = [healthy(step, **base(name) | COLLAPSED[name]) for step in range(1, 400)]
     (found,) = signs(course)
     assert found.since == WINDOW if rule.young else found.since == SETTLED_STEPS + WINDOW
@@ -205,7 +205,7 @@ def test_rule__from_the_start(name: str) -> None:
 def test_signs__fine_tuning_may_bring_features_together_and_take_its_time() -> None:
     together = SUPERVISED | COLLAPSED["alike_images"]
     assert signs([healthy(step, **together) for step in range(1, 600)]) == []
-    warming = SUPERVISED | COLLAPSED["identities_at_chance"] | {"done": health.WARM_UP}
+    warming = SUPERVISED | COLLAPSED["identities_at_chance"] | {"done": collapse.WARM_UP}
     assert signs([healthy(step, **warming) for step in range(1, 600)]) == []
 
 

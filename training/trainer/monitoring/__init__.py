@@ -1,0 +1,1 @@
+"""What is watched and written while a run goes on."""

@@ -20,7 +20,7 @@ from training.core.host import LocalHost
 from training.core.run_folder.lease import Lease
 from training.core.run_folder.run_folder import RunFolder
 from training.preflight.checks import refuse_unsuited
-from training.pretrain import ran_on
+from training.trainer.pretrain import ran_on
 
 POLL_S = 0.3
 WAITING_S = 30.0

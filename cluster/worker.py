@@ -10,7 +10,7 @@ from datapipe.core.errors import ConfigError, DataError, LeaseError
 from training.config import recipe_toml as recipes
 from training.core.run_folder.lease import Follower
 from training.core.world import World
-from training.pretrain import pretrain
+from training.trainer.pretrain import pretrain
 
 
 def work(settings: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import datapipe.maintain.reshard
 import datapipe.sources.archive
 import datapipe.sources.lmdb
 import datapipe.sources.video  # noqa: F401
-import training.pretrain  # noqa: F401
+import training.trainer.pretrain  # noqa: F401
 from training.engine.deepspeed import _import
 
 _import()

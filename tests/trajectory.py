@@ -14,13 +14,10 @@ from training.config.batch_split import Portion, portion
 from training.core.host import LocalHost
 from training.core.world import World
 from training.engine.clock import Clock
-from training.engine.faults import Faults, describe
-from training.engine.loop import Run, Segment, rehearse, train
 from training.engine.param_groups import group_parameters
 from training.engine.plain import PlainStepper
 from training.engine.settings import EngineConfig, OptimisationConfig
 from training.engine.stepper import Result, Stepper
-from training.engine.stop import Stop
 from training.methods import build
 from training.methods.base import Method, Progress, Views
 from training.methods.dino import DinoConfig
@@ -28,6 +25,9 @@ from training.methods.pass_reid import PassConfig
 from training.methods.personvit import PersonVitConfig
 from training.nn.heads import HeadConfig
 from training.nn.vision_transformer import BackboneConfig
+from training.trainer.agreement import Stop
+from training.trainer.loop import Run, Segment, rehearse, train
+from training.trainer.nonfinite import Faults, describe
 from training.weights.counted_keys import load_counted
 
 
@@ -241,7 +241,7 @@ def run_trajectory(
     micro_batch: int | None = None,
     rehearsal: bool = False,
 ) -> Trajectory:
-    """The whole trajectory through `training.engine.loop.train`; `zero_stage` None: the plain stepper."""
+    """The whole trajectory through `training.trainer.loop.train`; `zero_stage` None: the plain stepper."""
     config = optimisation_of(setting)
     method = make().to(dtype)
     share = portion(config.batch, micro_batch or config.batch, world.size)

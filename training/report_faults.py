@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from datapipe.stream.preview import view_sheet
-from training.engine.faults import RECORD
 from training.report_data import RunFiles
 from training.report_page import Pictures, Row, count, escape, soft, table
+from training.trainer.nonfinite import RECORD
 
 KEPT = re.compile(r"faults/step_(\d+)_rank_(\d+)\.npz")
 MOST_SHEETS, MOST_IMAGES, MOST_ROWS = 8, 6, 64

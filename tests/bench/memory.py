@@ -26,9 +26,9 @@ from training.config.run_plan import clock_of
 from training.core.world import World
 from training.engine import ema, param_groups
 from training.engine.deepspeed import warm_up
-from training.placing import Place
 from training.preflight.memory import calculate, census
 from training.recipes import SHIPPED
+from training.trainer.batch_to_device import Place
 
 SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
 """glibc gives back what is freed, instead of keeping it: else the peak is that of the allocator's habits."""

@@ -91,7 +91,7 @@ def _ours(jpegs: list[bytes], spec: ViewSpec, then: Callable[[np.ndarray], objec
 
 def _normalise(stack: np.ndarray) -> None:
     """uint8 [V, B, H, W, 3] -> normalised float32 [V, B, 3, H, W]; on a device done by
-    `training.placing`."""
+    `training.trainer.batch_to_device`."""
     scale = 255 * torch.tensor(IMAGENET_STD).reshape(3, 1, 1)
     shift = -255 * torch.tensor(IMAGENET_MEAN).reshape(3, 1, 1) / scale
     moved = torch.from_numpy(stack).permute(0, 1, 4, 2, 3).to(torch.float32, memory_format=torch.contiguous_format)

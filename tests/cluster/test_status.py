@@ -18,7 +18,7 @@ from training.config.run_config import RunConfig
 from training.core.host import LocalHost
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
-from training.pretrain import pretrain
+from training.trainer.pretrain import pretrain
 
 HERE = StorageConfig()
 

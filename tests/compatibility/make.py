@@ -23,7 +23,7 @@ def make(folder: Path) -> None:
     """Write all of it below `folder`, which must not exist."""
     jpegs = import_module("tests.datapipe.crop_set").jpegs  # modules as they are called in that version
     tiny = import_module("tests.flow.tiny")
-    load, pretrain = import_module("training.config").load, import_module("training.pretrain").pretrain
+    load, pretrain = import_module("training.config").load, import_module("training.trainer.pretrain").pretrain
     alone = import_module("training.core.world").World()
     (folder / "crops").mkdir(parents=True)
     for row, data in enumerate(jpegs(CROPS)):

@@ -22,7 +22,7 @@ from tests.ranks import run_ranks
 from training.config import recipe_toml as recipes
 from training.core.host import LocalHost
 from training.core.world import World
-from training.pretrain import pretrain
+from training.trainer.pretrain import pretrain
 
 CROPS, EVERY = 48, 20
 STEPS_PER_FAULT = 60

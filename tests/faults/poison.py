@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-import training.placing
+import training.trainer.batch_to_device
 from datapipe.stream.batch import Batch
 from tests.flow.pause import HOOK
 from training.methods.base import Views
@@ -32,9 +32,9 @@ def environment(file: Path) -> tuple[str, ...]:
 
 def install() -> None:
     """Let the `Place` of this process spoil one view when its time has come."""
-    place = training.placing.Place.__call__
+    place = training.trainer.batch_to_device.Place.__call__
 
-    def poisoned(self: training.placing.Place, batch: Batch) -> Views:
+    def poisoned(self: training.trainer.batch_to_device.Place, batch: Batch) -> Views:
         views = place(self, batch)
         file = Path(os.environ[VARIABLE])
         order = json.loads(file.read_text()) if file.exists() else {"times": 0}
@@ -44,4 +44,4 @@ def install() -> None:
             views["global"][0, row] = float("nan")
         return views
 
-    training.placing.Place.__call__ = poisoned  # type: ignore[method-assign]
+    training.trainer.batch_to_device.Place.__call__ = poisoned  # type: ignore[method-assign]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import training.pretrain
+import training.trainer.pretrain
 from tests.faults.judge import wrong_samples
 from tests.flow.tiny import final_state, recipe, shards
 from tests.ranks import exit_codes, run_ranks
@@ -19,8 +19,8 @@ from training.config.run_config import RunConfig
 from training.core.host import LocalHost
 from training.core.world import World
 from training.methods.base import Method
-from training.placing import Place
-from training.pretrain import pretrain
+from training.trainer.batch_to_device import Place
+from training.trainer.pretrain import pretrain
 
 CROPS, STEPS = 48, 24
 DEATHS = ((3, 2, 8), (2, 0, 13))
@@ -48,8 +48,8 @@ def _double(config: RunConfig) -> tuple[Method, dict[str, Any]]:
 
 def _train(world: World, path: str, out: str, mortal: int, steps: int) -> None:
     """A rank with the plain stepper, all in float64."""
-    training.pretrain.initial_method = _double  # in this process of the test only
-    training.pretrain.Place = lambda device, statistics: Place(device, statistics, dtype=torch.float64)  # type: ignore
+    training.trainer.pretrain.initial_method = _double  # in this process of the test only
+    training.trainer.pretrain.Place = lambda device, statistics: Place(device, statistics, dtype=torch.float64)  # type: ignore
     pretrain(recipes.load(path, ["--out", out]), world=world, host=Mortal(steps if world.rank == mortal else 0))
 
 

@@ -17,8 +17,8 @@ from training.config import recipe_toml as recipes
 from training.core.host import LocalHost
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
-from training.pretrain import pretrain
 from training.report_data import RunFiles
+from training.trainer.pretrain import pretrain
 
 CROPS, BATCH, STEPS = 26, 7, 10
 """Two epochs of 26 and a bit; the batch divides neither the epoch nor by any world but one."""

@@ -19,8 +19,8 @@ from training.config.run_config import RunConfig
 from training.core.host import LocalHost
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
-from training.pretrain import pretrain
 from training.report_data import RunFiles
+from training.trainer.pretrain import pretrain
 
 ROWS, WEIGHTS = (14, 25), (3, 1)
 BATCH, STEPS = 6, 13

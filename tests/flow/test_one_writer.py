@@ -24,7 +24,7 @@ from training.config.run_config import RunConfig
 from training.core.host import LocalHost
 from training.core.run_folder.lease import refuse_held
 from training.core.world import World
-from training.pretrain import Ending, pretrain
+from training.trainer.pretrain import Ending, pretrain
 
 LEASE_S = 1.0
 STEP_S = 0.5

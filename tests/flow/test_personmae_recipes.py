@@ -13,7 +13,7 @@ from training.config.recipe_toml import load
 from training.core.host import LocalHost
 from training.core.world import World
 from training.methods.personmae import PersonMae, PersonMaeConfig
-from training.pretrain import pretrain
+from training.trainer.pretrain import pretrain
 
 FOLDER = Path(methods.__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("personmae_*.toml"))

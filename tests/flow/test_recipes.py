@@ -20,7 +20,7 @@ from training.methods.pass_reid import PassConfig
 from training.methods.personvit import PersonVitConfig
 from training.preflight import memory
 from training.preflight.checks import refuse_split
-from training.pretrain import pretrain
+from training.trainer.pretrain import pretrain
 
 FOLDER = Path(methods.__file__).parents[1] / "recipes"
 FAMILY = {"dino": DinoConfig, "pass": PassConfig, "personvit": PersonVitConfig}

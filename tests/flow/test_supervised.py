@@ -16,7 +16,6 @@ from datapipe.stream.training_data import load_data
 from tests.flow import tiny
 from tests.ranks import run_ranks
 from tests.training.reid.people import market
-from training import milestones
 from training.__main__ import main
 from training.config.recipe_toml import load
 from training.config.run_config import RunConfig
@@ -26,9 +25,10 @@ from training.core.world import World
 from training.engine.clock import Clock
 from training.evaluation.evaluation import score, tasks
 from training.evaluation.fine_tune import prepare, suited_recipe
-from training.pretrain import Ending, pretrain
 from training.reid.datasets.open_dataset import open_reid
 from training.reid.datasets.training_shards import shard_training_part
+from training.trainer import milestones
+from training.trainer.pretrain import Ending, pretrain
 from training.weights.export import load_backbone
 from training.weights.published import Stated, read_published
 

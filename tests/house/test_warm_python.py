@@ -20,7 +20,7 @@ print("aside", file=sys.stderr)
 os.write(int(sys.argv[2]), input().encode())
 sys.exit(int(sys.argv[3]))
 """
-PRELOADED = "import sys; print('training.pretrain' in sys.modules)"
+PRELOADED = "import sys; print('training.trainer.pretrain' in sys.modules)"
 
 
 def said(interpreter: str, words: list[str], folder: Path) -> tuple[int, str, str, bytes]:

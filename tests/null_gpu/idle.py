@@ -40,8 +40,8 @@ class Waiting:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """`training.engine.loop` with this looking on; at the end it is told what was found."""
-        from training.engine import loop
+        """`training.trainer.loop` with this looking on; at the end it is told what was found."""
+        from training.trainer import loop
 
         record, keep = loop._record, loop._keep
         mask = sum(1 << COUNTED.index(kind) for kind in WAITS)

@@ -10,8 +10,8 @@ from training.config.build import fake_batch, initial_method, view_spec
 from training.config.recipe_toml import load
 from training.config.run_config import RunConfig
 from training.methods.base import Method, Views
-from training.placing import Place
 from training.recipes import SHIPPED
+from training.trainer.batch_to_device import Place
 
 
 def tiny(name: str, *, images: int, precision: Any = "fp32", **backbone: Any) -> RunConfig:

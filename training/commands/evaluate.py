@@ -22,10 +22,10 @@ from training.core.run_folder.run_folder import RunFolder
 from training.core.world import alone
 from training.evaluation import evaluation, fine_tune
 from training.evaluation.evaluation import Task
-from training.milestones import SUMMARY
-from training.pretrain import pretrain
 from training.reid.settings import ScoringConfig
 from training.report import write_report
+from training.trainer.milestones import SUMMARY
+from training.trainer.pretrain import pretrain
 from training.weights.safe_load import FILES
 
 PROG = "python -m training evaluate"

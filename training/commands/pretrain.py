@@ -20,7 +20,7 @@ from training.core.run_folder import crash_log
 from training.core.world import alone
 from training.preflight import dry_run_text
 from training.preflight.dry_run import dry_run
-from training.pretrain import pretrain as run_recipe
+from training.trainer.pretrain import pretrain as run_recipe
 
 
 def pretrain(arguments: list[str]) -> int:

@@ -28,12 +28,12 @@ from training.core.run_folder.write_guard import Guard, GuardedStore
 from training.core.world import alone
 from training.evaluation import evaluation, fine_tune
 from training.evaluation.weights_origin import Pedigree, is_fine_tuned, of_card
-from training.milestones import SUMMARY
-from training.pretrain import pretrain
 from training.reid.datasets.open_dataset import ReIDSet
 from training.reid.literature import BY_NAME, TASKS, Row
 from training.reid.settings import ScoringConfig
 from training.report import write_report
+from training.trainer.milestones import SUMMARY
+from training.trainer.pretrain import pretrain
 from training.weights import export as exports
 
 PROG = "python -m training reproduce"

@@ -18,12 +18,12 @@ from training.config.run_plan import clock_of
 from training.core.host import LocalHost
 from training.core.precision import Precision
 from training.core.world import World
-from training.engine.faults import Faults, describe
-from training.engine.loop import Run, Segment, train
 from training.engine.stepper import Result
-from training.engine.stop import Stop
 from training.methods.base import Method, Progress
-from training.placing import Place
+from training.trainer.agreement import Stop
+from training.trainer.batch_to_device import Place
+from training.trainer.loop import Run, Segment, train
+from training.trainer.nonfinite import Faults, describe
 
 DISTINCT = 3
 """Batches of noise that are made; they come in turn."""

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def _computed_workers(module: Any) -> None:
-    """`training.pretrain`: the function that every rank calls."""
+    """`training.trainer.pretrain`: the function that every rank calls."""
     from tests.null_gpu.computed import computed
 
     module.pretrain = computed()(module.pretrain)
@@ -37,7 +37,7 @@ def _counted_gpus(module: Any) -> None:
 
 
 AFTER: dict[str, Callable[[Any], None]] = {
-    "training.pretrain": _computed_workers, "training.evaluation.evaluation": _computed_scores, "ray": _counted_gpus,
+    "training.trainer.pretrain": _computed_workers, "training.evaluation.evaluation": _computed_scores, "ray": _counted_gpus,
 }  # fmt: skip
 """Module -> what is done with it once it is imported."""
 

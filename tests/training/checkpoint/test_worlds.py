@@ -34,7 +34,7 @@ from training.engine.param_groups import group_parameters, settings_at
 from training.engine.plain import PlainStepper
 from training.engine.settings import EngineConfig, OptimisationConfig
 from training.engine.stepper import Stepper
-from training.engine.stop import Stop
+from training.trainer.agreement import Stop
 
 STEPPERS = ("plain", "zero0", "zero1", "zero2", "zero3")
 CHAIN = ((4, STEPPERS[:1]), (3, STEPPERS), (1, STEPPERS), (2, STEPPERS))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-import training.pretrain
+import training.trainer.pretrain
 from datapipe.core.errors import ConfigError
 from datapipe.storage import open_store
 from datapipe.stream.batch import Batch
@@ -27,9 +27,9 @@ from training.core.world import World, alone
 from training.engine.loss_scaling import GROWTH_STEPS, LARGEST, LossScale, first_scale
 from training.engine.stepper import Stepper
 from training.methods.base import Method, Views
-from training.placing import Place
 from training.preflight.checks import refuse_unsuited
-from training.pretrain import pretrain
+from training.trainer.batch_to_device import Place
+from training.trainer.pretrain import pretrain
 
 CROPS, BATCH = 36, 6
 STEPS = CROPS // BATCH
@@ -81,8 +81,8 @@ def _run(
         stepper.scale = scale
         return stepper
 
-    training.pretrain.make_stepper = scaled
-    training.pretrain.Place = lambda device, _: PoisonedPlace(device, poison)  # type: ignore[assignment,misc]
+    training.trainer.pretrain.make_stepper = scaled
+    training.trainer.pretrain.Place = lambda device, _: PoisonedPlace(device, poison)  # type: ignore[assignment,misc]
     pretrain(recipes.load(path, ["--out", out, *flags]), world=world, host=StoppingHost(stop))
 
 

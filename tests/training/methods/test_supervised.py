@@ -17,14 +17,14 @@ from training.config.batch_split import Portion, portion
 from training.core.host import LocalHost
 from training.core.world import World
 from training.engine.clock import Clock
-from training.engine.loop import Run, Segment, train
 from training.engine.param_groups import group_parameters, settings_at
 from training.engine.plain import PlainStepper
 from training.engine.settings import OptimisationConfig
-from training.engine.stop import Stop
 from training.methods.base import Progress, Views
 from training.methods.supervised import Neck, Supervised, SupervisedConfig, to_transreid
 from training.nn.vision_transformer import BackboneConfig, keep_masks
+from training.trainer.agreement import Stop
+from training.trainer.loop import Run, Segment, train
 
 BACKBONE = BackboneConfig(arch="custom", size=(16, 8), patch=4, width=12, depth=2, heads=2, drop_path=0.2, init_std=0.2)
 CLASSES, BATCH, STEPS = 5, 8, 6

@@ -98,7 +98,7 @@ def test_pretrain__is_refused_before_anything_is_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = recipe(tmp_path, generated(tmp_path), str(tmp_path / "run"))
-    monkeypatch.setattr("training.pretrain.initial_method", lambda config: pytest.fail("was built"))
+    monkeypatch.setattr("training.trainer.pretrain.initial_method", lambda config: pytest.fail("was built"))
     monkeypatch.setattr(cpu_forecast, "available_memory", lambda: 100_000)
     assert run(main, ["pretrain", str(path)]) == 1
     errors = capsys.readouterr().err

@@ -117,7 +117,7 @@ def test_embed__out_of_memory_names_the_batch() -> None:
 
 @pytest.mark.parametrize("place", [
     "training.nn.vision_transformer.VisionTransformer.outputs", "training.engine.plain.PlainStepper.backward",
-    "training.engine.plain.PlainStepper._advance", "training.pretrain.make_stepper",
+    "training.engine.plain.PlainStepper._advance", "training.trainer.pretrain.make_stepper",
 ], ids=["forward", "backward", "step", "building"])  # fmt: skip
 @pytest.mark.slow
 def test_pretrain__out_of_memory_ends_it_with_one_error(

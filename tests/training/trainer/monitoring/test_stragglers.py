@@ -13,9 +13,9 @@ from training.config import recipe_toml as recipes
 from training.core.host import LocalHost
 from training.core.world import World
 from training.methods.pass_reid import Pass
-from training.pretrain import pretrain
 from training.trainer.monitoring import stragglers as pace
 from training.trainer.monitoring.stragglers import SLOWER, WINDOW_STEPS, Pace, Share, stragglers
+from training.trainer.pretrain import pretrain
 
 STEPS = 3 * WINDOW_STEPS + 3
 FORWARD_S, SLOW_S = 0.1, 0.2

@@ -22,7 +22,7 @@ from training.config.run_config import RunConfig
 from training.config.run_plan import RunPlan, order_of
 from training.core.run_folder.run_folder import RunFolder, as_json
 from training.core.world import World
-from training.engine.determinism import guarantee
+from training.trainer.determinism import guarantee
 
 
 def about(plan: RunPlan, world: World, origin: dict[str, Any]) -> dict[str, Any]:

@@ -34,9 +34,9 @@ from training.engine.plain import PlainStepper
 from training.methods import distillation, personmae, supervised
 from training.methods.base import Progress
 from training.nn import random_erasing, vision_transformer
-from training.placing import Place
 from training.recipes import SHIPPED
 from training.reid import embed
+from training.trainer.batch_to_device import Place
 
 GPU = torch.device("cuda", 0)
 IMAGES = 4

@@ -15,7 +15,7 @@ from training.core.host import LocalHost
 from training.core.world import World
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer, keep_masks
 from training.preflight.checks import refuse_unsuited
-from training.pretrain import pretrain
+from training.trainer.pretrain import pretrain
 
 PLAIN = ("--engine.stepper", "plain", "--optimisation.micro-batch", "3")
 STAGES = [("--engine.stepper", "deepspeed", "--engine.zero-stage", str(stage)) for stage in range(4)]

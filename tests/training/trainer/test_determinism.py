@@ -17,8 +17,8 @@ from tests.flow.tiny import final_state, generated, recipe
 from tests.training.tiny_recipe import tiny
 from training.__main__ import main
 from training.core.world import World
-from training.engine.determinism import WORKSPACE, deterministic, guarantee
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer, _weights
+from training.trainer.determinism import WORKSPACE, deterministic, guarantee
 
 GPU = World(device=torch.device("cuda", 0))
 

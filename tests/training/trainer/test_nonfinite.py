@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import training.pretrain
+import training.trainer.pretrain
 from datapipe.core.errors import DataError
 from datapipe.stream.batch import Batch
 from tests.flow.tiny import final_state, recipe, shards
@@ -17,8 +17,8 @@ from training.config import recipe_toml as recipes
 from training.core.host import LocalHost
 from training.core.world import World
 from training.methods.base import Views
-from training.placing import Place
-from training.pretrain import pretrain
+from training.trainer.batch_to_device import Place
+from training.trainer.pretrain import pretrain
 
 
 class PoisonedPlace(Place):
@@ -37,8 +37,8 @@ class PoisonedPlace(Place):
 
 
 def _run(world: World, path: str, out: str, stepper: str, poison: dict[int, int]) -> str:
-    training.pretrain.Place = PoisonedPlace  # type: ignore[misc]  # in this process of the test only
-    training.pretrain.rehearse = lambda run, batch: None
+    training.trainer.pretrain.Place = PoisonedPlace  # type: ignore[misc]  # in this process of the test only
+    training.trainer.pretrain.rehearse = lambda run, batch: None
     PoisonedPlace.poison, PoisonedPlace.rank_here = dict(poison), world.rank
     try:
         pretrain(recipes.load(path, ["--out", out, "--engine.stepper", stepper]), world=world, host=LocalHost())

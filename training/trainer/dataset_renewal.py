@@ -9,8 +9,8 @@ from datapipe.stream.training_data import Data
 from training.checkpoint import Checkpoints
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
-from training.provenance import environment
 from training.trainer.monitoring.throughput import Tally
+from training.trainer.provenance import environment
 
 
 class Succession:

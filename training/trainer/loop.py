@@ -9,14 +9,14 @@ from training.checkpoint import Checkpoints
 from training.core.host import Host
 from training.engine import ema
 from training.engine.clock import Clock
-from training.engine.faults import Faults
 from training.engine.param_groups import StepSettings, settings_at
 from training.engine.settings import OptimisationConfig
 from training.engine.stepper import Result, Stepper
-from training.engine.stop import Stop
 from training.methods.base import Method, Progress, Views
+from training.trainer.agreement import Stop
 from training.trainer.monitoring.recorder import Recorder
 from training.trainer.monitoring.throughput import Tally
+from training.trainer.nonfinite import Faults
 
 
 class Source(Protocol):

@@ -18,7 +18,7 @@ from tests.flow.tiny import shards
 from tests.training.checkpoint.toy import ABOUT, make_checkpoints
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
-from training.succession import Succession
+from training.trainer.dataset_renewal import Succession
 from training.trainer.monitoring.throughput import Spent, Tally
 
 CROPS = 12

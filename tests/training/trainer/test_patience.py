@@ -10,14 +10,14 @@ import torch.distributed as dist
 
 from tests.flow.tiny import generated, recipe
 from tests.ranks import run_ranks
-from training import milestones
 from training.config import recipe_toml as recipes
 from training.core.host import Doing, LocalHost
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World, process_groups
 from training.evaluation import evaluation
-from training.milestones import Milestones
-from training.pretrain import pretrain
+from training.trainer import milestones
+from training.trainer.milestones import Milestones
+from training.trainer.pretrain import pretrain
 
 TIMEOUT_S, SLOW_S = 1.0, 2.5
 

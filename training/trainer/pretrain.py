@@ -23,29 +23,29 @@ from training.core.run_folder.run_folder import RunFolder
 from training.core.run_folder.write_guard import Guard, Ticket
 from training.core.world import World
 from training.engine.clock import Clock
-from training.engine.determinism import deterministic, guarantee
-from training.engine.faults import Faults, Rewind
-from training.engine.loop import Run, Segment, rehearse, train
 from training.engine.loss_scaling import first_scale
 from training.engine.state_fragments import Piece
 from training.engine.stepper import Stepper
-from training.engine.stop import Stop
 from training.methods.base import Method
-from training.milestones import Milestones
 from training.nn.vision_transformer import parameter_count
-from training.placing import Place
 from training.preflight import cpu_forecast
 from training.preflight.checks import check, refuse_split, refuse_unsuited
 from training.preflight.compiler import refuse_without_compiler
 from training.preflight.memory_advice import training_memory
-from training.provenance import about, describe, resume_command
-from training.succession import Succession
+from training.trainer.agreement import Stop
+from training.trainer.batch_to_device import Place
+from training.trainer.dataset_renewal import Succession
+from training.trainer.determinism import deterministic, guarantee
+from training.trainer.loop import Run, Segment, rehearse, train
+from training.trainer.milestones import Milestones
 from training.trainer.monitoring.heartbeat import Startup, Watch
 from training.trainer.monitoring.rank_log import rank_log
 from training.trainer.monitoring.recorder import Recorder
 from training.trainer.monitoring.sample_audit import Audit
 from training.trainer.monitoring.stragglers import Pace
 from training.trainer.monitoring.throughput import Tally
+from training.trainer.nonfinite import Faults, Rewind
+from training.trainer.provenance import about, describe, resume_command
 from training.weights.initialise import in_words
 
 

@@ -11,7 +11,7 @@ from training.config.build import fake_batch, view_spec
 from training.config.run_plan import _pinned
 from training.nn.distillation_losses import hidden_numbers
 from training.nn.image_statistics import IMAGENET_MEAN, IMAGENET_STD
-from training.placing import Place
+from training.trainer.batch_to_device import Place
 
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="GPU absent: pinned slots"))
 

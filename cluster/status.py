@@ -13,7 +13,7 @@ from training.config.continuation import saved_config
 from training.config.run_plan import clock_of
 from training.core.run_folder.append_files import FLUSH_S
 from training.core.run_folder.run_folder import RunFolder
-from training.report_data import RunFiles
+from training.report.run_files import RunFiles
 
 CONFIG = "config.toml"
 SILENT_S = 3 * FLUSH_S

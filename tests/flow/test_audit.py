@@ -17,7 +17,7 @@ from training.config import recipe_toml as recipes
 from training.core.host import LocalHost
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
-from training.report_data import RunFiles
+from training.report.run_files import RunFiles
 from training.trainer.pretrain import pretrain
 
 CROPS, BATCH, STEPS = 26, 7, 10

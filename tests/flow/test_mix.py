@@ -19,7 +19,7 @@ from training.config.run_config import RunConfig
 from training.core.host import LocalHost
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
-from training.report_data import RunFiles
+from training.report.run_files import RunFiles
 from training.trainer.pretrain import pretrain
 
 ROWS, WEIGHTS = (14, 25), (3, 1)

@@ -15,7 +15,7 @@ from tests.flow.tiny import audited, recipe, shards
 from training.config import recipe_toml as recipes
 from training.core.host import LocalHost
 from training.core.world import World
-from training.report import write_report
+from training.report.report import write_report
 from training.trainer.pretrain import Ending, pretrain
 
 CROPS, BATCH, STEPS = 24, 6, 16

@@ -22,7 +22,7 @@ from training.config import recipe_toml as recipes
 from training.core.host import LocalHost
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
-from training.report_data import RunFiles
+from training.report.run_files import RunFiles
 from training.trainer.pretrain import pretrain
 
 CROPS, BATCH, EPOCHS = 50, 6, 3.12  # more than 20 steps after a stop

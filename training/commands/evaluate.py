@@ -23,7 +23,7 @@ from training.core.world import alone
 from training.evaluation import evaluation, fine_tune
 from training.evaluation.evaluation import Task
 from training.reid.settings import ScoringConfig
-from training.report import write_report
+from training.report.report import write_report
 from training.trainer.milestones import SUMMARY
 from training.trainer.pretrain import pretrain
 from training.weights.safe_load import FILES

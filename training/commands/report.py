@@ -18,7 +18,7 @@ class ReportCommand:
 
 def report(arguments: list[str]) -> int:
     """Write report.html, one self-contained file, from what the run folder holds."""
-    from training.report import write_report
+    from training.report.report import write_report
 
     chosen = tyro.cli(ReportCommand, args=arguments, prog="python -m training report")
     print(write_report(chosen.run, chosen.storage))

@@ -31,7 +31,7 @@ from training.evaluation.weights_origin import Pedigree, is_fine_tuned, of_card
 from training.reid.datasets.open_dataset import ReIDSet
 from training.reid.literature import BY_NAME, TASKS, Row
 from training.reid.settings import ScoringConfig
-from training.report import write_report
+from training.report.report import write_report
 from training.trainer.milestones import SUMMARY
 from training.trainer.pretrain import pretrain
 from training.weights import export as exports

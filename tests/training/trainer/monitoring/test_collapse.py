@@ -13,7 +13,7 @@ from training.config import recipe_toml as recipes
 from training.config.run_config import RunConfig
 from training.core.host import LocalHost
 from training.core.world import World
-from training.report import write_report
+from training.report.report import write_report
 from training.trainer.monitoring import collapse
 from training.trainer.monitoring.collapse import LEAST_IMAGES, SETTLED_STEPS, WINDOW, Record, signs
 from training.trainer.pretrain import pretrain

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from datapipe.stream.preview import view_sheet
-from training.report_data import RunFiles
-from training.report_page import Pictures, Row, count, escape, soft, table
+from training.report.html_page import Pictures, Row, count, escape, soft, table
+from training.report.run_files import RunFiles
 from training.trainer.nonfinite import RECORD
 
 KEPT = re.compile(r"faults/step_(\d+)_rank_(\d+)\.npz")

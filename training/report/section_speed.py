@@ -3,10 +3,10 @@
 from collections import Counter
 from statistics import median
 
-from training.report_curves import curve, grid, restarts
-from training.report_data import RunFiles
-from training.report_page import missing, percent, soft
-from training.report_plots import Plot
+from training.report.curves import curve, grid, restarts
+from training.report.html_page import missing, percent, soft
+from training.report.run_files import RunFiles
+from training.report.svg_plots import Plot
 
 _PLOTS = (
     ("images_per_s", "Images per second", 1),

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
-from training.report_data import Record, RunFiles
-from training.report_plots import Curve, Plot, to_svg
+from training.report.run_files import Record, RunFiles
+from training.report.svg_plots import Curve, Plot, to_svg
 
 
 def grid(plots: Iterable[Plot]) -> str:

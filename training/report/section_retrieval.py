@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from training.report_curves import grid, wide
-from training.report_data import BASELINES, RunFiles, Score, TestSet
-from training.report_page import Pictures, Row, count, details, escape, facts, missing, percent, soft, table
-from training.report_plots import Curve, Plot
+from training.report.curves import grid, wide
+from training.report.html_page import Pictures, Row, count, details, escape, facts, missing, percent, soft, table
+from training.report.run_files import BASELINES, RunFiles, Score, TestSet
+from training.report.svg_plots import Curve, Plot
 
 _METRICS = (("mAP", "mAP"), ("rank1", "Rank-1"), ("rank5", "Rank-5"), ("rank10", "Rank-10"), ("mINP", "mINP"))
 _NAMES = {"random": "random weights", "colour_histogram": "colour histogram"}

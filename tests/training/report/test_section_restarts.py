@@ -5,8 +5,8 @@ from pathlib import Path
 
 from datapipe.core.config import StorageConfig
 from training.core.run_folder.run_folder import RunFolder
-from training.report_data import RunFiles
-from training.report_restarts import MOST_ROWS, restarts_section
+from training.report.run_files import RunFiles
+from training.report.section_restarts import MOST_ROWS, restarts_section
 
 
 def _section(root: Path) -> str:

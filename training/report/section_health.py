@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from training.report_curves import curve, grid, keys, restarts
-from training.report_data import Record, RunFiles
-from training.report_page import Row, count, missing, soft, table
-from training.report_plots import Curve, Plot
-from training.report_speed import SPEED_KEYS
+from training.report.curves import curve, grid, keys, restarts
+from training.report.html_page import Row, count, missing, soft, table
+from training.report.run_files import Record, RunFiles
+from training.report.section_speed import SPEED_KEYS
+from training.report.svg_plots import Curve, Plot
 from training.trainer.monitoring import collapse
 from training.trainer.monitoring.collapse import Rule, Sign
 

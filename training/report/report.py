@@ -13,16 +13,16 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.core.progress import duration
 from training.core.run_folder.run_folder import RunFolder
-from training.report_curves import curve, grid, keys, restarts, wide
-from training.report_data import Attempt, Record, RunFiles
-from training.report_faults import faults_section
-from training.report_health import health_section
-from training.report_page import Pictures, Row, count, details, escape, facts, missing, page, soft, table
-from training.report_plots import Plot
-from training.report_published import published_section
-from training.report_restarts import restarts_section
-from training.report_retrieval import distances_section, ranked_section, scores_section, verdict
-from training.report_speed import speed_section
+from training.report.curves import curve, grid, keys, restarts, wide
+from training.report.html_page import Pictures, Row, count, details, escape, facts, missing, page, soft, table
+from training.report.run_files import Attempt, Record, RunFiles
+from training.report.section_faults import faults_section
+from training.report.section_health import health_section
+from training.report.section_published import published_section
+from training.report.section_restarts import restarts_section
+from training.report.section_retrieval import distances_section, ranked_section, scores_section, verdict
+from training.report.section_speed import speed_section
+from training.report.svg_plots import Plot
 
 NAME = "report.html"
 MOST_ROWS = 200

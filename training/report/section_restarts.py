@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from datapipe.core.progress import duration
-from training.report_data import RunFiles
-from training.report_page import Row, count, percent, soft, table
+from training.report.html_page import Row, count, percent, soft, table
+from training.report.run_files import RunFiles
 
 HISTORY, PACE = "restarts.jsonl", "ranks/pace.jsonl"
 MOST_ROWS = 200

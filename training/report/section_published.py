@@ -5,8 +5,8 @@ from typing import Any
 from training.reid.datasets.benchmarks import PUBLISHED
 from training.reid.literature import ROWS, Task
 from training.reid.literature import Row as Published
-from training.report_data import RunFiles, Score
-from training.report_page import Row, escape, missing, soft, table
+from training.report.html_page import Row, escape, missing, soft, table
+from training.report.run_files import RunFiles, Score
 
 _HEAD = ("method", "backbone", "height × width", "data set", "mAP", "Rank-1", "source", "comparable")
 _ABOUT = "Scores of the literature, without re-ranking, for weights of the same kind; what is not comparable is grey."

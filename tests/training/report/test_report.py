@@ -16,16 +16,16 @@ from datapipe.core.errors import DataError
 from datapipe.maintain.derived_copies import clear, look
 from datapipe.storage import open_store
 from tests.conftest import S3Server
-from tests.training.fake_run import ATTEMPTS, MODEL, fake_run, picture, record, write_metrics, write_scores
-from training import report_page
+from tests.training.report.fake_run import ATTEMPTS, MODEL, fake_run, picture, record, write_metrics, write_scores
 from training.core.run_folder.run_folder import RunFolder
 from training.reid.literature import BY_NAME
 from training.reid.ranked_lists import to_jpeg
-from training.report import write_report
-from training.report_data import RunFiles
-from training.report_faults import MOST_IMAGES, MOST_SHEETS
-from training.report_plots import MOST_POINTS, Curve, Plot, thinned, to_svg
-from training.report_published import alike, not_comparable
+from training.report import html_page
+from training.report.report import write_report
+from training.report.run_files import RunFiles
+from training.report.section_faults import MOST_IMAGES, MOST_SHEETS
+from training.report.section_published import alike, not_comparable
+from training.report.svg_plots import MOST_POINTS, Curve, Plot, thinned, to_svg
 from training.trainer.monitoring import collapse
 
 
@@ -257,10 +257,10 @@ def test_report__refuses_what_is_no_run_folder(tmp_path: Path) -> None:
 
 
 def test_pictures__stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report_page, "MOST_PICTURE_BYTES", 3_000_000)
+    monkeypatch.setattr(html_page, "MOST_PICTURE_BYTES", 3_000_000)
     large = to_jpeg(picture(1, 1_000, 2_400), 100)
-    assert len(large) > report_page.LARGE_PICTURE_BYTES
-    pictures = report_page.Pictures({"large.jpg": large}.get)
+    assert len(large) > html_page.LARGE_PICTURE_BYTES
+    pictures = html_page.Pictures({"large.jpg": large}.get)
     page = "".join(pictures.figure("large.jpg", "x") for _ in range(6))
     assert 0 < page.count("<img") < 6 and len(page) < 4.1e6
     assert "it would make this page too large" in page

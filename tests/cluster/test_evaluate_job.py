@@ -15,8 +15,8 @@ from cluster.job_paths import IN_JOB
 from datapipe.core.errors import ConfigError
 from tests.flow.tiny import command, finished, generated, recipe
 from tests.support.warm_python import descendants
+from tests.training.commands.test_reproduce import RECIPE, weights
 from tests.training.reid.people import market
-from tests.training.test_reproduce import RECIPE, weights
 from training.__main__ import main
 
 PATIENCE_S = 600

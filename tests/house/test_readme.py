@@ -28,8 +28,8 @@ from tests.datapipe.sources.test_lmdb import convert
 from tests.datapipe.sources.test_parquet import write
 from tests.golden import ROOT
 from tests.support.warm_python import python
+from tests.training.commands.test_reproduce import own_row
 from tests.training.reid.people import market
-from tests.training.test_reproduce import own_row
 from tests.training.weights import published_files
 from training.config.recipe_toml import load, to_toml
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer

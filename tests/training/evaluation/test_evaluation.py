@@ -9,8 +9,8 @@ import pytest
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
 from tests.flow.tiny import generated, recipe
+from tests.training.commands.test_reproduce import PEOPLE, SIZE, weights
 from tests.training.reid.people import market
-from tests.training.test_reproduce import PEOPLE, SIZE, weights
 from training import checkpoint
 from training.__main__ import main
 from training.config.run_config import RunConfig

@@ -5,7 +5,7 @@ from typing import Literal
 
 import tyro
 
-from cluster.session import chosen_address
+from cluster.core.session import chosen_address
 from datapipe.core import cli
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cluster.devices import Choice, decide, hidden, offered
+from cluster.core.devices import Choice, decide, hidden, offered
 from cluster.restarts import END, HISTORY, Failure, Restarts
 from cluster.trainer_setup import make_trainer, worker_resources
 from cluster.vigil import Hung, accusation, end_process, hung

@@ -8,9 +8,9 @@ from typing import Any
 
 import tyro
 
-from cluster.devices import Kind, decide, hidden, offered, own_device
-from cluster.job_paths import refuse_relative
-from cluster.session import LOCAL, chosen_address, prepare, ray_session, result
+from cluster.core.devices import Kind, decide, hidden, offered, own_device
+from cluster.core.job_paths import refuse_relative
+from cluster.core.session import LOCAL, chosen_address, prepare, ray_session, result
 from datapipe.core import cli
 from datapipe.core.resource_limits import available_cores
 from datapipe.core.settings import settings

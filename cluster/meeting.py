@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ray.train.torch import TorchConfig
 
 from cluster.bulletin import find_board
-from cluster.devices import Kind, own_device
+from cluster.core.devices import Kind, own_device
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError
 from datapipe.core.process_setup import numbers_in_environment

@@ -3,9 +3,9 @@
 import dataclasses
 import math
 
+from cluster.core.job_paths import paths_of, refuse_relative
+from cluster.core.session import LOCAL, ray_session
 from cluster.driver import Driver
-from cluster.job_paths import paths_of, refuse_relative
-from cluster.session import LOCAL, ray_session
 from cluster.trainer_setup import is_elastic
 from datapipe.core.cli import COMPLETE, STOPPED
 from datapipe.core.resource_limits import available_cores

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
-from cluster.job_paths import refuse_relative
-from cluster.session import LOCAL, chosen_address, ray_session, result
-from cluster.shared_paths import Witness, marked, unseen, witnesses
+from cluster.core.job_paths import refuse_relative
+from cluster.core.session import LOCAL, chosen_address, ray_session, result
+from cluster.core.shared_paths import Witness, marked, unseen, witnesses
 from datapipe.commands.ingest import ShardCommand, run_shard
 from datapipe.core.errors import DataError
 from datapipe.core.resource_limits import available_cores

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster.addresses import RAY_API_SERVER_ADDRESS, SUBMIT, dashboard_of
-from cluster.job_paths import paths_of, refuse_relative
-from cluster.ray_token import MODE, WITH_TOKEN, refuse_mode_without_token, refused, show_token
+from cluster.core.addresses import RAY_API_SERVER_ADDRESS, SUBMIT, dashboard_of
+from cluster.core.job_paths import paths_of, refuse_relative
+from cluster.core.ray_token import MODE, WITH_TOKEN, refuse_mode_without_token, refused, show_token
 from datapipe.core.errors import ClusterError
 from training.config import recipe_toml as recipes
 
@@ -86,7 +86,7 @@ def _stage(folder: Path) -> None:
 
 def _client(address: str | None) -> tuple[Any, bool]:
     """A client of the cluster's dashboard, and whether it asked for the user's token, which Ray would not have sent."""
-    from cluster.session import prepare
+    from cluster.core.session import prepare
 
     prepare()
     from ray.exceptions import AuthenticationError

@@ -5,7 +5,7 @@ import os
 import uuid
 from typing import Any
 
-from cluster.devices import Choice
+from cluster.core.devices import Choice
 from cluster.worker import work
 from training.config import recipe_toml as recipes
 from training.config.run_config import RunConfig

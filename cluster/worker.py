@@ -3,9 +3,9 @@
 import os
 from typing import Any
 
-from cluster.devices import own_device
+from cluster.core.devices import own_device
+from cluster.core.session import prepare
 from cluster.restarts import Failure
-from cluster.session import prepare
 from datapipe.core.errors import ConfigError, DataError, LeaseError
 from training.config import recipe_toml as recipes
 from training.core.run_folder.lease import Follower

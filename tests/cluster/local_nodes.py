@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cluster.session import prepare
+from cluster.core.session import prepare
 from tests.support.warm_python import python
 
 PATIENCE_S = 480

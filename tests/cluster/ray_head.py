@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from cluster.session import prepare
+from cluster.core.session import prepare
 from tests.golden import ROOT
 from tests.ports import free_port
 from tests.support.warm_python import python

@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import pytest
 
+from cluster.core.job_paths import IN_JOB
 from cluster.evaluate_job import parse_evaluate
-from cluster.job_paths import IN_JOB
 from datapipe.core.errors import ConfigError
 from tests.flow.tiny import command, finished, generated, recipe
 from tests.support.warm_python import descendants

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.session import LOCAL, ray_session
+from cluster.core.session import LOCAL, ray_session
 from tests.flow.tiny import shards
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import psutil
 import pytest
 
-from cluster.session import prepare
+from cluster.core.session import prepare
+from cluster.core.shared_paths import MARK, marked, unseen, witnesses
 from cluster.shard_job import ClusterShardCommand, RayWorkers, _anywhere
-from cluster.shared_paths import MARK, marked, unseen, witnesses
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.ingest.work_units import PART_BYTES

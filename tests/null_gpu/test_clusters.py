@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.session import prepare
+from cluster.core.session import prepare
 from tests.cluster.local_nodes import Watched, local_nodes
 from tests.cluster.ray_head import Head, ray_head, without_ray
 from tests.flow.tiny import command, finished, generated, recipe, step_records

@@ -8,7 +8,7 @@ from uuid import uuid4
 import fsspec
 import pytest
 
-from cluster.shared_paths import witnesses
+from cluster.core.shared_paths import witnesses
 from datapipe.__main__ import main
 from datapipe.core.cli import run as run_command
 from datapipe.core.config import ShardConfig, StorageConfig

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster.devices import Offer, _of_autoscaler, decide, gpus_of, index_of
+from cluster.core.devices import Offer, _of_autoscaler, decide, gpus_of, index_of
 from datapipe.core.errors import ConfigError
 from tests.golden import ROOT
 

@@ -11,11 +11,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import grpc
 import pytest
 
-from cluster import addresses
 from cluster.__main__ import main
-from cluster.addresses import dashboard_of, head_of
 from cluster.commands import _address
-from cluster.session import chosen_address
+from cluster.core import addresses
+from cluster.core.addresses import dashboard_of, head_of
+from cluster.core.session import chosen_address
 from datapipe.core import cli
 from datapipe.core.errors import ClusterError, ConfigError
 

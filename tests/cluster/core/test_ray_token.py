@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.ray_token import MODE, PATH, TOKEN, private_token
+from cluster.core.ray_token import MODE, PATH, TOKEN, private_token
 from tests.cluster.ray_head import Head, ray_head, ray_words, without_ray
 from tests.flow.tiny import finished
 from tests.golden import ROOT
@@ -115,8 +115,8 @@ def test_join__shows_no_token_to_a_cluster_that_asks_for_none(
 TRIED = """
 import sys
 from cluster.submit import _client
-from cluster.ray_token import MODE, PATH, TOKEN, _set
-from cluster.session import _join
+from cluster.core.ray_token import MODE, PATH, TOKEN, _set
+from cluster.core.session import _join
 from datapipe.core.errors import ClusterError
 
 for changes in ({}, {TOKEN: "fedcba9876543210" * 2}, {TOKEN: "0" * 32, MODE: "disabled"}, {MODE: "token"},

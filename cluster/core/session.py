@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from cluster.addresses import JOIN, head_of
-from cluster.ray_token import private_token, refuse_mode_without_token, refused, show_token
-from cluster.scratch import scratch_folder
+from cluster.core.addresses import JOIN, head_of
+from cluster.core.ray_token import private_token, refuse_mode_without_token, refused, show_token
+from cluster.core.scratch import scratch_folder
 from datapipe.core import stop_signals
 from datapipe.core.errors import ClusterError, UserError
 from datapipe.core.process_setup import misread, unread

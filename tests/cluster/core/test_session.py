@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster import scratch
-from cluster.scratch import BELOW, MOST_BYTES, places, scratch_folder, unfit
+from cluster.core import scratch
+from cluster.core.scratch import BELOW, MOST_BYTES, places, scratch_folder, unfit
 from datapipe.core.errors import StorageError
 from datapipe.core.resource_limits import available_cores
 from datapipe.dataset.manifest import Manifest

@@ -1,0 +1,1 @@
+"""Joining or starting Ray: addresses, tokens, temporary folders, devices, paths that other machines see."""

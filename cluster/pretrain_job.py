@@ -5,8 +5,8 @@ import math
 
 from cluster.core.job_paths import paths_of, refuse_relative
 from cluster.core.session import LOCAL, ray_session
-from cluster.driver import Driver
-from cluster.trainer_setup import is_elastic
+from cluster.train.driver import Driver
+from cluster.train.trainer_setup import is_elastic
 from datapipe.core.cli import COMPLETE, STOPPED
 from datapipe.core.resource_limits import available_cores
 from datapipe.storage import full_url

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from cluster.restarts import HISTORY
+from cluster.train.restart_policy import HISTORY
 from tests.cluster.local_nodes import local_nodes
 from tests.flow.tiny import shards
 from tests.golden import ROOT

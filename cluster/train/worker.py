@@ -5,7 +5,7 @@ from typing import Any
 
 from cluster.core.devices import own_device
 from cluster.core.session import prepare
-from cluster.restarts import Failure
+from cluster.train.restart_policy import Failure
 from datapipe.core.errors import ConfigError, DataError, LeaseError
 from training.config import recipe_toml as recipes
 from training.core.run_folder.lease import Follower
@@ -20,9 +20,9 @@ def work(settings: dict[str, Any]) -> None:
     import ray
     from ray import train
 
-    from cluster.bulletin import Leaving, find_board
-    from cluster.meeting import take_leave
-    from cluster.ray_host import RayHost
+    from cluster.train.coordinator import Leaving, find_board
+    from cluster.train.rendezvous import take_leave
+    from cluster.train.worker_host import RayHost
 
     board = find_board(settings["board"])
     group, reason, wanted = ray.get(board.enter.remote())

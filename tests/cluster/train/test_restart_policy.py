@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from cluster.bulletin import Board, Place, Situation
-from cluster.guard import death_in_words, describe
-from cluster.restarts import BAD_NODE_FAILURES, LONGEST_DELAY_S, Failure, Restarts
-from cluster.vigil import Pulse, accusation, hung
+from cluster.train.controller_callbacks import death_in_words, describe
+from cluster.train.coordinator import Board, Place, Situation
+from cluster.train.hang_detection import Pulse, accusation, hung
+from cluster.train.restart_policy import BAD_NODE_FAILURES, LONGEST_DELAY_S, Failure, Restarts
 from training.config.cluster import ClusterConfig
 
 CRASH = Failure("crash", "rank 1 on a: its process died", "a", 1)

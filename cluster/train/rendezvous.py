@@ -15,8 +15,8 @@ import ray
 import torch.distributed as dist
 from ray.train.torch import TorchConfig
 
-from cluster.bulletin import find_board
 from cluster.core.devices import Kind, own_device
+from cluster.train.coordinator import find_board
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError
 from datapipe.core.process_setup import numbers_in_environment

@@ -6,7 +6,7 @@ import uuid
 from typing import Any
 
 from cluster.core.devices import Choice
-from cluster.worker import work
+from cluster.train.worker import work
 from training.config import recipe_toml as recipes
 from training.config.run_config import RunConfig
 from training.core.run_folder.write_guard import Ticket
@@ -28,10 +28,10 @@ def make_trainer(
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
 
-    from cluster.guard import Guard
-    from cluster.meeting import MeetingConfig
-    from cluster.ray_host import TakeSigterm
-    from cluster.ray_trainer import Trainer
+    from cluster.train.controller_callbacks import Guard
+    from cluster.train.ray_trainer import Trainer
+    from cluster.train.rendezvous import MeetingConfig
+    from cluster.train.worker_host import TakeSigterm
 
     gpus = choice.kind == "cuda"
     variables = dict(variable.split("=", 1) for variable in machine.environment)

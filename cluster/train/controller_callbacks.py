@@ -18,8 +18,8 @@ from ray.train.v2._internal.execution.controller.state import (
     RestartingState,
 )
 
-from cluster.bulletin import Leaving, Place, Situation, find_board
-from cluster.restarts import Failure
+from cluster.train.coordinator import Leaving, Place, Situation, find_board
+from cluster.train.restart_policy import Failure
 from datapipe.core.errors import StorageError
 from training.config.run_config import RunConfig
 from training.core.run_folder import crash_log

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from cluster.core.devices import Choice, decide, hidden, offered
-from cluster.restarts import END, HISTORY, Failure, Restarts
-from cluster.trainer_setup import make_trainer, worker_resources
-from cluster.vigil import Hung, accusation, end_process, hung
+from cluster.train.hang_detection import Hung, accusation, end_process, hung
+from cluster.train.restart_policy import END, HISTORY, Failure, Restarts
+from cluster.train.trainer_setup import make_trainer, worker_resources
 from datapipe.core.errors import ClusterError, ConfigError, UserError
 from datapipe.core.progress import duration
 from datapipe.core.stop_signals import at_end
@@ -35,7 +35,7 @@ class Driver:
     """Starts the workers, passes on their lines and our stop word, ends those that hang, keeps the history."""
 
     def __init__(self, config: RunConfig, signals: LocalHost, scratch: str, lease: Lease, *, embedded: bool) -> None:
-        from cluster.bulletin import open_board
+        from cluster.train.coordinator import open_board
 
         self.config, self.signals, self.scratch, self.embedded = config, signals, scratch, embedded
         self.lease = lease
@@ -139,7 +139,7 @@ class Driver:
         """Have the workers of the dead one end, if Ray has not yet seen to it, and start another one with its own."""
         import ray
 
-        from cluster.ray_trainer import give_back
+        from cluster.train.ray_trainer import give_back
 
         give_back()
         ray.get(self._board.abandon.remote())

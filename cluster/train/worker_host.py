@@ -11,8 +11,8 @@ import ray
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.train.v2._internal.execution.callback import WorkerCallback
 
-from cluster.bulletin import Place, Word
-from cluster.vigil import Pulse
+from cluster.train.coordinator import Place, Word
+from cluster.train.hang_detection import Pulse
 from training.config.cluster import ClusterConfig
 from training.core.host import Doing
 from training.core.preemption_notice import Notice

@@ -1,0 +1,1 @@
+"""A run under Ray Train: driver, workers, restarts, hangs, how workers meet."""

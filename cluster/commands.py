@@ -36,7 +36,7 @@ def demo(arguments: list[str]) -> int:
 
 def shard(arguments: list[str]) -> int:
     """Turn crops into shards as `python -m datapipe shard` does, to the same bytes, with all machines of a cluster."""
-    from cluster.shard_job import ClusterShardCommand, run
+    from cluster.jobs.shard import ClusterShardCommand, run
     from datapipe.core.cli import parse
 
     return run(parse(ClusterShardCommand, arguments, "shard", program="python -m cluster"))
@@ -44,7 +44,7 @@ def shard(arguments: list[str]) -> int:
 
 def pretrain(arguments: list[str]) -> int:
     """Train a recipe with Ray Train and DeepSpeed; crashed workers are restarted from the last checkpoint."""
-    from cluster.pretrain_job import run
+    from cluster.jobs.pretrain import run
     from training.commands.pretrain import read_recipe
 
     address, rest = _address(arguments)
@@ -67,7 +67,7 @@ def _address(arguments: list[str]) -> tuple[str, list[str]]:
 
 def evaluate(arguments: list[str]) -> int:
     """Score weights by retrieval, as they are or after fine-tuning; killed and started again it goes on."""
-    from cluster.evaluate_job import evaluate as run
+    from cluster.jobs.evaluate import evaluate as run
 
     return run(arguments)
 

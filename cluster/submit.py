@@ -53,7 +53,7 @@ def _pretrain(arguments: list[str], folder: Path) -> list[str]:
 
 
 def _shard(arguments: list[str], folder: Path) -> list[str]:
-    from cluster.shard_job import ClusterShardCommand, places_of
+    from cluster.jobs.shard import ClusterShardCommand, places_of
     from datapipe.core.cli import parse
 
     command = parse(ClusterShardCommand, arguments, "shard", program="python -m cluster submit")
@@ -62,7 +62,7 @@ def _shard(arguments: list[str], folder: Path) -> list[str]:
 
 
 def _evaluate(arguments: list[str], folder: Path) -> list[str]:
-    from cluster.evaluate_job import parse_evaluate
+    from cluster.jobs.evaluate import parse_evaluate
 
     refuse_relative(parse_evaluate(arguments)[0].places, job=True)
     return arguments

@@ -17,7 +17,7 @@ import pytest
 
 from cluster.core.session import prepare
 from cluster.core.shared_paths import MARK, marked, unseen, witnesses
-from cluster.shard_job import ClusterShardCommand, RayWorkers, _anywhere
+from cluster.jobs.shard import ClusterShardCommand, RayWorkers, _anywhere
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.ingest.work_units import PART_BYTES

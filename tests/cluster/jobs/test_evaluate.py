@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from cluster.core.job_paths import IN_JOB
-from cluster.evaluate_job import parse_evaluate
+from cluster.jobs.evaluate import parse_evaluate
 from datapipe.core.errors import ConfigError
 from tests.flow.tiny import command, finished, generated, recipe
 from tests.support.warm_python import descendants
@@ -92,7 +92,7 @@ def test_parse_evaluate__takes_what_the_local_command_takes_and_flags_of_a_recip
 
 
 def test_evaluate__relative_places_are_refused_in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cluster.evaluate_job import evaluate
+    from cluster.jobs.evaluate import evaluate
 
     monkeypatch.setenv(IN_JOB, "{}")
     with pytest.raises(ConfigError, match=r"relative paths in a Ray job(.|\n)*weights = runs/x, data = people"):
@@ -100,7 +100,7 @@ def test_evaluate__relative_places_are_refused_in_a_job(monkeypatch: pytest.Monk
 
 
 def test_evaluate__mistakes_are_met_before_ray_starts(tmp_path: Path) -> None:
-    from cluster.evaluate_job import evaluate
+    from cluster.jobs.evaluate import evaluate
 
     people = str(market(tmp_path / "people"))
     with pytest.raises(ConfigError, match="scores of a file need a folder"):

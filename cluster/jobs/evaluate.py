@@ -54,7 +54,7 @@ def evaluate(arguments: list[str]) -> int:
     weights, data, out = (full_url(chosen.places.get(name, "")) for name in ("weights", "data", "out"))
     chosen = replace(chosen, weights=weights or chosen.weights, data=data, out=out)
     if chosen.task == "supervised":
-        from cluster.pretrain_job import run as pretrain
+        from cluster.jobs.pretrain import run as pretrain
 
         with writing(chosen, has_workers=True) as lease:
             config = fine_tuning(chosen, flags, prog=PROG)

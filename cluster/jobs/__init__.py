@@ -1,0 +1,1 @@
+"""Pre-training, sharding and evaluation as work of a cluster."""

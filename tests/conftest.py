@@ -33,8 +33,8 @@ from werkzeug.serving import make_server
 
 from datapipe.core.config import StorageConfig
 from tests.datapipe.crop_set import jpegs
-from tests.golden import ABSENT, ROOT
 from tests.support import warm_python
+from tests.support.golden import ABSENT, ROOT
 
 HOST = IPv4Address("127.0.0.1")
 CROPS_ABSENT = "real crops absent"

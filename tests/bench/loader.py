@@ -27,7 +27,7 @@ from tests.bench.reference import BICUBIC, normalised
 from tests.bench.scale import Scale
 from tests.bench.specs import GLOBAL, ONE_RATIO, ONE_SCALE, one_view
 from tests.bench.table import Row, Table, Target, compare
-from tests.golden import ROOT
+from tests.support.golden import ROOT
 
 BARE, BARE_LOOPS, VIEWS_ALONE = "no loader: a bare loop", "no loader: bare loops in threads", "make_views alone"
 WEBDATASET, TORCHVISION = "webdataset, same decode", "PIL + torchvision ImageFolder"

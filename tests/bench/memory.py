@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from training.config.batch_split import portion
 from training.config.build import build_method, fake_batch, make_stepper, view_spec
 from training.config.recipe_toml import load

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from sysconfig import get_path
 
-from tests.golden import ROOT
+from tests.support.golden import ROOT
 
 HERE = Path(__file__).parent
 Process = subprocess.Popen[str]

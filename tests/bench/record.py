@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tests.bench.table import Table
-from tests.golden import ROOT
+from tests.support.golden import ROOT
 
 FILE = ROOT / "BENCHMARKS.md"
 HEAD = """# Benchmarks

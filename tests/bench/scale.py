@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datapipe.core.resource_limits import available_cores
-from tests.golden import ROOT
+from tests.support.golden import ROOT
 
 
 @dataclass(frozen=True)

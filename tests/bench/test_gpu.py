@@ -13,11 +13,11 @@ from tests.bench.gpu.__main__ import NEEDED
 from tests.bench.gpu.checks import FIRST, LATER, Check, _compared
 from tests.bench.gpu.result import CHECKS
 from tests.bench.gpu.run import Session
-from tests.golden import ROOT
 from tests.null_gpu.build import environment, missing
+from tests.support.golden import ROOT
 
 RECIPES = ("personmae_vits", "supervised", "pass_vits")
-ALONE = ("-m", "tests.only_packages", ",".join(NEEDED))
+ALONE = ("-m", "tests.support.only_packages", ",".join(NEEDED))
 
 
 def run(words: tuple[str, ...], where: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:

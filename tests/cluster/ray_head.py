@@ -13,8 +13,8 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from cluster.core.session import prepare
-from tests.golden import ROOT
-from tests.ports import free_port
+from tests.support.golden import ROOT
+from tests.support.ports import free_port
 from tests.support.warm_python import python
 
 PATIENCE_S = 480

@@ -23,7 +23,7 @@ from datapipe.storage import open_store
 from tests.cluster.ray_head import PATIENCE_S, ray_head, ray_words
 from tests.conftest import S3Server
 from tests.flow.tiny import command, finished, recipe, shards
-from tests.golden import ROOT
+from tests.support.golden import ROOT
 from tests.support.warm_python import python
 
 CLUTTER = (".venv/lib/large.bin", "runs/old/large.bin", "data/large.bin", "crops/large.bin", "notes.txt")

@@ -18,7 +18,7 @@ from tests.faults.judge import fetch, other_weights, wrong_samples
 from tests.faults.kinds import BATCH, KINDS, Event, Moment, arm_first_save, inflict
 from tests.faults.scene import BUCKET, Scene, machines, object_store
 from tests.flow.tiny import generated, recipe
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from training.config import recipe_toml as recipes
 from training.core.host import LocalHost
 from training.core.world import World

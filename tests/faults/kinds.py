@@ -11,7 +11,7 @@ from tests.cluster.local_nodes import PATIENCE_S
 from tests.faults import poison
 from tests.faults.gate import MARKING, SAVING
 from tests.faults.scene import BUCKET, NO_FAULTS, Objects, Scene
-from tests.faulty_proxy import Faults
+from tests.support.faulty_proxy import Faults
 
 Moment = Literal["before the first save", "in a save", "before the marker", "between saves"]
 HELD: dict[Moment, re.Pattern[str]] = {"in a save": SAVING, "before the marker": MARKING}

@@ -23,10 +23,10 @@ from tests.cluster.local_nodes import PATIENCE_S, Watched, local_nodes
 from tests.conftest import CREDENTIALS
 from tests.faults.gate import Gate
 from tests.faults.poison import environment
-from tests.faulty_proxy import Faults, FaultyProxy
 from tests.flow.tiny import command
-from tests.golden import ROOT
-from tests.ports import free_port
+from tests.support.faulty_proxy import Faults, FaultyProxy
+from tests.support.golden import ROOT
+from tests.support.ports import free_port
 from tests.support.warm_python import ancestors, descendants, python
 from training.core.run_folder.run_folder import RunFolder
 

@@ -15,7 +15,7 @@ from tests.faults.judge import wrong_samples
 from tests.faults.kinds import BATCH, slow_worker
 from tests.faults.scene import Scene, machines
 from tests.flow.tiny import generated, recipe
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from training.checkpoint import Reader, name_of
 
 STEPS, KEPT, POISONED = 160, 120, 150

@@ -11,7 +11,7 @@ from tests.faults.judge import fetch, other_weights, wrong_samples
 from tests.faults.kinds import BATCH, KINDS, Moment, arm_first_save, inflict, storm
 from tests.faults.scene import BUCKET, CLEANER, Scene, machines, object_store
 from tests.flow.tiny import generated, recipe
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 SEED = 7
 FAULTS: tuple[tuple[str, Moment, str], ...] = (

@@ -12,7 +12,7 @@ import torch
 import training.trainer.pretrain
 from tests.faults.judge import wrong_samples
 from tests.flow.tiny import final_state, recipe, shards
-from tests.ranks import exit_codes, run_ranks
+from tests.support.ranks import exit_codes, run_ranks
 from training.config import recipe_toml as recipes
 from training.config.build import initial_method
 from training.config.run_config import RunConfig

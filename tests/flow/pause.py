@@ -15,7 +15,7 @@ from pathlib import Path
 
 import training.trainer.monitoring.sample_audit
 from datapipe.stream.batch import Batch
-from tests.golden import ROOT
+from tests.support.golden import ROOT
 
 HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
 VARIABLE = "TESTS_PAUSE"

@@ -12,7 +12,7 @@ import pytest
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from tests.flow.tiny import recipe, seen_in_forward, shards
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from training.config import recipe_toml as recipes
 from training.core.host import LocalHost
 from training.core.run_folder.run_folder import RunFolder

@@ -11,7 +11,7 @@ from datapipe.core.cli import run
 from datapipe.dataset.manifest import Manifest
 from tests.conftest import S3Server
 from tests.flow.tiny import command, finished, recipe, shards
-from tests.ports import free_port
+from tests.support.ports import free_port
 
 Write = Callable[..., dict[str, bytes]]
 Run = Callable[..., tuple[int, str, str]]

@@ -16,7 +16,7 @@ from datapipe.sampling.epoch_order import Order
 from datapipe.storage import open_store
 from tests.flow.pause import Pause
 from tests.flow.tiny import audited, command, final_state, finished, recipe, shards
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from training.checkpoint import complete
 from training.config import recipe_toml as recipes
 from training.core.host import LocalHost

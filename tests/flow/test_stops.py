@@ -20,7 +20,7 @@ import pytest
 
 from datapipe.storage import open_store
 from tests.flow.tiny import command, generated, recipe
-from tests.golden import ROOT
+from tests.support.golden import ROOT
 from training.checkpoint import complete
 
 PATIENCE_S = 240

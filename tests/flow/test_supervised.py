@@ -14,7 +14,7 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError, DataError, NotFoundError
 from datapipe.stream.training_data import load_data
 from tests.flow import tiny
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from tests.training.reid.people import market
 from training.__main__ import main
 from training.config.recipe_toml import load

@@ -16,7 +16,7 @@ from datapipe.dataset.manifest import Manifest
 from datapipe.ingest.pipeline import ingest
 from datapipe.storage import open_store
 from tests.datapipe.crop_set import jpegs
-from tests.golden import ROOT
+from tests.support.golden import ROOT
 from tests.support.warm_python import Process, python
 from training.checkpoint import Reader, complete
 from training.config.run_config import RunConfig

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.datapipe.crop_set import jpegs
-from tests.golden import ROOT
+from tests.support.golden import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 HEAVY = {"torch", "torchvision", "timm", "ray", "deepspeed", "scipy", "matplotlib", "tensorboard", "safetensors"}
@@ -23,7 +23,7 @@ def names(requirements: list[str]) -> list[str]:
 
 def alone(packages: list[str], *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """A command of ours where these distributions, and what they need, are all that is installed."""
-    line = [sys.executable, "-m", "tests.only_packages", ",".join(packages), *words]
+    line = [sys.executable, "-m", "tests.support.only_packages", ",".join(packages), *words]
     return subprocess.run(line, cwd=cwd, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, text=True,
                           capture_output=True)  # fmt: skip
 

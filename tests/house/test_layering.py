@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.golden import ROOT
+from tests.support.golden import ROOT
 
 FORBIDDEN = {
     "datapipe": {"training", "cluster", "tests", "torch", "torchvision", "timm", "ray", "deepspeed"},

@@ -26,7 +26,7 @@ from tests.conftest import S3Server
 from tests.datapipe.crop_set import jpegs
 from tests.datapipe.sources.test_lmdb import convert
 from tests.datapipe.sources.test_parquet import write
-from tests.golden import ROOT
+from tests.support.golden import ROOT
 from tests.support.warm_python import python
 from tests.training.commands.test_reproduce import own_row
 from tests.training.reid.people import market

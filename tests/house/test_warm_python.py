@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.golden import ROOT
+from tests.support.golden import ROOT
 from tests.support.warm_python import Process, ancestors, descendants, forked, python
 
 SAY = """

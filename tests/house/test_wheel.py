@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.golden import ROOT
+from tests.support.golden import ROOT
 
 PACKAGES = ("cluster", "datapipe", "training")
 SDIST = "import sys; from setuptools.build_meta import build_sdist; print(build_sdist(sys.argv[1]))"

@@ -13,10 +13,10 @@ from cluster.core.session import prepare
 from tests.cluster.local_nodes import Watched, local_nodes
 from tests.cluster.ray_head import Head, ray_head, without_ray
 from tests.flow.tiny import command, finished, generated, recipe, step_records
-from tests.golden import ROOT
 from tests.null_gpu.build import environment, missing
 from tests.null_gpu.test_null_gpu import device_of, under_ray
-from tests.ports import free_port
+from tests.support.golden import ROOT
+from tests.support.ports import free_port
 
 Write = Callable[..., dict[str, bytes]]
 

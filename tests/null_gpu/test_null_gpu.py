@@ -16,8 +16,8 @@ import pytest
 
 from tests.cluster.local_nodes import local_nodes
 from tests.flow.tiny import shards, step_records
-from tests.golden import ROOT
 from tests.null_gpu.build import HERE, environment, missing
+from tests.support.golden import ROOT
 
 Write = Callable[..., dict[str, bytes]]
 

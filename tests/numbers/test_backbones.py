@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.golden import difference, golden, group, tolerance
+from tests.support.golden import difference, golden, group, tolerance
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 from training.weights.counted_keys import load_counted
 

@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from tests.golden import ABSENT, ROOT, golden_folder
+from tests.support.golden import ABSENT, ROOT, golden_folder
 
 _UNSUPERVISED = "unsupervised and domain-adaptive evaluation"
 _ANALYSIS = "analysis of what a backbone has learnt"

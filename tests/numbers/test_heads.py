@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.golden import difference, golden, group, tolerance
+from tests.support.golden import difference, golden, group, tolerance
 from training.nn.heads import DinoHead, HeadConfig, MaskedHead, TokenHeads
 from training.weights.counted_keys import load_counted
 

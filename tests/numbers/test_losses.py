@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.golden import difference, golden, group, tolerance
+from tests.support.golden import difference, golden, group, tolerance
 from training.methods.base import Method, Progress, Views
 from training.methods.dino import Dino, DinoConfig
 from training.methods.distillation import TokenViews

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.golden import difference, golden, group, tolerance
+from tests.support.golden import difference, golden, group, tolerance
 from training.core.schedules import along, grown
 from training.engine.param_groups import settings_at
 from training.engine.settings import OptimisationConfig

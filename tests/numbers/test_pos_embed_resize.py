@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.golden import difference, golden, tolerance
+from tests.support.golden import difference, golden, tolerance
 from training.nn.vision_transformer import BackboneConfig
 from training.weights.counted_keys import load_counted
 from training.weights.export import unfilled

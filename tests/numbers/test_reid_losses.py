@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.golden import difference, golden, tolerance
+from tests.support.golden import difference, golden, tolerance
 from training.engine.clock import Clock
 from training.engine.param_groups import settings_at
 from training.engine.settings import OptimisationConfig

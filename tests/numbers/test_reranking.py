@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.golden import golden, tolerance
+from tests.support.golden import golden, tolerance
 from training.reid.reranking import reranked
 from training.reid.retrieval import evaluate, evaluate_distances
 from training.reid.settings import RerankConfig

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.golden import golden, tolerance
+from tests.support.golden import golden, tolerance
 from training.reid.retrieval import RetrievalResult, evaluate, evaluate_distances
 
 

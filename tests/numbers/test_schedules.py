@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.golden import golden, group, tolerance
+from tests.support.golden import golden, group, tolerance
 from training.core.schedules import teacher_temperature, warmup_cosine
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.golden import golden
-from tests.ranks import run_ranks
-from tests.trajectory import CASES, Case, Trajectory, case_of, run_case
+from tests.support.golden import golden
+from tests.support.ranks import run_ranks
+from tests.support.trajectory import CASES, Case, Trajectory, case_of, run_case
 from training.core.world import World
 
 ON_RANKS = [name for name in CASES if " " not in name]

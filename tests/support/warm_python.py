@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from tests.golden import ROOT
+from tests.support.golden import ROOT
 
 FOLDER = "REID_TESTS_WARM_PYTHON"
 """The variable that names the folder to the processes of a test run."""

@@ -226,5 +226,5 @@ def _streams(unbuffered: bool) -> None:
 if __name__ == "__main__":
     _server = Server(sys.argv[1])  # clients may come, and wait, from here on
     print(flush=True)
-    importlib.import_module("tests.preloaded")
+    importlib.import_module("tests.support.preloaded")
     end(become(_server.serve()))

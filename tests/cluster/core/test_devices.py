@@ -11,7 +11,7 @@ import pytest
 
 from cluster.core.devices import Offer, _of_autoscaler, decide, gpus_of, index_of
 from datapipe.core.errors import ConfigError
-from tests.golden import ROOT
+from tests.support.golden import ROOT
 
 HERE = Offer(0, 0.0, embedded=True)
 CLUSTER = Offer(0, 0.0, embedded=False)

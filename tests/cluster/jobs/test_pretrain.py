@@ -16,7 +16,7 @@ from datapipe.core import cli as ends
 from tests.flow.pause import Pause
 from tests.flow.test_resume import _until
 from tests.flow.tiny import audited, command, final_state, finished, recipe, shards
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from tests.support.warm_python import descendants
 from training.__main__ import main
 from training.checkpoint import step_of

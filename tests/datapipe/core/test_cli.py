@@ -22,7 +22,7 @@ from datapipe.core.config import StorageConfig
 from datapipe.dataset.manifest import Manifest
 from datapipe.dataset.verify import verify
 from tests.conftest import CREDENTIALS, S3Server
-from tests.golden import ROOT
+from tests.support.golden import ROOT
 
 WriteCrops = Callable[..., dict[str, bytes]]
 

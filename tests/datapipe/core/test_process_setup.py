@@ -23,7 +23,7 @@ from datapipe.core.process_setup import (
 )
 from datapipe.storage import full_url, open_store
 from tests.conftest import S3Server
-from tests.golden import ROOT
+from tests.support.golden import ROOT
 
 PROGRAM = """
 import os, sys

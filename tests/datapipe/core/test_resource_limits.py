@@ -12,7 +12,7 @@ import pytest
 from datapipe.core import resource_limits
 from datapipe.core.parallel import Workers
 from datapipe.core.resource_limits import available_cores, cpu_quota, memory_left, memory_limit
-from tests.golden import ROOT
+from tests.support.golden import ROOT
 
 
 def _proc(folder: Path, cgroup: str, mountinfo: str) -> Path:

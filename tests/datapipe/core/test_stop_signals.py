@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from datapipe.core import cli, stop_signals
-from tests.golden import ROOT
+from tests.support.golden import ROOT
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGHUP: 75}
 SCRIPT = """

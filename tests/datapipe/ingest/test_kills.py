@@ -10,7 +10,7 @@ from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.ingest import scan, work_units
 from datapipe.ingest.pipeline import ingest
 from tests.conftest import CREDENTIALS, S3Server
-from tests.killing import Job, kill_evenly, local_objects, s3_objects
+from tests.support.killing import Job, kill_evenly, local_objects, s3_objects
 
 WriteCrops = Callable[..., dict[str, bytes]]
 FIRST = "manifest-v0001.json"

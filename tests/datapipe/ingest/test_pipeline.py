@@ -19,7 +19,7 @@ from datapipe.ingest import repartition, scan, work_units
 from datapipe.ingest.pipeline import Ingested, ingest
 from datapipe.ingest.shard_plan import rank, sample_key
 from tests.conftest import S3Server
-from tests.killing import local_objects
+from tests.support.killing import local_objects
 
 WriteCrops = Callable[..., dict[str, bytes]]
 

@@ -13,7 +13,7 @@ from datapipe.maintain.remove import remove
 from datapipe.maintain.reshard import reshard
 from datapipe.maintain.select import select
 from tests.conftest import S3Server
-from tests.killing import Job, kill_evenly, local_objects, s3_objects
+from tests.support.killing import Job, kill_evenly, local_objects, s3_objects
 
 FIRST = "manifest-v0001.json"
 RESHARD = ReshardConfig(samples_per_shard=5, workers=1)

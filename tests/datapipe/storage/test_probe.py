@@ -9,7 +9,7 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import RefusedError, StorageError
 from datapipe.storage import Capabilities, open_store, probe
 from tests.conftest import S3Server
-from tests.faulty_proxy import Faults, FaultyProxy
+from tests.support.faulty_proxy import Faults, FaultyProxy
 
 ALL = Capabilities(creates_once=True, ranges=True, lists=True, deletes=True)
 

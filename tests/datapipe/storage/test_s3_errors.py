@@ -16,7 +16,7 @@ from datapipe.storage import Store, open_object, open_store, retry, s3_errors
 from datapipe.storage import s3 as s3_store
 from datapipe.storage.s3_client import connection
 from tests.conftest import S3Server
-from tests.faulty_proxy import ALWAYS, KINDS, Faults, FaultyProxy
+from tests.support.faulty_proxy import ALWAYS, KINDS, Faults, FaultyProxy
 
 GIVE_UP_S, ALL_TRIES_S = 2.0, 300.0
 """Long enough for a second try on a busy machine; far less than all tries take, each after the longest wait."""

@@ -19,7 +19,7 @@ from datapipe.core.errors import NotFoundError, RefusedError, StorageError
 from datapipe.storage import Store, open_store, retry, s3_obstore
 from datapipe.storage.s3 import S3Store
 from tests.conftest import S3Server
-from tests.faulty_proxy import ALWAYS, KINDS, Faults, FaultyProxy
+from tests.support.faulty_proxy import ALWAYS, KINDS, Faults, FaultyProxy
 
 AWS = "amazonaws.com"
 DATA = bytes(range(256)) * 4000

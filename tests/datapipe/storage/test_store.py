@@ -13,7 +13,7 @@ from datapipe.core.errors import NotFoundError, StorageError
 from datapipe.storage import Entry, Store, is_remote, open_store, open_stream, split_url
 from datapipe.storage import s3 as s3_store
 from tests.conftest import S3Server
-from tests.faulty_proxy import Faults, FaultyProxy
+from tests.support.faulty_proxy import Faults, FaultyProxy
 
 
 @pytest.fixture(params=["local", "s3", "memory", "fsspec_disk"])

@@ -22,7 +22,7 @@ from datapipe.stream.stream import Stream
 from tests.conftest import S3Server
 from tests.datapipe import crop_set
 from tests.datapipe.crop_set import CropSet
-from tests.faulty_proxy import Faults, FaultyProxy
+from tests.support.faulty_proxy import Faults, FaultyProxy
 
 ROWS, BLOCK = 60, 5
 PATIENCE_S = 300

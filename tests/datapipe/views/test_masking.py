@@ -10,7 +10,7 @@ from scipy.stats import chi2_contingency, ks_2samp
 
 from datapipe.views import masking
 from datapipe.views.masking import MaskConfig, MaskLaw, Masks, block_mask, draw_masks
-from tests.golden import golden
+from tests.support.golden import golden
 
 GRID = (16, 8)
 FIXED = MaskConfig(ratios=(0.3,), spreads=(0.0,))

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from datapipe.storage import Data, open_store
 from datapipe.storage.local import LocalStore
 from datapipe.storage.store import TEMPORARY
-from tests.forked import forkserver
+from tests.support.forked import forkserver
 from tests.training.checkpoint.toy import make_checkpoints, make_method, make_step, same, tensors
 from training.checkpoint import complete, read_marker, verify
 from training.core.world import World

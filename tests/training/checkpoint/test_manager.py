@@ -12,7 +12,7 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, StorageError
 from datapipe.storage import Store, open_store
 from tests.conftest import S3Server
-from tests.faulty_proxy import FaultyProxy
+from tests.support.faulty_proxy import FaultyProxy
 from tests.training.checkpoint.toy import (
     make_checkpoints,
     make_method,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.golden import ROOT
+from tests.support.golden import ROOT
 
 MEASURE = """
 import re, sys, torch

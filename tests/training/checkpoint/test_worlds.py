@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from datapipe.storage import open_store
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from tests.training.checkpoint.toy import (
     make_checkpoints,
     make_method,

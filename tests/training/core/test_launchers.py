@@ -6,7 +6,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from training.core.launchers import forget_launchers, without_launchers
 from training.core.world import World, alone
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from tests.training.tiny_recipe import tiny
 from training.config.batch_split import portion
 from training.config.build import build_method, make_stepper

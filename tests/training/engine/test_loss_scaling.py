@@ -16,7 +16,7 @@ from datapipe.core.errors import ConfigError
 from datapipe.storage import open_store
 from datapipe.stream.batch import Batch
 from tests.flow.tiny import StoppingHost, audited, command, final_state, finished, recipe, shards
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from training import checkpoint
 from training.config import recipe_toml as recipes
 from training.config.batch_split import Portion

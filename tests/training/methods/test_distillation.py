@@ -12,7 +12,7 @@ from torch import Tensor
 from datapipe.core.config import ViewConfig
 from datapipe.core.errors import ConfigError
 from datapipe.views.masking import MaskConfig, draw_masks
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from tests.training.methods.batches import gradients, rows, same_images, taken_apart
 from training.core.world import World
 from training.engine import ema

@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from datapipe.core.config import ViewConfig
 from datapipe.core.errors import ConfigError
 from datapipe.views.masking import draw_masks
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
+from tests.support.trajectory import run_trajectory
 from tests.training.methods.batches import gradients, same_images, taken_apart
-from tests.trajectory import run_trajectory
 from training.core.world import World
 from training.engine import ema
 from training.methods import METHODS, build

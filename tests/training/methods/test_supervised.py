@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datapipe.stream.batch import Batch
-from tests.ranks import run_ranks
-from tests.trajectory import FixedBatches, NoFaults
+from tests.support.ranks import run_ranks
+from tests.support.trajectory import FixedBatches, NoFaults
 from training.config.batch_split import Portion, portion
 from training.core.host import LocalHost
 from training.core.world import World

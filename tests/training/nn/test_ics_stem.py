@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from training.core.world import World
 from training.nn.ics_stem import CHANNELS, ConvStem, PooledBatchNorm, pooled_statistics, settle, take_statistics
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer, parameter_count

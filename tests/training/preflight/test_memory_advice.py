@@ -14,7 +14,7 @@ import training.__main__
 from datapipe.core.cli import FAILED, run
 from datapipe.core.errors import ConfigError
 from tests.flow.tiny import command, finished, generated, recipe
-from tests.golden import ROOT
+from tests.support.golden import ROOT
 from tests.training.greedy import ENVIRONMENT, TOO_MANY
 from tests.training.tiny_recipe import tiny
 from training.config.recipe_toml import load

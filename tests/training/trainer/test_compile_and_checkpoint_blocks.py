@@ -9,7 +9,7 @@ import torch
 
 from datapipe.core.errors import ConfigError
 from tests.flow.tiny import final_state, recipe, shards, step_records
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from training.config import recipe_toml as recipes
 from training.core.host import LocalHost
 from training.core.world import World

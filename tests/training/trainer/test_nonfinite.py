@@ -12,7 +12,7 @@ import training.trainer.pretrain
 from datapipe.core.errors import DataError
 from datapipe.stream.batch import Batch
 from tests.flow.tiny import final_state, recipe, shards
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from training.config import recipe_toml as recipes
 from training.core.host import LocalHost
 from training.core.world import World

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tests.flow.tiny import generated, recipe
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from training.config import recipe_toml as recipes
 from training.core.host import Doing, LocalHost
 from training.core.run_folder.run_folder import RunFolder

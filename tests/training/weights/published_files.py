@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.golden import golden, group
+from tests.support.golden import golden, group
 
 State = dict[str, Tensor]
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from datapipe.core.config import StorageConfig, ViewConfig
 from datapipe.core.errors import ConfigError, DataError, NotFoundError
 from datapipe.storage import open_store
-from tests.golden import difference, golden, group, tolerance
+from tests.support.golden import difference, golden, group, tolerance
+from tests.support.trajectory import dino_config, pass_config, personvit_config
 from tests.training.weights import published_files as files
 from tests.training.weights.published_files import backbone_state, save
 from tests.training.weights.test_safe_load import Runs
-from tests.trajectory import dino_config, pass_config, personvit_config
 from training.config.build import build_method, initial_method
 from training.config.run_config import RunConfig
 from training.methods.dino import DinoConfig

@@ -12,7 +12,7 @@ from torch import Tensor
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.storage import open_store
-from tests.golden import difference, golden, tolerance
+from tests.support.golden import difference, golden, tolerance
 from tests.training.reid.people import market
 from tests.training.weights import published_files as files
 from tests.training.weights.published_files import State, backbone_state, head_state, save

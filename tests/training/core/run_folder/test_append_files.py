@@ -8,7 +8,7 @@ import pytest
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import StorageError
 from tests.conftest import S3Server
-from tests.faulty_proxy import FaultyProxy
+from tests.support.faulty_proxy import FaultyProxy
 from training.core.run_folder import append_files
 from training.core.run_folder.run_folder import RunFolder
 

@@ -11,7 +11,7 @@ import pytest
 
 from datapipe.core.config import StorageConfig
 from tests.conftest import S3Server
-from tests.golden import ROOT
+from tests.support.golden import ROOT
 from training.core.run_folder.crash_log import of_process, telling
 from training.core.run_folder.run_folder import RunFolder
 

@@ -20,8 +20,8 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import LeaseError, StorageError
 from datapipe.storage import Store, open_store
 from tests.conftest import S3Server
-from tests.faulty_proxy import Faults, FaultyProxy
-from tests.forked import call, forkserver
+from tests.support.faulty_proxy import Faults, FaultyProxy
+from tests.support.forked import call, forkserver
 from training.core.run_folder import lease
 from training.core.run_folder.lease import Follower, Lease, lease_on, refuse_held
 from training.core.run_folder.lease_holder import Holder, boottime

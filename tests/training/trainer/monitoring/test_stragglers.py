@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.flow.tiny import generated, recipe
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from training.config import recipe_toml as recipes
 from training.core.host import LocalHost
 from training.core.world import World

@@ -6,7 +6,7 @@ import pytest
 
 from datapipe.core.progress import duration
 from datapipe.stream.batch import Intake
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 from training.core.world import World
 from training.trainer.monitoring import throughput
 from training.trainer.monitoring.throughput import Speed, Spent, Tally, bottleneck, in_words

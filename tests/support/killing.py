@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import S3Server
-from tests.forked import call, forkserver
+from tests.support.forked import call, forkserver
 
 MOMENTS, LEAST = 20, 15
 """Trials, and how many of them must fall between the first byte written and the end."""

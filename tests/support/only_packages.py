@@ -1,4 +1,4 @@
-"""`python -m tests.only_packages A,B MODULE ...`: `python -m MODULE ...` as if nothing but these packages, and what
+"""`python -m tests.support.only_packages A,B MODULE ...`: `python -m MODULE ...` as if only these packages, and what
 they need, were installed beside our own."""
 
 import re

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from datapipe.stream.batch import Batch, Intake
-from tests.golden import golden, group
+from tests.support.golden import golden, group
 from training.config.batch_split import Portion, portion
 from training.core.host import LocalHost
 from training.core.world import World

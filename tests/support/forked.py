@@ -9,7 +9,7 @@ from typing import Any
 def forkserver() -> multiprocessing.context.ForkServerContext:
     """The fork server of this process. All tests use this one, as there is only one, with one list of modules."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preloaded"])
+    context.set_forkserver_preload(["tests.support.preloaded"])
     return context
 
 

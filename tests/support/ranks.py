@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from tests.forked import call, forkserver
+from tests.support.forked import call, forkserver
 from training.core.world import World
 
 TIMEOUT_S = 300

@@ -39,7 +39,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (work / "tree").mkdir()
     for name in PACKAGES:
         shutil.copytree(ROOT / name, work / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "tests" / "house", work / "tree" / "tests" / "house")
+    shutil.copytree(ROOT / "tests" / "architecture", work / "tree" / "tests" / "architecture")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, work / "tree")
     _run(sys.executable, "-c", SDIST, str(work), cwd=work / "tree")

@@ -26,7 +26,7 @@ WAITING = {
 
 def _read_by_tests() -> set[str]:
     """Every string that stands in a test: an item is read by its name."""
-    files = [ROOT / "tests" / "trajectory.py", *sorted((ROOT / "tests").rglob("test_*.py"))]
+    files = [ROOT / "tests" / "support" / "trajectory.py", *sorted((ROOT / "tests").rglob("test_*.py"))]
     trees = [ast.parse(path.read_text()) for path in files if path.name != "test_coverage.py"]
     nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     return {node.value for node in nodes if isinstance(node.value, str)}

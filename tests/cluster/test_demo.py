@@ -8,7 +8,7 @@ import pytest
 
 from cluster.demo import Demo, _judge
 from datapipe.core.cli import COMPLETE, FAILED
-from tests.flow.tiny import command, finished
+from tests.end_to_end.tiny import command, finished
 
 
 def _scores(run: Path, weights: str, step: int | None, value: float) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.core.session import LOCAL, ray_session
-from tests.flow.tiny import shards
+from tests.end_to_end.tiny import shards
 
 
 @pytest.mark.slow

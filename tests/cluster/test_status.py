@@ -11,8 +11,8 @@ from cluster.status import SILENT_S, status
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
 from tests.conftest import S3Server
-from tests.flow.test_resume import Pace
-from tests.flow.tiny import generated, recipe
+from tests.end_to_end.test_resume import Pace
+from tests.end_to_end.tiny import generated, recipe
 from training.config import recipe_toml as recipes
 from training.config.run_config import RunConfig
 from training.core.host import LocalHost

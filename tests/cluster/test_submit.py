@@ -22,7 +22,7 @@ from datapipe.core.errors import ClusterError, ConfigError
 from datapipe.storage import open_store
 from tests.cluster.ray_head import PATIENCE_S, ray_head, ray_words
 from tests.conftest import S3Server
-from tests.flow.tiny import command, finished, recipe, shards
+from tests.end_to_end.tiny import command, finished, recipe, shards
 from tests.support.golden import ROOT
 from tests.support.warm_python import python
 

@@ -22,7 +22,7 @@ SMALLER = {"width = 24": "width = 12", "depth = 2": "depth = 1", "out_dim = 32":
 def make(folder: Path) -> None:
     """Write all of it below `folder`, which must not exist."""
     jpegs = import_module("tests.datapipe.crop_set").jpegs  # modules as they are called in that version
-    tiny = import_module("tests.flow.tiny")
+    tiny = import_module("tests.end_to_end.tiny")
     load, pretrain = import_module("training.config").load, import_module("training.trainer.pretrain").pretrain
     alone = import_module("training.core.world").World()
     (folder / "crops").mkdir(parents=True)

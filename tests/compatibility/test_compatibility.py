@@ -8,7 +8,7 @@ import pytest
 
 from datapipe.__main__ import main as data
 from tests.compatibility.make import STEPS, STOP
-from tests.flow.tiny import audited, step_records
+from tests.end_to_end.tiny import audited, step_records
 from training.__main__ import main
 
 WRITTEN = Path(__file__).parent / "written"

@@ -14,10 +14,10 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
+from tests.end_to_end.tiny import generated, recipe
 from tests.faults.judge import fetch, other_weights, wrong_samples
 from tests.faults.kinds import BATCH, KINDS, Event, Moment, arm_first_save, inflict
 from tests.faults.scene import BUCKET, Scene, machines, object_store
-from tests.flow.tiny import generated, recipe
 from tests.support.ranks import run_ranks
 from training.config import recipe_toml as recipes
 from training.core.host import LocalHost

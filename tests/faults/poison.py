@@ -12,7 +12,7 @@ from pathlib import Path
 
 import training.trainer.batch_to_device
 from datapipe.stream.batch import Batch
-from tests.flow.pause import HOOK
+from tests.end_to_end.pause import HOOK
 from training.methods.base import Views
 
 VARIABLE = "FAULTS_POISON"

@@ -21,9 +21,9 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import StorageError
 from tests.cluster.local_nodes import PATIENCE_S, Watched, local_nodes
 from tests.conftest import CREDENTIALS
+from tests.end_to_end.tiny import command
 from tests.faults.gate import Gate
 from tests.faults.poison import environment
-from tests.flow.tiny import command
 from tests.support.faulty_proxy import Faults, FaultyProxy
 from tests.support.golden import ROOT
 from tests.support.ports import free_port

@@ -12,7 +12,7 @@ import pytest
 from cluster.core.session import prepare
 from tests.cluster.local_nodes import Watched, local_nodes
 from tests.cluster.ray_head import Head, ray_head, without_ray
-from tests.flow.tiny import command, finished, generated, recipe, step_records
+from tests.end_to_end.tiny import command, finished, generated, recipe, step_records
 from tests.null_gpu.build import environment, missing
 from tests.null_gpu.test_null_gpu import device_of, under_ray
 from tests.support.golden import ROOT

@@ -12,7 +12,7 @@ import pytest
 
 from cluster.train.restart_policy import HISTORY
 from tests.cluster.local_nodes import local_nodes
-from tests.flow.tiny import shards
+from tests.end_to_end.tiny import shards
 from tests.null_gpu.build import environment, missing
 from tests.null_gpu.test_null_gpu import HEADS, PLAIN, TINY, ended_well, numbers, started, under_ray
 from tests.support.golden import ROOT

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.local_nodes import local_nodes
-from tests.flow.tiny import shards, step_records
+from tests.end_to_end.tiny import shards, step_records
 from tests.null_gpu.build import HERE, environment, missing
 from tests.support.golden import ROOT
 

@@ -4,7 +4,7 @@
 import torch
 
 import training.nn.vision_transformer
-from tests.flow.pause import HOOK
+from tests.end_to_end.pause import HOOK
 
 TOO_MANY = 1 << 50
 """Bytes."""

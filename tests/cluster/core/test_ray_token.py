@@ -10,7 +10,7 @@ import pytest
 
 from cluster.core.ray_token import MODE, PATH, TOKEN, private_token
 from tests.cluster.ray_head import Head, ray_head, ray_words, without_ray
-from tests.flow.tiny import finished
+from tests.end_to_end.tiny import finished
 from tests.support.golden import ROOT
 from tests.support.warm_python import python
 

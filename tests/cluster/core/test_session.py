@@ -13,7 +13,7 @@ from cluster.core.scratch import BELOW, MOST_BYTES, places, scratch_folder, unfi
 from datapipe.core.errors import StorageError
 from datapipe.core.resource_limits import available_cores
 from datapipe.dataset.manifest import Manifest
-from tests.flow.tiny import command, finished
+from tests.end_to_end.tiny import command, finished
 
 
 def _temporary(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

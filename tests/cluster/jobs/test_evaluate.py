@@ -13,7 +13,7 @@ import pytest
 from cluster.core.job_paths import IN_JOB
 from cluster.jobs.evaluate import parse_evaluate
 from datapipe.core.errors import ConfigError
-from tests.flow.tiny import command, finished, generated, recipe
+from tests.end_to_end.tiny import command, finished, generated, recipe
 from tests.support.warm_python import descendants
 from tests.training.commands.test_reproduce import RECIPE, weights
 from tests.training.reid.people import market

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from datapipe.core import cli as ends
-from tests.flow.pause import Pause
-from tests.flow.test_resume import _until
-from tests.flow.tiny import audited, command, final_state, finished, recipe, shards
+from tests.end_to_end.pause import Pause
+from tests.end_to_end.test_resume import _until
+from tests.end_to_end.tiny import audited, command, final_state, finished, recipe, shards
 from tests.support.ranks import run_ranks
 from tests.support.warm_python import descendants
 from training.__main__ import main

@@ -25,7 +25,7 @@ from datapipe.sources import open_sources
 from tests.cluster import tasks
 from tests.cluster.tasks import PATIENCE_S
 from tests.conftest import S3Server
-from tests.flow.tiny import command, finished
+from tests.end_to_end.tiny import command, finished
 from tests.support.warm_python import descendants
 
 SOURCES, EACH = 12, 12

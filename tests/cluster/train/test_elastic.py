@@ -17,7 +17,7 @@ import pytest
 
 from datapipe.sampling.epoch_order import Order
 from tests.cluster.local_nodes import Watched, local_nodes
-from tests.flow.tiny import audited, command, recipe, shards
+from tests.end_to_end.tiny import audited, command, recipe, shards
 from tests.support.golden import ROOT
 from training.config.cluster import ClusterConfig
 

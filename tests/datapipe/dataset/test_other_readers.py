@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flow.tiny import shards
+from tests.end_to_end.tiny import shards
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import training.trainer.pretrain
 from datapipe.core.errors import ConfigError
 from datapipe.storage import open_store
 from datapipe.stream.batch import Batch
-from tests.flow.tiny import StoppingHost, audited, command, final_state, finished, recipe, shards
+from tests.end_to_end.tiny import StoppingHost, audited, command, final_state, finished, recipe, shards
 from tests.support.ranks import run_ranks
 from training import checkpoint
 from training.config import recipe_toml as recipes

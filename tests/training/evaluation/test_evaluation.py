@@ -8,7 +8,7 @@ import pytest
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
-from tests.flow.tiny import generated, recipe
+from tests.end_to_end.tiny import generated, recipe
 from tests.training.commands.test_reproduce import PEOPLE, SIZE, weights
 from tests.training.reid.people import market
 from training import checkpoint

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from datapipe.core.cli import run
 from datapipe.core.errors import ConfigError
-from tests.flow.tiny import generated, recipe
+from tests.end_to_end.tiny import generated, recipe
 from tests.training.tiny_recipe import tiny, with_views
 from training.__main__ import main
 from training.config.recipe_toml import load

@@ -11,7 +11,7 @@ import pytest
 
 from datapipe.core import cli
 from datapipe.core.errors import ConfigError
-from tests.flow import tiny as flow
+from tests.end_to_end import tiny as flow
 from training.__main__ import main
 from training.config import recipe_toml as recipes
 from training.config.recipe_toml import load

@@ -13,7 +13,7 @@ import torch
 import training.__main__
 from datapipe.core.cli import FAILED, run
 from datapipe.core.errors import ConfigError
-from tests.flow.tiny import command, finished, generated, recipe
+from tests.end_to_end.tiny import command, finished, generated, recipe
 from tests.support.golden import ROOT
 from tests.training.greedy import ENVIRONMENT, TOO_MANY
 from tests.training.tiny_recipe import tiny

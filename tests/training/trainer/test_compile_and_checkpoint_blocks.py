@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from datapipe.core.errors import ConfigError
-from tests.flow.tiny import final_state, recipe, shards, step_records
+from tests.end_to_end.tiny import final_state, recipe, shards, step_records
 from tests.support.ranks import run_ranks
 from training.config import recipe_toml as recipes
 from training.core.host import LocalHost

@@ -14,7 +14,7 @@ from datapipe.stream.batch import Batch, Intake
 from datapipe.stream.loader import Loader
 from datapipe.stream.training_data import load_data
 from tests.bench.specs import one_view
-from tests.flow.tiny import shards
+from tests.end_to_end.tiny import shards
 from tests.training.checkpoint.toy import ABOUT, make_checkpoints
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.flow.tiny import final_state, generated, recipe
+from tests.end_to_end.tiny import final_state, generated, recipe
 from tests.training.tiny_recipe import tiny
 from training.__main__ import main
 from training.core.world import World

@@ -11,7 +11,7 @@ import torch
 import training.trainer.pretrain
 from datapipe.core.errors import DataError
 from datapipe.stream.batch import Batch
-from tests.flow.tiny import final_state, recipe, shards
+from tests.end_to_end.tiny import final_state, recipe, shards
 from tests.support.ranks import run_ranks
 from training.config import recipe_toml as recipes
 from training.core.host import LocalHost

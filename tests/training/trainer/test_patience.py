@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.flow.tiny import generated, recipe
+from tests.end_to_end.tiny import generated, recipe
 from tests.support.ranks import run_ranks
 from training.config import recipe_toml as recipes
 from training.core.host import Doing, LocalHost

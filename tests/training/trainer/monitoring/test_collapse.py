@@ -8,7 +8,7 @@ import pytest
 
 from datapipe.core.config import SynthConfig
 from datapipe.synth.market_folder import TRAIN, render
-from tests.flow.tiny import shards, step_records
+from tests.end_to_end.tiny import shards, step_records
 from training.config import recipe_toml as recipes
 from training.config.run_config import RunConfig
 from training.core.host import LocalHost

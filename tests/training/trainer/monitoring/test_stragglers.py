@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.flow.tiny import generated, recipe
+from tests.end_to_end.tiny import generated, recipe
 from tests.support.ranks import run_ranks
 from training.config import recipe_toml as recipes
 from training.core.host import LocalHost

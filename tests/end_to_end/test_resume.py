@@ -14,8 +14,8 @@ from torch import Tensor
 from datapipe.dataset.manifest import Manifest
 from datapipe.sampling.epoch_order import Order
 from datapipe.storage import open_store
-from tests.flow.pause import Pause
-from tests.flow.tiny import audited, command, final_state, finished, recipe, shards
+from tests.end_to_end.pause import Pause
+from tests.end_to_end.tiny import audited, command, final_state, finished, recipe, shards
 from tests.support.ranks import run_ranks
 from training.checkpoint import complete
 from training.config import recipe_toml as recipes
@@ -38,7 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, write_crops: Callable[..., di
 
 def _start(folder: Path, data: Manifest, *flags: str, pause: Pause | None = None) -> subprocess.Popen[str]:
     words = ("training", "pretrain", str(recipe(folder, data.url, str(folder / "run"), epochs=EPOCHS)), *flags)
-    return command("tests.flow.pause", *words, **pause.environment) if pause else command(*words)
+    return command("tests.end_to_end.pause", *words, **pause.environment) if pause else command(*words)
 
 
 @pytest.fixture(scope="module")

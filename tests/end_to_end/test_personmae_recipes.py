@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.flow import tiny
+from tests.end_to_end import tiny
 from training import methods
 from training.config.build import build_method
 from training.config.recipe_toml import load

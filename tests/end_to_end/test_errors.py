@@ -10,7 +10,7 @@ import training.__main__
 from datapipe.core.cli import run
 from datapipe.dataset.manifest import Manifest
 from tests.conftest import S3Server
-from tests.flow.tiny import command, finished, recipe, shards
+from tests.end_to_end.tiny import command, finished, recipe, shards
 from tests.support.ports import free_port
 
 Write = Callable[..., dict[str, bytes]]

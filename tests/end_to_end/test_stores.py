@@ -13,7 +13,7 @@ from datapipe.core import cli as ends
 from datapipe.core.config import StorageConfig
 from datapipe.storage import retry
 from tests.conftest import S3Server
-from tests.flow.tiny import command, finished, shards
+from tests.end_to_end.tiny import command, finished, shards
 from tests.support.faulty_proxy import Faults, FaultyProxy
 
 EACH = ("--samples-per-shard", "17", "--workers", "1")

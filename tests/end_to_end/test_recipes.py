@@ -8,7 +8,7 @@ import pytest
 
 from datapipe.core.config import ViewConfig
 from datapipe.core.errors import ConfigError
-from tests.flow import tiny
+from tests.end_to_end import tiny
 from training import methods
 from training.config.batch_split import portion
 from training.config.recipe_toml import load

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from datapipe.storage import open_store
-from tests.flow.tiny import command, generated, recipe
+from tests.end_to_end.tiny import command, generated, recipe
 from tests.support.golden import ROOT
 from training.checkpoint import complete
 

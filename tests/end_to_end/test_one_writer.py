@@ -15,7 +15,7 @@ from datapipe.core import cli as ends
 from datapipe.core.errors import LeaseError
 from datapipe.storage import Store, open_store
 from tests.conftest import S3Server
-from tests.flow.tiny import StoppingHost, generated, recipe
+from tests.end_to_end.tiny import StoppingHost, generated, recipe
 from tests.support.forked import call, forkserver
 from training.__main__ import main
 from training.checkpoint import complete, name_of, read_marker

@@ -7,7 +7,7 @@ import pytest
 
 from datapipe.storage import open_store
 from tests.conftest import S3Server
-from tests.flow.tiny import command, finished, recipe, shards
+from tests.end_to_end.tiny import command, finished, recipe, shards
 from tests.training.checkpoint.toy import same, tensors
 from training.checkpoint import read_marker
 

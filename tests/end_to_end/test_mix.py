@@ -12,8 +12,8 @@ from datapipe.core.errors import ConfigError, DataError
 from datapipe.core.randomness import words
 from datapipe.sampling.epoch_order import Order
 from tests.datapipe import crop_set
-from tests.flow.pause import Pause
-from tests.flow.tiny import audited, command, recipe
+from tests.end_to_end.pause import Pause
+from tests.end_to_end.tiny import audited, command, recipe
 from training.config import recipe_toml as recipes
 from training.config.run_config import RunConfig
 from training.core.host import LocalHost
@@ -47,7 +47,7 @@ def test_mix__a_killed_run_sees_every_sample_it_should(tmp_path: Path) -> None:
     path = recipe(tmp_path, "", str(tmp_path / "run"), epochs=2.0)
     mix = ["--stream.mix", *(str(part.folder) for part in sets), "--stream.weights", "3", "1"]
     pause = Pause(tmp_path, 5)
-    killed = command("tests.flow.pause", "training", "pretrain", str(path), *mix, **pause.environment)
+    killed = command("tests.end_to_end.pause", "training", "pretrain", str(path), *mix, **pause.environment)
     pause.reached(killed)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()

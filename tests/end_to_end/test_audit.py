@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from tests.flow.tiny import recipe, seen_in_forward, shards
+from tests.end_to_end.tiny import recipe, seen_in_forward, shards
 from tests.support.ranks import run_ranks
 from training.config import recipe_toml as recipes
 from training.core.host import LocalHost

@@ -1,4 +1,4 @@
-"""python -m tests.flow.pause training pretrain ...: a command whose run waits, after a step, for the test that
+"""python -m tests.end_to_end.pause training pretrain ...: a command whose run waits, after a step, for the test that
 watches it.
 
 The test strikes while the run waits, then lets it go on: what is seen does not depend on which of the two is faster.
@@ -38,7 +38,7 @@ class Pause:
     @property
     def worker_environment(self) -> tuple[str, ...]:
         """For `--cluster.environment`."""
-        return (f"{VARIABLE}={self._order}", f"{HOOK}=tests.flow.pause.install")
+        return (f"{VARIABLE}={self._order}", f"{HOOK}=tests.end_to_end.pause.install")
 
     def reached(self, process: subprocess.Popen[str]) -> int:
         """The process that waits, once it does. AssertionError where the command ends before."""

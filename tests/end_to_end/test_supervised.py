@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError, DataError, NotFoundError
 from datapipe.stream.training_data import load_data
-from tests.flow import tiny
+from tests.end_to_end import tiny
 from tests.support.ranks import run_ranks
 from tests.training.reid.people import market
 from training.__main__ import main

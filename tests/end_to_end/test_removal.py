@@ -11,7 +11,7 @@ from datapipe.core.config import RemoveConfig, StorageConfig
 from datapipe.dataset.manifest import Manifest
 from datapipe.maintain.remove import remove
 from datapipe.sampling.epoch_order import Order
-from tests.flow.tiny import audited, recipe, shards
+from tests.end_to_end.tiny import audited, recipe, shards
 from training.config import recipe_toml as recipes
 from training.core.host import LocalHost
 from training.core.world import World

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from datapipe.core.errors import NotFoundError
-from tests.flow.tiny import recipe, shards
+from tests.end_to_end.tiny import recipe, shards
 from tests.training.weights.published_files import save, training_checkpoint
 from training.__main__ import main
 from training.config import recipe_toml as recipes

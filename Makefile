@@ -59,7 +59,7 @@ test-null-gpu: setup
 	NULL_GPU_CASES=all $(BIN)/python -m pytest tests/null_gpu tests/bench/test_gpu.py
 
 chaos: setup
-	$(BIN)/python -m tests.faults.chaos --faults $(FAULTS) --seed $(SEED)
+	$(BIN)/python -m tests.chaos.chaos --faults $(FAULTS) --seed $(SEED)
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from datapipe.storage import open_store
+from tests.chaos import chaos, poison
+from tests.chaos.judge import wrong_samples
+from tests.chaos.kinds import BATCH, slow_worker
+from tests.chaos.scene import Scene, machines
 from tests.end_to_end.tiny import generated, recipe
-from tests.faults import chaos, poison
-from tests.faults.judge import wrong_samples
-from tests.faults.kinds import BATCH, slow_worker
-from tests.faults.scene import Scene, machines
 from tests.support.ranks import run_ranks
 from training.checkpoint import Reader, name_of
 

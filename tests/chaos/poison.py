@@ -1,6 +1,6 @@
 """A NaN on one rank, as a failing device would make it. Ray runs `install` in each worker before it trains.
 
-    --cluster.environment FAULTS_POISON=FILE __RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR=tests.faults.poison.install
+    --cluster.environment FAULTS_POISON=FILE __RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR=tests.chaos.poison.install
 
 FILE says {"position": 126, "times": 1}: the view of the sample at that place in the stream becomes NaN, so many times.
 One rank has it. The file outlives the process, as the moment to fail does.
@@ -27,7 +27,7 @@ def write(file: Path, position: int, times: int) -> None:
 
 def environment(file: Path) -> tuple[str, ...]:
     """What `cluster.environment` needs."""
-    return (f"{VARIABLE}={file}", f"{HOOK}=tests.faults.poison.install")
+    return (f"{VARIABLE}={file}", f"{HOOK}=tests.chaos.poison.install")
 
 
 def install() -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import training.trainer.pretrain
+from tests.chaos.judge import wrong_samples
 from tests.end_to_end.tiny import final_state, recipe, shards
-from tests.faults.judge import wrong_samples
 from tests.support.ranks import exit_codes, run_ranks
 from training.config import recipe_toml as recipes
 from training.config.build import initial_method

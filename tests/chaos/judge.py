@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from datapipe.sampling.epoch_order import Order
+from tests.chaos.kinds import BATCH
+from tests.chaos.scene import Scene
 from tests.end_to_end.tiny import audited, final_state
-from tests.faults.kinds import BATCH
-from tests.faults.scene import Scene
 
 SEED, BLOCK, WINDOW = 3, 4, 3
 """Of the tiny recipe."""

@@ -1,4 +1,4 @@
-"""python -m tests.faults.chaos [--faults 20] [--seed 0]: one run, many faults, the weights it would have had.
+"""python -m tests.chaos.chaos [--faults 20] [--seed 0]: one run, many faults, the weights it would have had.
 
 Two workers on two machines of a local Ray cluster, the run folder on an S3-compatible server. Each fault comes at a
 random moment of its kind, once the run is over the one before. Ends with a table and the judgement; exit code 1 where a
@@ -14,10 +14,10 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
+from tests.chaos.judge import fetch, other_weights, wrong_samples
+from tests.chaos.kinds import BATCH, KINDS, Event, Moment, arm_first_save, inflict
+from tests.chaos.scene import BUCKET, Scene, machines, object_store
 from tests.end_to_end.tiny import generated, recipe
-from tests.faults.judge import fetch, other_weights, wrong_samples
-from tests.faults.kinds import BATCH, KINDS, Event, Moment, arm_first_save, inflict
-from tests.faults.scene import BUCKET, Scene, machines, object_store
 from tests.support.ranks import run_ranks
 from training.config import recipe_toml as recipes
 from training.core.host import LocalHost

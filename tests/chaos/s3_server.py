@@ -1,4 +1,4 @@
-"""python -m tests.faults.s3_server PORT FOLDER: an S3-compatible server on the loopback address that may be killed.
+"""python -m tests.chaos.s3_server PORT FOLDER: an S3-compatible server on the loopback address that may be killed.
 
 moto keeps objects in memory. Here every change that was carried out is also written to a journal in FOLDER before it is
 acknowledged, and carried out again when a server starts there: what clients were told to be stored stays stored.

@@ -6,11 +6,11 @@ from random import Random
 
 import pytest
 
+from tests.chaos import chaos
+from tests.chaos.judge import fetch, other_weights, wrong_samples
+from tests.chaos.kinds import BATCH, KINDS, Moment, arm_first_save, inflict, storm
+from tests.chaos.scene import BUCKET, CLEANER, Scene, machines, object_store
 from tests.end_to_end.tiny import generated, recipe
-from tests.faults import chaos
-from tests.faults.judge import fetch, other_weights, wrong_samples
-from tests.faults.kinds import BATCH, KINDS, Moment, arm_first_save, inflict, storm
-from tests.faults.scene import BUCKET, CLEANER, Scene, machines, object_store
 from tests.support.ranks import run_ranks
 
 SEED = 7

@@ -19,11 +19,11 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import StorageError
+from tests.chaos.gate import Gate
+from tests.chaos.poison import environment
 from tests.cluster.local_nodes import PATIENCE_S, Watched, local_nodes
 from tests.conftest import CREDENTIALS
 from tests.end_to_end.tiny import command
-from tests.faults.gate import Gate
-from tests.faults.poison import environment
 from tests.support.faulty_proxy import Faults, FaultyProxy
 from tests.support.golden import ROOT
 from tests.support.ports import free_port
@@ -58,7 +58,7 @@ class Objects:
 
     def start(self) -> None:
         """Start the server, with all that it held before; returns when it answers."""
-        words = [python(), "-m", "tests.faults.s3_server", str(self._port), str(self._folder)]
+        words = [python(), "-m", "tests.chaos.s3_server", str(self._port), str(self._folder)]
         self._process = subprocess.Popen(words, cwd=ROOT)
         end = time.monotonic() + PATIENCE_S
         while True:

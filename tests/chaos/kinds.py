@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tests.chaos import poison
+from tests.chaos.gate import MARKING, SAVING
+from tests.chaos.scene import BUCKET, NO_FAULTS, Objects, Scene
 from tests.cluster.local_nodes import PATIENCE_S
-from tests.faults import poison
-from tests.faults.gate import MARKING, SAVING
-from tests.faults.scene import BUCKET, NO_FAULTS, Objects, Scene
 from tests.support.faulty_proxy import Faults
 
 Moment = Literal["before the first save", "in a save", "before the marker", "between saves"]

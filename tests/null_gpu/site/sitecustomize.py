@@ -37,7 +37,8 @@ def _counted_gpus(module: Any) -> None:
 
 
 AFTER: dict[str, Callable[[Any], None]] = {
-    "training.trainer.pretrain": _computed_workers, "training.evaluation.evaluation": _computed_scores, "ray": _counted_gpus,
+    "training.trainer.pretrain": _computed_workers, "training.evaluation.evaluation": _computed_scores,
+    "ray": _counted_gpus,
 }  # fmt: skip
 """Module -> what is done with it once it is imported."""
 

@@ -49,7 +49,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="retrieval at MSMT17's size: minutes, 1.5 GB")
     parser.add_argument("--rounds", type=int, default=Scale.rounds, help="counted rounds (default %(default)s)")
     parser.add_argument("--setup", action="store_true", help="only install the libraries to compare with")
-    parser.add_argument("--record", action="store_true", help="append the tables to BENCHMARKS.md")
+    parser.add_argument("--record", action="store_true", help="append the tables to tests/bench/BENCHMARKS.md")
     parser.add_argument("--note", default="", help="a sentence to record with them")
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.benches if name not in BENCHES]:

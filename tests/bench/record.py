@@ -1,4 +1,4 @@
-"""Appends the tables of a run to BENCHMARKS.md, with what they depend on."""
+"""Appends the tables of a run to tests/bench/BENCHMARKS.md, with what they depend on."""
 
 import os
 import platform
@@ -7,9 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tests.bench.table import Table
-from tests.support.golden import ROOT
 
-FILE = ROOT / "BENCHMARKS.md"
+FILE = Path(__file__).parent / "BENCHMARKS.md"
 HEAD = """# Benchmarks
 
 Made by `python -m tests.bench --record` (`make bench` prints the same without recording). Rates are per CPU-second:

@@ -1,1 +1,1 @@
-"""How a step is carried out: the loop, its steppers, and the world of processes they run in."""
+"""One optimizer step: plain and DeepSpeed steppers, ZeRO layouts, parameter groups, loss scaling, averages."""

@@ -46,6 +46,7 @@ soak: setup
 
 lint: setup
 	$(BIN)/ruff check datapipe training cluster tests
+	$(BIN)/ruff format --check --quiet datapipe training cluster tests
 	$(BIN)/mypy
 
 bench: setup

@@ -166,7 +166,10 @@ class Guard(ControllerCallback, WorkerGroupCallback):
 
 
 def describe(
-    error: Exception, situation: Situation, dead: Mapping[int, str], words: Mapping[int, Sequence[str]] = {}  # noqa: B006
+    error: Exception,
+    situation: Situation,
+    dead: Mapping[int, str],
+    words: Mapping[int, Sequence[str]] = {},  # noqa: B006
 ) -> Failure:
     """Who is to blame, in words: whoever hung, else whose process died, else who said first that it failed.
 

@@ -218,4 +218,3 @@ def open_board(saved: int, restarts: Restarts) -> tuple[str, Any]:
 def find_board(name: str) -> Any:
     """The handle of a board, anywhere in the cluster."""
     return ray.get_actor(name, namespace=NAMESPACE)
-

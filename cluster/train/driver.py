@@ -64,8 +64,9 @@ class Driver:
         return choice
 
     def _make_trainer(self) -> Any:
-        return make_trainer(self.config, self._name, self.scratch, self.choice, self.lease.ticket,
-                            embedded=self.embedded)
+        return make_trainer(
+            self.config, self._name, self.scratch, self.choice, self.lease.ticket, embedded=self.embedded
+        )
 
     def train(self) -> bool:
         """True: complete; False: stopped, and resumable. Raises UserError."""

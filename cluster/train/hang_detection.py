@@ -67,7 +67,7 @@ def hung(pulses: Sequence[Pulse], *, start_s: float, hang_s: float, silence_s: f
     meant = [pulse for pulse in pulses if pulse.place == least]
     if len(meant) == len(pulses) > 1:
         one = min(pulses, key=lambda pulse: pulse.stood_s)
-        said = (f"all ranks stand at step {one.step + 1} ({one.doing}) for {one.stood_s:.0f} s; nobody is behind")
+        said = f"all ranks stand at step {one.step + 1} ({one.doing}) for {one.stood_s:.0f} s; nobody is behind"
         return [Hung(pulse.rank, said, behind=False) for pulse in pulses]
     return [Hung(pulse.rank, f"stood still in step {pulse.step + 1} ({pulse.doing}) for {pulse.stood_s:.0f} s")
             for pulse in meant]  # fmt: skip

@@ -15,9 +15,7 @@ PLACEMENT_S = 20.0
 """Seconds after which room that was counted, but is not there, is counted again."""
 
 
-def make_trainer(
-    config: RunConfig, board: str, scratch: str, choice: Choice, ticket: Ticket, *, embedded: bool
-) -> Any:
+def make_trainer(config: RunConfig, board: str, scratch: str, choice: Choice, ticket: Ticket, *, embedded: bool) -> Any:
     """A run of Ray Train. Its name is new each time, as Ray Train goes by what it finds under a name it has had."""
     machine = config.cluster
     patience = PLACEMENT_S if is_elastic(config) else machine.start_timeout_s
@@ -39,8 +37,13 @@ def make_trainer(
     callbacks: list[Any] = [Guard(board, config), TakeSigterm()]
     return Trainer(
         work,
-        train_loop_config={"config": recipes.to_tree(config), "board": board, "embedded": embedded,
-                           "kind": choice.kind, "ticket": ticket},
+        train_loop_config={
+            "config": recipes.to_tree(config),
+            "board": board,
+            "embedded": embedded,
+            "kind": choice.kind,
+            "ticket": ticket,
+        },
         torch_config=MeetingConfig(
             backend="nccl" if gpus else "gloo",
             timeout_s=round(machine.start_timeout_s + machine.collective_timeout_s),

@@ -52,8 +52,10 @@ def run_shard(chosen: ShardCommand, workers: Executor | None = None) -> int:
     if done.found_complete:
         print("already complete: nothing was left to do")
     crops = manifest.stored_rows - manifest.removed
-    print(f"{crops:,} crops in {len(manifest.shards):,} shards, {manifest.bytes / 1e6:,.1f} MB, "
-          f"{manifest.quarantined:,} quarantined")
+    print(
+        f"{crops:,} crops in {len(manifest.shards):,} shards, {manifest.bytes / 1e6:,.1f} MB, "
+        f"{manifest.quarantined:,} quarantined"
+    )
     if done.reasons:
         print(f"quarantined: {listed(done.reasons)}; see {folder}/{NAME}")
     print(f"id {manifest.id}")
@@ -68,8 +70,10 @@ def _say_what_would_be_done(chosen: ShardCommand) -> int:
     found = estimate(chosen.sources, chosen.out, chosen.config, chosen.storage)
     read, written = (f"{size / 1e6:,.1f} MB" for size in (found.source_bytes, found.bytes))
     print(f"would read about {found.crops:,} crops: {read} from {len(chosen.sources)} sources")
-    print(f"would write about {found.shards:,} shards: {written} to {chosen.out}, as much to the spool for as long; "
-          f"about {found.refused:.2%} of the crops quarantined")
+    print(
+        f"would write about {found.shards:,} shards: {written} to {chosen.out}, as much to the spool for as long; "
+        f"about {found.refused:.2%} of the crops quarantined"
+    )
     print(f"would take about {duration(found.seconds)} on this machine, nothing was written")
     return cli.COMPLETE
 

@@ -109,6 +109,15 @@ def preview(arguments: list[str]) -> int:
         raise ConfigError("no such file", where=str(chosen.views), hint="python -m training views RECIPE > views.json")
     seen = TrainingViews.from_json(chosen.views.read_text(), where=str(chosen.views))
     with unwinding():
-        print(contact_sheet(chosen.manifest, chosen.out, spec=seen.spec, seed=seen.seed, count=chosen.count,
-                            storage=chosen.storage, stream=StreamConfig(block=seen.block, window=seen.window)))
+        print(
+            contact_sheet(
+                chosen.manifest,
+                chosen.out,
+                spec=seen.spec,
+                seed=seen.seed,
+                count=chosen.count,
+                storage=chosen.storage,
+                stream=StreamConfig(block=seen.block, window=seen.window),
+            )
+        )
     return cli.COMPLETE

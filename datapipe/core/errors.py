@@ -57,8 +57,10 @@ class LeaseError(UserError):
 
 
 _HINTS = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room there; where no file is named, in the temporary folder "
-                                                  "(TMPDIR) and where the output goes"),
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT),
+        "make room there; where no file is named, in the temporary folder (TMPDIR) and where the output goes",
+    ),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give the rights to it, or choose another folder"),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files: ulimit -n 4096"),
     errno.ENOMEM: "fewer workers or threads, or a machine with more memory",
@@ -73,5 +75,6 @@ def refusal(error: OSError, *, where: str = "") -> StorageError:
     kind = RefusedError if number in (errno.EACCES, errno.EPERM, errno.EROFS) else StorageError
     hint = _HINTS.get(number, "check the path, the rights and the free space there")
     named = error.filename if isinstance(error.filename, str | bytes) else ""
-    return kind(f"the operating system refused: {error.strerror or error}",
-                where=where or os.fsdecode(named), hint=hint)
+    return kind(
+        f"the operating system refused: {error.strerror or error}", where=where or os.fsdecode(named), hint=hint
+    )

@@ -81,9 +81,10 @@ class Workers:
         try:
             yield from results(futures, most=TASKS_PER_WORKER * self.limit)
         except BrokenProcessPool as error:
-            raise ClusterError("a worker process was killed, probably for want of memory",
-                               hint="run the same command again, it goes on where it stopped; --workers takes fewer"
-                               ) from error
+            raise ClusterError(
+                "a worker process was killed, probably for want of memory",
+                hint="run the same command again, it goes on where it stopped; --workers takes fewer",
+            ) from error
 
     def _submit(self, function: Callable[..., T], task: tuple[Any, ...]) -> "Future[T]":
         if self._pool is None:

@@ -82,8 +82,11 @@ def refuse_other_text(words: Sequence[str]) -> None:
     try:
         folder = os.getcwd()
     except OSError as error:
-        raise StorageError(f"the working directory cannot be used: {error.strerror}", where=os.environ.get("PWD", ""),
-                           hint="it was deleted or replaced: cd to one that is there") from error
+        raise StorageError(
+            f"the working directory cannot be used: {error.strerror}",
+            where=os.environ.get("PWD", ""),
+            hint="it was deleted or replaced: cd to one that is there",
+        ) from error
     for word in (*words, folder):
         try:
             word.encode()

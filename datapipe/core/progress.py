@@ -85,8 +85,9 @@ class Progress:
             yield part
             self.advance(amount)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar:
             self._bar.stop()
             Progress._shown = False
@@ -130,8 +131,12 @@ def _new_bar(*, transient: bool) -> "Bar | None":
         from rich.progress import Progress as Bar
     except ModuleNotFoundError:
         return None
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
-               TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[note]}"),
+    )
     return Bar(*columns, console=Console(stderr=True), transient=transient)
 
 

@@ -127,8 +127,9 @@ def _close(hashes: np.ndarray, groups: np.ndarray, one: np.ndarray, two: np.ndar
     return np.minimum(one, two) << 32 | np.maximum(one, two)
 
 
-def _agreeing(hashes: np.ndarray, groups: np.ndarray, members: np.ndarray, bits: int,
-              rest: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _agreeing(
+    hashes: np.ndarray, groups: np.ndarray, members: np.ndarray, bits: int, rest: Sequence[int]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pairs of members that agree in some bits; all close ones among them. `rest`: the other bits, as two bands."""
     keys = _mixed(hashes[members] & np.uint64(bits), groups[members])
     order = np.argsort(keys)
@@ -140,7 +141,7 @@ def _agreeing(hashes: np.ndarray, groups: np.ndarray, members: np.ndarray, bits:
     large = (counts > SMALL) & (sum(band.bit_count() for band in rest) > FEW_BITS)
     quarters = [half for band in rest for half in _halves(band)]
     for number in np.flatnonzero(large):
-        lot = lots[ends[number] - counts[number]:ends[number]]
+        lot = lots[ends[number] - counts[number] : ends[number]]
         for one, two in combinations(quarters, 2):
             others = [band for band in quarters if band not in (one, two)]
             yield from _agreeing(hashes, groups, lot, bits | one | two, others)

@@ -173,8 +173,10 @@ class Manifest:
         Reads the indexes that hold selected rows, and checks their hashes; DataError names a bad one.
         """
         reads = self._reads(columns, storage).values()
-        with Progress("read indexes", len(reads), unit="shards", quiet_s=QUIET_S) as progress, \
-                ThreadPoolExecutor(INDEX_READS) as pool:
+        with (
+            Progress("read indexes", len(reads), unit="shards", quiet_s=QUIET_S) as progress,
+            ThreadPoolExecutor(INDEX_READS) as pool,
+        ):
             parts = list(progress.over(pool.map(lambda read: read(), reads), lambda _: 1))
         return pyarrow.concat_tables(parts) if parts else _SCHEMA.empty_table().select(list(columns))
 

@@ -77,5 +77,6 @@ class _Edges(NamedTuple):
 @lru_cache(maxsize=8192)
 def _edges(pixels: int, parts: int) -> _Edges:
     whole, rest = np.divmod(np.arange(parts + 1) * pixels, parts)
-    return _Edges(np.stack([whole, np.minimum(whole + 1, pixels)], axis=1).ravel(),
-                  np.stack([parts - rest, rest], axis=1).ravel())
+    return _Edges(
+        np.stack([whole, np.minimum(whole + 1, pixels)], axis=1).ravel(), np.stack([parts - rest, rest], axis=1).ravel()
+    )

@@ -14,12 +14,14 @@ from datapipe.dataset.index import INDEX
 from datapipe.storage import Store
 
 NAME = "quarantine.parquet"
-REFUSED = pyarrow.schema([
-    *(INDEX.field(name) for name in ("key", "source", "name")),
-    ("reason", pyarrow.string()),
-    ("detail", pyarrow.string()),
-    ("bytes", pyarrow.int64()),  # as found
-])
+REFUSED = pyarrow.schema(
+    [
+        *(INDEX.field(name) for name in ("key", "source", "name")),
+        ("reason", pyarrow.string()),
+        ("detail", pyarrow.string()),
+        ("bytes", pyarrow.int64()),  # as found
+    ]
+)
 """Columns of the list."""
 EXACT, NEAR = "exact duplicate", "near duplicate"
 Reasons = dict[str, int]
@@ -47,10 +49,12 @@ def excluded(rows: Iterable[pyarrow.Table]) -> Iterator[pyarrow.Table]:
         if not left_out.num_rows:
             continue
         exact = pyarrow.compute.is_valid(left_out["duplicate_of"])
-        columns = {**{name: left_out[name] for name in ("key", "source", "name")},
-                   "reason": np.where(exact.to_numpy(), EXACT, NEAR),
-                   "detail": pyarrow.compute.coalesce(left_out["duplicate_of"], left_out["near_of"]),
-                   "bytes": left_out["size"]}
+        columns = {
+            **{name: left_out[name] for name in ("key", "source", "name")},
+            "reason": np.where(exact.to_numpy(), EXACT, NEAR),
+            "detail": pyarrow.compute.coalesce(left_out["duplicate_of"], left_out["near_of"]),
+            "bytes": left_out["size"],
+        }
         yield pyarrow.table({name: columns[name] for name in REFUSED.names}).cast(REFUSED)
 
 

@@ -58,8 +58,11 @@ def _refusal(store: Store, name: str, request: bytes) -> DataError:
         differences = list(_differences(there, here))
     except (NotFoundError, ValueError, KeyError):  # just taken back, or of another version of this project
         differences = ["it cannot be read"]
-    return DataError("--out belongs to another data set: " + "; ".join(differences), where=store.address(name),
-                     hint="choose another --out, or delete that folder")
+    return DataError(
+        "--out belongs to another data set: " + "; ".join(differences),
+        where=store.address(name),
+        hint="choose another --out, or delete that folder",
+    )
 
 
 def _differences(there: dict, here: dict) -> Iterator[str]:

@@ -46,8 +46,15 @@ class Ingested:
     """Crops that were left out, by reason; empty where nothing was left to do."""
 
 
-def ingest(sources: Sequence[str], out: str, config: ShardConfig, storage: StorageConfig, *,
-           licence: str = "", workers: Executor | None = None) -> Ingested:
+def ingest(
+    sources: Sequence[str],
+    out: str,
+    config: ShardConfig,
+    storage: StorageConfig,
+    *,
+    licence: str = "",
+    workers: Executor | None = None,
+) -> Ingested:
     """Turn the crops of the sources into a data set in `out`, or finish what an earlier run began.
 
     `workers` does the work, by default processes of this machine; with workers on others, sources, `out` and the spool
@@ -61,12 +68,22 @@ def ingest(sources: Sequence[str], out: str, config: ShardConfig, storage: Stora
     return ingest_sources(opened, out, config, storage, licence=licence, workers=workers)
 
 
-def ingest_sources(sources: Sequence[Source], out: str, config: ShardConfig, storage: StorageConfig, *,
-                   licence: str = "", workers: Executor | None = None) -> Ingested:
+def ingest_sources(
+    sources: Sequence[Source],
+    out: str,
+    config: ShardConfig,
+    storage: StorageConfig,
+    *,
+    licence: str = "",
+    workers: Executor | None = None,
+) -> Ingested:
     """The same with sources that are already open."""
     store = open_store(out, storage)
-    with opened_spool(config.spool, out, storage) as (spool, local), Listing(sources, local) as listing, \
-            Workers(config.workers) as own:
+    with (
+        opened_spool(config.spool, out, storage) as (spool, local),
+        Listing(sources, local) as listing,
+        Workers(config.workers) as own,
+    ):
         request = listing.request(config, licence)
         if not owns_output(store, request):
             probe(store).demand("ranges", "lists", where=out)
@@ -82,8 +99,14 @@ def ingest_sources(sources: Sequence[Source], out: str, config: ShardConfig, sto
         del crops
         shards = write_shards(plan, store, spool, storage, run.workers,
                               with_sidecars=config.sidecars == "json")  # fmt: skip
-        manifest = Manifest(shards, name=listing.name, plan=plan.id, licence=licence,
-                            quarantined=sum(reasons.values()), made_by=libraries()).save(store)
+        manifest = Manifest(
+            shards,
+            name=listing.name,
+            plan=plan.id,
+            licence=licence,
+            quarantined=sum(reasons.values()),
+            made_by=libraries(),
+        ).save(store)
         return Ingested(manifest, False, reasons)
 
 
@@ -131,8 +154,10 @@ class _Run:
             reasons = self.quarantine(parts)
             raise DataError(
                 f"{refused:,} of {kept + refused:,} crops ({share:.1%}) are unusable, more than --max-bad "
-                f"{self.config.max_bad:.1%}: {listed(reasons)}", where=self.store.address(QUARANTINE),
-                hint="see there which and why; mend the source, or raise --max-bad")
+                f"{self.config.max_bad:.1%}: {listed(reasons)}",
+                where=self.store.address(QUARANTINE),
+                hint="see there which and why; mend the source, or raise --max-bad",
+            )
 
     def quarantine(self, parts: Sequence[Scanned], rows: Iterable[pyarrow.Table] = ()) -> Reasons:
         """List what was refused, and what of the planned rows has no place."""
@@ -149,8 +174,11 @@ class _Run:
                 start += rows.num_rows
         twice = repeated(crops)
         if twice is not None:
-            raise DataError("two crops of one source have the same name", where=self._named(parts, twice),
-                            hint="give each of them a name of its own, or leave one of the files out")
+            raise DataError(
+                "two crops of one source have the same name",
+                where=self._named(parts, twice),
+                hint="give each of them a name of its own, or leave one of the files out",
+            )
         return crops, plan_shards(crops, self.config)
 
     def rows(self, parts: Sequence[Scanned]) -> Iterator[pyarrow.Table]:
@@ -159,13 +187,16 @@ class _Run:
             for rows in read_part(self.spool, part.part):
                 segment = rows["segment"][0].as_py()
                 if unsafe(segment):
-                    raise DataError(f"the spool names a file that cannot be its own: {unsafe(segment)}",
-                                    where=f"{self.spool.url}: {segment!r}", hint="delete the spool's folder")
+                    raise DataError(
+                        f"the spool names a file that cannot be its own: {unsafe(segment)}",
+                        where=f"{self.spool.url}: {segment!r}",
+                        hint="delete the spool's folder",
+                    )
                 url = self.spool.address(segment)
                 yield rows.append_column("url", pyarrow.repeat(pyarrow.scalar(url), rows.num_rows))
 
     def _named(self, parts: Sequence[Scanned], row: int) -> str:
-        """"source: name" of a candidate."""
+        """ "source: name" of a candidate."""
         for part in parts:
             if row < part.kept:
                 rows = pyarrow.concat_tables(read_part(self.spool, part.part, ("source", "name")))
@@ -174,11 +205,20 @@ class _Run:
         raise AssertionError("no part holds the row")
 
 
-def write_shards(plan: Plan, store: Store, spool: Store, storage: StorageConfig, workers: Executor, *,
-                 with_sidecars: bool) -> tuple[Shard, ...]:
+def write_shards(
+    plan: Plan, store: Store, spool: Store, storage: StorageConfig, workers: Executor, *, with_sidecars: bool
+) -> tuple[Shard, ...]:
     """All shards of a plan, in their order; the rows of each are in the spool."""
-    sheets = [Sheet(plan.name(number), rows_file(plan, number), int(plan.cuts[number]), int(plan.cuts[number + 1]),
-                    with_sidecars) for number in range(plan.shards)]
+    sheets = [
+        Sheet(
+            plan.name(number),
+            rows_file(plan, number),
+            int(plan.cuts[number]),
+            int(plan.cuts[number + 1]),
+            with_sidecars,
+        )
+        for number in range(plan.shards)
+    ]
     shards: list[Shard] = []
     with Progress("write", plan.bytes) as progress:
         tasks = ((store, spool, sheet, storage) for sheet in sheets)

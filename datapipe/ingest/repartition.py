@@ -20,12 +20,14 @@ from datapipe.storage import Store
 SHARDS_PER_FILE = 8
 CHUNK = 250_000
 """Rows that are sorted in memory before they go to their files."""
-PLANNED = pyarrow.schema([
-    ("place", pyarrow.int64()),  # in the plan
-    *(field for field in INDEX if field.name not in ("offset", "removed")),
-    ("url", pyarrow.string()),  # the object that holds the JPEG now
-    ("start", pyarrow.int64()),  # of the JPEG within it
-])
+PLANNED = pyarrow.schema(
+    [
+        ("place", pyarrow.int64()),  # in the plan
+        *(field for field in INDEX if field.name not in ("offset", "removed")),
+        ("url", pyarrow.string()),  # the object that holds the JPEG now
+        ("start", pyarrow.int64()),  # of the JPEG within it
+    ]
+)
 COMPLETE = "complete"
 
 
@@ -34,8 +36,9 @@ def rows_file(plan: Plan, shard: int) -> str:
     return f"{_folder(plan)}/{shard // SHARDS_PER_FILE:06d}.arrows"
 
 
-def repartition(plan: Plan, crops: Candidates, parts: Iterable[pyarrow.Table], spool: Store, *,
-               local: Path | None = None) -> None:
+def repartition(
+    plan: Plan, crops: Candidates, parts: Iterable[pyarrow.Table], spool: Store, *, local: Path | None = None
+) -> None:
     """Write the file of every shard into the spool, unless an earlier run did.
 
     `parts`: the rows of the candidates in their order, cut anywhere, with the columns of PLANNED besides `place` and
@@ -59,9 +62,12 @@ def planned(plan: Plan, crops: Candidates, parts: Iterable[pyarrow.Table]) -> It
     start = 0
     for part in parts:
         end = start + part.num_rows
-        columns = {**{name: part[name] for name in part.column_names}, "place": place[start:end],
-                   "duplicate_of": _originals(plan.exact, crops, start, end),
-                   "near_of": _originals(plan.near, crops, start, end)}
+        columns = {
+            **{name: part[name] for name in part.column_names},
+            "place": place[start:end],
+            "duplicate_of": _originals(plan.exact, crops, start, end),
+            "near_of": _originals(plan.near, crops, start, end),
+        }
         yield pyarrow.table({name: columns[name] for name in PLANNED.names}).cast(PLANNED)
         start = end
 
@@ -78,8 +84,11 @@ def rows_of_places(spool: Store, name: str, first: int, end: int) -> pyarrow.Tab
     rows = pyarrow.concat_tables(tables)
     rows = rows.take(np.argsort(rows["place"].to_numpy()))
     if not np.array_equal(rows["place"].to_numpy(), np.arange(first, end)):
-        raise DataError("the spool was damaged since the crops were planned", where=spool.address(name),
-                        hint="delete the spool folder and run the same command again")
+        raise DataError(
+            "the spool was damaged since the crops were planned",
+            where=spool.address(name),
+            hint="delete the spool folder and run the same command again",
+        )
     return rows
 
 
@@ -110,14 +119,16 @@ def _chunks(parts: Iterator[pyarrow.Table]) -> Iterator[pyarrow.Table]:
 def _append(plan: Plan, rows: pyarrow.Table, folder: Path) -> None:
     """Sort rows by their place and add them to the files of their shards."""
     place = rows["place"].to_numpy()
-    order = np.argsort(place)[np.count_nonzero(place < 0):]
+    order = np.argsort(place)[np.count_nonzero(place < 0) :]
     rows = rows.take(order).combine_chunks()
     files = plan.cuts[::SHARDS_PER_FILE]
     begins = np.searchsorted(place[order], np.append(files[files < plan.cuts[-1]], plan.cuts[-1]))
     for number, (begin, end) in enumerate(zip(begins[:-1].tolist(), begins[1:].tolist(), strict=True)):
         if begin < end:
-            with open(folder / Path(rows_file(plan, number * SHARDS_PER_FILE)).name, "ab") as file, \
-                    pyarrow.ipc.new_stream(file, rows.schema, options=_OPTIONS) as stream:
+            with (
+                open(folder / Path(rows_file(plan, number * SHARDS_PER_FILE)).name, "ab") as file,
+                pyarrow.ipc.new_stream(file, rows.schema, options=_OPTIONS) as stream,
+            ):
                 stream.write_table(rows.slice(begin, end - begin))
 
 

@@ -45,11 +45,15 @@ MOST_CROPS = 100_000
 LABELS = ("source", "name", "pid", "camera", "video", "track", "frame")
 FOUND = ("key", "size", "height", "width", "sha256", "xxh3", *LABELS)
 """What the scan knows of each kept crop by itself."""
-ROWS = pyarrow.schema([
-    *(INDEX.field(name) for name in FOUND), INDEX.field("dhash"), *HOT,
-    ("segment", pyarrow.string()),  # the object that holds the JPEG
-    ("start", pyarrow.int64()),  # of the JPEG within it
-])
+ROWS = pyarrow.schema(
+    [
+        *(INDEX.field(name) for name in FOUND),
+        INDEX.field("dhash"),
+        *HOT,
+        ("segment", pyarrow.string()),  # the object that holds the JPEG
+        ("start", pyarrow.int64()),  # of the JPEG within it
+    ]
+)
 Work = Sequence[tuple[Source, Unit]]
 """Units that are scanned together."""
 
@@ -100,9 +104,18 @@ def inspected(work: Work, config: ShardConfig) -> Iterator[tuple[Crop, Kept | Re
 
 
 def _part_name(work: Work, config: ShardConfig) -> str:
-    facts = (VERSION, [(source, unit.digest) for source, unit in work], config.min_size, config.max_aspect,
-             config.max_pixels, config.jpeg_quality, config.seed, config.near_within, config.sidecars,
-             sorted(libraries().items()))
+    facts = (
+        VERSION,
+        [(source, unit.digest) for source, unit in work],
+        config.min_size,
+        config.max_aspect,
+        config.max_pixels,
+        config.jpeg_quality,
+        config.seed,
+        config.near_within,
+        config.sidecars,
+        sorted(libraries().items()),
+    )
     return hashlib.sha256(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
@@ -118,8 +131,16 @@ def _scan(work: Work, part: str, spool: Store, config: ShardConfig) -> tuple[int
                 rows.add(segment)
                 segment = _Segment()
         else:
-            refused.append((sample_key(crop.source, crop.name), crop.source, _text(crop.name), str(verdict.reason),
-                            verdict.detail, len(crop.data)))
+            refused.append(
+                (
+                    sample_key(crop.source, crop.name),
+                    crop.source,
+                    _text(crop.name),
+                    str(verdict.reason),
+                    verdict.detail,
+                    len(crop.data),
+                )
+            )
     if segment.found:
         rows.add(segment)
     if refused:
@@ -137,8 +158,9 @@ class _Rows:
         self.part, self.spool, self.config = part, spool, config
         self.segments = self.count = self.bytes = 0
         self._sink = pyarrow.BufferOutputStream()
-        self._writer = pyarrow.parquet.ParquetWriter(self._sink, ROWS, compression="lz4",
-                                                     use_dictionary=["source", "video", "segment"])
+        self._writer = pyarrow.parquet.ParquetWriter(
+            self._sink, ROWS, compression="lz4", use_dictionary=["source", "video", "segment"]
+        )
 
     def add(self, segment: "_Segment") -> None:
         rows = segment.write(f"{self.part}-{self.segments:03d}.crops", self.spool, self.config)
@@ -165,10 +187,23 @@ class _Segment:
 
     def add(self, crop: Crop, kept: Kept) -> None:
         data = kept.data
-        self.found.append((
-            sample_key(crop.source, crop.name), len(data), kept.height, kept.width, hashlib.sha256(data).digest(),
-            xxhash.xxh3_64_intdigest(data), crop.source, _text(crop.name), crop.pid, crop.camera, crop.video,
-            crop.track, crop.frame))
+        self.found.append(
+            (
+                sample_key(crop.source, crop.name),
+                len(data),
+                kept.height,
+                kept.width,
+                hashlib.sha256(data).digest(),
+                xxhash.xxh3_64_intdigest(data),
+                crop.source,
+                _text(crop.name),
+                crop.pid,
+                crop.camera,
+                crop.video,
+                crop.track,
+                crop.frame,
+            )
+        )
         self.hashes.add(kept.luma)
         self.data.append(data)
         self.bytes += len(data)
@@ -184,18 +219,21 @@ class _Segment:
         order = np.argsort(hot["rank"].to_numpy(), kind="stable")
         spool.replace(name, b"".join([self.data[row] for row in order]))
         sizes = sizes[order].astype(np.int64)
-        columns = {**dict(zip(rows.column_names, rows.take(order).columns, strict=True)),
-                   "dhash": self.hashes.all()[order],
-                   **dict(zip(HOT.names, hot.take(order).columns, strict=True)),
-                   "segment": pyarrow.repeat(pyarrow.scalar(name), len(order)),
-                   "start": np.cumsum(sizes) - sizes}
+        columns = {
+            **dict(zip(rows.column_names, rows.take(order).columns, strict=True)),
+            "dhash": self.hashes.all()[order],
+            **dict(zip(HOT.names, hot.take(order).columns, strict=True)),
+            "segment": pyarrow.repeat(pyarrow.scalar(name), len(order)),
+            "start": np.cumsum(sizes) - sizes,
+        }
         return pyarrow.table(columns, schema=ROWS)
 
 
 def _table(schema: pyarrow.Schema, rows: list[tuple[Any, ...]]) -> pyarrow.Table:
     columns = zip(*rows, strict=True)
-    return pyarrow.table([pyarrow.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)],
-                         schema=schema)
+    return pyarrow.table(
+        [pyarrow.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)], schema=schema
+    )
 
 
 def _text(name: str) -> str:

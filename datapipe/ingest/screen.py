@@ -17,9 +17,13 @@ from datapipe.core.image_formats import FORMATS
 JPEG_START = b"\xff\xd8\xff"
 ORIENTATION = 0x0112
 UPRIGHT = {  # EXIF orientation -> the image as it is to be seen
-    2: lambda image: image[:, ::-1], 3: lambda image: image[::-1, ::-1], 4: lambda image: image[::-1],
-    5: lambda image: image.swapaxes(0, 1), 6: lambda image: image.swapaxes(0, 1)[:, ::-1],
-    7: lambda image: image[::-1, ::-1].swapaxes(0, 1), 8: lambda image: image.swapaxes(0, 1)[::-1],
+    2: lambda image: image[:, ::-1],
+    3: lambda image: image[::-1, ::-1],
+    4: lambda image: image[::-1],
+    5: lambda image: image.swapaxes(0, 1),
+    6: lambda image: image.swapaxes(0, 1)[:, ::-1],
+    7: lambda image: image[::-1, ::-1].swapaxes(0, 1),
+    8: lambda image: image.swapaxes(0, 1)[::-1],
 }
 TURNED = (5, 6, 7, 8)
 PLAIN = ("YCbCr", "RGB")
@@ -135,8 +139,9 @@ def _rgb(image: Image.Image) -> np.ndarray:
 
 
 def _encoded(pixels: np.ndarray, config: ShardConfig) -> Kept:
-    data = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=config.jpeg_quality, colorspace="RGB",
-                                  colorsubsampling="420")
+    data = simplejpeg.encode_jpeg(
+        np.ascontiguousarray(pixels), quality=config.jpeg_quality, colorspace="RGB", colorsubsampling="420"
+    )
     return Kept(data, pixels.shape[0], pixels.shape[1], _luma(data))
 
 

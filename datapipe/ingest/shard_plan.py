@@ -19,12 +19,14 @@ from datapipe.dataset.duplicates import Marks, exact_duplicates, near_duplicates
 from datapipe.dataset.tar import END_BYTES
 
 Within = Literal["source", "track", "none"]
-HOT = pyarrow.schema([
-    ("rank", pyarrow.uint64()),  # place in the data set's order, before ties
-    ("group", pyarrow.uint64()),  # crops of one group are looked through for near duplicates; 0: not looked at
-    ("facts", pyarrow.uint64()),  # hash of what the index says besides key, bytes and perceptual hash
-    ("taken", pyarrow.int64()),  # bytes in the tar, headers and sidecar included
-])
+HOT = pyarrow.schema(
+    [
+        ("rank", pyarrow.uint64()),  # place in the data set's order, before ties
+        ("group", pyarrow.uint64()),  # crops of one group are looked through for near duplicates; 0: not looked at
+        ("facts", pyarrow.uint64()),  # hash of what the index says besides key, bytes and perceptual hash
+        ("taken", pyarrow.int64()),  # bytes in the tar, headers and sidecar included
+    ]
+)
 """What the plan needs of a crop besides key, sha256 and dhash."""
 _CHUNK = 1 << 20
 
@@ -45,12 +47,15 @@ def hot_columns(rows: pyarrow.Table, taken: np.ndarray, *, seed: int, near_withi
     labels = list(zip(*(rows[name].to_pylist() for name in ("source", "video", "track")), strict=True))
     groups = {label: _group(label, near_within) for label in set(labels)}
     others = [rows[name].to_pylist() for name in ("height", "width", "pid", "camera", "video", "track", "frame")]
-    return pyarrow.table({
-        "rank": [rank(key, seed) for key in rows["key"].to_pylist()],
-        "group": [groups[label] for label in labels],
-        "facts": [xxhash.xxh3_64_intdigest(repr(facts).encode()) for facts in zip(*others, strict=True)],
-        "taken": taken,
-    }, schema=HOT)
+    return pyarrow.table(
+        {
+            "rank": [rank(key, seed) for key in rows["key"].to_pylist()],
+            "group": [groups[label] for label in labels],
+            "facts": [xxhash.xxh3_64_intdigest(repr(facts).encode()) for facts in zip(*others, strict=True)],
+            "taken": taken,
+        },
+        schema=HOT,
+    )
 
 
 def _group(label: tuple[str, str, int], within: Within) -> int:
@@ -101,7 +106,7 @@ def key_words(keys: Any) -> np.ndarray:
 def key_texts(words: np.ndarray) -> list[str]:
     """The inverse of `key_words`."""
     digits = words.astype(">u8").tobytes().hex()
-    return [digits[start:start + 32] for start in range(0, len(digits), 32)]
+    return [digits[start : start + 32] for start in range(0, len(digits), 32)]
 
 
 def _words(data: bytes, width: int) -> np.ndarray:
@@ -217,7 +222,7 @@ def _digest(crops: Candidates, order: np.ndarray, cuts: np.ndarray, marks: tuple
     """Hash of all crops in their order, the cuts and the marks; independent of the numbers of the rows."""
     digest = hashlib.sha256(b"datapipe plan 2" + cuts.tobytes())
     for start in range(0, len(order), _CHUNK):
-        rows = order[start:start + _CHUNK]
+        rows = order[start : start + _CHUNK]
         for column in (crops.key, crops.content, crops.dhash, crops.facts, crops.taken):
             digest.update(column[rows].tobytes())
     place = places(order, len(crops))

@@ -67,8 +67,9 @@ def sidecars(rows: pyarrow.Table) -> list[bytes]:
     return [json.dumps(row, sort_keys=True).encode() for row in rows.select(SIDECAR).to_pylist()]
 
 
-def build_tar(rows: pyarrow.Table, storage: StorageConfig, *, with_sidecars: bool = False
-              ) -> tuple[bytearray, np.ndarray]:
+def build_tar(
+    rows: pyarrow.Table, storage: StorageConfig, *, with_sidecars: bool = False
+) -> tuple[bytearray, np.ndarray]:
     """(the whole tar, offset int64[n] of each JPEG in it)."""
     keys, sizes, texts = rows["key"].to_pylist(), rows["size"].to_numpy(), sidecars(rows) if with_sidecars else []
     endings = ("jpg", "json") if with_sidecars else ("jpg",)
@@ -79,11 +80,11 @@ def build_tar(rows: pyarrow.Table, storage: StorageConfig, *, with_sidecars: boo
     view = memoryview(tar)
     made = headers([f"{key}.{ending}" for key in keys for ending in endings], sizes).reshape(-1).data
     for number, offset in enumerate(offsets.tolist()):
-        view[offset - BLOCK:offset] = made[number * BLOCK:(number + 1) * BLOCK]
+        view[offset - BLOCK : offset] = made[number * BLOCK : (number + 1) * BLOCK]
     for number, text in enumerate(texts):
         offset = int(offsets[2 * number + 1])
-        view[offset:offset + len(text)] = text
-    offsets = offsets[::len(endings)]
+        view[offset : offset + len(text)] = text
+    offsets = offsets[:: len(endings)]
     _fill(view, offsets, rows, storage)
     return tar, offsets
 
@@ -96,16 +97,19 @@ def _fill(tar: memoryview, offsets: np.ndarray, rows: pyarrow.Table, storage: St
         begin = int(starts[members[0]])
         folder, name = split_url(url)
         try:
-            data = memoryview(open_store(folder, storage).read(
-                name, start=begin, size=int(starts[members[-1]] + sizes[members[-1]]) - begin))
+            data = memoryview(
+                open_store(folder, storage).read(
+                    name, start=begin, size=int(starts[members[-1]] + sizes[members[-1]]) - begin
+                )
+            )
         except NotFoundError as error:
             raise StorageError("crops that were read before are gone", where=url, hint=_AGAIN) from error
         places = (starts[members] - begin).tolist()
         for row, place, size in zip(members.tolist(), places, sizes[members].tolist(), strict=True):
-            crop = data[place:place + size]
+            crop = data[place : place + size]
             if len(crop) != size or xxhash.xxh3_64_intdigest(crop) != hashes[row]:
                 raise DataError("crops are not what they were when they were read before", where=url, hint=_AGAIN)
-            tar[targets[row]:targets[row] + size] = crop
+            tar[targets[row] : targets[row] + size] = crop
 
 
 _AGAIN = "delete the spool folder and run the same command again"
@@ -131,8 +135,11 @@ def _ranges(urls: pyarrow.ChunkedArray, starts: np.ndarray, sizes: np.ndarray) -
 
 def build_index(rows: pyarrow.Table, offsets: np.ndarray, facts: dict[bytes, bytes]) -> bytes:
     """The index as the bytes of a parquet file."""
-    columns = {**{name: rows[name] for name in rows.column_names}, "offset": offsets,
-               "removed": np.zeros(rows.num_rows, bool)}
+    columns = {
+        **{name: rows[name] for name in rows.column_names},
+        "offset": offsets,
+        "removed": np.zeros(rows.num_rows, bool),
+    }
     table = pyarrow.table({name: columns[name] for name in INDEX.names}).cast(INDEX)
     sink = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(table.combine_chunks().replace_schema_metadata(facts), sink, compression="zstd")
@@ -148,12 +155,18 @@ def _finished(store: Store, name: str, index_name: str, rows: int) -> Shard | No
     facts = pyarrow.parquet.read_metadata(pyarrow.BufferReader(index))
     total = int(facts.metadata[TAR_BYTES])
     if facts.num_rows != rows or not store.exists(name) or store.size(name) != total:
-        raise DataError("a shard and its index do not belong together", where=store.address(name),
-                        hint="delete both and run the same command again")
+        raise DataError(
+            "a shard and its index do not belong together",
+            where=store.address(name),
+            hint="delete both and run the same command again",
+        )
     return Shard(name, rows, total, facts.metadata[TAR_SHA256].decode(), index_name, hashlib.sha256(index).hexdigest())
 
 
 def _create(store: Store, name: str, data: bytes | bytearray, sha256: str) -> None:
     if not store.create(name, data) and hashlib.sha256(store.read(name)).hexdigest() != sha256:
-        raise DataError("the name is taken by other bytes", where=store.address(name),
-                        hint="delete the file and run the same command again, or choose another --out")
+        raise DataError(
+            "the name is taken by other bytes",
+            where=store.address(name),
+            hint="delete the file and run the same command again, or choose another --out",
+        )

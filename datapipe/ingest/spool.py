@@ -52,8 +52,11 @@ def check_room(folder: Path | None, wanted: int) -> None:
         return
     free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.glob("*.crops"))
     if free < wanted:
-        raise StorageError(f"the spool needs about {wanted / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
-                           where=str(folder), hint="make room there, or give another folder with --spool")
+        raise StorageError(
+            f"the spool needs about {wanted / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+            where=str(folder),
+            hint="make room there, or give another folder with --spool",
+        )
 
 
 def _url(chosen: str, out: str) -> str:
@@ -72,14 +75,18 @@ def _locked(folder: Path, out: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = open(folder / LOCK, "w")  # noqa: SIM115  (closed below)
     except OSError as error:
-        raise StorageError(f"the spool cannot be made: {error.strerror}", where=str(folder),
-                           hint="check the permissions there, or give another folder with --spool") from error
+        raise StorageError(
+            f"the spool cannot be made: {error.strerror}",
+            where=str(folder),
+            hint="check the permissions there, or give another folder with --spool",
+        ) from error
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise DataError("another run is writing this data set right now", where=out,
-                            hint="wait for it, or choose another --out") from error
+            raise DataError(
+                "another run is writing this data set right now", where=out, hint="wait for it, or choose another --out"
+            ) from error
         try:
             yield
         finally:

@@ -16,8 +16,18 @@ from datapipe.sources.base import Source, Unit
 PART_BYTES = 64_000_000
 """Bytes of sources at which a part ends: a few seconds of work, and few enough parts that a shard, which takes some
 crops of each, reads long ranges. Independent of the number of workers, so that another one can go on."""
-DECIDING = ("samples_per_shard", "shard_mb", "min_size", "max_aspect", "max_pixels", "jpeg_quality", "exclude",
-            "near_within", "sidecars", "seed")
+DECIDING = (
+    "samples_per_shard",
+    "shard_mb",
+    "min_size",
+    "max_aspect",
+    "max_pixels",
+    "jpeg_quality",
+    "exclude",
+    "near_within",
+    "sidecars",
+    "seed",
+)
 """Settings that change what is written."""
 
 
@@ -35,8 +45,9 @@ class Listing:
     def __enter__(self) -> "Listing":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
 
     @property
@@ -52,8 +63,12 @@ class Listing:
 
     def request(self, config: ShardConfig, licence: str) -> bytes:
         """What a data set is made from, the same on every machine and in whatever order the sources are given."""
-        record = {"format": 2, "licence": licence, "settings": {name: getattr(config, name) for name in DECIDING},
-                  "sources": {label: digest.hexdigest() for label, digest in self._digests.items()}}
+        record = {
+            "format": 2,
+            "licence": licence,
+            "settings": {name: getattr(config, name) for name in DECIDING},
+            "sources": {label: digest.hexdigest() for label, digest in self._digests.items()},
+        }
         return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
 
     def _list(self) -> None:

@@ -1,7 +1,7 @@
 """Records of removals and repairs, and the claim that keeps others away until one has ended.
 
-    removals/begun-<id>            claim: a removal or repair is under way
-    removals/<id>.json             what went, why and when; which objects of old versions are to be deleted
+removals/begun-<id>            claim: a removal or repair is under way
+removals/<id>.json             what went, why and when; which objects of old versions are to be deleted
 """
 
 import contextlib

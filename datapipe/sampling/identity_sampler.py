@@ -83,8 +83,10 @@ class IdentityOrder:
         starts = np.flatnonzero(np.diff(sorted_labels, prepend=-1))
         self._first, self._images = starts, np.diff(starts, append=len(sorted_labels))
         if len(starts) < identities:
-            raise DataError(f"batches of {identities} identities need as many; the data set has {len(starts)}",
-                            hint="fewer identities per batch, or a data set with labels: `python -m datapipe stats`")
+            raise DataError(
+                f"batches of {identities} identities need as many; the data set has {len(starts)}",
+                hint="fewer identities per batch, or a data set with labels: `python -m datapipe stats`",
+            )
 
     @property
     def batch(self) -> int:

@@ -27,14 +27,20 @@ def whole_weights(weights: Sequence[float], *, where: str = "") -> tuple[int, ..
     Raises ConfigError for weights that are not positive, or that no numbers below 2^31 are in proportion to.
     """
     if any(not weight > 0 or math.isinf(weight) for weight in weights):
-        raise ConfigError(f"weights of data sets must be positive: {list(weights)}", where=where,
-                          hint="leave out the data set that is not wanted")
+        raise ConfigError(
+            f"weights of data sets must be positive: {list(weights)}",
+            where=where,
+            hint="leave out the data set that is not wanted",
+        )
     exact = [Fraction(str(weight)) for weight in weights]
     parts = [int(share * math.lcm(*(share.denominator for share in exact))) for share in exact]
     whole = tuple(part // math.gcd(*parts) for part in parts)
     if sum(whole) > LARGEST_TOTAL:
-        raise ConfigError(f"the proportion of the weights {list(weights)} is too fine: {list(whole)}", where=where,
-                          hint="give rounder weights, such as 3 and 1")
+        raise ConfigError(
+            f"the proportion of the weights {list(weights)} is too fine: {list(whole)}",
+            where=where,
+            hint="give rounder weights, such as 3 and 1",
+        )
     return whole
 
 

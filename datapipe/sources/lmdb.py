@@ -64,8 +64,11 @@ class LmdbSource:
         if not place.is_folder:
             found = [url for url in place.names if url.lower().endswith(ENDINGS)]
         else:
-            found = [f"{place.folder}/{name}" for name in place.names
-                     if f"/{name}".endswith(f"/{DATA}") or (place.is_pattern and _is_lmdb(name))]
+            found = [
+                f"{place.folder}/{name}"
+                for name in place.names
+                if f"/{name}".endswith(f"/{DATA}") or (place.is_pattern and _is_lmdb(name))
+            ]
         if len(found) > 1:
             raise DataError(f"the source holds {len(found)} LMDBs", where=place.url, hint="give each as its own source")
         return cls(found[0], _find_keys(found[0], place.storage), place.label, place.storage) if found else None

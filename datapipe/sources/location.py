@@ -223,8 +223,11 @@ def _pieces(folder: str, name: str, storage: StorageConfig) -> list[str]:
     found = [(piece, parts) for piece in names if (parts := ARCHIVE.fullmatch(piece))]
     if not match["part"] and any(parts["spanned"] == stem for _, parts in found):
         last = (f"{stem}.zip".lower(), None)
-        return [f"{folder}/{piece}" for piece, parts in found
-                if parts["spanned"] == stem or (piece.lower(), parts["part"]) == last]
+        return [
+            f"{folder}/{piece}"
+            for piece, parts in found
+            if parts["spanned"] == stem or (piece.lower(), parts["part"]) == last
+        ]
     if not match["part"] and name in names:
         return []
     return [f"{folder}/{piece}" for piece, parts in found if parts["archive"] == match["archive"] and parts["part"]]

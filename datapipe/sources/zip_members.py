@@ -76,9 +76,7 @@ def find_directory(stream: BinaryIO, volumes: Sequence[int], url: str) -> Direct
     return Directory(start, size, start - named)
 
 
-def list_entries(
-    stream: BinaryIO, start: int, size: int, volumes: Sequence[int], url: str
-) -> Iterator[Entry]:
+def list_entries(stream: BinaryIO, start: int, size: int, volumes: Sequence[int], url: str) -> Iterator[Entry]:
     """The members in a part of the directory, folders left out. Reads the stream from `start` on, in order."""
     position = start
     while position < start + size:

@@ -92,6 +92,7 @@ class FsspecStore(Store):
 
     def delete(self, name: str) -> None:
         self.refuse_outside(name)
+
         def remove() -> None:
             self.permit()
             if self._system.exists(self._path(name)):

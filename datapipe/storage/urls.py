@@ -54,5 +54,8 @@ def _refuse_one_slash(url: str) -> None:
     """What pathlib and normpath make of "s3://bucket" would be a folder called "s3:"."""
     if match := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", url):
         scheme, rest = match[1], url[match.end() :]
-        raise StorageError("an address of an object store has two slashes", where=url,
-                           hint=f"{scheme}://{rest}; for a local folder of that name, ./{url}")
+        raise StorageError(
+            "an address of an object store has two slashes",
+            where=url,
+            hint=f"{scheme}://{rest}; for a local folder of that name, ./{url}",
+        )

@@ -79,8 +79,14 @@ def load_data(config: StreamConfig, storage: StorageConfig) -> Data:
 
 def _refuse_contradictions(config: StreamConfig) -> None:
     if config.mix and config.manifest:
-        raise ConfigError("one data set is given, and several", where="stream.manifest, stream.mix",
-                          hint='name all of them in stream.mix, and set stream.manifest to ""')
+        raise ConfigError(
+            "one data set is given, and several",
+            where="stream.manifest, stream.mix",
+            hint='name all of them in stream.mix, and set stream.manifest to ""',
+        )
     if config.weights and len(config.weights) != len(config.mix):
-        raise ConfigError(f"{len(config.weights)} weights are given for {len(config.mix)} data sets",
-                          where="stream.weights, stream.mix", hint="one weight for each of stream.mix, or none")
+        raise ConfigError(
+            f"{len(config.weights)} weights are given for {len(config.mix)} data sets",
+            where="stream.weights, stream.mix",
+            hint="one weight for each of stream.mix, or none",
+        )

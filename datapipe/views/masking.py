@@ -52,8 +52,10 @@ class MaskConfig:
     def _fits(self) -> "MaskConfig":
         if not self.ratios or len(self.ratios) != len(self.spreads):
             raise ValueError(f"{len(self.ratios)} ratios need as many spreads, not {len(self.spreads)}")
-        if any(not 0 <= ratio - spread <= ratio + spread < 1 for ratio, spread in zip(self.ratios, self.spreads,
-                                                                                   strict=True)):
+        if any(
+            not 0 <= ratio - spread <= ratio + spread < 1
+            for ratio, spread in zip(self.ratios, self.spreads, strict=True)
+        ):
             raise ValueError("ratio - spread must not fall below 0, ratio + spread not reach 1")
         if not 0 < self.aspect[0] <= self.aspect[1]:
             raise ValueError(f"aspect = {self.aspect} is not (lowest, highest)")

@@ -54,6 +54,8 @@ def test_unpickling__nowhere_that_could_run_code() -> None:
 
 def test_unpickling__faults_are_found(tmp_path: Path) -> None:
     bad = tmp_path / "bad.py"
-    bad.write_text("import torch, dill\nfrom pickle import loads\nimport pickle\ntorch.load(x)\n"
-                   "torch.load(x, weights_only=True)\npickle.loads(x)\nnp.load(x, allow_pickle=True)\neval(x)\n")
+    bad.write_text(
+        "import torch, dill\nfrom pickle import loads\nimport pickle\ntorch.load(x)\n"
+        "torch.load(x, weights_only=True)\npickle.loads(x)\nnp.load(x, allow_pickle=True)\neval(x)\n"
+    )
     assert len(list(_faults(bad, tmp_path))) == 7

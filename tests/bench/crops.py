@@ -26,8 +26,10 @@ NOISE = 5.0
 """Of the sensor, in grey levels; it decides how many bytes the crops take."""
 SHARDS = 8
 KINDS = ("large", "small")
-ABOUT = ("large crops: 224-288 x 112-144 pixels, about 9 kB; small ones, like LUPerson's: median 160 x 50 pixels and "
-         "3 kB; JPEG quality 88")
+ABOUT = (
+    "large crops: 224-288 x 112-144 pixels, about 9 kB; small ones, like LUPerson's: median 160 x 50 pixels and "
+    "3 kB; JPEG quality 88"
+)
 
 
 @dataclass(frozen=True)

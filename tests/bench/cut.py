@@ -21,8 +21,12 @@ def cut(image: np.ndarray, out: np.ndarray) -> None:
     """A random resized crop, resized as `datapipe.views.render` does it with "linear"."""
     top, left, height, width = _box(*image.shape[:2])
     shrinks = height > out.shape[0] and width > out.shape[1]
-    cv2.resize(image[top:top + height, left:left + width], out.shape[1::-1], dst=out,
-               interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    cv2.resize(
+        image[top : top + height, left : left + width],
+        out.shape[1::-1],
+        dst=out,
+        interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR,
+    )
 
 
 def _box(height: int, width: int) -> tuple[int, int, int, int]:

@@ -54,8 +54,10 @@ class Grown:
 
     def __str__(self) -> str:
         each = self.cpu_s / self.rows * 1e6
-        return (f"{self.rows:>12,} rows: {self.seconds:8.1f} s, {self.cpu_s:8.1f} CPU-s, {each:7.2f} CPU-us per row, "
-                f"peak {self.peak_mb:,.0f} MB; {self.what}")
+        return (
+            f"{self.rows:>12,} rows: {self.seconds:8.1f} s, {self.cpu_s:8.1f} CPU-s, {each:7.2f} CPU-us per row, "
+            f"peak {self.peak_mb:,.0f} MB; {self.what}"
+        )
 
 
 def plan(rows: int) -> Grown:
@@ -75,8 +77,10 @@ def ingest(rows: int) -> Grown:
         with redirect_stderr(StringIO()):
             done = ingest_sources([source], str(folder / "out"), ShardConfig(), StorageConfig())
         marked = done.manifest.table(["duplicate_of", "near_of"])
-        return (f"{len(done.manifest.shards)} shards, {rows - marked['duplicate_of'].null_count:,} exact and "
-                f"{rows - marked['near_of'].null_count:,} near duplicates")
+        return (
+            f"{len(done.manifest.shards)} shards, {rows - marked['duplicate_of'].null_count:,} exact and "
+            f"{rows - marked['near_of'].null_count:,} near duplicates"
+        )
 
     try:
         return _measured(rows, work)
@@ -133,7 +137,7 @@ def _candidates(rows: int) -> Candidates:
         made.group[part] = random.integers(1, SOURCES + 1, size, np.uint64)
         made.taken[part] = member_bytes(np.exp(random.normal(8.2, 0.5, size)).astype(np.int64))
         copies = int(COPIES * size)
-        made.content[part][:copies] = made.content[part][copies:2 * copies]
+        made.content[part][:copies] = made.content[part][copies : 2 * copies]
         flips = np.uint64(1) << random.integers(0, 64, (2, copies)).astype(np.uint64)
         made.dhash[part][:copies] = made.dhash[part][-copies:] ^ flips[0] ^ flips[1]
         made.group[part][:copies] = made.group[part][-copies:]

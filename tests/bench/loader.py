@@ -121,8 +121,8 @@ def _views_alone(found: Crops, scale: Scale) -> Work:
 
     def work() -> int:
         for low in range(0, len(found.jpegs), scale.batch):
-            part = found.jpegs[low:low + scale.batch]
-            views = {name: stack[:, :len(part)] for name, stack in out.items()}
+            part = found.jpegs[low : low + scale.batch]
+            views = {name: stack[:, : len(part)] for name, stack in out.items()}
             make_views(part, spec, 0, np.arange(low, low + len(part)), views)
         return len(found.jpegs)
 
@@ -134,10 +134,14 @@ def _webdataset(found: Crops, scale: Scale) -> Iterator[Work]:
     urls = [f"{found.dataset}/{shard.name}" for shard in Manifest.load(found.dataset).shards]
     dataset = (
         webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False)
-        .shuffle(1000).to_tuple("jpg").map_tuple(decoded_and_cut).batched(scale.batch)
+        .shuffle(1000)
+        .to_tuple("jpg")
+        .map_tuple(decoded_and_cut)
+        .batched(scale.batch)
     )
-    yield _epoch(webdataset.WebLoader(dataset, batch_size=None, num_workers=scale.workers,
-                                      persistent_workers=scale.workers > 0))
+    yield _epoch(
+        webdataset.WebLoader(dataset, batch_size=None, num_workers=scale.workers, persistent_workers=scale.workers > 0)
+    )
 
 
 @contextmanager
@@ -145,8 +149,11 @@ def _torchvision(found: Crops, scale: Scale) -> Iterator[Work]:
     cut = transforms.RandomResizedCrop(GLOBAL, ONE_SCALE, ONE_RATIO, interpolation=BICUBIC)
     files = ImageFolder(str(found.files), transforms.Compose([cut, normalised()]))
     part = Subset(files, range(0, len(files), PIL_SHARE))
-    yield _epoch(DataLoader(part, batch_size=scale.batch, shuffle=True, num_workers=scale.workers,
-                            persistent_workers=scale.workers > 0))
+    yield _epoch(
+        DataLoader(
+            part, batch_size=scale.batch, shuffle=True, num_workers=scale.workers, persistent_workers=scale.workers > 0
+        )
+    )
 
 
 def _apart(scale: Scale) -> list[str]:

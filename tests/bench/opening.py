@@ -84,7 +84,7 @@ def _index(random: np.random.Generator, number: int, rows: int) -> tuple[bytes, 
     size = np.exp(random.normal(8.1, 0.45, rows)).astype(np.int32)
     offset, end = layout(size)
     hashes = random.bytes(32 * rows)
-    digests = [hashes[low:low + 32] for low in range(0, 32 * rows, 32)]
+    digests = [hashes[low : low + 32] for low in range(0, 32 * rows, 32)]
     words = random.integers(0, 2**64, (2, rows), np.uint64)
     people = random.integers(0, 200_000, rows)
     columns = {

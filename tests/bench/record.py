@@ -20,8 +20,10 @@ LIBRARIES = ("numpy", "opencv-python-headless", "pillow", "simplejpeg", "torch",
 
 def record(tables: list[Table], load: str, note: str, file: Path = FILE) -> None:
     """One section per run; `load` is the load average before it, `note` whatever else a reader should know."""
-    facts = [f"- {_processor()}, {os.cpu_count()} cores; load average {load} before the run, {load_average()} after it",
-             f"- Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in LIBRARIES)]
+    facts = [
+        f"- {_processor()}, {os.cpu_count()} cores; load average {load} before the run, {load_average()} after it",
+        f"- Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
+    ]
     if note:
         facts.append(f"- {note}")
     if not file.exists():

@@ -49,12 +49,15 @@ def retrieval(scale: Scale) -> Table:
     mine = ours.average_precision[ours.queries < len(few.query)]
     np.testing.assert_allclose(_sorted(distances, few.labels), mine, rtol=0, atol=1e-3)
     with threadpool_limits(1):  # idle BLAS threads spin, which would count as CPU time
-        cpu = rates({
-            OURS: lambda: _evaluate(task),
-            PRODUCT: lambda: _product(task),
-            RANKED: lambda: len(evaluate_distances(distances, *few.labels).nearest),
-            LOOP: lambda: _sort(distances, few.labels),
-        }, scale.rounds)
+        cpu = rates(
+            {
+                OURS: lambda: _evaluate(task),
+                PRODUCT: lambda: _product(task),
+                RANKED: lambda: len(evaluate_distances(distances, *few.labels).nearest),
+                LOOP: lambda: _sort(distances, few.labels),
+            },
+            scale.rounds,
+        )
     works: dict[str, Work] = {OURS: lambda: _evaluate(task), SORTED: lambda: _loop(few)}
     wall = rates(works, scale.rounds, dict.fromkeys(works, perf_counter))
     rows = (*_compared(cpu, wall, whole=scale == full(scale)), *_sizes(memory_mb, scale))

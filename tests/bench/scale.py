@@ -35,8 +35,20 @@ class Scale:
     """Queries that the loop of argsorts gets: its time is proportional to them."""
 
 
-TOY = Scale(rounds=1, crops=24, images=2, batch=8, workers=0, loader_peers=False, order_rows=10**5,
-            opened_rows=25_000, queries=30, gallery=200, channels=8, looped=30)
+TOY = Scale(
+    rounds=1,
+    crops=24,
+    images=2,
+    batch=8,
+    workers=0,
+    loader_peers=False,
+    order_rows=10**5,
+    opened_rows=25_000,
+    queries=30,
+    gallery=200,
+    channels=8,
+    looped=30,
+)
 """For the test: every line runs, no figure means anything."""
 
 

@@ -20,13 +20,27 @@ def pass_views(interpolation: Interpolation, *, colours: bool) -> ViewSpec:
     """PASS's 11 views; without colours only cut, resized and flipped."""
     config = ViewConfig(global_scale=GLOBAL_SCALE, local_scale=LOCAL_SCALE, interpolation=interpolation)
     if not colours:
-        config = ViewConfig(global_scale=GLOBAL_SCALE, local_scale=LOCAL_SCALE, interpolation=interpolation, grey=0.0,
-                            jitter=JitterConfig(probability=0.0), blur=(0.0, 0.0, 0.0), solarise=(0.0, 0.0, 0.0))
+        config = ViewConfig(
+            global_scale=GLOBAL_SCALE,
+            local_scale=LOCAL_SCALE,
+            interpolation=interpolation,
+            grey=0.0,
+            jitter=JitterConfig(probability=0.0),
+            blur=(0.0, 0.0, 0.0),
+            solarise=(0.0, 0.0, 0.0),
+        )
     return multi_crop(config, size=GLOBAL, local_size=LOCAL, local_bands=BANDS)
 
 
 def one_view() -> ViewSpec:
     """One random resized crop to 256 x 128, linear, never flipped."""
-    group = ViewGroup(name="one", size=GLOBAL, scale=ONE_SCALE, ratio=ONE_RATIO, flip=0.0, bands=((0.0, 1.0),),
-                      photometric=(Photometric(),))
+    group = ViewGroup(
+        name="one",
+        size=GLOBAL,
+        scale=ONE_SCALE,
+        ratio=ONE_RATIO,
+        flip=0.0,
+        bands=((0.0, 1.0),),
+        photometric=(Photometric(),),
+    )
     return ViewSpec((group,), interpolation="linear")

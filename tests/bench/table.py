@@ -35,8 +35,15 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         judged = (self.ratio or self.ours).median
         met = "" if self.target is None else "yes" if self.target.met(judged) else "NO"
-        return (self.what, _text(self.ours), self.against or "-", _text(self.theirs), _text(self.ratio),
-                str(self.target or "-"), met or "-")
+        return (
+            self.what,
+            _text(self.ours),
+            self.against or "-",
+            _text(self.theirs),
+            _text(self.ratio),
+            str(self.target or "-"),
+            met or "-",
+        )
 
 
 @dataclass(frozen=True)

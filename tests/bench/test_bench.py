@@ -60,15 +60,25 @@ def test_rates__are_of_cpu_time_and_leave_the_first_round_out() -> None:
 
 def test_table__says_which_targets_are_met(tmp_path: Path) -> None:
     two, five = Spread(2, 1, 3), Spread(1234.5, 1000, 2000)
-    rows = (Row("enough", five, "other", five, two, Target(1.5)), Row("slow", five, "other", five, two, Target(3)),
-            Row("small", two, target=Target(2, at_least=False)))
+    rows = (
+        Row("enough", five, "other", five, two, Target(1.5)),
+        Row("slow", five, "other", five, two, Target(3)),
+        Row("small", two, target=Target(2, at_least=False)),
+    )
     for _ in range(2):
         record([Table("name", "about", "unit", rows, ("a note",))], "1.0", "shared", tmp_path / "BENCHMARKS.md")
     text = (tmp_path / "BENCHMARKS.md").read_text()
     assert text.count("# Benchmarks") == 1 and text.count("### name: about") == 2 and "- shared" in text
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     enough, slow, small = (next(line for line in lines if line[:1] == [row.what]) for row in rows)
-    assert enough == ["enough", "1 234 (1 000 to 2 000)", "other", "1 234 (1 000 to 2 000)", "2.00 (1.00 to 3.00)",
-                      "at least 1.5", "yes"]
+    assert enough == [
+        "enough",
+        "1 234 (1 000 to 2 000)",
+        "other",
+        "1 234 (1 000 to 2 000)",
+        "2.00 (1.00 to 3.00)",
+        "at least 1.5",
+        "yes",
+    ]
     assert slow[-1] == "NO"
     assert small[2:] == ["-", "-", "-", "at most 2", "yes"]

@@ -23,7 +23,7 @@ WHOLE, WHOLE_TENSORS = "PIL + torchvision: whole", "PIL + torchvision: whole, To
 
 def views(scale: Scale) -> Table:
     """Geometry alone and the whole recipe; ours in uint8 and normalised on the CPU; linear and bicubic."""
-    rows = [row for kind in KINDS for row in _rows(kind, _measured(crops(kind, scale).jpegs[:scale.images], scale))]
+    rows = [row for kind in KINDS for row in _rows(kind, _measured(crops(kind, scale).jpegs[: scale.images], scale))]
     notes = (
         ABOUT,
         "11 views: 2 x 256x128 of the image, 9 x 128x64 of its thirds; decoding included on both sides",

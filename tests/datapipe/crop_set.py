@@ -64,8 +64,16 @@ def write(folder: Path, count: int, *, per_shard: int = 10, seed: int = 0, no_im
         tar, index = _shard(rows, crops)
         store.create(f"{name}.tar", tar)
         store.create(f"{name}.parquet", index)
-        shards.append(Shard(f"{name}.tar", len(rows), len(tar), sha256(tar).hexdigest(), f"{name}.parquet",
-                            sha256(index).hexdigest()))
+        shards.append(
+            Shard(
+                f"{name}.tar",
+                len(rows),
+                len(tar),
+                sha256(tar).hexdigest(),
+                f"{name}.parquet",
+                sha256(index).hexdigest(),
+            )
+        )
     return CropSet(folder, Manifest(tuple(shards), name="crops").save(store), crops)
 
 
@@ -77,12 +85,26 @@ def _shard(rows: range, crops: list[bytes]) -> tuple[bytes, bytes]:
             member = tarfile.TarInfo(f"{row:032x}.jpg")
             member.size = len(data)
             archive.addfile(member, BytesIO(data))
-            records.append({
-                "key": f"{row:032x}", "offset": archive.offset - -(-len(data) // 512) * 512, "size": len(data),
-                "height": 0, "width": 0, "sha256": sha256(data).digest(), "xxh3": xxhash.xxh3_64_intdigest(data),
-                "source": "test", "name": str(row), "pid": row // 2, "camera": row % 3 + 1,
-                "dhash": 0, "video": "", "track": -1, "frame": -1, "removed": False,
-            })
+            records.append(
+                {
+                    "key": f"{row:032x}",
+                    "offset": archive.offset - -(-len(data) // 512) * 512,
+                    "size": len(data),
+                    "height": 0,
+                    "width": 0,
+                    "sha256": sha256(data).digest(),
+                    "xxh3": xxhash.xxh3_64_intdigest(data),
+                    "source": "test",
+                    "name": str(row),
+                    "pid": row // 2,
+                    "camera": row % 3 + 1,
+                    "dhash": 0,
+                    "video": "",
+                    "track": -1,
+                    "frame": -1,
+                    "removed": False,
+                }
+            )
     index = BytesIO()
     pyarrow.parquet.write_table(pa.Table.from_pylist(records, INDEX), index)
     return tar.getvalue(), index.getvalue()

@@ -151,8 +151,9 @@ def test_pretrain__no_cluster_at_the_address(data: Manifest, tmp_path: Path, her
     assert not (tmp_path / "run").exists()
 
 
-def test_pretrain__no_compiler_for_compiled_blocks(data: Manifest, tmp_path: Path, here: Run,
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretrain__no_compiler_for_compiled_blocks(
+    data: Manifest, tmp_path: Path, here: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     path = recipe(tmp_path, data.url, str(tmp_path / "run"))

@@ -40,8 +40,10 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(params=["local", "s3"])
 def config(request: pytest.FixtureRequest, manifest: str, tmp_path: Path) -> RunConfig:
     """Of a run without end."""
-    out, flags = str(tmp_path / "run"), ["--cluster.lease-s", str(LEASE_S), "--optimisation.epochs", "100000",
-                                                "--checkpoints.every-steps", "20"]
+    out, flags = (
+        str(tmp_path / "run"),
+        ["--cluster.lease-s", str(LEASE_S), "--optimisation.epochs", "100000", "--checkpoints.every-steps", "20"],
+    )
     if request.param == "s3":
         server: S3Server = request.getfixturevalue("s3")
         out = f"s3://{server.bucket()}/run"

@@ -64,8 +64,15 @@ def test_recipe__runs_three_real_steps(path: Path, manifest: str, tmp_path: Path
     assert ending.complete and ending.step == 3
     records = tiny.step_records(tmp_path / "run")
     assert [record["step"] for record in records] == [1, 2, 3]
-    wanted = {"loss", "loss_cls", "target_entropy", "target_information", "feature_cosine", "feature_rank",
-              "student_teacher_cosine"}
+    wanted = {
+        "loss",
+        "loss_cls",
+        "target_entropy",
+        "target_information",
+        "feature_cosine",
+        "feature_rank",
+        "student_teacher_cosine",
+    }
     assert wanted | METRICS[config.method.name] <= records[-1].keys()
 
 

@@ -64,9 +64,7 @@ def none_left(mark: str) -> list[str]:
     return left
 
 
-def stop(
-    words: list[str], beginning: str, number: signal.Signals, **environment: str
-) -> tuple[int, str, list[str]]:
+def stop(words: list[str], beginning: str, number: signal.Signals, **environment: str) -> tuple[int, str, list[str]]:
     """(exit code, output, lines of errors) of a command that gets a signal once a line of its output begins so."""
     mark = uuid4().hex
     process = command(*words, cold=True, **{MARK: mark}, **environment)

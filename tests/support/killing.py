@@ -69,14 +69,20 @@ def local_objects(folder: Path, *aside: str) -> dict[str, bytes]:
     """Every file of a folder by its name; not those in the sub-folders `aside`, nor temporary ones and probes."""
     files = (path for path in folder.rglob("*") if path.is_file())
     found = {str(path.relative_to(folder)): path for path in files}
-    return {name: path.read_bytes() for name, path in found.items()
-            if not name.startswith((PROBE, *(f"{part}/" for part in aside))) and not name.endswith(".part")}
+    return {
+        name: path.read_bytes()
+        for name, path in found.items()
+        if not name.startswith((PROBE, *(f"{part}/" for part in aside))) and not name.endswith(".part")
+    }
 
 
 def s3_objects(server: S3Server, bucket: str, prefix: str) -> dict[str, bytes]:
     """The same for a prefix of a bucket."""
-    return {name.removeprefix(prefix): data for name, data in server.objects(bucket).items()
-            if name.startswith(prefix) and not name.startswith(f"{prefix}{PROBE}")}
+    return {
+        name.removeprefix(prefix): data
+        for name, data in server.objects(bucket).items()
+        if name.startswith(prefix) and not name.startswith(f"{prefix}{PROBE}")
+    }
 
 
 def _duration(context: Any, job: Job) -> float:

@@ -1,6 +1,5 @@
 """python -m training report: one self-contained page of a run folder."""
 
-
 import tyro
 
 from datapipe.core import cli

@@ -104,7 +104,7 @@ class MaskedHead(nn.Module):
             self.last_layer2 = Prototypes(config.bottleneck, patch_out_dim, norm_last_layer=config.norm_last_layer)
 
     def forward(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """"cls" and "patch" -> [..., C] in, -> logits [..., K] out."""
+        """ "cls" and "patch" -> [..., C] in, -> logits [..., K] out."""
         last = {"cls": self.last_layer, "patch": self.last_layer2 or self.last_layer}
         return {token: last[token](F.normalize(self.mlp(values), dim=-1)) for token, values in rows.items()}
 

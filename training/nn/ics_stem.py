@@ -6,7 +6,6 @@ SyncBatchNorm refuses CPU tensors, and padding must not count.
 Shapes: B images, H x W pixels, C channels, N patches, V calls of a norm in one step.
 """
 
-
 import torch
 from torch import Tensor, nn
 

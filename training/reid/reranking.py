@@ -57,9 +57,7 @@ def _distances(
         yield start, distances
 
 
-def neighbours(
-    features: Floats, k1: int, *, chunk_mb: float, threads: int, label: str = "neighbours"
-) -> Neighbours:
+def neighbours(features: Floats, k1: int, *, chunk_mb: float, threads: int, label: str = "neighbours") -> Neighbours:
     """Of every image among all."""
     keep = min(k1 + 1, len(features))
 

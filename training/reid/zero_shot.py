@@ -128,8 +128,14 @@ def evaluate_features(
     labels = (reid.query.pids, reid.gallery.pids, reid.query.cameras, reid.gallery.cameras)
     ways = {"": None, " re-ranked": scoring.reranking} if scoring.rerank else {"": None}
     results = {
-        f"{name}{ending}": evaluate(query[name], gallery[name], *labels, keep=SHOWN, reranking=reranking,
-                                  label=f"{weights.name}: rank by {name}{ending}")
+        f"{name}{ending}": evaluate(
+            query[name],
+            gallery[name],
+            *labels,
+            keep=SHOWN,
+            reranking=reranking,
+            label=f"{weights.name}: rank by {name}{ending}",
+        )
         for name in query
         for ending, reranking in ways.items()
     }

@@ -10,10 +10,13 @@ from training.report.svg_plots import Curve, Plot
 from training.trainer.monitoring import collapse
 from training.trainer.monitoring.collapse import Rule, Sign
 
-_ELSEWHERE = frozenset(
-    ("attempt", "step", "samples", "epoch", "done", "time", "lr", "weight_decay", "momentum")
-    + ("loss", "images_compared", "uniform_entropy", "uniform_entropy_patch", "uniform_entropy_identity")
-) | SPEED_KEYS
+_ELSEWHERE = (
+    frozenset(
+        ("attempt", "step", "samples", "epoch", "done", "time", "lr", "weight_decay", "momentum")
+        + ("loss", "images_compared", "uniform_entropy", "uniform_entropy_patch", "uniform_entropy_identity")
+    )
+    | SPEED_KEYS
+)
 """Numbers of a record that have a place of their own, or that others are judged by."""
 
 

@@ -114,7 +114,7 @@ def _writing(config: RunConfig, world: World, host: Host, guard: Guard | None) -
 
 
 def ran_on(folder: RunFolder) -> str:
-    """"cuda" or "cpu": what the run in this folder was on last; empty where there is none that says so."""
+    """ "cuda" or "cpu": what the run in this folder was on last; empty where there is none that says so."""
     return str(json.loads(folder.read_text("environment.json") or "{}").get("device_type", ""))
 
 
@@ -125,9 +125,7 @@ def refuse_slower(config: RunConfig, folder: RunFolder, world: World) -> None:
                           hint="--engine.device cpu goes on with it on CPUs")  # fmt: skip
 
 
-def _pretrain(
-    plan: RunPlan, folder: RunFolder, world: World, host: Host, reason: str, startup: Startup
-) -> Ending:
+def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason: str, startup: Startup) -> Ending:
     config, clock, share = plan.config, plan.clock, plan.share(world.size)
     say = host.say if world.leads else _silent
     if world.leads and reason == "started" and (warning := cpu_forecast.warning(config, clock, world)):
@@ -143,8 +141,14 @@ def _pretrain(
     stepper = make_stepper(config, method, world, share)
     world.expect_within(config.cluster.start_timeout_s + config.cluster.collective_timeout_s)  # DeepSpeed's groups, too
     checkpoints = Checkpoints(
-        folder.at("checkpoints"), config.checkpoints, world, about=about(plan, world, origin), say=say,
-        replaces=plan.data.replaces, epoch_steps=clock.epoch_steps, guard=folder.guard,
+        folder.at("checkpoints"),
+        config.checkpoints,
+        world,
+        about=about(plan, world, origin),
+        say=say,
+        replaces=plan.data.replaces,
+        epoch_steps=clock.epoch_steps,
+        guard=folder.guard,
     )
     startup.reached("engine")
     say("looks for a checkpoint")
@@ -181,8 +185,13 @@ def _pretrain(
             if reason != "started":
                 run.recorder.say(reason)
             run.recorder.say(_opening(plan, resumed, method))
-            for line in filter(None, (slow_precision(config.optimisation.precision, world.device),
-                                      unused_gpus(world.device, config.engine.device))):
+            for line in filter(
+                None,
+                (
+                    slow_precision(config.optimisation.precision, world.device),
+                    unused_gpus(world.device, config.engine.device),
+                ),
+            ):
                 run.recorder.say(line)
             run.recorder.say(f"stopped and resumed, or done again: {guarantee(config, world)}")
             if origin and resumed is None:

@@ -74,7 +74,12 @@ class Trial:
     """The run of one recipe, whose batches are one micro-batch each, so far as it has come."""
 
     def __init__(
-        self, config: RunConfig, initial: Method, device: torch.device, *, precision: Precision,
+        self,
+        config: RunConfig,
+        initial: Method,
+        device: torch.device,
+        *,
+        precision: Precision,
         store: Store | None = None,
     ) -> None:
         """`initial` stays as it is. `store`: where checkpoints go; None: nowhere."""

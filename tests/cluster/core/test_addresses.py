@@ -101,8 +101,9 @@ def test_head__a_name_server_that_is_silent_does_not_hold_up(monkeypatch: pytest
     answered.set()
 
 
-def test_dashboard__that_does_not_answer_is_named(closed: str, silent: str, refusing: str,
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dashboard__that_does_not_answer_is_named(
+    closed: str, silent: str, refusing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for url in (f"http://{closed}", "http://no-such-host.invalid:8265", "anyscale://x", "http://", "http://h:port"):
         with pytest.raises(ClusterError) as refused:
             dashboard_of(url)

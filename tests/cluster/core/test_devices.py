@@ -33,8 +33,10 @@ def test_index__of_unequal_machines_is_each_workers_own_gpu(counts: tuple[int, .
         assert [_visible(given).split(",")[index] for index in found] == given
 
 
-@pytest.mark.parametrize(("given", "visible", "index"), [
-    (["3"], "3", 0), (["3"], "2,3", 1), (["5"], None, 5), (["GPU-8f2c"], "GPU-1a,GPU-8f2c", 1), (["10"], "10,9", 0)])
+@pytest.mark.parametrize(
+    ("given", "visible", "index"),
+    [(["3"], "3", 0), (["3"], "2,3", 1), (["5"], None, 5), (["GPU-8f2c"], "GPU-1a,GPU-8f2c", 1), (["10"], "10,9", 0)],
+)
 def test_index__is_a_place_among_the_visible(given: list[str], visible: str | None, index: int) -> None:
     assert index_of(given, visible) == index
 
@@ -63,12 +65,15 @@ def test_decide__what_workers_compute_on(asked: Any, offer: Offer, before: str, 
     assert choice.kind == kind and choice.why
 
 
-@pytest.mark.parametrize(("asked", "offer", "before", "said"), [
-    ("cuda", HERE, "", "this machine offers Ray no GPU"),
-    ("cuda", CLUSTER, "", "no autoscaler"),
-    ("auto", HERE, "cuda", "was trained on GPUs so far"),
-    ("auto", UNKNOWN, "", "does not say whether"),
-])
+@pytest.mark.parametrize(
+    ("asked", "offer", "before", "said"),
+    [
+        ("cuda", HERE, "", "this machine offers Ray no GPU"),
+        ("cuda", CLUSTER, "", "no autoscaler"),
+        ("auto", HERE, "cuda", "was trained on GPUs so far"),
+        ("auto", UNKNOWN, "", "does not say whether"),
+    ],
+)
 def test_decide__refuses_what_cannot_be_or_is_not_known(asked: Any, offer: Offer, before: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as found:
         decide(asked, offer, before=before)

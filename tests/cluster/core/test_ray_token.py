@@ -74,9 +74,7 @@ def followed(home: Path, output: str) -> str:
 
 
 @pytest.mark.slow
-def test_submit__without_an_address_goes_to_the_cluster_of_this_machine(
-    home: Path, crops: Path, asking: Head
-) -> None:
+def test_submit__without_an_address_goes_to_the_cluster_of_this_machine(home: Path, crops: Path, asking: Head) -> None:
     """As the README has it: `ray start --head`, then `submit`, in a shell with nothing but what Ray itself left."""
     code, output, errors = run(home, "submit", *sharding(crops, "here"), RAY_TMPDIR=str(asking.session.parent))
     assert code == 0, errors

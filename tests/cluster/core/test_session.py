@@ -31,8 +31,9 @@ def test_scratch__is_in_the_temporary_folder_where_that_is_short(monkeypatch: py
 
 
 @pytest.mark.parametrize("below", ["slurm_job_1355700_" + "x" * 80, "absent/folder"])
-def test_scratch__is_elsewhere_where_the_temporary_folder_will_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                                      below: str) -> None:
+def test_scratch__is_elsewhere_where_the_temporary_folder_will_not_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, below: str
+) -> None:
     if not below.startswith("absent"):
         (tmp_path / below).mkdir()
     _temporary(monkeypatch, tmp_path / below)
@@ -66,7 +67,8 @@ def test_scratch__no_temporary_folder_at_all_leaves_the_others(monkeypatch: pyte
 
 @pytest.mark.slow
 def test_session__in_a_slurm_job_with_a_long_temporary_folder_and_proxies(
-        tmp_path: Path, write_crops: Callable[..., dict[str, bytes]]) -> None:
+    tmp_path: Path, write_crops: Callable[..., dict[str, bytes]]
+) -> None:
     """What a login shell of a cluster holds, all at once; one core of the machine's."""
     write_crops(tmp_path / "crops", 6)
     long = tmp_path / ("slurm_job_1355700_" + "x" * 80)

@@ -78,8 +78,20 @@ def test_elastic__machines_go_and_come_back(tmp_path: Path, write_crops: Callabl
         one.trained(4, 3)
 
         drained = one.node_of(2)
-        drain = ["ray", "drain-node", "--address", cluster.address, "--node-id", drained.node_id, "--reason",
-                 "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "120"]
+        drain = [
+            "ray",
+            "drain-node",
+            "--address",
+            cluster.address,
+            "--node-id",
+            drained.node_id,
+            "--reason",
+            "DRAIN_NODE_REASON_PREEMPTION",
+            "--reason-message",
+            "spot",
+            "--deadline-remaining-seconds",
+            "120",
+        ]
         subprocess.run(drain, check=True, capture_output=True, cwd=ROOT)
         one.trained(4, 3, 2)
 

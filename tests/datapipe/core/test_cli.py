@@ -38,15 +38,32 @@ def run(*words: object) -> int:
 
 def start(*words: object) -> "subprocess.Popen[str]":
     """The command in a process of its own."""
-    return subprocess.Popen([sys.executable, "-m", "datapipe", *map(str, words)], cwd=ROOT, text=True,
-                            env={**os.environ, **CREDENTIALS}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-m", "datapipe", *map(str, words)],
+        cwd=ROOT,
+        text=True,
+        env={**os.environ, **CREDENTIALS},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
-def test_shard__says_what_it_did_and_then_that_nothing_is_left(tmp_path: Path, write_crops: WriteCrops,
-                                                             capsys: pytest.CaptureFixture[str]) -> None:
+def test_shard__says_what_it_did_and_then_that_nothing_is_left(
+    tmp_path: Path, write_crops: WriteCrops, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_crops(tmp_path / "crops", 30)
-    words = ("shard", tmp_path / "crops", "--out", tmp_path / "out", "--samples-per-shard", 16, "--workers", 1,
-             "--licence", "research only")
+    words = (
+        "shard",
+        tmp_path / "crops",
+        "--out",
+        tmp_path / "out",
+        "--samples-per-shard",
+        16,
+        "--workers",
+        1,
+        "--licence",
+        "research only",
+    )
     assert run(*words) == 0
     first = capsys.readouterr()
     assert "scan: 100%, 30 crops, 0 quarantined" in first.err and "write: 100%, 2 of 2 shards" in first.err
@@ -64,7 +81,8 @@ def test_shard__says_what_it_did_and_then_that_nothing_is_left(tmp_path: Path, w
 
 
 def test_counts__are_of_the_whole_data_set_though_its_newest_version_is_a_selection(
-        tmp_path: Path, write_crops: WriteCrops, capsys: pytest.CaptureFixture[str]) -> None:
+    tmp_path: Path, write_crops: WriteCrops, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_crops(tmp_path / "crops", 20)
     out = tmp_path / "out"
     words = ("shard", tmp_path / "crops", "--out", out, "--workers", 1)
@@ -80,8 +98,9 @@ def test_counts__are_of_the_whole_data_set_though_its_newest_version_is_a_select
     assert run(*words) == 0 and "19 crops in 1 shards" in capsys.readouterr().out
 
 
-def test_shard__refuses_a_folder_of_another_data_set(tmp_path: Path, write_crops: WriteCrops,
-                                                    capsys: pytest.CaptureFixture[str]) -> None:
+def test_shard__refuses_a_folder_of_another_data_set(
+    tmp_path: Path, write_crops: WriteCrops, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_crops(tmp_path / "crops", 10)
     assert run("shard", tmp_path / "crops", "--out", tmp_path / "out", "--workers", 1) == 0
     before = contents(tmp_path / "out")
@@ -98,8 +117,9 @@ def test_shard__refuses_a_folder_of_another_data_set(tmp_path: Path, write_crops
     assert "another data set is already there" in capsys.readouterr().err
 
 
-def test_shard__quarantines_with_a_reason(tmp_path: Path, write_crops: WriteCrops,
-                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_shard__quarantines_with_a_reason(
+    tmp_path: Path, write_crops: WriteCrops, capsys: pytest.CaptureFixture[str]
+) -> None:
     crops = write_crops(tmp_path / "crops", 20)
     one, two, three = list(crops)[:3]
     (tmp_path / "crops" / one).write_bytes(crops[one][:-50])
@@ -115,25 +135,36 @@ def test_shard__quarantines_with_a_reason(tmp_path: Path, write_crops: WriteCrop
     assert "18 crops in 1 shards" in (out := capsys.readouterr().out) and "2 quarantined" in out
     rows = pyarrow.parquet.read_table(tmp_path / "out" / "quarantine.parquet").to_pylist()
     assert [(row["source"], row["name"], row["reason"]) for row in rows] == [
-        ("crops", one, "cut"), ("crops", two, "not an image")]
+        ("crops", one, "cut"),
+        ("crops", two, "not an image"),
+    ]
     with tarfile.open(tmp_path / "out" / Manifest.load(str(tmp_path / "out")).shards[0].name) as tar:
         images = [tar.extractfile(member).read() for member in tar]  # type: ignore[union-attr]
     assert set(images) >= set(crops.values()) - {crops[one], crops[two], crops[three]} and len(images) == 18
     assert all(Image.open(BytesIO(image)).format == "JPEG" for image in images)
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (("shard", "{}/missing", "--out", "{}/out"), "{}/missing"),
-    (("shard", "{}/empty", "--out", "{}/out"), "no images"),
-    (("shard", "{}/cut.tar", "--out", "{}/out"), "cut"),
-    (("shard", "{}/crops", "--out", "s3://no-such-bucket/x"), "bucket 'no-such-bucket' does not exist"),
-    (("shard", "s3://no-such-bucket/x", "--out", "{}/out"), "bucket 'no-such-bucket' does not exist"),
-    (("shard", "{}/crops", "--out", "{}/out", "--samples-per-shard", "0"), "--samples-per-shard: Input should be"),
-    (("verify", "{}/missing"), "does not exist"),
-    (("verify", "{}/crops"), "no data set here"),
-])
-def test_errors__are_one_clear_message(words: tuple[str, ...], message: str, tmp_path: Path, write_crops: WriteCrops,
-                                       s3: S3Server, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("shard", "{}/missing", "--out", "{}/out"), "{}/missing"),
+        (("shard", "{}/empty", "--out", "{}/out"), "no images"),
+        (("shard", "{}/cut.tar", "--out", "{}/out"), "cut"),
+        (("shard", "{}/crops", "--out", "s3://no-such-bucket/x"), "bucket 'no-such-bucket' does not exist"),
+        (("shard", "s3://no-such-bucket/x", "--out", "{}/out"), "bucket 'no-such-bucket' does not exist"),
+        (("shard", "{}/crops", "--out", "{}/out", "--samples-per-shard", "0"), "--samples-per-shard: Input should be"),
+        (("verify", "{}/missing"), "does not exist"),
+        (("verify", "{}/crops"), "no data set here"),
+    ],
+)
+def test_errors__are_one_clear_message(
+    words: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    write_crops: WriteCrops,
+    s3: S3Server,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     write_crops(tmp_path / "crops", 4)
     (tmp_path / "empty").mkdir()
     subprocess.run(["tar", "-cf", str(tmp_path / "cut.tar"), "-C", str(tmp_path), "crops"], check=True)
@@ -145,8 +176,9 @@ def test_errors__are_one_clear_message(words: tuple[str, ...], message: str, tmp
     assert "Traceback" not in error and not (tmp_path / "out" / "manifest-v0001.json").exists()
 
 
-@pytest.mark.parametrize("words", [("preview", "x", "--count", "0"), ("verify", "x", "--workers", "-1")],
-                         ids=["count", "workers"])
+@pytest.mark.parametrize(
+    "words", [("preview", "x", "--count", "0"), ("verify", "x", "--workers", "-1")], ids=["count", "workers"]
+)
 def test_usage__out_of_range_is_refused(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         run(*words)
@@ -216,8 +248,9 @@ def killed(shards: int, *words: object) -> list[int]:
 
 
 @pytest.mark.slow
-def test_shard__killed_goes_on_where_it_was(many: tuple[Path, dict[str, bytes]], tmp_path: Path,
-                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shard__killed_goes_on_where_it_was(
+    many: tuple[Path, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is complete is not done again: no crop is decoded, no shard that has an index is written."""
     folder, undisturbed = many
     out = tmp_path / "out"

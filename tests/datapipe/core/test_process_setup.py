@@ -94,8 +94,9 @@ def test_names__that_are_no_utf8_are_refused_as_they_are(capsys: pytest.CaptureF
     assert r"where: /data/\xd0\xd0" in capsys.readouterr().err
 
 
-def test_working_directory__may_be_gone_or_no_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                  capsys: pytest.CaptureFixture[str]) -> None:
+def test_working_directory__may_be_gone_or_no_utf8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xd0"))
     odd.mkdir()
     monkeypatch.chdir(odd)
@@ -143,8 +144,9 @@ def test_open_files__are_as_many_as_allowed() -> None:
 
 
 @pytest.mark.slow
-def test_proxies__are_not_asked_for_a_bucket_of_this_machine(tmp_path: Path, s3: S3Server,
-                                                            write_crops: Callable[..., dict[str, bytes]]) -> None:
+def test_proxies__are_not_asked_for_a_bucket_of_this_machine(
+    tmp_path: Path, s3: S3Server, write_crops: Callable[..., dict[str, bytes]]
+) -> None:
     """boto3 writes there, obstore reads; nobody listens where the proxy is said to be."""
     write_crops(tmp_path / "crops", 4)
     url = f"s3://{s3.bucket()}/set"
@@ -203,8 +205,10 @@ def test_number__that_pytorch_names_itself(monkeypatch: pytest.MonkeyPatch) -> N
     assert found.value.where == "TORCH_NCCL_ASYNC_ERROR_HANDLING='yes'"
 
 
-@pytest.mark.parametrize(("value", "good"), [
-    ("100", True), ("100MB", True), ("5Kb", True), ("", False), ("lots", False), ("-1", False), (" 7", False)])
+@pytest.mark.parametrize(
+    ("value", "good"),
+    [("100", True), ("100MB", True), ("5Kb", True), ("", False), ("lots", False), ("-1", False), (" 7", False)],
+)
 def test_number__that_would_end_the_process_is_refused_before(
     value: str, good: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,8 +37,9 @@ V2 = "29 23 0:26 / {}/cg rw,nosuid shared:4 - cgroup2 cgroup2 rw\n"
     ("150000 100000\n", "max 100000\n", 1.5), ("max 100000\n", "200000 100000\n", 2.0),
     ("400000 100000\n", "50000 50000\n", 1.0), ("max 100000\n", "max 100000\n", None),
 ])  # fmt: skip
-def test_quota__version_2_is_the_least_of_all_groups_above(tmp_path: Path, own: str, above: str,
-                                                           quota: float | None) -> None:
+def test_quota__version_2_is_the_least_of_all_groups_above(
+    tmp_path: Path, own: str, above: str, quota: float | None
+) -> None:
     _files(tmp_path / "cg" / "pod", cpu__max=above)
     _files(tmp_path / "cg" / "pod" / "job", cpu__max=own)
     assert cpu_quota(_proc(tmp_path, "0::/pod/job\n", V2)) == quota
@@ -92,8 +93,9 @@ def test_memory__nothing_that_can_be_read_is_no_limit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("quota", "affinity", "found"), [(1.5, 8, 1), (0.3, 8, 1), (2.0, 8, 2), (64.0, 3, 3),
                                                            (None, 5, 5)])  # fmt: skip
-def test_cores__a_part_of_one_counts_for_nothing_but_one_there_is(monkeypatch: pytest.MonkeyPatch, quota: float | None,
-                                                                  affinity: int, found: int) -> None:
+def test_cores__a_part_of_one_counts_for_nothing_but_one_there_is(
+    monkeypatch: pytest.MonkeyPatch, quota: float | None, affinity: int, found: int
+) -> None:
     monkeypatch.setattr(resource_limits, "cpu_quota", lambda: quota)
     monkeypatch.setattr(resource_limits, "_by_affinity", lambda: affinity)
     assert available_cores() == found and Workers().limit == found

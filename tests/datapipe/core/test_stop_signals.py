@@ -67,8 +67,6 @@ def has_ended(handle: int) -> bool:
     return bool(readable)
 
 
-
-
 @pytest.mark.parametrize("number", CODES)
 @pytest.mark.parametrize("body", WAITING.values(), ids=WAITING)
 def test_signal__ends_at_once_with_one_line(number: signal.Signals, body: str) -> None:

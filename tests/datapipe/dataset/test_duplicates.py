@@ -16,8 +16,11 @@ def naive_near(hashes: np.ndarray, groups: np.ndarray) -> Marks:
     for place in range(len(hashes)):
         if not groups[place]:
             continue
-        near = [other for other in kept if groups[other] == groups[place]
-                and int(hashes[other] ^ hashes[place]).bit_count() <= DISTANCE]
+        near = [
+            other
+            for other in kept
+            if groups[other] == groups[place] and int(hashes[other] ^ hashes[place]).bit_count() <= DISTANCE
+        ]
         if near:
             places.append(place)
             originals.append(near[0])
@@ -40,11 +43,14 @@ def crowded(random: np.random.Generator, count: int, centres: int, flips: int) -
     return hashes
 
 
-@pytest.mark.parametrize(("count", "centres", "flips", "groups"), [
-    (0, 1, 0, 1), (1, 1, 0, 1), (400, 400, 0, 2), (600, 20, 3, 3), (600, 3, 2, 1), (600, 2, 6, 2), (500, 5, 0, 4)])
+@pytest.mark.parametrize(
+    ("count", "centres", "flips", "groups"),
+    [(0, 1, 0, 1), (1, 1, 0, 1), (400, 400, 0, 2), (600, 20, 3, 3), (600, 3, 2, 1), (600, 2, 6, 2), (500, 5, 0, 4)],
+)
 @pytest.mark.parametrize("small", [2, 512])
-def test_near__is_what_a_loop_over_all_pairs_finds(count: int, centres: int, flips: int, groups: int, small: int,
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_near__is_what_a_loop_over_all_pairs_finds(
+    count: int, centres: int, flips: int, groups: int, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(duplicates, "SMALL", small)
     monkeypatch.setattr(duplicates, "PORTION", 50 * small)
     random = np.random.default_rng([count, centres, flips])
@@ -79,6 +85,7 @@ def test_near__copes_with_one_huge_bucket() -> None:
 def test_exact__marks_all_but_the_first(contents: list[tuple[int, int]]) -> None:
     """Also where one word of the hash is equal by chance."""
     found = exact_duplicates(np.array(contents, np.uint64).reshape(-1, 2))
-    wanted = [(place, contents.index(content)) for place, content in enumerate(contents)
-              if contents.index(content) != place]
+    wanted = [
+        (place, contents.index(content)) for place, content in enumerate(contents) if contents.index(content) != place
+    ]
     assert list(zip(found.places.tolist(), found.originals.tolist(), strict=True)) == wanted

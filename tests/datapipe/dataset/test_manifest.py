@@ -28,9 +28,19 @@ def test_manifest__reads_back_from_anywhere(tmp_path: Path, s3: S3Server) -> Non
 def test_id__is_of_the_content_and_nothing_else() -> None:
     base = Manifest((SHARD,), name="set")
     assert base.id == dataclasses.replace(base, url="elsewhere", made_by={"numpy": "3"}).id
-    others = [dataclasses.replace(base, **change) for change in (
-        {"name": "x"}, {"plan": "x"}, {"parent": "x"}, {"licence": "x"}, {"quarantined": 1}, {"version": 2},
-        {"shards": (SHARD, SHARD)}, {"shards": (dataclasses.replace(SHARD, sha256="2" * 64),)})]
+    others = [
+        dataclasses.replace(base, **change)
+        for change in (
+            {"name": "x"},
+            {"plan": "x"},
+            {"parent": "x"},
+            {"licence": "x"},
+            {"quarantined": 1},
+            {"version": 2},
+            {"shards": (SHARD, SHARD)},
+            {"shards": (dataclasses.replace(SHARD, sha256="2" * 64),)},
+        )
+    ]
     assert len({base.id, *(other.id for other in others)}) == 9
 
 

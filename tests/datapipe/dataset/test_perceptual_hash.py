@@ -21,10 +21,19 @@ def naive_hash(luma: np.ndarray) -> int:
 
     down = [[share(row, height, cell, 8) for row in range(height)] for cell in range(8)]
     across = [[share(column, width, cell, 9) for column in range(width)] for cell in range(9)]
-    brightness = [[sum(int(luma[row, column]) * vertical * horizontal
-                       for row, vertical in enumerate(down[y]) if vertical
-                       for column, horizontal in enumerate(across[x]) if horizontal)
-                   for x in range(9)] for y in range(8)]
+    brightness = [
+        [
+            sum(
+                int(luma[row, column]) * vertical * horizontal
+                for row, vertical in enumerate(down[y])
+                if vertical
+                for column, horizontal in enumerate(across[x])
+                if horizontal
+            )
+            for x in range(9)
+        ]
+        for y in range(8)
+    ]
     bits = [brightness[y][x + 1] > brightness[y][x] for y in range(8) for x in range(8)]
     return int("".join(str(int(bit)) for bit in bits), 2)
 
@@ -83,7 +92,7 @@ def test_hashes__keep_the_order_of_bits_and_of_pictures() -> None:
     for number in range(2 * BATCH + 64):
         luma = np.zeros((8, 9), np.uint8)
         row, column = divmod(number % 64, 8)
-        luma[row, column + 1:] = 1
+        luma[row, column + 1 :] = 1
         hashes.add(luma)
     assert hashes.all().tolist() == [1 << (63 - number % 64) for number in range(2 * BATCH + 64)]
     assert not len(DifferenceHashes().all())

@@ -76,7 +76,7 @@ def test_verify__compares_headers_with_the_index(folder: Path) -> None:
 
 def test_verify__names_what_is_cut_or_missing(folder: Path) -> None:
     tar, rows = rows_of(folder, 0)
-    tar.write_bytes(tar.read_bytes()[:rows[14]["offset"] + 10])
+    tar.write_bytes(tar.read_bytes()[: rows[14]["offset"] + 10])
     found = findings(folder)
     assert "the manifest says" in found[0] and "end is missing" in found[1]
     assert all(rows[row]["key"] in line and "not in the tar" in line for row, line in ((14, found[2]), (15, found[3])))
@@ -84,8 +84,10 @@ def test_verify__names_what_is_cut_or_missing(folder: Path) -> None:
     tar.unlink()
     entry = Manifest.load(str(folder)).shards[1]
     (folder / entry.index).unlink()
-    assert findings(folder) == [f"{tar.relative_to(folder)}: the tar is missing",
-                                f"{entry.index}: an index of the data set is missing"]
+    assert findings(folder) == [
+        f"{tar.relative_to(folder)}: the tar is missing",
+        f"{entry.index}: an index of the data set is missing",
+    ]
 
 
 def test_verify__finds_what_only_decoding_shows(tmp_path: Path) -> None:

@@ -39,8 +39,13 @@ def test_ingest__killed_at_any_moment_ends_with_the_same_bytes(sources: list[str
     def make(name: str) -> Job:
         out = tmp_path / name
         config = ShardConfig(samples_per_shard=8, workers=1, max_bad=0.5, exclude="exact")
-        return Job(run, (sources, str(out), config, StorageConfig()), lambda: local_objects(out, ".spool"),
-                   out.exists, (out / FIRST).exists)
+        return Job(
+            run,
+            (sources, str(out), config, StorageConfig()),
+            lambda: local_objects(out, ".spool"),
+            out.exists,
+            (out / FIRST).exists,
+        )
 
     kill_evenly(make)
 
@@ -56,7 +61,12 @@ def test_ingest__killed_on_s3_ends_with_the_same_bytes(sources: list[str], tmp_p
     def make(name: str) -> Job:
         out, spool = f"{name}/set", f"{name}/spool"
         config = ShardConfig(samples_per_shard=6, workers=1, max_bad=0.5, spool=f"s3://{bucket}/{spool}")
-        return Job(run, (sources[1:], f"s3://{bucket}/{out}", config, s3.storage),
-                   lambda: s3_objects(s3, bucket, f"{out}/"), lambda: keys(f"{name}/"), lambda: keys(f"{out}/{FIRST}"))
+        return Job(
+            run,
+            (sources[1:], f"s3://{bucket}/{out}", config, s3.storage),
+            lambda: s3_objects(s3, bucket, f"{out}/"),
+            lambda: keys(f"{name}/"),
+            lambda: keys(f"{out}/{FIRST}"),
+        )
 
     kill_evenly(make)

@@ -63,14 +63,16 @@ def test_ingest__marks_duplicates_and_keeps_them(doubled: tuple[Path, dict[str, 
 
 
 @pytest.mark.parametrize("exclude", ["exact", "near"])
-def test_ingest__leaves_duplicates_out_and_says_so(doubled: tuple[Path, dict[str, bytes]], tmp_path: Path,
-                                                   exclude: str) -> None:
+def test_ingest__leaves_duplicates_out_and_says_so(
+    doubled: tuple[Path, dict[str, bytes]], tmp_path: Path, exclude: str
+) -> None:
     folder, crops = doubled
     done = shard(folder, tmp_path / "out", exclude=exclude)
     assert done.manifest.rows == 30 and done.reasons == {"exact duplicate": 10} and done.manifest.quarantined == 10
     listed = pyarrow.parquet.read_table(tmp_path / "out" / "quarantine.parquet").to_pylist()
     assert {row["name"]: row["detail"] for row in listed} == {
-        other: sample_key("crops", first) for first, *others in lots(crops) for other in others}
+        other: sample_key("crops", first) for first, *others in lots(crops) for other in others
+    }
     assert not any(row["duplicate_of"] for row in rows(done).values())
 
 
@@ -92,12 +94,17 @@ def test_ingest__sidecars_carry_the_labels(doubled: tuple[Path, dict[str, bytes]
 
 
 @pytest.mark.parametrize("setting", ["part", "segment", "crops", "chunk", "workers"])
-def test_ingest__is_the_same_however_the_work_is_cut(doubled: tuple[Path, dict[str, bytes]], tmp_path: Path,
-                                                     setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ingest__is_the_same_however_the_work_is_cut(
+    doubled: tuple[Path, dict[str, bytes]], tmp_path: Path, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, _ = doubled
     shard(folder, tmp_path / "one", samples_per_shard=3)
-    places = {"part": (work_units, "PART_BYTES", 1), "segment": (scan, "SEGMENT_BYTES", 4_000),
-              "crops": (scan, "MOST_CROPS", 3), "chunk": (repartition, "CHUNK", 7)}
+    places = {
+        "part": (work_units, "PART_BYTES", 1),
+        "segment": (scan, "SEGMENT_BYTES", 4_000),
+        "crops": (scan, "MOST_CROPS", 3),
+        "chunk": (repartition, "CHUNK", 7),
+    }
     if setting in places:
         monkeypatch.setattr(*places[setting])
     monkeypatch.setattr("datapipe.sources.folder.UNIT_CROPS", 10)
@@ -144,8 +151,9 @@ def test_ingest__refuses_two_crops_of_one_name(doubled: tuple[Path, dict[str, by
     assert caught.value.where == f"twice.tar: {next(iter(crops))}"
 
 
-def test_dry_run__says_what_would_be_done_and_writes_nothing(doubled: tuple[Path, dict[str, bytes]], tmp_path: Path,
-                                                            capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run__says_what_would_be_done_and_writes_nothing(
+    doubled: tuple[Path, dict[str, bytes]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, _ = doubled
     words = ["shard", str(folder), "--out", f"{tmp_path}/out", "--workers", "1", "--samples-per-shard", "16"]
     assert main([*words, "--dry-run"]) == 0

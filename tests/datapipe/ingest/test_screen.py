@@ -55,8 +55,10 @@ def assert_looks_like(verdict: Kept | Refused, wanted: Image.Image) -> None:
     assert np.abs(pixels(verdict.data) - expected).mean() < 4
 
 
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 30}, {"subsampling": 0}, {"optimize": True},
-                                     {"comment": b"x" * 300}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"progressive": True}, {"quality": 30}, {"subsampling": 0}, {"optimize": True}, {"comment": b"x" * 300}],
+)
 def test_screen__keeps_sane_jpegs_byte_for_byte(options: dict[str, Any]) -> None:
     data = encoded(picture(), "JPEG", **options)
     assert screen(data, CONFIG) == kept(data)
@@ -74,9 +76,24 @@ def test_screen__turns_jpegs_upright(orientation: int) -> None:
     assert Image.open(BytesIO(verdict.data)).getexif().get(0x0112, 1) == 1
 
 
-@pytest.mark.parametrize(("mode", "kind"), [("RGB", "PNG"), ("RGBA", "PNG"), ("L", "PNG"), ("LA", "PNG"), ("P", "PNG"),
-                                            ("1", "PNG"), ("RGB", "WEBP"), ("RGB", "BMP"), ("RGB", "TIFF"),
-                                            ("P", "GIF"), ("L", "JPEG"), ("CMYK", "JPEG"), ("RGB", "PPM")])
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [
+        ("RGB", "PNG"),
+        ("RGBA", "PNG"),
+        ("L", "PNG"),
+        ("LA", "PNG"),
+        ("P", "PNG"),
+        ("1", "PNG"),
+        ("RGB", "WEBP"),
+        ("RGB", "BMP"),
+        ("RGB", "TIFF"),
+        ("P", "GIF"),
+        ("L", "JPEG"),
+        ("CMYK", "JPEG"),
+        ("RGB", "PPM"),
+    ],
+)
 def test_screen__encodes_other_images_once(mode: str, kind: str) -> None:
     image = picture().quantize(200, dither=Image.Dither.NONE) if mode == "P" else picture().convert(mode)
     assert_looks_like(screen(encoded(image, kind), CONFIG), image)
@@ -98,44 +115,58 @@ def test_screen__encodes_the_same_way_every_time() -> None:
 def broken(data: bytes, place: float) -> bytes:
     """The data with some bytes in the midst of the compressed image overwritten by what means nothing there."""
     middle = int(len(data) * place)
-    return data[:middle] + b"\xff\xc4\x00\x05\xff\xff\xff" + data[middle + 7:]
+    return data[:middle] + b"\xff\xc4\x00\x05\xff\xff\xff" + data[middle + 7 :]
 
 
-@pytest.mark.parametrize(("data", "reason"), [
-    (b"", Reason.NOT_AN_IMAGE),
-    (b"<html>not here</html>", Reason.NOT_AN_IMAGE),
-    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 96 48\n", Reason.NOT_AN_IMAGE),
-    (encoded(picture(), "JPEG")[:-300], Reason.CUT),
-    (encoded(picture(), "JPEG")[:100], Reason.CUT),
-    (encoded(picture(), "JPEG", progressive=True)[:-200], Reason.CUT),
-    (encoded(picture(), "PNG")[:-300], Reason.CUT),
-    (broken(encoded(picture(), "JPEG"), 0.7), Reason.CORRUPT),
-    (broken(encoded(picture(), "PNG"), 0.5), Reason.CORRUPT),
-    (encoded(picture(31, 31), "JPEG"), Reason.TOO_SMALL),
-    (encoded(picture(100, 11), "PNG"), Reason.TOO_SMALL),
-    (encoded(picture(400, 40), "JPEG"), Reason.ABSURD_ASPECT),
-    (encoded(picture(40, 400), "PNG"), Reason.ABSURD_ASPECT),
-    (encoded(Image.new("1", (7000, 7000)), "PNG"), Reason.BOMB),
-    (encoded(Image.new("1", (20000, 20000)), "PNG"), Reason.BOMB),
-    (encoded(Image.new("L", (7000, 7000)), "JPEG"), Reason.BOMB),
-    (encoded(picture(), "GIF", save_all=True, append_images=[picture().rotate(180)]), Reason.ANIMATED),
-], ids=lambda value: str(value) if isinstance(value, Reason) else "")
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", Reason.NOT_AN_IMAGE),
+        (b"<html>not here</html>", Reason.NOT_AN_IMAGE),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 96 48\n", Reason.NOT_AN_IMAGE),
+        (encoded(picture(), "JPEG")[:-300], Reason.CUT),
+        (encoded(picture(), "JPEG")[:100], Reason.CUT),
+        (encoded(picture(), "JPEG", progressive=True)[:-200], Reason.CUT),
+        (encoded(picture(), "PNG")[:-300], Reason.CUT),
+        (broken(encoded(picture(), "JPEG"), 0.7), Reason.CORRUPT),
+        (broken(encoded(picture(), "PNG"), 0.5), Reason.CORRUPT),
+        (encoded(picture(31, 31), "JPEG"), Reason.TOO_SMALL),
+        (encoded(picture(100, 11), "PNG"), Reason.TOO_SMALL),
+        (encoded(picture(400, 40), "JPEG"), Reason.ABSURD_ASPECT),
+        (encoded(picture(40, 400), "PNG"), Reason.ABSURD_ASPECT),
+        (encoded(Image.new("1", (7000, 7000)), "PNG"), Reason.BOMB),
+        (encoded(Image.new("1", (20000, 20000)), "PNG"), Reason.BOMB),
+        (encoded(Image.new("L", (7000, 7000)), "JPEG"), Reason.BOMB),
+        (encoded(picture(), "GIF", save_all=True, append_images=[picture().rotate(180)]), Reason.ANIMATED),
+    ],
+    ids=lambda value: str(value) if isinstance(value, Reason) else "",
+)
 def test_screen__names_the_reason(data: bytes, reason: Reason) -> None:
     verdict = screen(data, CONFIG)
     assert isinstance(verdict, Refused) and verdict.reason == reason, verdict
 
 
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1},
-                                     {"optimize": True}, {"restart_marker_blocks": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"progressive": True},
+        {"subsampling": 0},
+        {"subsampling": 1},
+        {"optimize": True},
+        {"restart_marker_blocks": 2},
+    ],
+)
 @settings(max_examples=60, deadline=None)
 @given(damage=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=3), kept_share=st.floats(0.9, 1))
-def test_screen__finds_in_grey_all_that_colours_would_show(options: dict[str, Any], damage: list[tuple[float, int]],
-                                                           kept_share: float) -> None:
+def test_screen__finds_in_grey_all_that_colours_would_show(
+    options: dict[str, Any], damage: list[tuple[float, int]], kept_share: float
+) -> None:
     """The chroma is not made into pixels; a fault in it must not go unseen."""
     data = bytearray(encoded(picture(), "JPEG", **options))
     for place, value in damage:
         data[int(place * (len(data) - 1))] = value
-    data = data[:round(kept_share * len(data))]
+    data = data[: round(kept_share * len(data))]
     try:
         height, width = simplejpeg.decode_jpeg(bytes(data), colorspace="RGB", strict=True).shape[:2]
     except ValueError:

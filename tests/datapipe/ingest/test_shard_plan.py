@@ -28,20 +28,35 @@ from datapipe.ingest.shard_plan import (
 )
 
 PRINTABLE = st.characters(exclude_categories=("C", "Z"), include_characters=" ")
-CROPS = st.lists(st.tuples(
-    st.text(PRINTABLE, min_size=1, max_size=130), st.integers(1, 9_000), st.integers(0, 9), st.integers(0, 7),
-    st.integers(0, 2)), min_size=1, max_size=40, unique_by=lambda crop: crop[0])
+CROPS = st.lists(
+    st.tuples(
+        st.text(PRINTABLE, min_size=1, max_size=130),
+        st.integers(1, 9_000),
+        st.integers(0, 9),
+        st.integers(0, 7),
+        st.integers(0, 2),
+    ),
+    min_size=1,
+    max_size=40,
+    unique_by=lambda crop: crop[0],
+)
 """name, bytes, which content, which hash, which track"""
 
 
 def candidates(crops: list[tuple[str, int, int, int, int]], seed: int = 0, **others: Any) -> Candidates:
     count = len(crops)
     names, sizes, contents, hashes, tracks = (list(column) for column in zip(*crops, strict=True))
-    rows = pyarrow.table({
-        "key": [sample_key("set", name) for name in names], "source": ["set"] * count, "video": [""] * count,
-        "track": tracks, "sha256": [bytes([content]) * 32 for content in contents],
-        "dhash": pyarrow.array([bits << 3 for bits in hashes], pyarrow.uint64()),
-        **{name: [others.get(name, 1)] * count for name in ("height", "width", "pid", "camera", "frame")}})
+    rows = pyarrow.table(
+        {
+            "key": [sample_key("set", name) for name in names],
+            "source": ["set"] * count,
+            "video": [""] * count,
+            "track": tracks,
+            "sha256": [bytes([content]) * 32 for content in contents],
+            "dhash": pyarrow.array([bits << 3 for bits in hashes], pyarrow.uint64()),
+            **{name: [others.get(name, 1)] * count for name in ("height", "width", "pid", "camera", "frame")},
+        }
+    )
     hot = hot_columns(rows, member_bytes(np.array(sizes)), seed=seed, near_within="track")
     found = Candidates.room(count)
     for column in hot.column_names:
@@ -54,11 +69,18 @@ def candidates(crops: list[tuple[str, int, int, int, int]], seed: int = 0, **oth
 
 def by_key(crops: Candidates, plan: Plan) -> dict[str, Any]:
     """A plan in terms that know no rows."""
+
     def pairs(marks: Marks) -> set[tuple[str, str]]:
         return set(zip(key_texts(crops.key[marks.places]), key_texts(crops.key[marks.originals]), strict=True))
 
-    return {"order": key_texts(crops.key[plan.order]), "cuts": plan.cuts.tolist(), "id": plan.id,
-            "exact": pairs(plan.exact), "near": pairs(plan.near), "bytes": plan.bytes}
+    return {
+        "order": key_texts(crops.key[plan.order]),
+        "cuts": plan.cuts.tolist(),
+        "id": plan.id,
+        "exact": pairs(plan.exact),
+        "near": pairs(plan.near),
+        "bytes": plan.bytes,
+    }
 
 
 @settings(max_examples=60, deadline=None)
@@ -71,7 +93,7 @@ def test_cut__keeps_both_bounds_and_wastes_none(sizes: list[int], samples: int, 
         assert end - start <= samples
         assert layout(np.array(sizes[start:end]))[1] <= most_bytes or end - start == 1
         if end < len(sizes) and end - start < samples:
-            assert taken[start:end + 1].sum() + END_BYTES > most_bytes
+            assert taken[start : end + 1].sum() + END_BYTES > most_bytes
 
 
 def test_member_bytes__are_a_header_and_whole_blocks() -> None:
@@ -80,8 +102,9 @@ def test_member_bytes__are_a_header_and_whole_blocks() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(CROPS, st.randoms(), st.sampled_from(["none", "exact", "near"]))
-def test_plan__is_a_permutation_whatever_the_order_of_the_scan(crops: list[tuple[str, int, int, int, int]],
-                                                               random: Any, exclude: str) -> None:
+def test_plan__is_a_permutation_whatever_the_order_of_the_scan(
+    crops: list[tuple[str, int, int, int, int]], random: Any, exclude: str
+) -> None:
     config = ShardConfig(samples_per_shard=7, exclude=exclude)  # type: ignore[arg-type]
     one = candidates(crops)
     mixed = list(crops)
@@ -104,7 +127,8 @@ def test_plan__marks_the_first_of_equal_crops_as_original(crops: list[tuple[str,
     for row in plan.order.tolist():
         contents.setdefault(crops[row][2], []).append(row)
     assert dict(zip(plan.exact.places.tolist(), plan.exact.originals.tolist(), strict=True)) == {
-        row: rows[0] for rows in contents.values() for row in rows[1:]}
+        row: rows[0] for rows in contents.values() for row in rows[1:]
+    }
     place = places(plan.order, len(crops))
     for row, original in zip(*plan.near, strict=True):
         assert crops[row][4] == crops[original][4] and place[original] < place[row]
@@ -135,11 +159,22 @@ def test_plan__shuffles_by_the_seed() -> None:
 def test_plan__knows_every_change() -> None:
     crops = [("a", 5, 0, 0, 0), ("b", 600, 1, 0, 1)]
     base = plan_shards(candidates(crops), ShardConfig()).id
-    changed = [plan_shards(candidates([crops[0], other]), ShardConfig()).id for other in (
-        ("c", 600, 1, 0, 1), ("b", 500, 1, 0, 1), ("b", 600, 2, 0, 1), ("b", 600, 1, 1, 1), ("b", 600, 1, 0, 2),
-        ("b", 600, 0, 0, 1), ("b", 600, 1, 0, 0))]
-    others = [plan_shards(candidates(crops, **{name: 2}), ShardConfig()).id
-              for name in ("height", "width", "pid", "camera", "frame")]
+    changed = [
+        plan_shards(candidates([crops[0], other]), ShardConfig()).id
+        for other in (
+            ("c", 600, 1, 0, 1),
+            ("b", 500, 1, 0, 1),
+            ("b", 600, 2, 0, 1),
+            ("b", 600, 1, 1, 1),
+            ("b", 600, 1, 0, 2),
+            ("b", 600, 0, 0, 1),
+            ("b", 600, 1, 0, 0),
+        )
+    ]
+    others = [
+        plan_shards(candidates(crops, **{name: 2}), ShardConfig()).id
+        for name in ("height", "width", "pid", "camera", "frame")
+    ]
     cuts = plan_shards(candidates(crops), ShardConfig(samples_per_shard=1)).id
     assert len({base, cuts, *changed, *others}) == 2 + len(changed) + len(others)
 

@@ -33,8 +33,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def shard(source: Path, out: str, config: ShardConfig = CONFIG, storage: StorageConfig = StorageConfig()  # noqa: B008
-          ) -> Manifest:
+def shard(
+    source: Path,
+    out: str,
+    config: ShardConfig = CONFIG,
+    storage: StorageConfig = StorageConfig(),  # noqa: B008
+) -> Manifest:
     return ingest([str(source)], out, config, storage).manifest
 
 
@@ -53,18 +57,23 @@ def test_shards__hold_every_crop_for_gnu_tar(tmp_path: Path, write_crops: WriteC
     assert [shard.rows for shard in manifest.shards] == [16, 16, 16, 2]
     (tmp_path / "unpacked").mkdir()
     for entry in manifest.shards:
-        done = subprocess.run(["tar", "-xf", f"{tmp_path}/out/{entry.name}", "-C", f"{tmp_path}/unpacked"], check=True,
-                              capture_output=True)
+        done = subprocess.run(
+            ["tar", "-xf", f"{tmp_path}/out/{entry.name}", "-C", f"{tmp_path}/unpacked"],
+            check=True,
+            capture_output=True,
+        )
         assert done.stderr == b""
-        listing = subprocess.run(["tar", "--utc", "-tvf", f"{tmp_path}/out/{entry.name}"], check=True,
-                                 capture_output=True, text=True).stdout
+        listing = subprocess.run(
+            ["tar", "--utc", "-tvf", f"{tmp_path}/out/{entry.name}"], check=True, capture_output=True, text=True
+        ).stdout
         assert all(line.startswith("-rw-r--r-- 0/0 ") and "1970-01-01 00:00" in line for line in listing.splitlines())
     unpacked = contents(tmp_path / "unpacked")
     assert unpacked == {f"{sample_key('crops', name)}.jpg": data for name, data in crops.items()}
 
 
-def test_shards__hold_every_crop_for_webdataset(tmp_path: Path, write_crops: WriteCrops, s3: S3Server,
-                                                monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards__hold_every_crop_for_webdataset(
+    tmp_path: Path, write_crops: WriteCrops, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Locally and on S3, with our handler registered for its scheme."""
     crops = write_crops(tmp_path / "crops", 40)
     out = f"s3://{s3.bucket()}/set"
@@ -75,7 +84,8 @@ def test_shards__hold_every_crop_for_webdataset(tmp_path: Path, write_crops: Wri
         urls = [f"{manifest.url}/{entry.name}" for entry in manifest.shards]
         samples = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
         assert {sample["__key__"]: sample["jpg"] for sample in samples} == {
-            sample_key("crops", name): data for name, data in crops.items()}
+            sample_key("crops", name): data for name, data in crops.items()
+        }
 
 
 def test_index__says_where_each_crop_is_and_what_it_was(tmp_path: Path, write_crops: WriteCrops) -> None:
@@ -89,22 +99,27 @@ def test_index__says_where_each_crop_is_and_what_it_was(tmp_path: Path, write_cr
         table = pyarrow.parquet.read_table(BytesIO(index))
         assert table.schema.equals(INDEX)
         for row in table.to_pylist():
-            data = tar[row["offset"]:row["offset"] + row["size"]]
+            data = tar[row["offset"] : row["offset"] + row["size"]]
             assert data == crops[row["name"]] and hashlib.sha256(data).digest() == row["sha256"]
             assert Image.open(BytesIO(data)).size == (row["width"], row["height"])
             assert (row["pid"], row["camera"]) == (int(row["name"][:4]), int(row["name"][6]))
             assert row["source"] == "crops"
 
 
-def test_shards__are_byte_identical_for_any_number_of_workers(tmp_path: Path, write_crops: WriteCrops,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards__are_byte_identical_for_any_number_of_workers(
+    tmp_path: Path, write_crops: WriteCrops, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("datapipe.ingest.work_units.PART_BYTES", 1)
     write_crops(tmp_path / "a" / "crops", 60)
     write_crops(tmp_path / "b", 30, seed=1)
     sources = [f"{tmp_path}/a/crops", f"{tmp_path}/b"]
     ingest(sources, f"{tmp_path}/one", CONFIG, StorageConfig())
-    ingest(sources[::-1], f"{tmp_path}/two", ShardConfig(samples_per_shard=16, workers=2, spool=f"{tmp_path}/spool"),
-           StorageConfig())
+    ingest(
+        sources[::-1],
+        f"{tmp_path}/two",
+        ShardConfig(samples_per_shard=16, workers=2, spool=f"{tmp_path}/spool"),
+        StorageConfig(),
+    )
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert not (tmp_path / "spool").exists()
 
@@ -123,8 +138,9 @@ def test_shards__survive_a_way_through_other_tars(tmp_path: Path, write_crops: W
     assert sorted(first.table(["name"])["name"].to_pylist()) == sorted(crops)
 
 
-def test_shard__refuses_a_spool_that_changed(tmp_path: Path, write_crops: WriteCrops,
-                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shard__refuses_a_spool_that_changed(
+    tmp_path: Path, write_crops: WriteCrops, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_crops(tmp_path / "crops", 20)
     spool = tmp_path / "spool"
 

@@ -131,8 +131,10 @@ def test_refuse_ambiguous__only_what_a_person_would_call_differently() -> None:
     table = pyarrow.table({"name": both, "source": ["a"] * 3})
     found = look_up(listed, table, "name")
     assert found.place.tolist() == [0, 0, 0] and refuse_ambiguous(found.place, listed, table, "--names") == 2
-    for other in (pyarrow.table({"name": both, "source": ["a", "b", "a"]}),
-                  pyarrow.table({"name": ["x/é.jpg", "y/é.jpg"], "source": ["a", "a"]})):
+    for other in (
+        pyarrow.table({"name": both, "source": ["a", "b", "a"]}),
+        pyarrow.table({"name": ["x/é.jpg", "y/é.jpg"], "source": ["a", "a"]}),
+    ):
         found = look_up(listed, other, "name")
         with pytest.raises(DataError, match="1 listed names fit more than one crop, for example é.jpg"):
             refuse_ambiguous(found.place, listed, other, "--names")

@@ -201,9 +201,7 @@ def test_runs__that_cannot_be_cleared__are_told_and_the_others_are(
     assert files(run) == {*STAYING, "first_batch.jpg"}
 
 
-def test_runs__that_are_none_are_refused_before_anything_is_removed(
-    folder: Path, tmp_path: Path, s3: S3Server
-) -> None:
+def test_runs__that_are_none_are_refused_before_anything_is_removed(folder: Path, tmp_path: Path, s3: S3Server) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.pdf").write_text("mine")
     for url in (str(tmp_path / "misspelt"), str(tmp_path / "other"), f"s3://{s3.bucket()}/nothing"):

@@ -42,7 +42,10 @@ def test_samples__are_a_permutation_in_every_epoch(rows: int, seed: int, epoch: 
 
 @settings(max_examples=50, deadline=None)
 @given(
-    rows=st.integers(1, 2000), offset=st.integers(0, 10**6), block=st.integers(1, 300), window=st.integers(1, 9),
+    rows=st.integers(1, 2000),
+    offset=st.integers(0, 10**6),
+    block=st.integers(1, 300),
+    window=st.integers(1, 9),
     pieces=st.lists(st.integers(0, 400), max_size=5),
 )
 def test_samples__do_not_depend_on_how_they_are_asked(

@@ -76,8 +76,10 @@ def test_samples__a_mix_by_rows_is_a_permutation_in_every_epoch(rows: list[int],
 
 @settings(max_examples=30, deadline=None)
 @given(
-    rows=st.lists(st.integers(1, 80), min_size=2, max_size=5), data=st.data(),
-    offset=st.integers(0, 10**9), pieces=st.lists(st.integers(0, 30), min_size=1, max_size=3),
+    rows=st.lists(st.integers(1, 80), min_size=2, max_size=5),
+    data=st.data(),
+    offset=st.integers(0, 10**9),
+    pieces=st.lists(st.integers(0, 30), min_size=1, max_size=3),
 )
 def test_samples__each_data_set_goes_through_its_own_order(
     rows: list[int], data: st.DataObject, offset: int, pieces: list[int]
@@ -113,9 +115,7 @@ def test_samples__golden_values() -> None:
     [((0.7, 0.3), (7, 3)), ((4180243, 4180243), (1, 1)), ((1,), (1,)), ((0.1, 1e-3, 2), (100, 1, 2000)),
      ((100_000_000, 4_180_243), (100_000_000, 4_180_243))],
 )  # fmt: skip
-def test_whole_weights__are_in_the_same_proportion(
-    given_weights: tuple[float, ...], expected: tuple[int, ...]
-) -> None:
+def test_whole_weights__are_in_the_same_proportion(given_weights: tuple[float, ...], expected: tuple[int, ...]) -> None:
     assert whole_weights(given_weights) == expected
 
 

@@ -13,8 +13,11 @@ GOLDEN_RANKS = [2, 0, 0, 0, 0, 1, 4, 2, 2, 2, 3, 3, 3, 1, 4, 1, 3, 1]
 
 @settings(max_examples=150, deadline=None)
 @given(
-    nodes=st.lists(st.integers(1, 5), min_size=1, max_size=6), count=st.integers(1, 300), spare=st.integers(0, 4),
-    blocks=st.integers(1, 80), seed=st.integers(0, 2**32),
+    nodes=st.lists(st.integers(1, 5), min_size=1, max_size=6),
+    count=st.integers(1, 300),
+    spare=st.integers(0, 4),
+    blocks=st.integers(1, 80),
+    seed=st.integers(0, 2**32),
 )
 def test_ranks__every_sample_once_and_as_many_for_each_rank_as_slices(
     nodes: list[int], count: int, spare: int, blocks: int, seed: int

@@ -137,9 +137,13 @@ def test_lmdb_file__whatever_is_damaged__is_an_error_or_other_content(
 def test_lmdb_file__of_another_machine_or_version_says_so(tmp_path: Path) -> None:
     path = write(tmp_path / "set", {b"a": b"1"})
     good = path.read_bytes()
-    for start, new, said in ((16, (0xBEEFC0DE).to_bytes(4, "big"), "other byte order"), (20, b"\2", "data version 2"),
-                             (40, b"\1\0\0\0", "would have 1 bytes"), (PAGE + 16, b"none", "second meta page"),
-                             (16, b"none", "no LMDB")):
+    for start, new, said in (
+        (16, (0xBEEFC0DE).to_bytes(4, "big"), "other byte order"),
+        (20, b"\2", "data version 2"),
+        (40, b"\1\0\0\0", "would have 1 bytes"),
+        (PAGE + 16, b"none", "second meta page"),
+        (16, b"none", "no LMDB"),
+    ):
         path.write_bytes(good[:start] + new + good[start + len(new) :])
         with pytest.raises(DataError, match=said):
             contents(path)

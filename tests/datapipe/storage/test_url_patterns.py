@@ -97,9 +97,7 @@ MEANT = {
 
 
 @pytest.mark.parametrize("pattern", MEANT)
-def test_pattern__means_the_same_everywhere(
-    pattern: str, tree: Path, bucket: str, memory: str, s3: S3Server
-) -> None:
+def test_pattern__means_the_same_everywhere(pattern: str, tree: Path, bucket: str, memory: str, s3: S3Server) -> None:
     here = crops(f"{tree}/{pattern}")
     assert [crop.name for crop in here] == MEANT[pattern]
     assert crops(f"{bucket}/{pattern}", s3.storage) == here == crops(f"{memory}/{pattern}", StorageConfig())
@@ -107,7 +105,10 @@ def test_pattern__means_the_same_everywhere(
 
 @pytest.mark.parametrize("pattern", ["mot/*.mkv", "mot/x*", "*/x.mkv"])
 def test_pattern__of_videos_takes_the_boxes_beside_them(
-    pattern: str, tmp_path: Path, frames: list, s3: S3Server  # noqa: F811
+    pattern: str,
+    tmp_path: Path,
+    frames: list,  # noqa: F811
+    s3: S3Server,
 ) -> None:
     write_video(tmp_path / "mot" / "x.mkv", frames)
     write_mot(tmp_path / "mot" / "x.txt", BOXES)

@@ -33,12 +33,31 @@ def crops(tmp_path_factory: pytest.TempPathFactory) -> CropSet:
     return crop_set.write(tmp_path_factory.mktemp("crops") / "set", ROWS)
 
 
-def loader(crops: CropSet, *, batch: int = 12, rank: int = 0, world: int = 1, micro_batch: int = 4,
-           config: StreamConfig = CONFIG, spec: ViewSpec = SPEC, **more: Any) -> Loader:
+def loader(
+    crops: CropSet,
+    *,
+    batch: int = 12,
+    rank: int = 0,
+    world: int = 1,
+    micro_batch: int = 4,
+    config: StreamConfig = CONFIG,
+    spec: ViewSpec = SPEC,
+    **more: Any,
+) -> Loader:
     stream = Stream(Manifest.load(str(crops.folder)), StorageConfig(), config)
     order = Order(stream.rows, 9, config.block, config.window)
-    return Loader(stream, order, spec, seed=4, global_batch=batch, rank=rank, world=world, micro_batch=micro_batch,
-                  config=config, **more)
+    return Loader(
+        stream,
+        order,
+        spec,
+        seed=4,
+        global_batch=batch,
+        rank=rank,
+        world=world,
+        micro_batch=micro_batch,
+        config=config,
+        **more,
+    )
 
 
 def copy(batch: Batch) -> Batch:
@@ -56,10 +75,14 @@ def joined(ranks: list[list[Batch]]) -> list[Batch]:
     whole = []
     for parts in zip(*ranks, strict=True):
         real = [part.position >= 0 for part in parts]
-        pick = {name: np.concatenate([getattr(part, name)[mine] for part, mine in zip(parts, real, strict=True)])
-                for name in ("sample", "position", "weight", "label", "camera")}
-        views = {name: np.concatenate([part.views[name][:, mine] for part, mine in zip(parts, real, strict=True)], 1)
-                 for name in parts[0].views}
+        pick = {
+            name: np.concatenate([getattr(part, name)[mine] for part, mine in zip(parts, real, strict=True)])
+            for name in ("sample", "position", "weight", "label", "camera")
+        }
+        views = {
+            name: np.concatenate([part.views[name][:, mine] for part, mine in zip(parts, real, strict=True)], 1)
+            for name in parts[0].views
+        }
         whole.append(Batch(views, **pick, start=parts[0].start, after=parts[0].after))
     return whole
 
@@ -121,8 +144,10 @@ def test_after__threads_and_prefetch_change_nothing(
 
 @pytest.mark.parametrize("skipped", [1, 4, 9])
 def test_after__a_resumed_run_sees_the_rest(crops: CropSet, truth: list[Batch], skipped: int) -> None:
-    ranks = [run(crops, 12 * skipped, 120, rank=rank, world=2, config=StreamConfig(block=5, window=3, threads=3))
-             for rank in range(2)]
+    ranks = [
+        run(crops, 12 * skipped, 120, rank=rank, world=2, config=StreamConfig(block=5, window=3, threads=3))
+        for rank in range(2)
+    ]
     assert_same(joined(ranks), truth[skipped:])
 
 
@@ -131,14 +156,20 @@ def test_after__starts_anywhere_and_ends_where_it_is_told(crops: CropSet, truth:
     assert [(batch.start, batch.after) for batch in batches] == [(7, 19), (19, 31), (31, 38)]
     assert [len(batch.sample) for batch in batches] == [12, 12, 7]
     assert batches[-1].weight.tolist() == [1 / 7] * 7
-    np.testing.assert_array_equal(np.concatenate([batch.sample for batch in batches]),
-                                  np.concatenate([batch.sample for batch in truth])[7:38])
+    np.testing.assert_array_equal(
+        np.concatenate([batch.sample for batch in batches]), np.concatenate([batch.sample for batch in truth])[7:38]
+    )
     assert run(crops, 38, 38) == []
 
 
 @settings(max_examples=25, deadline=None)
-@given(rows=st.integers(1, 60), batch=st.integers(1, 40), world=st.integers(1, 4), micro_batch=st.integers(1, 9),
-       epoch=st.integers(0, 3))
+@given(
+    rows=st.integers(1, 60),
+    batch=st.integers(1, 40),
+    world=st.integers(1, 4),
+    micro_batch=st.integers(1, 9),
+    epoch=st.integers(0, 3),
+)
 def test_audit__each_sample_exactly_once_per_epoch(
     rows: int, batch: int, world: int, micro_batch: int, epoch: int
 ) -> None:
@@ -146,8 +177,17 @@ def test_audit__each_sample_exactly_once_per_epoch(
     order = Order(rows, 2, 4, 3)
     seen: dict[int, int] = {}
     for rank in range(world):
-        running = Loader(NoPixels(rows), order, SPEC, seed=0, global_batch=batch, rank=rank, world=world,  # type: ignore
-                         micro_batch=micro_batch, config=StreamConfig(threads=1))
+        running = Loader(
+            NoPixels(rows),
+            order,
+            SPEC,
+            seed=0,
+            global_batch=batch,
+            rank=rank,
+            world=world,  # type: ignore
+            micro_batch=micro_batch,
+            config=StreamConfig(threads=1),
+        )
         first = epoch * rows
         starts = range(first // batch * batch, first + rows, batch)
         for part in running._empty(starts, starts[-1] + batch):
@@ -297,8 +337,17 @@ def test_loader__refuses_what_cannot_be(crops: CropSet) -> None:
     with loader(crops) as running, pytest.raises(ValueError, match="starts at 0"):
         running.after(-1, 5)
     with pytest.raises(ValueError, match="order is for 5 rows"):
-        Loader(NoPixels(6), Order(5, 0, 1, 1), SPEC, seed=0, global_batch=1, rank=0, world=1,  # type: ignore[arg-type]
-               micro_batch=1, config=CONFIG)
+        Loader(
+            NoPixels(6),
+            Order(5, 0, 1, 1),
+            SPEC,
+            seed=0,
+            global_batch=1,
+            rank=0,
+            world=1,  # type: ignore[arg-type]
+            micro_batch=1,
+            config=CONFIG,
+        )
 
 
 def test_threads__divide_the_cores_among_the_ranks_of_a_machine(
@@ -309,8 +358,6 @@ def test_threads__divide_the_cores_among_the_ranks_of_a_machine(
     for ranks, expected in ((1, 8), (2, 4), (16, 1)):
         with loader(crops, config=shared, ranks_here=ranks) as running:
             assert running.threads == expected
-
-
 
 
 @pytest.mark.parametrize("rows", [1, 12, 64, 250])

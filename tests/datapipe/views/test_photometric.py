@@ -108,9 +108,7 @@ def test_operations__work_in_place_on_slices_of_a_batch() -> None:
         before[1] = alone
 
 
-ALL = Photometric(
-    jitter=JitterConfig(probability=0.8, white_balance=0.1), grey=0.2, blur=0.5, solarise=0.3, erase=0.4
-)
+ALL = Photometric(jitter=JitterConfig(probability=0.8, white_balance=0.1), grey=0.2, blur=0.5, solarise=0.3, erase=0.4)
 
 
 def planned(setting: Photometric, count: int = 6000, size: tuple[int, int] = (64, 32)) -> list[list[tuple[str, Any]]]:
@@ -120,8 +118,15 @@ def planned(setting: Photometric, count: int = 6000, size: tuple[int, int] = (64
 
 def test_plan__probabilities_are_the_settings() -> None:
     steps = planned(ALL)
-    expected = {"white_balance": 0.8, "brightness": 0.8, "hue": 0.8, "grey": 0.2, "blur": 0.5, "solarise": 0.3,
-                "erase": 0.4}
+    expected = {
+        "white_balance": 0.8,
+        "brightness": 0.8,
+        "hue": 0.8,
+        "grey": 0.2,
+        "blur": 0.5,
+        "solarise": 0.3,
+        "erase": 0.4,
+    }
     for name, probability in expected.items():
         hits = sum(name in dict(todo) for todo in steps)
         assert stats.binomtest(hits, len(steps), probability).pvalue > 0.001, name

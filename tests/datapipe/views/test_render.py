@@ -25,8 +25,14 @@ BANDS = ((0.0, 0.5),) * 3 + ((0.25, 0.75),) * 3 + ((0.5, 1.0),) * 3
 PLAIN = ViewConfig(jitter=JitterConfig(probability=0), grey=0, blur=(0, 0, 0), solarise=(0, 0, 0))
 
 
-def geometry(interpolation: str, *, scale: tuple[float, float] = (0.2, 1.0), flip: float = 0.5,
-             bands: tuple[tuple[float, float], ...] = ((0.0, 1.0),), size: tuple[int, int] = (64, 32)) -> ViewSpec:
+def geometry(
+    interpolation: str,
+    *,
+    scale: tuple[float, float] = (0.2, 1.0),
+    flip: float = 0.5,
+    bands: tuple[tuple[float, float], ...] = ((0.0, 1.0),),
+    size: tuple[int, int] = (64, 32),
+) -> ViewSpec:
     group = ViewGroup("plain", size, scale, (0.375, 0.667), flip, bands, (Photometric(),) * len(bands))
     return ViewSpec((group,), interpolation)  # type: ignore[arg-type]
 
@@ -86,9 +92,7 @@ def test_crops__follow_torchvisions_own_sampling(
 ) -> None:
     torch.manual_seed(1)
     blank, count = torch.zeros(1, *shape), 3000
-    theirs = np.array([
-        transforms.RandomResizedCrop.get_params(blank, list(scale), list(ratio)) for _ in range(count)
-    ])
+    theirs = np.array([transforms.RandomResizedCrop.get_params(blank, list(scale), list(ratio)) for _ in range(count)])
     unit = draw(2, {"crop": crop_boxes.NUMBERS}, np.arange(count))["crop"]
     ours = crop_boxes.crops(unit, np.full(count, shape[0]), np.full(count, shape[1]), scale, ratio)
     for at, name in enumerate(("top", "left", "height", "width")):

@@ -309,5 +309,3 @@ def test_collect__how_long_the_loop_stood_still(tmp_path: Path) -> None:
     (found,) = checkpoints.collect()
     assert found.step == 10 and 0 < found.took_s <= found.stood_s and found.share > 0
     assert checkpoints.collect() == []
-
-

@@ -144,8 +144,6 @@ def test_failure__of_one_rank_is_heard_by_all_in_the_same_step(tmp_path: Path) -
     verify(store, "step_0000020", read_marker(store, "step_0000020").files)
 
 
-
-
 def _goes_on(world: World, folder: str) -> dict[str, bool]:
     """Kind of stepper -> are the weights after two steps, a save and two steps those after a restore and two steps?"""
     config = tiny("pass_vits", images=2)

@@ -78,9 +78,7 @@ def test_compare__equal_and_different(
     assert "step: 10 and 20" in lines and lines[-1] == "different"
 
 
-def test_compare__another_optimizer_and_size(
-    run: str, store: Store, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_compare__another_optimizer_and_size(run: str, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     one, other = make_stepper(make_method()), make_stepper(make_method(width=16), optimizer="sgd")
     for step, stepper in ((10, one), (20, other)):
         make_step(stepper)

@@ -34,8 +34,9 @@ def test_launchers__are_forgotten_and_come_back(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize("launcher", LEFT)
-def test_alone__is_one_process_and_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-                                           launcher: str) -> None:
+def test_alone__is_one_process_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, launcher: str
+) -> None:
     for name, value in {**LEFT[launcher], "GLOO_SOCKET_IFNAME": "ib0"}.items():
         monkeypatch.setenv(name, value)
     with alone("cpu", group=True) as world:

@@ -28,8 +28,9 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(("device", "name", "variable"), [(CPU, "g++", "CXX"), (GPU, "gcc", "CC")])
-def test_compiler__is_looked_for_by_device(machine: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device,
-                                           name: str, variable: str) -> None:
+def test_compiler__is_looked_for_by_device(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device, name: str, variable: str
+) -> None:
     refuse_without_compiler(device)
     (machine / "bin" / name).rename(machine / "bin" / "other")
     with pytest.raises(ConfigError, match=rf"there is none: {name.replace('+', '.')}") as missed:

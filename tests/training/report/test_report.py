@@ -284,7 +284,6 @@ def test_to_svg__is_inline_and_takes_the_colour_of_the_page() -> None:
     assert "<metadata" not in svg and "#123457" not in svg
 
 
-
 def keep_batch(step: int, rank: int, images: int = 10, padding: int = 2, seed: int = 0) -> tuple[str, bytes]:
     """Name and content of a file as training keeps a batch that was not finite."""
     pixels = np.random.default_rng(seed).integers(0, 255, (2, images + padding, 32, 16, 3)).astype(np.uint8)

@@ -84,11 +84,14 @@ LOG = """2026-11-29 10:00:00 INFO training.trainer.monitoring.rank_log: rank 0 o
 """
 
 
-@pytest.mark.parametrize(("pid", "found"), [
-    (41, lambda words: len(words) == 4 and telling(words)[0].startswith("[rank1]") and len(telling(words)) == 2),
-    (42, lambda words: words == []),
-    (43, lambda words: words is None),
-])
+@pytest.mark.parametrize(
+    ("pid", "found"),
+    [
+        (41, lambda words: len(words) == 4 and telling(words)[0].startswith("[rank1]") and len(telling(words)) == 2),
+        (42, lambda words: words == []),
+        (43, lambda words: words is None),
+    ],
+)
 def test_words__are_found_in_a_ranks_log(pid: int, found: Callable[[list[str] | None], bool]) -> None:
     assert found(of_process(LOG, pid))
 

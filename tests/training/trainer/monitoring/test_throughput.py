@@ -60,8 +60,10 @@ def test_step__counts_from_the_first_one() -> None:
     assert Speed().step(10, []) == (10, 0.0, 0.0, 0.0, None)  # of several ranks, nobody knows yet
 
 
-@pytest.mark.parametrize(("wait", "reading", "name"), [(0.04, 0.9, "training"), (0.06, 0.6, "reading"),
-                                                       (0.06, 0.4, "views"), (0.0, 0.0, "training")])
+@pytest.mark.parametrize(
+    ("wait", "reading", "name"),
+    [(0.04, 0.9, "training"), (0.06, 0.6, "reading"), (0.06, 0.4, "views"), (0.0, 0.0, "training")],
+)
 def test_bottleneck__is_what_the_slowest_waits_for(wait: float, reading: float, name: str) -> None:
     assert bottleneck(wait, reading) == name
 

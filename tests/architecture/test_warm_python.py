@@ -74,16 +74,30 @@ def test_server__survives_clients_that_end_at_any_moment() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 @pytest.mark.parametrize("to", ["the client", "the program"])
 def test_signal__ends_both(number: int, to: str) -> None:
-    process = Process([python(), "-c", "import time; print(1, flush=True); time.sleep(1000)"], stdout=subprocess.PIPE,
-                      stderr=subprocess.DEVNULL)  # fmt: skip
-    with process:
-        assert process.stdout is not None and process.stdout.readline()
-        inner = psutil.Process(process.own_pid)
+    process = Process(
+        [python(), "-c", "import time; print(1, flush=True); time.sleep(1000)"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
+    assert process.stdout is not None and process.stdout.readline()
+    inner = psutil.Process(process.own_pid)
+    try:
         assert inner.pid == forked()[process.pid] and process.pid in ancestors(inner.pid)
         assert inner in descendants(os.getpid())
         os.kill(process.pid if to == "the client" else inner.pid, number)
         assert process.wait(60) == -number
-    assert psutil.wait_procs([inner], timeout=60)[1] == []
+        assert psutil.wait_procs([inner], timeout=60)[1] == []
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_signal__ignored_where_whoever_starts_it_ignores_it() -> None:
+    code = "import signal; print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, signal.getsignal(signal.SIGINT))"
+    ignoring = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN), "text": True}
+    both = [subprocess.run([one, "-c", code], capture_output=True, **ignoring) for one in (python(), sys.executable)]
+    assert both[0].stdout == both[1].stdout and both[0].stdout.startswith("True ")
 
 
 def test_server__survives_clients_and_programs_that_are_killed_together() -> None:

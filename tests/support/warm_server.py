@@ -25,6 +25,8 @@ from typing import Any, NoReturn
 
 import numpy
 
+from tests.support.warm_client import FORWARDED
+
 STREAMS = ((0, "stdin", "r", "surrogateescape"), (1, "stdout", "w", "surrogateescape"),
            (2, "stderr", "w", "backslashreplace"))  # fmt: skip
 SLOW_S = 60
@@ -141,8 +143,9 @@ def become(order: dict[str, Any]) -> Callable[[], Any]:
     """Take over all that the client had. Returns what is to be run."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for number in order["ignored"]:
-        signal.signal(number, signal.SIG_IGN)
+    for number in FORWARDED:  # as the client has them: of the server's own some may be ignored
+        usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN if number in order["ignored"] else usual)
     if order["leads"]:
         os.setsid()
     else:

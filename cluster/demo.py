@@ -29,10 +29,11 @@ from training.config import recipe_toml as recipes
 from training.config.run_plan import clock_of
 from training.core.devices import Device, choose_device
 from training.core.run_folder.lease import refuse_held
+from training.recipes import SHIPPED
 from training.reid.zero_shot import COLOUR_HISTOGRAM, RANDOM
 from training.trainer.monitoring.throughput import faster_precision
 
-RECIPE = Path(recipes.__file__).parent / "recipes" / "demo.toml"
+RECIPE = SHIPPED / "demo.toml"
 DEMO_STEPS = 360
 """Steps of the demo's recipe on the rendered crops; crops of your own get as many."""
 LIMIT = 3.0

@@ -110,7 +110,7 @@ def test_differences__names_what_changed() -> None:
     assert found == ["optimisation.lr: 0.001 -> 0.5"]
 
 
-RECIPES = sorted((Path(recipes.__file__).parent / "recipes").glob("*.toml"))
+RECIPES = sorted(SHIPPED.glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

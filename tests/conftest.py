@@ -6,6 +6,7 @@ GOLDEN and TEST_CROPS name the folders of golden vectors and of real crops (defa
 import json
 import logging
 import os
+import signal
 import urllib.request
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: test processes share few cores
@@ -180,7 +181,11 @@ def real_crops() -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One interpreter with the slow imports done, for all processes of a run."""
+    """One interpreter with the slow imports done, for all processes of a run. They hear signals that a run in the
+    background, or under nohup, ignores."""
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
     if not hasattr(config, "workerinput") and not config.option.collectonly:
         running = ExitStack()
         running.enter_context(warm_python.started())

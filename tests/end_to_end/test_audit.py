@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from torch.multiprocessing.spawn import ProcessExitedException
 
+from datapipe.core.config import StorageConfig
 from tests.end_to_end.tiny import recipe, seen_in_forward, shards
 from tests.support.ranks import run_ranks
 from training.config import recipe_toml as recipes
@@ -79,7 +80,7 @@ def test_audit__every_crop_once_per_epoch_over_kills_and_changes_of_world(
 
     worlds = [json.loads(line)["world"] for line in (run / "ranks" / "audit_00.jsonl").read_text().splitlines()]
     assert set(worlds) == {1, 2, 3} and len(worlds) > STEPS  # all took part, and some steps were made again
-    attempts = RunFiles(RunFolder(str(run), recipes.StorageConfig())).attempts
+    attempts = RunFiles(RunFolder(str(run), StorageConfig())).attempts
     assert [attempt.header["world"] for attempt in attempts] == [2, 3, 1]
     for attempt in attempts[:2]:  # a rank's figures arrive a step late, those of all ranks together
         assert attempt.records[-1]["bytes_fetched"] >= sum(map(len, crops.values()))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from datapipe.core.config import StorageConfig
 from datapipe.dataset.manifest import Manifest
 from datapipe.sampling.epoch_order import Order
 from datapipe.storage import open_store
@@ -113,7 +114,7 @@ def test_resume__a_complete_run_ends_at_once(undisturbed: Callable[[str], Path],
 
 
 def _losses(run: Path) -> dict[int, float]:
-    records = RunFiles(RunFolder(str(run), recipes.StorageConfig())).records
+    records = RunFiles(RunFolder(str(run), StorageConfig())).records
     return {record["step"]: record["loss"] for record in records}
 
 

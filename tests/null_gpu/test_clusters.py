@@ -29,7 +29,7 @@ def tiny(tmp_path: Path) -> Path:
     return recipe(tmp_path, generated(tmp_path), str(tmp_path / "run"))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_run__where_ray_has_no_gpu_and_torch_sees_one_is_on_cpus_and_says_so(tiny: Path) -> None:
     """A Ray of its own, which counts GPUs with NVML."""
     variables = {**environment(), "PYTHONPATH": str(ROOT)}
@@ -57,7 +57,7 @@ def test_run__on_a_cluster_started_without_gpus_is_on_cpus_and_says_so(tiny: Pat
     assert device_of(tiny.parent / "run") != "Null H100"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_run__whose_worker_has_a_gpu_without_kernels_is_one_error(tiny: Path, tmp_path: Path) -> None:
     """A Volta in the cluster; the command's own machine has no GPU, and cannot know."""
     volta = {**under_ray(tmp_path / "nccl.log", devices=1), "NULLCUDA_MAJOR": "7"}

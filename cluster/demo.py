@@ -220,9 +220,9 @@ def _command(module: str, *arguments: str, to: Path | None = None) -> None:
 
         with receiving(pass_on):
             code = process.wait()
-    if told and code in (STOPPED, INTERRUPTED, -told[0]):  # it has said so itself
+    if told and code in (STOPPED, INTERRUPTED):  # it has said so itself
         sys.exit(exit_code(told[0]))
-    if told and (listener := current()):
+    if told and (listener := current()):  # killed by the signal before it heard any, or ended otherwise
         listener.end(told[0])
     if code != COMPLETE:
         raise ClusterError(

@@ -45,11 +45,13 @@ OUTSPOKEN = {
 has not."""
 TELLING = re.compile(
     r"terminate called|what\(\):|CUDA error|CUDA_ERROR|cuDNN|cuBLAS|NCCL (WARN|error)|ncclUnhandled|ncclSystem"
-    r"|ncclRemote|watchdog|timed? ?out|timeout|Xid|ECC|out of memory|Fatal Python error|Segmentation fault|Aborted"
-    r"|assert|symbol lookup error|free\(\)|double free|corrupt|Killed|error|exception",
+    r"|ncclRemote|watchdog|timed? ?out|timeout|\bXid\b|\bECC\b|out of memory|Fatal Python error|Segmentation fault"
+    r"|Aborted|assert|symbol lookup error|free\(\)|double free|corrupt|Killed|error|exception",
     re.IGNORECASE,
 )
-_STACK = re.compile(r"^(\s+File \"|(Current )?[Tt]hread 0x|Extension modules:|\s*$|frame #\d+|\s*#\d+ )")
+_STACK = re.compile(
+    r"^(\s+File \"|(Current )?[Tt]hread 0x|Extension modules:|\s*$|frame #\d+|\s*#\d+ |.*@ +0x[0-9a-f]+ )"
+)
 MOST_LINES, NEAR_LINES = 3, 40
 """Of the telling ones, and of the end in which they are looked for."""
 HEAD = "last words of process"

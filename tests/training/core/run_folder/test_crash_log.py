@@ -100,3 +100,6 @@ def test_telling__what_matters() -> None:
     assert telling(["one", "two", "three", "four"]) == []
     assert telling(["CUDA error: misaligned address", *map(str, range(9))]) == ["CUDA error: misaligned address"]
     assert telling([]) == []
+    frame = "[2026-11-30 01:50:40,474 E 41 41] logging.cc:474:     @     0x7fa73ecc9c32  1232  ray::RunTask()"
+    assert telling([frame, "Fatal Python error: Aborted"]) == ["Fatal Python error: Aborted"]
+    assert telling(["at 0x7fa73ecc9c32"]) == []

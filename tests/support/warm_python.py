@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import psutil
@@ -34,7 +34,7 @@ warm_client.main({real!r}, {address!r}, {served!r})
 @contextlib.contextmanager
 def started() -> Iterator[None]:
     """The server, for as long as this lasts."""
-    with TemporaryDirectory(prefix="warm_") as name:
+    with TemporaryDirectory(prefix="warm_", dir=_short_folder()) as name:
         folder, own = Path(name), Path(sys.executable)
         given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         path = os.pathsep.join(dict.fromkeys((str(ROOT), *filter(None, given))))
@@ -58,6 +58,11 @@ def started() -> Iterator[None]:
             del os.environ[FOLDER]
             server.stdin.close()
             server.wait()
+
+
+def _short_folder() -> str:
+    """For temporary files: the address of a socket may have 107 bytes, and the folder's own name takes some of them."""
+    return gettempdir() if len(os.fsencode(gettempdir())) < 80 else "/tmp"
 
 
 def started_cold() -> dict[str, int]:

@@ -78,18 +78,24 @@ def python() -> str:
 
 
 def forked() -> dict[int, int]:
-    """Process id of a client -> process id of what was forked for it."""
+    """Process id of a client -> process id of what was forked for it; nothing where no server runs."""
+    folder = os.environ.get(FOLDER)
+    if not folder:
+        return {}
     with socket.socket(socket.AF_UNIX) as server:
-        server.connect(str(Path(os.environ[FOLDER]) / ".socket"))
-        server.sendall(bytes(8))
-        with server.makefile("rb") as answer:
-            table = json.loads(answer.read())
+        try:
+            server.connect(str(Path(folder) / ".socket"))
+            server.sendall(bytes(8))
+            with server.makefile("rb") as answer:
+                table = json.loads(answer.read())
+        except (OSError, ValueError):  # it has ended: what it forked has, too
+            return {}
     return {int(client): pid for client, pid in table.items()}
 
 
 def descendants(pid: int) -> list[psutil.Process]:
     """All processes below one, those included that were forked for clients below it."""
-    table = forked() if FOLDER in os.environ else {}
+    table = forked()
     children: dict[int, list[int]] = {}
     for process in psutil.process_iter(["ppid"]):
         children.setdefault(process.info["ppid"], []).append(process.pid)
@@ -125,7 +131,7 @@ class Process(subprocess.Popen[Any]):
     @property
     def own_pid(self) -> int:
         """That of the program itself."""
-        return (forked() if FOLDER in os.environ else {}).get(self.pid, self.pid)
+        return forked().get(self.pid, self.pid)
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:

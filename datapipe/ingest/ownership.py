@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.dataset.manifest import has_manifest
-from datapipe.storage import Store
+from datapipe.storage import Store, probe
 
 FOLDER = "requests"
 
@@ -26,6 +26,15 @@ def owns_output(store: Store, request: bytes) -> bool:
     if not found and has_manifest(store):
         raise DataError("another data set is already there", where=store.url, hint="choose another --out")
     return bool(found)
+
+
+def is_written(store: Store, request: bytes, out: str) -> bool:
+    """Whether this request's data set is there whole. Raises StorageError where a folder that is nobody's yet, at the
+    address `out`, cannot hold one, DataError where it is another request's."""
+    if not owns_output(store, request):
+        probe(store).demand("ranges", "lists", where=out)
+        return False
+    return has_manifest(store)
 
 
 def claim_output(store: Store, request: bytes) -> None:

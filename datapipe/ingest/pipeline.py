@@ -19,10 +19,10 @@ from datapipe.core.errors import DataError
 from datapipe.core.parallel import Executor, Workers
 from datapipe.core.progress import Progress
 from datapipe.dataset.index import Shard
-from datapipe.dataset.manifest import Manifest, has_manifest, libraries, load_unselected
+from datapipe.dataset.manifest import Manifest, libraries, load_unselected
 from datapipe.dataset.quarantine import NAME as QUARANTINE
 from datapipe.dataset.quarantine import Reasons, excluded, listed, write_quarantine
-from datapipe.ingest.ownership import claim_output, owns_output
+from datapipe.ingest.ownership import claim_output, is_written
 from datapipe.ingest.repartition import planned, repartition, rows_file
 from datapipe.ingest.scan import Scanned, read_part, read_refused, scan_part
 from datapipe.ingest.shard_plan import HOT, Candidates, Plan, plan_shards, repeated
@@ -31,7 +31,7 @@ from datapipe.ingest.spool import check_room, opened_spool
 from datapipe.ingest.work_units import Listing
 from datapipe.sources import open_sources
 from datapipe.sources.base import Source
-from datapipe.storage import Store, open_store, probe, resolved_url, unsafe
+from datapipe.storage import Store, open_store, resolved_url, unsafe
 from datapipe.storage.url_patterns import would_meet
 
 
@@ -85,9 +85,7 @@ def ingest_sources(
         Workers(config.workers) as own,
     ):
         request = listing.request(config, licence)
-        if not owns_output(store, request):
-            probe(store).demand("ranges", "lists", where=out)
-        elif has_manifest(store):
+        if is_written(store, request, out):
             return Ingested(load_unselected(store.url, storage), True, {})
         run = _Run(store, spool, local, config, storage, workers or own)
         parts = run.scan(listing)

@@ -23,17 +23,17 @@ from datapipe.core.config import ReshardConfig, ShardConfig, StorageConfig
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.core.parallel import Executor, Workers
 from datapipe.dataset.index import INDEX
-from datapipe.dataset.manifest import Manifest, has_manifest, libraries, load_unselected
+from datapipe.dataset.manifest import Manifest, libraries, load_unselected
 from datapipe.dataset.quarantine import NAME as QUARANTINE
 from datapipe.dataset.quarantine import REFUSED, excluded, write_quarantine
 from datapipe.dataset.tar import member_bytes
-from datapipe.ingest.ownership import claim_output, owns_output
+from datapipe.ingest.ownership import claim_output, is_written
 from datapipe.ingest.pipeline import refuse_inside, write_shards
 from datapipe.ingest.repartition import planned, repartition
 from datapipe.ingest.shard_plan import Candidates, Plan, hot_columns, key_texts, plan_shards, ranked
 from datapipe.ingest.shard_writer import sidecars
 from datapipe.ingest.spool import opened_spool
-from datapipe.storage import Store, open_store, probe
+from datapipe.storage import Store, open_store
 
 KEPT = tuple(name for name in INDEX.names if name not in ("offset", "duplicate_of", "near_of", "removed"))
 """Columns that a crop takes along; the others are made anew."""
@@ -71,9 +71,7 @@ def reshard(
     store = open_store(out, storage)
     with opened_spool(config.spool, out, storage) as (spool, local), Workers(config.workers) as own:
         request = _request(sets, config, licence)
-        if not owns_output(store, request):
-            probe(store).demand("ranges", "lists", where=out)
-        elif has_manifest(store):
+        if is_written(store, request, out):
             return Resharded(load_unselected(out, storage), True)
         run = _Run(sets, store, spool, local, config, storage, workers or own)
         crops, plan = run.plan()

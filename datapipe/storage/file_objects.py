@@ -1,6 +1,7 @@
 """Objects as readable files: seekable, fetched in large blocks, the next block already on its way."""
 
 import io
+from abc import abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
 
@@ -49,9 +50,9 @@ class SeekableReader(io.RawIOBase):
     def __init__(self, total: int, block: int) -> None:
         self.total, self.block, self.position = total, block, 0
 
+    @abstractmethod
     def next_bytes(self, most: int) -> bytes | memoryview:
         """At least one byte from `position` on, `most` at most; none at the end."""
-        raise NotImplementedError
 
     def readable(self) -> bool:
         return True

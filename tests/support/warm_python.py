@@ -110,7 +110,7 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 def ancestors(pid: int) -> list[int]:
     """The processes above one; above a forked one is the client that it was forked for."""
-    clients = {inner: client for client, inner in forked().items()} if FOLDER in os.environ else {}
+    clients = {inner: client for client, inner in forked().items()}
     found: list[int] = []
     with contextlib.suppress(psutil.NoSuchProcess):
         while pid > 1:

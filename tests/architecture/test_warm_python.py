@@ -62,6 +62,29 @@ def test_python__has_the_slow_imports_behind_it_unless_it_would_import_otherwise
     assert isolated.stdout.strip() == "False"
 
 
+OWN = (
+    "import training, training.trainer.pretrain, tests, torch, sys; print(training.__file__, tests.__file__, sys.path)"
+)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_python__imports_ours_from_a_folder_of_its_own_path(behind: bool, tmp_path: Path) -> None:
+    (tmp_path / "training").symlink_to(ROOT / "training")
+    path = os.pathsep.join([str(ROOT), str(tmp_path)] if behind else [str(tmp_path), str(ROOT)])
+    changed = {**os.environ, "PYTHONPATH": path}
+    both = [subprocess.run([one, "-c", OWN], capture_output=True, text=True, cwd="/", env=changed)
+            for one in (python(), sys.executable)]  # fmt: skip
+    assert both[0].returncode == 0 and both[0].stdout == both[1].stdout, both
+    assert ("training" in both[0].stdout.split()[0]) and (str(tmp_path) in both[0].stdout.split()[0]) is not behind
+
+
+def test_python__obeys_what_a_folder_of_its_path_does_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("print('at the start')")
+    changes = {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([python(), "-c", "1"], capture_output=True, text=True, env={**os.environ, **changes})
+    assert done.stdout == "at the start\n"
+
+
 def test_server__survives_clients_that_end_at_any_moment() -> None:
     address = str(Path(python()).parent / ".socket")
     for sent in (b"", b"123", (1000).to_bytes(8, "big"), (1000).to_bytes(8, "big") + b"{", bytes(8)):

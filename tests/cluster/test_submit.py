@@ -98,7 +98,7 @@ def done(head: Authorised, tree: Path, s3: S3Server, write_crops: Callable[..., 
 def _ray(head: Authorised, tree: Path, word: str, *words: str) -> subprocess.Popen[str]:
     line = [*ray_words(), "job", word, "--address", head.dashboard, *words]
     return subprocess.Popen(line, cwd=tree, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, **head.keys})  # fmt: skip
+                            env={**os.environ, **head.keys, "PYTHONUNBUFFERED": "1"})  # fmt: skip
 
 
 def _collect(process: subprocess.Popen[str], commands: set[bytes]) -> None:

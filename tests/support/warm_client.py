@@ -16,6 +16,8 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signa
 READ_AT_START = ("LD_PRELOAD", "PYTHON", "ATEN_", "CUDA_VISIBLE_DEVICES", "DEEPSPEED_", "DS_", "MKL_", "NULL_", "OMP_",
                  "TORCH_LOGS")  # fmt: skip
 """Beginnings of the names of variables that a process obeys while it starts or imports."""
+READ_BY_SITE = ("sitecustomize.py", "usercustomize.py")
+"""Modules of a folder of PYTHONPATH that Python imports while it starts."""
 LET_PASS = {"PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONBREAKPOINT"}
 """Names that begin so: the server sees to them, or nothing of a test depends on them."""
 
@@ -38,7 +40,7 @@ def main(real: str, address: str, served: "dict[str, str]") -> None:
         server.connect(address)
     except OSError:
         os.execv(real, [real, *sys.argv[2:]])
-    os._exit(_ended(server, words))
+    os._exit(_ended(server, words, _added(served["PYTHONPATH"])))
 
 
 def _understood(words: "list[str]") -> bool:
@@ -47,8 +49,8 @@ def _understood(words: "list[str]") -> bool:
 
 def _apart(served: "dict[str, str]") -> str:
     """The variable for which this process would not start or import as the server did; empty: there is none."""
-    own, known = ({*path.split(os.pathsep)} - {""} for path in (os.environ.get("PYTHONPATH", ""), served["PYTHONPATH"]))
-    if own - known:
+    added = _added(served["PYTHONPATH"])
+    if any(os.path.exists(os.path.join(folder, name)) for folder in added for name in READ_BY_SITE):
         return "PYTHONPATH"
     names = {name for name in (*os.environ, *served) if name.startswith(READ_AT_START)} - LET_PASS
     changed = [name for name in sorted(names) if os.environ.get(name, "") != served.get(name, "")]
@@ -57,7 +59,16 @@ def _apart(served: "dict[str, str]") -> str:
     return changed[0] if changed else ""
 
 
-def _ended(server: socket.socket, words: "list[str]") -> int:
+def _added(served: str) -> "list[str]":
+    """The folders that are searched here and not by the server, in order."""
+    return [folder for folder in _path(os.environ.get("PYTHONPATH", "")) if folder not in _path(served)]
+
+
+def _path(variable: str) -> "list[str]":
+    return [folder for folder in variable.split(os.pathsep) if folder]
+
+
+def _ended(server: socket.socket, words: "list[str]", added: "list[str]") -> int:
     """Have the words run; the exit code. A process that a signal ended is followed by the same signal."""
     files = _open_files(server.fileno())
     ignored = [number for number in FORWARDED if signal.getsignal(number) is signal.SIG_IGN]
@@ -66,6 +77,7 @@ def _ended(server: socket.socket, words: "list[str]") -> int:
         signal.signal(number, lambda number, _: early.append(number))
     order = {"words": words, "environment": dict(os.environ), "folder": os.getcwd(), "files": files, "ignored": ignored,
              "group": os.getpgid(0), "leads": os.getsid(0) == os.getpid(), "client": os.getpid(),
+             "path": _path(os.environ.get("PYTHONPATH", "")) if added else [],
              "unbuffered": sys.argv[2:3] == ["-u"] or "PYTHONUNBUFFERED" in os.environ,
              "executable": sys.argv[1]}  # fmt: skip
     text = json.dumps(order).encode()

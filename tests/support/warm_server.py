@@ -29,6 +29,8 @@ from tests.support.warm_client import FORWARDED
 
 STREAMS = ((0, "stdin", "r", "surrogateescape"), (1, "stdout", "w", "surrogateescape"),
            (2, "stderr", "w", "backslashreplace"))  # fmt: skip
+OURS = {"cluster", "datapipe", "tests", "training"}
+"""Packages of this project."""
 SLOW_S = 60
 """For a client to send what it has begun to send."""
 HIGH = 500
@@ -156,6 +158,8 @@ def become(order: dict[str, Any]) -> Callable[[], Any]:
     os.environ.clear()
     os.environ.update(order["environment"])
     _streams(order["unbuffered"])
+    if order["path"]:
+        _search(order["path"])
     words = order["words"]
     sys.executable = order["executable"]
     sys.orig_argv = [sys.executable, *words]
@@ -211,6 +215,14 @@ def _take_files(numbers: list[int], received: list[int]) -> None:
     for place, number in enumerate(numbers):
         os.dup2(HIGH + place, number, inheritable=True)
         os.close(HIGH + place)
+
+
+def _search(folders: list[str]) -> None:
+    """As with these folders in PYTHONPATH. What is ours is imported anew, as one of them may hold a copy of it."""
+    sys.path[1:] = dict.fromkeys((*folders, *sys.path[1:]))
+    for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
 
 
 def _streams(unbuffered: bool) -> None:

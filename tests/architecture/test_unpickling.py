@@ -4,6 +4,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from tests.support.golden import ROOT
 
 FOLDERS = ("datapipe", "training", "cluster")
@@ -46,6 +48,7 @@ def _faults(path: Path, root: Path = ROOT) -> Iterator[str]:
             yield f"{name}:{call.lineno} {called}"
 
 
+@pytest.mark.slow
 def test_unpickling__nowhere_that_could_run_code() -> None:
     files = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
     assert len(files) > 100

@@ -123,6 +123,7 @@ def test_signal__ignored_where_whoever_starts_it_ignores_it() -> None:
     assert both[0].stdout == both[1].stdout and both[0].stdout.startswith("True ")
 
 
+@pytest.mark.slow
 def test_server__survives_clients_and_programs_that_are_killed_together() -> None:
     words = [python(), "-c", "import time; print(1, flush=True); time.sleep(1000)"]
     for _ in range(5):

@@ -19,6 +19,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Scale:
     return replace(TOY, cache=tmp_path_factory.mktemp("bench"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BENCHES)
 def test_bench__reports_finite_figures(name: str, toy: Scale) -> None:
     if name == "ingest_peers" and not INGEST.ready():

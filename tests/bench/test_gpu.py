@@ -63,6 +63,7 @@ def test_compared__each_step_has_its_bound(step: int, off: float, passes: bool) 
     assert check.passed is passes and ("off" in check.why) is not passes
 
 
+@pytest.mark.slow
 def test_bench__says_in_one_error_that_there_is_no_gpu(tmp_path: Path) -> None:
     done = run((*ALONE, "tests.bench.gpu"), tmp_path, {**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
@@ -79,6 +80,7 @@ def test_make__sets_nothing_up(given: tuple[str, ...], python: str, tmp_path: Pa
     assert done.stdout == f"{python} -m tests.bench.gpu --minutes 2\n"
 
 
+@pytest.mark.slow
 def test_session__fails_what_raises_and_leaves_out_what_it_has_no_time_for(capsys: pytest.CaptureFixture[str]) -> None:
     session = Session(minutes=1)
 

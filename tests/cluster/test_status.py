@@ -27,6 +27,7 @@ def _note(folder: RunFolder, **record: object) -> None:
     folder.append("restarts.jsonl", json.dumps({"time": time.time(), "kind": "crash", "reason": "", **record}))
 
 
+@pytest.mark.slow
 def test_status__of_runs_in_every_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = generated(tmp_path)
     for name, stop_at in (("done", 0), ("begun", 4)):
@@ -57,6 +58,7 @@ def test_status__of_runs_in_every_state(tmp_path: Path, capsys: pytest.CaptureFi
     assert "last restart: the command was run again" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_status__on_object_storage(s3: S3Server) -> None:
     url = f"s3://{s3.bucket()}/runs"
     folder = RunFolder(f"{url}/one", s3.storage)

@@ -20,6 +20,7 @@ def written(tmp_path: Path) -> Path:
     return Path(shutil.copytree(WRITTEN, tmp_path / "written"))
 
 
+@pytest.mark.slow
 def test_run__goes_on_with_the_losses_that_it_would_have_had(written: Path) -> None:
     run = written / "run"
     before = step_records(run)

@@ -35,6 +35,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny.generated(tmp_path_factory.mktemp("crops"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(set(FOLDER.glob("*.toml")) - {DEMO}), ids=lambda path: path.stem)
 def test_recipes__of_publications_resize_as_these_do(path: Path) -> None:
     """Antialiased bicubic; what names no publication gets the fast way."""
@@ -76,6 +77,7 @@ def test_recipe__runs_three_real_steps(path: Path, manifest: str, tmp_path: Path
     assert wanted | METRICS[config.method.name] <= records[-1].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.stem)
 def test_recipe__starts_with_any_number_of_workers(path: Path) -> None:
     config = load(path)

@@ -72,6 +72,7 @@ def test_stores__over_tls(
     assert picture.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_stores__on_a_bad_line(
     crops: Path,
     expected: dict[str, dict[str, bytes]],

@@ -69,6 +69,7 @@ def straight(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_run__is_scored_after_each_epoch_and_keeps_the_last_and_the_best(straight: Path) -> None:
     found = summary_of(straight)
     assert [one["step"] for one in found["milestones"]] == [3, 6, 9]
@@ -80,6 +81,7 @@ def test_run__is_scored_after_each_epoch_and_keeps_the_last_and_the_best(straigh
         assert card["input"]["mean"] == [0.5, 0.5, 0.5]
 
 
+@pytest.mark.slow
 def test_run__batches_are_of_identities_and_labels_of_all(straight: Path, data: str) -> None:
     reid = open_reid(data)
     assert reid.train is not None
@@ -90,6 +92,7 @@ def test_run__batches_are_of_identities_and_labels_of_all(straight: Path, data: 
         assert counts.tolist() == [4, 4] and set(found.tolist()) <= set(reid.train.pids.tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "ends"), [(3, 4), (5, 6), (8, 9)])
 def test_run__stopped_and_gone_on_with_ends_as_if_never_stopped(step: int, ends: int, data: str, straight: Path,
                                                                  tmp_path: Path) -> None:  # fmt: skip
@@ -107,6 +110,7 @@ def test_run__stopped_and_gone_on_with_ends_as_if_never_stopped(step: int, ends:
     assert scores[0] == scores[1]
 
 
+@pytest.mark.slow
 def test_run__a_milestone_that_was_not_scored_is_made_up_for(data: str, straight: Path, tmp_path: Path,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     config = fine_tuning(data, tmp_path / "run")
@@ -208,6 +212,7 @@ def test_prepare__the_recipe_that_suits_the_weights() -> None:
     assert suited_recipe({"method": "", "parts": 0, "origin": {"layout": "mae"}}) == "supervised_mae"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["supervised_384", "supervised_pass", "supervised_mae"])
 def test_recipe__runs(recipe: str, data: str, tmp_path: Path) -> None:
     short = ("--optimisation.epochs", "1", "--optimisation.warmup-epochs", "0", "--evaluation.data", "")
@@ -230,6 +235,7 @@ def test_label_fraction__keeps_whole_identities(data: str, tmp_path: Path) -> No
     assert set(labels[samples].tolist()) == {0, 1, 2} and len(set(stream.pid[samples].tolist())) == 3
 
 
+@pytest.mark.slow
 def test_refused__before_anything_starts(data: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run folder"):
         prepare("random", data, "")

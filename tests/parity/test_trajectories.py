@@ -90,6 +90,7 @@ def test_trajectory__decayed_and_released_as_in_the_reference(name: str) -> None
     assert frozen == wanted
 
 
+@pytest.mark.slow
 def test_trajectory__rehearsal_leaves_no_trace() -> None:
     for name in ON_RANKS:
         case = case_of(name)
@@ -99,6 +100,7 @@ def test_trajectory__rehearsal_leaves_no_trace() -> None:
         assert all(torch.equal(value, rehearsed.state[name]) for name, value in plain.state.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ON_RANKS)
 def test_trajectory__accumulation_changes_only_rounding(name: str) -> None:
     case = case_of(name)
@@ -137,6 +139,7 @@ def test_trajectory__deepspeed(world: int, micro_batch: int | None) -> None:
             assert beyond < (1e-6 if plain else 1e-5), (key, beyond)
 
 
+@pytest.mark.slow
 def test_wander__is_little_for_nearly_all_entries() -> None:
     """Else the tests above would allow anything."""
     for name in ON_RANKS:

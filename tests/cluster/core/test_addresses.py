@@ -61,6 +61,7 @@ def test_head__of_an_address_of_another_kind(address: str, said: str) -> None:
     assert refused.value.where == address and "ray start --head" in refused.value.hint
 
 
+@pytest.mark.slow
 def test_head__that_does_not_answer_is_named(closed: str, silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", closed)
     with pytest.raises(ClusterError, match=rf"nobody answers at {closed} \(Connection refused\)") as refused:
@@ -101,6 +102,7 @@ def test_head__a_name_server_that_is_silent_does_not_hold_up(monkeypatch: pytest
     answered.set()
 
 
+@pytest.mark.slow
 def test_dashboard__that_does_not_answer_is_named(
     closed: str, silent: str, refusing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,6 +99,7 @@ def test_evaluate__relative_places_are_refused_in_a_job(monkeypatch: pytest.Monk
         evaluate(["runs/x", "--data", "people", "--out", "s3://bucket/scores"])
 
 
+@pytest.mark.slow
 def test_evaluate__mistakes_are_met_before_ray_starts(tmp_path: Path) -> None:
     from cluster.jobs.evaluate import evaluate
 

@@ -185,6 +185,7 @@ def test_usage__out_of_range_is_refused(words: tuple[str, ...], capsys: pytest.C
     assert ended.value.code == cli.USAGE and "greater than or equal to" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_errors__end_the_process_with_one_and_show_a_trace_on_request(tmp_path: Path) -> None:
     words = ("shard", tmp_path / "missing", "--out", tmp_path / "out")
     for process, traced in [(start(*words), False), (start(*words, "--debug"), True)]:

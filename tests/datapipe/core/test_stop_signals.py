@@ -100,6 +100,7 @@ def test_unwinding__ends_all_the_same_when_it_is_swallowed(tmp_path: Path) -> No
     assert (process.returncode, errors) == (75, "stopped by SIGTERM; go on\n")
 
 
+@pytest.mark.slow
 def test_hangup__is_ignored_under_nohup() -> None:
     process = start("time.sleep(0.5); print('lived', flush=True); child.kill()", before=("nohup",))
     first_line(process)

@@ -93,6 +93,7 @@ def test_ingest__sidecars_carry_the_labels(doubled: tuple[Path, dict[str, bytes]
     assert again.rows == 40 and set(again.table(["pid"])["pid"].to_pylist()) == {int(name[:4]) for name in crops} | {-1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["part", "segment", "crops", "chunk", "workers"])
 def test_ingest__is_the_same_however_the_work_is_cut(
     doubled: tuple[Path, dict[str, bytes]], tmp_path: Path, setting: str, monkeypatch: pytest.MonkeyPatch

@@ -100,6 +100,7 @@ def test_member_bytes__are_a_header_and_whole_blocks() -> None:
     assert member_bytes(np.array([1, 512, 513])).tolist() == [2 * BLOCK, 2 * BLOCK, 3 * BLOCK]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(CROPS, st.randoms(), st.sampled_from(["none", "exact", "near"]))
 def test_plan__is_a_permutation_whatever_the_order_of_the_scan(

@@ -106,6 +106,7 @@ def test_index__says_where_each_crop_is_and_what_it_was(tmp_path: Path, write_cr
             assert row["source"] == "crops"
 
 
+@pytest.mark.slow
 def test_shards__are_byte_identical_for_any_number_of_workers(
     tmp_path: Path, write_crops: WriteCrops, monkeypatch: pytest.MonkeyPatch
 ) -> None:

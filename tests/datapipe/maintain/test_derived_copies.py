@@ -80,6 +80,7 @@ def test_runs__lose_every_picture_and_keep_everything_else(folder: Path, tmp_pat
     assert done.cleared.weights == [str(run)] and not done.cleared.failed and not done.cleared.remaining
 
 
+@pytest.mark.slow
 def test_runs__on_an_object_store(folder: Path, tmp_path: Path, s3: S3Server) -> None:
     bucket, run = s3.bucket(), run_folder(tmp_path / "run")
     for name in files(run):
@@ -108,6 +109,7 @@ def test_runs__what_names_a_removed_crop_is_listed(folder: Path, tmp_path: Path)
     ]
 
 
+@pytest.mark.slow
 def test_cache__loses_the_blocks_of_shards_that_lost_crops_and_no_others(
     folder: Path, tmp_path: Path, s3: S3Server, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,6 +64,7 @@ def test_reshard__gives_what_shard_gives_for_the_same_settings(folder: Path, tmp
     assert verify(f"{tmp_path}/merged", "all", STORAGE, workers=1).findings == []
 
 
+@pytest.mark.slow
 def test_reshard__other_sizes_there_and_back(folder: Path, tmp_path: Path, s3: S3Server) -> None:
     bucket = s3.bucket()
     small = reshard(
@@ -147,6 +148,7 @@ def test_reshard__again_is_complete_and_another_is_refused(folder: Path, tmp_pat
         reshard([f"{folder}/a_set"], f"{folder}/a_set/new", config, STORAGE)
 
 
+@pytest.mark.slow
 def test_reshard__keeps_the_bytes_of_every_crop(folder: Path, tmp_path: Path) -> None:
     manifest = reshard(
         [f"{folder}/a_set"],

@@ -100,6 +100,7 @@ def test_select__of_a_folder_starts_with_all_crops_and_of_a_file_with_those(fold
     assert [(row["source"], row["camera"]) for row in rows_of(within)] == [("a", 1)] * 20
 
 
+@pytest.mark.slow
 def test_select__stream_gives_the_bytes_of_the_selected_crops(folder: Path, made: Path, s3: S3Server) -> None:
     bucket = s3.bucket()
     for path in folder.rglob("*"):

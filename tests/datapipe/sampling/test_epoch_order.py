@@ -24,6 +24,7 @@ def epoch_of(order: Order, epoch: int) -> np.ndarray:
     return order.samples(np.arange(epoch * order.rows, (epoch + 1) * order.rows))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     rows=st.integers(1, 700),

@@ -26,6 +26,7 @@ def labels_of(images: list[int], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).permutation(labels)
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(images=MANY, identities=st.integers(1, 9), instances=st.integers(1, 6), seed=st.integers(0, 2**63),
        start=st.integers(0, 40))  # fmt: skip
@@ -80,6 +81,7 @@ def _full_round(images: int, instances: int) -> int:
     return images // instances * instances if images >= instances else instances
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(offset=st.integers(0, 10**12), pieces=st.lists(st.integers(0, 90), min_size=1, max_size=5))
 def test_samples__do_not_depend_on_how_they_are_asked(offset: int, pieces: list[int]) -> None:

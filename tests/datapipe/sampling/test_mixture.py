@@ -74,6 +74,7 @@ def test_samples__a_mix_by_rows_is_a_permutation_in_every_epoch(rows: list[int],
     np.testing.assert_array_equal(np.sort(samples), np.arange(mix.rows))
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     rows=st.lists(st.integers(1, 80), min_size=2, max_size=5),

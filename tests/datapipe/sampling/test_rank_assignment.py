@@ -48,6 +48,7 @@ def test_ranks__golden_values() -> None:
     assert law.ranks(np.array([5, 1, 7, 7, 1, 3, 2, 2, 9, 5, 4, 4, 8, 1, 6, 0, 5, 3])).tolist() == GOLDEN_RANKS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("nodes", "moved_at_most", "read_at_most"), [(2, 0.02, 1.1), (4, 0.03, 1.25), (8, 0.04, 1.6)])
 def test_ranks__few_samples_move_and_few_blocks_are_read_twice(
     nodes: int, moved_at_most: float, read_at_most: float

@@ -198,6 +198,7 @@ NAME = st.builds(
 ).filter(lambda name: not name.endswith("/..jpg"))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     names=st.lists(
@@ -223,6 +224,7 @@ def test_members__may_have_any_name_and_are_never_written(tmp_path: Path, names:
 # ---------------------------------------------------------------------------------------------- several files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [

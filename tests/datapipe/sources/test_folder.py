@@ -48,6 +48,7 @@ def test_folder__finds_images_at_any_depth_and_nothing_else(tmp_path: Path) -> N
     }
 
 
+@pytest.mark.slow
 def test_folder__is_the_same_on_an_object_store(tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder, "UNIT_CROPS", 100)
     bucket = s3.bucket()

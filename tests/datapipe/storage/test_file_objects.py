@@ -23,6 +23,7 @@ def store(request: pytest.FixtureRequest, tmp_path: object, s3: S3Server) -> Sto
     return open_store(url, s3.storage)
 
 
+@pytest.mark.slow
 def test_open_object__reads_and_jumps_as_a_file_does(store: Store) -> None:
     store.replace("name", DATA)
     draw, whole = random.Random(1), io.BytesIO(DATA)

@@ -52,6 +52,7 @@ def test_probe__sees_that_ranges_are_ignored(s3: S3Server) -> None:
     ALL.demand("ranges", "lists", "deletes", "creates_once", where="")
 
 
+@pytest.mark.slow
 def test_probe__refusals_come_before_any_work(s3: S3Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match="not a folder|refused"):

@@ -37,6 +37,7 @@ def patient(endpoint: str) -> StorageConfig:
     return StorageConfig(endpoint_url=endpoint, timeout_s=21)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_s3__survives_each_fault_in_every_request(kind: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3_store, "PART_BYTES", 5 << 20)
@@ -76,6 +77,7 @@ OPERATIONS: dict[str, Callable[[Store], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "told"), [("reset", "did not answer fully"), ("cut", "fully"), ("503", "SlowDown")])
 def test_s3__gives_up_in_time_and_says_so(kind: str, told: str, s3: S3Server) -> None:
     bucket = s3.bucket()
@@ -118,6 +120,7 @@ def test_s3__waits_double_each_time_up_to_a_limit_and_no_two_clients_alike(
     assert once != again
 
 
+@pytest.mark.slow
 def test_s3__waits_as_long_as_the_store_asks(s3: S3Server) -> None:
     bucket = s3.bucket()
     s3.client.put_object(Bucket=bucket, Key="name", Body=DATA)
@@ -141,6 +144,7 @@ def test_retry_after__is_a_number_or_a_date(given: str, seconds: float, monkeypa
     assert isinstance(found, retry.PassingFault) and found.after_s == seconds
 
 
+@pytest.mark.slow
 def test_s3__a_silent_server_is_left_in_time(s3: S3Server) -> None:
     with FaultyProxy(s3.endpoint, Faults(rate=1.0, kinds=("silence",), most=ALWAYS)) as proxy:
         store = open_store("s3://bucket", StorageConfig(endpoint_url=proxy.endpoint, timeout_s=0.3, give_up_s=0.5))
@@ -160,6 +164,7 @@ def test_s3__no_right_ends_at_once(operation: str, s3_without_rights: StorageCon
     assert "s3://locked" in caught.value.where and "AWS_ACCESS_KEY_ID" in caught.value.hint
 
 
+@pytest.mark.slow
 def test_s3__a_certificate_is_checked(
     s3_tls: S3Server, certificate: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -82,6 +82,7 @@ def test_range__of_a_name_that_obstore_would_take_for_another_is_read_by_boto3(s
     assert {key: ranged(store, key, 0, 99) for key in odd} == odd
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_range__survives_each_fault(kind: str, s3: S3Server) -> None:
     bucket = filled(s3)
@@ -92,6 +93,7 @@ def test_range__survives_each_fault(kind: str, s3: S3Server) -> None:
     assert proxy.met[kind] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attempts", [1, 2, 5])
 @pytest.mark.parametrize(("kind", "told"), [("reset", "fully"), ("cut", "fully"), ("503", "503"), ("500", "500")])
 def test_range__is_tried_as_often_as_it_may(kind: str, told: str, attempts: int, s3: S3Server) -> None:
@@ -104,6 +106,7 @@ def test_range__is_tried_as_often_as_it_may(kind: str, told: str, attempts: int,
     assert f"s3://{bucket}/name" in caught.value.where and "\n" not in str(caught.value.what)
 
 
+@pytest.mark.slow
 def test_range__a_silent_server_is_left_in_time(s3: S3Server) -> None:
     with FaultyProxy(s3.endpoint, Faults(rate=1.0, kinds=("silence",), most=ALWAYS)) as proxy:
         store = open_store("s3://bucket", StorageConfig(endpoint_url=proxy.endpoint, timeout_s=0.3, give_up_s=3))
@@ -158,6 +161,7 @@ print(json.dumps({{"Version": 1, "AccessKeyId": f"key{{len(calls.read_text())}}"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_boto3")
 @pytest.mark.parametrize(("minutes", "keys"), [(60, range(1, 2)), (9, range(3, 100))])
 def test_range__is_signed_with_credentials_that_boto3_keeps_fresh(
@@ -184,6 +188,7 @@ def test_range__is_signed_with_credentials_that_boto3_keeps_fresh(
     assert len(proxy.signed_by) in keys
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "region", "endpoint", "address"),
     [
@@ -210,6 +215,7 @@ def test_address__is_where_boto3_looks(
     assert s3_obstore._address(client, "bucket") == address
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_obstore")
 def test_range__in_the_main_thread_heeds_signals(s3: S3Server) -> None:
     def interrupt(*_: object) -> None:
@@ -249,6 +255,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+@pytest.mark.slow
 def test_range__in_a_fork_does_not_wait_for_threads_that_are_gone(s3: S3Server) -> None:
     address = f"s3://{filled(s3)}"
     subprocess.run([sys.executable, "-c", FORK, address, s3.endpoint], check=True, timeout=120, env=os.environ)

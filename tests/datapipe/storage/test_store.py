@@ -76,6 +76,7 @@ def test_create__has_one_winner_in_a_race(kind: str, tmp_path: Path, s3: S3Serve
     assert store.read("name") == bytes([won.index(True)]) * 1000
 
 
+@pytest.mark.slow
 def test_s3__sends_large_data_in_parts(s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(s3_store, "PART_BYTES", 5 << 20)
     bucket = s3.bucket()

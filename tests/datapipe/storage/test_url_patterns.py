@@ -96,6 +96,7 @@ MEANT = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", MEANT)
 def test_pattern__means_the_same_everywhere(pattern: str, tree: Path, bucket: str, memory: str, s3: S3Server) -> None:
     here = crops(f"{tree}/{pattern}")

@@ -109,6 +109,7 @@ def test_disk__data_sets_with_equal_names_are_told_apart(crops: CropSet, opened:
     source.close()
 
 
+@pytest.mark.slow
 def test_disk__through_a_faulty_s3(
     crops: CropSet, tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,6 +117,7 @@ def test_after__batches_hold_what_order_and_views_say(crops: CropSet, truth: lis
             np.testing.assert_array_equal(batch.views[name], expected[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("micro_batch", [1, 4, 5])
 def test_after__any_world_makes_the_same_global_batches(

@@ -52,6 +52,7 @@ def pixels(batches: Iterator[Batch]) -> dict[int, np.ndarray]:
             for batch in batches for row, position in enumerate(batch.position) if position >= 0}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nodes", [(0, 0, 0), (0, 0, 1), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 40])
 def test_after__fewer_shards_crops_or_rows_than_ranks(tmp_path: Path, rows: int, nodes: tuple[int, ...]) -> None:

@@ -30,6 +30,7 @@ def epoch(url: str, cache: Path, rank: int, nodes: tuple[int, ...]) -> tuple[int
     return stream.bytes_read, seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("nodes", "at_least", "at_most"), [(NODES, 0.8, 1.2), ((), 1.6, 2.0)], ids=["node", "slice"])
 def test_epoch__a_machine_fetches_what_its_ranks_use(
     tmp_path: Path, nodes: tuple[int, ...], at_least: float, at_most: float

@@ -3,6 +3,7 @@
 from itertools import accumulate
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,6 +41,7 @@ def seen_by_all(order: SampleOrder, world: Assignment, batches: list[range]) -> 
     return seen
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(
     rows=st.lists(st.integers(1, 50), min_size=1, max_size=4), seed=st.integers(0, 2**63), epoch=st.integers(0, 10**6),
@@ -63,6 +65,7 @@ def test_shares__each_sample_exactly_once_per_epoch(
     assert sorted(seen[position] for position in range(first, end)) == list(range(order.rows))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(weights=st.lists(st.integers(1, 5), min_size=2, max_size=4), start=st.integers(0, 10**9),
        batch=st.integers(1, 40), data=st.data())  # fmt: skip
@@ -77,6 +80,7 @@ def test_shares__a_weighted_mix_is_the_same_in_any_world(
     assert [seen[position] for position in positions.tolist()] == order.samples(positions).tolist()
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(ranks=NODES, micro=st.integers(1, 9), start=st.integers(0, 1000))
 def test_shares__ranks_get_whole_groups_of_an_identity(ranks: list[int], micro: int, start: int) -> None:

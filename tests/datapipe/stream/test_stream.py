@@ -109,6 +109,7 @@ def test_fetch__several_requests_are_in_flight(crops: CropSet, monkeypatch: pyte
     source.close()
 
 
+@pytest.mark.slow
 def test_fetch__reads_from_s3(crops: CropSet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")

@@ -39,6 +39,7 @@ def identities(folder: Path) -> set[int]:
     return {int(path.name[:4]) for path in folder.glob("*.jpg")}
 
 
+@pytest.mark.slow
 def test_render__same_bytes_for_any_number_of_workers(folder: Path, tmp_path: Path) -> None:
     render(tmp_path / "two", SynthConfig(**{**SMALL, "workers": 2}))
     assert contents(tmp_path / "two") == contents(folder)
@@ -103,6 +104,7 @@ def _step_at(quality: int) -> int:
     return (LUMINANCE_TABLE_START * (200 - 2 * quality) + 50) // 100
 
 
+@pytest.mark.slow
 def test_render__an_interrupted_run_is_completed_and_nothing_is_rendered_twice(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "people"
     render(out, SynthConfig(**SMALL))

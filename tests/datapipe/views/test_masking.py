@@ -29,6 +29,7 @@ def config_of(setting: dict[str, Any]) -> MaskConfig:
                       aspect=tuple(setting["aspect_ratio"]))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_block_masks__have_the_statistics_of_the_reference() -> None:
     about, tensors = golden("ibot_block_masks")
     for name, setting in about["hyper_parameters"].items():
@@ -57,6 +58,7 @@ def accepted(grid: tuple[int, int], mask: Masks, places: list[tuple[slice, slice
     return sizes  # type: ignore[return-value]
 
 
+@pytest.mark.slow
 def test_block_masks__block_sizes_are_those_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[tuple[slice, slice] | None] = []
     original = masking._rectangle
@@ -150,6 +152,7 @@ def test_config__mistakes_are_told(changes: dict[str, object], told: str) -> Non
         MaskLaw(GRID, MaskConfig(), equal=True)
 
 
+@pytest.mark.slow
 def test_overhang__hides_all_places_about_equally_often_and_exactly_as_many() -> None:
     inside = MaskConfig(ratios=(0.75,), spreads=(0.0,), least_area=10, most_area=39)
     beyond = MaskConfig(ratios=(0.75,), spreads=(0.0,), least_area=10, most_area=39, overhang=True)

@@ -85,6 +85,7 @@ def test_make_views__decodes_as_pil_does() -> None:
         assert found.mean() <= 0.6 and np.percentile(found, 99) <= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(128, 64), (260, 100), (90, 30), (40, 120), (64, 64)])
 @pytest.mark.parametrize(("scale", "ratio"), [((0.4, 1.0), (3 / 4, 4 / 3)), ((0.05, 0.4), (0.375, 0.667))])
 def test_crops__follow_torchvisions_own_sampling(

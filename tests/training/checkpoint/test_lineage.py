@@ -75,6 +75,7 @@ def test_copy__is_no_checkpoint_and_said_to_be_none(store: Store) -> None:
         read_marker(store, "step_9999999")
 
 
+@pytest.mark.slow
 def test_copy__counts_for_nothing_when_old_ones_are_deleted(store: Store) -> None:
     """Two stay. Copies are neither of them, and not deleted."""
     saved(store, 10, 30)
@@ -103,6 +104,7 @@ def test_copy__in_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "DAMAGED: this is a copy" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_term__what_was_saved_beyond_its_successors_beginning_is_passed_over(store: Store) -> None:
     """The first writer was stopped after step 20, and did not hear of the second."""
     first = _writer(store, 1)
@@ -120,6 +122,7 @@ def test_term__what_was_saved_beyond_its_successors_beginning_is_passed_over(sto
     assert complete(store, said.append) == ["step_0000010", "step_0000020"], "the third began at step 20, too"
 
 
+@pytest.mark.slow
 def test_term__a_late_writer_deletes_nothing_of_its_successor(store: Store) -> None:
     first = _writer(store, 1, keep_every_steps=0)
     _save(first, 10, 20)

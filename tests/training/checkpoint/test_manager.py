@@ -80,6 +80,7 @@ def test_verify__at_the_edges_of_what_is_read_at_a_time(
         verify(store, "step_0000010", files)
 
 
+@pytest.mark.slow
 def test_restore__asks_an_object_store_for_several_blocks_at_a_time(
     s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,6 +107,7 @@ def test_restore__asks_an_object_store_for_several_blocks_at_a_time(
         assert asked["GET"] == before_small + 4 and asked["HEAD"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["flip", "cut", "grown", "no marker", "broken marker", "changed marker", "no part"])
 def test_restore__a_damaged_checkpoint_is_passed_over_with_a_warning(store: Store, damage: str) -> None:
     methods = saved(store, 10, 20)
@@ -156,6 +158,7 @@ def test_restore__another_optimizer_is_refused_by_name(store: Store) -> None:
         make_checkpoints(store).restore(make_stepper(make_method(), optimizer="sgd"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_restore__the_optimizer_goes_on_as_if_nothing_had_been(store: Store, optimizer: str) -> None:
     """In the memory that it has already, too: after steps that are to be forgotten."""
@@ -188,6 +191,7 @@ def test_restore__before_the_first_step(store: Store) -> None:
     assert same(stepper.method.state_dict(), other.method.state_dict())
 
 
+@pytest.mark.slow
 def test_save__keeps_the_last_and_those_for_evaluation(store: Store) -> None:
     saved(store, 10, 20, 30, 40, 50, 60, 70)
     assert complete(store) == [f"step_{step:07d}" for step in (20, 40, 60, 70)]
@@ -205,6 +209,7 @@ def test_save__sweeps_what_was_never_finished(store: Store) -> None:
     assert len(names) == 3
 
 
+@pytest.mark.slow
 def test_save__over_a_damaged_checkpoint_of_the_same_step(store: Store) -> None:
     saved(store, 10, 20)
     store.replace(_part(store, "step_0000020"), b"short")
@@ -216,6 +221,7 @@ def test_save__over_a_damaged_checkpoint_of_the_same_step(store: Store) -> None:
     assert complete(store) == ["step_0000010", "step_0000020"]
 
 
+@pytest.mark.slow
 def test_save__what_the_state_was_not_what_it_becomes(store: Store) -> None:
     """The loop goes on while the checkpoint is written."""
     stepper = make_stepper(make_method())
@@ -240,6 +246,7 @@ def test_save__a_second_request_waits_for_the_first_and_says_so(store: Store) ->
     assert newest_good(store, pytest.fail)[0] == "step_0000020"  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_part__is_safetensors(store: Store) -> None:
     stepper = make_stepper(make_method())
     make_step(stepper)

@@ -139,6 +139,7 @@ def test_agreements__of_every_score_that_is_published_and_of_the_ranking_that_is
     assert agreements(row(reranking=True), scores)[0].ours == 80.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [0, 3])
 def test_reproduce__fine_tuned_weights_within_and_shifted_by_twice_the_tolerance(
     people: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], parts: int
@@ -176,6 +177,7 @@ def test_reproduce__weights_that_are_not_fine_tuned_are_fine_tuned_first(people:
     assert scored["step"] > 0 and scored["settings"]["model"]["task"] == "supervised"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -24,6 +24,7 @@ def _loaded(world: World) -> tuple[bool, bool]:
     return "torch._inductor.select_algorithm" in sys.modules, torch.compile is before
 
 
+@pytest.mark.slow
 def test_start__loads_no_compiler() -> None:
     """It takes a worker longer than all the rest of its engine."""
     assert run_ranks(1, _loaded, fresh=True) == [(False, True)]

@@ -59,6 +59,7 @@ def test_evaluate__scores_by_every_way_that_is_asked_for(
     assert "cls re-ranked" in printed and "trapezoid mAP" in printed and "mINP" in printed
 
 
+@pytest.mark.slow
 def test_evaluate__a_part_of_a_published_set_is_refused_or_marked(
     tmp_path: Path, evaluate: Evaluate, caplog: pytest.LogCaptureFixture
 ) -> None:

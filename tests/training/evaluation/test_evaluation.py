@@ -35,6 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_tasks__of_a_run_of_one_checkpoint_and_of_an_export(run: Path, people: str, tmp_path: Path) -> None:
     whole = evaluation.tasks(str(run), people, STORAGE)
     (name,) = checkpoint.complete(evaluation.open_run(str(run), STORAGE)[0].at("checkpoints"))
@@ -50,6 +51,7 @@ def test_tasks__of_a_run_of_one_checkpoint_and_of_an_export(run: Path, people: s
         evaluation.tasks(f"{run}/checkpoints/step_0000099", people, STORAGE)
 
 
+@pytest.mark.slow
 def test_score__is_not_done_twice_unless_settings_differ(run: Path, people: str, tmp_path: Path) -> None:
     task = evaluation.tasks(str(run), people, STORAGE, out=str(tmp_path))[-1]
     path = tmp_path / "evaluation" / "people" / task.weights.name / "metrics.json"
@@ -62,6 +64,7 @@ def test_score__is_not_done_twice_unless_settings_differ(run: Path, people: str,
     assert evaluation.score(replace(task, interpolation="bicubic"))["settings"]["interpolation"] == "bicubic"
 
 
+@pytest.mark.slow
 def test_evaluate__a_file_and_the_file_of_an_export(
     people: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

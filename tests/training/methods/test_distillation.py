@@ -221,6 +221,7 @@ def test_drop_path__in_the_student_only_and_by_position(kind: str) -> None:
         assert torch.equal(value, some(views, START).sums[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stem", ["patch", "ics"])
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_precision__float64_and_bf16_from_end_to_end(kind: str, stem: str) -> None:

@@ -161,6 +161,7 @@ def _both(world: World, settings: dict[str, Any]) -> list[tuple[list[float], dic
     return [fine_tune(world, settings, rows) for rows in SHARES]
 
 
+@pytest.mark.slow
 def test_training__two_processes_as_one() -> None:
     settings = {"parts": 1, "neck": "each", "erase": 0.5}
     losses, state = fine_tune(World(), settings)

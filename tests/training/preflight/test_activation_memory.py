@@ -41,6 +41,7 @@ def calculated(config: RunConfig, hidden: int) -> int:
     return sum(parts.values()) + memory.lowered_copies(config, memory.census(config), how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint_blocks", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("attention", ["plain", "fused"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

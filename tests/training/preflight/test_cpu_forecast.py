@@ -69,6 +69,7 @@ def test_in_days(seconds: float, words: str) -> None:
     assert cpu_forecast.in_days(seconds) == words
 
 
+@pytest.mark.slow
 def test_memory__that_cannot_suffice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load(SHIPPED / "pass_vitb.toml")
     need = cpu_forecast.needed(config, 1)
@@ -85,6 +86,7 @@ def test_memory__that_cannot_suffice_is_refused(monkeypatch: pytest.MonkeyPatch)
     cpu_forecast.refuse_want_of_memory(config, World(device=torch.device("cuda")), place="here")
 
 
+@pytest.mark.slow
 def test_memory__is_asked_of_a_machine_for_all_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load(SHIPPED / "pass_vits.toml")
     monkeypatch.setattr(cpu_forecast, "available_memory", lambda: 2 * cpu_forecast.needed(config, 2) - 1)

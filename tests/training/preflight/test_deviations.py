@@ -25,6 +25,7 @@ def test_published__every_recipe_of_a_method() -> None:
     assert {path.stem for path in SHIPPED.glob("*.toml")} - {"demo"} == set(RECIPES) > set(DATA)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe__differs_from_the_publication_only_where_declared(name: str) -> None:
     found = compare(load(name))
@@ -39,6 +40,7 @@ def test_published__keys_are_keys_of_the_recipe(name: str) -> None:
     assert PUBLISHED[name].keys() <= leaves(config).keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe__every_choice_has_its_reason(name: str) -> None:
     """What the file sets that changes the result, and no table gives a value for."""

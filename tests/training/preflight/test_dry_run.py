@@ -39,6 +39,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_dry_run__recipe_reads_back(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
@@ -81,6 +82,7 @@ def test_dry_run__counts_the_rows_of_a_data_set(tmp_path: Path) -> None:
         dry_run(config, rows=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("manifest", ["absent/shards", "s3://bucket/shards"])
 def test_dry_run__says_that_a_named_data_set_is_not_at_hand(manifest: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
@@ -98,6 +100,7 @@ def test_dry_run__is_refused_of_fine_tuning() -> None:
         dry_run(load("supervised"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_dry_run__recipe_fits_the_gpu_of_its_header(name: str) -> None:
     said = re.search(r"# Hardware:\s+\d+ GPUs of (\d+) GB", (SHIPPED / f"{name}.toml").read_text())
@@ -105,6 +108,7 @@ def test_dry_run__recipe_fits_the_gpu_of_its_header(name: str) -> None:
     assert dry_run(load(name), gpu_memory_gb=float(said[1])).fits
 
 
+@pytest.mark.slow
 def test_dry_run__says_what_would_make_it_fit() -> None:
     config = load("pass_vitl")
     found = dry_run(config, gpu_memory_gb=16)
@@ -123,6 +127,7 @@ def test_dry_run__nothing_makes_it_fit() -> None:
     assert "a larger GPU, or more workers" in page(found)
 
 
+@pytest.mark.slow
 def test_dry_run__a_batch_that_must_stay_whole_is_not_split() -> None:
     found = dry_run(load("dino_vitb"), gpu_memory_gb=20)
     assert found.fits is False and all("micro-batch" not in remedy.change for remedy in found.remedies)

@@ -134,6 +134,7 @@ def test_needed__less_by_each_of_the_dials(change: dict[str, dict[str, Any]]) ->
     assert before.needed == before.peak + RESERVED + round(FRAGMENTATION * before.peak)
 
 
+@pytest.mark.slow
 def test_saved__a_gpu_in_bf16_keeps_the_softmax_twice_unless_it_is_fused() -> None:
     config = load(SHIPPED / "dino_vits.toml")
     plain = replace(config, backbone=replace(config.backbone, attention="plain"))

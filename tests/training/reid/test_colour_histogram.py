@@ -51,6 +51,7 @@ def test_colour_histogram__nothing_and_not_an_image() -> None:
             colour_histogram([broken])
 
 
+@pytest.mark.slow
 def test_colour_histogram__finds_rendered_people_sometimes() -> None:
     """Better than chance, far from solving it (60 people: 15 to 23 mAP; here 30 people of 4 cameras, 2 images)."""
     config = SynthConfig(images=2)

@@ -80,6 +80,7 @@ def report(run: Path) -> str:
     return Path(where).read_text()
 
 
+@pytest.mark.slow
 def test_report__loads_nothing_from_anywhere(report: str) -> None:
     page = Page(report)
     assert page.loads and all(address.startswith(("data:image/", "#")) for address in page.loads)
@@ -144,6 +145,7 @@ def test_report__greys_published_scores_that_are_not_comparable(report: str) -> 
     assert all("another data set" in cells[-1] for _, cells in theirs)
 
 
+@pytest.mark.slow
 def test_report__sets_the_same_row_beside_ours(tmp_path: Path) -> None:
     write_scores(tmp_path, "market1501")
     ours, *theirs = published_rows(Path(write_report(str(tmp_path))).read_text())
@@ -178,6 +180,7 @@ def test_alike__weights_of_no_published_method_are_set_beside_all_on_their_data(
     assert alike(content | {"data": {"name": "people"}}) == []
 
 
+@pytest.mark.slow
 def test_report__of_scores_alone(tmp_path: Path) -> None:
     write_scores(tmp_path)
     page = Page(Path(write_report(str(tmp_path))).read_text())
@@ -204,6 +207,7 @@ def test_records__keep_the_last_attempt_of_a_step(tmp_path: Path) -> None:
         assert records[step - 1] == record(step, attempt)
 
 
+@pytest.mark.slow
 def test_report__without_scores(tmp_path: Path) -> None:
     write_metrics(tmp_path)
     text = Path(write_report(str(tmp_path))).read_text()
@@ -213,6 +217,7 @@ def test_report__without_scores(tmp_path: Path) -> None:
     assert Page(text).open == []
 
 
+@pytest.mark.slow
 def test_report__without_metrics(tmp_path: Path) -> None:
     root = fake_run(tmp_path)
     shutil.rmtree(root / "metrics")
@@ -222,6 +227,7 @@ def test_report__without_metrics(tmp_path: Path) -> None:
     assert page.open == []
 
 
+@pytest.mark.slow
 def test_report__of_a_worse_run_says_so(tmp_path: Path) -> None:
     root = fake_run(tmp_path)
     path = root / "evaluation" / "people" / "colour_histogram" / "metrics.json"
@@ -229,6 +235,7 @@ def test_report__of_a_worse_run_says_so(tmp_path: Path) -> None:
     assert 'class="verdict bad"' in Path(write_report(str(root))).read_text()
 
 
+@pytest.mark.slow
 def test_report__survives_numbers_that_are_not_finite(tmp_path: Path) -> None:
     root = fake_run(tmp_path)
     path = root / "metrics" / "attempt_003.jsonl"
@@ -236,11 +243,13 @@ def test_report__survives_numbers_that_are_not_finite(tmp_path: Path) -> None:
     assert "Loss and its terms" in Path(write_report(str(root))).read_text()
 
 
+@pytest.mark.slow
 def test_report__can_be_written_again(run: Path, report: str) -> None:
     again = Path(write_report(str(run))).read_text()
     assert re.sub("report of .*? UTC", "", report) == re.sub("report of .*? UTC", "", again)
 
 
+@pytest.mark.slow
 def test_report__of_a_remote_run(tmp_path: Path) -> None:
     write_metrics(tmp_path)
     local, remote = open_store(str(tmp_path)), open_store("memory://runs/demo")
@@ -256,6 +265,7 @@ def test_report__refuses_what_is_no_run_folder(tmp_path: Path) -> None:
             write_report(str(folder))
 
 
+@pytest.mark.slow
 def test_pictures__stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(html_page, "MOST_PICTURE_BYTES", 3_000_000)
     large = to_jpeg(picture(1, 1_000, 2_400), 100)
@@ -320,6 +330,7 @@ def check_faults(text: str) -> None:
     assert "step 9, rank 2: only padding" in said
 
 
+@pytest.mark.slow
 def test_report__shows_the_images_of_steps_that_were_not_finite(tmp_path: Path) -> None:
     write_metrics(tmp_path)
     write_faults(open_store(str(tmp_path)).replace)
@@ -340,6 +351,7 @@ def test_report__shows_faults_of_a_remote_run(s3: S3Server) -> None:
     check_faults(folder.store.read("report.html").decode())
 
 
+@pytest.mark.slow
 def test_report__says_when_every_step_was_finite_and_no_sign_was_seen(run: Path) -> None:
     text = render_text(run)
     assert "Every step was finite." in text and "No sign of collapse in 350 steps." in text
@@ -366,6 +378,7 @@ def render_text(run: Path) -> str:
     return " ".join(" ".join(Page(Path(write_report(str(run))).read_text()).text).split())
 
 
+@pytest.mark.slow
 def test_report__of_a_run_that_lost_its_pictures_to_a_removal(tmp_path: Path) -> None:
     """`python -m datapipe remove --runs` knows every file of a run that holds pixels, by its name."""
     root = fake_run(tmp_path / "run")

@@ -87,6 +87,7 @@ def test_blocks__checkpointed_and_compiled_give_the_same_losses_under_every_engi
         assert final_state(tmp_path / run).keys() == names, run
 
 
+@pytest.mark.slow
 def test_compiled_blocks__refused_where_parameters_are_split(path: Path) -> None:
     cpu = torch.device("cpu")
     with pytest.raises(ConfigError, match=r"compile_blocks.*zero_stage"):

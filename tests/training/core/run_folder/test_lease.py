@@ -106,6 +106,7 @@ def test_lease__a_second_writer_is_refused_with_who_has_it(folder: Folder) -> No
         taken.confirm()
 
 
+@pytest.mark.slow
 def test_lease__given_back_it_is_free_and_the_term_rises(folder: Folder) -> None:
     for term in (1, 2, 3):
         with lease_on(*folder, LONG_S, say=_silent) as taken:
@@ -150,6 +151,7 @@ def test_lease__a_stopped_process_of_the_same_machine_keeps_it_for_its_duration(
         assert taken.term == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("facts", [{"boot": "another machine"}, {"namespaces": "pid:[1]"}, {"place": "a copy of it"},
                                    {"boot": "", "pid": 1}, None])  # fmt: skip
 def test_lease__elsewhere_it_ends_when_nothing_changes_for_its_duration(
@@ -169,6 +171,7 @@ def test_lease__elsewhere_it_ends_when_nothing_changes_for_its_duration(
     assert len(said) == 1 and said[0].startswith("waiting up to ")
 
 
+@pytest.mark.slow
 def test_lease__elsewhere_a_renewal_tells_that_it_is_held(folder: Folder, elsewhere: Any) -> None:
     with elsewhere():
         taken = lease_on(*folder, 4.0)
@@ -213,6 +216,7 @@ def test_lease__of_many_at_the_same_moment_one_gets_it(folder: Folder) -> None:
         one.release()
 
 
+@pytest.mark.slow
 def test_lost__nothing_is_written_any_more(folder: Folder, elsewhere: Any) -> None:
     """A holder that did not renew, as it was stopped, while another machine took over."""
     with elsewhere():
@@ -266,6 +270,7 @@ def test_lost__a_deleted_claim_is_renewed_and_terms_go_on_from_the_checkpoints(f
             refuse_held(*folder)
 
 
+@pytest.mark.slow
 def test_lease__files_of_terms_long_over_are_deleted(folder: Folder) -> None:
     store = open_store(*folder)
     store.replace("log.txt", b"")
@@ -274,6 +279,7 @@ def test_lease__files_of_terms_long_over_are_deleted(folder: Folder) -> None:
     assert {entry.name[6:13] for entry in store.list("lease/")} == {"0000003", "0000004"}
 
 
+@pytest.mark.slow
 def test_follower__writes_until_somebody_takes_over_and_the_successor_waits_for_that(
     folder: Folder, elsewhere: Any
 ) -> None:
@@ -305,6 +311,7 @@ def test_store_without_conditions__is_said_and_the_later_claim_counts(
                 taken.confirm()
 
 
+@pytest.mark.slow
 def test_storage_away__the_lease_outlives_it(s3: S3Server) -> None:
     """Its thread goes on trying; a write meets the store's own error."""
     url, away = f"s3://{s3.bucket()}/run", threading.Event()

@@ -10,6 +10,7 @@ import atexit
 import builtins
 import contextlib
 import importlib
+import io
 import json
 import os
 import runpy
@@ -230,10 +231,9 @@ def _streams(unbuffered: bool) -> None:
     for number, name, mode, errors in STREAMS:
         stream = None
         with contextlib.suppress(OSError):  # one that is closed
-            stream = open(number, mode, encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115
-            if mode == "w":
-                lines = number == 2 or os.isatty(number)
-                stream.reconfigure(line_buffering=lines, write_through=unbuffered)  # type: ignore[attr-defined]
+            file = open(number, mode + "b", 0 if unbuffered and mode == "w" else -1, closefd=False)  # noqa: SIM115
+            stream = io.TextIOWrapper(file, encoding="utf-8", errors=errors, write_through=unbuffered,
+                                      line_buffering=mode == "w" and (number == 2 or os.isatty(number)))  # fmt: skip
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
 

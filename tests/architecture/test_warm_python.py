@@ -5,12 +5,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.support.golden import ROOT
+from tests.support.warm_client import READ_BY_RAY
 from tests.support.warm_python import Process, ancestors, descendants, forked, python
 
 SAY = """
@@ -60,6 +62,31 @@ def test_python__has_the_slow_imports_behind_it_unless_it_would_import_otherwise
         assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr
     isolated = subprocess.run([python(), "-I", "-c", PRELOADED], capture_output=True, text=True, check=True)
     assert isolated.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(("words", "changes"), [(["-u"], {}), ([], {"PYTHONUNBUFFERED": "1"})])
+def test_python__unbuffered_says_at_once_what_it_says(words: list[str], changes: dict[str, str]) -> None:
+    line = [python(), *words, "-c", "print('now', end=''); input()"]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | changes) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(3) == b"now"
+        process.communicate(b"\n")
+
+
+RAY = "import sys; print('ray.train' in sys.modules); import ray; print(ray._private.ray_constants.LOGGER_LEVEL)"
+
+
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({}, ["True", "info"]), ({"RAY_JOB_ID": "01000000", "RAY_TMPDIR": "/elsewhere"}, ["True", "info"]),
+    ({"RAY_LOGGER_LEVEL": "debug"}, ["False", "debug"]), ({"HOME": "/elsewhere"}, ["False", "info"]),
+])  # fmt: skip
+def test_python__has_ray_unless_ray_would_be_imported_otherwise(changes: dict[str, str], expected: list[str]) -> None:
+    notes = Path(python()).parent / (".socket" + READ_BY_RAY)
+    end = time.monotonic() + 120
+    while not notes.exists() and time.monotonic() < end:  # the tests have just begun
+        time.sleep(0.1)
+    done = subprocess.run([python(), "-c", RAY], env=os.environ | changes, capture_output=True, text=True)
+    assert done.stdout.split() == expected, done.stderr
 
 
 OWN = (

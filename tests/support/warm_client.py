@@ -21,6 +21,12 @@ READ_BY_SITE = ("sitecustomize.py", "usercustomize.py")
 LET_PASS = {"PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONBREAKPOINT"}
 """Names that begin so: the server sees to them, or nothing of a test depends on them."""
 
+WITH_RAY, READ_BY_RAY = ".ray", ".read_by_ray"
+"""What is added to the address: for the server that has imported Ray, and for the file with the names of the variables
+that Ray has read meanwhile."""
+AS_UNSET = {("RAY_CLIENT_MODE", "0"), ("RAY_DEDUP_LOGS", "1")}
+"""Values that a process has by itself, once Ray has been imported or is about to be."""
+
 ALLOCATOR = "/ray/core/libjemalloc.so"
 """What Ray preloads into its own processes; they do as well without."""
 
@@ -37,7 +43,7 @@ def main(real: str, address: str, served: "dict[str, str]") -> None:
         os.execv(real, [real, *sys.argv[2:]])
     server = socket.socket(socket.AF_UNIX)
     try:
-        server.connect(address)
+        server.connect(address + WITH_RAY if _ray_as_served(address, served) else address)
     except OSError:
         os.execv(real, [real, *sys.argv[2:]])
     os._exit(_ended(server, words, _added(served["PYTHONPATH"])))
@@ -57,6 +63,17 @@ def _apart(served: "dict[str, str]") -> str:
     if os.environ.get("LD_PRELOAD", "").endswith(ALLOCATOR):
         changed.remove("LD_PRELOAD")
     return changed[0] if changed else ""
+
+
+def _ray_as_served(address: str, served: "dict[str, str]") -> bool:
+    """Would Ray be imported here as it was by the server that has it?"""
+    try:
+        with open(address + READ_BY_RAY) as file:
+            names = json.load(file)
+    except OSError:
+        return False  # it is under way
+    own = {name: value for name, value in os.environ.items() if (name, value) not in AS_UNSET}
+    return all(own.get(name, "") == served.get(name, "") for name in names)
 
 
 def _added(served: str) -> "list[str]":

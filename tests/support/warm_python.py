@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from tests.support.golden import ROOT
+from tests.support.warm_client import WITH_RAY
 
 FOLDER = "REID_TESTS_WARM_PYTHON"
 """The variable that names the folder to the processes of a test run."""
@@ -82,9 +83,15 @@ def forked() -> dict[int, int]:
     folder = os.environ.get(FOLDER)
     if not folder:
         return {}
+    address = str(Path(folder) / ".socket")
+    return _table(address) | _table(address + WITH_RAY)
+
+
+def _table(address: str) -> dict[int, int]:
+    """What one server answers."""
     with socket.socket(socket.AF_UNIX) as server:
         try:
-            server.connect(str(Path(folder) / ".socket"))
+            server.connect(address)
             server.sendall(bytes(8))
             with server.makefile("rb") as answer:
                 table = json.loads(answer.read())

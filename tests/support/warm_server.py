@@ -4,6 +4,9 @@
 client's command line, environment, folder, open files and process group, and goes on as a fresh interpreter would; its
 parent is this server. A client that is killed takes its forked process with it. A connection that sends 8 bytes of
 zero is told which client has which process.
+
+There are two of them, the second with Ray imported: for clients with the same values of all variables that Ray reads
+while it is imported.
 """
 
 import atexit
@@ -22,16 +25,17 @@ import threading
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import numpy
 
-from tests.support.warm_client import FORWARDED
+from tests.support.warm_client import FORWARDED, READ_BY_RAY, WITH_RAY
 
 STREAMS = ((0, "stdin", "r", "surrogateescape"), (1, "stdout", "w", "surrogateescape"),
            (2, "stderr", "w", "backslashreplace"))  # fmt: skip
 OURS = {"cluster", "datapipe", "tests", "training"}
 """Packages of this project."""
+OWN_PATH = os.environ.get("PYTHONPATH", "").split(os.pathsep)
 SLOW_S = 60
 """For a client to send what it has begun to send."""
 HIGH = 500
@@ -102,8 +106,12 @@ class Server:
         _tell(connection, pid)
         return None
 
-    def _forget(self) -> None:
+    def close(self) -> None:
+        """No client comes here."""
         self._listening.close()
+
+    def _forget(self) -> None:
+        self.close()
         for connection, _ in self._clients.values():
             connection.close()
 
@@ -112,6 +120,8 @@ class Server:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:
                 return
+            if pid not in self._clients:  # the server with Ray: whoever asks it meets that
+                continue
             connection, _ = self._clients.pop(pid)
             _tell(connection, os.waitstatus_to_exitcode(status))
             with contextlib.suppress(KeyError):  # killed before: see `_lost`
@@ -220,7 +230,7 @@ def _take_files(numbers: list[int], received: list[int]) -> None:
 
 def _search(folders: list[str]) -> None:
     """As with these folders in PYTHONPATH. What is ours is imported anew, as one of them may hold a copy of it."""
-    sys.path[1:] = dict.fromkeys((*folders, *sys.path[1:]))
+    sys.path[1:] = dict.fromkeys((*folders, *(folder for folder in sys.path[1:] if folder not in OWN_PATH)))
     for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:
         del sys.modules[name]
     importlib.invalidate_caches()
@@ -238,8 +248,36 @@ def _streams(unbuffered: bool) -> None:
         setattr(sys, f"__{name}__", stream)
 
 
+class _Recorded(os._Environ):  # type: ignore[type-arg]
+    """`os.environ` that keeps the names that it is asked for."""
+
+    asked: ClassVar[set[str]] = set()
+
+    def __getitem__(self, name: str) -> str:
+        self.asked.add(name)
+        return super().__getitem__(name)
+
+    def __contains__(self, name: object) -> bool:
+        self.asked.add(str(name))
+        return super().__contains__(name)
+
+
+def _import_ray(notes: str) -> None:
+    """Import Ray and what uses it. Writes the names of the variables that this reads."""
+    usual = type(os.environ)
+    os.environ.__class__ = _Recorded
+    importlib.import_module("tests.support.preloaded_ray")
+    os.environ.__class__ = usual
+    Path(notes + ".new").write_text(json.dumps(sorted(_Recorded.asked)))
+    os.rename(notes + ".new", notes)
+
+
 if __name__ == "__main__":
-    _server = Server(sys.argv[1])  # clients may come, and wait, from here on
+    _servers = Server(sys.argv[1]), Server(sys.argv[1] + WITH_RAY)  # clients may come, and wait, from here on
     print(flush=True)
     importlib.import_module("tests.support.preloaded")
+    _server, _other = _servers if os.fork() else reversed(_servers)
+    _other.close()
+    if _server is _servers[1]:
+        _import_ray(sys.argv[1] + READ_BY_RAY)
     end(become(_server.serve()))

@@ -26,6 +26,14 @@ WITH_RAY, READ_BY_RAY = ".ray", ".read_by_ray"
 that Ray has read meanwhile."""
 AS_UNSET = {("RAY_CLIENT_MODE", "0"), ("RAY_DEDUP_LOGS", "1")}
 """Values that a process has by itself, once Ray has been imported or is about to be."""
+READ_LATER = (
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_CHDIR_TO_TRIAL_DIR", "RAY_LD_PRELOAD_ON_WORKERS", "RAY_NODE_ID",
+    "RAY_RAYLET_PID", "RAY_TMPDIR", "RAY_TRAIN_", "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC",
+)  # fmt: skip
+"""Beginnings of the names of Ray's variables that are not among the settings which its library reads when it is
+loaded. A worker's own, RAY_JOB_ID, is; RAY_RAYLET_PID is, too, but only a worker obeys it."""
+LAUNCHER = "/workers/setup_worker.py"
+"""Hands its environment on to a worker, and is none."""
 
 ALLOCATOR = "/ray/core/libjemalloc.so"
 """What Ray preloads into its own processes; they do as well without."""
@@ -43,7 +51,7 @@ def main(real: str, address: str, served: "dict[str, str]") -> None:
         os.execv(real, [real, *sys.argv[2:]])
     server = socket.socket(socket.AF_UNIX)
     try:
-        server.connect(address + WITH_RAY if _ray_as_served(address, served) else address)
+        server.connect(address + WITH_RAY if _ray_as_served(address, served, words) else address)
     except OSError:
         os.execv(real, [real, *sys.argv[2:]])
     os._exit(_ended(server, words, _added(served["PYTHONPATH"])))
@@ -65,7 +73,7 @@ def _apart(served: "dict[str, str]") -> str:
     return changed[0] if changed else ""
 
 
-def _ray_as_served(address: str, served: "dict[str, str]") -> bool:
+def _ray_as_served(address: str, served: "dict[str, str]", words: "list[str]") -> bool:
     """Would Ray be imported here as it was by the server that has it?"""
     try:
         with open(address + READ_BY_RAY) as file:
@@ -73,6 +81,9 @@ def _ray_as_served(address: str, served: "dict[str, str]") -> bool:
     except OSError:
         return False  # it is under way
     own = {name: value for name, value in os.environ.items() if (name, value) not in AS_UNSET}
+    if words[0].endswith(LAUNCHER):
+        own.pop("RAY_JOB_ID", None)
+    names += [name for name in (*own, *served) if name.startswith("RAY_") and not name.startswith(READ_LATER)]
     return all(own.get(name, "") == served.get(name, "") for name in names)
 
 

@@ -43,5 +43,6 @@ class Succession:
         self.checkpoints.replaces = self.data.replaces
         if not self.world.leads:
             return
-        self.folder.write_json("environment.json", environment(self.data, self.world))
+        versions = {"versions": self.checkpoints.about["versions"]}
+        self.folder.write_json("environment.json", environment(self.data, self.world) | versions)
         self.say(f"step {done:,}: crops were removed from the data set: {', '.join(files)} is read from now on")

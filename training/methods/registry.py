@@ -21,7 +21,7 @@ from training.nn.vision_transformer import BackboneConfig
 
 GROUP = "reid_pretraining.methods"
 """Group of the entry points of other packages, each of which is a subclass of `Method`."""
-PACKAGE = "training.methods"
+PACKAGE = __name__.rpartition(".")[0]
 DEFAULT = "pass"
 """The method of a recipe that names none."""
 

@@ -6,6 +6,7 @@ from training.methods.registry import (
     absent_hint,
     build,
     default_settings,
+    entry_point_of,
     known,
     named,
     of,
@@ -14,5 +15,17 @@ from training.methods.registry import (
     settings_union,
 )
 
-__all__ = ["DEFAULT", "GROUP", "absent_hint", "build", "default_settings", "known", "named", "of", "package_of",
-           "read_settings", "settings_union"]  # fmt: skip
+__all__ = [
+    "DEFAULT",
+    "GROUP",
+    "absent_hint",
+    "build",
+    "default_settings",
+    "entry_point_of",
+    "known",
+    "named",
+    "of",
+    "package_of",
+    "read_settings",
+    "settings_union",
+]

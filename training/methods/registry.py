@@ -145,12 +145,15 @@ def build(config: MethodSettings, backbone: BackboneConfig) -> Method[Any]:
     return of(config)(config, backbone)
 
 
+def entry_point_of(name: str) -> EntryPoint | None:
+    """That of the package that a method is from; None for our own."""
+    return _found()[name].point if name in _found() else None
+
+
 def package_of(name: str) -> dict[str, str]:
     """Name and version of the package that a method is from; nothing for our own."""
-    one = _found().get(name)
-    if one is None or one.point is None or one.point.dist is None:
-        return {}
-    return {one.point.dist.name: one.point.dist.version}
+    point = entry_point_of(name)
+    return {point.dist.name: point.dist.version} if point is not None and point.dist is not None else {}
 
 
 def settings_union() -> Any:

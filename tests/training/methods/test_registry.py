@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from datapipe.core.errors import ConfigError
-from tests.training.methods.foreign_package import METHOD, package
+from tests.training.methods.foreign_package import DOCUMENT, METHOD, package
 from training import methods
 from training.methods import registry
 from training.methods.dino import Dino
@@ -42,6 +42,10 @@ def test_known__are_the_concrete_classes_of_our_modules() -> None:
     ours = {"dino": Dino, "pass": Pass, "personvit": PersonVit, "personmae": PersonMae, "supervised": Supervised}
     assert {name: kind for name, kind in methods.known().items() if not methods.package_of(name)} == ours
     assert methods.default_settings() == PassConfig() and methods.of(PassConfig()) is Pass
+
+
+def test_document__registers_its_example_as_it_is_found() -> None:
+    assert f'[project.entry-points."{methods.GROUP}"]\ncolours = "colours:Colours"\n' in DOCUMENT
 
 
 def test_known__one_of_another_package(found: Found) -> None:

@@ -119,8 +119,9 @@ def test_foreign_method__dry_run_evaluation_export_and_report(place: Path, tmp_p
     tuned = json.loads((tmp_path / "tuned" / "evaluation" / "milestones.json").read_text())
     assert tuned["result"]["settings"]["model"]["family"] == "colours"
     assert (tmp_path / "run" / "report.html").stat().st_size > 0
-    without = command("training", "evaluate", run, "--data", people)
-    code, _, errors = finished(without)
-    assert code == cli.FAILED and "'colours'" in errors and GROUP in errors
-    code, _, errors = finished(command("training", "evaluate", export, "--data", people))
-    assert code == cli.FAILED and "'colours'" in errors and GROUP in errors
+    for words in (("evaluate", run), ("evaluate", export)):  # where its package is not installed
+        code, _, errors = finished(command("training", *words, "--data", people))
+        assert code == cli.FAILED and "'colours'" in errors and GROUP in errors
+    for words in (("checkpoints", run), ("report", run)):
+        code, output, errors = finished(command("training", *words))
+        assert code == cli.COMPLETE, output + errors

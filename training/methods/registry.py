@@ -142,7 +142,12 @@ def of(config: MethodSettings) -> type[Method[Any]]:
 
 def build(config: MethodSettings, backbone: BackboneConfig) -> Method[Any]:
     """The method a recipe asks for, freshly initialised (from PyTorch's global generator: seed it first)."""
-    return of(config)(config, backbone)
+    kind = of(config)
+    made = kind(config, backbone)
+    if made.backbone().parts != kind.parts(config):
+        raise AssertionError(f"{kind.__name__}.parts() says {kind.parts(config)}, its backbone has "
+                             f"{made.backbone().parts} part tokens")  # fmt: skip
+    return made
 
 
 def entry_point_of(name: str) -> EntryPoint | None:

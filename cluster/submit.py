@@ -1,6 +1,7 @@
 """Handing in our commands as Ray jobs."""
 
 import argparse
+import importlib.util
 import os
 import shlex
 import shutil
@@ -14,6 +15,7 @@ from cluster.core.addresses import RAY_API_SERVER_ADDRESS, SUBMIT, dashboard_of
 from cluster.core.job_paths import paths_of, refuse_relative
 from cluster.core.ray_token import MODE, WITH_TOKEN, refuse_mode_without_token, refused, show_token
 from datapipe.core.errors import ClusterError
+from training import methods
 from training.config import recipe_toml as recipes
 
 PACKAGES = ("cluster", "datapipe", "training")
@@ -49,6 +51,7 @@ def _pretrain(arguments: list[str], folder: Path) -> list[str]:
     config = read_recipe(arguments, prog="python -m cluster submit pretrain RECIPE")
     refuse_relative(paths_of(config), job=True)
     (folder / RECIPE).write_text(recipes.to_toml(config), encoding="utf-8")
+    _stage_method(config.method.name, folder)
     return [RECIPE]
 
 
@@ -82,6 +85,26 @@ def _stage(folder: Path) -> None:
     if size_mb > MOST_MB:
         raise ClusterError(f"the job's files have {size_mb:.0f} MB, more than {MOST_MB:.0f}", where=str(root),
                            hint="something large lies among the code")  # fmt: skip
+
+
+def _stage_method(name: str, folder: Path) -> None:
+    """A method of another package goes along: the module or package that its class lies in, and its entry point. What
+    that imports besides has to be installed there."""
+    point = methods.entry_point_of(name)
+    if point is None or point.dist is None:
+        return
+    top = point.module.partition(".")[0]
+    spec = importlib.util.find_spec(top)
+    assert spec is not None and spec.origin is not None  # it was imported
+    if spec.submodule_search_locations:
+        shutil.copytree(Path(spec.origin).parent, folder / top, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        shutil.copy(spec.origin, folder)
+    metadata = folder / f"{point.dist.name.replace('-', '_')}-{point.dist.version}.dist-info"
+    metadata.mkdir()
+    described = f"Metadata-Version: 2.1\nName: {point.dist.name}\nVersion: {point.dist.version}\n"
+    (metadata / "METADATA").write_text(described, encoding="utf-8")
+    (metadata / "entry_points.txt").write_text(f"[{methods.GROUP}]\n{point.name} = {point.value}\n", encoding="utf-8")
 
 
 def _client(address: str | None) -> tuple[Any, bool]:

@@ -21,6 +21,7 @@ from training.engine.param_groups import group_parameters
 from training.engine.plain import PlainStepper
 from training.engine.stepper import Stepper
 from training.methods.base import Method
+from training.nn.workload import Workload
 from training.weights.initialise import start_from
 
 if TYPE_CHECKING:
@@ -47,7 +48,12 @@ def build_method(config: RunConfig) -> Method:
 
 def view_spec(config: RunConfig) -> ViewSpec:
     """What the loader must make for the recipe's method."""
-    return methods.METHODS[config.method.name].views(config.method, config.views, config.backbone)
+    return methods.of(config.method).views(config.method, config.views, config.backbone)
+
+
+def workload(config: RunConfig, images: int) -> Workload:
+    """What a micro-batch of so many images is to the networks of the recipe's method."""
+    return methods.of(config.method).workload(config.method, config.views, config.backbone, images)
 
 
 def training_views(config: RunConfig) -> "TrainingViews":

@@ -11,8 +11,8 @@ import tyro
 from pydantic import TypeAdapter, ValidationError
 
 from datapipe.core.errors import ConfigError
+from training import methods
 from training.config.run_config import RunConfig
-from training.methods import METHODS
 from training.recipes import SHIPPED
 
 _SCHEMA: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
@@ -93,14 +93,16 @@ def _mistake(item: Any) -> str:
         known = f"; did you mean `{near[0]}`?" if near else ""
         return f"unknown key `{_without_tag(location)}`{known}"
     if item["type"].startswith("union_tag"):
-        return f"`{name}.name` must be one of {', '.join(METHODS)}"
+        asked = item["input"].get("name") if isinstance(item["input"], Mapping) else None
+        absent = "" if asked is None else f", not {asked!r}; {methods.absent_hint()}"
+        return f"`{name}.name` must be one of {', '.join(methods.known())}{absent}"
     return f"`{_without_tag(location)}` = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 
 def _without_tag(location: Sequence[str]) -> str:
     """`method.pass.part` -> `method.part`: the union's tag is no key of the file."""
     parts = list(location)
-    if len(parts) >= 2 and parts[0] == "method" and parts[1] in METHODS:
+    if len(parts) >= 2 and parts[0] == "method" and parts[1] in methods.known():
         del parts[1]
     return ".".join(parts)
 

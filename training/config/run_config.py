@@ -1,5 +1,7 @@
 """One frozen tree of settings configures a run."""
 
+from typing import TYPE_CHECKING
+
 from pydantic import Field
 
 from datapipe.core.config import StorageConfig, StreamConfig, ViewConfig
@@ -7,11 +9,15 @@ from datapipe.core.settings import settings
 from training.checkpoint.settings import CheckpointConfig
 from training.config.cluster import ClusterConfig
 from training.engine.settings import EngineConfig, OptimisationConfig
-from training.methods import MethodConfig
-from training.methods.pass_reid import PassConfig
+from training.methods import default_settings, settings_union
 from training.nn.vision_transformer import BackboneConfig
 from training.reid.settings import EvaluationConfig
 from training.weights.initialise import InitConfig
+
+if TYPE_CHECKING:
+    from training.methods.base import MethodSettings as MethodConfig
+else:
+    MethodConfig = settings_union()
 
 
 @settings
@@ -32,7 +38,7 @@ class RunConfig:
     """The vision transformer."""
     init: InitConfig = InitConfig()
     """Pretrained weights to start from."""
-    method: MethodConfig = Field(default=PassConfig(), discriminator="name")
+    method: MethodConfig = Field(default=default_settings(), discriminator="name")
     """The objective and its own settings; `name` chooses it."""
     optimisation: OptimisationConfig = OptimisationConfig()
     """Optimizer, schedules, precision."""

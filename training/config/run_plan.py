@@ -102,7 +102,7 @@ def labels_of(config: RunConfig, pids: Ints) -> Ints:
 def sampling_of(config: RunConfig) -> ByIdentity | None:
     """How the recipe's batches are made up of identities, if they are. Raises ConfigError where the batch does not
     divide."""
-    sampling = methods.METHODS[config.method.name].by_identity(config.method)
+    sampling = methods.of(config.method).by_identity(config.method)
     if sampling is not None and config.optimisation.batch % sampling.instances:
         raise ConfigError(f"a batch of {config.optimisation.batch} is not whole identities of {sampling.instances} "
                           "images each", where="optimisation.batch, method.instances",
@@ -125,12 +125,8 @@ def resolved(config: RunConfig, data: "Data") -> RunConfig:
         labels = labels_of(config, stream.pid)
         order_of(config, data, stream)  # refuses too few identities
     images = np.bincount(labels[labels >= 0])
-    method: Any = config.method
-    if method.classes not in (0, len(images)):
-        raise ConfigError(f"the recipe is for {method.classes} identities, the data has {len(images)}",
-                          where="method.classes", hint="0: as many as there are")  # fmt: skip
+    method = methods.of(config.method).for_identities(config.method, len(images))
     epoch = int(np.maximum(sampling.instances, images - images % sampling.instances).sum())
-    method = replace(method, classes=len(images))
     return replace(config, method=method, samples_per_epoch=config.samples_per_epoch or epoch)
 
 

@@ -11,7 +11,7 @@ import torch
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.storage import Store, open_store
-from training import checkpoint
+from training import checkpoint, methods
 from training.config import recipe_toml as recipes
 from training.config.build import build_method
 from training.config.continuation import saved_config
@@ -155,20 +155,19 @@ def _of_run(task: Task, threads: int) -> Subject:
     folder, config = open_run(task.run, task.storage)
     mean, std = MEAN_STD[config.views.statistics]
     interpolation = task.interpolation or config.evaluation.interpolation
-    method: Any = config.method
-    parts, name = getattr(method, "parts", 0), task.weights.name
+    kind, name = methods.of(config.method), task.weights.name
     pedigree, identity = None, ""
     if name == RANDOM:
         identity = f"seed {config.seed} {config.backbone}"
-        pedigree = pedigrees.of_run(config, parts, task.data)
+        pedigree = pedigrees.of_run(config, task.data)
     elif name != COLOUR_HISTOGRAM:
         marker = checkpoint.read_marker(folder.at("checkpoints"), name)
         identity = marker.sha256
-        pedigree = pedigrees.of_run(config, parts, task.data, sha256=marker.sha256, origin=marker.origin)
+        pedigree = pedigrees.of_run(config, task.data, sha256=marker.sha256, origin=marker.origin)
     return Subject(
         task.weights, identity, pedigree,
         EmbedConfig(threads=threads, mean=mean, std=std, interpolation=interpolation, batch=task.scoring.embed_batch),
-        feature_of(method.name == "supervised", parts),
+        kind.quoted_feature(kind.parts(config.method)),
         lambda: load_backbone(task.weights, folder, config),
     )  # fmt: skip
 
@@ -182,7 +181,7 @@ def _of_export(task: Task, threads: int) -> Subject:
         task.weights, card["file"]["sha256"], pedigrees.of_card(card, task.data),
         EmbedConfig(threads=threads, mean=mean, std=std, interpolation=task.interpolation or "bilinear",
                     batch=task.scoring.embed_batch),
-        feature_of(pedigrees.is_fine_tuned(card), card["parts"]),
+        pedigrees.quoted_feature(card),
         lambda: exports.load_backbone(store),
     )  # fmt: skip
 
@@ -200,11 +199,6 @@ def load_method(weights: Weights, folder: RunFolder, config: RunConfig) -> Metho
     return method
 
 
-def feature_of(fine_tuned: bool, parts: int) -> str:
-    """The feature that is quoted: what fine-tuning ranked by, where there was one; else that of CLS."""
-    return "cls+parts" if fine_tuned and parts else "cls"
-
-
 def headline(metrics: dict[str, Any]) -> dict[str, float]:
     """The scores of the feature that is quoted, of the content of a metrics.json."""
     found: dict[str, float] = metrics["features"][metrics["headline"]]
@@ -218,6 +212,7 @@ def provenance(weights: Weights, folder: RunFolder, config: RunConfig) -> Proven
     return Provenance(
         method=config.method.name, recipe=recipes.to_tree(config), manifest=marker.manifest, licence=licence_of(folder),
         samples=marker.samples, step=marker.step, origin=marker.origin, mean=mean, std=std,
+        versions=exports.versions() | methods.package_of(config.method.name),
     )  # fmt: skip
 
 

@@ -12,13 +12,14 @@ from typing import Any
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError, DataError, NotFoundError
 from datapipe.storage import Store, open_store, split_url
-from training import checkpoint
+from training import checkpoint, methods
 from training.config import recipe_toml as recipes
 from training.config.continuation import saved_config
 from training.config.run_config import RunConfig
 from training.core.run_folder.run_folder import RunFolder
 from training.evaluation import evaluation
-from training.methods.supervised import SupervisedConfig
+from training.evaluation.weights_origin import WHERE
+from training.methods.base import Method
 from training.nn.image_statistics import MEAN_STD
 from training.nn.vision_transformer import BackboneConfig
 from training.reid.datasets.training_shards import shard_training_part
@@ -31,8 +32,8 @@ from training.weights.safe_load import FILES
 
 RANDOM = "random"
 """In place of weights: none; the recipe's backbone as it is drawn."""
-MASKED_AUTOENCODERS = ("personmae", "mae")
-"""Methods and layouts whose weights want the recipe of masked autoencoders."""
+RECIPES = {"mae": "supervised_mae"}
+"""Layout of a published file -> the recipe for its weights, where their part tokens alone do not tell."""
 GIVEN = ("arch", "patch", "stem", "width", "depth", "heads", "mlp_ratio", "layer_scale")
 """Settings of a backbone that its weights decide."""
 
@@ -56,9 +57,9 @@ def prepare(
     changed = replace(config, out=out, storage=storage, init=replace(config.init, weights=start),
                       evaluation=replace(config.evaluation, data=data, scoring=scoring))  # fmt: skip
     final = recipes.override(changed, flags, prog=prog)
-    if not isinstance(final.method, SupervisedConfig):
+    if not methods.of(final.method).fine_tunes:
         raise ConfigError(f"the recipe is of {final.method.name}, not of fine-tuning", where="--recipe",
-                          hint="supervised, supervised_384, supervised_pass or supervised_mae")  # fmt: skip
+                          hint=f"one of {', '.join(_fine_tuning_recipes())}")  # fmt: skip
     if final.stream.manifest or final.stream.mix:
         return final
     manifest = shard_training_part(reid, open_store(out, storage).address("shards"), storage)
@@ -66,10 +67,15 @@ def prepare(
 
 
 def suited_recipe(card: dict[str, Any]) -> str:
-    """Name of the recipe for weights with this card."""
-    if {card.get("method"), card.get("origin", {}).get("layout")} & set(MASKED_AUTOENCODERS):
-        return "supervised_mae"
-    return "supervised_pass" if card.get("parts") else "supervised"
+    """Name of the recipe for weights with this card, as what they began with or the method they are of says."""
+    if (layout := card.get("origin", {}).get("layout")) in RECIPES:
+        return RECIPES[layout]
+    kind: type[Method[Any]] = methods.named(card["method"], where=WHERE) if card.get("method") else Method
+    return kind.fine_tuning_recipe(card.get("parts", 0))
+
+
+def _fine_tuning_recipes() -> list[str]:
+    return [name for kind in methods.known().values() if kind.fine_tunes for name in kind.published]
 
 
 def as_export(weights: str, out: str, storage: StorageConfig) -> str:
@@ -120,9 +126,9 @@ def _below(out: str, sha256: str, storage: StorageConfig) -> Store:
 
 def _suited(config: RunConfig, card: dict[str, Any]) -> RunConfig:
     """The recipe with the backbone of the weights."""
-    if not card or not isinstance(config.method, SupervisedConfig):
+    if not card or not methods.of(config.method).fine_tunes:
         return config
     own = BackboneConfig(**card["backbone"])
     backbone = replace(config.backbone, **{name: getattr(own, name) for name in GIVEN})
-    neck = config.method.neck if card["parts"] or config.method.neck != "each" else "one"
-    return replace(config, backbone=backbone, method=replace(config.method, parts=card["parts"], neck=neck))
+    method = methods.of(config.method).for_weights(config.method, card["parts"])
+    return replace(config, backbone=backbone, method=method)

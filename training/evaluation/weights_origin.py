@@ -6,13 +6,15 @@ from types import MappingProxyType
 from typing import Any
 
 from datapipe.storage import full_url
+from training import methods
 from training.config.run_config import RunConfig
+from training.methods.base import MethodSettings
 from training.nn.vision_transformer import BackboneConfig
 
 FINE_TUNED = "fine_tuned"
 """How the names of layouts of others' fine-tuned weights end."""
-FAMILIES = {"pass": "pass", "ics": "dino", "dino": "dino", "personvit": "personvit"}
-"""Begin of a layout's name -> the method that such weights were pre-trained by. A bare ViT may be anything."""
+
+WHERE = "method, on the card of these weights"
 
 
 @dataclass(frozen=True)
@@ -41,49 +43,77 @@ class Pedigree:
 
 
 def of_run(
-    config: RunConfig, parts: int, data: str, *, sha256: str = "", origin: Mapping[str, Any] = MappingProxyType({})
+    config: RunConfig, data: str, *, sha256: str = "", origin: Mapping[str, Any] = MappingProxyType({})
 ) -> Pedigree:
     """Of weights of a run, scored on `data`: of a checkpoint, whose marker has both its digest and what the run started
     from; or, without them, of those that the run's seed draws."""
-    method: Any = config.method
-    tuned = method.name == "supervised" and bool(sha256)
+    kind = methods.of(config.method)
+    tuned = kind.fine_tunes and bool(sha256)
     return Pedigree(
-        family="" if not sha256 else _family(origin) if tuned else method.name,
+        family="" if not sha256 else _family(origin) if tuned else config.method.name,
         task="supervised" if tuned else "zero-shot",
-        arch=config.backbone.arch, stem=config.backbone.stem, parts=parts, sha256=sha256,
+        arch=config.backbone.arch, stem=config.backbone.stem, parts=kind.parts(config.method),
+        sha256=sha256,
         trained_on=_other(config.evaluation.data, data) if tuned else "",
-        label_fraction=method.label_fraction if tuned else 1.0,
+        label_fraction=_label_fraction(config.method) if tuned else 1.0,
         file=_file(origin),
     )  # fmt: skip
 
 
 def of_card(card: Mapping[str, Any], data: str) -> Pedigree:
     """Of exported or imported weights, scored on `data`."""
-    own = card.get("method") == "supervised"
+    own = _fine_tunes(card)
     recipe = card.get("recipe", {}) if own else {}
     backbone = BackboneConfig(**card["backbone"])
     return Pedigree(
         family=_family(card), task="supervised" if is_fine_tuned(card) else "zero-shot",
         arch=backbone.arch, stem=backbone.stem, parts=int(card["parts"]), sha256=card["file"]["sha256"],
         trained_on=_other(recipe.get("evaluation", {}).get("data", ""), data),
-        label_fraction=recipe.get("method", {}).get("label_fraction", 1.0),
+        label_fraction=_label_fraction(_settings(card)) if own else 1.0,
         file=_file(card.get("origin") or {}),
     )  # fmt: skip
 
 
 def is_fine_tuned(card: Mapping[str, Any]) -> bool:
-    """Was it fine-tuned on identities, here or by others?"""
-    layout = str((card.get("origin") or {}).get("layout", ""))
-    return card.get("method") == "supervised" or layout.endswith(FINE_TUNED)
+    """Was it fine-tuned on identities, here or by others? Raises ConfigError for a method that is not here."""
+    return _fine_tunes(card) or _by_others(card)
+
+
+def quoted_feature(card: Mapping[str, Any]) -> str:
+    """The feature whose scores are quoted: as the method says, or what others' fine-tuning ranks by. Raises ConfigError
+    for a method that is not here."""
+    parts = int(card["parts"])
+    if _by_others(card):
+        return "cls+parts" if parts else "cls"
+    return methods.named(card["method"], where=WHERE).quoted_feature(parts) if card.get("method") else "cls"
+
+
+def _by_others(card: Mapping[str, Any]) -> bool:
+    return str((card.get("origin") or {}).get("layout", "")).endswith(FINE_TUNED)
+
+
+def _fine_tunes(card: Mapping[str, Any]) -> bool:
+    """Were these weights fine-tuned by a method of ours, or of another package?"""
+    return bool(card.get("method")) and methods.named(card["method"], where=WHERE).fine_tunes
+
+
+def _settings(card: Mapping[str, Any]) -> MethodSettings:
+    return methods.read_settings(card["method"], card.get("recipe", {}).get("method", {}), where=WHERE)
+
+
+def _label_fraction(config: MethodSettings) -> float:
+    sampling = methods.of(config).by_identity(config)
+    return 1.0 if sampling is None else sampling.fraction
 
 
 def _family(about: Mapping[str, Any]) -> str:
     """Of a card, or of what a marker says of the weights a run began with; fine-tuned ones are asked for theirs."""
-    if about.get("method") not in (None, "", "supervised"):
-        return str(about["method"])
+    name = str(about.get("method") or "")
+    if name and not (name in methods.known() and methods.named(name).fine_tunes):
+        return name
     layout = str(about.get("layout", ""))
-    named = next((family for begin, family in FAMILIES.items() if layout.startswith(begin)), "")
-    return named or (_family(about["origin"]) if isinstance(about.get("origin"), Mapping) else "")
+    of_layout = (name for name, kind in methods.known().items() if kind.layouts and layout.startswith(kind.layouts))
+    return next(of_layout, "") or (_family(about["origin"]) if isinstance(about.get("origin"), Mapping) else "")
 
 
 def _file(origin: Mapping[str, Any]) -> str:

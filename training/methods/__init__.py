@@ -1,28 +1,31 @@
-"""The methods, one file each, and the only place where their names are listed."""
+"""The methods, one file each. Nothing but this package knows their names: what others need of one it is asked for."""
 
-from typing import Annotated
+from training.methods.registry import (
+    DEFAULT,
+    GROUP,
+    absent_hint,
+    build,
+    default_settings,
+    entry_point_of,
+    known,
+    named,
+    of,
+    package_of,
+    read_settings,
+    settings_union,
+)
 
-from pydantic import Field
-
-from training.methods.base import Method
-from training.methods.dino import Dino, DinoConfig
-from training.methods.pass_reid import Pass, PassConfig
-from training.methods.personmae import PersonMae, PersonMaeConfig
-from training.methods.personvit import PersonVit, PersonVitConfig
-from training.methods.supervised import Supervised, SupervisedConfig
-from training.nn.vision_transformer import BackboneConfig
-
-MethodConfig = Annotated[
-    DinoConfig | PassConfig | PersonVitConfig | PersonMaeConfig | SupervisedConfig, Field(discriminator="name")
+__all__ = [
+    "DEFAULT",
+    "GROUP",
+    "absent_hint",
+    "build",
+    "default_settings",
+    "entry_point_of",
+    "known",
+    "named",
+    "of",
+    "package_of",
+    "read_settings",
+    "settings_union",
 ]
-"""The settings of any method; a union told apart by `name`."""
-
-METHODS: dict[str, type[Method]] = {
-    "dino": Dino, "pass": Pass, "personvit": PersonVit, "personmae": PersonMae, "supervised": Supervised,
-}  # fmt: skip
-"""Name in a recipe -> class."""
-
-
-def build(config: MethodConfig, backbone: BackboneConfig) -> Method:
-    """The method a recipe asks for, freshly initialised (from PyTorch's global generator: seed it first)."""
-    return METHODS[config.name](config, backbone)

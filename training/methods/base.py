@@ -4,15 +4,34 @@ Shapes: V views of one kind, B images of a micro-batch, H x W pixels, C channels
 N patches.
 """
 
+import math
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple, TypedDict
+from collections.abc import Mapping
+from typing import Any, ClassVar, Generic, NamedTuple, TypedDict, TypeVar, get_args
 
 from torch import Tensor, nn
 
 from datapipe.core.config import ViewConfig
+from datapipe.core.settings import settings
 from datapipe.views.spec import ViewSpec
 from training.core.precision import Precision
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer
+from training.nn.workload import Stack, Workload
+
+SIZES = {"vit_small": "vits", "vit_base": "vitb", "vit_large": "vitl"}
+"""Architecture -> how the names of its recipes end."""
+
+
+@settings
+class MethodSettings:
+    """What the settings of every method have. A method's own class gives `name` a `Literal` with its default."""
+
+    name: str = ""
+    """The method."""
+
+
+C = TypeVar("C", bound=MethodSettings)
+"""The settings of a method."""
 
 Views = TypedDict(
     "Views",
@@ -85,31 +104,133 @@ class ByIdentity(NamedTuple):
     """Share of the identities that takes part."""
 
 
-class Method(nn.Module, ABC):
+class Published(NamedTuple):
+    """A setting as published."""
+
+    value: Any
+    """As a recipe would write it."""
+    source: str
+
+
+class PublishedRecipe(NamedTuple):
+    """What a publication says of a recipe."""
+
+    settings: Mapping[str, Published]
+    """Dotted key -> value. A key that is not there was not published; the comment behind its value in the recipe says
+    why it has that value."""
+    data: str = ""
+    """What was trained on; empty: not published."""
+
+
+def by_source(source: str, values: Mapping[str, Any]) -> dict[str, Published]:
+    """Values that one source states. Files are those of the reference repositories."""
+    return {key: Published(value, source) for key, value in values.items()}
+
+
+class Method(nn.Module, ABC, Generic[C]):
     """One objective: a `student` the optimizer sees, maybe a `teacher` only the moving average touches, and their loss.
 
-    Both are submodules with the attributes `backbone` and `head`. A method without a teacher does not define it.
+    Both are submodules with an attribute `backbone`, a `VisionTransformer`, and maybe a `head`. A method without a
+    teacher does not define it.
+
+    What is asked of a method beside its loss has a default that suits one student; settings alone answer it, no network
+    needs to be built. A module of `training/methods` with a subclass, or an entry point of another package
+    (`registry.GROUP`), is all that makes a method known.
     """
 
     student: nn.Module
     teacher: nn.Module
 
-    def __init__(self, config: Any, backbone: BackboneConfig) -> None:
+    fine_tunes: ClassVar[bool] = False
+    """Does it learn identities of labelled images, on top of what another method pre-trained? Its scores are called
+    supervised then, and its weights are of the method that they began with."""
+    layouts: ClassVar[tuple[str, ...]] = ()
+    """How the names of layouts of published files begin (`training/weights/published.py`) whose weights are of this
+    method."""
+    published: ClassVar[Mapping[str, PublishedRecipe]] = {}
+    """Recipe -> what was published of it; the first is for architectures that have none of their own."""
+
+    def __init__(self, config: C, backbone: BackboneConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config: C = config
         self.precision: Precision = "fp32"
+
+    @classmethod
+    def settings_type(cls) -> type[MethodSettings]:
+        """The class of its settings: the parameter that it or a class it derives from gives `Method`."""
+        for kind in cls.__mro__:
+            for base in kind.__dict__.get("__orig_bases__", ()):
+                for given in get_args(base):
+                    if isinstance(given, type) and issubclass(given, MethodSettings):
+                        return given
+        raise TypeError(f"{cls.__name__} does not say of which settings it is: Method[ITS_SETTINGS]")
+
+    # -- what data it wants ---------------------------------------------------------------------------------------
 
     @staticmethod
     @abstractmethod
-    def views(config: Any, views: ViewConfig, backbone: BackboneConfig) -> ViewSpec:
+    def views(config: C, views: ViewConfig, backbone: BackboneConfig) -> ViewSpec:
         """What the loader must make; picklable."""
 
     @staticmethod
-    def by_identity(config: Any) -> ByIdentity | None:
-        """How batches are made up of identities; None: they are not, and labels are not needed. The settings of a
-        method that asks for it have a field `classes`, which takes their number."""
+    def by_identity(config: C) -> ByIdentity | None:
+        """How batches are made up of identities; None: they are not, and labels are not needed."""
         del config
         return None
+
+    @staticmethod
+    def for_identities(config: C, count: int) -> C:
+        """The settings for data of so many identities, where batches are made up of them. Raises ConfigError where they
+        are for another number."""
+        del count
+        return config
+
+    # -- what it takes --------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def parts(config: C) -> int:
+        """Part tokens of the network that is evaluated and exported."""
+        del config
+        return 0
+
+    @classmethod
+    def workload(cls, config: C, views: ViewConfig, backbone: BackboneConfig, images: int) -> Workload:
+        """What a micro-batch of so many images is to its networks. By default the student sees every view whole;
+        teacher, heads and loss are not counted."""
+        spec = cls.views(config, views, backbone)
+        stacks = []
+        for group in spec.groups:
+            patches = math.prod(side // backbone.patch for side in group.size)
+            stacks.append(Stack(len(group.bands) * images, group.size, patches, 1 + cls.parts(config) + patches))
+        return Workload(student=tuple(stacks), complete=False)
+
+    # -- what becomes of its weights ------------------------------------------------------------------------------
+
+    @staticmethod
+    def quoted_feature(parts: int) -> str:
+        """The feature whose scores are quoted, of a backbone with so many part tokens: see `training/reid/embed.py`."""
+        del parts
+        return "cls"
+
+    @staticmethod
+    def fine_tuning_recipe(parts: int) -> str:
+        """Name of the recipe that fine-tunes its weights, a backbone with so many part tokens."""
+        return "supervised_pass" if parts else "supervised"
+
+    @staticmethod
+    def for_weights(config: C, parts: int) -> C:
+        """The settings of fine-tuning that suit a backbone with so many part tokens."""
+        del parts
+        return config
+
+    @classmethod
+    def nearest_recipe(cls, run: Mapping[str, Any]) -> str:
+        """The one of `published` that a run is beside, by its settings (dotted key -> plain value); empty: none is."""
+        ending = SIZES.get(run["backbone.arch"], "")
+        fitting = [name for name in cls.published if ending and name.endswith(f"_{ending}")]
+        return next(iter([*fitting, *cls.published]), "")
+
+    # -- the objective --------------------------------------------------------------------------------------------
 
     @abstractmethod
     def forward(self, views: Views, progress: Progress) -> Outcome:
@@ -126,6 +247,19 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def backbone(self) -> VisionTransformer:
         """The network that is evaluated and exported."""
+
+    def networks(self) -> dict[str, nn.Module]:
+        """ "student", and "teacher" where there is one."""
+        children = dict(self.named_children())
+        return {name: children[name] for name in ("student", "teacher") if name in children}
+
+    def centres(self) -> dict[str, Tensor]:
+        """Buffers that training checkpoints of others keep of the loss, to go on with it: "centre_" and a token."""
+        return {}
+
+    def extra_exports(self) -> dict[str, dict[str, Tensor]]:
+        """What an exported milestone has beside its backbone: name of a file (.safetensors) -> tensors."""
+        return {}
 
     def couples_batch(self) -> bool:
         """Do the targets of one image depend on the others of its micro-batch?

@@ -14,10 +14,21 @@ from datapipe.core.config import ViewConfig
 from datapipe.core.settings import settings
 from datapipe.views.spec import ViewSpec, multi_crop
 from training.core.precision import Precision, at_least_float32, full, lowered
-from training.methods.base import Outcome, Progress, Views
-from training.methods.distillation import Distillation, DistillationConfig, Keep, TokenViews, seen
+from training.methods.base import Outcome, Progress, PublishedRecipe, Views, by_source
+from training.methods.distillation import (
+    COLOURS,
+    FAMILY,
+    GLOBALS,
+    Distillation,
+    DistillationConfig,
+    Keep,
+    TokenViews,
+    seen,
+    stacks,
+)
 from training.nn.heads import DinoHead
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer
+from training.nn.workload import Scored, Workload
 
 
 @settings
@@ -28,6 +39,24 @@ class DinoConfig(DistillationConfig):
     """The method."""
     locals: int = Field(default=8, ge=0)
     """Local views, cut anywhere in the image."""
+
+
+_SCRIPT = "TransReID-SSL dino/script"
+_BATCH = {"optimisation.batch": 512, "optimisation.lr": 1e-3}
+_COMMON = by_source("TransReID-SSL dino/main_dino.py", {
+    **COLOURS, **FAMILY, "method.name": "dino", "method.locals": 8, "views.local_scale": [0.05, 0.4],
+})  # fmt: skip
+_DATA = "2,508,146 images of LUPerson (60 %), chosen by CFS (TransReID-SSL dino/script)"
+PUBLISHED = {
+    "dino_vits": PublishedRecipe(
+        _COMMON | by_source(_SCRIPT, {**_BATCH, "backbone.stem": "patch", "backbone.arch": "vit_small"}), _DATA
+    ),
+    "dino_vitb": PublishedRecipe(
+        _COMMON | by_source(_SCRIPT, {**_BATCH, "backbone.stem": "ics", "backbone.arch": "vit_base"}), _DATA
+    ),
+    "dino_vitl": PublishedRecipe(_COMMON | by_source(f"{_SCRIPT}, of ViT-S and ViT-B", _BATCH)),
+}
+"""Nothing was for ViT-L: there, what the smaller models say."""
 
 
 class DinoNetwork(nn.Module):
@@ -53,10 +82,11 @@ class DinoNetwork(nn.Module):
         return TokenViews({"cls": logits_SBK}, whole_GBC)
 
 
-class Dino(Distillation):
+class Dino(Distillation[DinoConfig]):
     """Self-distillation of CLS."""
 
-    config: DinoConfig
+    layouts = ("dino", "ics")
+    published = PUBLISHED
 
     def __init__(self, config: DinoConfig, backbone: BackboneConfig) -> None:
         super().__init__(config, backbone, DinoNetwork(config, backbone))
@@ -65,6 +95,13 @@ class Dino(Distillation):
     def views(config: DinoConfig, views: ViewConfig, backbone: BackboneConfig) -> ViewSpec:
         whole = ((0.0, 1.0),) * config.locals
         return multi_crop(views, size=backbone.size, local_size=config.local_size, local_bands=whole)
+
+    @classmethod
+    def workload(cls, config: DinoConfig, views: ViewConfig, backbone: BackboneConfig, images: int) -> Workload:
+        student, teacher = stacks(config, backbone, images, locals=config.locals)
+        taught = GLOBALS * images
+        cls_rows = Scored((GLOBALS + config.locals) * images, taught, taught, config.head.out_dim)
+        return Workload(student, teacher, config.head, (cls_rows,))
 
     def compare(self, learnt: TokenViews, taught: TokenViews, views: Views, progress: Progress) -> Outcome:
         """The mean over pairs of a global view and another view, image by image: 18 with 2 globals and 8 locals."""

@@ -9,7 +9,7 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,21 +21,23 @@ from datapipe.core.errors import ConfigError
 from datapipe.core.settings import settings
 from training.core.precision import Precision, full
 from training.core.schedules import teacher_temperature
-from training.methods.base import Method, Outcome, Progress, Role, Views
+from training.methods.base import Method, MethodSettings, Outcome, Progress, Role, Views
 from training.nn import ics_stem
 from training.nn.distillation_losses import entropy, pair_cross_entropies
 from training.nn.feature_diagnostics import information, of_features
 from training.nn.heads import HeadConfig
 from training.nn.teacher_targets import centre_sum, centred, moved_centre, sinkhorn
 from training.nn.vision_transformer import BackboneConfig, Features, VisionTransformer, keep_masks, on_device
+from training.nn.workload import Stack
+
+GLOBALS = 2
+"""Global views, of which the teacher sees both."""
 
 
 @settings
-class DistillationConfig:
+class DistillationConfig(MethodSettings):
     """What the methods of the DINO family have in common."""
 
-    name: str = ""
-    """The method."""
     local_size: Size = (128, 64)
     """Size of a local view (height, width), pixels; both sides must be multiples of the patch."""
     head: HeadConfig = HeadConfig()
@@ -57,8 +59,71 @@ class DistillationConfig:
     """Epochs in which the prototypes do not move. Helps at the start; 0 for runs of few epochs."""
 
 
+D = TypeVar("D", bound=DistillationConfig)
+"""The settings of one of them."""
 Keep = tuple[Tensor | None, Tensor | None]
 """Drop path of the global and of the local stack, from `keep_masks`, on their device."""
+
+
+SQUARE = [3 / 4, 4 / 3]
+"""torchvision's default ratio of a random resized crop."""
+
+COLOURS = {
+    "views.flip": 0.5,
+    "views.grey": 0.2,
+    "views.blur": [1.0, 0.1, 0.5],
+    "views.blur_sigma": [0.1, 2.0],
+    "views.solarise": [0.0, 0.2, 0.0],
+    "views.erase": [0.0, 0.0, 0.0],
+    "views.interpolation": "bicubic",
+    "views.jitter.probability": 0.8,
+    "views.jitter.brightness": 0.4,
+    "views.jitter.contrast": 0.4,
+    "views.jitter.saturation": 0.2,
+    "views.jitter.hue": 0.1,
+    "views.jitter.white_balance": 0.0,
+}
+"""The augmentation of DINO, TransReID-SSL, PASS and iBOT."""
+
+FAMILY = {
+    "views.global_scale": [0.4, 1.0],
+    "views.global_ratio": SQUARE,
+    "views.local_ratio": SQUARE,
+    "backbone.size": [256, 128],
+    "backbone.patch": 16,
+    "backbone.drop_path": 0.1,
+    "backbone.init_std": 0.02,
+    "init.weights": "",
+    "method.local_size": [128, 64],
+    "method.student_temp": 0.1,
+    "method.warmup_teacher_temp": 0.04,
+    "method.teacher_temp": 0.04,
+    "method.teacher_temp_warmup_epochs": 0,
+    "method.targets": "centring",
+    "method.centre_momentum": 0.9,
+    "method.freeze_last_layer_epochs": 1,
+    "method.head.out_dim": 65_536,
+    "method.head.hidden": 2_048,
+    "method.head.bottleneck": 256,
+    "method.head.layers": 3,
+    "method.head.norm_last_layer": True,
+    "method.head.init_std": 0.02,
+    "optimisation.epochs": 100.0,
+    "optimisation.final_lr": 1e-6,
+    "optimisation.warmup_epochs": 10.0,
+    "optimisation.betas": [0.9, 0.999],
+    "optimisation.eps": 1e-8,
+    "optimisation.weight_decay": 0.04,
+    "optimisation.final_weight_decay": 0.4,
+    "optimisation.layer_decay": 1.0,
+    "optimisation.clip": "tensor",
+    "optimisation.clip_norm": 3.0,
+    "optimisation.ema": 0.996,
+    "optimisation.final_ema": 1.0,
+    "optimisation.ema_points": [],
+    "optimisation.precision": "fp16",
+}
+"""What TransReID-SSL and PASS have in common."""
 
 
 class TokenViews(NamedTuple):
@@ -94,14 +159,13 @@ class Said(NamedTuple):
     """Token -> [M, B], the cross-entropy of every pair of different views."""
 
 
-class Distillation(Method):
+class Distillation(Method[D]):
     """Student and teacher, their targets, centres and roles; a subclass says what the two are and what it averages."""
 
-    config: DistillationConfig
     student: Any  # a Network and a module
     teacher: Any
 
-    def __init__(self, config: DistillationConfig, backbone: BackboneConfig, student: nn.Module) -> None:
+    def __init__(self, config: D, backbone: BackboneConfig, student: nn.Module) -> None:
         super().__init__(config, backbone)
         if config.local_size[0] % backbone.patch or config.local_size[1] % backbone.patch:
             raise ConfigError(f"patch = {backbone.patch} does not divide local_size = {config.local_size}",
@@ -232,6 +296,9 @@ class Distillation(Method):
         backbone: VisionTransformer = self.teacher.backbone
         return backbone
 
+    def centres(self) -> dict[str, Tensor]:
+        return {name: buffer for name, buffer in self.named_buffers(recurse=False) if name.startswith("centre_")}
+
     def couples_batch(self) -> bool:
         return self.config.targets == "sinkhorn" or self.student.backbone.config.stem == "ics"
 
@@ -243,6 +310,18 @@ class Distillation(Method):
         ]
         global_, local = on_device(drawn, views["global"].device)
         return global_, local
+
+
+def stacks(
+    config: DistillationConfig, backbone: BackboneConfig, images: int, *, locals: int, parts: int = 0, near: int = 0
+) -> tuple[tuple[Stack, ...], tuple[Stack, ...]]:
+    """(what the student sees, what the teacher sees) of so many images. `parts`: part tokens of a global view; `near`:
+    of one of the `locals`."""
+    patches = math.prod(backbone.grid)
+    small = math.prod(side // backbone.patch for side in config.local_size)
+    whole = Stack(GLOBALS * images, backbone.size, patches, 1 + parts + patches)
+    local = Stack(locals * images, config.local_size, small, 1 + near + small)
+    return (whole, local)[: 2 if locals else 1], (whole,)
 
 
 def seen(backbone: VisionTransformer, stack_VBIHW: Tensor, weight_B: Tensor, **options: Any) -> Features:

@@ -14,12 +14,24 @@ from datapipe.core.config import Range, ViewConfig
 from datapipe.core.settings import settings
 from datapipe.views.spec import ViewSpec, multi_crop
 from training.core.precision import Precision, at_least_float32, full, lowered
-from training.methods.base import Outcome, Progress, Views
-from training.methods.distillation import Distillation, DistillationConfig, Keep, Said, TokenViews, seen
+from training.methods.base import Outcome, Progress, PublishedRecipe, Views, by_source
+from training.methods.distillation import (
+    COLOURS,
+    FAMILY,
+    GLOBALS,
+    Distillation,
+    DistillationConfig,
+    Keep,
+    Said,
+    TokenViews,
+    seen,
+    stacks,
+)
 from training.nn.distillation_losses import entropy
 from training.nn.feature_diagnostics import information
 from training.nn.heads import TokenHeads
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer
+from training.nn.workload import Scored, Workload
 
 
 @settings
@@ -50,6 +62,22 @@ class PassConfig(DistillationConfig):
         return [part for part in range(1, self.parts + 1) for _ in range(self.locals_per_part)]
 
 
+_SCRIPTS = "PASS scripts"
+_COMMON = by_source("PASS main_pass.py", {
+    **COLOURS, **FAMILY, "method.name": "pass", "method.parts": 3, "method.part_overlap": 0.5,
+    "backbone.stem": "patch",
+}) | by_source(_SCRIPTS, {"method.locals_per_part": 3, "views.local_scale": [0.1, 0.8]})  # fmt: skip
+_BASE = {"optimisation.batch": 512, "optimisation.lr": 1e-3}
+_DATA = "all 4,180,243 images of LUPerson (PASS scripts)"
+PUBLISHED = {
+    "pass_vits": PublishedRecipe(_COMMON | by_source(_SCRIPTS, {
+        "backbone.arch": "vit_small", "optimisation.batch": 1_024, "optimisation.lr": 2e-3}), _DATA),
+    "pass_vitb": PublishedRecipe(_COMMON | by_source(_SCRIPTS, {"backbone.arch": "vit_base", **_BASE}), _DATA),
+    "pass_vitl": PublishedRecipe(_COMMON | by_source(f"{_SCRIPTS}, of ViT-B", _BASE)),
+}  # fmt: skip
+"""Nothing was for ViT-L: there, what ViT-B's say."""
+
+
 class PassNetwork(nn.Module):
     """Backbone with P part tokens and a head per token, nothing shared."""
 
@@ -78,10 +106,11 @@ class PassNetwork(nn.Module):
         return TokenViews(logits, whole.cls)
 
 
-class Pass(Distillation):
+class Pass(Distillation[PassConfig]):
     """Self-distillation of CLS over all views and of each part token over globals and the locals of its band."""
 
-    config: PassConfig
+    layouts = ("pass",)
+    published = PUBLISHED
 
     def __init__(self, config: PassConfig, backbone: BackboneConfig) -> None:
         super().__init__(config, backbone, PassNetwork(config, backbone))
@@ -90,6 +119,20 @@ class Pass(Distillation):
     def views(config: PassConfig, views: ViewConfig, backbone: BackboneConfig) -> ViewSpec:
         bands = tuple(config.bands[area - 1] for area in config.areas)
         return multi_crop(views, size=backbone.size, local_size=config.local_size, local_bands=bands)
+
+    @staticmethod
+    def parts(config: PassConfig) -> int:
+        return config.parts
+
+    @classmethod
+    def workload(cls, config: PassConfig, views: ViewConfig, backbone: BackboneConfig, images: int) -> Workload:
+        """A local view has the part token of its own band alone."""
+        local = len(config.areas)
+        student, teacher = stacks(config, backbone, images, locals=local, parts=config.parts, near=1)
+        taught, prototypes = GLOBALS * images, config.head.out_dim
+        cls_rows = Scored((GLOBALS + local) * images, taught, taught, prototypes)
+        part_rows = Scored((GLOBALS + config.locals_per_part) * images, taught, taught, prototypes)
+        return Workload(student, teacher, config.head, (cls_rows, *[part_rows] * config.parts))
 
     def compare(self, learnt: TokenViews, taught: TokenViews, views: Views, progress: Progress) -> Outcome:
         """One flat mean over the pairs of all tokens, image by image:

@@ -27,16 +27,17 @@ from datapipe.views.spec import RegionLaw, ViewSpec, regions
 from training.core.device_copy import to_device
 from training.core.precision import Precision, at_least_float32, full, lowered
 from training.core.schedules import grown
-from training.methods.base import Method, Outcome, Progress, Role, Views
+from training.methods.base import Method, MethodSettings, Outcome, Progress, PublishedRecipe, Role, Views, by_source
 from training.nn import positions, reconstruction
 from training.nn.feature_diagnostics import of_features
 from training.nn.mae_decoder import Decoder
 from training.nn.reconstruction import PixelNorm
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer, keep_masks, on_device
+from training.nn.workload import Decoding, Stack, Workload
 
 
 @settings
-class PersonMaeConfig:
+class PersonMaeConfig(MethodSettings):
     """PersonMAE: the visible patches of one region predict all of another one. Regions are cut and mirrored, never
     recoloured: of the settings under `views` only `flip` and `interpolation` apply."""
 
@@ -118,6 +119,21 @@ class PersonMaeConfig:
         return MaskLaw(backbone.grid, config, equal=True)
 
 
+_ABSTRACT = "abstract (Hu et al., 2023)"
+_COMMON = by_source(_ABSTRACT, {
+    "method.name": "personmae", "method.regions": "pair", "method.mask_kind": "block", "method.loss_on": "all",
+}) | by_source("MAE main_pretrain.py; PersonMAE's own is not public", {"optimisation.precision": "fp16"})  # fmt: skip
+PUBLISHED = {
+    "personmae_vits": PublishedRecipe(_COMMON),
+    "personmae_vitb": PublishedRecipe(
+        _COMMON | by_source(_ABSTRACT, {"backbone.arch": "vit_base"}),
+        "LUPerson; how much of it is not in the abstract",
+    ),
+    "personmae_vitl": PublishedRecipe(_COMMON),
+}
+"""Nothing was for ViT-S and ViT-L: there, what the abstract says."""
+
+
 class Asked(NamedTuple):
     """What the decoders are to predict."""
 
@@ -192,15 +208,15 @@ class PersonMaeTeacher(nn.Module):
             return at_least_float32(output_BTC[:, 1:])
 
 
-class PersonMae(Method):
+class PersonMae(Method[PersonMaeConfig]):
     """Masked image modelling across two regions of one image, of pixels and of a moving average's features."""
 
+    published = PUBLISHED
     student: PersonMaeStudent
     teacher: PersonMaeTeacher
 
     def __init__(self, config: PersonMaeConfig, backbone: BackboneConfig) -> None:
         super().__init__(config, backbone)
-        self.config: PersonMaeConfig = config
         _check(config, backbone)
         self.kept = backbone.grid[0] * backbone.grid[1] - config.law(backbone).hidden
         self.student = PersonMaeStudent(config, backbone)
@@ -211,6 +227,31 @@ class PersonMae(Method):
         law = RegionLaw(config.region_scale, config.region_ratio, config.region_iou, config.share_flip)
         pair = config.regions == "pair"
         return regions(views, law, size=backbone.size, pair=pair, masks=(config.law(backbone),))
+
+    @classmethod
+    def workload(cls, config: PersonMaeConfig, views: ViewConfig, backbone: BackboneConfig, images: int) -> Workload:
+        """The loss is formed of what is predicted and what was to be, and of both features standardised, once for the
+        loss and once for the metrics."""
+        patches, width, values = math.prod(backbone.grid), backbone.shape.width, 3 * backbone.patch**2
+        hidden = config.law(backbone).hidden
+        asked = patches if config.regions == "pair" else hidden
+        predicted = patches if config.regions == "pair" or config.loss_on == "all" else asked
+        seen = 1 + patches - hidden
+        return Workload(
+            student=(Stack(images, backbone.size, patches, seen),),
+            teacher=(Stack(images, backbone.size, patches, 1 + patches),),
+            decoded=tuple(
+                Decoding(images, seen + asked, seen, predicted, *shape, depth=config.decoder_depth)
+                for shape in _decoder_shapes(config, backbone)
+            ),
+            loss_kept=images * predicted * (values + 2 * width),
+            loss_alive=images * patches * (2 * values + 5 * width),
+        )
+
+    @staticmethod
+    def fine_tuning_recipe(parts: int) -> str:
+        del parts
+        return "supervised_mae"
 
     def forward(self, views: Views, progress: Progress) -> Outcome:
         """Pixels and, with a factor that grows over the first part of the run, features:
@@ -288,6 +329,14 @@ class PersonMae(Method):
         rates, position = self.student.backbone.config.drop_rates, views["position"]
         drawn = keep_masks(rates, seed=progress.seed, purpose="drop_path/region_a", position=position, views=1)
         return on_device([drawn], views["region_a"].device)[0]
+
+
+def _decoder_shapes(config: PersonMaeConfig, backbone: BackboneConfig) -> list[tuple[int, int, int, int]]:
+    """(width, channels of all heads, heads, hidden width) of both decoders."""
+    width, _, heads, mlp_ratio = backbone.shape
+    heads = config.decoder_heads or heads
+    widths = (config.pixel_width or width, config.feature_width or width)
+    return [(own, own // heads * heads, heads, int(own * mlp_ratio)) for own in widths]
 
 
 def _check(config: PersonMaeConfig, backbone: BackboneConfig) -> None:

@@ -24,12 +24,21 @@ from datapipe.views.masking import MaskConfig, MaskLaw
 from datapipe.views.spec import ViewSpec, multi_crop
 from training.core.precision import Precision, at_least_float32, full, lowered
 from training.core.schedules import teacher_temperature
-from training.methods.base import Outcome, Progress, Views
-from training.methods.distillation import Distillation, DistillationConfig, Keep, TokenViews, seen
+from training.methods.base import Outcome, Progress, PublishedRecipe, Views, by_source
+from training.methods.distillation import (
+    GLOBALS,
+    Distillation,
+    DistillationConfig,
+    Keep,
+    TokenViews,
+    seen,
+    stacks,
+)
 from training.nn.distillation_losses import entropy, hidden_numbers, hidden_patch_cross_entropies, mean_over_hidden
 from training.nn.feature_diagnostics import information
 from training.nn.heads import HeadConfig, MaskedHead
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer
+from training.nn.workload import Scored, Workload
 
 
 @settings
@@ -70,6 +79,26 @@ class PersonVitConfig(DistillationConfig):
     .5, in blocks. A view without hidden patches counts in the mean, so the patch term is about half as strong."""
 
 
+_README = "PersonViT README"
+_COMMON = (
+    by_source(_README, {
+        "method.name": "personvit", "backbone.size": [256, 128], "backbone.patch": 16, "backbone.stem": "patch",
+    })
+    | by_source("PersonViT run_epochs_300.sh", {"optimisation.epochs": 300.0})
+    | by_source("name of the released weights: wopt, ar.375", {
+        "views.global_ratio": [0.375, 0.667], "init.weights": "",
+    })
+    | by_source("iBOT main_ibot.py; PersonViT's own is not public", {"optimisation.precision": "fp16"})
+)  # fmt: skip
+_DATA = "all 4,180,243 images of LUPerson (name of the released weights: lup)"
+PUBLISHED = {
+    "personvit_vits": PublishedRecipe(_COMMON | by_source(_README, {"backbone.arch": "vit_small"}), _DATA),
+    "personvit_vitb": PublishedRecipe(_COMMON | by_source(_README, {"backbone.arch": "vit_base"}), _DATA),
+    "personvit_vitl": PublishedRecipe(_COMMON),
+}
+"""Nothing was for ViT-L: there, what holds of the smaller models."""
+
+
 class MaskedViews(NamedTuple):
     """What a network says of CLS and of patches."""
 
@@ -105,10 +134,11 @@ class PersonVitNetwork(nn.Module):
         return MaskedViews(TokenViews({"cls": said["cls"]}, whole.cls), said["patch"])
 
 
-class PersonVit(Distillation):
+class PersonVit(Distillation[PersonVitConfig]):
     """Self-distillation of CLS, and of hidden patches from the same view."""
 
-    config: PersonVitConfig
+    layouts = ("personvit",)
+    published = PUBLISHED
 
     def __init__(self, config: PersonVitConfig, backbone: BackboneConfig) -> None:
         super().__init__(config, backbone, PersonVitNetwork(config, backbone))
@@ -121,6 +151,16 @@ class PersonVit(Distillation):
         whole = ((0.0, 1.0),) * config.locals
         spec = multi_crop(views, size=backbone.size, local_size=config.local_size, local_bands=whole)
         return replace(spec, masks=(MaskLaw(backbone.grid, config.mask),) * 2)
+
+    @classmethod
+    def workload(cls, config: PersonVitConfig, views: ViewConfig, backbone: BackboneConfig, images: int) -> Workload:
+        """Of the patches of global views the average number is hidden."""
+        student, teacher = stacks(config, backbone, images, locals=config.locals)
+        taught, patches, ratios = GLOBALS * images, math.prod(backbone.grid), config.mask.ratios
+        hidden = round(taught * patches * sum(ratios) / len(ratios))
+        own = config.patch_out_dim if config.patch_head == "separate" else config.head.out_dim
+        cls_rows = Scored((GLOBALS + config.locals) * images, taught, taught, config.head.out_dim)
+        return Workload(student, teacher, config.head, (cls_rows, Scored(hidden, hidden, taught * patches, own)))
 
     def prototypes(self, token: str) -> int:
         separate = token == "patch" and self.config.patch_head == "separate"

@@ -11,18 +11,31 @@ feature, K identities.
 """
 
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from datapipe.core.config import ViewConfig
+from datapipe.core.errors import ConfigError
 from datapipe.core.settings import settings
 from datapipe.views.spec import ViewSpec, padded
 from training.core.collectives import gathered
 from training.core.precision import Precision, at_least_float32, full, lowered
-from training.methods.base import ByIdentity, Method, Outcome, Progress, Role, Views
+from training.methods.base import (
+    ByIdentity,
+    Method,
+    MethodSettings,
+    Outcome,
+    Progress,
+    PublishedRecipe,
+    Role,
+    Views,
+    by_source,
+)
 from training.nn import ics_stem, reid_losses
 from training.nn.feature_diagnostics import of_features
 from training.nn.random_erasing import erase
@@ -30,7 +43,7 @@ from training.nn.vision_transformer import BackboneConfig, VisionTransformer, ke
 
 
 @settings
-class SupervisedConfig:
+class SupervisedConfig(MethodSettings):
     """Fine-tuning on identities. Of the settings under `views` only `flip`, `interpolation` and `statistics` apply."""
 
     name: Literal["supervised"] = "supervised"
@@ -64,6 +77,82 @@ class SupervisedConfig:
     positions (HAP)."""
     bias_lr_factor: float = Field(default=2.0, gt=0)
     """Learning rate of biases over that of all else."""
+
+
+_CONFIGS = "TransReID-SSL, PASS, PersonViT transreid configs"
+_COMMON = {
+    "views.flip": 0.5,
+    "views.interpolation": "bicubic",
+    "backbone.drop_path": 0.1,
+    "method.name": "supervised",
+    "method.label_fraction": 1.0,
+    "method.margin": 0.0,
+    "method.smoothing": 0.0,
+    "method.pad": 10,
+    "method.erase": 0.5,
+    "optimisation.batch": 64,
+    "optimisation.clip": "none",
+    "optimisation.precision": "fp16",
+}
+"""What TransReID's family and HAP have in common."""
+
+_TRANSREID = by_source(_CONFIGS, {
+    **_COMMON,
+    "views.statistics": "half",
+    "init.positions": "bilinear",
+    "evaluation.quote": "last",
+    "evaluation.interpolation": "bilinear",
+    "method.instances": 4,
+    "method.neck": "one",
+    "method.identity_weight": 1.0,
+    "method.triplet_weight": 1.0,
+    "method.decay": "all",
+    "method.bias_lr_factor": 2.0,
+    "optimisation.optimizer": "sgd",
+    "optimisation.momentum": 0.9,
+    "optimisation.schedule": "epoch",
+    "optimisation.epochs": 120.0,
+    "optimisation.lr": 4e-4,
+    "optimisation.warmup_lr": 4e-6,
+    "optimisation.final_lr": 8e-7,
+    "optimisation.warmup_epochs": 20.0,
+    "optimisation.weight_decay": 1e-4,
+    "optimisation.final_weight_decay": 1e-4,
+    "optimisation.layer_decay": 1.0,
+})  # fmt: skip
+
+_MASKED = by_source("HAP downstream_tasks/person_reid; PersonMAE's own is not public", {
+    **_COMMON,
+    "views.statistics": "imagenet",
+    "backbone.size": [256, 128],
+    "init.positions": "bicubic",
+    "evaluation.interpolation": "bicubic",
+    "method.instances": 8,
+    "method.neck": "none",
+    "method.identity_weight": 0.5,
+    "method.triplet_weight": 0.5,
+    "method.decay": "weights",
+    "method.bias_lr_factor": 1.0,
+    "optimisation.optimizer": "adamw",
+    "optimisation.betas": [0.9, 0.999],
+    "optimisation.schedule": "step",
+    "optimisation.epochs": 100.0,
+    "optimisation.lr": 8e-3,
+    "optimisation.warmup_lr": 0.0,
+    "optimisation.final_lr": 0.0,
+    "optimisation.warmup_epochs": 5.0,
+    "optimisation.weight_decay": 0.05,
+    "optimisation.final_weight_decay": 0.05,
+    "optimisation.layer_decay": 0.4,
+})  # fmt: skip
+_AT_256 = _TRANSREID | by_source(_CONFIGS, {"backbone.size": [256, 128]})
+PUBLISHED = {
+    "supervised": PublishedRecipe(_AT_256),
+    "supervised_384": PublishedRecipe(_TRANSREID | by_source(_CONFIGS, {"backbone.size": [384, 128]})),
+    "supervised_pass": PublishedRecipe(_AT_256 | by_source(
+        "PASS make_model.py, number of keys in its fine-tuned weights", {"method.parts": 3, "method.neck": "each"})),
+    "supervised_mae": PublishedRecipe(_MASKED),
+}  # fmt: skip
 
 
 class Said(NamedTuple):
@@ -129,14 +218,15 @@ class SupervisedStudent(nn.Module):
             return self.head(at_least_float32(seen.cls), at_least_float32(seen.parts), real_B)
 
 
-class Supervised(Method):
+class Supervised(Method[SupervisedConfig]):
     """Identity classification and metric learning."""
 
     student: SupervisedStudent
+    fine_tunes = True
+    published = PUBLISHED
 
     def __init__(self, config: SupervisedConfig, backbone: BackboneConfig) -> None:
         super().__init__(config, backbone)
-        self.config: SupervisedConfig = config
         self.student = SupervisedStudent(config, backbone)
 
     @staticmethod
@@ -146,6 +236,35 @@ class Supervised(Method):
     @staticmethod
     def by_identity(config: SupervisedConfig) -> ByIdentity:
         return ByIdentity(config.instances, config.label_fraction)
+
+    @staticmethod
+    def for_identities(config: SupervisedConfig, count: int) -> SupervisedConfig:
+        if config.classes not in (0, count):
+            raise ConfigError(f"the recipe is for {config.classes} identities, the data has {count}",
+                              where="method.classes", hint="0: as many as there are")  # fmt: skip
+        return replace(config, classes=count)
+
+    @staticmethod
+    def parts(config: SupervisedConfig) -> int:
+        return config.parts
+
+    @staticmethod
+    def quoted_feature(parts: int) -> str:
+        """What is learnt and ranked by."""
+        return "cls+parts" if parts else "cls"
+
+    @staticmethod
+    def for_weights(config: SupervisedConfig, parts: int) -> SupervisedConfig:
+        return replace(config, parts=parts, neck=config.neck if parts or config.neck != "each" else "one")
+
+    @classmethod
+    def nearest_recipe(cls, run: Mapping[str, Any]) -> str:
+        """The one for such weights and such a size."""
+        if run["optimisation.optimizer"] == "adamw":
+            return "supervised_mae"
+        if run["method.parts"]:
+            return "supervised_pass"
+        return "supervised_384" if run["backbone.size"] == [384, 128] else "supervised"
 
     def forward(self, views: Views, progress: Progress) -> Outcome:
         """loss[b] = identity_weight * cross-entropy[b] + triplet_weight * triplet[b]
@@ -181,6 +300,10 @@ class Supervised(Method):
 
     def backbone(self) -> VisionTransformer:
         return self.student.backbone
+
+    def extra_exports(self) -> dict[str, dict[str, Tensor]]:
+        """The whole of it, as the references save it."""
+        return {"fine_tuned.safetensors": to_transreid(self)}
 
     def couples_batch(self) -> bool:
         """Mining and batch norm do."""

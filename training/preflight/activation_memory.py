@@ -1,4 +1,5 @@
-"""How many bytes one micro-batch keeps for the backward pass: pure arithmetic on the recipe, part by part.
+"""How many bytes one micro-batch keeps for the backward pass: pure arithmetic on the recipe and on what its method says
+of a micro-batch, part by part.
 
 Every term is a tensor that autograd saves (PyTorch 2.15, timm 1.0); the real ones are counted by
 `tests/training/preflight/test_activation_memory.py`. What two operations save counts once.
@@ -7,25 +8,19 @@ Left out are drop-path factors and masks: a few bytes per image.
 Letters: B images of the micro-batch, R rows (views * images), T tokens, C channels, K prototypes, Z bottleneck.
 """
 
-import math
 from typing import NamedTuple
 
-from datapipe.core.config import Size
+from training.config.build import workload
 from training.config.run_config import RunConfig
-from training.methods.dino import DinoConfig
-from training.methods.pass_reid import PassConfig
-from training.methods.personmae import PersonMaeConfig
-from training.methods.personvit import PersonVitConfig
-from training.methods.supervised import SupervisedConfig
 from training.nn.heads import HeadConfig
 from training.nn.ics_stem import CHANNELS
 from training.nn.vision_transformer import BackboneConfig
+from training.nn.workload import Decoding, Scored, Stack, Workload
 
 FULL = 4
 """Bytes of a float32."""
 STATISTICS = 2 * FULL
 """Mean and deviation that a layer norm keeps of every token."""
-GLOBALS = 2
 
 
 class Numerics(NamedTuple):
@@ -36,7 +31,7 @@ class Numerics(NamedTuple):
     softmax: int
     """Bytes kept of every attention weight; 0 with a fused kernel, which keeps one number per row instead."""
     decoder_softmax: int
-    """The same in PersonMAE's decoders, which are fused on a GPU and only there."""
+    """The same in decoders, which are fused on a GPU and only there."""
 
     @property
     def lowered(self) -> bool:
@@ -57,102 +52,25 @@ def numerics(config: RunConfig, *, cuda: bool) -> Numerics:
     return Numerics(matrix, 0 if fused else plain, 0 if cuda else plain)
 
 
-class Stack(NamedTuple):
-    """Views of one size, as they go through a backbone together."""
-
-    rows: int
-    size: Size
-    patches: int
-    """Patches that are cut."""
-    tokens: int
-    """Tokens that enter the blocks."""
-
-
-class Scored(NamedTuple):
-    """Rows that go through one head, and what the teacher says about them."""
-
-    learnt: int
-    """Rows of the student."""
-    targets: int
-    """Rows of targets that the loss keeps."""
-    taught: int
-    """Rows that the teacher scores."""
-    prototypes: int
-
-
-def student_stacks(config: RunConfig, images: int) -> list[Stack]:
-    """What the student's backbone sees of a micro-batch."""
-    backbone, method = config.backbone, config.method
-    patches = math.prod(backbone.grid)
-    match method:
-        case PersonMaeConfig():
-            return [Stack(images, backbone.size, patches, 1 + patches - method.law(backbone).hidden)]
-        case PassConfig():
-            parts, near, views = method.parts, 1, len(method.areas)
-        case DinoConfig() | PersonVitConfig():
-            parts, near, views = 0, 0, method.locals
-        case SupervisedConfig():
-            return [Stack(images, backbone.size, patches, 1 + method.parts + patches)]
-    small = math.prod(side // backbone.patch for side in method.local_size)
-    whole = Stack(GLOBALS * images, backbone.size, patches, 1 + parts + patches)
-    return [whole, Stack(views * images, method.local_size, small, 1 + near + small)][: 2 if views else 1]
-
-
-def teacher_stack(config: RunConfig, images: int) -> Stack:
-    """What the teacher's backbone sees, without gradient."""
-    patches = math.prod(config.backbone.grid)
-    match config.method:
-        case PersonMaeConfig():
-            return Stack(images, config.backbone.size, patches, 1 + patches)
-        case PassConfig(parts=parts):
-            return Stack(GLOBALS * images, config.backbone.size, patches, 1 + parts + patches)
-    return Stack(GLOBALS * images, config.backbone.size, patches, 1 + patches)
-
-
-def scored(config: RunConfig, images: int, hidden: int) -> list[Scored]:
-    """The rows of each head, `hidden` patches in all views and images among them; none without prototypes."""
-    taught = GLOBALS * images
-    match config.method:
-        case DinoConfig() as dino:
-            return [Scored((GLOBALS + dino.locals) * images, taught, taught, dino.head.out_dim)]
-        case PassConfig() as parted:
-            prototypes = parted.head.out_dim
-            part = Scored((GLOBALS + parted.locals_per_part) * images, taught, taught, prototypes)
-            return [Scored((GLOBALS + len(parted.areas)) * images, taught, taught, prototypes), *[part] * parted.parts]
-        case PersonVitConfig() as masked:
-            own = masked.patch_out_dim if masked.patch_head == "separate" else masked.head.out_dim
-            cls = Scored((GLOBALS + masked.locals) * images, taught, taught, masked.head.out_dim)
-            return [cls, Scored(hidden, hidden, taught * math.prod(config.backbone.grid), own)]
-    return []
-
-
-def hidden_patches(config: RunConfig, images: int) -> int:
-    """Patches that PersonViT's masks hide in a micro-batch, on the average over many; 0 for other methods."""
-    if not isinstance(config.method, PersonVitConfig):
-        return 0
-    ratios = config.method.mask.ratios
-    return round(GLOBALS * images * math.prod(config.backbone.grid) * sum(ratios) / len(ratios))
-
-
-def saved(config: RunConfig, images: int, how: Numerics, *, hidden: int | None = None) -> dict[str, int]:
+def saved(config: RunConfig, images: int, how: Numerics, work: Workload | None = None) -> dict[str, int]:
     """Bytes that autograd keeps of a micro-batch at the end of its forward pass, by part.
 
-    Lowered copies of weights are not among them. `hidden`: patches hidden in fact, where that is known.
+    Lowered copies of weights are not among them. `work`: what the micro-batch is, where that is known better than from
+    the recipe.
     """
-    hidden = hidden_patches(config, images) if hidden is None else hidden
-    stacks = student_stacks(config, images)
+    work = work or workload(config, images)
     backbone = config.backbone
     found = {
-        "patch embedding": sum(embedding_bytes(backbone, stack, how) for stack in stacks),
-        "blocks": sum(backbone.shape.depth * kept_of_block(backbone, stack, how) for stack in stacks),
-        "final norm": sum(norm_bytes(stack.rows * stack.tokens, backbone.shape.width) for stack in stacks),
+        "patch embedding": sum(embedding_bytes(backbone, stack, how) for stack in work.student),
+        "blocks": sum(backbone.shape.depth * kept_of_block(backbone, stack, how) for stack in work.student),
+        "final norm": sum(norm_bytes(stack.rows * stack.tokens, backbone.shape.width) for stack in work.student),
     }
-    if isinstance(config.method, PersonMaeConfig):
-        return found | _reconstruction(config.method, backbone, images, stacks[0], how)
-    if isinstance(config.method, SupervisedConfig):
-        return found  # its head keeps a few features per image
-    rows = scored(config, images, hidden)
-    return found | _distillation(backbone.shape.width, config.method.head, rows)
+    if work.decoded:
+        found["decoders"] = decoder_bytes(work.decoded, backbone.shape.width, how)
+    if work.head is not None:
+        found |= _heads(work.scored, backbone.shape.width, work.head)
+    loss = FULL * (work.loss_kept + sum(part.prototypes * (part.learnt + part.targets) for part in work.scored))
+    return found | ({"loss": loss} if loss else {})
 
 
 def embedding_bytes(backbone: BackboneConfig, stack: Stack, how: Numerics) -> int:
@@ -198,12 +116,11 @@ def _attention(queries: int, keys: int, softmax: int) -> int:
     return queries * (keys * softmax or FULL)
 
 
-def _distillation(width: int, head: HeadConfig, rows: list[Scored]) -> dict[str, int]:
-    """Heads in float32, their prototypes at unit length, and what the cross-entropies keep."""
+def _heads(rows: tuple[Scored, ...], width: int, head: HeadConfig) -> dict[str, int]:
+    """Heads in float32 and their prototypes at unit length."""
     return {
         "heads": sum(mlp_bytes(part.learnt, width, head) for part in rows),
         "unit prototypes": sum(prototype_bytes(part.prototypes, head) for part in rows),
-        "loss": sum(FULL * part.prototypes * (part.learnt + part.targets) for part in rows),
     }
 
 
@@ -219,44 +136,25 @@ def prototype_bytes(prototypes: int, head: HeadConfig) -> int:
     return FULL * prototypes * (copies * head.bottleneck + 1)
 
 
-class _Decoder(NamedTuple):
-    """Sizes of one of PersonMAE's decoders."""
-
-    width: int
-    inner: int
-    """Channels of all attention heads together."""
-    heads: int
-    hidden: int
-    depth: int
-
-
-def _reconstruction(
-    method: PersonMaeConfig, backbone: BackboneConfig, images: int, stack: Stack, how: Numerics
-) -> dict[str, int]:
-    """Both decoders on seen tokens and mask tokens, and the losses."""
-    width, _, heads, mlp_ratio = backbone.shape
-    places = stack.patches if method.regions == "pair" else method.law(backbone).hidden
-    predicted = stack.patches if method.regions == "pair" or method.loss_on == "all" else places
-    heads = method.decoder_heads or heads
-    decoders = [
-        _Decoder(own, own // heads * heads, heads, int(own * mlp_ratio), method.decoder_depth)
-        for own in (method.pixel_width or width, method.feature_width or width)
-    ]
-    tokens = stack.tokens + places
+def decoder_bytes(decoded: tuple[Decoding, ...], memory_width: int, how: Numerics) -> int:
+    """Blocks, norm and what is read out of each decoder. What enters their embeddings is of `memory_width` channels,
+    and one tensor for all of them; autocast makes a copy for each."""
     kept = sum(
-        one.depth * _decoder_block(one, tokens, stack.tokens, width, how)
-        + norm_bytes(tokens, one.width)
-        + predicted * one.width * FULL
-        for one in decoders
-    )
-    kept += how.casts * stack.tokens * width * how.matrix  # what goes into both embeddings
-    errors = predicted * FULL * (3 * backbone.patch**2 + 2 * width)
-    return {"decoders": images * kept, "loss": images * errors}
+        one.images * (
+            one.depth * _decoder_block(one, memory_width, how)
+            + norm_bytes(one.tokens, one.width)
+            + one.predicted * one.width * FULL
+        )
+        for one in decoded
+    )  # fmt: skip
+    entering = decoded if how.lowered else decoded[:1]
+    return kept + sum(one.images * one.seen * memory_width * how.matrix for one in entering)
 
 
-def _decoder_block(one: _Decoder, tokens: int, seen: int, memory_width: int, how: Numerics) -> int:
-    """One image's self-attention, cross-attention to the `seen` tokens of the encoder, and MLP."""
-    products = tokens * ((how.casts + 2) * one.width + 6 * one.inner + 2 * one.hidden)
-    memory = seen * (memory_width + 2 * one.inner)
-    attention = sum(_attention(tokens * one.heads, keys, how.decoder_softmax) for keys in (tokens, seen))
-    return 3 * norm_bytes(tokens, one.width) + how.matrix * (products + memory) + seen * STATISTICS + attention
+def _decoder_block(one: Decoding, memory_width: int, how: Numerics) -> int:
+    """One image's self-attention, cross-attention to the tokens of the encoder, and MLP."""
+    products = one.tokens * ((how.casts + 2) * one.width + 6 * one.inner + 2 * one.hidden)
+    memory = one.seen * (memory_width + 2 * one.inner)
+    attention = sum(_attention(one.tokens * one.heads, keys, how.decoder_softmax) for keys in (one.tokens, one.seen))
+    norms = 3 * norm_bytes(one.tokens, one.width)
+    return norms + how.matrix * (products + memory) + one.seen * STATISTICS + attention

@@ -4,7 +4,6 @@ Recipes are written for GPUs; on a machine without one they start all the same, 
 """
 
 import dataclasses
-import math
 import time
 
 import psutil
@@ -14,13 +13,13 @@ from torch import nn
 from datapipe.core.errors import ConfigError
 from datapipe.core.resource_limits import memory_left
 from training.config.batch_split import portion
-from training.config.build import build_method
+from training.config.build import build_method, workload
 from training.config.run_config import RunConfig
 from training.core.world import World
 from training.engine.clock import Clock
-from training.methods.supervised import SupervisedConfig
+from training.nn.workload import Stack, Workload
 from training.preflight import activation_memory, memory
-from training.preflight.activation_memory import FULL, Stack, student_stacks, teacher_stack
+from training.preflight.activation_memory import FULL
 
 GB = 10**9
 DAY_S = 86_400.0
@@ -95,9 +94,9 @@ def _fitting(config: RunConfig, ranks: int, micro: int, there: int) -> int:
 
 def needed(config: RunConfig, ranks: int) -> int:
     """Bytes that one of so many ranks on CPUs takes at the very least: no library, loader or cache is among them."""
-    if not isinstance(config.method, SupervisedConfig):
-        return memory.calculate(config, memory.census(config), world=ranks, cuda=False).peak
     share = portion(config.optimisation.batch, config.optimisation.micro_batch, ranks)
+    if workload(config, share.micro).complete:
+        return memory.calculate(config, memory.census(config), world=ranks, cuda=False).peak
     kept = activation_memory.saved(config, share.micro, activation_memory.numerics(config, cuda=False))
     weights = sum(value.numel() for value in _empty_method(config).parameters())
     return FULL * 2 * weights + sum(kept.values())  # weights and gradients; moments may be split over the ranks
@@ -106,12 +105,10 @@ def needed(config: RunConfig, ranks: int) -> int:
 def flops_of_image(config: RunConfig) -> float:
     """Floating-point operations that a step takes for each image of the batch: matrix products of transformers,
     decoders and heads, a multiplication and an addition each; the teacher's forward pass included."""
-    student = sum(_stack_flops(config, stack) for stack in student_stacks(config, 1))
+    work = workload(config, 1)
+    student, teacher = (sum(_stack_flops(config, stack) for stack in seen) for seen in (work.student, work.teacher))
     again = 1 if config.backbone.checkpoint_blocks else 0
-    total = (BACKWARD + again) * student
-    if not isinstance(config.method, SupervisedConfig):
-        total += _stack_flops(config, teacher_stack(config, 1))
-    return total + _head_flops(config)
+    return (BACKWARD + again) * student + teacher + _head_flops(config, work)
 
 
 def _stack_flops(config: RunConfig, stack: Stack) -> float:
@@ -128,17 +125,16 @@ def _block_flops(config: RunConfig, stack: Stack) -> float:
     return 2.0 * (products + 2 * stack.tokens**2 * width)
 
 
-def _head_flops(config: RunConfig) -> float:
-    """Rows through heads, student's and teacher's, and PersonMAE's tokens through its decoders."""
-    if isinstance(config.method, SupervisedConfig):
+def _head_flops(config: RunConfig, work: Workload) -> float:
+    """Rows through heads, student's and teacher's, and the places of a grid through decoders."""
+    if not work.scored and not work.decoded:
         return 0.0
-    hidden = activation_memory.hidden_patches(config, 1)
-    rows = sum(BACKWARD * part.learnt + part.taught for part in activation_memory.scored(config, 1, hidden))
+    rows = sum(BACKWARD * part.learnt + part.taught for part in work.scored)
     parts = memory.census(config).student
     heads = parts.get("head MLPs", 0) + parts.get("prototypes", 0)
-    kinds = max(1, len(activation_memory.scored(config, 1, hidden)))
-    decoders = parts.get("pixel decoder", 0) + parts.get("feature decoder", 0)
-    return 2.0 * (rows * heads / kinds + BACKWARD * decoders * math.prod(config.backbone.grid))
+    decoders = sum(count for name, count in parts.items() if name.endswith(memory.DECODER))
+    places = work.student[0].patches
+    return 2.0 * (rows * heads / max(1, len(work.scored)) + BACKWARD * decoders * places)
 
 
 def _empty_method(config: RunConfig) -> nn.Module:
@@ -154,7 +150,7 @@ def measured_rate(config: RunConfig, seconds: float = MEASURED_S) -> float:
     (fp32) times as long as this says.
     """
     width, _, heads, mlp_ratio = config.backbone.shape
-    stack = student_stacks(config, 1)[0]
+    stack = workload(config, 1).student[0]
     rows, bf16 = max(1, TOKENS // stack.tokens), config.optimisation.precision != "fp32"
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         block = nn.TransformerEncoderLayer(width, heads, int(mlp_ratio * width), dropout=0.0, activation="gelu",

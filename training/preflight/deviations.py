@@ -6,13 +6,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from training import methods
 from training.config import recipe_toml as recipes
 from training.config.continuation import FREE_TO_CHANGE
 from training.config.run_config import RunConfig
-from training.preflight.published_settings import DATA, PUBLISHED
 from training.recipes import SHIPPED
 
-SIZES = {"vit_small": "vits", "vit_base": "vitb", "vit_large": "vitl"}
 IGNORED = (*FREE_TO_CHANGE, "seed", "stream.", "samples_per_epoch")
 """Keys that are not compared: they change no result, or are the user's data."""
 
@@ -41,7 +40,8 @@ class Comparison(NamedTuple):
     """A run beside the publication of its method and architecture."""
 
     recipe: str
-    """Name of the recipe that comes along; that of ViT-S where the architecture has none."""
+    """Name of the recipe that comes along; that of the smallest where the architecture has none; empty: nothing was
+    published of the method."""
     data: str
     """What the publication trained on; empty where none was published."""
     differences: list[Difference]
@@ -51,9 +51,13 @@ class Comparison(NamedTuple):
 
 def compare(config: RunConfig) -> Comparison:
     """Every key that may change the result beside the published value, or beside the recipe's where there is none."""
-    name = nearest(config)
-    table, ours, shipped = PUBLISHED[name], leaves(config), leaves(recipes.load(SHIPPED / f"{name}.toml"))
-    reasons = comments(SHIPPED / f"{name}.toml")
+    name, ours = nearest(config), leaves(config)
+    if not name:
+        return Comparison("", "", [], [])
+    table, data = methods.of(config.method).published[name]
+    path = SHIPPED / f"{name}.toml"
+    there = path.is_file()  # a method of another package may come without
+    shipped, reasons = (leaves(recipes.load(path)), comments(path)) if there else (ours, {})
     compared = {key: value for key, value in {**shipped, **ours}.items() if not key.startswith(IGNORED)}
     differences = [
         Difference(key, ours.get(key), said.value, said.source)
@@ -65,22 +69,12 @@ def compare(config: RunConfig) -> Comparison:
         for key in compared
         if key not in table and (key in reasons or ours.get(key) != shipped.get(key))
     ]
-    return Comparison(name, DATA.get(name, ""), differences, choices)
+    return Comparison(name, data, differences, choices)
 
 
 def nearest(config: RunConfig) -> str:
-    """The recipe of the same method and architecture; of fine-tuning the one for such weights and size."""
-    if config.method.name == "supervised":
-        return _fine_tuning(config)
-    return f"{config.method.name}_{SIZES.get(config.backbone.arch, 'vits')}"
-
-
-def _fine_tuning(config: RunConfig) -> str:
-    if config.optimisation.optimizer == "adamw":
-        return "supervised_mae"
-    if config.method.name == "supervised" and config.method.parts:
-        return "supervised_pass"
-    return "supervised_384" if config.backbone.size == (384, 128) else "supervised"
+    """The recipe that is published of the same method and architecture, or weights and size; empty: none is."""
+    return methods.of(config.method).nearest_recipe(leaves(config))
 
 
 def leaves(config: RunConfig) -> dict[str, Any]:

@@ -4,9 +4,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from training.config import recipe_toml as recipes
+from training.config.build import workload
 from training.preflight.deviations import Comparison
 from training.preflight.dry_run import GB, DryRun, Steps
 from training.preflight.memory import FRAGMENTATION, RESERVED, Census, Memory
+
+NOT_COUNTED = "heads, loss and teacher, of which this method says nothing (Method.workload): memory is known from below"
 
 
 def to_tree(run: DryRun) -> dict[str, Any]:
@@ -29,6 +32,7 @@ def to_tree(run: DryRun) -> dict[str, Any]:
             "gpu": run.gpu or None,
             "fits": run.fits,
             "remedies": [remedy._asdict() for remedy in run.remedies],
+            **({} if _is_complete(run) else {"not_counted": NOT_COUNTED}),
         },
         "published": {
             "recipe": compared.recipe,
@@ -46,7 +50,7 @@ def page(run: DryRun) -> str:
         "Parameters": _parameters(run.sizes),
         "Steps": _steps(run.steps, run.config.optimisation.batch),
         f"Memory of one {'process' if run.config.engine.device == 'cpu' else 'GPU'}, calculated": _memory(run),
-        f"Beside what is published ({run.comparison.recipe})": _compared(run.comparison),
+        f"Beside what is published ({run.comparison.recipe or 'nothing is'})": _compared(run.comparison),
     }
     return "\n\n".join("\n".join([f"== {title} ==", *lines]) for title, lines in sections.items())
 
@@ -76,6 +80,8 @@ def _memory(run: DryRun) -> Iterator[str]:
     yield from _columns(_sizes(need.state))
     yield "kept of a micro-batch for the backward pass:"
     yield from _columns(_sizes(need.saved))
+    if not _is_complete(run):
+        yield f"not counted: {NOT_COUNTED}"
     yield "fullest points of a step:"
     yield from _columns(_sizes(need.moments))
     yield from _columns({
@@ -85,6 +91,10 @@ def _memory(run: DryRun) -> Iterator[str]:
         "needed": _gb(need.needed),
     })  # fmt: skip
     yield from _verdict(run)
+
+
+def _is_complete(run: DryRun) -> bool:
+    return workload(run.config, run.steps.micro_batch).complete
 
 
 def _verdict(run: DryRun) -> Iterator[str]:
@@ -101,6 +111,9 @@ def _verdict(run: DryRun) -> Iterator[str]:
 
 
 def _compared(found: Comparison) -> Iterator[str]:
+    if not found.recipe:
+        yield "of this method no settings are"
+        return
     if found.data:
         yield f"published on: {found.data}"
     if not found.differences:

@@ -11,22 +11,23 @@ The peak is the largest of the four. `RESERVED` and `FRAGMENTATION` stand for wh
 """
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from training.config.batch_split import portion
-from training.config.build import build_method, deepspeed_json, view_spec
+from training.config.build import build_method, deepspeed_json, view_spec, workload
 from training.config.run_config import RunConfig
 from training.core.world import World
 from training.engine.param_groups import group_parameters
 from training.methods.base import Method
-from training.methods.personmae import PersonMaeConfig
+from training.nn.mae_decoder import Decoder
 from training.preflight import activation_memory
 from training.preflight.activation_memory import FULL, Numerics
 
+DECODER = " decoder"
+"""How the names of decoders end among the parts of a student."""
 DOUBLE = 8
 """Bytes of a float64."""
 RESERVED = 1 << 30
@@ -70,10 +71,11 @@ def census(config: RunConfig) -> Census:
     trained = {name: value.numel() for name, value in method.named_parameters() if value.requires_grad}
     groups = group_parameters(method, layer_decay=config.optimisation.layer_decay)
     lowered = _lowered_weights(method)
+    teacher = method.networks().get("teacher")
     blocks = sum(count for name, count in lowered.items() if name.startswith("backbone.blocks."))
     return Census(
         student=_parts(method),
-        teacher=sum(value.numel() for value in method.teacher.parameters()) if "teacher" in method._modules else 0,
+        teacher=sum(value.numel() for value in teacher.parameters()) if teacher is not None else 0,
         trained=sum(trained.values()),
         buffers=sum(value.numel() for value in method.buffers()),
         groups=tuple(sum(trained[name] for name in group.names) for group in groups),
@@ -84,35 +86,43 @@ def census(config: RunConfig) -> Census:
     )
 
 
-def _parts(method: Method) -> dict[str, int]:
+def _parts(method: Method[Any]) -> dict[str, int]:
     found: dict[str, int] = {}
+    decoders = _decoders(method)
     for name, value in method.student.named_parameters():
-        part = _part(name)
+        part = _part(name, decoders)
         found[part] = found.get(part, 0) + value.numel()
     return found
 
 
-def _part(name: str) -> str:
-    """`backbone.blocks.3.norm1.weight` -> "blocks"."""
+def _part(name: str, decoders: tuple[str, ...]) -> str:
+    """`backbone.blocks.3.norm1.weight` -> "blocks"; `head.pixel.embed.bias` -> "pixel decoder"."""
     words = name.split(".")
     if words[0] == "backbone":
         kind = words[1]
         known = {"patch_embed": "patch embedding", "blocks": "blocks", "norm": "final norm"}
         return known.get(kind, "tokens and positions")
-    if words[1] in ("pixel", "feature"):
-        return f"{words[1]} decoder"
+    for decoder in decoders:
+        if name.startswith(f"{decoder}."):
+            return f"{decoder.rpartition('.')[2]}{DECODER}"
+    if words[0] != "head":
+        return words[0]
     return "prototypes" if words[1].startswith("last_layer") else "head MLPs"
 
 
-def _lowered_weights(method: Method) -> dict[str, int]:
+def _decoders(method: Method[Any]) -> tuple[str, ...]:
+    """Names of the student's decoders."""
+    return tuple(name for name, module in method.student.named_modules() if isinstance(module, Decoder))
+
+
+def _lowered_weights(method: Method[Any]) -> dict[str, int]:
     """Weights of the student's matrix products in the autocast region: backbone and decoders, but for their last layer
-    and the heads of the DINO family, which stay in float32."""
+    and the heads with prototypes, which stay in float32."""
+    inside = tuple(f"{name}." for name in ("backbone", *_decoders(method)))
     return {
         name: module.weight.numel()
         for name, module in method.student.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-        and (name.startswith("backbone.") or name.startswith(("head.pixel.", "head.feature.")))
-        and not name.endswith(".predict")
+        if isinstance(module, nn.Linear | nn.Conv2d) and name.startswith(inside) and not name.endswith(".predict")
     }
 
 
@@ -182,21 +192,18 @@ def lowered_copies(config: RunConfig, sizes: Census, how: Numerics) -> int:
 def _forward_temporaries(config: RunConfig, images: int, sizes: Census) -> int:
     """The larger of two: what is alive when the loss is formed, that is logits of student and teacher, targets before
     they are sorted for the product, and one head's logits over their temperature, or what the information of its
-    targets takes; or prototypes before they are scaled, in the last head. PersonMAE: what it predicts and is to
-    predict, and both features standardised, once for the loss and once for the metrics."""
-    if isinstance(config.method, PersonMaeConfig):
-        patches, values = math.prod(config.backbone.grid), 3 * config.backbone.patch**2
-        return FULL * images * patches * (2 * values + 5 * config.backbone.shape.width)
-    rows = activation_memory.scored(config, images, activation_memory.hidden_patches(config, images))
+    targets takes, or what else the method says; or prototypes before they are scaled, in the last head."""
+    work = workload(config, images)
+    rows = work.scored
     logits = sum(part.prototypes * (part.learnt + part.taught + part.targets) for part in rows)
     loss = logits + max((part.prototypes * max(part.learnt, 4 * part.targets) for part in rows), default=0)
-    return FULL * max(loss, sizes.largest if rows else 0)
+    return FULL * max(loss + work.loss_alive, sizes.largest if rows else 0)
 
 
 def _backward_temporaries(config: RunConfig, images: int, how: Numerics, sizes: Census) -> int:
     """The larger of two: the widest head, with three gradients of its logits and four of its prototypes; or a block,
     made again where it is checkpointed."""
-    rows = activation_memory.scored(config, images, activation_memory.hidden_patches(config, images))
+    rows = workload(config, images).scored
     widest = max((part.prototypes * part.learnt for part in rows), default=0)
     head = FULL * (3 * widest + 4 * sizes.largest) if rows else 0
     return max(head, _block_again(config, images, how, sizes))
@@ -208,7 +215,7 @@ def _block_again(config: RunConfig, images: int, how: Numerics, sizes: Census) -
     whole = dataclasses.replace(backbone, checkpoint_blocks=False)
     width, depth, _, mlp_ratio = backbone.shape
     found = 0
-    for stack in activation_memory.student_stacks(config, images):
+    for stack in workload(config, images).student:
         tokens = stack.rows * stack.tokens
         gradients = tokens * (2 * FULL * width + 2 * how.matrix * int(mlp_ratio * width))
         again = activation_memory.block_bytes(whole, stack, how) if backbone.checkpoint_blocks else 0

@@ -1,5 +1,6 @@
 """When crops are removed from a data set under way: what the run says of its data from then on."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -43,5 +44,7 @@ class Succession:
         self.checkpoints.replaces = self.data.replaces
         if not self.world.leads:
             return
-        self.folder.write_json("environment.json", environment(self.data, self.world))
+        now = environment(self.data, self.world)
+        before = json.loads(self.folder.read_text("environment.json") or "{}")
+        self.folder.write_json("environment.json", {**now, **before, "manifest": now["manifest"]})
         self.say(f"step {done:,}: crops were removed from the data set: {', '.join(files)} is read from now on")

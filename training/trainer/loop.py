@@ -122,8 +122,9 @@ def rehearse(run: Run, batch: Batch) -> None:
 
 def _follow(run: Run, momentum: float) -> None:
     """The teacher moves towards the student."""
-    if "teacher" in run.method._modules:
-        ema.update(run.stepper.held(run.method.student), run.stepper.held(run.method.teacher), momentum)
+    networks = run.method.networks()
+    if "teacher" in networks:
+        ema.update(run.stepper.held(networks["student"]), run.stepper.held(networks["teacher"]), momentum)
 
 
 def _record(run: Run, progress: Progress, now: StepSettings, batch: Batch, result: Result) -> None:

@@ -3,7 +3,7 @@ own, so that a run that was stopped there makes up for what is missing.
 
     evaluation/<set>/step_0001200/     scores, pictures
     evaluation/milestones.json         the last and the best of all milestones, and which of them is quoted
-    exports/last, exports/best         their backbones, and where it was fine-tuned the whole in TransReID's layout
+    exports/last, exports/best         their backbones, and what else the method exports (`Method.extra_exports`)
 """
 
 import contextlib
@@ -24,14 +24,13 @@ from training.core.world import World
 from training.engine.clock import Clock
 from training.evaluation import evaluation
 from training.evaluation.evaluation import Task
-from training.methods.supervised import Supervised, to_transreid
 from training.reid.settings import EvaluationConfig
 from training.reid.zero_shot import Weights
 from training.weights import export as exports
 
 ALIVE_S = 1.0
 """Seconds between signs of life while one rank scores and the others wait for it."""
-SUMMARY, FINE_TUNED = "evaluation/milestones.json", "fine_tuned.safetensors"
+SUMMARY = "evaluation/milestones.json"
 RULES = {
     "last": "the last weights, whatever their score",
     "best": "the best of all milestones by mAP on this very test set: chosen on the test set",
@@ -81,8 +80,8 @@ class Milestones:
         method = evaluation.load_method(weights, self.folder, self.config)
         out = self.folder.at("exports", which)
         exports.export(method.backbone(), out, evaluation.provenance(weights, self.folder, self.config))
-        if isinstance(method, Supervised):
-            out.replace(FINE_TUNED, safetensors.torch.save(to_transreid(method)))
+        for name, tensors in method.extra_exports().items():
+            out.replace(name, safetensors.torch.save(tensors))
 
 
 def ends(config: EvaluationConfig, clock: Clock) -> list[int]:

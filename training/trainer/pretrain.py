@@ -3,8 +3,8 @@
 import contextlib
 import json
 import shlex
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -176,29 +176,17 @@ def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason
         pace.reset()
         if config.engine.audit:
             watch.also.append(Audit(method, folder, world))
+        noted = say
         if world.leads:
             run.recorder = Recorder(folder, host, about={
                 "world": world.size, "resumed_from": resumed, "step": position // clock.batch, "reason": reason,
                 "startup": startup.times,
             })  # fmt: skip
-            pace.say = milestones.say = run.recorder.say
-            if reason != "started":
-                run.recorder.say(reason)
-            run.recorder.say(_opening(plan, resumed, method))
-            for line in filter(
-                None,
-                (
-                    slow_precision(config.optimisation.precision, world.device),
-                    unused_gpus(world.device, config.engine.device),
-                ),
-            ):
-                run.recorder.say(line)
-            run.recorder.say(f"stopped and resumed, or done again: {guarantee(config, world)}")
-            if origin and resumed is None:
-                run.recorder.say(in_words(origin))
+            noted = pace.say = milestones.say = run.recorder.say
+            for line in _first_lines(plan, world, method, origin, resumed, reason):
+                noted(line)
             host.say("reads the first batch")
-            say = run.recorder.say
-        watch.also.append(Succession(loader, plan.data, checkpoints, folder, world, run.tally, say))
+        watch.also.append(Succession(loader, plan.data, checkpoints, folder, world, run.tally, noted))
         position, done = _train(run, checkpoints, config, milestones, position)
     if run.recorder is not None:
         run.recorder.say(_closing(config, position // clock.batch, clock, done))
@@ -256,6 +244,21 @@ def _use_threads(config: RunConfig, world: World) -> None:
 
 def _silent(line: str) -> None:
     """Ranks that do not lead say nothing."""
+
+
+def _first_lines(
+    plan: RunPlan, world: World, method: Method, origin: Mapping[str, Any], resumed: str | None, reason: str
+) -> Iterator[str]:
+    """What a record begins with: why and how it starts, what is slower than it could be, what is guaranteed."""
+    config = plan.config
+    if reason != "started":
+        yield reason
+    yield _opening(plan, resumed, method)
+    slow = slow_precision(config.optimisation.precision, world.device)
+    yield from filter(None, (slow, unused_gpus(world.device, config.engine.device)))
+    yield f"stopped and resumed, or done again: {guarantee(config, world)}"
+    if origin and resumed is None:
+        yield in_words(origin)
 
 
 def _opening(plan: RunPlan, resumed: str | None, method: Method) -> str:

@@ -16,6 +16,7 @@ from datapipe.sampling.epoch_order import ORDER_VERSION
 from datapipe.stream.preview import hide, view_sheet
 from datapipe.stream.training_data import Data
 from datapipe.views.render import make_views
+from training import methods
 from training.config import recipe_toml as recipes
 from training.config.build import deepspeed_json, training_views
 from training.config.run_config import RunConfig
@@ -35,7 +36,7 @@ def about(plan: RunPlan, world: World, origin: dict[str, Any]) -> dict[str, Any]
         "batch": config.optimisation.batch,
         "world": world.size,
         "config": recipes.to_tree(config),
-        "versions": versions(),
+        "versions": versions() | methods.package_of(config.method.name),
         "origin": origin,
     }
 
@@ -48,6 +49,7 @@ def describe(plan: RunPlan, folder: RunFolder, world: World) -> None:
     if config.engine.stepper == "deepspeed":
         folder.write_soon("deepspeed.json", as_json(deepspeed_json(config, world, plan.share(world.size))))
     where = environment(plan.data, world) | {"guarantee": guarantee(config, world)}
+    where["versions"] |= methods.package_of(config.method.name)
     folder.write_soon("environment.json", as_json(where))
     folder.write_soon("views.json", training_views(config).to_json() + "\n")
     folder.write_soon("first_batch.jpg", view_sheet(first_views(plan, count=8)))

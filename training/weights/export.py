@@ -30,7 +30,8 @@ LOADING = {
 """Stem -> how a card says its weights are loaded."""
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the packages that decide how exported weights are read."""
     return {package: version(package) for package in ("torch", "timm", "safetensors")}
 
 
@@ -55,7 +56,7 @@ class Provenance:
     """Subtracted from RGB values in 0..1 before the backbone."""
     std: Triple = IMAGENET_STD
     """Divides after that."""
-    versions: dict[str, str] = dataclasses.field(default_factory=_versions)
+    versions: dict[str, str] = dataclasses.field(default_factory=versions)
 
 
 def export(backbone: VisionTransformer, out: Store, provenance: Provenance) -> dict[str, Any]:

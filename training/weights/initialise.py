@@ -67,8 +67,10 @@ def start_from(
     Positions are resized as for views of another size. A position of CLS that lies in the common table becomes PASS's
     own, and the other way round. Raises DataError, ConfigError.
     """
-    networks = {name: network for name in NETWORKS if isinstance(network := getattr(method, name, None), nn.Module)}
-    wanted: dict[str, Network] = {name: name if init.network == "both" else init.network for name in networks}
+    networks = method.networks()
+    wanted: dict[str, Network] = {
+        name: name if init.network == "both" else init.network for name in NETWORKS if name in networks
+    }
     sources = {name: _read(init, name, backbone, storage) for name in sorted(set(wanted.values()))}
     fresh: set[str] = set()
     for name, network in networks.items():
@@ -108,7 +110,7 @@ def _start(network: nn.Module, source: Published, init: InitConfig, backbone: Ba
 
 def _take_centres(method: Method, found: Mapping[str, Tensor], where: str) -> str:
     """Fill the centres of the loss. What became of them, in words; empty: the recipe has none."""
-    own = {name: buffer for name, buffer in method.named_buffers() if name.startswith("centre_")}
+    own = method.centres()
     given = {CENTRES.get(name, name.replace("center_", "centre_")): tensor for name, tensor in found.items()}
     if not own:
         return ""

@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from training.config.batch_split import portion
+from training.config.build import workload
 from training.config.recipe_toml import load
 from training.config.run_config import RunConfig
-from training.preflight import activation_memory
 from training.preflight.memory import Census, calculate, census
 from training.recipes import SHIPPED
 
@@ -69,7 +69,7 @@ def full(name: str, config: RunConfig, sizes: Census, gpu: int) -> RunConfig:
 
 def work(config: RunConfig, sizes: Census) -> float:
     """How much a step on the small batch takes, next to other recipes: parameters times tokens."""
-    stacks = activation_memory.student_stacks(small(config), small(config).optimisation.batch)
+    stacks = workload(small(config), small(config).optimisation.batch).student
     return float(sizes.student["blocks"] * sum(stack.rows * stack.tokens for stack in stacks))
 
 

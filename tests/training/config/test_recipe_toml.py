@@ -7,7 +7,7 @@ from datapipe.core.errors import ConfigError
 from training.config import recipe_toml as recipes
 from training.config.recipe_toml import load, override, to_toml, validate
 from training.config.run_config import RunConfig
-from training.methods import METHODS
+from training.methods import known
 from training.recipes import SHIPPED
 
 
@@ -38,8 +38,8 @@ def test_load__a_misspelt_key_of_the_method_is_refused_with_the_nearest(tmp_path
     ('name = "personvit"\nhead.outdim = 3', "unknown key `method.head.outdim`; did you mean `out_dim`?"),
     ('name = "personvit"\nmask.ratio = [0.3]', "unknown key `method.mask.ratio`; did you mean `ratios`?"),
     ('name = "personvit"\nparts = 3', "unknown key `method.parts`"),
-    ('name = "dinno"', "`method.name` must be one of dino, pass, personvit"),
-    ("locals = 3", "`method.name` must be one of dino, pass, personvit"),
+    ('name = "dinno"', "`method.name` must be one of dino, pass, personmae, personvit, supervised"),
+    ("locals = 3", "`method.name` must be one of dino, pass, personmae, personvit, supervised"),
     ('name = "dino"\nteacher_temp = 0', "`method.teacher_temp` = 0: "),
     ('name = "personvit"\nmask.ratios = [0.3]', "`method.mask` = {'ratios': [0.3]}: "),
 ])  # fmt: skip
@@ -49,7 +49,7 @@ def test_load__mistakes_of_a_method_are_told_in_its_own_terms(tmp_path: Path, me
     assert told in str(caught.value)
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", list(known()))
 def test_load__every_method_has_defaults_flags_and_a_round_trip(tmp_path: Path, name: str) -> None:
     recipe = _write(tmp_path, f'[method]\nname = "{name}"\n')
     config = load(recipe)

@@ -116,6 +116,6 @@ def test_pedigree__of_weights_fine_tuned_elsewhere_with_fewer_labels() -> None:
 
 def test_pedigree__random_weights_are_of_no_method() -> None:
     config = RunConfig(method=SupervisedConfig(label_fraction=0.5), init=InitConfig(weights="x"))
-    assert (of_run(config, 0, "people").family, of_run(config, 0, "people").task) == ("", "zero-shot")
-    tuned = of_run(config, 0, "people", sha256="ab", origin={"layout": "pass", "file": "x.pth"})
+    assert (of_run(config, "people").family, of_run(config, "people").task) == ("", "zero-shot")
+    tuned = of_run(config, "people", sha256="ab", origin={"layout": "pass", "file": "x.pth"})
     assert (tuned.family, tuned.task, tuned.label_fraction, tuned.file) == ("pass", "supervised", 0.5, "x.pth")

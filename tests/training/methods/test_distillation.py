@@ -19,7 +19,7 @@ from training.engine import ema
 from training.engine.param_groups import group_parameters
 from training.engine.plain import PlainStepper
 from training.engine.settings import OptimisationConfig
-from training.methods import METHODS, build
+from training.methods import build, known
 from training.methods.base import Progress, Views
 from training.methods.dino import Dino, DinoConfig
 from training.methods.distillation import Distillation, DistillationConfig
@@ -254,7 +254,7 @@ def test_teacher__starts_as_the_student_and_follows_it_by_name(kind: str) -> Non
     config, own = KINDS[kind]
     backbone = BackboneConfig(**TINY)
     made = build(config(local_size=(16, 8), head=HEAD, **own), backbone)  # type: ignore[arg-type]
-    assert isinstance(made, METHODS[kind.split()[0]]) and made.backbone() is made.teacher.backbone
+    assert isinstance(made, known()[kind.split()[0]]) and made.backbone() is made.teacher.backbone
     student, teacher = dict(made.student.named_parameters()), dict(made.teacher.named_parameters())
     missing = {"backbone.masked_embed"} if "personvit" in kind else set()
     if kind == "personvit student_only":

@@ -10,7 +10,7 @@ from torch import Tensor
 from datapipe.core.config import ViewConfig
 from datapipe.core.errors import ConfigError
 from tests.training.methods.batches import gradients, rows, same_images, taken_apart
-from training.methods import METHODS, build
+from training.methods import build, known
 from training.methods.base import Progress, Views
 from training.methods.pass_reid import Pass, PassConfig
 from training.nn.feature_diagnostics import cosine_to_others
@@ -188,7 +188,7 @@ def test_teacher__starts_as_the_student_and_is_the_one_evaluated() -> None:
     torch.manual_seed(0)
     config = PassConfig(local_size=(16, 8), head=HeadConfig(out_dim=10, hidden=8, bottleneck=6))
     made = build(config, BackboneConfig(arch="custom", size=(32, 16), patch=8, width=12, depth=1, heads=2))
-    assert isinstance(made, METHODS["pass"])
+    assert isinstance(made, known()["pass"])
     student, teacher = made.student.state_dict(), made.teacher.state_dict()
     assert student.keys() == teacher.keys()
     assert all(torch.equal(student[name], teacher[name]) for name in student)

@@ -19,7 +19,7 @@ from tests.support.trajectory import run_trajectory
 from tests.training.methods.batches import gradients, same_images, taken_apart
 from training.core.world import World
 from training.engine import ema
-from training.methods import METHODS, build
+from training.methods import build, known
 from training.methods.base import Method, Progress, Views
 from training.methods.personmae import PersonMae, PersonMaeConfig
 from training.nn.positions import grid, sincos
@@ -262,7 +262,7 @@ def gradients_of(made: PersonMae) -> set[str]:
 
 
 def test_positions__fixed_sincos_in_student_and_teacher() -> None:
-    for made in (method(), METHODS["personmae"](PersonMaeConfig(**SMALL), BackboneConfig(**TINY))):
+    for made in (method(), known()["personmae"](PersonMaeConfig(**SMALL), BackboneConfig(**TINY))):
         table = made.student.backbone.pos_embed[0]
         torch.testing.assert_close(table[1:].double(), sincos(grid(8, 4), 12), atol=1e-6, rtol=0)
         assert not table[0].any() and not table.requires_grad
@@ -271,7 +271,7 @@ def test_positions__fixed_sincos_in_student_and_teacher() -> None:
 def test_teacher__starts_as_the_encoder_follows_it_and_the_student_is_evaluated() -> None:
     torch.manual_seed(0)
     made = build(PersonMaeConfig(**SMALL), BackboneConfig(**TINY))
-    assert isinstance(made, METHODS["personmae"])
+    assert isinstance(made, known()["personmae"])
     student, teacher = dict(made.student.named_parameters()), dict(made.teacher.named_parameters())
     assert all(torch.equal(student[name], value) for name, value in teacher.items())
     assert not any(value.requires_grad for value in made.teacher.parameters())

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.training.tiny_recipe import tiny, with_views
+from training.config.build import workload
 from training.config.run_config import RunConfig
 from training.config.run_plan import clock_of
 from training.preflight import memory
@@ -37,7 +38,11 @@ def really_saved(config: RunConfig) -> tuple[int, int]:
 
 def calculated(config: RunConfig, hidden: int) -> int:
     how = numerics(config, cuda=False)
-    parts = saved(config, config.optimisation.batch, how, hidden=hidden)
+    work = workload(config, config.optimisation.batch)
+    if hidden:  # in fact, not on the average
+        cls_rows, patches = work.scored
+        work = work._replace(scored=(cls_rows, patches._replace(learnt=hidden, targets=hidden)))
+    parts = saved(config, config.optimisation.batch, how, work)
     return sum(parts.values()) + memory.lowered_copies(config, memory.census(config), how)
 
 

@@ -8,10 +8,11 @@ import pytest
 
 from training.config.recipe_toml import leaves as flattened
 from training.config.recipe_toml import load
+from training.methods import known
 from training.preflight.deviations import IGNORED, comments, compare, leaves, nearest
-from training.preflight.published_settings import DATA, PUBLISHED
 from training.recipes import SHIPPED
 
+PUBLISHED = {name: recipe for kind in known().values() for name, recipe in kind.published.items()}
 RECIPES = sorted(PUBLISHED)
 DEEPER = {"backbone.drop_path": (0.3, 0.1)}
 DEVIATIONS = {
@@ -22,14 +23,14 @@ DEVIATIONS = {
 
 
 def test_published__every_recipe_of_a_method() -> None:
-    assert {path.stem for path in SHIPPED.glob("*.toml")} - {"demo"} == set(RECIPES) > set(DATA)
+    assert {path.stem for path in SHIPPED.glob("*.toml")} - {"demo"} == set(RECIPES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe__differs_from_the_publication_only_where_declared(name: str) -> None:
     found = compare(load(name))
-    assert found.recipe == name and found.data == DATA.get(name, "")
+    assert found.recipe == name and found.data == PUBLISHED[name].data
     assert {one.key: (one.ours, one.published) for one in found.differences} == DEVIATIONS[name]
     assert all(one.source for one in found.differences)
 
@@ -37,7 +38,7 @@ def test_recipe__differs_from_the_publication_only_where_declared(name: str) -> 
 @pytest.mark.parametrize("name", RECIPES)
 def test_published__keys_are_keys_of_the_recipe(name: str) -> None:
     config = load(name)
-    assert PUBLISHED[name].keys() <= leaves(config).keys()
+    assert PUBLISHED[name].settings.keys() <= leaves(config).keys()
 
 
 @pytest.mark.slow
@@ -47,7 +48,7 @@ def test_recipe__every_choice_has_its_reason(name: str) -> None:
     path = SHIPPED / f"{name}.toml"
     written = {key for key, _ in flattened((), tomllib.loads(path.read_text())) if not key.startswith(IGNORED)}
     choices = compare(load(name)).choices
-    assert {one.key for one in choices} == written - PUBLISHED[name].keys()
+    assert {one.key for one in choices} == written - PUBLISHED[name].settings.keys()
     assert all(one.reason and one.ours == one.shipped for one in choices)
 
 

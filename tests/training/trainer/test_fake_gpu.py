@@ -32,7 +32,7 @@ from training.engine import ema
 from training.engine.param_groups import group_parameters
 from training.engine.plain import PlainStepper
 from training.methods import distillation, personmae, supervised
-from training.methods.base import Progress
+from training.methods.base import Method, Progress
 from training.nn import random_erasing, vision_transformer
 from training.recipes import SHIPPED
 from training.reid import embed
@@ -146,7 +146,7 @@ def check_update(stepper: PlainStepper) -> None:
     assert set(devices({**dict(method.named_parameters()), **dict(method.named_buffers())}).values()) == {"cuda"}
 
 
-def check_embedding(config: RunConfig, method: methods.Method) -> None:
+def check_embedding(config: RunConfig, method: Method) -> None:
     pixels = np.zeros((2, *config.backbone.size, 3), np.uint8)
     with NoWait(), torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
         images = embed.normalise(pixels, torch.float32, GPU, embed.EmbedConfig())

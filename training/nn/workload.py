@@ -1,0 +1,75 @@
+"""What a micro-batch is to a network, in numbers: views through backbones, rows through heads, tokens through decoders.
+
+A method says it of itself (`Method.workload`); what that takes in bytes and operations is summed up from it by code
+that knows no method (`training/preflight`).
+"""
+
+from typing import NamedTuple
+
+from datapipe.core.config import Size
+from training.nn.heads import HeadConfig
+
+
+class Stack(NamedTuple):
+    """Views of one size, as they go through a backbone together."""
+
+    rows: int
+    """Views times images."""
+    size: Size
+    """(height, width), pixels."""
+    patches: int
+    """Patches that are cut."""
+    tokens: int
+    """Tokens that enter the blocks; fewer than patches where those are dropped first."""
+
+
+class Scored(NamedTuple):
+    """Rows that go through one head with prototypes, and what the teacher says about them."""
+
+    learnt: int
+    """Rows of the student."""
+    targets: int
+    """Rows of targets that the loss keeps."""
+    taught: int
+    """Rows that the teacher scores."""
+    prototypes: int
+
+
+class Decoding(NamedTuple):
+    """What goes through one decoder (`training/nn/mae_decoder.py`)."""
+
+    images: int
+    tokens: int
+    """Of an image: those of the encoder and those of places asked for."""
+    seen: int
+    """Of these, those of the encoder; as many come from it to be attended to."""
+    predicted: int
+    """Places of an image that are read out."""
+    width: int
+    """Channels of the decoder."""
+    inner: int
+    """Channels of all its attention heads together."""
+    heads: int
+    hidden: int
+    """Width of its MLPs."""
+    depth: int
+
+
+class Workload(NamedTuple):
+    """One micro-batch of a method."""
+
+    student: tuple[Stack, ...]
+    """What its backbone sees, with gradient."""
+    teacher: tuple[Stack, ...] = ()
+    """What the teacher's sees, without."""
+    head: HeadConfig | None = None
+    """Shape of the heads with prototypes."""
+    scored: tuple[Scored, ...] = ()
+    """The rows of each of them."""
+    decoded: tuple[Decoding, ...] = ()
+    loss_kept: int = 0
+    """Numbers in float32 that the loss keeps for the backward pass, beside those of `scored`."""
+    loss_alive: int = 0
+    """Numbers in float32 that are alive while it is formed and go then, beside those of `scored`."""
+    complete: bool = True
+    """False: what heads and loss take is not said, and memory is known from below alone."""

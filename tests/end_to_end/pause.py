@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-import training.trainer.monitoring.sample_audit
-from datapipe.stream.batch import Batch
 from tests.support.golden import ROOT
+from training.trainer.monitoring.sample_audit import Audit
+from training.trainer.observer import StepDone
 
 HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
 VARIABLE = "TESTS_PAUSE"
@@ -61,19 +61,19 @@ def _waiting(order: Path) -> Path:
 
 def install() -> None:
     """Let audit logs of this process wait as ordered."""
-    note = training.trainer.monitoring.sample_audit.Audit.__call__
+    note = Audit.step
 
-    def waiting(self: training.trainer.monitoring.sample_audit.Audit, done: int, batch: Batch) -> None:
-        note(self, done, batch)
+    def waiting(self: Audit, step: StepDone) -> None:
+        note(self, step)
         order = Path(os.environ[VARIABLE])
-        if order.exists() and json.loads(order.read_text()) == {"log": self._name, "step": done}:
+        if order.exists() and json.loads(order.read_text()) == {"log": self._name, "step": step.done}:
             part = order.with_suffix(".part")
             part.write_text(str(os.getpid()))
             part.rename(_waiting(order))
             while order.exists():
                 time.sleep(POLL_S)
 
-    training.trainer.monitoring.sample_audit.Audit.__call__ = waiting  # type: ignore[method-assign]
+    Audit.step = waiting  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -43,11 +43,11 @@ class Waiting:
         """`training.trainer.loop` with this looking on; at the end it is told what was found."""
         from training.trainer import loop
 
-        record, keep = loop._record, loop._keep
+        observe, keep = loop._observe, loop._keep
         mask = sum(1 << COUNTED.index(kind) for kind in WAITS)
         self._library.nullcuda_callback(ctypes.cast(self._note, ctypes.c_void_p), mask)
         try:
-            with mock.patch.multiple(loop, _record=self._stepping(record), _keep=self._aside(keep)):
+            with mock.patch.multiple(loop, _observe=self._stepping(observe), _keep=self._aside(keep)):
                 yield
         finally:
             self._library.nullcuda_callback(None, 0)
@@ -63,14 +63,14 @@ class Waiting:
         if self._counting:
             self._found[COUNTED[kind], _line()] += 1
 
-    def _stepping(self, record: Callable[..., Any]) -> Callable[..., Any]:
-        def recorded(*words: Any, **named: Any) -> Any:
-            found = record(*words, **named)
+    def _stepping(self, observe: Callable[..., Any]) -> Callable[..., Any]:
+        def observed(*words: Any, **named: Any) -> Any:
+            found = observe(*words, **named)
             self._steps += 1
             self._counting = self._steps >= WARM_UP
             return found
 
-        return recorded
+        return observed
 
     def _aside(self, keep: Callable[..., Any]) -> Callable[..., Any]:
         def kept(*words: Any, **named: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 from datapipe.stream.batch import Batch, Intake
 from tests.support.golden import golden, group
 from training.config.batch_split import Portion, portion
+from training.core.exchange import Exchange
 from training.core.host import LocalHost
 from training.core.world import World
 from training.engine.clock import Clock
@@ -25,9 +26,9 @@ from training.methods.pass_reid import PassConfig
 from training.methods.personvit import PersonVitConfig
 from training.nn.heads import HeadConfig
 from training.nn.vision_transformer import BackboneConfig
-from training.trainer.agreement import Stop
 from training.trainer.loop import Run, Segment, rehearse, train
 from training.trainer.nonfinite import Faults, describe
+from training.trainer.observer import Observer, StepDone
 from training.weights.counted_keys import load_counted
 
 
@@ -67,6 +68,16 @@ def wander_of_step(stepper: PlainStepper) -> dict[str, Tensor]:
                 root = unbiased.sqrt() + group_["eps"]
                 found[names[parameter]] = group_["lr"] * (NOISE * root.max() / root).clamp(max=2)
     return found
+
+
+class Noting(Observer):
+    """Calls a function with each step."""
+
+    def __init__(self, note: Callable[[StepDone], None]) -> None:
+        self._note = note
+
+    def step(self, step: StepDone) -> None:
+        self._note(step)
 
 
 class NoFaults(Faults):
@@ -254,7 +265,8 @@ def run_trajectory(
         return {**views, "position": torch.from_numpy(batch.position), "sample": torch.from_numpy(batch.sample),
                 "weight": torch.from_numpy(batch.weight).to(dtype)}  # type: ignore[return-value]  # fmt: skip
 
-    def watch(progress: Progress, batch: Batch, result: Result) -> None:
+    def watch(step: StepDone) -> None:
+        result = step.result
         found.losses.append(result.loss)
         found.norms.append(result.norms.double())
         found.metrics.append(result.metrics)
@@ -266,8 +278,8 @@ def run_trajectory(
     source = FixedBatches(batches, config.batch, share, world.rank)
     run = Run(
         method=method, stepper=stepper, loader=source, place=place, clock=clock, optimisation=config,
-        micro_batch=share.micro, checkpoints=None, stop=Stop(LocalHost(), world), host=LocalHost(), watch=watch,
-        faults=NoFaults(),
+        micro_batch=share.micro, checkpoints=None, host=LocalHost(), faults=NoFaults(), exchange=Exchange(world),
+        observers=[Noting(watch)],
     )  # fmt: skip
     if rehearsal:
         rehearse(run, next(source.after(0, config.batch)))

@@ -28,6 +28,7 @@ from training.checkpoint.metadata import Marker, name_of, read_marker
 from training.checkpoint.reader import Reader, passed_over, refuse_misfit, verify
 from training.checkpoint.settings import CheckpointConfig
 from training.checkpoint.snapshot import Snapshots
+from training.core.host import run_lines
 from training.core.run_folder.write_guard import FREE, Guard
 from training.core.world import World
 from training.engine.loss_scaling import LossScale, first_scale
@@ -98,14 +99,13 @@ class Checkpoints:
         world: World,
         *,
         about: Mapping[str, Any],
-        say: Callable[[str], None],
         replaces: Collection[str] = (),
         epoch_steps: float = math.inf,
         guard: Guard = FREE,
     ) -> None:
         """`about`: the fields of `Marker` that do not change during a run. `replaces`: as `Manifest.replaces`.
-        `say`: tells a person; on the leading rank. `guard`: of the run folder."""
-        self.store, self.config, self.world, self.say = store, config, world, say
+        `guard`: of the run folder."""
+        self.store, self.config, self.world = store, config, world
         self.about, self.replaces, self.epoch_steps = dict(about), replaces, epoch_steps
         self.guard, self._heads, self._noted = guard, dict[str, Head](), False
         attempt = world.tell(secrets.token_hex(4))
@@ -131,7 +131,9 @@ class Checkpoints:
         """
         now = time.monotonic()
         if self._flight is not None:
-            self.say(f"step {step:,}: the checkpoint of step {self._flight.step:,} is not written yet; waiting for it")
+            run_lines.info(
+                f"step {step:,}: the checkpoint of step {self._flight.step:,} is not written yet; waiting for it"
+            )
             self.finish()
         self._saves += 1
         token, name = f"{self._attempt}-{self._saves}", name_of(step)
@@ -229,7 +231,7 @@ class Checkpoints:
                 where=self.store.url,
                 hint="make room or mend the store; started again, the run goes on from the last one",
             )
-        self.say(f"warning: the checkpoint of step {flight.step:,} could not be saved: {why}; the run goes on without "
+        run_lines.warning(f"the checkpoint of step {flight.step:,} could not be saved: {why}; the run goes on without "
                  f"it ({self._failures} in a row, {most} end the run)")  # fmt: skip
 
     # -- restoring -----------------------------------------------------------------------------------------------
@@ -258,13 +260,13 @@ class Checkpoints:
 
     def _newest_good(self) -> tuple[str, Marker] | None:
         """The newest that verifies, each rank having read its share of the files; all pass over a damaged one."""
-        names = self._together(lambda: complete(self.store, self.say) if self.world.leads else [])[0]
+        names = self._together(lambda: complete(self.store, run_lines.info) if self.world.leads else [])[0]
         for name in reversed(names):
             found: list[Marker] = []
             damage = self._together(lambda name=name, found=found: self._damage(name, found))  # type: ignore[misc]
             if not any(damage):
                 return name, found[0]
-            self.say(next(text for text in damage if text))
+            run_lines.info(next(text for text in damage if text))
         return None
 
     def _damage(self, name: str, found: list[Marker]) -> str:

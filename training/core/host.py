@@ -2,10 +2,11 @@
 
 import contextlib
 import errno
+import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Protocol
 
@@ -13,7 +14,14 @@ from datapipe.core import stop_signals
 from datapipe.core.stop_signals import exit_code
 from training.core.step_phase import Doing
 
-__all__ = ["Doing", "Host", "LocalHost", "exit_code"]
+__all__ = ["Doing", "Host", "LocalHost", "exit_code", "lines_to", "run_lines"]
+
+run_lines = logging.getLogger("training.run")
+"""What a run has to tell the person who watches. Heard where a handler is: on the leading rank, the host's, and once
+steps begin that of log.txt. A warning begins with that word."""
+run_lines.propagate = False  # a rank's own log is another thing
+run_lines.setLevel(logging.INFO)
+run_lines.addHandler(logging.NullHandler())
 
 
 class Host(Protocol):
@@ -47,6 +55,36 @@ class Host(Protocol):
     def say(self, line: str) -> None:
         """One line for the person who watches. Called on the leading rank only."""
         ...
+
+
+class _Line(logging.Formatter):
+    """The message, after "warning: " where it is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return ("warning: " if record.levelno >= logging.WARNING else "") + record.getMessage()
+
+
+class _Shown(logging.Handler):
+    """Hands lines on. What goes wrong meanwhile is raised where the line is logged."""
+
+    def __init__(self, take: Callable[[str], None]) -> None:
+        super().__init__()
+        self._take = take
+        self.setFormatter(_Line())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._take(self.format(record))
+
+
+@contextlib.contextmanager
+def lines_to(take: Callable[[str], None]) -> Iterator[None]:
+    """The run's lines are handed to `take`, for as long as the context lasts."""
+    handler = _Shown(take)
+    run_lines.addHandler(handler)
+    try:
+        yield
+    finally:
+        run_lines.removeHandler(handler)
 
 
 class LocalHost:

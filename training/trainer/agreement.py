@@ -1,50 +1,32 @@
-"""What all ranks agree on with every step, by one small all-reduce: whether to stop, and how far a checkpoint is."""
-
-import torch
+"""What all ranks agree on with every step: whether to stop, and how far a checkpoint is."""
 
 from training.checkpoint import Checkpoints, Report
+from training.core.exchange import Exchange
 from training.core.host import Host
-from training.core.late_reduce import LateReduce
-from training.core.world import World
 
 
 class Stop:
-    """Agreement on stopping, though only one rank may have heard the signal, one step late, so that nobody waits for
-    the answer. The same answer tells `checkpoints` how far the others are."""
+    """Agreement on stopping, though only one rank may have heard the signal. The same answer tells `checkpoints` how
+    far the others are."""
 
-    def __init__(self, host: Host, world: World, checkpoints: Checkpoints | None = None) -> None:
-        self._host, self._world, self._checkpoints = host, world, checkpoints
-        self._words = LateReduce(world)
+    def __init__(self, host: Host, exchange: Exchange, checkpoints: Checkpoints | None = None) -> None:
+        self._host, self._checkpoints = host, checkpoints
         self._stage: tuple[int, bool] | None = None
-        """Of the checkpoints, when the others were asked."""
+        """Of the checkpoints, when the others were told."""
         self.reached = False
-        """Was it agreed to stop? Equal on all ranks."""
+        """Was it agreed to stop? Equal on all ranks after `Exchange.tell`; with several, of what was told a step
+        before."""
+        exchange.add_sum(self._tell, self._hear)
 
-    def agreed(self) -> bool:
-        """Call once per step on every rank: True on all of them in the same step.
-
-        With several ranks the answer is to the question asked one step earlier.
-        """
-        alone = self._world.size == 1
-        if alone:
-            self._ask()
-        self.reached = self._heard()
-        if not alone:
-            self._ask()
-        return self.reached
-
-    def _ask(self) -> None:
-        """[1 + fields of Report]: ranks that were told to stop, and the sum of their reports."""
+    def _tell(self) -> list[float]:
+        """[1 + fields of Report]: whether this rank was told to stop, and its report."""
         report, self._stage = Report(), None
         if self._checkpoints is not None:
             report, self._stage = self._checkpoints.report(), self._checkpoints.stage
-        self._words.ask(torch.tensor([float(self._host.preempted()), *report]))
+        return [float(self._host.preempted()), *report]
 
-    def _heard(self) -> bool:
-        told = self._words.answer()
-        if told is None:
-            return False
-        stop, *report = told.tolist()
+    def _hear(self, told: list[float]) -> None:
+        stop, *report = told
+        self.reached = bool(stop)
         if self._checkpoints is not None and self._stage == self._checkpoints.stage:
             self._checkpoints.hear(Report(*report))
-        return bool(stop)

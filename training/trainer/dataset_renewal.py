@@ -1,37 +1,30 @@
 """When crops are removed from a data set under way: what the run says of its data from then on."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 
-from datapipe.stream.batch import Batch
 from datapipe.stream.loader import Loader
 from datapipe.stream.training_data import Data
 from training.checkpoint import Checkpoints
+from training.core.host import run_lines
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
-from training.trainer.monitoring.throughput import Tally
+from training.trainer.observer import Observer, StepDone
 from training.trainer.provenance import environment
 
 
-class Succession:
+class DatasetRenewal(Observer):
     """Once a rank's loader reads another version of a data set, as it met a shard that is gone (see `Stream`), the
     others go over to it, too; checkpoints and environment.json name that one, and the log tells. Checkpoints from
-    before are accepted: it replaces what they name. Made on every rank."""
+    before are accepted: it replaces what they name. On every rank."""
 
-    def __init__(
-        self, loader: Loader, data: Data, checkpoints: Checkpoints, folder: RunFolder, world: World, tally: Tally,
-        say: Callable[[str], None],
-    ) -> None:  # fmt: skip
-        """`say` is called on the leading rank."""
-        self.loader, self.data, self.checkpoints, self.folder = loader, data, checkpoints, folder
-        self.world, self.tally, self.say = world, tally, say
+    def __init__(self, loader: Loader, data: Data, checkpoints: Checkpoints, folder: RunFolder, world: World) -> None:
+        self.loader, self.data, self.checkpoints, self.folder, self.world = loader, data, checkpoints, folder, world
         self._sought = 0
 
-    def __call__(self, done: int, batch: Batch) -> None:
-        """After each step."""
+    def step(self, step: StepDone) -> None:
         stream = self.loader.stream
-        newest = max((int(rank.intake.renewed) for rank in self.tally.latest), default=0)
+        newest = max((int(rank.intake.renewed) for rank in step.spent), default=0)
         if newest > max(stream.renewed, self._sought):
             self._sought = newest  # once: where this rank began later it has nothing to go over to
             stream.renew()
@@ -47,4 +40,6 @@ class Succession:
         now = environment(self.data, self.world)
         before = json.loads(self.folder.read_text("environment.json") or "{}")
         self.folder.write_json("environment.json", {**now, **before, "manifest": now["manifest"]})
-        self.say(f"step {done:,}: crops were removed from the data set: {', '.join(files)} is read from now on")
+        run_lines.info(
+            f"step {step.done:,}: crops were removed from the data set: {', '.join(files)} is read from now on"
+        )

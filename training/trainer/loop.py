@@ -1,12 +1,13 @@
 """The loop that every kind of training goes through."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from datapipe.stream.batch import Batch, Intake
 from training.checkpoint import Checkpoints
-from training.core.host import Host
+from training.core.exchange import Exchange
+from training.core.host import Host, run_lines
 from training.engine import ema
 from training.engine.clock import Clock
 from training.engine.param_groups import StepSettings, settings_at
@@ -14,9 +15,9 @@ from training.engine.settings import OptimisationConfig
 from training.engine.stepper import Result, Stepper
 from training.methods.base import Method, Progress, Views
 from training.trainer.agreement import Stop
-from training.trainer.monitoring.recorder import Recorder
 from training.trainer.monitoring.throughput import Tally
 from training.trainer.nonfinite import Faults
+from training.trainer.observer import Observer, StepDone
 
 
 class Source(Protocol):
@@ -52,18 +53,21 @@ class Run:
     optimisation: OptimisationConfig
     micro_batch: int
     checkpoints: Checkpoints | None
-    stop: Stop
     host: Host
     faults: Faults
-    tally: Tally = field(default_factory=Tally)
-    """What all ranks spent on waiting and reading."""
-    recorder: Recorder | None = None
-    """On the leading rank."""
-    watch: Callable[[Progress, Batch, Result], None] | None = None
-    """Called after each step, on every rank: audit logs, heartbeats, tests."""
+    exchange: Exchange
+    """What ranks tell each other once a step; `stop`, `tally` and maybe observers take part."""
+    observers: Sequence[Observer] = ()
     flush: Callable[[], None] = lambda: None
     """Writes what this rank still holds of its growing files. Called before each save: a checkpoint outlives the
     process, and so must what was recorded until then."""
+    stop: Stop = field(init=False)
+    tally: Tally = field(init=False)
+    """What all ranks spent on waiting and reading."""
+
+    def __post_init__(self) -> None:
+        self.stop = Stop(self.host, self.exchange, self.checkpoints)
+        self.tally = Tally(self.exchange)
 
 
 def train(run: Run, segment: Segment, *, position: int = 0) -> tuple[int, bool]:
@@ -77,17 +81,19 @@ def train(run: Run, segment: Segment, *, position: int = 0) -> tuple[int, bool]:
         now = settings_at(run.optimisation, progress)
         run.stepper.apply(now, progress)
         result = _step(run, batch, progress)
+        run.exchange.hear()
         if result.finite:
             run.method.after_step(result.sums, progress)
             _follow(run, now.ema)
-            _record(run, progress, now, batch, result)
+            _observe(run, progress, now, batch, result)
         else:
             run.faults.handle(progress, batch, result, run.stepper.names)  # raises Rewind, or the step is skipped
         position = batch.after
-        last = run.stop.agreed()
+        run.exchange.tell()
         if run.checkpoints is not None:
-            _keep(run, run.checkpoints, progress.step + 1, position, stops=last, ends=position >= segment.end)
-        if last:
+            ends = position >= segment.end
+            _keep(run, run.checkpoints, progress.step + 1, position, stops=run.stop.reached, ends=ends)
+        if run.stop.reached:
             break
     return position, position >= segment.end
 
@@ -97,9 +103,8 @@ def _step(run: Run, batch: Batch, progress: Progress) -> Result:
     every random number hangs on the position alone."""
     before = run.stepper.scale
     while (result := _try(run, batch, progress)).overflow:
-        if run.recorder is not None:
-            tried = int(result.metrics["scale"])
-            run.recorder.say(f"step {progress.step + 1:,}: gradients overflow at a loss scale of {tried:,}; halved")
+        tried = int(result.metrics["scale"])
+        run_lines.info(f"step {progress.step + 1:,}: gradients overflow at a loss scale of {tried:,}; halved")
     if not result.finite:
         run.stepper.scale = before  # what no scale mends says nothing about the scale
     return result
@@ -127,12 +132,11 @@ def _follow(run: Run, momentum: float) -> None:
         ema.update(run.stepper.held(networks["student"]), run.stepper.held(networks["teacher"]), momentum)
 
 
-def _record(run: Run, progress: Progress, now: StepSettings, batch: Batch, result: Result) -> None:
-    spent = run.tally.of_all(batch.waited_s, run.loader.intake)
-    if run.recorder is not None:
-        run.recorder.record(progress, now, result, images=batch.after - batch.start, spent=spent)
-    if run.watch is not None:
-        run.watch(progress, batch, result)
+def _observe(run: Run, progress: Progress, now: StepSettings, batch: Batch, result: Result) -> None:
+    run.tally.note(batch.waited_s, run.loader.intake)
+    step = StepDone(progress, now, batch, result, run.tally.latest)
+    for observer in run.observers:
+        observer.step(step)
 
 
 def _keep(run: Run, checkpoints: Checkpoints, step: int, samples: int, *, stops: bool, ends: bool) -> None:
@@ -142,9 +146,9 @@ def _keep(run: Run, checkpoints: Checkpoints, step: int, samples: int, *, stops:
         checkpoints.save(step, samples, run.stepper, first=run.flush)
         if stops or ends:
             checkpoints.finish(needed=ends)
-        if run.recorder is not None:
-            run.recorder.speed.pause()
+        for observer in run.observers:
+            observer.paused()
     for saved in checkpoints.collect():
         run.host.saved(saved.step)
-        if run.recorder is not None:
-            run.recorder.saved(saved)
+        for observer in run.observers:
+            observer.saved(saved)

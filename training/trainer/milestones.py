@@ -9,7 +9,7 @@ own, so that a run that was stopped there makes up for what is missing.
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import safetensors.torch
@@ -18,7 +18,7 @@ from datapipe.core.errors import NotFoundError
 from datapipe.core.progress import telling
 from training import checkpoint
 from training.config.run_config import RunConfig
-from training.core.host import Host
+from training.core.host import Host, run_lines
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
 from training.engine.clock import Clock
@@ -40,10 +40,8 @@ RULES = {
 class Milestones:
     """Where segments end, and what is done there. Every rank calls every method."""
 
-    def __init__(
-        self, config: RunConfig, clock: Clock, folder: RunFolder, world: World, host: Host, say: Callable[[str], None]
-    ) -> None:
-        self.config, self.clock, self.folder, self.world, self.host, self.say = config, clock, folder, world, host, say
+    def __init__(self, config: RunConfig, clock: Clock, folder: RunFolder, world: World, host: Host) -> None:
+        self.config, self.clock, self.folder, self.world, self.host = config, clock, folder, world, host
 
     def after(self, position: int) -> list[int]:
         """The ends of segments from a place of the stream on, that place included."""
@@ -73,8 +71,9 @@ class Milestones:
                 self._export(weights, which)
         self.folder.write_json(SUMMARY, {"set": found["set"], **chosen})
         now, best = (evaluation.headline(one) for one in (found, chosen["best"]))
-        self.say(f"step {weights.step:,}: mAP {100 * now['mAP']:.1f}, Rank-1 {100 * now['rank1']:.1f} on {found['set']}"
-                 f" (best: {100 * best['mAP']:.1f} at step {chosen['best']['step']:,})")  # fmt: skip
+        where = found["set"]
+        run_lines.info(f"step {weights.step:,}: mAP {100 * now['mAP']:.1f}, Rank-1 {100 * now['rank1']:.1f} on "
+                       f"{where} (best: {100 * best['mAP']:.1f} at step {chosen['best']['step']:,})")  # fmt: skip
 
     def _export(self, weights: Weights, which: str) -> None:
         method = evaluation.load_method(weights, self.folder, self.config)

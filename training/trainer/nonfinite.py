@@ -10,13 +10,13 @@ All ranks see the same loss and norms, so they decide alike without asking one a
 
 import io
 import json
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from datapipe.core.errors import DataError
 from datapipe.stream.batch import Batch
+from training.core.host import run_lines
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
 from training.engine.stepper import Result
@@ -33,8 +33,8 @@ class Rewind(Exception):
 class Faults:
     """Remembers which steps failed, over restarts too. Made and called on every rank."""
 
-    def __init__(self, folder: RunFolder, world: World, say: Callable[[str], None]) -> None:
-        self.folder, self.world, self.say = folder, world, say
+    def __init__(self, folder: RunFolder, world: World) -> None:
+        self.folder, self.world = folder, world
         lines = world.tell((folder.read_text(RECORD) or "").splitlines() if world.leads else None)
         records = [json.loads(line) for line in lines]
         self._failed = {record["step"] for record in records}
@@ -49,7 +49,7 @@ class Faults:
         what = describe(result, names)
         if not again:
             self._note(step, "rewound", what)
-            self.say(f"warning: step {step}: {what}; nothing was changed, going back to the last checkpoint")
+            run_lines.warning(f"step {step}: {what}; nothing was changed, going back to the last checkpoint")
             raise Rewind
         self._skipped.add(step)
         self._note(step, "skipped", what)
@@ -61,7 +61,7 @@ class Faults:
                 where=f"steps {steps}; their batches lie in {kept}",
                 hint="a lower optimisation.lr, optimisation.precision fp32, or another seed; the last checkpoint stays",
             )
-        self.say(f"warning: step {step}: {what}, again; the step is skipped ({len(recent)} of {MOST_SKIPS} allowed)")
+        run_lines.warning(f"step {step}: {what}, again; the step is skipped ({len(recent)} of {MOST_SKIPS} allowed)")
 
     def _keep(self, step: int, batch: Batch) -> None:
         """The rank's part of the batch, as it went into the step."""

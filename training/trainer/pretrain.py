@@ -17,7 +17,8 @@ from training.config.build import fake_batch, initial_method, make_stepper
 from training.config.run_config import RunConfig
 from training.config.run_plan import RunPlan, make_loader, plan_run
 from training.core.devices import slow_precision, unused_gpus
-from training.core.host import Host
+from training.core.exchange import Exchange
+from training.core.host import Host, lines_to, run_lines
 from training.core.run_folder.lease import Follower, Lease, lease_on
 from training.core.run_folder.run_folder import RunFolder
 from training.core.run_folder.write_guard import Guard, Ticket
@@ -32,19 +33,15 @@ from training.preflight import cpu_forecast
 from training.preflight.checks import check, refuse_split, refuse_unsuited
 from training.preflight.compiler import refuse_without_compiler
 from training.preflight.memory_advice import training_memory
-from training.trainer.agreement import Stop
 from training.trainer.batch_to_device import Place
-from training.trainer.dataset_renewal import Succession
 from training.trainer.determinism import deterministic, guarantee
 from training.trainer.loop import Run, Segment, rehearse, train
 from training.trainer.milestones import Milestones
-from training.trainer.monitoring.heartbeat import Startup, Watch
+from training.trainer.monitoring.heartbeat import Startup
 from training.trainer.monitoring.rank_log import rank_log
-from training.trainer.monitoring.recorder import Recorder
-from training.trainer.monitoring.sample_audit import Audit
-from training.trainer.monitoring.stragglers import Pace
-from training.trainer.monitoring.throughput import Tally
+from training.trainer.monitoring.recorder import log_file
 from training.trainer.nonfinite import Faults, Rewind
+from training.trainer.observers import make_observers
 from training.trainer.provenance import about, describe, resume_command
 from training.weights.initialise import in_words
 
@@ -70,15 +67,15 @@ def pretrain(
     refuse_unsuited(config, world.device)  # and what `check` refuses: nothing has been written by then
     if config.backbone.compile_blocks:
         refuse_without_compiler(world.device)
-    say = host.say if world.leads else _silent
     with (
+        lines_to(host.say) if world.leads else contextlib.nullcontext(),
         numbers_in_environment(),
         _writing(config, world, host, guard) as guard,
         training_memory(config, world),
         deterministic(config.engine.deterministic),
     ):
         _use_threads(config, world)
-        say(f"reads the data set {' + '.join(config.stream.mix) or config.stream.manifest}")
+        run_lines.info(f"reads the data set {' + '.join(config.stream.mix) or config.stream.manifest}")
         plan = check(config) if world.leads else plan_run(config, load_data(config.stream, config.storage))
         if reason == "started":  # later on memory of workers that were ended may not be free yet
             cpu_forecast.refuse_want_of_memory(config, world, place=host.place())
@@ -127,17 +124,16 @@ def refuse_slower(config: RunConfig, folder: RunFolder, world: World) -> None:
 
 def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason: str, startup: Startup) -> Ending:
     config, clock, share = plan.config, plan.clock, plan.share(world.size)
-    say = host.say if world.leads else _silent
     if world.leads and reason == "started" and (warning := cpu_forecast.warning(config, clock, world)):
-        say(warning)
-    say(f"builds {config.method.name} with {config.backbone.arch}" + (
+        run_lines.info(warning)
+    run_lines.info(f"builds {config.method.name} with {config.backbone.arch}" + (
         f" from {config.init.weights}" if config.init.weights else ""))  # fmt: skip
     method, origin = initial_method(config)
     refuse_split(config, share, couples=method.couples_batch())
     if world.leads:
         describe(plan, folder, world)
     method = method.to(world.device)
-    say(f"starts the engine ({config.engine.stepper}, {world.size} ranks, {world.device.type})")
+    run_lines.info(f"starts the engine ({config.engine.stepper}, {world.size} ranks, {world.device.type})")
     stepper = make_stepper(config, method, world, share)
     world.expect_within(config.cluster.start_timeout_s + config.cluster.collective_timeout_s)  # DeepSpeed's groups, too
     checkpoints = Checkpoints(
@@ -145,52 +141,46 @@ def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason
         config.checkpoints,
         world,
         about=about(plan, world, origin),
-        say=say,
         replaces=plan.data.replaces,
         epoch_steps=clock.epoch_steps,
         guard=folder.guard,
     )
     startup.reached("engine")
-    say("looks for a checkpoint")
+    run_lines.info("looks for a checkpoint")
     position, resumed = checkpoints.restore(stepper)
     startup.reached("restored")
     if resumed is not None:
-        host.saved(position // clock.batch)  # whoever was to say so may have died before
-    pace = Pace(method, host, world, say)
-    watch = Watch(folder, world, config, pace)
+        host.saved(position // clock.batch)  # whoever was to tell may have died before
+    exchange = Exchange(world)
     with make_loader(plan, world) as loader:
-        run = Run(
-            method=method, stepper=stepper, loader=loader, clock=clock,
-            place=Place(world.device, config.views.statistics),
-            optimisation=config.optimisation, micro_batch=share.micro, checkpoints=checkpoints,
-            stop=Stop(host, world, checkpoints), host=host, faults=Faults(folder, world, say),
-            tally=Tally(world), watch=watch, flush=folder.flush,
-        )  # fmt: skip
-        milestones = Milestones(config, clock, folder, world, host, say)
-        if position >= clock.end:
-            milestones.score(position)
-            say(f"complete: {clock.total_steps:,} steps were already done")
-            return Ending(clock.total_steps, True)
-        say("rehearses one micro-batch" + (", compiles" if config.backbone.compile_blocks else ""))
-        rehearse(run, fake_batch(plan.spec, share, config))
-        pace.reset()
-        if config.engine.audit:
-            watch.also.append(Audit(method, folder, world))
-        noted = say
-        if world.leads:
-            run.recorder = Recorder(folder, host, about={
+        observers = make_observers(
+            plan, method, folder, world, host, exchange=exchange, loader=loader, checkpoints=checkpoints, about={
                 "world": world.size, "resumed_from": resumed, "step": position // clock.batch, "reason": reason,
                 "startup": startup.times,
             })  # fmt: skip
-            noted = pace.say = milestones.say = run.recorder.say
+        run = Run(
+            method=method, stepper=stepper, loader=loader, clock=clock,
+            place=Place(world.device, config.views.statistics),
+            optimisation=config.optimisation, micro_batch=share.micro, checkpoints=checkpoints, host=host,
+            faults=Faults(folder, world), exchange=exchange, observers=observers, flush=folder.flush,
+        )  # fmt: skip
+        milestones = Milestones(config, clock, folder, world, host)
+        if position >= clock.end:
+            milestones.score(position)
+            run_lines.info(f"complete: {clock.total_steps:,} steps were already done")
+            return Ending(clock.total_steps, True)
+        run_lines.info("rehearses one micro-batch" + (", compiles" if config.backbone.compile_blocks else ""))
+        rehearse(run, fake_batch(plan.spec, share, config))
+        for observer in observers:
+            observer.begin()
+        with log_file(folder) if world.leads else contextlib.nullcontext():
             for line in _first_lines(plan, world, method, origin, resumed, reason):
-                noted(line)
-            host.say("reads the first batch")
-        watch.also.append(Succession(loader, plan.data, checkpoints, folder, world, run.tally, noted))
-        position, done = _train(run, checkpoints, config, milestones, position)
-    if run.recorder is not None:
-        run.recorder.say(_closing(config, position // clock.batch, clock, done))
-        run.recorder.close()
+                run_lines.info(line)
+            run_lines.info("reads the first batch")
+            position, done = _train(run, checkpoints, config, milestones, position)
+            run_lines.info(_closing(config, position // clock.batch, clock, done))
+    for observer in observers:
+        observer.close()
     return Ending(position // clock.batch, done)
 
 
@@ -203,8 +193,8 @@ def _train(
         if not done or (run.stop.reached and config.evaluation.data):  # scoring can wait for the next start
             return position, False
         milestones.score(position)
-        if run.recorder is not None:
-            run.recorder.speed.begin_anew()
+        for observer in run.observers:
+            observer.began_anew()
     return position, True
 
 
@@ -219,8 +209,8 @@ def _train_segment(
             position, name = checkpoints.restore(run.stepper)
             if name is None:
                 _begin_anew(run.stepper, config)
-            if run.recorder is not None:
-                run.recorder.speed.begin_anew()
+            for observer in run.observers:
+                observer.began_anew()
 
 
 def _begin_anew(stepper: Stepper, config: RunConfig) -> None:
@@ -240,10 +230,6 @@ def _use_threads(config: RunConfig, world: World) -> None:
     torch.set_num_threads(config.engine.threads or max(1, available_cores() // world.local_size))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-
-
-def _silent(line: str) -> None:
-    """Ranks that do not lead say nothing."""
 
 
 def _first_lines(

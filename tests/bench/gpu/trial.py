@@ -15,15 +15,16 @@ from training.config.batch_split import portion
 from training.config.build import fake_batch, make_stepper, view_spec
 from training.config.run_config import RunConfig
 from training.config.run_plan import clock_of
+from training.core.exchange import Exchange
 from training.core.host import LocalHost
 from training.core.precision import Precision
 from training.core.world import World
 from training.engine.stepper import Result
 from training.methods.base import Method, Progress
-from training.trainer.agreement import Stop
 from training.trainer.batch_to_device import Place
 from training.trainer.loop import Run, Segment, train
 from training.trainer.nonfinite import Faults, describe
+from training.trainer.observer import Observer, StepDone
 
 DISTINCT = 3
 """Batches of noise that are made; they come in turn."""
@@ -70,7 +71,7 @@ class Noise:
         return torch.from_numpy(pixels).pin_memory().numpy() if self._pinned else pixels
 
 
-class Trial:
+class Trial(Observer):
     """The run of one recipe, whose batches are one micro-batch each, so far as it has come."""
 
     def __init__(
@@ -93,15 +94,14 @@ class Trial:
         self.method = copy.deepcopy(initial).to(device)
         self.method.precision = precision
         share = portion(optimisation.batch, optimisation.micro_batch, 1)
-        host = LocalHost()
         checkpoints = None if store is None else Checkpoints(
-            store, config.checkpoints, world, about=_about(config), say=_silent
+            store, config.checkpoints, world, about=_about(config)
         )  # fmt: skip
         self.run = Run(
             method=self.method, stepper=make_stepper(config, self.method, world, share), loader=Noise(config, device),
             place=Place(device, config.views.statistics), clock=clock_of(config, 0), optimisation=optimisation,
-            micro_batch=share.micro, checkpoints=checkpoints, stop=Stop(host, world, checkpoints), host=host,
-            faults=Refusing(), watch=self._note,
+            micro_batch=share.micro, checkpoints=checkpoints, host=LocalHost(),
+            faults=Refusing(), exchange=Exchange(world), observers=[self],
         )  # fmt: skip
 
     def until(self, step: int, *, save: bool = False) -> None:
@@ -124,15 +124,11 @@ class Trial:
         """Parameters and buffers, in host memory."""
         return {name: value.detach().cpu().clone() for name, value in self.method.state_dict().items()}
 
-    def _note(self, progress: Progress, batch: Batch, result: Result) -> None:
-        self.losses.append(result.loss)
+    def step(self, step: StepDone) -> None:
+        self.losses.append(step.result.loss)
         self.each_step()
 
 
 def _about(config: RunConfig) -> dict[str, object]:
     """What a checkpoint says of a run that has no data set."""
     return {"manifest": "noise", "manifest_rows": 0, "seed": config.seed, "batch": config.optimisation.batch}
-
-
-def _silent(line: str) -> None:
-    """Nobody watches."""

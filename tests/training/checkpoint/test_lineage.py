@@ -13,6 +13,7 @@ from tests.conftest import S3Server
 from tests.training.checkpoint.toy import make_checkpoints, make_method, make_stepper, save, saved
 from training.checkpoint import MARKER, Checkpoints, complete, lineage, newest_good, read_marker
 from training.commands.checkpoints import checkpoints as command
+from training.core.host import lines_to
 from training.core.run_folder.write_guard import Guard
 
 
@@ -44,8 +45,9 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 def _writer(store: Store, term: int, said: list[str] | None = None, **config: Any) -> Checkpoints:
     """A writer of this term, which has restored what there was."""
-    made = make_checkpoints(store, said, guard=Term(term), **config)
-    made.restore(make_stepper(make_method()))
+    made = make_checkpoints(store, guard=Term(term), **config)
+    with lines_to((said if said is not None else []).append):
+        made.restore(make_stepper(make_method()))
     return made
 
 
@@ -67,7 +69,8 @@ def test_copy__is_no_checkpoint_and_said_to_be_none(store: Store) -> None:
     assert len(said) == 1 and "step_9999999 is passed over: it is a copy or was renamed" in said[0]
     assert "that of step 20" in said[0]
     said.clear()
-    assert make_checkpoints(store, said).restore(make_stepper(make_method())) == (80, "step_0000020")
+    with lines_to(said.append):
+        assert make_checkpoints(store).restore(make_stepper(make_method())) == (80, "step_0000020")
     assert len(said) == 1 and "step_9999999 is passed over" in said[0]
     found = newest_good(store, said.append)
     assert found is not None and found[0] == "step_0000020"
@@ -82,7 +85,7 @@ def test_copy__counts_for_nothing_when_old_ones_are_deleted(store: Store) -> Non
     _copy(store, "step_0000010", "step_0000033")
     _copy(store, "step_0000010", "step_0000005")
     copies = [entry for entry in store.list() if entry.name.startswith(("step_0000033/", "step_0000005/"))]
-    writer = make_checkpoints(store, [], keep_every_steps=0)
+    writer = make_checkpoints(store, keep_every_steps=0)
     _save(writer, 40)
     assert complete(store, lambda _: None) == ["step_0000030", "step_0000040"]
     assert [entry for entry in store.list() if entry in copies] == copies

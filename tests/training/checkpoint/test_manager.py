@@ -24,6 +24,7 @@ from tests.training.checkpoint.toy import (
     tensors,
 )
 from training.checkpoint import MARKER, complete, newest_good, read_marker, reader, verify
+from training.core.host import lines_to
 from training.core.world import World
 from training.engine.loss_scaling import LossScale
 
@@ -127,7 +128,8 @@ def test_restore__a_damaged_checkpoint_is_passed_over_with_a_warning(store: Stor
         store.delete(marker if damage == "no marker" else part)
     said: list[str] = []
     method = make_method(seed=99)
-    assert make_checkpoints(store, said).restore(make_stepper(method)) == (40, "step_0000010")
+    with lines_to(said.append):
+        assert make_checkpoints(store).restore(make_stepper(method)) == (40, "step_0000010")
     assert same(method.state_dict(), methods[10].state_dict())
     assert (damage == "no marker") == (not said)  # without its marker it never existed
     assert all("step_0000020 is passed over" in line for line in said)
@@ -237,9 +239,10 @@ def test_save__what_the_state_was_not_what_it_becomes(store: Store) -> None:
 
 def test_save__a_second_request_waits_for_the_first_and_says_so(store: Store) -> None:
     said: list[str] = []
-    checkpoints = make_checkpoints(store, said)
-    checkpoints.save(10, 40, make_stepper(make_method(seed=1)))
-    checkpoints.save(20, 80, make_stepper(make_method(seed=2)))
+    checkpoints = make_checkpoints(store)
+    with lines_to(said.append):
+        checkpoints.save(10, 40, make_stepper(make_method(seed=1)))
+        checkpoints.save(20, 80, make_stepper(make_method(seed=2)))
     assert said == ["step 20: the checkpoint of step 10 is not written yet; waiting for it"]
     checkpoints.finish()
     assert [found.step for found in checkpoints.collect()] == [10, 20]
@@ -274,13 +277,15 @@ def test_failure__warns_and_leaves_what_was_there_until_there_are_too_many(tmp_p
     store = open_store(str(tmp_path))
     saved(store, 10)
     said: list[str] = []
-    stepper, checkpoints = make_stepper(make_method()), make_checkpoints(store, said, max_failed_saves=2)
+    stepper, checkpoints = make_stepper(make_method()), make_checkpoints(store, max_failed_saves=2)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    refused = "2 checkpoints in a row could not be saved: the file system refused"
     try:
-        save(checkpoints, 20, stepper)
-        with pytest.raises(StorageError, match="2 checkpoints in a row could not be saved: the file system refused"):
-            save(checkpoints, 30, stepper)
+        with lines_to(said.append):
+            save(checkpoints, 20, stepper)
+            with pytest.raises(StorageError, match=refused):
+                save(checkpoints, 30, stepper)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert len(said) == 1 and "checkpoint of step 20 could not be saved: the file system refused" in said[0]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from datapipe.storage import open_store
+from datapipe.storage import Store, open_store
 from tests.support.ranks import run_ranks
 from tests.training.checkpoint.toy import (
     make_checkpoints,
@@ -26,7 +26,8 @@ from training.config.batch_split import portion
 from training.config.build import build_method
 from training.config.build import make_stepper as assemble
 from training.config.run_plan import clock_of
-from training.core.host import LocalHost
+from training.core.exchange import Exchange
+from training.core.host import LocalHost, lines_to
 from training.core.world import World
 from training.engine import ema
 from training.engine.loss_scaling import LossScale
@@ -103,10 +104,12 @@ def test_round_trip__any_world_stage_and_stepper(tmp_path: Path) -> None:
         assert len(sizes) == world and max(sizes) < 1.35 * min(sizes), f"{target}: unequal shares {sizes}"
 
 
-def _until(checkpoints: Any, stop: Stop, condition: Any) -> int:
+def _until(exchange: Exchange, stop: Stop, condition: Any) -> int:
     """Steps without a save until the condition holds, the ranks telling one another with each."""
     for steps in itertools.count(1):
-        assert not stop.agreed()
+        exchange.hear()
+        exchange.tell()
+        assert not stop.reached
         if condition():
             return steps
     raise AssertionError
@@ -115,14 +118,18 @@ def _until(checkpoints: Any, stop: Stop, condition: Any) -> int:
 def _one_rank_fails(world: World, folder: str) -> tuple[list[str], list[int], list[Saved]]:
     """A save that one rank cannot write, then one that all can."""
     said: list[str] = []
-    store = open_store(folder)
-    checkpoints = make_checkpoints(store, said, world=world)
-    stop, stepper = Stop(LocalHost(), world, checkpoints), _stepper(world, "plain")
+    with lines_to(said.append):
+        return said, *_failing(world, open_store(folder), said)
+
+
+def _failing(world: World, store: Store, said: list[str]) -> tuple[list[int], list[Saved]]:
+    checkpoints, exchange = make_checkpoints(store, world=world), Exchange(world)
+    stop, stepper = Stop(LocalHost(), exchange, checkpoints), _stepper(world, "plain")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if world.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
     checkpoints.save(10, 40, stepper)
-    taken = [_until(checkpoints, stop, lambda: len(said) == 1)]
+    taken = [_until(exchange, stop, lambda: len(said) == 1)]
     checkpoints.finish()
     world.wait()
     assert complete(store) == [] and not list(store.list())
@@ -130,8 +137,8 @@ def _one_rank_fails(world: World, folder: str) -> tuple[list[str], list[int], li
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     checkpoints.save(20, 80, stepper)
     found: list[Saved] = []
-    taken.append(_until(checkpoints, stop, lambda: found.extend(checkpoints.collect()) or found))
-    return said, taken, found
+    taken.append(_until(exchange, stop, lambda: found.extend(checkpoints.collect()) or found))
+    return taken, found
 
 
 @pytest.mark.slow

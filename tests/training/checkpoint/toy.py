@@ -42,13 +42,12 @@ def make_step(stepper: PlainStepper, seed: int = 0) -> None:
     stepper.optimizer.step()
 
 
-def make_checkpoints(store: Store, said: list[str] | None = None, *, world: World | None = None,
+def make_checkpoints(store: Store, *, world: World | None = None,
                      about: dict[str, Any] | None = None, guard: Guard = FREE,
                      **config: Any) -> Checkpoints:  # fmt: skip
     settings = CheckpointConfig(**{"every_steps": 10, "keep_last": 2, "keep_every_steps": 20, **config})
-    say = (said if said is not None else []).append
     about = {**ABOUT, **(about or {})}
-    return Checkpoints(GuardedStore(store, guard), settings, world or World(), about=about, say=say, guard=guard)
+    return Checkpoints(GuardedStore(store, guard), settings, world or World(), about=about, guard=guard)
 
 
 def save(checkpoints: Checkpoints, step: int, stepper: Stepper) -> None:

@@ -2,7 +2,10 @@
 
 import torch
 
+from datapipe.core.config import StorageConfig
+from training.core.exchange import Exchange
 from training.core.host import Doing, LocalHost
+from training.core.run_folder.run_folder import RunFolder
 from training.core.step_phase import Whereabouts
 from training.core.world import World
 from training.trainer.monitoring.stragglers import Pace
@@ -83,12 +86,13 @@ class Recorded(Event):
         pass
 
 
-def test_pace__tells_events_on_a_gpu_and_places_on_a_cpu(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_pace__tells_events_on_a_gpu_and_places_on_a_cpu(monkeypatch, tmp_path) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(torch.cuda, "Event", Recorded)
     for device in ("cuda", "cpu"):
         Recorded.made.clear()
         method, host = torch.nn.Identity(), Told()
-        Pace(method, host, World(device=torch.device(device)), print)  # type: ignore[arg-type]
+        world, folder = World(device=torch.device(device)), RunFolder(str(tmp_path), StorageConfig())
+        Pace(method, host, world, folder, Exchange(world))  # type: ignore[arg-type]
         method(torch.zeros(1))
         if device == "cpu":
             assert host.found.now().doing == "backward" and not Recorded.made

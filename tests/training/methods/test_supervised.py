@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from datapipe.stream.batch import Batch
 from tests.support.ranks import run_ranks
-from tests.support.trajectory import FixedBatches, NoFaults
+from tests.support.trajectory import FixedBatches, NoFaults, Noting
 from training.config.batch_split import Portion, portion
+from training.core.exchange import Exchange
 from training.core.host import LocalHost
 from training.core.world import World
 from training.engine.clock import Clock
@@ -23,7 +24,6 @@ from training.engine.settings import OptimisationConfig
 from training.methods.base import Progress, Views
 from training.methods.supervised import Neck, Supervised, SupervisedConfig, to_transreid
 from training.nn.vision_transformer import BackboneConfig, keep_masks
-from training.trainer.agreement import Stop
 from training.trainer.loop import Run, Segment, train
 
 BACKBONE = BackboneConfig(arch="custom", size=(16, 8), patch=4, width=12, depth=2, heads=2, drop_path=0.2, init_std=0.2)
@@ -70,8 +70,7 @@ def fine_tune(world: World, settings: dict[str, Any], rows: int = 0) -> tuple[li
     run = Run(
         method=method, stepper=stepper, loader=LabelledBatches(pictures(), BATCH, share, world.rank), place=place,
         clock=CLOCK, optimisation=OPTIMISATION, micro_batch=share.micro, checkpoints=None, host=LocalHost(),
-        stop=Stop(LocalHost(), world), faults=NoFaults(),
-        watch=lambda progress, batch, result: losses.append(result.loss),
+        faults=NoFaults(), exchange=Exchange(world), observers=[Noting(lambda step: losses.append(step.result.loss))],
     )  # fmt: skip
     train(run, Segment(STEPS * BATCH))
     return losses, {name: value.clone() for name, value in method.state_dict().items()}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,16 +17,20 @@ from datapipe.stream.training_data import load_data
 from tests.bench.specs import one_view
 from tests.end_to_end.tiny import shards
 from tests.training.checkpoint.toy import ABOUT, make_checkpoints
+from training.core.host import lines_to
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
-from training.trainer.dataset_renewal import Succession
-from training.trainer.monitoring.throughput import Spent, Tally
+from training.methods.base import Progress
+from training.trainer.dataset_renewal import DatasetRenewal
+from training.trainer.monitoring.throughput import Spent
+from training.trainer.observer import StepDone
 
 CROPS = 12
+NOT_SEEN: Any = None
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_succession__a_rank_follows_another(
+def test_renewal__a_rank_follows_another(
     rank: int, tmp_path: Path, write_crops: Callable[..., dict[str, bytes]]
 ) -> None:
     write_crops(tmp_path / "crops", CROPS)
@@ -34,23 +39,23 @@ def test_succession__a_rank_follows_another(
     config = StreamConfig(manifest=url, cache_mb=0)
     data = load_data(config, StorageConfig())
     key = data.sets[0].table(["key"])["key"][1].as_py()
-    folder, tally, said = RunFolder(str(tmp_path / "run"), StorageConfig()), Tally(), list[str]()
+    folder, said = RunFolder(str(tmp_path / "run"), StorageConfig()), list[str]()
     checkpoints = make_checkpoints(open_store(str(tmp_path / "run" / "checkpoints")), about={"manifest": data.id})
     stream = data.stream(StorageConfig(), config)
     order = Order(CROPS, 0, config.block, config.window)
     world = World(rank=rank)
     with Loader(stream, order, one_view(), seed=0, global_batch=4, rank=0, world=1, micro_batch=4,
-                config=config) as loader:  # fmt: skip
-        succession = Succession(loader, data, checkpoints, folder, world, tally, said.append)
+                config=config) as loader, lines_to(said.append):  # fmt: skip
+        renewal = DatasetRenewal(loader, data, checkpoints, folder, world)
         batch: Batch = next(loader.after(0, CROPS))
 
         def step(renewed: int) -> str:
-            tally.latest = [Spent(0.0, loader.intake), Spent(0.0, Intake(renewed=renewed))]
-            succession(1, batch)
+            spent = [Spent(0.0, loader.intake), Spent(0.0, Intake(renewed=renewed))]
+            renewal.step(StepDone(Progress(0, 0, 0, 0.0, 1, 1.0, 0), NOT_SEEN, batch, NOT_SEEN, spent))
             return str(checkpoints.about["manifest"])
 
         assert step(0) == data.id and step(1) == data.id  # there is no other version
-        succession = Succession(loader, data, checkpoints, folder, world, tally, said.append)
+        renewal = DatasetRenewal(loader, data, checkpoints, folder, world)
         (tmp_path / "keys").write_text(f"{key}\n")
         remove(url, RemoveConfig(keys=str(tmp_path / "keys"), workers=1), StorageConfig())
         assert step(0) == data.id

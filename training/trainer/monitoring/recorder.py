@@ -9,46 +9,49 @@ Floats are written so that they read back exactly. Readers keep the last record 
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from typing import Any
 
 from datapipe.core.progress import duration
 from training.checkpoint import Saved
-from training.core.host import Host
+from training.core.host import lines_to, run_lines
 from training.core.run_folder.run_folder import RunFolder
-from training.engine.param_groups import StepSettings
-from training.engine.stepper import Result
 from training.methods.base import Progress
 from training.trainer.monitoring.collapse import Course
-from training.trainer.monitoring.throughput import Rates, Speed, Spent, in_words
+from training.trainer.monitoring.throughput import Rates, Speed, in_words
+from training.trainer.observer import Observer, StepDone
 
 STATUS_S = 5.0
 """Seconds between status lines."""
 _ATTEMPT = re.compile(r"metrics/attempt_(\d+)\.jsonl")
 
 
-class Recorder:
+class Recorder(Observer):
     """Writes the metrics of one attempt. Made on the leading rank only."""
 
-    def __init__(self, folder: RunFolder, host: Host, *, about: Mapping[str, Any]) -> None:
+    def __init__(self, folder: RunFolder, *, about: Mapping[str, Any]) -> None:
         """`about` goes into the attempt's first line: world, resumed_from, step, reason, and when which stage of the
         start was over (`Startup`)."""
-        self.folder, self.host = folder, host
+        self.folder, self._about = folder, about
+        self.speed = Speed()
+        self.course = Course()
+        self._spoke = 0.0
+
+    def begin(self) -> None:
+        folder = self.folder
         self.attempt = 1 + max((int(match[1]) for match in map(_ATTEMPT.fullmatch, folder.names("metrics/")) if match),
                                default=0)  # fmt: skip
         self.name = f"metrics/attempt_{self.attempt:03d}.jsonl"
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        folder.begin(self.name, json.dumps({"attempt": self.attempt, "time": now, **about}))
-        self.speed = Speed()
-        self.course = Course()
-        self._spoke = 0.0
+        folder.begin(self.name, json.dumps({"attempt": self.attempt, "time": now, **self._about}))
         self._board = _board(folder)
+        self.speed.pause()
 
-    def record(
-        self, progress: Progress, now: StepSettings, result: Result, *, images: int, spent: Sequence[Spent]
-    ) -> None:
-        """Note one step. `progress`: before the step; `images`: of the global batch; `spent`: rank by rank so far."""
+    def step(self, step: StepDone) -> None:
+        progress, now, batch, result, spent = step
+        images = batch.after - batch.start
         rates = self.speed.step(images, spent)
         line: dict[str, Any] = {
             "step": progress.step + 1,
@@ -68,7 +71,7 @@ class Recorder:
             "time": time.time(),
         }
         for change in self.course.see(line):
-            self.say(f"step {line['step']:,}: {change}")
+            run_lines.info(f"step {line['step']:,}: {change}")
         standing = {"signs": sorted(self.course.standing)} if self.course.standing else {}
         self.folder.append(self.name, json.dumps(line | standing))
         if self._board is not None:
@@ -78,19 +81,20 @@ class Recorder:
         last = progress.step + 1 == progress.total_steps
         if last or time.monotonic() - self._spoke > STATUS_S:
             self._spoke = time.monotonic()
-            self.say(self._status(progress, line, images, rates))
+            run_lines.info(self._status(progress, line, images, rates))
 
     def saved(self, checkpoint: Saved) -> None:
-        """Note a checkpoint that exists: a line of its own, without a "step"."""
+        """A line of its own, without a "step"."""
         self.folder.append(self.name, json.dumps({
             "checkpoint": checkpoint.step, "save_stood_s": checkpoint.stood_s, "save_took_s": checkpoint.took_s,
             "save_share": checkpoint.share, "time": time.time(),
         }))  # fmt: skip
 
-    def say(self, line: str) -> None:
-        """A line for the person who watches and for the run's log."""
-        self.host.say(line)
-        self.folder.append("log.txt", f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}")
+    def paused(self) -> None:
+        self.speed.pause()
+
+    def began_anew(self) -> None:
+        self.speed.begin_anew()
 
     def close(self) -> None:
         """Write what is buffered."""
@@ -109,6 +113,11 @@ class Recorder:
             f"  m {line['momentum']:.4f}  {in_words(rates)}"
             f"  ETA {duration(seconds)}{end}"
         )
+
+
+def log_file(folder: RunFolder) -> AbstractContextManager[None]:
+    """The run's lines are kept in log.txt, too, for as long as the context lasts."""
+    return lines_to(lambda line: folder.append("log.txt", f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}"))
 
 
 def _board(folder: RunFolder) -> Any:

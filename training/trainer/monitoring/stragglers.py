@@ -1,21 +1,24 @@
-"""How much time each rank needs by itself, and which one keeps the others waiting.
+"""How much time each rank needs by itself, and which one keeps the others waiting: ranks/pace.jsonl, and a line.
 
 A step takes as long on every rank, as all wait for the slowest; so what counts is the time before they meet: waiting
 for data, and the forward pass. With ZeRO-3 ranks meet in the forward pass already: there only the data is seen.
 """
 
+import json
 import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from training.core.host import Doing, Host
-from training.core.late_reduce import LateReduce
+from training.core.exchange import Exchange
+from training.core.host import Doing, Host, run_lines
+from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
 from training.methods.base import Method
+from training.trainer.observer import Observer, StepDone
 
 log = logging.getLogger(__name__)
 
@@ -52,72 +55,71 @@ def stragglers(shares: Sequence[Share]) -> set[int]:
     return slow
 
 
-class Pace:
-    """Measures this rank, compares all. Made on every rank, called once per step on every rank."""
+class Pace(Observer):
+    """Measures this rank, compares all. On every rank."""
 
-    def __init__(self, method: Method, host: Host, world: World, say: Callable[[str], None]) -> None:
-        self._host, self._world, self.say = host, world, say
+    def __init__(self, method: Method, host: Host, world: World, folder: RunFolder, exchange: Exchange) -> None:
+        self._host, self._world, self._folder = host, world, folder
         self._places = world.gather(host.place())
         self._steps = 0
         self._slow: set[int] = set()
         self._suspected: set[int] = set()
-        self._rows = LateReduce(world)
+        self._alone = exchange.alone
+        self._full = False
+        """Is a window over, and not told yet?"""
         self._timer = _Timer(world.device)
-        self._begin()
+        self.begin()
+        exchange.add_rows(self._tell, self._hear)
         method.register_forward_pre_hook(self._enter)
         method.register_forward_hook(self._leave)
 
-    def step(self, done: int, waited_s: float) -> list[Share] | None:
-        """Note a step; `done`: steps done with it. Every WINDOW_STEPS the shares of all ranks, one step late."""
-        self._steps, self._done = self._steps + 1, done
-        self._waited_s += waited_s
-        self._host.alive(done, "data")
-        answer = self._answer()
-        if self._steps % WINDOW_STEPS == 0:
-            self._ask()
-        return answer
+    def begin(self) -> None:
+        """A window begins; what was before is forgotten."""
+        self._began, self._waited_s = time.perf_counter(), 0.0
+        self._done = getattr(self, "_done", 0)
+        self._timer.reset()
 
-    def reset(self) -> None:
-        """Forget what was not a step: a rehearsal."""
-        self._begin()
+    def step(self, step: StepDone) -> None:
+        self._steps, self._done = self._steps + 1, step.done
+        self._waited_s += step.batch.waited_s
+        self._host.alive(step.done, "data")
+        self._full = self._steps % WINDOW_STEPS == 0
 
     def mine(self) -> Share:
         """This rank's own share in the window so far."""
         steps = max(1, (self._steps - 1) % WINDOW_STEPS + 1)
         return Share(self._timer.total_s() / steps, self._waited_s / steps, (time.perf_counter() - self._began) / steps)
 
-    def _begin(self) -> None:
-        self._began, self._waited_s = time.perf_counter(), 0.0
-        self._done = getattr(self, "_done", 0)
-        self._timer.reset()
-
     def _enter(self, *_: Any) -> None:
-        self._tell("forward", self._timer.start())
+        self._reached("forward", self._timer.start())
 
     def _leave(self, *_: Any) -> None:
-        self._tell("backward", self._timer.stop())
+        self._reached("backward", self._timer.stop())
 
-    def _tell(self, doing: Doing, event: torch.cuda.Event | None) -> None:
+    def _reached(self, doing: Doing, event: torch.cuda.Event | None) -> None:
         if event is None:
             self._host.alive(self._done, doing)
         else:
             self._host.launched(self._done, doing, event.query)
 
-    def _ask(self) -> None:
-        mine = self.mine()
-        self._begin()
+    def _tell(self) -> Share | None:
+        """Once in a window, for the exchange."""
+        if not self._full:
+            return None
+        mine, self._full = self.mine(), False
+        self.begin()
         log.info("step %d: %.3f s a step, of them %.3f s forward, %.3f s waiting for data", self._done,
                  mine.step_s, mine.forward_s, mine.waited_s)  # fmt: skip
-        if self._world.size > 1:
-            self._rows.ask_rows(torch.tensor(mine))
+        return None if self._alone else mine
 
-    def _answer(self) -> list[Share] | None:
-        rows = self._rows.answer()
-        if rows is None:
-            return None
-        shares = [Share(*row) for row in rows.tolist()]
+    def _hear(self, rows: list[list[float]]) -> None:
+        """The shares of all ranks: seconds per step by itself, and the part of the step that each waited for data."""
+        shares = [Share(*row) for row in rows]
+        if self._world.leads:
+            waits = [share.waited_s / share.step_s for share in shares]
+            line = {"step": self._done, "own_s": [share.own_s for share in shares], "wait_share": waits}
+            self._folder.append("ranks/pace.jsonl", json.dumps(line))
         self._judge(shares)
-        return shares
 
     def _judge(self, shares: Sequence[Share]) -> None:
         """Tell who has begun or ceased to lag, in two windows in a row: one slow moment is none."""
@@ -126,11 +128,11 @@ class Pace:
         for rank in sorted(certain - self._slow):
             own = shares[rank]
             usual = statistics.median(share.own_s for place, share in enumerate(shares) if place != rank)
-            self.say(f"straggler: rank {rank} on {self._places[rank]} needs {own.own_s:.3f} s a step by itself "
+            run_lines.info(f"straggler: rank {rank} on {self._places[rank]} needs {own.own_s:.3f} s a step by itself "
                       f"({own.forward_s:.3f} s forward, {own.waited_s:.3f} s waiting for data), "
                       f"the others {usual:.3f} s")  # fmt: skip
         for rank in sorted(self._slow - found):
-            self.say(f"rank {rank} on {self._places[rank]} keeps up again")
+            run_lines.info(f"rank {rank} on {self._places[rank]} keeps up again")
         self._slow, self._suspected = certain, found
 
 

@@ -4,15 +4,14 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from datapipe.stream.batch import Intake
 from training.core.devices import slow_precision
-from training.core.late_reduce import LateReduce
+from training.core.exchange import Exchange
 from training.core.precision import Precision
-from training.core.world import World
 
 WARM_UP = 2
 """Steps after a start, a restore or a score that say nothing of the time left: compilation, caches, the first data."""
@@ -35,27 +34,26 @@ class Spent(NamedTuple):
 
 
 class Tally:
-    """The same figures of every rank, a step late where there are several, so that nobody waits for them."""
+    """The same figures of every rank; of others as they were a step before, so that nobody waits for them."""
 
-    def __init__(self, world: World = World()) -> None:  # noqa: B008  (frozen)
-        self.world = world
-        self._waited_s = 0.0
-        self._rows = LateReduce(world)
+    def __init__(self, exchange: Exchange) -> None:
+        self._alone = exchange.alone
+        self._own = Spent(0.0, Intake())
         self.latest: list[Spent] = []
-        """What `of_all` gave last."""
+        """Rank by rank; nothing in the first step of several."""
+        exchange.add_rows(self._tell, self._hear)
 
-    def of_all(self, waited_s: float, intake: Intake) -> list[Spent]:
-        """Call once per step on every rank, `waited_s` in this step; rank by rank, nothing after the first step."""
-        self.latest = self._of_all(waited_s, intake)
-        return self.latest
+    def note(self, waited_s: float, intake: Intake) -> None:
+        """Once per step on every rank, `waited_s` in this step."""
+        self._own = Spent(self._own.waited_s + waited_s, intake)
+        if self._alone:
+            self.latest = [self._own]
 
-    def _of_all(self, waited_s: float, intake: Intake) -> list[Spent]:
-        self._waited_s += waited_s
-        if self.world.size == 1:
-            return [Spent(self._waited_s, intake)]
-        before = self._rows.answer()
-        self._rows.ask_rows(torch.tensor([self._waited_s, *intake], dtype=torch.float64))
-        return [] if before is None else [Spent(waited, Intake(*rest)) for waited, *rest in before.tolist()]
+    def _tell(self) -> list[float] | None:
+        return None if self._alone else [self._own.waited_s, *self._own.intake]
+
+    def _hear(self, rows: list[list[Any]]) -> None:
+        self.latest = [Spent(waited, Intake(*rest)) for waited, *rest in rows]
 
 
 class Rates(NamedTuple):

@@ -7,6 +7,7 @@ import pytest
 from datapipe.core.progress import duration
 from datapipe.stream.batch import Intake
 from tests.support.ranks import run_ranks
+from training.core.exchange import Exchange
 from training.core.world import World
 from training.trainer.monitoring import throughput
 from training.trainer.monitoring.throughput import Speed, Spent, Tally, bottleneck, in_words
@@ -69,15 +70,22 @@ def test_bottleneck__is_what_the_slowest_waits_for(wait: float, reading: float, 
 
 
 def test_tally__of_one_rank_is_its_own() -> None:
-    tally = Tally()
-    tally.of_all(0.25, Intake(fetched=3))
-    assert tally.of_all(0.5, Intake(fetched=7)) == [Spent(0.75, Intake(fetched=7))]
+    tally = Tally(Exchange(World()))
+    tally.note(0.25, Intake(fetched=3))
+    tally.note(0.5, Intake(fetched=7))
+    assert tally.latest == [Spent(0.75, Intake(fetched=7))]
 
 
 def _told(world: World) -> list[list[Spent]]:
-    tally = Tally(world)
+    exchange, found = Exchange(world), list[list[Spent]]()
+    tally = Tally(exchange)
     steps = ((0.5 * world.rank, Intake(fetched=1 + world.rank)), (1.0, Intake(fetched=5, making_s=0.5)), (0, Intake()))
-    return [tally.of_all(*step) for step in steps]
+    for step in steps:
+        exchange.hear()
+        tally.note(*step)
+        found.append(tally.latest)
+        exchange.tell()
+    return found
 
 
 @pytest.mark.slow

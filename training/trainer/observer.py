@@ -1,0 +1,50 @@
+"""Who follows a run step by step: what an observer is told, and when."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from datapipe.stream.batch import Batch
+from training.checkpoint import Saved
+from training.engine.param_groups import StepSettings
+from training.engine.stepper import Result
+from training.methods.base import Progress
+from training.trainer.monitoring.throughput import Spent
+
+
+class StepDone(NamedTuple):
+    """A step that counted."""
+
+    progress: Progress
+    """Before it."""
+    settings: StepSettings
+    batch: Batch
+    result: Result
+    spent: Sequence[Spent]
+    """What each rank's steps took so far; empty until the others have told."""
+
+    @property
+    def done(self) -> int:
+        """Steps done with it."""
+        return self.progress.step + 1
+
+
+class Observer:
+    """Does nothing. All are made in one place (`observers.py`), and those of every rank are called on every rank."""
+
+    def begin(self) -> None:
+        """The rehearsal is over; steps come now."""
+
+    def step(self, step: StepDone) -> None:
+        """A step is done."""
+
+    def paused(self) -> None:
+        """The loop stood still for a save."""
+
+    def saved(self, checkpoint: Saved) -> None:
+        """A checkpoint exists."""
+
+    def began_anew(self) -> None:
+        """The next step is a first one again: after scores, or from an earlier checkpoint."""
+
+    def close(self) -> None:
+        """The run is over, and ended well."""

@@ -79,7 +79,8 @@ RAY = "import sys; print('ray.train' in sys.modules); import ray; print(ray._pri
 @pytest.mark.parametrize(("changes", "expected"), [
     ({}, ["True", "info"]), ({"RAY_TMPDIR": "/elsewhere"}, ["True", "info"]),
     ({"RAY_JOB_ID": "01000000"}, ["False", "info"]), ({"RAY_AUTH_MODE": "token"}, ["False", "info"]),
-    ({"RAY_LOGGER_LEVEL": "debug"}, ["False", "debug"]), ({"HOME": "/elsewhere"}, ["False", "info"]),
+    ({"RAY_LOGGER_LEVEL": "debug"}, ["False", "debug"]), ({"LANG": "C"}, ["False", "info"]),
+    ({"HOME": "/elsewhere", "RAY_ADDRESS": "127.0.0.1:1"}, ["True", "info"]),
 ])  # fmt: skip
 def test_python__has_ray_unless_ray_would_be_imported_otherwise(changes: dict[str, str], expected: list[str]) -> None:
     notes = Path(python()).parent / (".socket" + READ_BY_RAY)

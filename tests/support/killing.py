@@ -12,8 +12,10 @@ from typing import Any
 from tests.conftest import S3Server
 from tests.support.forked import call, forkserver
 
-MOMENTS, LEAST = 20, 15
-"""Trials, and how many of them must fall between the first byte written and the end."""
+MOMENTS, FEW = 20, 8
+"""Trials; on a slow store, where the same code has been killed on a disk."""
+LEAST = 0.75
+"""Share of them that must fall between the first byte written and the end."""
 TRIES = 4
 """For a moment at which the job happened to be through already: other work makes a shared machine faster or slower."""
 TIMEOUT_S = 300.0
@@ -36,20 +38,20 @@ class Job:
     """Whether the last one is: there is a manifest."""
 
 
-def kill_evenly(make: Callable[[str], Job]) -> int:
-    """Run `make(name)` undisturbed, then killed at MOMENTS moments and each time finished by a second run.
+def kill_evenly(make: Callable[[str], Job], moments: int = MOMENTS) -> int:
+    """Run `make(name)` undisturbed, then killed at so many moments and each time finished by a second run.
 
     The moments divide the time between an undisturbed run's first byte and its end. Fails where a killed run leaves
     something else under a final name than the undisturbed one writes there, where the second run ends otherwise than
-    that, or where fewer than LEAST trials hit. Returns how many did.
+    that, or where fewer than LEAST of the trials hit. Returns how many did.
     """
     context = forkserver()
     undisturbed = make("undisturbed")
     duration = _duration(context, undisturbed)
     wanted = undisturbed.objects()
     hits = 0
-    for moment in range(MOMENTS):
-        share = (moment + 0.5) / MOMENTS
+    for moment in range(moments):
+        share = (moment + 0.5) / moments
         for attempt in range(TRIES):
             job = make(f"moment-{moment}-{attempt}")
             hit, passed = _kill(context, job, share * duration)
@@ -61,7 +63,7 @@ def kill_evenly(make: Callable[[str], Job]) -> int:
                 break
             duration = min(duration, passed)
         hits += hit
-    assert hits >= LEAST, f"{hits} of {MOMENTS} kills hit between the first byte and the end"
+    assert hits >= LEAST * moments, f"{hits} of {moments} kills hit between the first byte and the end"
     return hits
 
 

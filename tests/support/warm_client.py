@@ -26,11 +26,13 @@ WITH_RAY, READ_BY_RAY = ".ray", ".read_by_ray"
 that Ray has read meanwhile."""
 AS_UNSET = {("RAY_CLIENT_MODE", "0"), ("RAY_DEDUP_LOGS", "1")}
 """Values that a process has by itself, once Ray has been imported or is about to be."""
-OF_THE_TERMINAL = {"COLUMNS", "LINES"}
-"""Variables that pytest sets in some of its processes."""
+NO_MATTER = {"COLUMNS", "LINES", "HOME", "XDG_CACHE_HOME"}
+"""Variables that Ray and what it imports read, and nothing hangs on: pytest sets the first two in some processes; the
+others say where matplotlib keeps fonts, and where Ray Train puts results unless it is told."""
 READ_LATER = (
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_CHDIR_TO_TRIAL_DIR", "RAY_LD_PRELOAD_ON_WORKERS", "RAY_NODE_ID",
-    "RAY_RAYLET_PID", "RAY_TMPDIR", "RAY_TRAIN_", "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_CHDIR_TO_TRIAL_DIR",
+    "RAY_LD_PRELOAD_ON_WORKERS", "RAY_NODE_ID", "RAY_RAYLET_PID", "RAY_TMPDIR", "RAY_TRAIN_",
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC",
 )  # fmt: skip
 """Beginnings of the names of Ray's variables that are not among the settings which its library reads when it is
 loaded. A worker's own, RAY_JOB_ID, is; RAY_RAYLET_PID is, too, but only a worker obeys it."""
@@ -85,7 +87,7 @@ def _ray_as_served(address: str, served: "dict[str, str]", words: "list[str]") -
     own = {name: value for name, value in os.environ.items() if (name, value) not in AS_UNSET}
     if words[0].endswith(LAUNCHER):
         own.pop("RAY_JOB_ID", None)
-    names = [name for name in names if name not in OF_THE_TERMINAL]
+    names = [name for name in names if name not in NO_MATTER]
     names += [name for name in (*own, *served) if name.startswith("RAY_") and not name.startswith(READ_LATER)]
     return all(own.get(name, "") == served.get(name, "") for name in names)
 

@@ -10,7 +10,7 @@ from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.ingest import scan, work_units
 from datapipe.ingest.pipeline import ingest
 from tests.conftest import CREDENTIALS, S3Server
-from tests.support.killing import Job, kill_evenly, local_objects, s3_objects
+from tests.support.killing import FEW, Job, kill_evenly, local_objects, s3_objects
 
 WriteCrops = Callable[..., dict[str, bytes]]
 FIRST = "manifest-v0001.json"
@@ -69,4 +69,4 @@ def test_ingest__killed_on_s3_ends_with_the_same_bytes(sources: list[str], tmp_p
             lambda: keys(f"{out}/{FIRST}"),
         )
 
-    kill_evenly(make)
+    kill_evenly(make, FEW)

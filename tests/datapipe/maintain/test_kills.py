@@ -13,7 +13,7 @@ from datapipe.maintain.remove import remove
 from datapipe.maintain.reshard import reshard
 from datapipe.maintain.select import select
 from tests.conftest import S3Server
-from tests.support.killing import Job, kill_evenly, local_objects, s3_objects
+from tests.support.killing import FEW, Job, kill_evenly, local_objects, s3_objects
 
 FIRST = "manifest-v0001.json"
 RESHARD = ReshardConfig(samples_per_shard=5, workers=1)
@@ -73,7 +73,7 @@ def test_reshard__killed_on_s3_ends_with_the_same_bytes(folder: Path, tmp_path: 
             lambda: keys(f"{name}/{FIRST}"),
         )
 
-    kill_evenly(make)
+    kill_evenly(make, FEW)
 
 
 def without_what_is_to_go(found: Objects, before: Objects) -> Objects:
@@ -129,4 +129,4 @@ def test_remove__killed_on_s3_ends_with_the_same_bytes(folder: Path, s3: S3Serve
             lambda: len(found := names(name)) == 1 and not found[0].startswith("begun-"),
         )
 
-    kill_evenly(make)
+    kill_evenly(make, FEW)

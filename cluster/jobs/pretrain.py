@@ -39,7 +39,7 @@ def run(config: RunConfig, *, address: str = LOCAL, lease: Lease | None = None) 
 
 def _run(config: RunConfig, address: str, lease: Lease) -> int:
     print(f"reads the data set {' + '.join(config.stream.mix) or config.stream.manifest}", flush=True)
-    plan = check(config)
+    plan = check(config, config.cluster.max_workers)
     machine = config.cluster
     workers = f"{machine.least_workers} to {machine.max_workers}" if is_elastic(config) else str(machine.max_workers)
     print(f"pretrain: {config.method.name}, {plan.data.rows:,} crops, {plan.clock.total_steps:,} steps, "

@@ -10,7 +10,7 @@ from datapipe.core.config import ViewConfig
 from datapipe.core.errors import ConfigError
 from tests.end_to_end import tiny
 from training import methods
-from training.config.batch_split import portion
+from training.config.batch_split import split
 from training.config.recipe_toml import load
 from training.config.run_config import RunConfig
 from training.core.host import LocalHost
@@ -83,7 +83,7 @@ def test_recipe__starts_with_any_number_of_workers(path: Path) -> None:
     config = load(path)
     couples = config.method.name == "supervised" or memory.census(config).couples
     for workers in range(1, config.cluster.max_workers + 1):
-        share = portion(config.optimisation.batch, config.optimisation.micro_batch, workers)
+        share = split(config.optimisation, workers)
         refuse_split(config, share, couples=couples)
         assert share.rows * workers >= config.optimisation.batch
         assert not couples or share.rows == share.micro

@@ -19,7 +19,7 @@ from tests.training.reid.people import market
 from training.__main__ import main
 from training.config.recipe_toml import load
 from training.config.run_config import RunConfig
-from training.config.run_plan import labels_of, order_of, resolved
+from training.config.run_plan import plan_run
 from training.core.host import LocalHost
 from training.core.world import World
 from training.engine.clock import Clock
@@ -226,13 +226,12 @@ def test_recipe__runs(recipe: str, data: str, tmp_path: Path) -> None:
 
 def test_label_fraction__keeps_whole_identities(data: str, tmp_path: Path) -> None:
     config = fine_tuning(data, tmp_path / "run", "--method.label-fraction", "0.5")
-    used = load_data(config.stream, config.storage)
-    ready = resolved(config, used)
-    assert ready.method.classes == 3 and ready.samples_per_epoch == 3 * 4
-    stream = used.stream(config.storage, config.stream)
-    labels = labels_of(ready, stream.pid)
-    samples = order_of(ready, used, stream).samples(np.arange(96))
-    assert set(labels[samples].tolist()) == {0, 1, 2} and len(set(stream.pid[samples].tolist())) == 3
+    plan = plan_run(config, load_data(config.stream, config.storage), 1)
+    assert plan.config.method.classes == 3 and plan.config.samples_per_epoch == 3 * 4
+    assert plan.identities is not None
+    samples = plan.order().samples(np.arange(96))
+    pids = plan.data.stream(config.storage, config.stream).pid[samples]
+    assert set(plan.identities.labels[samples].tolist()) == {0, 1, 2} and len(set(pids.tolist())) == 3
 
 
 @pytest.mark.slow

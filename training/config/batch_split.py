@@ -3,6 +3,8 @@
 import math
 from typing import NamedTuple
 
+from training.engine.settings import OptimisationConfig
+
 
 class Portion(NamedTuple):
     """One rank's share of a global batch."""
@@ -20,3 +22,8 @@ def portion(batch: int, micro_batch: int, world: int) -> Portion:
     pieces = math.ceil(share / micro_batch) if micro_batch else 1
     micro = math.ceil(share / pieces)
     return Portion(micro * pieces, micro)
+
+
+def split(optimisation: OptimisationConfig, ranks: int) -> Portion:
+    """The part of one of so many ranks, by the recipe."""
+    return portion(optimisation.batch, optimisation.micro_batch, ranks)

@@ -1,8 +1,8 @@
 """A recipe on a data set: all that follows from the two, worked out once and passed on."""
 
 from contextlib import closing
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from datapipe.sampling.epoch_order import SampleOrder
 from datapipe.sampling.identity_sampler import IdentityOrder, numbered
 from datapipe.views.spec import ViewSpec
 from training import methods
-from training.config.batch_split import Portion, portion
+from training.config.batch_split import Portion, split
 from training.config.build import view_spec
 from training.config.run_config import RunConfig
 from training.core.world import World
@@ -22,9 +22,16 @@ from training.methods.base import ByIdentity
 
 if TYPE_CHECKING:
     from datapipe.stream.loader import Loader
-    from datapipe.stream.mixed_stream import MixedStream
-    from datapipe.stream.stream import Stream
     from datapipe.stream.training_data import Data
+
+
+class Identities(NamedTuple):
+    """Data whose batches are made up of identities, for a method that learns from them."""
+
+    labels: Ints
+    """[rows of the data set] numbered from 0; -1: takes no part."""
+    order: IdentityOrder
+    """Which sample comes when."""
 
 
 @dataclass(frozen=True)
@@ -32,21 +39,30 @@ class RunPlan:
     """What a run is, whatever it runs on. Equal on all ranks."""
 
     config: RunConfig
-    """With what only the data tells (see `resolved`)."""
+    """With what only the data tells: how many identities there are, and how long an epoch is."""
     data: "Data"
     clock: Clock
     spec: ViewSpec
     """What the loader makes for the method."""
+    split: Portion
+    """One rank's part of a global batch."""
+    identities: Identities | None = field(default=None, compare=False)
+    """None: batches are not made up of them."""
 
-    def share(self, ranks: int) -> Portion:
-        """One rank's part of a global batch, of so many ranks."""
-        return portion(self.config.optimisation.batch, self.config.optimisation.micro_batch, ranks)
+    def order(self) -> SampleOrder:
+        """Which sample comes when."""
+        return self.identities.order if self.identities else self.data.order(self.config.seed, self.config.stream)
 
 
-def plan_run(config: RunConfig, data: "Data") -> RunPlan:
-    """Raises ConfigError or DataError where recipe and data do not go together."""
-    config = resolved(config, data)
-    return RunPlan(config, data, clock_of(config, data.rows), view_spec(config))
+def plan_run(config: RunConfig, data: "Data", ranks: int) -> RunPlan:
+    """All that follows from a recipe, its data and so many ranks. Raises ConfigError or DataError where they do not go
+    together."""
+    identities = None
+    if (sampling := sampling_of(config)) is not None:
+        identities = _identities(config, data, sampling)
+        config = _for_identities(config, sampling, identities.labels)
+    clock = clock_of(config, data.rows)
+    return RunPlan(config, data, clock, view_spec(config), split(config.optimisation, ranks), identities)
 
 
 def clock_of(config: RunConfig, rows: int) -> Clock:
@@ -67,36 +83,19 @@ def make_loader(plan: RunPlan, world: World) -> "Loader":
     stream = plan.data.stream(config.storage, config.stream)
     return Loader(
         stream,
-        order_of(config, plan.data, stream),
+        plan.order(),
         plan.spec,
         seed=config.seed,
         global_batch=config.optimisation.batch,
         rank=world.rank,
         world=world.size,
-        micro_batch=plan.share(world.size).micro,
+        micro_batch=plan.split.micro,
         config=config.stream,
         allocate=_pinned if world.device.type == "cuda" else np.empty,
         ranks_here=world.local_size,
         nodes=world.nodes() if config.stream.assignment == "node" else (),
-        labels=labels_of(config, stream.pid),
+        labels=plan.identities.labels if plan.identities else stream.pid,
     )
-
-
-def order_of(config: RunConfig, data: "Data", stream: "Stream | MixedStream") -> SampleOrder:
-    """Which sample comes when. Raises DataError where there are too few identities for a batch of them."""
-    sampling = sampling_of(config)
-    if sampling is None:
-        return data.order(config.seed, config.stream)
-    identities = config.optimisation.batch // sampling.instances
-    labels = labels_of(config, stream.pid)
-    return IdentityOrder(labels, seed=config.seed, identities=identities, instances=sampling.instances)
-
-
-def labels_of(config: RunConfig, pids: Ints) -> Ints:
-    """Every row's label as the method gets it: what the index says, or numbers from 0 where batches are made up of
-    identities, -1 for those that take no part."""
-    sampling = sampling_of(config)
-    return pids if sampling is None else numbered(pids, fraction=sampling.fraction, seed=config.seed)
 
 
 def sampling_of(config: RunConfig) -> ByIdentity | None:
@@ -110,20 +109,22 @@ def sampling_of(config: RunConfig) -> ByIdentity | None:
     return sampling
 
 
-def resolved(config: RunConfig, data: "Data") -> RunConfig:
-    """The recipe with what only the data tells: for methods that learn from identities how many there are, and how
-    long an epoch is, as the reference's sampler has it (TransReID `datasets/sampler.py`).
+def _identities(config: RunConfig, data: "Data", sampling: ByIdentity) -> Identities:
+    """Raises DataError where there are too few for a batch."""
+    with closing(data.stream(config.storage, config.stream)) as stream:
+        labels = numbered(stream.pid, fraction=sampling.fraction, seed=config.seed)
+    count = config.optimisation.batch // sampling.instances
+    return Identities(labels, IdentityOrder(labels, seed=config.seed, identities=count, instances=sampling.instances))
+
+
+def _for_identities(config: RunConfig, sampling: ByIdentity, labels: Ints) -> RunConfig:
+    """The recipe with how many identities there are, and how long an epoch is, as the reference's sampler has it
+    (TransReID `datasets/sampler.py`):
 
         epoch = sum over identities of max(K, images - images mod K)
 
-    Raises ConfigError where the recipe says otherwise, DataError where there are too few identities for a batch.
+    Raises ConfigError where the recipe says otherwise.
     """
-    sampling = sampling_of(config)
-    if sampling is None:
-        return config
-    with closing(data.stream(config.storage, config.stream)) as stream:
-        labels = labels_of(config, stream.pid)
-        order_of(config, data, stream)  # refuses too few identities
     images = np.bincount(labels[labels >= 0])
     method = methods.of(config.method).for_identities(config.method, len(images))
     epoch = int(np.maximum(sampling.instances, images - images % sampling.instances).sum())

@@ -12,14 +12,15 @@ from training.core.run_folder.run_folder import RunFolder
 from training.weights.initialise import refuse_missing
 
 
-def check(config: RunConfig) -> RunPlan:
-    """Everything that can be refused before processes start: settings, data, an older run in the same folder.
+def check(config: RunConfig, ranks: int) -> RunPlan:
+    """Everything that can be refused before processes start: settings, data, an older run in the same folder. `ranks`:
+    of the run, the most that it may have where that changes.
 
     Returns what it is otherwise. Raises ConfigError, DataError or StorageError.
     """
     from datapipe.stream.training_data import load_data
 
-    plan = plan_run(config, load_data(config.stream, config.storage))
+    plan = plan_run(config, load_data(config.stream, config.storage), ranks)
     config = plan.config
     if config.init.weights:
         refuse_missing(config.init, config.storage)

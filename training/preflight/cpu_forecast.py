@@ -12,7 +12,7 @@ from torch import nn
 
 from datapipe.core.errors import ConfigError
 from datapipe.core.resource_limits import memory_left
-from training.config.batch_split import portion
+from training.config.batch_split import split
 from training.config.build import build_method, workload
 from training.config.run_config import RunConfig
 from training.core.world import World
@@ -72,7 +72,7 @@ def _refuse(config: RunConfig, ranks: int, need: int, workers: int, there: int, 
     if workers * need <= there:
         return
     each = f"{workers} workers need {need / GB:.1f} GB each" if workers > 1 else f"the run needs {need / GB:.1f} GB"
-    share = portion(config.optimisation.batch, config.optimisation.micro_batch, ranks)
+    share = split(config.optimisation, ranks)
     fitting = _fitting(config, ranks, share.micro, there // workers)
     smaller = f"--optimisation.micro-batch {fitting} would fit" if fitting else "no micro-batch is small enough"
     raise ConfigError(
@@ -94,7 +94,7 @@ def _fitting(config: RunConfig, ranks: int, micro: int, there: int) -> int:
 
 def needed(config: RunConfig, ranks: int) -> int:
     """Bytes that one of so many ranks on CPUs takes at the very least: no library, loader or cache is among them."""
-    share = portion(config.optimisation.batch, config.optimisation.micro_batch, ranks)
+    share = split(config.optimisation, ranks)
     if workload(config, share.micro).complete:
         return memory.calculate(config, memory.census(config), world=ranks, cuda=False).peak
     kept = activation_memory.saved(config, share.micro, activation_memory.numerics(config, cuda=False))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from training.config.batch_split import portion
+from training.config.batch_split import split
 from training.config.build import build_method, deepspeed_json, view_spec, workload
 from training.config.run_config import RunConfig
 from training.core.world import World
@@ -153,7 +153,7 @@ class Memory(NamedTuple):
 def calculate(config: RunConfig, sizes: Census, *, world: int, cuda: bool) -> Memory:
     """The memory of one of `world` ranks, after the first step. `cuda`: with the kernels and AdamW of a GPU."""
     how = activation_memory.numerics(config, cuda=cuda)
-    share = portion(config.optimisation.batch, config.optimisation.micro_batch, world)
+    share = split(config.optimisation, world)
     held = _Held(config, sizes, world, cuda)
     state = held.state() | {"batch": batch_bytes(config, share.micro)}
     kept = activation_memory.saved(config, share.micro, how) | {"lowered weights": lowered_copies(config, sizes, how)}
@@ -306,6 +306,6 @@ class _Held(NamedTuple):
         return max(adam, norms)
 
     def _zero(self) -> dict[str, Any]:
-        share = portion(self.config.optimisation.batch, self.config.optimisation.micro_batch, self.world)
+        share = split(self.config.optimisation, self.world)
         found: dict[str, Any] = deepspeed_json(self.config, World(size=self.world), share)["zero_optimization"]
         return found

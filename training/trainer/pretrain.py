@@ -76,7 +76,7 @@ def pretrain(
     ):
         _use_threads(config, world)
         run_lines.info(f"reads the data set {' + '.join(config.stream.mix) or config.stream.manifest}")
-        plan = check(config) if world.leads else plan_run(config, load_data(config.stream, config.storage))
+        plan = _plan(config, world)
         if reason == "started":  # later on memory of workers that were ended may not be free yet
             cpu_forecast.refuse_want_of_memory(config, world, place=host.place())
         folder = RunFolder(config.out, config.storage, guard)
@@ -84,6 +84,13 @@ def pretrain(
             refuse_slower(config, folder, world)
         with rank_log(folder, world, host):
             return _pretrain(plan, folder, world, host, reason, startup)
+
+
+def _plan(config: RunConfig, world: World) -> RunPlan:
+    """One rank refuses what can be refused; the others only read the data set."""
+    if world.leads:
+        return check(config, world.size)
+    return plan_run(config, load_data(config.stream, config.storage), world.size)
 
 
 @contextlib.contextmanager
@@ -123,7 +130,7 @@ def refuse_slower(config: RunConfig, folder: RunFolder, world: World) -> None:
 
 
 def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason: str, startup: Startup) -> Ending:
-    config, clock, share = plan.config, plan.clock, plan.share(world.size)
+    config, clock, share = plan.config, plan.clock, plan.split
     if world.leads and reason == "started" and (warning := cpu_forecast.warning(config, clock, world)):
         run_lines.info(warning)
     run_lines.info(f"builds {config.method.name} with {config.backbone.arch}" + (

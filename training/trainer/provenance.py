@@ -20,7 +20,7 @@ from training import methods
 from training.config import recipe_toml as recipes
 from training.config.build import deepspeed_json, training_views
 from training.config.run_config import RunConfig
-from training.config.run_plan import RunPlan, order_of
+from training.config.run_plan import RunPlan
 from training.core.run_folder.run_folder import RunFolder, as_json
 from training.core.world import World
 from training.trainer.determinism import guarantee
@@ -47,7 +47,7 @@ def describe(plan: RunPlan, folder: RunFolder, world: World) -> None:
     folder.write_soon("command.txt", shlex.join(resume_command(config)) + "\n")
     folder.write_soon("config.toml", recipes.to_toml(config))
     if config.engine.stepper == "deepspeed":
-        folder.write_soon("deepspeed.json", as_json(deepspeed_json(config, world, plan.share(world.size))))
+        folder.write_soon("deepspeed.json", as_json(deepspeed_json(config, world, plan.split)))
     where = environment(plan.data, world) | {"guarantee": guarantee(config, world)}
     where["versions"] |= methods.package_of(config.method.name)
     folder.write_soon("environment.json", as_json(where))
@@ -61,9 +61,8 @@ def first_views(plan: RunPlan, *, count: int) -> dict[str, np.ndarray]:
     positions = np.arange(count, dtype=np.int64)
     config, spec = plan.config, plan.spec
     stream = plan.data.stream(config.storage, config.stream)
-    order = order_of(config, plan.data, stream)
     out = {group.name: np.zeros(spec.shape(group, count), np.uint8) for group in spec.groups}
-    make_views(stream.fetch(order.samples(positions)).data, spec, config.seed, positions, out)
+    make_views(stream.fetch(plan.order().samples(positions)).data, spec, config.seed, positions, out)
     hide(out, spec, config.seed, positions)
     stream.close()
     return out

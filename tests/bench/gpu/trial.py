@@ -11,7 +11,7 @@ import torch
 from datapipe.storage import Store
 from datapipe.stream.batch import Batch, Intake
 from training.checkpoint import Checkpoints
-from training.config.batch_split import portion
+from training.config.batch_split import split
 from training.config.build import fake_batch, make_stepper, view_spec
 from training.config.run_config import RunConfig
 from training.config.run_plan import clock_of
@@ -50,7 +50,7 @@ class Noise:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.intake = Intake()
         self._config, self._pinned = config, device.type == "cuda"
-        self._share = portion(config.optimisation.batch, config.optimisation.micro_batch, 1)
+        self._share = split(config.optimisation, 1)
         self._made: Callable[[int], Batch] = lru_cache(maxsize=DISTINCT)(self._make)
 
     def after(self, position: int, until: int) -> Iterator[Batch]:
@@ -93,7 +93,7 @@ class Trial(Observer):
         self.batch, self.position = optimisation.batch, 0
         self.method = copy.deepcopy(initial).to(device)
         self.method.precision = precision
-        share = portion(optimisation.batch, optimisation.micro_batch, 1)
+        share = split(optimisation, 1)
         checkpoints = None if store is None else Checkpoints(
             store, config.checkpoints, world, about=_about(config)
         )  # fmt: skip

@@ -53,7 +53,7 @@ def work(settings: dict[str, Any]) -> None:
         raise
     finally:
         word = host.close()
-    if world.leads:
+    if world.is_leader:
         ray.get(board.end.remote(ending.step, ending.complete))
     if not ending.complete and word != "stop":
         raise Leaving(f"saved after step {ending.step}")

@@ -128,7 +128,7 @@ class RayHost:
         return self._word != "go" or _terminated.is_set()
 
     def saved(self, step: int) -> None:
-        if self._world.leads:
+        if self._world.is_leader:
             self._board.saved.remote(step)
 
     def say(self, line: str) -> None:

@@ -292,7 +292,7 @@ def run_trajectory(
 def model_state(stepper: Stepper, world: World) -> dict[str, Tensor]:
     """Parameters and buffers, put together from what the ranks hold."""
     found: dict[str, Tensor] = {}
-    for pieces in world.gather([(*piece[:3], piece.values.cpu().clone()) for piece in stepper.pieces({})]):
+    for pieces in world.all_gather([(*piece[:3], piece.values.cpu().clone()) for piece in stepper.pieces({})]):
         for key, shape, start, values in pieces:
             whole = found.setdefault(key.removeprefix("model/"), torch.empty(shape, dtype=values.dtype))
             whole.view(-1)[start : start + len(values)] = values

@@ -108,7 +108,7 @@ class Checkpoints:
         self.store, self.config, self.world = store, config, world
         self.about, self.replaces, self.epoch_steps = dict(about), replaces, epoch_steps
         self.guard, self._heads, self._noted = guard, dict[str, Head](), False
-        attempt = world.tell(secrets.token_hex(4))
+        attempt = world.broadcast(secrets.token_hex(4))
         self._attempt = f"t{guard.term}-{attempt}" if guard.term else attempt
         self._snapshots = Snapshots(world.device)
         self._flight: _Flight | None = None
@@ -161,7 +161,7 @@ class Checkpoints:
         """What this rank tells with this step."""
         flight = self._flight
         late = time.monotonic() - self._began > 60 * self.config.every_minutes > 0
-        due = float(self.world.leads and flight is None and late)
+        due = float(self.world.is_leader and flight is None and late)
         if flight is None or not flight.task.done:
             return Report(due=due)
         failed = bool(flight.task.failure)
@@ -177,7 +177,7 @@ class Checkpoints:
             self._give_up(flight)
         elif not flight.parts_written:
             flight.parts_written = True
-            if self.world.leads:
+            if self.world.is_leader:
                 flight.task = async_save.Task(lambda: self._complete(flight))
         else:
             self._flight, self._failures = None, 0
@@ -190,7 +190,7 @@ class Checkpoints:
         while (flight := self._flight) is not None:
             flight.task.join()
             self.world.meet()  # the leading rank writes the marker and deletes old checkpoints alone
-            told = self.world.gather(self.report())
+            told = self.world.all_gather(self.report())
             flight.stood_s += time.monotonic() - began
             began = time.monotonic()
             self.hear(Report(*map(sum, zip(*told, strict=True))))
@@ -217,7 +217,7 @@ class Checkpoints:
 
     def _give_up(self, flight: _Flight) -> None:
         """The save failed somewhere: say why, take its files back, go on without. The checkpoints before stay."""
-        why = async_save.unlike(self.world.gather(flight.task.failure))
+        why = async_save.unlike(self.world.all_gather(flight.task.failure))
         if self.guard.lost:
             raise self.guard.lost
         self._flight = None
@@ -253,14 +253,14 @@ class Checkpoints:
 
     def _note_beginning(self, chosen: tuple[str, Marker] | None) -> None:
         """Once for each term: what the terms before save from now on is no part of the run."""
-        if self.world.leads and self.guard.term and not self._noted:
+        if self.world.is_leader and self.guard.term and not self._noted:
             self.guard.confirm()
             lineage.begin(self.store, self.guard.term, chosen[1].step if chosen else 0)
             self._noted = True
 
     def _newest_good(self) -> tuple[str, Marker] | None:
         """The newest that verifies, each rank having read its share of the files; all pass over a damaged one."""
-        names = self._together(lambda: complete(self.store, run_lines.info) if self.world.leads else [])[0]
+        names = self._together(lambda: complete(self.store, run_lines.info) if self.world.is_leader else [])[0]
         for name in reversed(names):
             found: list[Marker] = []
             damage = self._together(lambda name=name, found=found: self._damage(name, found))  # type: ignore[misc]
@@ -296,7 +296,7 @@ class Checkpoints:
         except (DataError, StorageError, LeaseError) as error:
             mine = error
         self.world.meet()
-        results = self.world.gather(mine)
+        results = self.world.all_gather(mine)
         for result in results:
             if isinstance(result, Exception):
                 raise result

@@ -34,17 +34,17 @@ class World:
     device: torch.device = torch.device("cpu")
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """True on the one rank that writes what exists once."""
         return self.rank == 0
 
-    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place. The order of additions is fixed for a given size (gloo and NCCL rings)."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def tell(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's picklable value on every rank."""
         if self.size == 1:
             return value
@@ -52,7 +52,7 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
         return box[0]
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """The picklable values of all ranks, on every rank."""
         if self.size == 1:
             return [value]
@@ -62,7 +62,7 @@ class World:
 
     def nodes(self) -> tuple[int, ...]:
         """The number of each rank's machine, from 0; all ranks ask together. Ranks of a machine are neighbours."""
-        firsts = self.gather(self.rank - self.local_rank)
+        firsts = self.all_gather(self.rank - self.local_rank)
         return tuple(sorted(set(firsts)).index(first) for first in firsts)
 
     def expect_within(self, seconds: float) -> None:

@@ -173,7 +173,7 @@ class DeepSpeedStepper(Stepper):
         squares = torch.zeros(len(self.names), dtype=torch.float64, device=self.world.device)
         for name, fragment in self._layout.gradients():
             squares[index[name]] = fragment.to(torch.float64).square().sum()
-        return (squares if self._whole_gradients else self.world.add(squares)).sqrt()
+        return (squares if self._whole_gradients else self.world.all_reduce(squares)).sqrt()
 
     def _multiply(self, factors: Mapping[str, float]) -> None:
         for name, fragment in self._layout.gradients():

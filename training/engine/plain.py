@@ -35,7 +35,7 @@ class PlainStepper(Stepper):
         if self.world.size == 1:
             return
         gradients = [self._gradient(value) for value in self.parameters.values()]
-        flat = self.world.add(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+        flat = self.world.all_reduce(torch.cat([gradient.reshape(-1) for gradient in gradients]))
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 

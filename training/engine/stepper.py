@@ -179,7 +179,7 @@ class Stepper(ABC):
     def _gather(self) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
         """Everything collected since the last step, summed over ranks by one all-reduce."""
         dtype = self._totals["loss"].dtype
-        flat = self.world.add(torch.cat([value.reshape(-1).to(dtype) for value in self._totals.values()]))
+        flat = self.world.all_reduce(torch.cat([value.reshape(-1).to(dtype) for value in self._totals.values()]))
         parts = flat.split([value.numel() for value in self._totals.values()])
         whole = {
             name: part.reshape(value.shape) for (name, value), part in zip(self._totals.items(), parts, strict=True)

@@ -58,7 +58,7 @@ def refuse_want_of_memory(config: RunConfig, world: World, *, place: str) -> Non
     calculated for them. All ranks ask together; `place`: this rank's machine, in words."""
     if world.device.type == "cpu":
         need = needed(config, world.size)
-        for where, workers, there in world.gather((place, world.local_size, available_memory())):
+        for where, workers, there in world.all_gather((place, world.local_size, available_memory())):
             _refuse(config, world.size, need, workers, there, where)
 
 

@@ -35,7 +35,7 @@ class DatasetRenewal(Observer):
         self.data = replace(self.data, sets=sets)
         self.checkpoints.about["manifest"] = self.data.id
         self.checkpoints.replaces = self.data.replaces
-        if not self.world.leads:
+        if not self.world.is_leader:
             return
         now = environment(self.data, self.world)
         before = json.loads(self.folder.read_text("environment.json") or "{}")

@@ -53,7 +53,7 @@ class Milestones:
             return
         step = position // self.clock.batch
         with _alive(self.host, step):
-            if self.world.leads:
+            if self.world.is_leader:
                 self._score(Weights(checkpoint.name_of(step), step, position))
             self.world.meet()  # scoring may take longer than any collective may
 

@@ -35,7 +35,7 @@ class Faults:
 
     def __init__(self, folder: RunFolder, world: World) -> None:
         self.folder, self.world = folder, world
-        lines = world.tell((folder.read_text(RECORD) or "").splitlines() if world.leads else None)
+        lines = world.broadcast((folder.read_text(RECORD) or "").splitlines() if world.is_leader else None)
         records = [json.loads(line) for line in lines]
         self._failed = {record["step"] for record in records}
         self._skipped = {record["step"] for record in records if record["action"] == "skipped"}
@@ -71,7 +71,7 @@ class Faults:
         self.folder.write(f"faults/step_{step:07d}_rank_{self.world.rank:02d}.npz", buffer.getvalue())
 
     def _note(self, step: int, action: str, what: str) -> None:
-        if self.world.leads:
+        if self.world.is_leader:
             self.folder.append(RECORD, json.dumps({"step": step, "action": action, "what": what}))
             self.folder.flush()
 

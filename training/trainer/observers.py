@@ -32,7 +32,7 @@ def make_observers(
     about: Mapping[str, Any],
 ) -> list[Observer]:
     """Those of this rank. `about`: what the record of the attempt begins with."""
-    followers: list[Observer] = [Recorder(folder, about=about)] if world.leads else []
+    followers: list[Observer] = [Recorder(folder, about=about)] if world.is_leader else []
     followers += [Heartbeat(folder, world, plan.config), Pace(method, host, world, folder, exchange)]
     if plan.config.engine.audit:
         followers.append(Audit(method, folder, world))

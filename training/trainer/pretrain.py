@@ -68,7 +68,7 @@ def pretrain(
     if config.backbone.compile_blocks:
         refuse_without_compiler(world.device)
     with (
-        lines_to(host.say) if world.leads else contextlib.nullcontext(),
+        lines_to(host.say) if world.is_leader else contextlib.nullcontext(),
         numbers_in_environment(),
         _writing(config, world, host, guard) as guard,
         training_memory(config, world),
@@ -80,7 +80,7 @@ def pretrain(
         if reason == "started":  # later on memory of workers that were ended may not be free yet
             cpu_forecast.refuse_want_of_memory(config, world, place=host.place())
         folder = RunFolder(config.out, config.storage, guard)
-        if world.leads:
+        if world.is_leader:
             refuse_slower(config, folder, world)
         with rank_log(folder, world, host):
             return _pretrain(plan, folder, world, host, reason, startup)
@@ -88,7 +88,7 @@ def pretrain(
 
 def _plan(config: RunConfig, world: World) -> RunPlan:
     """One rank refuses what can be refused; the others only read the data set."""
-    if world.leads:
+    if world.is_leader:
         return check(config, world.size)
     return plan_run(config, load_data(config.stream, config.storage), world.size)
 
@@ -102,7 +102,7 @@ def _writing(config: RunConfig, world: World, host: Host, guard: Guard | None) -
         return
     lease: Lease | None = None
     outcome: Ticket | UserError | None = None
-    if world.leads:
+    if world.is_leader:
         try:
             lease = lease_on(config.out, config.storage, config.cluster.lease_s, has_workers=world.size > 1,
                              say=host.say)  # fmt: skip
@@ -110,7 +110,7 @@ def _writing(config: RunConfig, world: World, host: Host, guard: Guard | None) -
             outcome = lease.ticket
         except UserError as error:
             outcome = error
-    told = world.tell(outcome)
+    told = world.broadcast(outcome)
     if isinstance(told, UserError):
         raise told
     with lease or Follower(config.out, config.storage, told) as guard:
@@ -131,13 +131,13 @@ def refuse_slower(config: RunConfig, folder: RunFolder, world: World) -> None:
 
 def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason: str, startup: Startup) -> Ending:
     config, clock, share = plan.config, plan.clock, plan.split
-    if world.leads and reason == "started" and (warning := cpu_forecast.warning(config, clock, world)):
+    if world.is_leader and reason == "started" and (warning := cpu_forecast.warning(config, clock, world)):
         run_lines.info(warning)
     run_lines.info(f"builds {config.method.name} with {config.backbone.arch}" + (
         f" from {config.init.weights}" if config.init.weights else ""))  # fmt: skip
     method, origin = initial_method(config)
     refuse_split(config, share, couples=method.couples_batch())
-    if world.leads:
+    if world.is_leader:
         describe(plan, folder, world)
     method = method.to(world.device)
     run_lines.info(f"starts the engine ({config.engine.stepper}, {world.size} ranks, {world.device.type})")
@@ -180,7 +180,7 @@ def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason
         rehearse(run, fake_batch(plan.spec, share, config))
         for observer in observers:
             observer.begin()
-        with log_file(folder) if world.leads else contextlib.nullcontext():
+        with log_file(folder) if world.is_leader else contextlib.nullcontext():
             for line in _first_lines(plan, world, method, origin, resumed, reason):
                 run_lines.info(line)
             run_lines.info("reads the first batch")

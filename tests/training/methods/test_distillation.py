@@ -200,7 +200,7 @@ def _sinkhorn_loss(world: World) -> float:
     """In one rank of two: the second has padding alone, so no hidden patches either."""
     made, views = method("personvit", targets="sinkhorn"), batch()
     mine = views if world.rank == 0 else rows(views, 0, 0, padding=4)
-    return float(world.add(made(mine, START).loss.detach()))
+    return float(world.all_reduce(made(mine, START).loss.detach()))
 
 
 @pytest.mark.slow
@@ -389,8 +389,12 @@ def _ics_step(world: World) -> tuple[float, dict[str, Tensor], dict[str, Tensor]
     low, high = world.rank * per, min(3, (world.rank + 1) * per)
     outcome = made(rows(views, low, high, padding=per - (high - low)), START)
     outcome.loss.backward()
-    found = {name: world.add(value) for name, value in gradients(made).items()}
-    return float(world.add(outcome.loss.detach())), found, {n: world.add(v) for n, v in outcome.sums.items()}
+    found = {name: world.all_reduce(value) for name, value in gradients(made).items()}
+    return (
+        float(world.all_reduce(outcome.loss.detach())),
+        found,
+        {n: world.all_reduce(v) for n, v in outcome.sums.items()},
+    )
 
 
 @pytest.mark.slow

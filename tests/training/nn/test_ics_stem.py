@@ -108,9 +108,11 @@ def _share(world: World) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     mine = torch.cat([mine, torch.full((per - len(mine), 3, 16, 8), 7.0, dtype=torch.float64)])
     out = made(mine, real)
     (out[real].square() * torch.arange(1, 13)).sum().backward()
-    gradients = {name: world.add(value.grad) for name, value in made.named_parameters() if value.grad is not None}
+    gradients = {
+        name: world.all_reduce(value.grad) for name, value in made.named_parameters() if value.grad is not None
+    }
     sums = take_statistics(made, real.double().sum() / 5)
-    return out[real].detach(), gradients, {name: world.add(value) for name, value in sums.items()}
+    return out[real].detach(), gradients, {name: world.all_reduce(value) for name, value in sums.items()}
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ class Pace(Observer):
 
     def __init__(self, method: Method, host: Host, world: World, folder: RunFolder, exchange: Exchange) -> None:
         self._host, self._world, self._folder = host, world, folder
-        self._places = world.gather(host.place())
+        self._places = world.all_gather(host.place())
         self._steps = 0
         self._slow: set[int] = set()
         self._suspected: set[int] = set()
@@ -115,7 +115,7 @@ class Pace(Observer):
     def _hear(self, rows: list[list[float]]) -> None:
         """The shares of all ranks: seconds per step by itself, and the part of the step that each waited for data."""
         shares = [Share(*row) for row in rows]
-        if self._world.leads:
+        if self._world.is_leader:
             waits = [share.waited_s / share.step_s for share in shares]
             line = {"step": self._done, "own_s": [share.own_s for share in shares], "wait_share": waits}
             self._folder.append("ranks/pace.jsonl", json.dumps(line))

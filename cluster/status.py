@@ -41,7 +41,7 @@ class Status(NamedTuple):
 
 
 def statuses(place: str, storage: StorageConfig) -> list[Status]:
-    """Of the run folder `place`, or of every run below it. Raises DataError where there is none."""
+    """The status of the run folder `place`, or of every run below it. Raises DataError where there is none."""
     folder = RunFolder(place, storage)
     names = [name for name in folder.names("") if name == CONFIG or name.endswith(f"/{CONFIG}")]
     runs = [place] if CONFIG in names else [f"{place.rstrip('/')}/{name[: -len(CONFIG) - 1]}" for name in sorted(names)]
@@ -51,7 +51,7 @@ def statuses(place: str, storage: StorageConfig) -> list[Status]:
 
 
 def status(run: str, storage: StorageConfig, *, now: float | None = None) -> Status:
-    """Of one run folder; `now`: seconds since 1970."""
+    """The status of one run folder; `now`: seconds since 1970."""
     folder = RunFolder(run, storage)
     files = RunFiles(folder)
     step, steps = max((attempt.last or 0 for attempt in files.attempts), default=0), _steps(folder, files)

@@ -86,7 +86,8 @@ def _with_origin(address: str) -> str:
 
 
 def _of_this_machine(given: str, hint: str) -> str:
-    """Of the cluster that was started here last, as far as the machine remembers, else of one that runs here."""
+    """The address of the cluster that was started on this machine last, as far as the machine remembers, else of one
+    that runs here."""
     from ray._private import services
 
     listed = os.environ.pop(RAY_ADDRESS, None)  # Ray lets it win over "auto"
@@ -113,7 +114,7 @@ def _told_by_head(head: str) -> str:
 
 
 def _split(address: str, given: str, hint: str) -> Address:
-    """Of "10.0.0.1:6379", "head:6379", "[fe80::1]:6379"."""
+    """Split "10.0.0.1:6379", "head:6379" or "[fe80::1]:6379" into host and port."""
     try:
         parts = urlsplit(f"//{address.strip()}")
         host, port = parts.hostname, parts.port

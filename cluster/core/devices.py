@@ -67,7 +67,7 @@ def decide(asked: Device, offer: Offer, *, before: str = "") -> Choice:
 
 
 def offered(*, embedded: bool) -> Offer:
-    """Of the cluster that this process has joined."""
+    """What the cluster that this process has joined offers."""
     import ray
 
     now = float(ray.cluster_resources().get("GPU", 0))

@@ -108,7 +108,7 @@ class Lines:
         self._lines.append(line)
 
     def take(self) -> list[str]:
-        """Those since the last call."""
+        """The lines that came since the last call."""
         lines, self._lines = self._lines, []
         return lines
 

@@ -171,7 +171,7 @@ def dispatch(commands: Mapping[str, Callable[[list[str]], int]], arguments: Sequ
 
 
 def version() -> str:
-    """Of our distribution; "unknown" where it is not installed, but run from a copy of its files."""
+    """The version of the installed distribution; "unknown" where it runs from a copy of its files."""
     from importlib import metadata
 
     try:

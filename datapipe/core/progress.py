@@ -79,7 +79,7 @@ class Progress:
             self._speak(f"{duration(self.left_s())} left")
 
     def over(self, parts: Iterable[T], size: Callable[[T], float]) -> Iterator[T]:
-        """The same parts; each counts as done, `size(part)` of the total, when the next one is asked for."""
+        """Yield the parts unchanged; each counts as done, `size(part)` of the total, when the next one is asked for."""
         for part in parts:
             amount = size(part)  # the part may be overwritten meanwhile
             yield part

@@ -30,7 +30,7 @@ Receiver = Callable[[int], None]
 
 
 def exit_code(received: int | None) -> int:
-    """Of a process that ended because of the signal `received`; None: it ran to its end."""
+    """The exit code of a process that ended because of the signal `received`; None: it ran to its end."""
     if received is None:
         return COMPLETE
     return INTERRUPTED if received == signal.SIGINT else STOPPED

@@ -23,7 +23,8 @@ class Finding(NamedTuple):
 
 
 def relation_findings(table: pyarrow.Table, where: str) -> list[Finding]:
-    """Of all crops of a data set in their order: `key`, `sha256`, `dhash`, `duplicate_of`, `near_of`."""
+    """Check the rows of all crops of a data set, in their order, against one another. Columns of `table`: `key`,
+    `sha256`, `dhash`, `duplicate_of`, `near_of`."""
     keys = whole_column(table, "key")
     places = _places(keys, keys)
     repeated = np.flatnonzero(places != np.arange(len(keys)))

@@ -119,7 +119,7 @@ def _pairs(hashes: np.ndarray, groups: np.ndarray, chosen: np.ndarray) -> np.nda
 
 
 def _close(hashes: np.ndarray, groups: np.ndarray, one: np.ndarray, two: np.ndarray) -> np.ndarray:
-    """Those of the pairs that are close; each as one number, the earlier member in its upper half."""
+    """Keep the pairs whose hashes are close; each as one number, the earlier member in its upper half."""
     near = np.bitwise_count(hashes[one] ^ hashes[two]) <= DISTANCE
     one, two = one[near].astype(np.int64), two[near].astype(np.int64)
     same = groups[one] == groups[two]

@@ -91,7 +91,8 @@ class Manifest:
 
     @property
     def file(self) -> str:
-        """Its name within the folder. Derived versions carry their id: nobody's can take the place of another's."""
+        """The manifest's file name within the folder. A derived version carries its id, so that none can take the
+        place of another."""
         return f"manifest-v{self.version:04d}{f'-{self.id[:8]}' if self.derived_by else ''}.json"
 
     @staticmethod
@@ -185,7 +186,7 @@ class Manifest:
         columns: Sequence[str],
         storage: StorageConfig = StorageConfig(),  # noqa: B008  (frozen)
     ) -> Iterator[tuple[int, pyarrow.Table]]:
-        """The same shard by shard, one in memory at a time: (number of the shard, its rows)."""
+        """Read the index shard by shard, one in memory at a time: (number of the shard, its rows)."""
         return ((ordinal, read()) for ordinal, read in self._reads(columns, storage).items())
 
     def _reads(self, columns: Sequence[str], storage: StorageConfig) -> dict[int, Callable[[], pyarrow.Table]]:

@@ -43,7 +43,7 @@ def write_quarantine(store: Store, tables: Iterable[pyarrow.Table], *, local: Pa
 
 
 def excluded(rows: Iterable[pyarrow.Table]) -> Iterator[pyarrow.Table]:
-    """Those of the planned rows (`repartition`) that have no place, as REFUSED; the detail is the original."""
+    """The planned rows (`repartition`) that have no place in a shard, as REFUSED; the detail names the original."""
     for table in rows:
         left_out = table.filter(pyarrow.compute.less(table["place"], 0))
         if not left_out.num_rows:

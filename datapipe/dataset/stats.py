@@ -45,7 +45,7 @@ def statistics(url: str, storage: StorageConfig) -> Facts:
 
 
 def as_text(facts: Facts) -> str:
-    """The same for people."""
+    """Format the facts of `statistics` as text for a terminal."""
     selected = f" of {facts['stored_crops']:,} stored" if facts["crops"] != facts["stored_crops"] else ""
     lines = [
         f"{facts['file']}  id {facts['id'][:12]}" + (f"  licence: {facts['licence']}" if facts["licence"] else ""),

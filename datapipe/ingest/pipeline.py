@@ -77,7 +77,7 @@ def ingest_sources(
     licence: str = "",
     workers: Executor | None = None,
 ) -> Ingested:
-    """The same with sources that are already open."""
+    """Ingest sources that are already open; otherwise as `ingest`."""
     store = open_store(out, storage)
     with (
         opened_spool(config.spool, out, storage) as (spool, local),

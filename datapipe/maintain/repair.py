@@ -93,7 +93,7 @@ def repair(url: str, storage: StorageConfig, *, workers: int = 0) -> Repaired:
 
 
 def _shards(versions: Iterable[Manifest]) -> list[Shard]:
-    """Those of all these versions, each once."""
+    """The shards of all these versions, each once."""
     return list(dict.fromkeys(shard for version in versions for shard in version.shards))
 
 

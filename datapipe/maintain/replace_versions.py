@@ -28,7 +28,7 @@ class _Renewed(NamedTuple):
 
 
 def in_use(versions: Sequence[Manifest]) -> list[Manifest]:
-    """Those of all versions of a folder that no other one has taken the place of."""
+    """The versions of a folder whose place no other version has taken."""
     replaced = {identity for version in versions for identity in version.replaces}
     return [version for version in versions if version.id not in replaced]
 

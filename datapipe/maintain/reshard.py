@@ -165,7 +165,7 @@ class _Run:
 
 
 def once(crops: Candidates) -> np.ndarray:
-    """Of each crop whether no earlier one has its key. DataError where one has it with other bytes."""
+    """For each crop, whether no earlier one has its key. Raises DataError where one has it with other bytes."""
     order = ranked(crops)  # equal keys have equal ranks, and so are neighbours
     keys, content = crops.key[order], crops.content[order]
     same = np.flatnonzero((keys[1:] == keys[:-1]).all(axis=1)) + 1

@@ -97,7 +97,8 @@ class _Choice:
         return self.rows[place >= 0]
 
     def _one_of_each(self, *, near: bool) -> np.ndarray:
-        """Of crops that are equal, or nearly, the first that is left, be it the one they were marked with or not."""
+        """Rows of which one is left of each group of equal crops (`near`: of nearly equal ones): the first that is
+        selected, whether the others were marked with it or not."""
         rows = first_of_each(self.table, self.rows, "duplicate_of")
         return first_of_each(self.table, rows, "near_of") if near else rows
 
@@ -113,7 +114,7 @@ class _Choice:
 
 
 def first_of_each(table: pyarrow.Table, rows: np.ndarray, mark: str) -> np.ndarray:
-    """Of these rows, the first of each group of crops that `mark` says belong together."""
+    """The first of these rows in each group of crops that the column `mark` puts together."""
     group = pyarrow.compute.coalesce(whole_column(table, mark), whole_column(table, "key")).take(rows)
     codes = group.dictionary_encode().indices.to_numpy()
     return rows[np.sort(np.unique(codes, return_index=True)[1])]

@@ -137,7 +137,7 @@ class IdentityOrder:
         return image
 
     def _drawn_image(self, identity: Ints, visit: Ints, instance: Ints) -> Ints:
-        """The same where the identity has images enough for a whole turn."""
+        """Which of its images an identity shows, where it has images enough for a whole turn."""
         deal = Deal(self._images[identity], self.instances)
         rounds, place = np.divmod(visit * self.instances + instance, deal.per_round)
         seen, which = np.unique(identity << 32 | rounds, return_inverse=True)  # a key for each pair

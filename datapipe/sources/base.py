@@ -55,7 +55,7 @@ class Source(Protocol):
 
     @property
     def label(self) -> str:
-        """Its name in keys and indexes."""
+        """The source's name in keys and indexes."""
 
     def units(self) -> Iterator[Any]:
         """All work, always in the same order and cut in the same way. Raises DataError where there is none."""

@@ -178,7 +178,7 @@ def _relatives(name: str) -> tuple[str, ...]:
 
 
 def _stem(name: str) -> str:
-    """Its name without the ending that tells its kind: "a/0.tar" and its index "a/0.parquet" have the same."""
+    """The file's name without the ending that tells its kind: "a/0.tar" and its index "a/0.parquet" have the same."""
     match = ARCHIVE.fullmatch(name)
     return re.sub(r"\.[^./]+$", "", re.sub(r"\.gz$", "", match["archive"] or name if match else name))
 

@@ -169,8 +169,8 @@ def _has_locator(stream: BinaryIO, end: int) -> bool:
 
 
 def _read_end64(stream: BinaryIO, end: int, url: str) -> tuple[int, int, int, int, int]:
-    """Of a large zip: number of this volume and of the directory's first one, bytes of the directory, its place there,
-    and its end in the stream."""
+    """Read the Zip64 end record of a large zip: number of this volume and of the directory's first one, bytes of the
+    directory, its place there, and its end in the stream."""
     stream.seek(max(0, end - LOCATOR.size - END64.size))
     data = stream.read(END64.size + LOCATOR.size)
     if len(data) < END64.size + LOCATOR.size or data[END64.size :][:4] != LOCATOR_SIGNATURE:
@@ -182,7 +182,7 @@ def _read_end64(stream: BinaryIO, end: int, url: str) -> tuple[int, int, int, in
 
 
 def _widened(numbers: tuple[int, ...], extra: bytes) -> Iterator[int]:
-    """Those numbers that did not fit 32 bits, from the Zip64 field, and the others as they are."""
+    """Take the numbers that did not fit 32 bits from the Zip64 field, and leave the others as they are."""
     wide = b""
     while len(extra) >= 4:
         kind, size = struct.unpack_from("<2H", extra)

@@ -27,7 +27,7 @@ NETWORK = {
 
 
 class FsspecStore(Store):
-    """See the module. It knows no conditions: create-once is a look followed by a write."""
+    """A store on any fsspec file system. It has no conditional writes: create-once is a look followed by a write."""
 
     def __init__(self, url: str, config: StorageConfig) -> None:
         self.url, self.config = url.rstrip("/"), config

@@ -30,7 +30,8 @@ IF_ABSENT = {"IfNoneMatch": "*"}
 
 
 class S3Store(Store):
-    """See the module. Reading needs the rights to get and list, writing to put and delete as well."""
+    """A store on S3 or a service like it. Reading needs the rights to get and list, writing to put and delete as
+    well."""
 
     def __init__(self, url: str, config: StorageConfig) -> None:
         path = url.removeprefix("s3://").rstrip("/")

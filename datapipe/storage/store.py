@@ -148,7 +148,7 @@ class Store(ABC):
             raise StorageError(f"the name {name!r} leads out of the folder", where=self.url, hint=hint)
 
     def linked_out(self, names: Iterable[str]) -> Iterator[str]:
-        """Of these names those that links on the file system lead out of the folder. Object stores have no links."""
+        """The names that links on the file system lead out of the folder. Object stores have no links."""
         yield from ()
 
     def address(self, name: str) -> str:

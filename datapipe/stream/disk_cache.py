@@ -40,7 +40,7 @@ DIGITS = 20
 
 
 class DiskCache:
-    """See the module. Holds at most `limit` bytes of blocks; the oldest go first.
+    """A node's cache of blocks on its disk. Holds at most `limit` bytes; the oldest blocks go first.
 
     Raises StorageError where the folder cannot be used or belongs to somebody else.
     """
@@ -162,7 +162,7 @@ class DiskCache:
 
 
 def _note(lock: int, total: int) -> None:
-    """In place: a file that is cut and written anew is flushed to the disk at once."""
+    """Overwrite the total in place: a file that is truncated and rewritten is flushed to the disk at once."""
     os.pwrite(lock, b"%0*d" % (DIGITS, total), 0)
 
 

@@ -62,7 +62,7 @@ class MixedStream:
         return sum(stream.renewed for stream in self.streams)
 
     def renew(self) -> None:
-        """As `Stream.renew`, for each data set."""
+        """Read the newest version of each data set from now on: see `Stream.renew`."""
         for stream in self.streams:
             stream.renew()
 
@@ -83,14 +83,14 @@ class MixedStream:
         return Fetched(rows, data)
 
     def replace(self, sample: int, row: int, reason: str) -> Fetched:
-        """As `Stream.replace`: another crop of the same data set."""
+        """Fetch another crop of the same data set in place of one that cannot be read: see `Stream.replace`."""
         number = int(np.searchsorted(self._starts, sample, side="right")) - 1
         first = int(self._starts[number])
         fetched = self.streams[number].replace(sample - first, row - first, reason)
         return Fetched(first + fetched.rows, fetched.data)
 
     def prepare(self, samples: Ints, turn: int) -> None:
-        """As `Stream.prepare`."""
+        """Begin to read the blocks of these samples: see `Stream.prepare`."""
         for number, places in self._split(samples):
             self.streams[number].prepare(samples[places] - self._starts[number], turn)
 
@@ -106,7 +106,7 @@ class MixedStream:
             yield number, np.flatnonzero(chosen == number)
 
     def _labels(self, name: str) -> Ints:
-        """Of all data sets, joined anew when one of them has others: a version without some of its crops."""
+        """Labels of all data sets, joined again when one of them has others: a version without some of its crops."""
         parts = [getattr(stream, name) for stream in self.streams]
         known, joined = self._joined.get(name, ([], np.empty(0, np.int64)))
         if len(known) != len(parts) or any(part is not before for part, before in zip(parts, known, strict=True)):

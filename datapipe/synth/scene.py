@@ -116,7 +116,7 @@ class Camera:
 
 @lru_cache(maxsize=64)
 def camera(seed: int, number: int, cameras: int, strength: float) -> Camera:
-    """One of so many cameras; with strength 0 only their blur tells them apart.
+    """Properties of camera `number` of so many; with strength 0 only their blur tells them apart.
 
     Properties are spread evenly over the cameras in an order drawn for each property: with a handful of cameras,
     independent draws made one seed's data set three times as hard as another's (colour histogram

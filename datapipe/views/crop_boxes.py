@@ -28,7 +28,8 @@ def crops(unit: Floats, height: Ints, width: Ints, scale: tuple[float, float], r
 
 
 def nearest(tried: Ints, other: Ints, iou: tuple[float, float]) -> Ints:
-    """Of several boxes per image, [tries, n, 4], the first whose overlap with another box is within bounds: [n, 4].
+    """Choose, of several boxes per image, [tries, n, 4], the first whose overlap with another box is within bounds:
+    [n, 4].
 
     Where none is, the one that comes nearest to the bounds.
     """

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 from tests.support.golden import ROOT
+from training.trainer.monitoring.observer import StepDone
 from training.trainer.monitoring.sample_audit import Audit
-from training.trainer.observer import StepDone
 
 HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
 VARIABLE = "TESTS_PAUSE"

@@ -27,8 +27,8 @@ from training.methods.personvit import PersonVitConfig
 from training.nn.heads import HeadConfig
 from training.nn.vision_transformer import BackboneConfig
 from training.trainer.loop import Run, Segment, rehearse, train
+from training.trainer.monitoring.observer import Observer, StepDone
 from training.trainer.nonfinite import Faults, describe
-from training.trainer.observer import Observer, StepDone
 from training.weights.counted_keys import load_counted
 
 

@@ -53,7 +53,7 @@ def part_name(rank: int, save: str) -> str:
 
 
 def note_name(rank: int, save: str) -> str:
-    """Its entry for the marker, until there is one."""
+    """The file that holds a rank's entry for the marker until there is a marker."""
     return f"rank_{rank:05d}.{save}.json"
 
 
@@ -93,7 +93,8 @@ def write_marker(store: Store, save: str, about: Mapping[str, Any], guard: Guard
 
 
 def _replace_marker(store: Store, folder: str, marker: Marker, guard: Guard) -> None:
-    """In place of a damaged one, of one that is not on this run's line, or of this very one, whose answer was lost."""
+    """Replace a marker that is damaged, that is not on this run's line, or that is this very one, whose answer was
+    lost."""
     try:
         if read_marker(store, folder).term > marker.term:
             guard.confirm()

@@ -13,7 +13,7 @@ FACTS = ("step", "samples", "seed", "manifest", "loss_scale", "steps")
 
 @dataclass
 class Difference:
-    """Of all tensors of one part: student, teacher, other state of the method, or an optimizer's."""
+    """How far all tensors of one part differ: student, teacher, other state of the method, or an optimizer's."""
 
     part: str
     tensors: int = 0

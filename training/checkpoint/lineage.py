@@ -71,7 +71,7 @@ def complete(store: Store, warn: Callable[[str], None] = _warn_once) -> list[str
 
 
 def survey(store: Store, files: Iterable[str], heads: dict[str, Head] | None = None) -> Survey:
-    """The same, from the names of all files. `heads`: those known already; it takes up the others."""
+    """Find the run's checkpoints from the names of all files. `heads`: those known already; it takes up the others."""
     files = list(files)
     heads = {} if heads is None else heads
     names = completed(files)
@@ -128,7 +128,7 @@ def _head(store: Store, name: str) -> Head | None:
 
 
 def _beginnings(store: Store, files: list[str]) -> list[Beginning]:
-    """Of all terms that matter, as the newest noted them. Steps rise with terms."""
+    """The beginnings of all terms that matter, as the newest noted them. Steps rise with terms."""
     newest = max(_terms(files), default=0)
     if not newest:
         return []

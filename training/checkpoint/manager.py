@@ -90,7 +90,8 @@ class _Flight:
 
 
 class Checkpoints:
-    """See the module. Every rank makes one, and calls every method in the same steps."""
+    """A run's checkpoints: saved beside training, restored at any world size. Every rank makes one, and calls every
+    method in the same steps."""
 
     def __init__(
         self,

@@ -82,7 +82,7 @@ class Marker:
 
     @property
     def sha256(self) -> str:
-        """Of all the marker says, hence of every number in the checkpoint."""
+        """The digest of the whole marker, hence of every number in the checkpoint."""
         return _digest(self._content())
 
     def to_bytes(self) -> bytes:

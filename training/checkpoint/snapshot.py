@@ -53,7 +53,8 @@ class Part:
     tensors: dict[str, Form]
 
     def file(self, name: str) -> File:
-        """Its entry in the marker under this name. Reads all of it twice, for hashes of the fragments and the whole."""
+        """The snapshot's entry in the marker under this name. Reads all of it twice, for hashes of the fragments and
+        the whole."""
         fragments = tuple(
             Fragment(place.key, place.start, place.numel, place.offset, digest_of(self._bytes(place)))
             for place in self.places

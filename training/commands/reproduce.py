@@ -164,7 +164,7 @@ def _carry_out(
     row: Row, weights: str, data: str, out: str, storage: StorageConfig, host: Host, reid: ReIDSet,
     scoring: ScoringConfig, guard: Guard,
 ) -> Reproduction | None:  # fmt: skip
-    """The same with the lease on its folder."""
+    """Reproduce the row while the lease on the folder is held."""
     export = fine_tune.as_export(weights, out, storage)
     card = exports.load_card(open_store(export, storage))
     refuse_others(row, card, of_card(card, data), reid, weights)
@@ -204,7 +204,7 @@ def refuse_others(row: Row, card: dict[str, Any], pedigree: Pedigree, reid: ReID
 
 
 def agreements(row: Row, scores: dict[str, Any]) -> tuple[Agreement, ...]:
-    """Ours beside the row's, for every score that it has. `scores`: the content of metrics.json."""
+    """Compare our scores with the row's, for every score that it has. `scores`: the content of metrics.json."""
     feature = scores["headline"] + (" re-ranked" if row.reranking else "")
     found = scores["features"][feature]
     published = {"mAP": row.mAP, "rank1": row.rank1}
@@ -216,7 +216,7 @@ def agreements(row: Row, scores: dict[str, Any]) -> tuple[Agreement, ...]:
 
 
 def page(done: Reproduction) -> str:
-    """Ours beside the published, as text."""
+    """Format our scores beside the published ones as text."""
     row = done.row
     lines = [about(row), f"{'':<8}{'ours':>8}{'published':>11}{'difference':>12}{'tolerance':>11}"]
     for one in done.agreements:

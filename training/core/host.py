@@ -36,7 +36,7 @@ class Host(Protocol):
         ...
 
     def launched(self, step: int, doing: Doing, reached: Callable[[], bool]) -> None:
-        """The same where the work is a GPU's: it has come so far once `reached`, asked from any thread, says so."""
+        """This rank will have come so far when its GPU has: once `reached`, asked from any thread, is true."""
         ...
 
     def stepping(self) -> None:

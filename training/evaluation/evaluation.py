@@ -192,7 +192,7 @@ def load_backbone(weights: Weights, folder: RunFolder, config: RunConfig) -> Vis
 
 
 def load_method(weights: Weights, folder: RunFolder, config: RunConfig) -> Method:
-    """The same with the whole method, on the CPU."""
+    """Load the whole method with these weights, on the CPU."""
     method = build_method(config)
     if weights.name != RANDOM:
         checkpoint.load_model(folder.at("checkpoints"), weights.name, method)

@@ -45,8 +45,8 @@ class Pedigree:
 def of_run(
     config: RunConfig, data: str, *, sha256: str = "", origin: Mapping[str, Any] = MappingProxyType({})
 ) -> Pedigree:
-    """Of weights of a run, scored on `data`: of a checkpoint, whose marker has both its digest and what the run started
-    from; or, without them, of those that the run's seed draws."""
+    """The origin of a run's weights that are scored on `data`: of a checkpoint, whose marker has both its digest and
+    what the run started from; without these, of the initial weights that the run's seed draws."""
     kind = methods.of(config.method)
     tuned = kind.fine_tunes and bool(sha256)
     return Pedigree(
@@ -61,7 +61,7 @@ def of_run(
 
 
 def of_card(card: Mapping[str, Any], data: str) -> Pedigree:
-    """Of exported or imported weights, scored on `data`."""
+    """The origin of exported or imported weights that are scored on `data`."""
     own = _fine_tunes(card)
     recipe = card.get("recipe", {}) if own else {}
     backbone = BackboneConfig(**card["backbone"])
@@ -107,7 +107,8 @@ def _label_fraction(config: MethodSettings) -> float:
 
 
 def _family(about: Mapping[str, Any]) -> str:
-    """Of a card, or of what a marker says of the weights a run began with; fine-tuned ones are asked for theirs."""
+    """The method that pre-trained the weights of a card, or those that a run began with by its marker; of fine-tuned
+    weights, the method of those that they began with."""
     name = str(about.get("method") or "")
     if name and not (name in methods.known() and methods.named(name).fine_tunes):
         return name

@@ -187,7 +187,7 @@ class Distillation(Method[D]):
         return self.config.centre_momentum
 
     def temperature(self, token: str, epoch: int) -> float:
-        """Of the teacher's softmax over a token's prototypes."""
+        """The temperature of the teacher's softmax over a token's prototypes."""
         del token
         return teacher_temperature(
             epoch,

@@ -146,7 +146,7 @@ class Pass(Distillation[PassConfig]):
 
     @torch.no_grad()
     def metrics(self, said: Said, weight_B: Tensor) -> dict[str, Tensor]:
-        """Those of CLS, and the means of the part tokens' own."""
+        """Metrics of the CLS token, and means over those of the part tokens."""
         parts = self.student.tokens[1:]
         targets = [said.targets[part] for part in parts]
         return {

@@ -154,7 +154,7 @@ class PersonVit(Distillation[PersonVitConfig]):
 
     @classmethod
     def workload(cls, config: PersonVitConfig, views: ViewConfig, backbone: BackboneConfig, images: int) -> Workload:
-        """Of the patches of global views the average number is hidden."""
+        """What a micro-batch is to the networks; as many patches of a global view are hidden as on average."""
         student, teacher = stacks(config, backbone, images, locals=config.locals)
         taught, patches, ratios = GLOBALS * images, math.prod(backbone.grid), config.mask.ratios
         hidden = round(taught * patches * sum(ratios) / len(ratios))

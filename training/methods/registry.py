@@ -151,7 +151,7 @@ def build(config: MethodSettings, backbone: BackboneConfig) -> Method[Any]:
 
 
 def entry_point_of(name: str) -> EntryPoint | None:
-    """That of the package that a method is from; None for our own."""
+    """The entry point of the package that a method is from; None for a method of this package."""
     return _found()[name].point if name in _found() else None
 
 
@@ -168,7 +168,7 @@ def settings_union() -> Any:
 
 
 def default_settings() -> MethodSettings:
-    """Those of a recipe that says nothing of its method."""
+    """The settings of the method of a recipe that names none."""
     return named(DEFAULT).settings_type()()
 
 

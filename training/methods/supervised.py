@@ -310,7 +310,7 @@ class Supervised(Method[SupervisedConfig]):
         return True
 
     def _losses(self, said: Said, label_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the classifier and of the triplets: [B] both; 0 for an image of unknown identity."""
+        """Losses of the classifier and of the triplets: [B] both; 0 for an image of unknown identity."""
         features_NF, label_N = gathered(said.feature_BF), gathered(label_B)
         far = reid_losses.distances(said.feature_BF, features_NF)
         positive_B, negative_B = reid_losses.hardest(far, label_B, label_N)

@@ -63,7 +63,7 @@ def refuse_want_of_memory(config: RunConfig, world: World, *, place: str) -> Non
 
 
 def refuse_on_this_machine(config: RunConfig, workers: int, device: torch.device) -> None:
-    """The same for so many workers that are all to run on this machine, before they are started."""
+    """Refuse a run whose workers, all on this machine, cannot have memory enough, before they are started."""
     if device.type == "cpu":
         _refuse(config, workers, needed(config, workers), workers, available_memory(), "this machine")
 

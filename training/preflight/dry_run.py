@@ -175,7 +175,7 @@ def _checkpointed(config: RunConfig) -> RunConfig:
 
 
 def _smaller(config: RunConfig, sizes: Census) -> list[RunConfig]:
-    """The same run with ever smaller micro-batches, down to one image; only itself where a batch must stay whole."""
+    """The run with ever smaller micro-batches, down to one image; only itself where a batch must stay whole."""
     share = split(config.optimisation, config.cluster.max_workers)
     halvings = 0 if sizes.couples else share.micro.bit_length() - 1
     micros = [math.ceil(share.micro / 2**halving) for halving in range(halvings + 1)]

@@ -139,7 +139,7 @@ class _Ranker:
         )
 
     def _others(self, query: int, pid: np.integer, row: Floats) -> Floats:
-        """Of gallery images that lie evenly apart, other ones for each query."""
+        """Distances of other people's gallery images that lie evenly apart, other ones for each query."""
         sample = (self._sample + query) % len(row)
         distances = row[sample]
         return distances[(self._labels.gallery_pids[sample] != pid) & (distances < np.inf)]

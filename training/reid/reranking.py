@@ -58,7 +58,7 @@ def _distances(
 
 
 def neighbours(features: Floats, k1: int, *, chunk_mb: float, threads: int, label: str = "neighbours") -> Neighbours:
-    """Of every image among all."""
+    """Find the nearest neighbours of every image among all."""
     keep = min(k1 + 1, len(features))
 
     def look(_: int, rows: Floats) -> list[tuple[Integers, np.floating]]:

@@ -80,7 +80,7 @@ def _scores_of(test_set: TestSet) -> str:
 
 
 def _how(about: dict[str, Any]) -> list[tuple[str, str]]:
-    """Of the last weights: settings, what they are and where from, and the counts of the data."""
+    """Rows of the table about the last weights: settings, what they are and where from, and the counts of the data."""
     counts = about.get("data", {}).get("counts", {})
     parts = [(f"data: {name}", ", ".join(f"{number:,} {what}" for what, number in part.items()))
              for name, part in counts.items()]  # fmt: skip

@@ -9,7 +9,7 @@ from training.checkpoint import Checkpoints
 from training.core.host import run_lines
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
-from training.trainer.observer import Observer, StepDone
+from training.trainer.monitoring.observer import Observer, StepDone
 from training.trainer.provenance import environment
 
 

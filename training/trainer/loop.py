@@ -15,9 +15,9 @@ from training.engine.settings import OptimisationConfig
 from training.engine.stepper import Result, Stepper
 from training.methods.base import Method, Progress, Views
 from training.trainer.agreement import Stop
+from training.trainer.monitoring.observer import Observer, StepDone
 from training.trainer.monitoring.throughput import Tally
 from training.trainer.nonfinite import Faults
-from training.trainer.observer import Observer, StepDone
 
 
 class Source(Protocol):

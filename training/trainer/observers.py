@@ -13,10 +13,10 @@ from training.core.world import World
 from training.methods.base import Method
 from training.trainer.dataset_renewal import DatasetRenewal
 from training.trainer.monitoring.heartbeat import Heartbeat
+from training.trainer.monitoring.observer import Observer
 from training.trainer.monitoring.recorder import Recorder
 from training.trainer.monitoring.sample_audit import Audit
 from training.trainer.monitoring.stragglers import Pace
-from training.trainer.observer import Observer
 
 
 def make_observers(
@@ -31,7 +31,7 @@ def make_observers(
     checkpoints: Checkpoints,
     about: Mapping[str, Any],
 ) -> list[Observer]:
-    """Those of this rank. `about`: what the record of the attempt begins with."""
+    """Make the observers of this rank. `about`: what the record of the attempt begins with."""
     followers: list[Observer] = [Recorder(folder, about=about)] if world.is_leader else []
     followers += [Heartbeat(folder, world, plan.config), Pace(method, host, world, folder, exchange)]
     if plan.config.engine.audit:

@@ -31,7 +31,7 @@ LOADING = {
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide how exported weights are read."""
+    """Versions of the packages that decide how exported weights are read."""
     return {package: version(package) for package in ("torch", "timm", "safetensors")}
 
 

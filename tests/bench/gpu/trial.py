@@ -23,8 +23,8 @@ from training.engine.stepper import Result
 from training.methods.base import Method, Progress
 from training.trainer.batch_to_device import Place
 from training.trainer.loop import Run, Segment, train
+from training.trainer.monitoring.observer import Observer, StepDone
 from training.trainer.nonfinite import Faults, describe
-from training.trainer.observer import Observer, StepDone
 
 DISTINCT = 3
 """Batches of noise that are made; they come in turn."""

@@ -22,8 +22,8 @@ from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
 from training.methods.base import Progress
 from training.trainer.dataset_renewal import DatasetRenewal
+from training.trainer.monitoring.observer import StepDone
 from training.trainer.monitoring.throughput import Spent
-from training.trainer.observer import StepDone
 
 CROPS = 12
 NOT_SEEN: Any = None

@@ -73,7 +73,7 @@ def kept(url: str, storage: Any, rank: int, *, log: bool = False) -> Iterator[No
 
 
 def start(url: str, storage: Any, rank: int, *, log: bool = False) -> "LastWords":
-    """The same without a context: until `end`, or the death of the process."""
+    """Begin to keep what the process writes, without a context: until `end`, or the death of the process."""
     for name, value in OUTSPOKEN.items():
         os.environ.setdefault(name, value)
     about = {"url": url, "storage": dataclasses.asdict(storage), "rank": rank, "pid": os.getpid(), "log": log}

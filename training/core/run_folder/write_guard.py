@@ -27,7 +27,7 @@ class Guard:
         """
 
     def confirm(self) -> None:
-        """The same, and the store is asked in any case: before what must not happen behind a successor's back."""
+        """Raise as `check`, and ask the store in any case: before what must not happen behind a successor's back."""
 
     def settle(self) -> None:
         """Return once nobody who wrote on behalf of the holder before can write any more."""

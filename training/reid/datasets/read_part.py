@@ -37,7 +37,7 @@ def lacks(source: Source, layout: Layout) -> list[str]:
 
 
 def read_part(source: Source, part: Part, layout: Layout) -> PartRead:
-    """Its images in the order of their paths, junk left out; none where folder or lists are not there.
+    """Read the images of one part in the order of their paths, junk left out; none where folder or lists are not there.
 
     Raises DataError for names without labels, empty files, and several files of one name.
     """
@@ -86,13 +86,14 @@ def _read_lists(source: Source, part: Part) -> Iterator[tuple[str, int | None]]:
 
 
 def _lines(data: bytes) -> list[tuple[str, int | None]]:
-    """Of "0000/0000_000_01_0303morning_0015_0.jpg 0", or of names alone."""
+    """Parse lines such as "0000/0000_000_01_0303morning_0015_0.jpg 0", or names alone: (name, label)."""
     words = [line.split() for line in data.decode().splitlines() if line.strip()]
     return [(line[0], int(line[1]) if len(line) > 1 else None) for line in words]
 
 
 def _matlab_rows(data: bytes, column: str) -> list[tuple[str, int | None]]:
-    """Of CUHK03's new protocol: names in `filelist`, identities in `labels`, rows of the part (from 1) in `column`."""
+    """Parse CUHK03's new protocol: names in `filelist`, identities in `labels`, rows of the part (from 1) in
+    `column`."""
     from scipy.io import loadmat, matlab  # half a second that other sets do without
 
     try:

@@ -73,7 +73,7 @@ class ReIDSet:
 
     @property
     def parts(self) -> dict[str, Labelled]:
-        """Those that are there, by name: "query", "gallery", "train"."""
+        """The parts that are there, by name: "query", "gallery", "train"."""
         parts = {"query": self.query, "gallery": self.gallery, "train": self.train}
         return {name: part for name, part in parts.items() if part is not None}
 

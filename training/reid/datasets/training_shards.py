@@ -25,12 +25,12 @@ class Stretch:
 
     @property
     def bytes(self) -> int:
-        """Of all files."""
+        """Bytes of all files."""
         return sum(size for *_, size in self.images)
 
     @property
     def digest(self) -> str:
-        """Of paths, labels and sizes."""
+        """A digest of paths, labels and sizes."""
         return hashlib.sha256(repr(self.images).encode()).hexdigest()
 
 
@@ -69,7 +69,7 @@ class TrainingPart:
 
 
 def shard_training_part(reid: ReIDSet, out: str, storage: StorageConfig) -> Manifest:
-    """Its data set in `out`, made now or found there. Raises DataError as `ingest` does."""
+    """Shard the training part into `out`, or find it there. Raises DataError as `ingest` does."""
     return ingest_sources([TrainingPart.of(reid, storage)], out, EVERYTHING, storage).manifest
 
 

@@ -9,7 +9,7 @@ import psutil
 from training.config.run_config import RunConfig
 from training.core.run_folder.run_folder import RunFolder, as_json
 from training.core.world import World
-from training.trainer.observer import Observer, StepDone
+from training.trainer.monitoring.observer import Observer, StepDone
 
 HEARTBEAT_S = 0.5
 """Seconds between signs of life; on object storage they arrive as seldom as other growing files."""

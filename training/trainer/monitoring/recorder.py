@@ -20,8 +20,8 @@ from training.core.host import lines_to, run_lines
 from training.core.run_folder.run_folder import RunFolder
 from training.methods.base import Progress
 from training.trainer.monitoring.collapse import Course
+from training.trainer.monitoring.observer import Observer, StepDone
 from training.trainer.monitoring.throughput import Rates, Speed, in_words
-from training.trainer.observer import Observer, StepDone
 
 STATUS_S = 5.0
 """Seconds between status lines."""

@@ -6,7 +6,7 @@ from typing import Any
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
 from training.methods.base import Method
-from training.trainer.observer import Observer, StepDone
+from training.trainer.monitoring.observer import Observer, StepDone
 
 
 class Audit(Observer):

@@ -18,7 +18,7 @@ from training.core.host import Doing, Host, run_lines
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
 from training.methods.base import Method
-from training.trainer.observer import Observer, StepDone
+from training.trainer.monitoring.observer import Observer, StepDone
 
 log = logging.getLogger(__name__)
 

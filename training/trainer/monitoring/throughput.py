@@ -34,7 +34,7 @@ class Spent(NamedTuple):
 
 
 class Tally:
-    """The same figures of every rank; of others as they were a step before, so that nobody waits for them."""
+    """What every rank spent so far; of other ranks as it was a step before, so that nobody waits for them."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._alone = exchange.alone

@@ -15,8 +15,8 @@ from training.core.host import LocalHost
 from training.core.world import World
 from training.methods.pass_reid import Pass
 from training.trainer.monitoring import stragglers as pace
+from training.trainer.monitoring.observer import StepDone
 from training.trainer.monitoring.stragglers import SLOWER, WINDOW_STEPS, Pace, Share, stragglers
-from training.trainer.observer import StepDone
 from training.trainer.pretrain import pretrain
 
 STEPS = 3 * WINDOW_STEPS + 3

@@ -29,7 +29,8 @@ class StepDone(NamedTuple):
 
 
 class Observer:
-    """Does nothing. All are made in one place (`observers.py`), and those of every rank are called on every rank."""
+    """Does nothing. All are made in one place (`training/trainer/observers.py`), and those of every rank are called
+    on every rank."""
 
     def begin(self) -> None:
         """The rehearsal is over; steps come now."""

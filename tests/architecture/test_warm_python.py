@@ -5,14 +5,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.support.golden import ROOT
-from tests.support.warm_client import READ_BY_RAY
 from tests.support.warm_python import Process, ancestors, descendants, forked, python
 
 SAY = """
@@ -83,10 +81,7 @@ RAY = "import sys; print('ray.train' in sys.modules); import ray; print(ray._pri
     ({"HOME": "/elsewhere", "RAY_ADDRESS": "127.0.0.1:1"}, ["True", "info"]),
 ])  # fmt: skip
 def test_python__has_ray_unless_ray_would_be_imported_otherwise(changes: dict[str, str], expected: list[str]) -> None:
-    notes = Path(python()).parent / (".socket" + READ_BY_RAY)
-    end = time.monotonic() + 120
-    while not notes.exists() and time.monotonic() < end:  # the tests have just begun
-        time.sleep(0.1)
+    forked()  # is answered by both servers, once they have imported all
     done = subprocess.run([python(), "-c", RAY], env=os.environ | changes, capture_output=True, text=True)
     assert done.stdout.split() == expected, done.stderr
 

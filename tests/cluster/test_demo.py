@@ -50,7 +50,7 @@ def test_demo__on_a_slice_of_real_crops(tmp_path: Path, real_crops: Path) -> Non
     assert "already complete" in again and "== kill -9 " not in again
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_demo__a_folder_without_labels_ends_without_scores(tmp_path: Path, real_crops: Path) -> None:
     crops = tmp_path / "crops" / "deeper"
     crops.mkdir(parents=True)

@@ -12,7 +12,7 @@ from typing import Any
 from tests.conftest import S3Server
 from tests.support.forked import call, forkserver
 
-MOMENTS, FEW = 20, 8
+MOMENTS, FEW = 20, 5
 """Trials; on a slow store, where the same code has been killed on a disk."""
 LEAST = 0.75
 """Share of them that must fall between the first byte written and the end."""

@@ -1,96 +1,88 @@
 """What `python -m cluster` does: demo | shard | pretrain | evaluate | submit | status."""
 
-from pathlib import Path
-from typing import Literal
-
-import tyro
-
-from cluster.core.session import chosen_address
+from cluster.core.arguments import (
+    DemoCommand,
+    EvaluateCommand,
+    PretrainCommand,
+    ShardCommand,
+    StatusCommand,
+    SubmitCommand,
+)
 from datapipe.core import cli
-from datapipe.core.config import StorageConfig
-from datapipe.core.errors import ConfigError
-from datapipe.core.settings import settings
-
-
-@settings
-class DemoCommand:
-    out: Path = Path("demo")
-    """Folder for crops, shards, run and report."""
-    crops: Path | None = None
-    """Your own crops: a Market-style folder (scored if it has query and bounding_box_test) or any folder of images."""
-    seed: int = 1
-    """Of the sample order and of the initial weights."""
-    steps: int = 0
-    """Optimizer steps; 0: those of the recipe. For a quick look at the path; it learns nothing in a few."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """"auto": GPUs where there are any, one worker where there is one; "cpu": none, whatever there is."""
+from datapipe.core.cli import page_of, parse, read, read_some, show_help
+from training.commands.arguments import FINE_TUNING, check_dry_run, check_zero_shot
 
 
 def demo(arguments: list[str]) -> int:
     """Crops to report on one machine, with a worker killed on the way."""
+    chosen = parse(DemoCommand, arguments, page_of(demo, "--out demo"))
     from cluster.demo import run
 
-    chosen = tyro.cli(DemoCommand, args=arguments, prog="python -m cluster demo")
     return run(chosen.out, crops=chosen.crops, seed=chosen.seed, steps=chosen.steps, device=chosen.device)
 
 
 def shard(arguments: list[str]) -> int:
     """Turn crops into shards as `python -m datapipe shard` does, to the same bytes, with all machines of a cluster."""
-    from cluster.jobs.shard import ClusterShardCommand, run
-    from datapipe.core.cli import parse
+    chosen = parse(ShardCommand, arguments, page_of(shard, "crops/ --out s3://reid/lup --address auto"))
+    from cluster.jobs.shard import run
 
-    return run(parse(ClusterShardCommand, arguments, "shard", program="python -m cluster"))
+    return run(chosen)
 
 
 def pretrain(arguments: list[str]) -> int:
     """Train a recipe with Ray Train and DeepSpeed; crashed workers are restarted from the last checkpoint."""
+    from training.commands.recipe import read_with_recipe
+
+    page = page_of(pretrain, "pass_vits --stream.manifest s3://reid/lup --out s3://reid/first --address auto")
+    chosen, config = read_with_recipe(PretrainCommand, arguments, page)
+    check_dry_run(chosen, prog=page.prog)
+    if chosen.dry_run:
+        from training.commands.pretrain import dry_run
+
+        return dry_run(chosen, config)
+    from cluster.core.session import chosen_address
     from cluster.jobs.pretrain import run
-    from training.commands.pretrain import read_recipe
 
-    address, rest = _address(arguments)
-    config = read_recipe(rest, prog="python -m cluster pretrain RECIPE [--address ADDRESS]")
-    return run(config, address=address)
-
-
-def _address(arguments: list[str]) -> tuple[str, list[str]]:
-    """Take `--address ADDRESS`, or `--address=ADDRESS`, out of the line; the rest is recipe and overrides."""
-    given, rest, words = "", [], iter(arguments)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name != "--address":
-            rest.append(word)
-        elif not (given := value if equals else next(words, "")):
-            raise ConfigError("no address is given", where="--address",
-                              hint="--address auto, or host:port of a running cluster's head")  # fmt: skip
-    return chosen_address(given), rest
+    return run(config, address=chosen_address(chosen.address))
 
 
 def evaluate(arguments: list[str]) -> int:
     """Score weights by retrieval, as they are or after fine-tuning; killed and started again it goes on."""
+    page = page_of(evaluate, "s3://reid/first --data s3://reid/market1501 --address auto", more=(FINE_TUNING,))
+    show_help(cli.flags_of(EvaluateCommand), arguments, page)
+    chosen, flags = read_some(EvaluateCommand, arguments, prog=page.prog)
+    check_zero_shot(chosen, flags, prog=page.prog)
     from cluster.jobs.evaluate import evaluate as run
 
-    return run(arguments)
-
-
-@settings
-class StatusCommand:
-    place: tyro.conf.Positional[str] = "runs"
-    """Run folder, or a folder of runs, local or s3://bucket/prefix."""
-    storage: StorageConfig = StorageConfig()
-    """How object stores are reached."""
+    return run(chosen, flags)
 
 
 def status(arguments: list[str]) -> int:
     """Show runs: state, last step, age, workers, restarts, checkpoints. Reads files alone."""
+    chosen = parse(StatusCommand, arguments, page_of(status, "runs"))
     from cluster.status import statuses, table
 
-    chosen = tyro.cli(StatusCommand, args=arguments, prog="python -m cluster status")
     print(table(statuses(chosen.place, chosen.storage)))
     return cli.COMPLETE
 
 
 def submit(arguments: list[str]) -> int:
     """Hand in pretrain, shard or evaluate as a Ray job; prints how to follow, stop and resume it."""
-    from cluster.submit import submit as hand_in
+    page = page_of(submit, "pretrain pass_vits --stream.manifest s3://reid/lup --out s3://reid/first")
+    own, rest = _until_command(arguments)
+    show_help(cli.flags_of(SubmitCommand), own, page)
+    chosen = read(SubmitCommand, own, prog=page.prog)
+    from cluster.submit import submit as run
 
-    return hand_in(arguments)
+    return run(chosen, rest)
+
+
+def _until_command(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """(the words up to the command that is handed in, those after it)."""
+    words = iter(enumerate(arguments))
+    for place, word in words:
+        if word == "--address":
+            next(words, None)
+        elif not word.startswith("-"):
+            return arguments[: place + 1], arguments[place + 1 :]
+    return arguments, []

@@ -1,6 +1,5 @@
 """Handing in our commands as Ray jobs."""
 
-import argparse
 import importlib.util
 import os
 import shlex
@@ -12,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from cluster.core.addresses import RAY_API_SERVER_ADDRESS, SUBMIT, dashboard_of
+from cluster.core.arguments import EvaluateCommand, ShardCommand, SubmitCommand
 from cluster.core.job_paths import paths_of, refuse_relative
 from cluster.core.ray_token import MODE, WITH_TOKEN, refuse_mode_without_token, refused, show_token
+from datapipe.core import cli
 from datapipe.core.errors import ClusterError
-from training import methods
-from training.config import recipe_toml as recipes
+from training.commands.arguments import RecipeCommand, check_zero_shot
 
 PACKAGES = ("cluster", "datapipe", "training")
 MOST_MB = 20.0
@@ -24,31 +24,31 @@ MOST_MB = 20.0
 RECIPE = "recipe.toml"
 
 
-def submit(arguments: Sequence[str]) -> int:
-    """Hand in `pretrain`, `shard` or `evaluate` as a Ray job. Raises UserError for what could not run there."""
-    parser = argparse.ArgumentParser(prog="python -m cluster submit", allow_abbrev=False,
-                                     usage="%(prog)s [--address ADDRESS] {pretrain,shard,evaluate} ...")  # fmt: skip
-    parser.add_argument("--address", default=None, help="of the dashboard, such as http://127.0.0.1:8265. Left out: "
-                        "RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or that of a cluster on this machine.")  # fmt: skip
-    parser.add_argument("command", choices=_PREPARE)
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help="as for `python -m cluster COMMAND`")
-    chosen = parser.parse_args(arguments)
+def submit(chosen: SubmitCommand, rest: Sequence[str]) -> int:
+    """Hand in a command with the rest of its line as a Ray job. Raises UserError for what could not run there."""
     with tempfile.TemporaryDirectory(prefix="reid_job_") as folder:
-        words = _PREPARE[chosen.command](list(chosen.rest), Path(folder))
+        words = _PREPARE[chosen.command](list(rest), Path(folder))
         _stage(Path(folder))
-        client, with_token = _client(chosen.address)
-        with _reached(chosen.address):
+        client, with_token = _client(chosen.address or None)
+        with _reached(chosen.address or None):
             job = client.submit_job(entrypoint=shlex.join(["python", "-m", "cluster", chosen.command, *words]),
                                     runtime_env={"working_dir": folder})  # fmt: skip
-    print(_told(job, client.get_address(), arguments, with_token=with_token))
+    address = ["--address", chosen.address] if chosen.address else []
+    print(_told(job, client.get_address(), [*address, chosen.command, *rest], with_token=with_token))
     return 0
+
+
+def _page(command: str) -> cli.Page:
+    return cli.Page(f"python -m cluster submit {command}", f"Hand in what `python -m cluster {command}` does.")
 
 
 def _pretrain(arguments: list[str], folder: Path) -> list[str]:
     """The resolved recipe goes along, so that its mistakes are met here, and flags need no quoting there."""
-    from training.commands.pretrain import read_recipe
+    from training.commands.recipe import read_with_recipe
 
-    config = read_recipe(arguments, prog="python -m cluster submit pretrain RECIPE")
+    _, config = read_with_recipe(RecipeCommand, arguments, _page("pretrain"))
+    from training.config import recipe_toml as recipes
+
     refuse_relative(paths_of(config), job=True)
     (folder / RECIPE).write_text(recipes.to_toml(config), encoding="utf-8")
     _stage_method(config.method.name, folder)
@@ -56,18 +56,16 @@ def _pretrain(arguments: list[str], folder: Path) -> list[str]:
 
 
 def _shard(arguments: list[str], folder: Path) -> list[str]:
-    from cluster.jobs.shard import ClusterShardCommand, places_of
-    from datapipe.core.cli import parse
-
-    command = parse(ClusterShardCommand, arguments, "shard", program="python -m cluster submit")
-    refuse_relative(places_of(command), job=True)
+    refuse_relative(cli.parse(ShardCommand, arguments, _page("shard")).places, job=True)
     return arguments
 
 
 def _evaluate(arguments: list[str], folder: Path) -> list[str]:
-    from cluster.jobs.evaluate import parse_evaluate
-
-    refuse_relative(parse_evaluate(arguments)[0].places, job=True)
+    page = _page("evaluate")
+    cli.show_help(cli.flags_of(EvaluateCommand), arguments, page)
+    chosen, flags = cli.read_some(EvaluateCommand, arguments, prog=page.prog)
+    check_zero_shot(chosen, flags, prog=page.prog)
+    refuse_relative(chosen.places, job=True)
     return arguments
 
 
@@ -90,6 +88,8 @@ def _stage(folder: Path) -> None:
 def _stage_method(name: str, folder: Path) -> None:
     """A method of another package goes along: the module or package that its class lies in, and its entry point. What
     that imports besides has to be installed there."""
+    from training import methods
+
     point = methods.entry_point_of(name)
     if point is None or point.dist is None:
         return

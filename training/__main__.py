@@ -5,26 +5,26 @@ import sys
 from datapipe.core import cli
 from datapipe.core.cli import Command
 
-TORCH = "PyTorch"
+HERE, TORCH = "training.commands.arguments", "PyTorch"
 COMMANDS = {
-    "pretrain": Command("training.commands.pretrain:pretrain", "Train a recipe in this one process, without Ray; "
+    "pretrain": Command(f"{HERE}:pretrain", "Train a recipe in this one process, without Ray; "
                         "`--dry-run` says what it would be and needs.", loads=TORCH, log=True,
                         quiet=("--json", "--dry-run")),
-    "views": Command("training.commands.pretrain:views", "Print the views that a recipe trains on, as JSON for "
+    "views": Command(f"{HERE}:views", "Print the views that a recipe trains on, as JSON for "
                      "`python -m datapipe preview --views FILE`.", loads=TORCH),
-    "checkpoints": Command("training.commands.checkpoints:checkpoints", "List, verify, compare or prune a run's "
+    "checkpoints": Command(f"{HERE}:checkpoints", "List, verify, compare or prune a run's "
                            "checkpoints.", loads=TORCH),
-    "evaluate": Command("training.commands.evaluate:evaluate", "Score weights by retrieval: a run's checkpoints beside "
+    "evaluate": Command(f"{HERE}:evaluate", "Score weights by retrieval: a run's checkpoints beside "
                         "baselines, an export, a file; or after fine-tuning.", loads=TORCH, log=True),
-    "reproduce": Command("training.commands.reproduce:reproduce", "Carry out a published evaluation and hold ours "
+    "reproduce": Command(f"{HERE}:reproduce", "Carry out a published evaluation and hold ours "
                          "against it: exit code 0 within the tolerance, 1 outside.", loads=TORCH),
-    "export": Command("training.commands.weights:export", "Write a checkpoint's backbone for timm, with a card that "
+    "export": Command(f"{HERE}:export", "Write a checkpoint's backbone for timm, with a card that "
                       "says what it is.", loads=TORCH),
-    "import": Command("training.commands.weights:import_published", "Read weights published by others and write their "
+    "import": Command(f"{HERE}:import_published", "Read weights published by others and write their "
                       "backbone as an export, with a card that says where from.", loads=TORCH),
-    "report": Command("training.commands.report:report", "Write report.html, one self-contained file, from what the "
+    "report": Command(f"{HERE}:report", "Write report.html, one self-contained file, from what the "
                       "run folder holds.", loads=TORCH),
-    "warm": Command("training.commands.pretrain:warm", "Start DeepSpeed once, with a tiny module, to see that it works "
+    "warm": Command(f"{HERE}:warm", "Start DeepSpeed once, with a tiny module, to see that it works "
                     "here.", loads="PyTorch and DeepSpeed"),
 }  # fmt: skip
 

@@ -6,49 +6,25 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import tyro
-
+from cluster.core.arguments import EvaluateCommand
 from cluster.core.devices import Kind, decide, hidden, offered, own_device
 from cluster.core.job_paths import refuse_relative
 from cluster.core.session import LOCAL, chosen_address, prepare, ray_session, result
 from datapipe.core import cli
 from datapipe.core.resource_limits import available_cores
-from datapipe.core.settings import settings
 from datapipe.storage import full_url
-from training.commands.evaluate import EvaluateCommand as LocalCommand
 from training.commands.evaluate import conclude, fine_tuning, show, writing, zero_shot_tasks
 from training.core.devices import Device, choose_device
 from training.evaluation import evaluation
 from training.evaluation.evaluation import Task
-from training.evaluation.fine_tune import RANDOM
 
 PROG = "python -m cluster evaluate"
 POLL_S = 1.0
 """Seconds between looks for what tasks say."""
 
 
-@settings
-class EvaluateCommand(LocalCommand):
-    address: str = ""
-    """Address of a running cluster. Empty: the one that this process is a job of (RAY_ADDRESS), else a Ray inside this
-    process. "local": always the latter."""
-
-    @property
-    def places(self) -> dict[str, str]:
-        """Every place that is read from or written to, by its flag."""
-        found = {"weights": self.weights, "data": self.data, "out": self.out}
-        return {name: place for name, place in found.items() if place and (name, place) != ("weights", RANDOM)}
-
-
-def parse_evaluate(arguments: Sequence[str]) -> tuple[EvaluateCommand, list[str]]:
-    """The command, and the flags of a recipe that followed it."""
-    chosen, flags = tyro.cli(EvaluateCommand, args=list(arguments), prog=PROG, return_unknown_args=True)
-    return chosen, flags
-
-
-def evaluate(arguments: list[str]) -> int:
-    """Score weights by retrieval, as they are or after fine-tuning; killed and started again it goes on."""
-    chosen, flags = parse_evaluate(arguments)
+def evaluate(chosen: EvaluateCommand, flags: Sequence[str]) -> int:
+    """Score weights as they are, or after fine-tuning with these flags of a recipe; the exit code."""
     refuse_relative(chosen.places)
     address = chosen_address(chosen.address)
     weights, data, out = (full_url(chosen.places.get(name, "")) for name in ("weights", "data", "out"))
@@ -63,7 +39,7 @@ def evaluate(arguments: list[str]) -> int:
     if address == LOCAL:
         choose_device(chosen.device)  # refuses what cannot be before the data is looked through
     print(f"reads the data set {chosen.data}", flush=True)
-    return show(chosen, score_all(zero_shot_tasks(chosen, flags, prog=PROG), address=address, device=chosen.device))
+    return show(chosen, score_all(zero_shot_tasks(chosen), address=address, device=chosen.device))
 
 
 def score_all(tasks: Sequence[Task], *, address: str = LOCAL, device: Device = "auto") -> list[dict[str, Any]]:

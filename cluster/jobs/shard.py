@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
+from cluster.core.arguments import ShardCommand
 from cluster.core.job_paths import refuse_relative
 from cluster.core.session import LOCAL, chosen_address, ray_session, result
 from cluster.core.shared_paths import Witness, marked, unseen, witnesses
-from datapipe.commands.ingest import ShardCommand, run_shard
+from datapipe.commands.ingest import run_shard
 from datapipe.core.errors import DataError
 from datapipe.core.resource_limits import available_cores
-from datapipe.core.settings import settings
 from datapipe.core.stop_signals import GOES_ON, unwinding
 from datapipe.ingest.spool import FOLDER as SPOOL
 from datapipe.storage import full_url, is_remote
@@ -30,16 +30,9 @@ LOST_WORKERS = 10
 """Times that one task may lose its worker or node. Tasks are short, so machines that come and go need few."""
 
 
-@settings
-class ClusterShardCommand(ShardCommand):
-    address: str = ""
-    """Address of a running cluster. Empty: the one that this process is a job of (RAY_ADDRESS), else a Ray inside this
-    process. "local": always the latter. On a running cluster --workers limits the tasks at work at the same time."""
-
-
-def run(command: ClusterShardCommand) -> int:
+def run(command: ShardCommand) -> int:
     """Do the same as `python -m datapipe shard` with all CPUs of a cluster; the exit code says how it ended."""
-    refuse_relative(places_of(command))
+    refuse_relative(command.places)
     address = chosen_address(command.address)
     command = _anywhere(command, joined=address != LOCAL)
     with (
@@ -47,12 +40,6 @@ def run(command: ClusterShardCommand) -> int:
         unwinding(GOES_ON),  # a KeyboardInterrupt is the one exception that Ray's calls pass on from a signal handler
     ):
         return _run(command, joined=address != LOCAL)
-
-
-def places_of(command: ShardCommand) -> dict[str, str]:
-    """Every place that sharding reads from or writes to."""
-    sources = {f"source {number}": source for number, source in enumerate(command.sources, start=1)}
-    return {**sources, "out": command.out, "config.spool": command.config.spool}
 
 
 def _run(command: ShardCommand, *, joined: bool) -> int:
@@ -65,7 +52,7 @@ def _run(command: ShardCommand, *, joined: bool) -> int:
         return run_shard(command, RayWorkers(command.config.workers, seen))
 
 
-def _anywhere(command: ClusterShardCommand, *, joined: bool) -> ClusterShardCommand:
+def _anywhere(command: ShardCommand, *, joined: bool) -> ShardCommand:
     """The command with paths that mean the same to workers in other folders and on other machines."""
     out, spool = full_url(command.out), command.config.spool and full_url(command.config.spool)
     if joined and is_remote(out) and not spool:

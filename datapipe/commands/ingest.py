@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
 from datapipe.core import cli
-from datapipe.core.cli import parse
+from datapipe.core.cli import INLINE, POSITIONAL, page_of, parse
 from datapipe.core.config import ShardConfig, StorageConfig, SynthConfig
 from datapipe.core.parallel import Executor
 from datapipe.core.settings import settings
@@ -15,7 +13,7 @@ from datapipe.core.stop_signals import GOES_ON, unwinding
 
 @settings
 class ShardCommand:
-    sources: tyro.conf.Positional[tuple[str, ...]]
+    sources: Annotated[tuple[str, ...], POSITIONAL]
     """Where crops are, as many places of any kind as wanted, local or s3://bucket/prefix: folders of images (any depth;
     Market-1501-style names give person and camera), zips, tars and WebDataset shards (single, in folders, or
     cut into pieces), LMDBs, parquet files with images, videos with boxes. Patterns in quotes are one source each:
@@ -26,7 +24,7 @@ class ShardCommand:
     """What the images may be used for; noted in the manifest and in the card of what is trained on them."""
     dry_run: bool = False
     """Say what would be read and written, how many shards that makes and how long it takes; write nothing."""
-    config: Annotated[ShardConfig, tyro.conf.arg(name="")] = ShardConfig()
+    config: Annotated[ShardConfig, INLINE] = ShardConfig()
     """How crops are screened and shards are cut."""
     storage: StorageConfig = StorageConfig()
     """How object stores are reached."""
@@ -34,7 +32,7 @@ class ShardCommand:
 
 def shard(arguments: list[str]) -> int:
     """Turn crops into WebDataset tars with index and manifest; goes on where a killed run stopped."""
-    return run_shard(parse(ShardCommand, arguments, "shard"))
+    return run_shard(parse(ShardCommand, arguments, page_of(shard, "crops/ 'lup/*.tar' --out data/shards")))
 
 
 def run_shard(chosen: ShardCommand, workers: Executor | None = None) -> int:
@@ -82,13 +80,13 @@ def _say_what_would_be_done(chosen: ShardCommand) -> int:
 class SynthCommand:
     out: Path
     """Folder to fill, in the layout of Market-1501."""
-    config: Annotated[SynthConfig, tyro.conf.arg(name="")] = SynthConfig()
+    config: Annotated[SynthConfig, INLINE] = SynthConfig()
     """What is rendered."""
 
 
 def synth(arguments: list[str]) -> int:
     """Render pedestrians as a Market-1501-style folder, for demos and tests."""
-    chosen = parse(SynthCommand, arguments, "synth")
+    chosen = parse(SynthCommand, arguments, page_of(synth, "--out data/people"))
     from datapipe.synth.market_folder import render
 
     with unwinding(GOES_ON):

@@ -4,16 +4,14 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import tyro
 from pydantic import Field
 
 from datapipe.core import cli
-from datapipe.core.cli import parse
-from datapipe.core.config import StorageConfig, StreamConfig
+from datapipe.core.cli import POSITIONAL, page_of, parse
+from datapipe.core.config import Decode, StorageConfig, StreamConfig
 from datapipe.core.errors import ConfigError
 from datapipe.core.settings import settings
 from datapipe.core.stop_signals import GOES_ON, unwinding
-from datapipe.dataset.verify import Decode
 
 MOST_FINDINGS = 50
 """Lines that `verify` prints at most."""
@@ -21,7 +19,7 @@ MOST_FINDINGS = 50
 
 @settings
 class VerifyCommand:
-    url: tyro.conf.Positional[str]
+    url: Annotated[str, POSITIONAL]
     """The data set: a folder or s3://bucket/prefix, or one manifest file."""
     decode: Decode = "sample"
     """Which crops are decoded as well: none, one in a hundred, or all."""
@@ -36,7 +34,7 @@ class VerifyCommand:
 
 def verify(arguments: list[str]) -> int:
     """Check a data set against its manifest and name what is wrong; exits with 1 if anything is."""
-    chosen = parse(VerifyCommand, arguments, "verify")
+    chosen = parse(VerifyCommand, arguments, page_of(verify, "data/shards"))
     from datapipe.dataset.verify import verify as check
 
     if chosen.repair:
@@ -62,7 +60,7 @@ def verify(arguments: list[str]) -> int:
 
 @settings
 class StatsCommand:
-    url: tyro.conf.Positional[str]
+    url: Annotated[str, POSITIONAL]
     """The data set: a folder or s3://bucket/prefix, or one manifest file."""
     json: bool = False
     """Print it as JSON, for programs."""
@@ -72,7 +70,7 @@ class StatsCommand:
 
 def stats(arguments: list[str]) -> int:
     """Say what a data set holds: counts, sizes, duplicates, per source."""
-    chosen = parse(StatsCommand, arguments, "stats")
+    chosen = parse(StatsCommand, arguments, page_of(stats, "data/shards"))
     from datapipe.dataset.stats import as_text, statistics
 
     with unwinding():
@@ -83,7 +81,7 @@ def stats(arguments: list[str]) -> int:
 
 @settings
 class PreviewCommand:
-    manifest: tyro.conf.Positional[str]
+    manifest: Annotated[str, POSITIONAL]
     """The data set: a folder or s3://bucket/prefix, or one manifest file."""
     out: Path = Path("preview.jpg")
     """Picture to write, .jpg or .png."""
@@ -98,7 +96,7 @@ class PreviewCommand:
 
 def preview(arguments: list[str]) -> int:
     """Draw a contact sheet of crops and of the views that training will see of them."""
-    chosen = parse(PreviewCommand, arguments, "preview")
+    chosen = parse(PreviewCommand, arguments, page_of(preview, "data/shards --out preview.jpg"))
     from datapipe.stream.preview import TrainingViews, contact_sheet
 
     if chosen.views is None:

@@ -1,22 +1,22 @@
 """The commands that change finished data sets: select | reshard | remove."""
 
-from typing import Annotated
-
-import tyro
+from typing import TYPE_CHECKING, Annotated
 
 from datapipe.core import cli
-from datapipe.core.cli import parse
+from datapipe.core.cli import INLINE, POSITIONAL, page_of, parse
 from datapipe.core.config import RemoveConfig, ReshardConfig, SelectConfig, StorageConfig
 from datapipe.core.settings import settings
 from datapipe.core.stop_signals import GOES_ON, unwinding
-from datapipe.dataset.manifest import Manifest
+
+if TYPE_CHECKING:
+    from datapipe.dataset.manifest import Manifest
 
 
 @settings
 class SelectCommand:
-    url: tyro.conf.Positional[str]
+    url: Annotated[str, POSITIONAL]
     """The data set: a folder (its newest version with all crops), or the manifest file of one version."""
-    config: Annotated[SelectConfig, tyro.conf.arg(name="")] = SelectConfig()
+    config: Annotated[SelectConfig, INLINE] = SelectConfig()
     """Which crops."""
     storage: StorageConfig = StorageConfig()
     """How object stores are reached."""
@@ -24,7 +24,7 @@ class SelectCommand:
 
 def select(arguments: list[str]) -> int:
     """Make a new version of a data set with some of its crops; no tar is written."""
-    chosen = parse(SelectCommand, arguments, "select")
+    chosen = parse(SelectCommand, arguments, page_of(select, "data/shards --out data/tall --where 'height >= 128'"))
     from datapipe.maintain.select import select as choose
 
     with unwinding():
@@ -38,14 +38,14 @@ def select(arguments: list[str]) -> int:
 
 @settings
 class ReshardCommand:
-    urls: tyro.conf.Positional[tuple[str, ...]]
+    urls: Annotated[tuple[str, ...], POSITIONAL]
     """Data sets to take the crops of: folders or s3://bucket/prefix (their newest versions, be it selections), or
     manifest files."""
     out: str
     """Folder or s3://bucket/prefix for the new data set."""
     licence: str = ""
     """What the images may be used for. Empty: what the data sets say."""
-    config: Annotated[ReshardConfig, tyro.conf.arg(name="")] = ReshardConfig()
+    config: Annotated[ReshardConfig, INLINE] = ReshardConfig()
     """How shards are cut."""
     storage: StorageConfig = StorageConfig()
     """How object stores are reached."""
@@ -53,7 +53,7 @@ class ReshardCommand:
 
 def reshard(arguments: list[str]) -> int:
     """Merge data sets, or cut one into other shards; no image is decoded. Goes on where a killed run stopped."""
-    chosen = parse(ReshardCommand, arguments, "reshard")
+    chosen = parse(ReshardCommand, arguments, page_of(reshard, "data/a data/b --out data/both"))
     from datapipe.maintain.reshard import reshard as rewrite
 
     with unwinding(GOES_ON):
@@ -70,9 +70,9 @@ def reshard(arguments: list[str]) -> int:
 
 @settings
 class RemoveCommand:
-    url: tyro.conf.Positional[str]
+    url: Annotated[str, POSITIONAL]
     """The data set: a folder or s3://bucket/prefix. All its versions lose the crops."""
-    config: Annotated[RemoveConfig, tyro.conf.arg(name="")] = RemoveConfig()
+    config: Annotated[RemoveConfig, INLINE] = RemoveConfig()
     """Which crops, and why."""
     storage: StorageConfig = StorageConfig()
     """How object stores are reached."""
@@ -80,7 +80,7 @@ class RemoveCommand:
 
 def remove(arguments: list[str]) -> int:
     """Take crops out of all versions of a data set and out of its stored bytes, for good."""
-    chosen = parse(RemoveCommand, arguments, "remove")
+    chosen = parse(RemoveCommand, arguments, page_of(remove, "data/shards --names people.txt --reason 'a request'"))
     from datapipe.maintain.remove import remove as take_out
 
     with unwinding(GOES_ON):
@@ -108,7 +108,7 @@ def remove(arguments: list[str]) -> int:
     return cli.FAILED if done.cleared.failed else cli.COMPLETE
 
 
-def _say(manifest: Manifest) -> None:
+def _say(manifest: "Manifest") -> None:
     print(f"{manifest.rows:,} crops in {len(manifest.shards):,} shards")
     print(f"id {manifest.id}")
     print(f"{manifest.url.rstrip('/')}/{manifest.file}")

@@ -12,6 +12,8 @@ Range = tuple[float, float]
 """(lowest, highest)."""
 Statistics = Literal["imagenet", "half"]
 """Names of channel means and deviations."""
+Decode = Literal["none", "sample", "all"]
+"""Which crops are decoded when a data set is verified: none, one in a hundred, or all."""
 
 
 @settings

@@ -32,6 +32,10 @@ class ConfigError(UserError):
     """A setting is wrong, unknown or does not go with another one."""
 
 
+class UsageError(ConfigError):
+    """A command line is wrong: the process exits with 2."""
+
+
 class DataError(UserError):
     """Crops, shards, manifests or checkpoints are missing, broken or of another data set."""
 

@@ -4,7 +4,7 @@ what rows say of one another: keys, duplicates, removed crops, selections."""
 import hashlib
 import tarfile
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
@@ -12,7 +12,7 @@ import pyarrow.compute
 import simplejpeg
 import xxhash
 
-from datapipe.core.config import StorageConfig
+from datapipe.core.config import Decode, StorageConfig
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.core.parallel import Workers
 from datapipe.core.progress import Progress
@@ -24,7 +24,6 @@ from datapipe.dataset.selection import read_selection
 from datapipe.dataset.tar import BLOCK, END_BYTES, header
 from datapipe.storage import Store, open_store
 
-Decode = Literal["none", "sample", "all"]
 SAMPLE = 100
 """With "sample", one crop in so many is decoded, and one of each shard at least."""
 MOST_PER_SHARD = 20

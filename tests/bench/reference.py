@@ -8,8 +8,8 @@ from typing import Any
 import torchvision.transforms as transforms
 from PIL import Image, ImageFilter, ImageOps
 
+from datapipe.views.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from tests.bench.specs import BANDS, GLOBAL, GLOBAL_SCALE, LOCAL, LOCAL_SCALE
-from training.nn.image_statistics import IMAGENET_MEAN, IMAGENET_STD
 
 Transform = Callable[[Any], Any]
 BICUBIC = transforms.InterpolationMode.BICUBIC

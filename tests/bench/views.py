@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from datapipe.views.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from datapipe.views.render import make_views
 from datapipe.views.spec import ViewSpec
 from tests.bench.crops import ABOUT, KINDS, crops
@@ -13,7 +14,6 @@ from tests.bench.reference import PassRecipe
 from tests.bench.scale import Scale
 from tests.bench.specs import Interpolation, pass_views
 from tests.bench.table import Row, Table, Target, compare
-from training.nn.image_statistics import IMAGENET_MEAN, IMAGENET_STD
 
 REPEATS = 2
 """Ours gets the same images so many times, to take about as long as the reference."""

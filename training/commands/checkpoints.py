@@ -3,86 +3,21 @@
 import math
 import sys
 from datetime import datetime
-from typing import Annotated
-
-import tyro
-from pydantic import Field
 
 from datapipe.core import cli
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, NotFoundError
-from datapipe.core.settings import settings
 from datapipe.storage import Store, open_store, split_url
 from training.checkpoint import compare as comparing
 from training.checkpoint.lineage import complete, survey
 from training.checkpoint.metadata import Marker, completed, read_marker, step_of
-from training.checkpoint.reader import Reader, newest_good, verify
+from training.checkpoint.reader import Reader, newest_good
+from training.checkpoint.reader import verify as check
 from training.checkpoint.retention import folder_of, kept, old_files
 from training.checkpoint.settings import CheckpointConfig
+from training.commands.arguments import CompareCommand, ListCommand, PruneCommand, VerifyCommand
 
 PROG = "python -m training checkpoints"
-
-
-@settings
-class List:
-    """List a run's checkpoints; RUN verify reads them, RUN compare A B tells how two differ, RUN prune deletes old
-    ones."""
-
-    run: tyro.conf.Positional[str]
-    """Run folder, local or s3://bucket/prefix."""
-    storage: StorageConfig = StorageConfig()
-    """How object stores are reached."""
-
-
-@settings
-class Verify:
-    """Read checkpoints and compare them with their checksums."""
-
-    run: tyro.conf.Positional[str]
-    """Run folder, local or s3://bucket/prefix."""
-    names: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Which ones, e.g. step_0012000. None: all."""
-    storage: StorageConfig = StorageConfig()
-    """How object stores are reached."""
-
-
-@settings
-class Compare:
-    """Tell how two checkpoints differ; the exit code is 0 where training would go on alike from both."""
-
-    run: tyro.conf.Positional[str]
-    """Run folder, local or s3://bucket/prefix."""
-    a: tyro.conf.Positional[str]
-    """A checkpoint of the run (step_0012000), another run's folder (its newest), or the folder of a checkpoint."""
-    b: tyro.conf.Positional[str]
-    """The same."""
-    storage: StorageConfig = StorageConfig()
-    """How object stores are reached."""
-
-
-@settings
-class Prune:
-    """Delete all but the newest good checkpoints, and what crashed attempts left behind them."""
-
-    run: tyro.conf.Positional[str]
-    """Run folder, local or s3://bucket/prefix."""
-    keep_last: Annotated[int, Field(ge=1)]
-    """So many of the newest that verify stay."""
-    keep_every_steps: Annotated[int, Field(ge=0)] = 0
-    """Those at multiples of this stay too. 0: none."""
-    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Only say what would be deleted."""
-    storage: StorageConfig = StorageConfig()
-    """How object stores are reached."""
-
-
-def checkpoints(arguments: list[str]) -> int:
-    """List, verify, compare or prune a run's checkpoints."""
-    for action, kind, work in (("verify", Verify, _verify), ("compare", Compare, _compare), ("prune", Prune, _prune)):
-        if action in arguments[1:2]:
-            words = [word for place, word in enumerate(arguments) if place != 1]
-            return work(tyro.cli(kind, args=words, prog=f"{PROG} RUN {action}"))  # type: ignore[arg-type]
-    return _list(tyro.cli(List, args=arguments, prog=PROG))
 
 
 def newest(store: Store) -> str:
@@ -93,7 +28,8 @@ def newest(store: Store) -> str:
     return found[0]
 
 
-def _list(chosen: List) -> int:
+def listing(chosen: ListCommand) -> int:
+    """Print a run's checkpoints, complete ones and others."""
     store = _store(chosen.run, chosen.storage)
     damaged = False
     for name in _names(store):
@@ -114,7 +50,8 @@ def _line(marker: Marker) -> str:
     return f"{marker.samples:>12,} samples  {size:>6,} MB in {files}  world {marker.world}  {saved}"
 
 
-def _verify(chosen: Verify) -> int:
+def verify(chosen: VerifyCommand) -> int:
+    """Read checkpoints and compare them with their checksums."""
     store = _store(chosen.run, chosen.storage)
     damaged = False
     for name in chosen.names or _names(store):
@@ -127,13 +64,14 @@ def _verify(chosen: Verify) -> int:
 def _fault(store: Store, name: str) -> str:
     """What is wrong with a checkpoint; empty for a good one."""
     try:
-        verify(store, name, read_marker(store, name).files)
+        check(store, name, read_marker(store, name).files)
     except (DataError, NotFoundError) as error:
         return f"{error.what} ({error.where})"
     return ""
 
 
-def _compare(chosen: Compare) -> int:
+def compare(chosen: CompareCommand) -> int:
+    """Print how two checkpoints differ."""
     store = _store(chosen.run, chosen.storage)
     found = comparing.compare(*(_open(store, address, chosen.storage) for address in (chosen.a, chosen.b)))
     print("\n".join(comparing.table(found)))
@@ -160,7 +98,8 @@ def _reader(store: Store, name: str) -> Reader:
                         hint=f"complete ones here: {known}") from error  # fmt: skip
 
 
-def _prune(chosen: Prune) -> int:
+def prune(chosen: PruneCommand) -> int:
+    """Delete what may go."""
     store = _store(chosen.run, chosen.storage)
     good = _newest_good(store, chosen.keep_last)
     if not good:

@@ -3,16 +3,14 @@
 import contextlib
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import tyro
 
 from datapipe.core import cli
-from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError
 from datapipe.core.resource_limits import available_cores
-from datapipe.core.settings import settings
+from training.commands.arguments import EvaluateCommand
 from training.config.run_config import RunConfig
 from training.core.devices import choose_device
 from training.core.host import LocalHost, exit_code
@@ -22,7 +20,6 @@ from training.core.run_folder.run_folder import RunFolder
 from training.core.world import alone
 from training.evaluation import evaluation, fine_tune
 from training.evaluation.evaluation import Task
-from training.reid.settings import ScoringConfig
 from training.report.report import write_report
 from training.trainer.milestones import SUMMARY
 from training.trainer.pretrain import pretrain
@@ -31,34 +28,8 @@ from training.weights.safe_load import FILES
 PROG = "python -m training evaluate"
 
 
-@settings
-class EvaluateCommand:
-    weights: tyro.conf.Positional[str]
-    """Run folder, folder of an export or import, or a file of published weights, local or s3://bucket/prefix;
-    "random" with --task supervised: none."""
-    data: str
-    """Labelled data set: a folder or s3://bucket/prefix with its files, or its shards."""
-    task: Literal["zero-shot", "supervised"] = "zero-shot"
-    """"zero-shot": retrieval with the features as they are. "supervised": fine-tune on the training part first; all
-    flags of a recipe may follow, such as --optimisation.epochs 60."""
-    out: str = ""
-    """Folder for the scores; for --task supervised the run folder. Empty: that of the weights."""
-    recipe: str = ""
-    """Of fine-tuning: a TOML file, or supervised, supervised_384, supervised_pass, supervised_mae. Empty: the one that
-    suits the weights."""
-    label_fraction: float = 1.0
-    """Share of the training identities that fine-tuning may use."""
-    device: Annotated[Literal["auto", "cpu", "cuda"], tyro.conf.arg(aliases=("--engine.device",))] = "auto"
-    """"auto": a GPU where there is one; "cuda": an error where there is none."""
-    scoring: Annotated[ScoringConfig, tyro.conf.arg(name="")] = ScoringConfig()
-    """How the data set is taken and scored."""
-    storage: StorageConfig = StorageConfig()
-    """How object stores are reached."""
-
-
-def evaluate(arguments: list[str]) -> int:
-    """Score weights by retrieval: a run's checkpoints beside baselines, an export, a file; or after fine-tuning."""
-    chosen, flags = tyro.cli(EvaluateCommand, args=arguments, prog=PROG, return_unknown_args=True)
+def run(chosen: EvaluateCommand, flags: Sequence[str]) -> int:
+    """Score weights as they are, or after fine-tuning with these flags of a recipe."""
     if chosen.task == "supervised":
         with writing(chosen, has_workers=False) as guard:
             config = fine_tuning(chosen, flags, prog=PROG)
@@ -72,17 +43,15 @@ def evaluate(arguments: list[str]) -> int:
     torch.set_num_threads(min(torch.get_num_threads(), available_cores()))  # of quotas PyTorch knows nothing
     device = choose_device(chosen.device)
     print(f"reads the data set {chosen.data}", flush=True)
-    scores, tasks = [], zero_shot_tasks(chosen, flags, prog=PROG)
+    scores, tasks = [], zero_shot_tasks(chosen)
     for number, task in enumerate(tasks, start=1):
         print(f"scores {task.weights.name} ({number} of {len(tasks)})", flush=True)
         scores.append(evaluation.score(task, device=device))
     return show(chosen, scores)
 
 
-def zero_shot_tasks(chosen: EvaluateCommand, flags: Sequence[str], *, prog: str) -> list[Task]:
+def zero_shot_tasks(chosen: EvaluateCommand) -> list[Task]:
     """What there is to score; raises UserError for all that can be wrong before that."""
-    if flags:
-        raise ConfigError(f"unknown: {' '.join(flags)}", where=prog, hint="--help lists what there is")
     weights = chosen.weights
     if weights.endswith(FILES):
         if not chosen.out:

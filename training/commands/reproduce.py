@@ -12,14 +12,13 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tyro
 from pydantic import TypeAdapter, ValidationError
 
 from datapipe.core import cli
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError, DataError
-from datapipe.core.settings import settings
 from datapipe.storage import open_store
+from training.commands.arguments import ReproduceCommand
 from training.core.devices import choose_device
 from training.core.host import Host, LocalHost, exit_code
 from training.core.run_folder import crash_log
@@ -42,34 +41,11 @@ LIST = "`python -m training reproduce --list` has all rows"
 _METRICS = {"mAP": "mAP", "rank1": "Rank-1"}
 
 
-@settings
-class ReproduceCommand:
-    row: tyro.conf.Positional[str] = ""
-    """Name of a published row, or a TOML file with a row of your own."""
-    list: bool = False
-    """Print every row: name, mAP, Rank-1, what its authors' code gave them again, tolerance, source."""
-    weights: str = ""
-    """File of published weights, folder of an export or import, or run folder, local or s3://bucket/prefix. Weights
-    that are fine-tuned already are scored as they are; others are fine-tuned first, as the row says."""
-    data: str = ""
-    """The row's data set: a folder or s3://bucket/prefix with its files, or its shards."""
-    out: str = ""
-    """Folder for scores, report and, where it takes one, the run. Started again with the same folder, it goes on.
-    Empty: reproductions/ROW."""
-    storage: StorageConfig = StorageConfig()
-    """How object stores are reached."""
-
-
-def reproduce(arguments: list[str]) -> int:
+def run(chosen: ReproduceCommand) -> int:
     """Carry out a published evaluation and hold ours against it: exit code 0 within the tolerance, 1 outside."""
-    chosen = tyro.cli(ReproduceCommand, args=arguments, prog=PROG)
     if chosen.list:
         print(listing())
         return cli.COMPLETE
-    missing = [name for name in ("row", "weights", "data") if not getattr(chosen, name)]
-    if missing:
-        raise ConfigError(f"not given: {', '.join(missing)}", where=PROG,
-                          hint=f"reproduce ROW --weights FILE --data FOLDER; {LIST}")  # fmt: skip
     row = read_row(chosen.row)
     out = chosen.out or f"reproductions/{row.name}"
     with LocalHost(starting=True) as host:

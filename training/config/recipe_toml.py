@@ -7,38 +7,43 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
-import tyro
 from pydantic import TypeAdapter, ValidationError
 
+from datapipe.core import cli
 from datapipe.core.errors import ConfigError
 from training import methods
 from training.config.run_config import RunConfig
 from training.recipes import SHIPPED
 
+PRETRAIN = "python -m training pretrain"
 _SCHEMA: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
 
 
-def load(path: str | Path, overrides: Sequence[str] = (), *, prog: str | None = None) -> RunConfig:
+def load(
+    path: str | Path, overrides: Sequence[str] = (), *, prog: str = PRETRAIN, also: Sequence[cli.Flag] = ()
+) -> RunConfig:
     """Read a recipe and apply dotted flags such as `--optimisation.lr 1e-3`. One that comes along may be named without
-    its folder: `pass_vits`.
+    its folder: `pass_vits`. `also`: flags beside those of a recipe that a misspelt one may mean.
 
     All mistakes of the file are reported at once; a misspelt key is refused with the nearest right one.
 
     Raises:
         ConfigError: no such file, no TOML, or wrong keys or values.
-        SystemExit: a flag is wrong (exit code 2, with a suggestion) or asks for help.
+        UsageError: a flag is wrong.
     """
     known = {file.stem: file for file in sorted(SHIPPED.glob("*.toml"))}
     recipe = Path(path)
     recipe = recipe if recipe.is_file() else known.get(str(path), recipe)
     if not recipe.is_file():
-        hint = f"a TOML file; recipes that come along: {', '.join(known)}"
+        near = difflib.get_close_matches(str(path), [*known, *map(str, recipe.parent.glob("*.toml"))], n=1)
+        meant = f"did you mean `{near[0]}`? " if near else ""
+        hint = f"{meant}a TOML file; recipes that come along: {', '.join(known)}"
         raise ConfigError("no such recipe", where=str(path), hint=hint)
     try:
         tree = tomllib.loads(recipe.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"not a TOML file: {error}", where=str(path), hint="check quotes and brackets") from error
-    return override(validate(tree, where=str(path)), overrides, prog=prog)
+    return override(validate(tree, where=str(path)), overrides, prog=prog, also=also)
 
 
 def validate(tree: Mapping[str, Any], *, where: str) -> RunConfig:
@@ -51,19 +56,15 @@ def validate(tree: Mapping[str, Any], *, where: str) -> RunConfig:
         raise ConfigError(
             f"{len(mistakes)} {noun} in the recipe:\n" + "\n".join(f"    {line}" for line in mistakes),
             where=where,
-            hint="`python -m training pretrain RECIPE --help` documents every key",
+            hint="`python -m training pretrain RECIPE --help-all` documents every key",
         ) from None
 
 
-def override(config: RunConfig, flags: Sequence[str], *, prog: str | None = None) -> RunConfig:
-    """Apply dotted flags with help, types and suggestions from the tree itself."""
-    return tyro.cli(
-        RunConfig,
-        default=config,
-        args=list(flags),
-        prog=prog,
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-    )
+def override(
+    config: RunConfig, flags: Sequence[str], *, prog: str = PRETRAIN, also: Sequence[cli.Flag] = ()
+) -> RunConfig:
+    """The configuration with dotted flags applied. Raises UsageError with every mistake in them."""
+    return cli.read(RunConfig, flags, prog=prog, default=config, also=also)
 
 
 def to_tree(config: Any) -> dict[str, Any]:

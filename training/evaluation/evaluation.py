@@ -11,6 +11,7 @@ import torch
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.storage import Store, open_store
+from datapipe.views.normalisation import MEAN_STD
 from training import checkpoint, methods
 from training.config import recipe_toml as recipes
 from training.config.build import build_method
@@ -21,7 +22,6 @@ from training.core.run_folder.run_folder import RunFolder
 from training.evaluation import weights_origin as pedigrees
 from training.evaluation.weights_origin import Pedigree
 from training.methods.base import Method
-from training.nn.image_statistics import MEAN_STD
 from training.nn.vision_transformer import VisionTransformer
 from training.reid import zero_shot
 from training.reid.datasets.open_dataset import ReIDSet, check_images, open_reid

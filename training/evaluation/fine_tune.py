@@ -12,6 +12,7 @@ from typing import Any
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError, DataError, NotFoundError
 from datapipe.storage import Store, open_store, split_url
+from datapipe.views.normalisation import MEAN_STD
 from training import checkpoint, methods
 from training.config import recipe_toml as recipes
 from training.config.continuation import saved_config
@@ -20,7 +21,6 @@ from training.core.run_folder.run_folder import RunFolder
 from training.evaluation import evaluation
 from training.evaluation.weights_origin import WHERE
 from training.methods.base import Method
-from training.nn.image_statistics import MEAN_STD
 from training.nn.vision_transformer import BackboneConfig
 from training.reid.datasets.training_shards import shard_training_part
 from training.reid.settings import ScoringConfig
@@ -41,7 +41,7 @@ GIVEN = ("arch", "patch", "stem", "width", "depth", "heads", "mlp_ratio", "layer
 def prepare(
     weights: str, data: str, out: str, *, recipe: str = "", flags: Sequence[str] = (),
     scoring: ScoringConfig = ScoringConfig(), storage: StorageConfig = StorageConfig(),  # noqa: B008  (frozen)
-    prog: str | None = None,
+    prog: str = recipes.PRETRAIN,
 ) -> RunConfig:  # fmt: skip
     """The resolved recipe of fine-tuning `weights` on `data`, after what it starts from was put into `out`.
 

@@ -11,13 +11,11 @@ Shapes: B images, H x W pixels, N patches (row-major), P part tokens, T tokens, 
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
-from timm.layers import LayerNorm, PatchEmbed
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -132,26 +130,10 @@ class Features(NamedTuple):
     """[B, T, C] each: all tokens as they came out of the blocks asked for, before the final norm."""
 
 
-class DroppableBlock(Block):
-    """timm's block whose two branches are scaled per image from outside: 0 drops, 1 / (1 - rate) keeps."""
-
-    attn: Any
-
-    def forward(self, tokens: Tensor, keep_2B: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        attended = self.ls1(self.attn(self.norm1(tokens)))
-        tokens = tokens + (attended if keep_2B is None else _scaled(attended, keep_2B[0]))
-        mixed = self.ls2(self.mlp(self.norm2(tokens)))
-        return tokens + (mixed if keep_2B is None else _scaled(mixed, keep_2B[1]))
+Runner = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
 
 
-def _scaled(branch_BTC: Tensor, keep_B: Tensor) -> Tensor:
-    return branch_BTC * keep_B.to(branch_BTC.dtype)[:, None, None]
-
-
-Runner = Callable[[DroppableBlock, Tensor, Tensor | None], Tensor]
-
-
-def _run(block: DroppableBlock, tokens: Tensor, keep_2B: Tensor | None) -> Tensor:
+def _run(block: nn.Module, tokens: Tensor, keep_2B: Tensor | None) -> Tensor:
     output: Tensor = block(tokens, keep_2B)
     return output
 
@@ -175,6 +157,8 @@ class VisionTransformer(nn.Module):
     """[1, C]: what stands for a hidden patch in front of its position; zero at the start. iBOT's student has it."""
 
     def __init__(self, config: BackboneConfig, parts: int = 0, *, maskable: bool = False) -> None:
+        from training.nn.blocks import DroppableBlock, LayerNorm
+
         super().__init__()
         self.config, self.parts = config, parts
         shape, (rows, columns) = config.shape, config.grid
@@ -271,8 +255,7 @@ class VisionTransformer(nn.Module):
         fused = tokens.is_cuda if self.config.attention == "auto" else self.config.attention == "fused"
         run = _compiled() if self.config.compile_blocks and self.training else _run
         for index, block in enumerate(self.blocks):
-            assert isinstance(block, DroppableBlock)
-            block.attn.fused_attn = fused
+            block.attn.fused_attn = fused  # type: ignore[union-attr]
             keep_2B = None if keep is None else keep[2 * index : 2 * index + 2].clone()  # a view would be compiled anew
             if self.config.checkpoint_blocks and torch.is_grad_enabled():
                 tokens = checkpoint(run, block, tokens, keep_2B, use_reentrant=False, preserve_rng_state=False)
@@ -332,6 +315,8 @@ def _stem(config: BackboneConfig) -> nn.Module:
     """[B, 3, H, W] -> [B, N, C]; takes images of any size that the patch divides."""
     if config.stem == "ics":
         return ConvStem(config.patch, config.shape.width)
+    from training.nn.blocks import PatchEmbed
+
     return PatchEmbed(config.size, config.patch, embed_dim=config.shape.width, strict_img_size=False)
 
 

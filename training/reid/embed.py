@@ -24,9 +24,9 @@ from datapipe.core.errors import DataError
 from datapipe.core.image_formats import FORMATS
 from datapipe.core.progress import QUIET_S, Progress
 from datapipe.core.settings import settings
+from datapipe.views.normalisation import IMAGENET_MEAN, IMAGENET_STD, Triple
 from training.core.device_copy import to_device
 from training.core.out_of_memory import scoring_memory
-from training.nn.image_statistics import IMAGENET_MEAN, IMAGENET_STD, Triple
 
 Features = dict[str, NDArray[np.float32]]
 """Name -> float32 [N, C]."""

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from datapipe.core.config import Statistics
 from datapipe.stream.batch import Batch
+from datapipe.views.normalisation import MEAN_STD
 from training.core.device_copy import to_device
 from training.methods.base import Views
-from training.nn.image_statistics import MEAN_STD
 
 
 class Place:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from datapipe.core.errors import DataError
 from datapipe.storage import Store, open_store
-from training.nn.image_statistics import IMAGENET_MEAN, IMAGENET_STD, Triple
+from datapipe.views.normalisation import IMAGENET_MEAN, IMAGENET_STD, Triple
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 from training.weights.counted_keys import load_counted
 

@@ -11,8 +11,8 @@ from datapipe.core.config import Statistics, StorageConfig
 from datapipe.core.errors import ConfigError, DataError, NotFoundError
 from datapipe.core.settings import settings
 from datapipe.storage import open_store, split_url
+from datapipe.views.normalisation import MEAN_STD
 from training.methods.base import Method
-from training.nn.image_statistics import MEAN_STD
 from training.nn.vision_transformer import BackboneConfig, Shape, VisionTransformer
 from training.weights.counted_keys import first_few, load_counted
 from training.weights.export import CARD, load_backbone, load_card

@@ -5,9 +5,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from training.nn.blocks import DroppableBlock
 from training.nn.vision_transformer import (
     BackboneConfig,
-    DroppableBlock,
     VisionTransformer,
     keep_masks,
     parameter_count,

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from datapipe.stream.batch import Batch
+from datapipe.views.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from tests.training.tiny_recipe import tiny
 from training.config.batch_split import portion
 from training.config.build import fake_batch, view_spec
 from training.config.run_plan import _pinned
 from training.nn.distillation_losses import hidden_numbers
-from training.nn.image_statistics import IMAGENET_MEAN, IMAGENET_STD
 from training.trainer.batch_to_device import Place
 
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="GPU absent: pinned slots"))

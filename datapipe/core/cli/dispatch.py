@@ -3,27 +3,28 @@
 Imports next to nothing: what a command needs is loaded when it is called, after its first words and with signals heard.
 """
 
+import dataclasses
+import difflib
 import importlib
 import os
 import signal
 import sys
+import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from datapipe.core import stop_signals
-from datapipe.core.errors import ConfigError, UserError, refusal
+from datapipe.core.cli import flags, usage
+from datapipe.core.cli.usage import Page
+from datapipe.core.errors import ConfigError, UsageError, UserError, refusal
 from datapipe.core.process_setup import misread, refuse_fatal_numbers, refuse_other_text, settle, unread
-from datapipe.core.stop_signals import COMPLETE, FAILED, INTERRUPTED, STOPPED, USAGE
-
-__all__ = ["COMPLETE", "FAILED", "INTERRUPTED", "STOPPED", "USAGE", "Command", "dispatch", "parse", "run"]
+from datapipe.core.stop_signals import COMPLETE, FAILED, INTERRUPTED, USAGE
 
 DISTRIBUTION = "reid-pretraining"
 OWN = ("datapipe", "training", "cluster")
 T = TypeVar("T")
-PROGRAM = "python -m datapipe"
-HELP = ("-h", "--help")
 SILENCE_S = 0.7
 """Seconds after which a command that has not ended says that it is at work, where nothing was said at its start."""
 
@@ -46,7 +47,7 @@ class Command:
 
     def announce(self, name: str, arguments: Sequence[str]) -> None:
         """Say that it starts, unless help is all that is wanted."""
-        if not arguments or any(word in HELP for word in arguments):
+        if not arguments or usage.wants_help(arguments):
             return
         if self.loads:
             result = not self.log or any(word in self.quiet for word in arguments)
@@ -122,7 +123,7 @@ def _called(
 
 def _failed(error: UserError) -> int:
     print(f"error: {error}", file=sys.stderr, flush=True)
-    return FAILED
+    return USAGE if isinstance(error, UsageError) else FAILED
 
 
 def _drop_unprinted() -> None:
@@ -153,21 +154,23 @@ def dispatch(commands: Mapping[str, Callable[[list[str]], int]], arguments: Sequ
                               hint=f"pip install '{DISTRIBUTION}{wanted}', or in a clone: pip install '.{wanted}'"
                               ) from error  # fmt: skip
     width = max(map(len, commands))
-    listed = "\n".join(f"  {name:<{width}}  {(call.__doc__ or '').splitlines()[0]}" for name, call in commands.items())
-    usage = f"usage: {prog} COMMAND [--debug] ...\n{listed}\n`{prog} COMMAND --help` says more."
-    if arguments and arguments[0] in HELP:
-        print(usage)
+    lines = [f"usage: {prog} COMMAND [--debug] ...", ""]
+    for name, call in commands.items():
+        lines += textwrap.wrap((call.__doc__ or "").splitlines()[0], usage.COLUMNS,
+                               initial_indent=f"  {name:<{width}}  ", subsequent_indent=" " * (width + 4))  # fmt: skip
+    page = "\n".join([*lines, "", f"`{prog} COMMAND --help` says more."])
+    if not arguments:
+        print(page, file=sys.stderr)
+        return USAGE
+    if usage.wants_help(arguments[:1]):
+        print(page)
         return COMPLETE
-    if arguments and arguments[0] == "--version":
+    if arguments[0] == "--version":
         print(f"{DISTRIBUTION} {version()}")
         return COMPLETE
-    if arguments:
-        import difflib
-
-        near = difflib.get_close_matches(arguments[0], list(commands), n=1)
-        print(f"error: no command `{arguments[0]}`" + (f"; did you mean `{near[0]}`?" if near else ""), file=sys.stderr)
-    print(usage, file=sys.stderr)
-    return USAGE
+    near = difflib.get_close_matches(arguments[0], list(commands), n=1)
+    raise UsageError(f"no command `{arguments[0]}`" + (f"; did you mean `{near[0]}`?" if near else ""), where=prog,
+                     hint=f"one of {', '.join(commands)}; `{prog} --help` says what they do")  # fmt: skip
 
 
 def version() -> str:
@@ -180,18 +183,17 @@ def version() -> str:
         return "unknown"
 
 
-def parse(kind: type[T], arguments: list[str], name: str, *, program: str = PROGRAM) -> T:
-    """The command line as settings. Values out of range become one ConfigError that lists them all."""
-    import tyro
-    from pydantic import ValidationError
+def parse(kind: type[T], words: Sequence[str], page: Page) -> T:
+    """The command line as settings. Help, and usage where no word is given and one is wanted, end the process."""
+    show_help(flags.flags_of(kind), words, page)
+    return flags.read(kind, words, prog=page.prog)
 
-    try:
-        return tyro.cli(kind, args=arguments, prog=f"{program} {name}")
-    except ValidationError as error:
-        wrong = [
-            f"--{'.'.join(map(str, item['loc'])).replace('_', '-')}: {item['msg']}, not {item['input']!r}"
-            for item in error.errors()
-        ]
-        raise ConfigError(
-            "\n  ".join(["settings out of range", *wrong]), hint=f"{program} {name} --help says what they mean"
-        ) from error
+
+def show_help(known: Sequence[flags.Flag], words: Sequence[str], page: Page) -> None:
+    """Print the help that the line asks for, or usage where it is empty and must not be; raises SystemExit then."""
+    if usage.wants_help(words):
+        print(usage.text(page, known, words))
+        raise SystemExit(COMPLETE)
+    if not words and any(flag.default is dataclasses.MISSING for flag in known):
+        print(usage.short(page, known), file=sys.stderr)
+        raise SystemExit(USAGE)

@@ -1,0 +1,80 @@
+"""What transformers are stacked from: timm's patch embedding and layer norm, a block that can drop its branches, and a
+block that also attends to a memory.
+
+Apart from the networks, which import it when they are built: timm takes seconds to load, and settings are read first.
+The decoder's block has the structure of BootMAE (Dong et al., ECCV 2022; reference
+`models/modeling_pretrain_bootmae.py` Decode_Block).
+
+Shapes: B images, T tokens of W channels, M tokens of the memory of C channels.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from timm.layers import LayerNorm, Mlp, PatchEmbed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+__all__ = ["Attention", "DecoderBlock", "DroppableBlock", "LayerNorm", "PatchEmbed"]
+
+
+class DroppableBlock(Block):
+    """timm's block whose two branches are scaled per image from outside: 0 drops, 1 / (1 - rate) keeps."""
+
+    attn: Any
+
+    def forward(self, tokens: Tensor, keep_2B: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        attended = self.ls1(self.attn(self.norm1(tokens)))
+        tokens = tokens + (attended if keep_2B is None else _scaled(attended, keep_2B[0]))
+        mixed = self.ls2(self.mlp(self.norm2(tokens)))
+        return tokens + (mixed if keep_2B is None else _scaled(mixed, keep_2B[1]))
+
+
+def _scaled(branch_BTC: Tensor, keep_B: Tensor) -> Tensor:
+    return branch_BTC * keep_B.to(branch_BTC.dtype)[:, None, None]
+
+
+class Attention(nn.Module):
+    """Scaled dot-product attention of some tokens to a memory of another width, or to themselves.
+
+    A head has floor(width / heads) channels, so that any number of heads goes with any width (BootMAE: 12 with 512).
+    """
+
+    def __init__(self, width: int, memory_width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        inner = width // heads * heads
+        self.query = nn.Linear(width, inner)
+        self.key_value = nn.Linear(memory_width, 2 * inner)
+        self.proj = nn.Linear(inner, width)
+
+    def forward(self, tokens_BTW: Tensor, memory_BMC: Tensor) -> Tensor:
+        query = self.query(tokens_BTW).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        key, value = self.key_value(memory_BMC).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if tokens_BTW.is_cuda:
+            found = F.scaled_dot_product_attention(query, key, value)
+        else:  # plain matrix products are faster on a CPU
+            found = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1) @ value
+        mixed: Tensor = self.proj(found.transpose(1, 2).flatten(-2))
+        return mixed
+
+
+class DecoderBlock(nn.Module):
+    """x + self-attention, x + cross-attention to the memory, x + MLP; a layer norm in front of each."""
+
+    def __init__(self, width: int, memory_width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(width)  # eps 1e-6
+        self.attn = Attention(width, width, heads)
+        self.norm2 = LayerNorm(width)
+        self.norm_memory = LayerNorm(memory_width)
+        self.cross = Attention(width, memory_width, heads)
+        self.norm3 = LayerNorm(width)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+
+    def forward(self, tokens_BTW: Tensor, memory_BMC: Tensor) -> Tensor:
+        calm = self.norm1(tokens_BTW)
+        tokens_BTW = tokens_BTW + self.attn(calm, calm)
+        tokens_BTW = tokens_BTW + self.cross(self.norm2(tokens_BTW), self.norm_memory(memory_BMC))
+        mixed: Tensor = tokens_BTW + self.mlp(self.norm3(tokens_BTW))
+        return mixed

@@ -1,5 +1,5 @@
 # Every target can start from a fresh clone: Python 3.11 and the package registry are all it needs.
-# bench-gpu needs no registry either, but a GPU, and a Python that has torch, timm, pydantic and tyro.
+# bench-gpu needs no registry either, but a GPU, and a Python that has torch, timm and pydantic.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin

@@ -43,7 +43,7 @@ def pretrain(arguments: list[str]) -> int:
     from cluster.core.session import chosen_address
     from cluster.jobs.pretrain import run
 
-    return run(config, address=chosen_address(chosen.address))
+    return run(config, address=chosen_address(chosen.address or ""))
 
 
 def evaluate(arguments: list[str]) -> int:

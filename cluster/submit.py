@@ -29,8 +29,8 @@ def submit(chosen: SubmitCommand, rest: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="reid_job_") as folder:
         words = _PREPARE[chosen.command](list(rest), Path(folder))
         _stage(Path(folder))
-        client, with_token = _client(chosen.address or None)
-        with _reached(chosen.address or None):
+        client, with_token = _client(chosen.address)
+        with _reached(chosen.address):
             job = client.submit_job(entrypoint=shlex.join(["python", "-m", "cluster", chosen.command, *words]),
                                     runtime_env={"working_dir": folder})  # fmt: skip
     address = ["--address", chosen.address] if chosen.address else []

@@ -3,20 +3,23 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
+from pydantic import Field
+
 from datapipe.commands import ingest
 from datapipe.core.cli import POSITIONAL
 from datapipe.core.config import StorageConfig
 from datapipe.core.settings import settings
 from training.commands import arguments as training
 
+Address = Annotated[str, Field(min_length=1)] | None
 RANDOM = "random"
 """Weights that are no place."""
 
 
 @settings
 class ShardCommand(ingest.ShardCommand):
-    address: str = ""
-    """Address of a running cluster. Empty: the one that this process is a job of (RAY_ADDRESS), else a Ray inside this
+    address: Address = None
+    """Address of a running cluster. None: the one that this process is a job of (RAY_ADDRESS), else a Ray inside this
     process. "local": always the latter. On a running cluster --workers limits the tasks at work at the same time."""
 
     @property
@@ -28,8 +31,8 @@ class ShardCommand(ingest.ShardCommand):
 
 @settings
 class EvaluateCommand(training.EvaluateCommand):
-    address: str = ""
-    """Address of a running cluster. Empty: the one that this process is a job of (RAY_ADDRESS), else a Ray inside this
+    address: Address = None
+    """Address of a running cluster. None: the one that this process is a job of (RAY_ADDRESS), else a Ray inside this
     process. "local": always the latter."""
 
     @property
@@ -41,8 +44,8 @@ class EvaluateCommand(training.EvaluateCommand):
 
 @settings
 class PretrainCommand(training.PretrainCommand):
-    address: str = ""
-    """Address of a running cluster: auto, or host:port of its head. Empty: the one that this process is a job of
+    address: Address = None
+    """Address of a running cluster: auto, or host:port of its head. None: the one that this process is a job of
     (RAY_ADDRESS), else a Ray inside this process. "local": always the latter."""
 
 
@@ -50,8 +53,8 @@ class PretrainCommand(training.PretrainCommand):
 class SubmitCommand:
     command: Annotated[Literal["pretrain", "shard", "evaluate"], POSITIONAL]
     """What is handed in; its own words follow, as for `python -m cluster COMMAND`."""
-    address: str = ""
-    """Of the dashboard, such as http://127.0.0.1:8265, before COMMAND. Empty: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or
+    address: Address = None
+    """Of the dashboard, such as http://127.0.0.1:8265, before COMMAND. None: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or
     that of a cluster on this machine."""
 
 

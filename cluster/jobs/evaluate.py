@@ -26,7 +26,7 @@ POLL_S = 1.0
 def evaluate(chosen: EvaluateCommand, flags: Sequence[str]) -> int:
     """Score weights as they are, or after fine-tuning with these flags of a recipe; the exit code."""
     refuse_relative(chosen.places)
-    address = chosen_address(chosen.address)
+    address = chosen_address(chosen.address or "")
     weights, data, out = (full_url(chosen.places.get(name, "")) for name in ("weights", "data", "out"))
     chosen = replace(chosen, weights=weights or chosen.weights, data=data, out=out)
     if chosen.task == "supervised":

@@ -33,7 +33,7 @@ LOST_WORKERS = 10
 def run(command: ShardCommand) -> int:
     """Do the same as `python -m datapipe shard` with all CPUs of a cluster; the exit code says how it ended."""
     refuse_relative(command.places)
-    address = chosen_address(command.address)
+    address = chosen_address(command.address or "")
     command = _anywhere(command, joined=address != LOCAL)
     with (
         ray_session(address, cpus=command.config.workers or available_cores()),

@@ -16,8 +16,9 @@ from uuid import uuid4
 
 import pytest
 
+from cluster.commands import submit
 from cluster.status import status
-from cluster.submit import PACKAGES, submit
+from cluster.submit import PACKAGES
 from datapipe.core.errors import ClusterError, ConfigError
 from datapipe.storage import open_store
 from tests.cluster.ray_head import PATIENCE_S, ray_head, ray_words

@@ -12,14 +12,14 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-NEEDED = ("torch", "torchvision", "timm", "pydantic", "tyro")
+NEEDED = ("torch", "torchvision", "timm", "pydantic")
 
 
 def main() -> int:
     """Exit code."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        return _refused(f"not installed: {', '.join(missing)}", "pip install torch timm pydantic tyro")
+        return _refused(f"not installed: {', '.join(missing)}", "pip install torch timm pydantic")
     import torch
 
     if not torch.cuda.is_available():

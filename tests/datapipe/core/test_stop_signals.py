@@ -138,7 +138,7 @@ def test_main__imports_next_to_nothing_before_its_first_words(package: str) -> N
     """What takes its time comes after signals are heard and the command has said that it starts."""
     look = f"import sys, {package}.__main__; print(*sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, text=True, capture_output=True, check=True)
-    heavy = {"numpy", "torch", "ray", "tyro", "pydantic", "rich", "pyarrow", "cv2", "boto3", "psutil"}
+    heavy = {"numpy", "torch", "ray", "pydantic", "rich", "pyarrow", "cv2", "boto3", "psutil"}
     assert not heavy & set(done.stdout.split())
 
 

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from datapipe.core.errors import ConfigError
+from datapipe.core.errors import ConfigError, UsageError
+from training.__main__ import main
 from training.config import recipe_toml as recipes
 from training.config.recipe_toml import load, override, to_toml, validate
 from training.config.run_config import RunConfig
@@ -61,9 +62,8 @@ def test_load__every_method_has_defaults_flags_and_a_round_trip(tmp_path: Path, 
 
 
 def test_override__a_flag_of_another_method_is_a_usage_error(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(UsageError, match="no flag `--method.parts`"):
         load(_write(tmp_path, '[method]\nname = "dino"\n'), ["--method.parts", "3"])
-    assert caught.value.code == 2
 
 
 def test_load__a_recipe_that_comes_along_by_its_name() -> None:
@@ -83,16 +83,14 @@ def test_override__dotted_flags(tmp_path: Path) -> None:
     assert (found.optimisation.lr, found.views.jitter.hue, found.engine.audit) == (2e-3, 0.2, True)
 
 
-def test_override__a_misspelt_flag_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
+def test_override__a_misspelt_flag_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="no flag `--optimisation.lrr`; did you mean `--optimisation.lr`"):
         override(RunConfig(), ["--optimisation.lrr", "1"])
-    assert caught.value.code == 2
-    assert "optimisation.lr" in "".join(capsys.readouterr())
 
 
 def test_help__documents_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        override(RunConfig(), ["--help"])
+        main(["pretrain", "--help-all"])
     assert caught.value.code == 0
     said = "".join(capsys.readouterr())
     for key, _ in recipes.leaves((), recipes.to_tree(RunConfig())):

@@ -2,7 +2,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.nn.mae_decoder import Attention, Decoder
+from training.nn.blocks import Attention
+from training.nn.mae_decoder import Decoder
 from training.nn.positions import grid
 from training.nn.vision_transformer import BackboneConfig
 

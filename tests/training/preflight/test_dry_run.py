@@ -171,9 +171,9 @@ def test_dry_run__starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(("words", "code", "said"), [
     (["pass_vitx", "--dry-run"], cli.FAILED, "no such recipe"),
-    (["pass_vits", "--dry-run", "--rows", "0"], cli.USAGE, "no finite number above zero"),
-    (["pass_vits", "--dry-run", "--gpu-memory-gb", "much"], cli.USAGE, "invalid number value: 'much'"),
-    (["pass_vits", "--rows", "5"], cli.USAGE, "go with --dry-run"),
+    (["pass_vits", "--dry-run", "--rows", "0"], cli.USAGE, "`--rows`: input should be greater than 0"),
+    (["pass_vits", "--dry-run", "--gpu-memory-gb", "much"], cli.USAGE, "`--gpu-memory-gb`: a number, or None, not much"),
+    (["pass_vits", "--rows", "5"], cli.USAGE, "`--rows` goes with `--dry-run`"),
     (["pass_vits", "--dry-run", "--optimisation.lrr", "1"], cli.USAGE, "optimisation.lrr"),
     (["pass_vits", "--dry-run", "--rows", "3"], cli.FAILED, "less than one batch"),
 ], ids=["recipe", "rows", "gpu", "without_dry_run", "flag", "too_few_rows"])  # fmt: skip
@@ -184,4 +184,4 @@ def test_dry_run__mistakes(words: list[str], code: int, said: str, capsys: pytes
 
 def test_help__tells_of_dry_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert called("--help") == cli.COMPLETE
-    assert "--gpu-memory-gb GB" in capsys.readouterr().out
+    assert "--gpu-memory-gb NUMBER" in capsys.readouterr().out

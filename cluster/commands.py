@@ -10,7 +10,7 @@ from cluster.core.arguments import (
 )
 from datapipe.core import cli
 from datapipe.core.cli import page_of, parse, read, read_some, show_help
-from training.commands.arguments import FINE_TUNING, check_dry_run, check_zero_shot
+from training.commands.entry_points import FINE_TUNING, check_dry_run, check_zero_shot
 
 
 def demo(arguments: list[str]) -> int:

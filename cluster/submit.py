@@ -16,7 +16,8 @@ from cluster.core.job_paths import paths_of, refuse_relative
 from cluster.core.ray_token import MODE, WITH_TOKEN, refuse_mode_without_token, refused, show_token
 from datapipe.core import cli
 from datapipe.core.errors import ClusterError
-from training.commands.arguments import RecipeCommand, check_zero_shot
+from training.commands.arguments import RecipeCommand
+from training.commands.entry_points import check_zero_shot
 
 PACKAGES = ("cluster", "datapipe", "training")
 MOST_MB = 20.0

@@ -5,7 +5,7 @@ import sys
 from datapipe.core import cli
 from datapipe.core.cli import Command
 
-HERE, TORCH = "training.commands.arguments", "PyTorch"
+HERE, TORCH = "training.commands.entry_points", "PyTorch"
 COMMANDS = {
     "pretrain": Command(f"{HERE}:pretrain", "Train a recipe in this one process, without Ray; "
                         "`--dry-run` says what it would be and needs.", loads=TORCH, log=True,

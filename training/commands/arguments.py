@@ -1,16 +1,11 @@
-"""What follows the name of each command of `python -m training`: read before anything that takes long to load.
-
-Settings, help and mistakes need no PyTorch, but for the flags of a recipe. Work is in the modules beside this one.
-"""
+"""What follows the name of each command of `python -m training`, as settings; needs no PyTorch."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from datapipe.core import cli
-from datapipe.core.cli import INLINE, POSITIONAL, Arg, page_of, parse, read_some, show_help
+from datapipe.core.cli import INLINE, POSITIONAL, Arg
 from datapipe.core.config import Size, Statistics, StorageConfig
-from datapipe.core.errors import UsageError
 from datapipe.core.settings import settings
 from training.reid.settings import ScoringConfig
 
@@ -40,27 +35,6 @@ class EvaluateCommand:
     """How object stores are reached."""
 
 
-def evaluate(arguments: list[str]) -> int:
-    """Score weights by retrieval: a run's checkpoints beside baselines, an export, a file; or after fine-tuning."""
-    page = page_of(evaluate, "runs/first --data data/market1501", more=(FINE_TUNING,))
-    show_help(cli.flags_of(EvaluateCommand), arguments, page)
-    chosen, flags = read_some(EvaluateCommand, arguments, prog=page.prog)
-    check_zero_shot(chosen, flags, prog=page.prog)
-    from training.commands.evaluate import run
-
-    return run(chosen, flags)
-
-
-FINE_TUNING = ("With --task supervised, flags of a recipe may follow, such as --optimisation.epochs 60; "
-               "`python -m training pretrain supervised --help-all` has them.")  # fmt: skip
-
-
-def check_zero_shot(chosen: EvaluateCommand, flags: list[str], *, prog: str) -> None:
-    """Raise UsageError for flags of a recipe where there is none."""
-    if flags and chosen.task == "zero-shot":
-        raise cli.unknown(flags, cli.flags_of(type(chosen)), prog)
-
-
 @settings
 class ReproduceCommand:
     row: Annotated[str, POSITIONAL] = ""
@@ -79,19 +53,6 @@ class ReproduceCommand:
     """How object stores are reached."""
 
 
-def reproduce(arguments: list[str]) -> int:
-    """Carry out a published evaluation and hold ours against it: exit code 0 within the tolerance, 1 outside."""
-    page = page_of(reproduce, "pass-vits-market1501 --weights pass_vit_small_full.pth --data data/market1501")
-    chosen = parse(ReproduceCommand, arguments, page)
-    missing = [name for name in ("row", "weights", "data") if not getattr(chosen, name)]
-    if missing and not chosen.list:
-        raise UsageError(f"not given: {', '.join(missing)}", where=page.prog,
-                         hint="reproduce ROW --weights FILE --data FOLDER; `--list` has all rows")  # fmt: skip
-    from training.commands.reproduce import run
-
-    return run(chosen)
-
-
 @settings
 class ExportCommand:
     run: Annotated[str, POSITIONAL]
@@ -102,14 +63,6 @@ class ExportCommand:
     """Folder for backbone.safetensors and card.json. Empty: exports/ of the run."""
     storage: StorageConfig = StorageConfig()
     """How object stores are reached."""
-
-
-def export(arguments: list[str]) -> int:
-    """Write a checkpoint's backbone for timm, with a card that says what it is."""
-    chosen = parse(ExportCommand, arguments, page_of(export, "runs/first"))
-    from training.commands.weights import export as run
-
-    return run(chosen)
 
 
 @settings
@@ -144,30 +97,12 @@ class ImportCommand:
     """How object stores are reached."""
 
 
-def import_published(arguments: list[str]) -> int:
-    """Read weights published by others and write their backbone as an export, with a card that says where from."""
-    page = page_of(import_published, "pass_vit_small_full.pth --out weights/pass", name="import")
-    chosen = parse(ImportCommand, arguments, page)
-    from training.commands.weights import import_published as run
-
-    return run(chosen)
-
-
 @settings
 class ReportCommand:
     run: Annotated[str, POSITIONAL]
     """Run folder, local or s3://bucket/prefix."""
     storage: StorageConfig = StorageConfig()
     """How object stores are reached."""
-
-
-def report(arguments: list[str]) -> int:
-    """Write report.html, one self-contained file, from what the run folder holds."""
-    chosen = parse(ReportCommand, arguments, page_of(report, "runs/first"))
-    from training.report.report import write_report
-
-    print(write_report(chosen.run, chosen.storage))
-    return cli.COMPLETE
 
 
 @settings
@@ -223,35 +158,9 @@ class PruneCommand:
     """How object stores are reached."""
 
 
-def checkpoints(arguments: list[str]) -> int:
-    """List, verify, compare or prune a run's checkpoints."""
-    action = arguments[1] if len(arguments) > 1 else ""
-    if action not in ACTIONS:
-        page = page_of(checkpoints, "runs/first", more=tuple(
-            f"RUN {name}: {' '.join((kind.__doc__ or '').split())}" for name, kind in ACTIONS.items()))  # fmt: skip
-        chosen: object = parse(ListCommand, arguments, page)
-    else:
-        page = page_of(checkpoints, name=f"checkpoints RUN {action}")
-        chosen = parse(ACTIONS[action], [arguments[0], *arguments[2:]], page)
-    from training.commands import checkpoints as work
-
-    return getattr(work, action or "listing")(chosen)
-
-
-ACTIONS: dict[str, type] = {"verify": VerifyCommand, "compare": CompareCommand, "prune": PruneCommand}
-
-
 @settings
 class NoFlags:
     """A command without any."""
-
-
-def warm(arguments: list[str]) -> int:
-    """Start DeepSpeed once, with a tiny module, to see that it works here."""
-    parse(NoFlags, arguments, page_of(warm))
-    from training.commands.pretrain import warm as run
-
-    return run()
 
 
 @settings
@@ -272,34 +181,3 @@ class PretrainCommand(RecipeCommand):
     """With --dry-run: images of a data set that is not at hand. None: LUPerson's."""
     gpu_memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """With --dry-run: memory of a GPU, 10^9 bytes. None: that of this machine's, if any."""
-
-
-def check_dry_run(chosen: PretrainCommand, *, prog: str) -> None:
-    """Raise UsageError for flags of a dry run where none is asked for."""
-    given = [name for name in ("full", "json", "rows", "gpu_memory_gb") if getattr(chosen, name)]
-    if given and not chosen.dry_run:
-        names = ", ".join(f"`--{name.replace('_', '-')}`" for name in given)
-        raise UsageError(f"{names} goes with `--dry-run`", where=prog, hint="add --dry-run, or leave it out")
-
-
-def pretrain(arguments: list[str]) -> int:
-    """Train a recipe in this one process, without Ray; `--dry-run` says what it would be and needs."""
-    from training.commands.recipe import read_with_recipe
-
-    page = page_of(pretrain, "pass_vits --stream.manifest data/shards --dry-run")
-    chosen, config = read_with_recipe(PretrainCommand, arguments, page)
-    check_dry_run(chosen, prog=page.prog)
-    from training.commands import pretrain as work
-
-    return work.dry_run(chosen, config) if chosen.dry_run else work.run(config)
-
-
-def views(arguments: list[str]) -> int:
-    """Print the views that a recipe trains on, as JSON for `python -m datapipe preview --views FILE`."""
-    from training.commands.recipe import read_with_recipe
-
-    _, config = read_with_recipe(RecipeCommand, arguments, page_of(views, "pass_vits > views.json"))
-    from training.config.build import training_views
-
-    print(training_views(config).to_json())
-    return cli.COMPLETE

@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from datapipe.core import stop_signals
-from datapipe.core.cli import flags, usage
-from datapipe.core.cli.usage import Page
+from datapipe.core.cli.flags import Flag, flags_of, read
+from datapipe.core.cli.usage import COLUMNS, Page, short, text, wants_help
 from datapipe.core.errors import ConfigError, UsageError, UserError, refusal
 from datapipe.core.process_setup import misread, refuse_fatal_numbers, refuse_other_text, settle, unread
 from datapipe.core.stop_signals import COMPLETE, FAILED, INTERRUPTED, USAGE
@@ -47,7 +47,7 @@ class Command:
 
     def announce(self, name: str, arguments: Sequence[str]) -> None:
         """Say that it starts, unless help is all that is wanted."""
-        if not arguments or usage.wants_help(arguments):
+        if not arguments or wants_help(arguments):
             return
         if self.loads:
             result = not self.log or any(word in self.quiet for word in arguments)
@@ -156,13 +156,13 @@ def dispatch(commands: Mapping[str, Callable[[list[str]], int]], arguments: Sequ
     width = max(map(len, commands))
     lines = [f"usage: {prog} COMMAND [--debug] ...", ""]
     for name, call in commands.items():
-        lines += textwrap.wrap((call.__doc__ or "").splitlines()[0], usage.COLUMNS,
+        lines += textwrap.wrap((call.__doc__ or "").splitlines()[0], COLUMNS,
                                initial_indent=f"  {name:<{width}}  ", subsequent_indent=" " * (width + 4))  # fmt: skip
     page = "\n".join([*lines, "", f"`{prog} COMMAND --help` says more."])
     if not arguments:
         print(page, file=sys.stderr)
         return USAGE
-    if usage.wants_help(arguments[:1]):
+    if wants_help(arguments[:1]):
         print(page)
         return COMPLETE
     if arguments[0] == "--version":
@@ -185,15 +185,15 @@ def version() -> str:
 
 def parse(kind: type[T], words: Sequence[str], page: Page) -> T:
     """The command line as settings. Help, and usage where no word is given and one is wanted, end the process."""
-    show_help(flags.flags_of(kind), words, page)
-    return flags.read(kind, words, prog=page.prog)
+    show_help(flags_of(kind), words, page)
+    return read(kind, words, prog=page.prog)
 
 
-def show_help(known: Sequence[flags.Flag], words: Sequence[str], page: Page) -> None:
+def show_help(known: Sequence[Flag], words: Sequence[str], page: Page) -> None:
     """Print the help that the line asks for, or usage where it is empty and must not be; raises SystemExit then."""
-    if usage.wants_help(words):
-        print(usage.text(page, known, words))
+    if wants_help(words):
+        print(text(page, known, words))
         raise SystemExit(COMPLETE)
     if not words and any(flag.default is dataclasses.MISSING for flag in known):
-        print(usage.short(page, known), file=sys.stderr)
+        print(short(page, known), file=sys.stderr)
         raise SystemExit(USAGE)

@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from datapipe.core.cli import flags as reading
-from datapipe.core.cli.flags import HELP, HELP_ALL, Flag
+from datapipe.core.cli.flags import HELP, HELP_ALL, Flag, bare
 
 COLUMNS, LEFT = 80, 28
 """Of a page, and of its column of flags."""
@@ -139,13 +138,13 @@ def _entry(name: str, about: str) -> list[str]:
 
 
 def _metavar(kind: Any) -> str:
-    bare = reading.bare(kind)
-    if get_origin(bare) is Literal:
-        return "|".join(str(choice) or '""' for choice in get_args(bare))
-    if get_origin(bare) is tuple:
-        inner = get_args(bare)
+    kind = bare(kind)
+    if get_origin(kind) is Literal:
+        return "|".join(str(choice) or '""' for choice in get_args(kind))
+    if get_origin(kind) is tuple:
+        inner = get_args(kind)
         return f"{_metavar(inner[0])} ..." if inner[-1] is Ellipsis else " ".join(map(_metavar, inner))
-    return {int: "INT", float: "NUMBER", Path: "PATH", bool: ""}.get(bare, "TEXT")
+    return {int: "INT", float: "NUMBER", Path: "PATH", bool: ""}.get(kind, "TEXT")
 
 
 def _shown(value: Any) -> str:

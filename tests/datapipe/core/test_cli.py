@@ -152,7 +152,10 @@ def test_shard__quarantines_with_a_reason(
         (("shard", "{}/cut.tar", "--out", "{}/out"), "cut"),
         (("shard", "{}/crops", "--out", "s3://no-such-bucket/x"), "bucket 'no-such-bucket' does not exist"),
         (("shard", "s3://no-such-bucket/x", "--out", "{}/out"), "bucket 'no-such-bucket' does not exist"),
-        (("shard", "{}/crops", "--out", "{}/out", "--samples-per-shard", "0"), "--samples-per-shard: Input should be"),
+        (
+            ("shard", "{}/crops", "--out", "{}/out", "--samples-per-shard", "0"),
+            "`--samples-per-shard`: input should be",
+        ),
         (("verify", "{}/missing"), "does not exist"),
         (("verify", "{}/crops"), "no data set here"),
     ],
@@ -170,7 +173,7 @@ def test_errors__are_one_clear_message(
     subprocess.run(["tar", "-cf", str(tmp_path / "cut.tar"), "-C", str(tmp_path), "crops"], check=True)
     (tmp_path / "cut.tar").write_bytes((tmp_path / "cut.tar").read_bytes()[:2000])
     line = [word.replace("{}", str(tmp_path)) for word in words] + ["--storage.endpoint-url", s3.endpoint]
-    assert run(*line) == 1
+    assert run(*line) == (cli.USAGE if message.startswith("`--") else cli.FAILED)
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message.replace("{}", str(tmp_path)) in error and "try:" in error
     assert "Traceback" not in error and not (tmp_path / "out" / "manifest-v0001.json").exists()

@@ -12,7 +12,7 @@ from datapipe.storage import Store, open_store
 from tests.conftest import S3Server
 from tests.training.checkpoint.toy import make_checkpoints, make_method, make_stepper, save, saved
 from training.checkpoint import MARKER, Checkpoints, complete, lineage, newest_good, read_marker
-from training.commands.arguments import checkpoints as command
+from training.commands.entry_points import checkpoints as command
 from training.core.host import lines_to
 from training.core.run_folder.write_guard import Guard
 

@@ -10,7 +10,7 @@ import torch
 from cluster.commands import evaluate as cluster_evaluate
 from cluster.commands import pretrain as cluster_pretrain
 from datapipe.core.errors import ConfigError
-from training.commands.arguments import evaluate, pretrain
+from training.commands.entry_points import evaluate, pretrain
 from training.core.devices import choose_device, refuse_without_kernels, runs_on, slow_precision, unused_gpus
 
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]

@@ -172,7 +172,7 @@ def test_dry_run__starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(("words", "code", "said"), [
     (["pass_vitx", "--dry-run"], cli.FAILED, "no such recipe"),
     (["pass_vits", "--dry-run", "--rows", "0"], cli.USAGE, "`--rows`: input should be greater than 0"),
-    (["pass_vits", "--dry-run", "--gpu-memory-gb", "much"], cli.USAGE, "`--gpu-memory-gb`: a number, or None, not much"),
+    (["pass_vits", "--dry-run", "--gpu-memory-gb", "much"], cli.USAGE, "`--gpu-memory-gb`: a number, not much"),
     (["pass_vits", "--rows", "5"], cli.USAGE, "`--rows` goes with `--dry-run`"),
     (["pass_vits", "--dry-run", "--optimisation.lrr", "1"], cli.USAGE, "optimisation.lrr"),
     (["pass_vits", "--dry-run", "--rows", "3"], cli.FAILED, "less than one batch"),

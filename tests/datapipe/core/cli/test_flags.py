@@ -103,7 +103,7 @@ def test_read__the_default_says_which_class_is_meant() -> None:
     ("--size", "`--size`: 2 values (an integer, an integer) is missing"),
     ("--size x 2", "`--size`: an integer, not x"),
     ("--points 1 2 3", "`--points`: any number of: 2 values (a number, a number), not 1 2 3"),
-    ("--step 1.5", "`--step`: an integer, or None, not 1.5"),
+    ("--step 1.5", "`--step`: an integer, not 1.5"),
     ("--inner.kind nere", "`--inner.kind`: one of exact, near, not nere; did you mean near?"),
     ("--inner.stage 7", "`--inner.stage`: one of 0, 1, 2, not 7"),
     ("--dry-run=maybe", "`--dry-run`: true or false, not maybe"),

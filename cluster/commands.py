@@ -1,5 +1,7 @@
 """What `python -m cluster` does: demo | shard | pretrain | evaluate | submit | status."""
 
+import json
+
 from cluster.core.arguments import (
     DemoCommand,
     EvaluateCommand,
@@ -62,7 +64,8 @@ def status(arguments: list[str]) -> int:
     chosen = parse(StatusCommand, arguments, page_of(status, "runs"))
     from cluster.status import statuses, table
 
-    print(table(statuses(chosen.place, chosen.storage)))
+    found = statuses(chosen.place, chosen.storage)
+    print(json.dumps([one._asdict() for one in found], indent=1) if chosen.json else table(found))
     return cli.COMPLETE
 
 

@@ -22,7 +22,7 @@ import torch
 from datapipe.core.cli import COMPLETE, FAILED, INTERRUPTED, STOPPED
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ClusterError, DataError
-from datapipe.core.progress import duration
+from datapipe.core.progress import counted, duration
 from datapipe.core.stop_signals import current, exit_code, receiving
 from datapipe.dataset.manifest import Manifest
 from training.config import recipe_toml as recipes
@@ -110,8 +110,12 @@ def run(out: Path, *, crops: Path | None, seed: int, steps: int, device: Device 
 
 def _workers(demo: Demo) -> str:
     if demo.device.type == "cpu":
-        return f"{demo.workers} workers"
-    return f"{demo.workers} workers, a GPU each" if demo.workers > 1 else "one worker, as this machine has one GPU"
+        return f"{counted(demo.workers, 'worker')}"
+    return (
+        f"{counted(demo.workers, 'worker')}, a GPU each"
+        if demo.workers > 1
+        else "one worker, as this machine has one GPU"
+    )
 
 
 def _make_data(demo: Demo, began: float) -> None:

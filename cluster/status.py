@@ -10,12 +10,17 @@ from datapipe.core.errors import DataError
 from datapipe.core.progress import duration
 from training import checkpoint
 from training.config.continuation import saved_config
+from training.config.run_config import RunConfig
 from training.config.run_plan import clock_of
+from training.core.run_folder import starting
 from training.core.run_folder.append_files import FLUSH_S
 from training.core.run_folder.run_folder import RunFolder
+from training.core.run_folder.starting import Starting
 from training.report.run_files import RunFiles
 
 CONFIG = "config.toml"
+MARKS = (CONFIG, starting.NAME)
+"""Names of files that only a run folder has."""
 SILENT_S = 3 * FLUSH_S
 """Seconds without a sign of life after which nobody is at work on a run."""
 
@@ -25,7 +30,8 @@ class Status(NamedTuple):
 
     run: str
     state: str
-    """complete, running, stopped, failed, silent (ended without a word), or not begun."""
+    """complete, running, starting, waiting (for machines), stopped, failed, silent (ended without a word), or not
+    begun."""
     step: int
     steps: int
     """Of the whole run; 0 where the size of the data set is not known yet."""
@@ -36,6 +42,8 @@ class Status(NamedTuple):
     checkpoints: int
     reason: str
     """Of the last restart."""
+    doing: str
+    """While it starts or waits: what it is at, or waits for."""
     waits: tuple[float, ...]
     """Of each rank the part of the time that it waited for data, last told."""
 
@@ -43,11 +51,17 @@ class Status(NamedTuple):
 def statuses(place: str, storage: StorageConfig) -> list[Status]:
     """The status of the run folder `place`, or of every run below it. Raises DataError where there is none."""
     folder = RunFolder(place, storage)
-    names = [name for name in folder.names("") if name == CONFIG or name.endswith(f"/{CONFIG}")]
-    runs = [place] if CONFIG in names else [f"{place.rstrip('/')}/{name[: -len(CONFIG) - 1]}" for name in sorted(names)]
+    found = {above for name in folder.names("") for mark in MARKS if (above := _above(name, mark)) is not None}
+    runs = [place] if "" in found else [f"{place.rstrip('/')}/{above}" for above in sorted(found)]
     if not runs:
         raise DataError("no run here", where=place, hint="give a run folder, or a folder of runs")
     return [status(run, storage) for run in runs]
+
+
+def _above(name: str, mark: str) -> str | None:
+    """The folder of a file, if the file is called so; empty at the top."""
+    above, slash, own = name.rpartition("/")
+    return above if own == mark else None
 
 
 def status(run: str, storage: StorageConfig, *, now: float | None = None) -> Status:
@@ -61,9 +75,13 @@ def status(run: str, storage: StorageConfig, *, now: float | None = None) -> Sta
     history = lines(folder, HISTORY)
     restarts = [record for record in history if record["kind"] != END]
     pace = lines(folder, "ranks/pace.jsonl")[-1:]
+    start = _start(folder, last, history, now or time.time())
     return Status(
         run=run,
-        state=_state(step, steps, age_s, history, folder.read_text("log.txt") or ""),
+        state=("waiting" if start.waits else "starting")
+        if start
+        else _state(step, steps, age_s, history, folder.read_text("log.txt") or ""),
+        doing=start.doing if start else "",
         step=step,
         steps=steps,
         age_s=age_s,
@@ -75,12 +93,25 @@ def status(run: str, storage: StorageConfig, *, now: float | None = None) -> Sta
     )
 
 
+def _start(folder: RunFolder, last: float | None, history: list[dict[str, Any]], now: float) -> Starting | None:
+    """What the run is at, if it is starting: said later than any rank's sign of life and any end, not long ago."""
+    found = starting.read(folder)
+    if found is None or found.time < max(last or 0.0, *(record["time"] for record in history), 0.0):
+        return None
+    config = saved_config(folder) or RunConfig()
+    return found if now - found.time < config.cluster.start_timeout_s else None
+
+
 def table(found: list[Status]) -> str:
-    """For a terminal; of a single run also the last restart and the shares of waiting."""
+    """For a terminal: a line a run, what starting ones are at; of a single run also the last restart and the shares of
+    waiting."""
     head = ("run", "state", "step", "age", "workers", "restarts", "checkpoints")
     rows = [head, *(_row(one) for one in found)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    text += [
+        f"{one.run}: {'waits for room: ' if one.state == 'waiting' else ''}{one.doing}" for one in found if one.doing
+    ]
     if len(found) == 1:
         one = found[0]
         text += [f"last restart: {one.reason}"] if one.reason else []

@@ -76,5 +76,7 @@ class DemoCommand:
 class StatusCommand:
     place: Annotated[str, POSITIONAL] = "runs"
     """Run folder, or a folder of runs, local or s3://bucket/prefix."""
+    json: bool = False
+    """Print a list of runs as JSON, for programs."""
     storage: StorageConfig = StorageConfig()
     """How object stores are reached."""

@@ -8,12 +8,15 @@ from cluster.core.session import LOCAL, ray_session
 from cluster.train.driver import Driver
 from cluster.train.trainer_setup import is_elastic
 from datapipe.core.cli import COMPLETE, STOPPED
+from datapipe.core.progress import counted
 from datapipe.core.resource_limits import available_cores
 from datapipe.storage import full_url
 from training.config.run_config import RunConfig
 from training.core.devices import choose_device
 from training.core.host import LocalHost, exit_code
+from training.core.run_folder import starting
 from training.core.run_folder.lease import Lease, lease_on
+from training.core.run_folder.run_folder import RunFolder
 from training.preflight import cpu_forecast
 from training.preflight.checks import check, refuse_unsuited
 
@@ -41,9 +44,12 @@ def _run(config: RunConfig, address: str, lease: Lease) -> int:
     print(f"reads the data set {' + '.join(config.stream.mix) or config.stream.manifest}", flush=True)
     plan = check(config, config.cluster.max_workers)
     machine = config.cluster
-    workers = f"{machine.least_workers} to {machine.max_workers}" if is_elastic(config) else str(machine.max_workers)
-    print(f"pretrain: {config.method.name}, {plan.data.rows:,} crops, {plan.clock.total_steps:,} steps, "
-          f"{workers} workers; run folder {config.out}", flush=True)  # fmt: skip
+    least = f"{machine.least_workers} to " if is_elastic(config) else ""
+    workers = f"{least}{counted(machine.max_workers, 'worker')}"
+    size = f"{counted(plan.data.rows, 'crop')}, {counted(plan.clock.total_steps, 'step')}"
+    print(f"pretrain: {config.method.name}, {size}, {workers}; run folder {config.out}", flush=True)
+    folder = RunFolder(config.out, config.storage, lease)
+    starting.tell(folder, "starts Ray" if address == LOCAL else f"joins the cluster at {address}")
     with LocalHost(starting=True) as signals, ray_session(address, cpus=_cpus(config)) as scratch:
         lease.settle()  # as a rule Ray's start took longer
         driver = Driver(config, signals, scratch, lease, embedded=address == LOCAL)

@@ -16,6 +16,7 @@ from cluster.core.session import LOCAL, chosen_address, ray_session, result
 from cluster.core.shared_paths import Witness, marked, unseen, witnesses
 from datapipe.commands.ingest import run_shard
 from datapipe.core.errors import DataError
+from datapipe.core.progress import counted
 from datapipe.core.resource_limits import available_cores
 from datapipe.core.stop_signals import GOES_ON, unwinding
 from datapipe.ingest.spool import FOLDER as SPOOL
@@ -120,7 +121,7 @@ def _check_nodes(seen: tuple[Witness, ...]) -> None:
 
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     cpus = sum(node["Resources"]["CPU"] for node in nodes)
-    print(f"cluster: {len(nodes)} machines, {cpus:g} CPUs", flush=True)
+    print(f"cluster: {counted(len(nodes), 'machine')}, {cpus:g} CPUs", flush=True)
     ask = ray.remote(num_cpus=0)(_look)
     asked = [ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(seen)
              for node in nodes]  # fmt: skip

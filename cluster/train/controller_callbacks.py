@@ -21,6 +21,7 @@ from ray.train.v2._internal.execution.controller.state import (
 from cluster.train.coordinator import Leaving, Place, Situation, find_board
 from cluster.train.restart_policy import Failure
 from datapipe.core.errors import StorageError
+from datapipe.core.progress import counted
 from training.config.run_config import RunConfig
 from training.core.run_folder import crash_log
 from training.core.run_folder.run_folder import RunFolder
@@ -87,8 +88,8 @@ class Guard(ControllerCallback, WorkerGroupCallback):
     def _make_room(self, workers: int) -> None:
         """Let the workers save before Ray ends them for a new size."""
         before = len(ray.get(self._board.situation.remote()).places)
-        reason = f"from {before} to {workers} workers, as there is room" if workers > before else (
-            f"from {before} to {workers} workers, as there is no more room")  # fmt: skip
+        reason = f"from {before} to {counted(workers, 'worker')}, as there is room" if workers > before else (
+            f"from {before} to {counted(workers, 'worker')}, as there is no more room")  # fmt: skip
         ray.get(self._board.leave.remote(reason))
         end = time.monotonic() + self._config.hang_timeout_s
         while time.monotonic() < end and not ray.get(self._board.left.remote()):

@@ -12,11 +12,12 @@ from cluster.train.hang_detection import Hung, accusation, end_process, hung
 from cluster.train.restart_policy import END, HISTORY, Failure, Restarts
 from cluster.train.trainer_setup import make_trainer, worker_resources
 from datapipe.core.errors import ClusterError, ConfigError, UserError
-from datapipe.core.progress import duration
+from datapipe.core.progress import counted, duration
 from datapipe.core.stop_signals import at_end
 from training import checkpoint
 from training.config.run_config import RunConfig
 from training.core.host import LocalHost
+from training.core.run_folder import starting
 from training.core.run_folder.lease import Lease
 from training.core.run_folder.run_folder import RunFolder
 from training.preflight.checks import refuse_unsuited
@@ -83,6 +84,7 @@ class Driver:
 
     def _train(self) -> bool:
         print("starts the workers", flush=True)
+        starting.tell(self.folder, "starts the workers")
         self._start_controller()
         try:
             return self._accompany()
@@ -170,6 +172,7 @@ class Driver:
                 "delay_s"] else "again at once"  # fmt: skip
             print(f"workers ended after step {restart['step']:,} ({restart['kind']}): {restart['reason']}; {then} from "
                   f"step {restart['saved']:,}", flush=True)  # fmt: skip
+            starting.tell(self.folder, f"starts workers anew; the last ended: {restart['reason']}")
         if notes.stop and self.signals.received is None:
             self.signals.notice(notes.stop)
         if self.signals.received is not None and not self._told:
@@ -194,6 +197,7 @@ class Driver:
         if notes.waiting_s > WAITING_S and time.monotonic() - self._spoke > WAITING_S:
             self._spoke = time.monotonic()
             print(f"workers are not up yet: {self._shortage()}", flush=True)
+            starting.tell(self.folder, self._shortage(), waits=True)
 
     def _end(self, meant: list[Hung], places: dict[int, Any]) -> None:
         import ray
@@ -214,7 +218,7 @@ class Driver:
         each = ", ".join(f"{value:g} {name}" for name, value in wanted.items())
         there = ", ".join(f"{has.get(name, 0):g} {name}" for name in wanted)
         return (f"at least {config.cluster.least_workers} of {each} each are needed; the cluster has {there} "
-                f"on {sum(node['Alive'] for node in ray.nodes())} machines")  # fmt: skip
+                f"on {counted(sum(node['Alive'] for node in ray.nodes()), 'machine')}")  # fmt: skip
 
     def _ending(self, notes: Any) -> bool:
         if notes.ending is not None and (notes.ending[1] or self._told):

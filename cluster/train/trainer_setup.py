@@ -6,6 +6,7 @@ import uuid
 from typing import Any
 
 from cluster.core.devices import Choice
+from cluster.core.job_paths import IN_JOB
 from cluster.train.worker import work
 from training.config import recipe_toml as recipes
 from training.config.run_config import RunConfig
@@ -41,6 +42,7 @@ def make_trainer(config: RunConfig, board: str, scratch: str, choice: Choice, ti
             "config": recipes.to_tree(config),
             "board": board,
             "embedded": embedded,
+            "in_job": IN_JOB in os.environ,
             "kind": choice.kind,
             "ticket": ticket,
         },

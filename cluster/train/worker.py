@@ -16,7 +16,7 @@ from training.trainer.pretrain import pretrain
 def work(settings: dict[str, Any]) -> None:
     """What each worker does, in every group."""
     prepare()
-    os.environ["REID_ENTRY"] = "cluster"
+    os.environ["REID_ENTRY"] = "cluster submit" if settings["in_job"] else "cluster"
     import ray
     from ray import train
 

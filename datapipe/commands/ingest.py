@@ -7,6 +7,7 @@ from datapipe.core import cli
 from datapipe.core.cli import INLINE, POSITIONAL, page_of, parse
 from datapipe.core.config import ShardConfig, StorageConfig, SynthConfig
 from datapipe.core.parallel import Executor
+from datapipe.core.progress import counted
 from datapipe.core.settings import settings
 from datapipe.core.stop_signals import GOES_ON, unwinding
 
@@ -51,7 +52,7 @@ def run_shard(chosen: ShardCommand, workers: Executor | None = None) -> int:
         print("already complete: nothing was left to do")
     crops = manifest.stored_rows - manifest.removed
     print(
-        f"{crops:,} crops in {len(manifest.shards):,} shards, {manifest.bytes / 1e6:,.1f} MB, "
+        f"{counted(crops, 'crop')} in {counted(len(manifest.shards), 'shard')}, {manifest.bytes / 1e6:,.1f} MB, "
         f"{manifest.quarantined:,} quarantined"
     )
     if done.reasons:
@@ -67,10 +68,10 @@ def _say_what_would_be_done(chosen: ShardCommand) -> int:
 
     found = estimate(chosen.sources, chosen.out, chosen.config, chosen.storage)
     read, written = (f"{size / 1e6:,.1f} MB" for size in (found.source_bytes, found.bytes))
-    print(f"would read about {found.crops:,} crops: {read} from {len(chosen.sources)} sources")
+    print(f"would read about {counted(found.crops, 'crop')}: {read} from {counted(len(chosen.sources), 'source')}")
     print(
-        f"would write about {found.shards:,} shards: {written} to {chosen.out}, as much to the spool for as long; "
-        f"about {found.refused:.2%} of the crops quarantined"
+        f"would write about {counted(found.shards, 'shard')}: {written} to {chosen.out}, as much to the spool for as "
+        f"long; about {found.refused:.2%} of the crops quarantined"
     )
     print(f"would take about {duration(found.seconds)} on this machine, nothing was written")
     return cli.COMPLETE

@@ -10,6 +10,7 @@ from datapipe.core import cli
 from datapipe.core.cli import POSITIONAL, page_of, parse
 from datapipe.core.config import Decode, StorageConfig, StreamConfig
 from datapipe.core.errors import ConfigError
+from datapipe.core.progress import counted
 from datapipe.core.settings import settings
 from datapipe.core.stop_signals import GOES_ON, unwinding
 
@@ -52,8 +53,8 @@ def verify(arguments: list[str]) -> int:
         print(f"and {len(checked.findings) - MOST_FINDINGS:,} more")
     manifest = checked.manifest
     print(
-        f"{'FAILED' if checked.findings else 'good'}: {len(checked.findings)} findings in {checked.crops:,} crops of "
-        f"{len(manifest.shards):,} shards, {checked.decoded:,} decoded"
+        f"{'FAILED' if checked.findings else 'good'}: {counted(len(checked.findings), 'finding')} in "
+        f"{counted(checked.crops, 'crop')} of {counted(len(manifest.shards), 'shard')}, {checked.decoded:,} decoded"
     )
     return cli.FAILED if checked.findings else cli.COMPLETE
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 from datapipe.core import cli
 from datapipe.core.cli import INLINE, POSITIONAL, page_of, parse
 from datapipe.core.config import RemoveConfig, ReshardConfig, SelectConfig, StorageConfig
+from datapipe.core.progress import counted
 from datapipe.core.settings import settings
 from datapipe.core.stop_signals import GOES_ON, unwinding
 
@@ -31,7 +32,7 @@ def select(arguments: list[str]) -> int:
         done = choose(chosen.url, chosen.config, chosen.storage)
     print("; ".join(f"{count:,} {name}" if name == "crops" else f"{name}: {count:,}" for name, count in done.steps))
     if done.missing:
-        print(f"{done.missing:,} listed crops are not in the data set")
+        print(f"listed, but not in the data set: {counted(done.missing, 'crop')}")
     _say(done.manifest)
     return cli.COMPLETE
 
@@ -63,7 +64,7 @@ def reshard(arguments: list[str]) -> int:
     for part in done.selections:
         print(f"{part.url}: {part.rows:,} of {part.stored_rows:,} crops are taken, as {part.file} is a selection")
     if done.repeated:
-        print(f"{done.repeated:,} crops were in several of the data sets and are taken once")
+        print(f"in several of the data sets, and taken once: {counted(done.repeated, 'crop')}")
     _say(done.manifest)
     return cli.COMPLETE
 
@@ -89,16 +90,16 @@ def remove(arguments: list[str]) -> int:
     if done.found_complete:
         print("already complete: these crops were removed before")
     elif lists.before:
-        print(f"{lists.before:,} listed crops were removed before, or quarantined and never in the stream")
+        print(f"listed, but removed before, or quarantined and never in the stream: {counted(lists.before, 'crop')}")
     if lists.missing_count:
         print(f"listed, but not in the data set: {lists.missing_count:,}, for example {', '.join(lists.missing)}")
     if lists.remarks:
-        print(f"{lists.remarks:,} lines were taken for a heading or a comment")
+        print(f"taken for a heading or a comment: {counted(lists.remarks, 'line')}")
     if lists.alike:
-        print(f"{lists.alike:,} crops more than were listed: their names differ in Unicode's forms or blanks alone")
+        print(f"more than listed, their names differing in forms of Unicode or blanks: {counted(lists.alike, 'crop')}")
     if lists.copies:
-        print(f"{lists.copies:,} other crops have the bytes of removed ones and stay; --duplicates removes them too")
-    print(f"{done.crops:,} crops removed, {done.deleted:,} old objects deleted")
+        print(f"others with the same bytes, which stay without --duplicates: {counted(lists.copies, 'crop')}")
+    print(f"{counted(done.crops, 'crop')} removed, {counted(done.deleted, 'old object')} deleted")
     for file in done.versions:
         print(f"{chosen.url.rstrip('/')}/{file}")
     for line in done.cleared.lines():
@@ -109,6 +110,6 @@ def remove(arguments: list[str]) -> int:
 
 
 def _say(manifest: "Manifest") -> None:
-    print(f"{manifest.rows:,} crops in {len(manifest.shards):,} shards")
+    print(f"{counted(manifest.rows, 'crop')} in {counted(len(manifest.shards), 'shard')}")
     print(f"id {manifest.id}")
     print(f"{manifest.url.rstrip('/')}/{manifest.file}")

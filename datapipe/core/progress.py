@@ -140,6 +140,11 @@ def _new_bar(*, transient: bool) -> "Bar | None":
     return Bar(*columns, console=Console(stderr=True), transient=transient)
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 crop`, `2,000 crops`. `noun`: in the singular, with a plural in -s or, after s, in -es."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
 def duration(seconds: float) -> str:
     """`85 s`, `12 min`, `14 h 20`, `3 d 4 h`; `?` where it is not known."""
     if not math.isfinite(seconds):

@@ -15,7 +15,7 @@ import xxhash
 from datapipe.core.config import Decode, StorageConfig
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.core.parallel import Workers
-from datapipe.core.progress import Progress
+from datapipe.core.progress import Progress, counted
 from datapipe.dataset.consistency import Finding, relation_findings
 from datapipe.dataset.index import INDEX, MARKS, Shard, read_index
 from datapipe.dataset.manifest import Manifest
@@ -67,7 +67,10 @@ def verify(url: str, decode: Decode, storage: StorageConfig, *, workers: int = 0
             findings += checked.findings
             tables.append(checked.rows)
             decoded += checked.decoded
-            progress.advance(shard.bytes, f"{len(tables)} of {len(manifest.shards)} shards, {len(findings)} findings")
+            progress.advance(
+                shard.bytes,
+                f"{len(tables)} of {counted(len(manifest.shards), 'shard')}, {counted(len(findings), 'finding')}",
+            )
     findings += relation_findings(pyarrow.concat_tables([_NONE, *tables]), manifest.file)
     findings += _selection_findings(store, manifest)
     return Verified(manifest, findings, decoded, manifest.stored_rows - manifest.removed)

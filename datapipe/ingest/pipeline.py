@@ -17,7 +17,7 @@ import pyarrow
 from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.core.parallel import Executor, Workers
-from datapipe.core.progress import Progress
+from datapipe.core.progress import Progress, counted
 from datapipe.dataset.index import Shard
 from datapipe.dataset.manifest import Manifest, libraries, load_unselected
 from datapipe.dataset.quarantine import NAME as QUARANTINE
@@ -139,7 +139,7 @@ class _Run:
                 parts.append(part)
                 found = part.kept + part.refused
                 crops, refused = crops + found, refused + part.refused
-                progress.advance(part.bytes, f"{crops:,} crops, {refused:,} quarantined", crops=found)
+                progress.advance(part.bytes, f"{counted(crops, 'crop')}, {refused:,} quarantined", crops=found)
         return parts
 
     def judge(self, parts: Sequence[Scanned]) -> None:
@@ -151,7 +151,7 @@ class _Run:
         if share > self.config.max_bad or not kept:
             reasons = self.quarantine(parts)
             raise DataError(
-                f"{refused:,} of {kept + refused:,} crops ({share:.1%}) are unusable, more than --max-bad "
+                f"{refused:,} of {counted(kept + refused, 'crop')} ({share:.1%}) are unusable, more than --max-bad "
                 f"{self.config.max_bad:.1%}: {listed(reasons)}",
                 where=self.store.address(QUARANTINE),
                 hint="see there which and why; mend the source, or raise --max-bad",
@@ -222,5 +222,5 @@ def write_shards(
         tasks = ((store, spool, sheet, storage) for sheet in sheets)
         for shard in workers.run(write_shard, tasks, count=len(sheets)):
             shards.append(shard)
-            progress.advance(shard.bytes, f"{len(shards)} of {len(sheets)} shards", crops=shard.rows)
+            progress.advance(shard.bytes, f"{len(shards)} of {counted(len(sheets), 'shard')}", crops=shard.rows)
     return tuple(shards)

@@ -19,6 +19,7 @@ import cv2
 from datapipe.core.config import SynthConfig
 from datapipe.core.errors import ConfigError, DataError, StorageError
 from datapipe.core.parallel import Workers
+from datapipe.core.progress import counted
 from datapipe.core.resource_limits import available_cores
 from datapipe.synth.scene import Shot, crop
 
@@ -41,7 +42,7 @@ def render(out: Path, config: SynthConfig) -> None:
     wanted = {f"{folder}/{file_name(shot)}": shot for folder, shot in shots(config)}
     missing = {name: shot for name, shot in wanted.items() if not (out / name).exists()}
     if not missing and (out / FINISHED).exists():
-        print(f"synth: {out} is complete: {len(wanted)} images", flush=True)
+        print(f"synth: {out} is complete: {counted(len(wanted), 'image')}", flush=True)
         return
     _render_all(out, config, list(missing.items()), total=len(wanted))
     if (out / UNFINISHED).exists():
@@ -104,13 +105,16 @@ def _compare(marker: Path, record: dict[str, Any]) -> None:
 def _render_all(out: Path, config: SynthConfig, work: list[tuple[str, Shot]], *, total: int) -> None:
     begin = reported = time.monotonic()
     workers = config.workers or available_cores()
-    print(f"synth: rendering {len(work)} of {total} images into {out} ({workers} processes)", flush=True)
+    print(
+        f"synth: rendering {len(work)} of {counted(total, 'image')} into {out} ({counted(workers, 'process')})",
+        flush=True,
+    )
     done = 0
     for written in _written(out, config, work, workers):
         done, now = done + written, time.monotonic()
         if now - reported >= REPORT_EVERY_S or done == len(work):
             reported = now
-            print(f"synth: {done} of {len(work)} images, {done / (now - begin):.0f} images/s", flush=True)
+            print(f"synth: {done} of {counted(len(work), 'image')}, {done / (now - begin):.0f} images/s", flush=True)
 
 
 def _written(out: Path, config: SynthConfig, work: list[tuple[str, Shot]], workers: int) -> Iterator[int]:

@@ -80,7 +80,7 @@ BLOCKS: dict[str, dict[str, str]] = {
 SAID = {
     "make demo": ["-m cluster demo", "-m pytest"],
     "source .venv/bin/activate": ["complete: 2 steps", "step_0000002", "timm.create_model(", "report.html"],
-    "python -m datapipe shard lup_lmdb": ["already complete", "1 crops removed"],
+    "python -m datapipe shard lup_lmdb": ["already complete", "1 crop removed"],
     "python -m training import": ["imported ", "complete: 2 steps"],
     "python -m training evaluate": ["result: ", "pass-vits-market1501: reproduced"],
     "python -m datapipe shard data/people": ["complete: 2 steps"],

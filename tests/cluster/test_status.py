@@ -16,6 +16,7 @@ from tests.end_to_end.tiny import generated, recipe
 from training.config import recipe_toml as recipes
 from training.config.run_config import RunConfig
 from training.core.host import LocalHost
+from training.core.run_folder import starting
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
 from training.trainer.pretrain import pretrain
@@ -56,6 +57,29 @@ def test_status__of_runs_in_every_state(tmp_path: Path, capsys: pytest.CaptureFi
     assert any("done" in line and "complete" in line and "6 of 6" in line for line in said)
     assert main(["status", folder.url]) == 0
     assert "last restart: the command was run again" in capsys.readouterr().out
+
+
+def test_status__of_a_run_that_starts_or_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything else of a run is there, and between two groups of workers."""
+    folder = RunFolder(str(tmp_path / "runs" / "one"), HERE)
+    starting.tell(folder, "starts Ray")
+    found = status(folder.url, HERE)
+    assert (found.state, found.doing, found.step) == ("starting", "starts Ray", 0)
+    starting.tell(folder, "2 of 1 GPU each are needed; the cluster has 1 GPU", waits=True)
+    now = time.time()
+    folder.write_json("ranks/rank_00.json", {"time": now - 60, "step": 3})
+    _note(folder, kind="crash", reason="rank 1 died", time=now - 30)
+    assert main(["status", str(tmp_path / "runs"), "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)
+    assert told["state"] == "waiting" and told["doing"].startswith("2 of 1 GPU") and told["run"].endswith("/one")
+    assert main(["status", str(tmp_path / "runs")]) == 0
+    assert "waits for room: 2 of 1 GPU each" in capsys.readouterr().out
+
+    assert status(folder.url, HERE, now=now + RunConfig().cluster.start_timeout_s + 1).state != "waiting"
+    folder.write_json("ranks/rank_00.json", {"time": time.time() + 1, "step": 4})
+    assert status(folder.url, HERE).state == "running"
+    _note(folder, kind="end", reason="stopped", time=time.time() + 2)
+    assert status(folder.url, HERE).state == "stopped"
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ def test_continue__from_a_training_checkpoint(
     assert main(["pretrain", path, *init]) == 0
     assert "starts from published.pth (dino_checkpoint, sha256 " in capsys.readouterr().out
     assert main(["pretrain", str(run / "config.toml")]) == 0, "its own recipe goes on with it"
-    assert "were already done" in capsys.readouterr().out
+    assert "done before" in capsys.readouterr().out
 
     marker = json.loads(max(run.glob("checkpoints/step_*/checkpoint.json")).read_text())
     assert marker["origin"]["file"] == "published.pth" and "part_token1" in marker["origin"]["fresh"]

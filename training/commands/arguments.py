@@ -172,9 +172,10 @@ class RecipeCommand:
 @settings
 class PretrainCommand(RecipeCommand):
     dry_run: bool = False
-    """Say whether it fits, what to change, steps, time and memory; start nothing. Needs no data set and no GPU."""
+    """Say whether it fits, what to change, how many steps it takes, and how it differs from the publication; start
+    nothing. Needs no data set and no GPU."""
     full: bool = False
-    """With --dry-run: also the resolved recipe, networks, memory in parts, and what differs from the publication."""
+    """With --dry-run: also memory in parts, parameters, sources of what is published, and the resolved recipe."""
     json: bool = False
     """With --dry-run: all of it, for programs; memory in bytes."""
     rows: Annotated[int, Field(gt=0)] | None = None

@@ -7,6 +7,7 @@ from datetime import datetime
 from datapipe.core import cli
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, NotFoundError
+from datapipe.core.progress import counted
 from datapipe.storage import Store, open_store, split_url
 from training.checkpoint import compare as comparing
 from training.checkpoint.lineage import complete, survey
@@ -117,7 +118,7 @@ def prune(chosen: PruneCommand) -> int:
     for name in sorted({folder_of(file) for file in going}):
         print(f"{said} {name}")
     size = sum(entries[file] for file in going) / 1e6
-    print(f"{said} {len(going)} files, {size:,.1f} MB; good ones that stay: {', '.join(sorted(staying))}")
+    print(f"{said} {counted(len(going), 'file')}, {size:,.1f} MB; good ones that stay: {', '.join(sorted(staying))}")
     return cli.COMPLETE
 
 

@@ -32,7 +32,9 @@ def run(config: RunConfig) -> int:
 def dry_run(chosen: PretrainCommand, config: RunConfig) -> int:
     """Print what a run would be and needs."""
     found = calculate(config, rows=chosen.rows or 0, gpu_memory_gb=chosen.gpu_memory_gb or 0.0)
-    print(json.dumps(dry_run_text.to_tree(found), indent=2) if chosen.json else dry_run_text.page(found))
+    print(
+        json.dumps(dry_run_text.to_tree(found), indent=2) if chosen.json else dry_run_text.page(found, full=chosen.full)
+    )
     return cli.COMPLETE
 
 

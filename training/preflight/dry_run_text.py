@@ -1,14 +1,18 @@
 """A dry run for people to read, and for programs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from datapipe.core.progress import counted, duration
 from training.config import recipe_toml as recipes
 from training.config.build import workload
+from training.preflight.cpu_forecast import flops_of_image
 from training.preflight.deviations import Comparison
 from training.preflight.dry_run import GB, DryRun, Steps
 from training.preflight.memory import FRAGMENTATION, RESERVED, Census, Memory
 
+GPU_FLOPS = 1e14
+"""Floating-point operations in a second that a GPU is assumed to reach: about a third of an A100's peak in bf16."""
 NOT_COUNTED = "heads, loss and teacher, of which this method says nothing (Method.workload): memory is known from below"
 
 
@@ -43,16 +47,38 @@ def to_tree(run: DryRun) -> dict[str, Any]:
     }
 
 
-def page(run: DryRun) -> str:
-    """All of it as text."""
-    sections = {
-        "Recipe, resolved": recipes.to_toml(run.config).splitlines(),
-        "Parameters": _parameters(run.sizes),
-        "Steps": _steps(run.steps, run.config.optimisation.batch),
-        f"Memory of one {'process' if run.config.engine.device == 'cpu' else 'GPU'}, calculated": _memory(run),
-        f"Beside what is published ({run.comparison.recipe or 'nothing is'})": _compared(run.comparison),
-    }
-    return "\n\n".join("\n".join([f"== {title} ==", *lines]) for title, lines in sections.items())
+def page(run: DryRun, *, full: bool = False) -> str:
+    """The answer: whether it fits, steps, what differs from the publication. `full`: all of it, with the resolved
+    recipe."""
+    machine = "process" if run.config.engine.device == "cpu" else "GPU"
+    answer = [
+        *_verdict(run),
+        *_steps(run.steps, run.config.optimisation.batch),
+        *_time(run),
+        *_differences(run.comparison),
+    ]
+    sections: dict[str, Iterable[str]] = {f"{run.config.method.name}, {run.config.backbone.arch}": answer}
+    if full:
+        sections |= {
+            f"Memory of one {machine}, calculated": _memory(run),
+            "Parameters": _parameters(run.sizes),
+            f"Beside what is published ({run.comparison.recipe or 'nothing is'})": _compared(run.comparison),
+            "Recipe, resolved": recipes.to_toml(run.config).splitlines(),
+        }
+    text = "\n\n".join("\n".join([f"== {title} ==", *lines]) for title, lines in sections.items())
+    return text if full else f"{text}\n--full adds memory in parts, parameters, sources, and the resolved recipe"
+
+
+def _differences(found: Comparison) -> Iterator[str]:
+    """How far it is from what was published, in a line each."""
+    if not found.recipe:
+        yield "nothing is published of this method"
+    elif not found.differences:
+        yield f"as published ({found.recipe}); {len(found.choices)} settings that are not published were chosen"
+    else:
+        yield f"differs from what is published ({found.recipe}):"
+        for difference in found.differences:
+            yield f"  {difference.key} = {_value(difference.ours)}, published {_value(difference.published)}"
 
 
 def _parameters(sizes: Census) -> Iterator[str]:
@@ -63,7 +89,9 @@ def _parameters(sizes: Census) -> Iterator[str]:
 
 
 def _steps(steps: Steps, batch: int) -> Iterator[str]:
-    split = f"{steps.per_rank} images on each of {steps.workers} ranks, {steps.micro_batch} at once"
+    split = (
+        f"{counted(steps.per_rank, 'image')} on each of {counted(steps.workers, 'rank')}, {steps.micro_batch} at once"
+    )
     yield from _columns({
         "images of the data set": f"{steps.rows:,} ({steps.known_from})",
         "steps of an epoch": f"{steps.per_epoch:,.1f}",
@@ -90,20 +118,30 @@ def _memory(run: DryRun) -> Iterator[str]:
         f"assumed {_gb(RESERVED)} and {FRAGMENTATION:.0%} of the peak)",
         "needed": _gb(need.needed),
     })  # fmt: skip
-    yield from _verdict(run)
 
 
 def _is_complete(run: DryRun) -> bool:
     return workload(run.config, run.steps.micro_batch).complete
 
 
+def _time(run: DryRun) -> Iterator[str]:
+    """How long GPUs take at a rate that they are assumed to reach."""
+    if run.config.engine.device != "cpu":
+        hours = run.steps.images * flops_of_image(run.config) / GPU_FLOPS / 3600
+        took = duration(3600 * hours / run.steps.workers)
+        yield (f"  time: about {took} on {counted(run.steps.workers, 'GPU')} at an assumed "
+               f"{GPU_FLOPS / 1e12:.0f} TFLOP/s each ({hours:,.0f} GPU hours)")  # fmt: skip
+
+
 def _verdict(run: DryRun) -> Iterator[str]:
+    need = f"needs {_gb(run.memory.needed)}" + ("" if _is_complete(run) else " and more: not all of it is counted")
     if run.fits is None:
-        yield "does it fit? --gpu-memory-gb N tells"
+        yield f"{need} (calculated); does it fit? --gpu-memory-gb N tells"
     elif run.fits:
-        yield f"fits into {_gb(run.gpu)}"
+        yield f"fits: {need} of {_gb(run.gpu)} (calculated)"
     else:
-        yield f"does NOT fit into {_gb(run.gpu)}" + ("; it would with one of:" if run.remedies else "")
+        ways = "; it would with one of:" if run.remedies else ""
+        yield f"does NOT fit: {need}, has {_gb(run.gpu)} (calculated){ways}"
         for remedy in run.remedies:
             yield f"  {remedy.change}   ({_gb(remedy.needed)})"
         if not run.remedies:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from datapipe.core.progress import counted
 from training.report.curves import grid, wide
 from training.report.html_page import Pictures, Row, count, details, escape, facts, missing, percent, soft, table
 from training.report.run_files import BASELINES, RunFiles, Score, TestSet
@@ -49,7 +50,7 @@ def _trained(score: Score) -> str:
     if not score.step:
         return "by imported weights"
     samples = score.content.get("samples")
-    return f"after {score.step:,} steps" + (f", {samples:,} images" if samples else "")
+    return f"after {counted(score.step, 'step')}" + (f", {counted(samples, 'image')}" if samples else "")
 
 
 def scores_section(files: RunFiles) -> str:

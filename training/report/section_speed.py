@@ -3,6 +3,7 @@
 from collections import Counter
 from statistics import median
 
+from datapipe.core.progress import counted
 from training.report.curves import curve, grid, restarts
 from training.report.html_page import missing, percent, soft
 from training.report.run_files import RunFiles
@@ -47,7 +48,7 @@ def _saves(files: RunFiles) -> str:
     between = sum(save["save_stood_s"] / save["save_share"] for save in found if save["save_share"])
     took = median(save["save_took_s"] for save in found)
     share = f", {100 * sum(stood) / between:.2f} % of the time" if between else ""
-    return (f" {len(found)} checkpoints: the loop stood still for {sum(stood):.2f} s in all{share}, for "
+    return (f" {counted(len(found), 'checkpoint')}: the loop stood still for {sum(stood):.2f} s in all{share}, for "
             f"{max(stood):.2f} s at most; half of them existed within {took:.1f} s.")  # fmt: skip
 
 

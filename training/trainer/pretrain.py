@@ -10,6 +10,7 @@ import torch
 
 from datapipe.core.errors import ConfigError, UserError
 from datapipe.core.process_setup import numbers_in_environment
+from datapipe.core.progress import counted
 from datapipe.core.resource_limits import available_cores
 from datapipe.stream.training_data import load_data
 from training.checkpoint import Checkpoints
@@ -19,6 +20,7 @@ from training.config.run_plan import RunPlan, make_loader, plan_run
 from training.core.devices import slow_precision, unused_gpus
 from training.core.exchange import Exchange
 from training.core.host import Host, lines_to, run_lines
+from training.core.run_folder import starting
 from training.core.run_folder.lease import Follower, Lease, lease_on
 from training.core.run_folder.run_folder import RunFolder
 from training.core.run_folder.write_guard import Guard, Ticket
@@ -39,7 +41,7 @@ from training.trainer.loop import Run, Segment, rehearse, train
 from training.trainer.milestones import Milestones
 from training.trainer.monitoring.heartbeat import Startup
 from training.trainer.monitoring.rank_log import rank_log
-from training.trainer.monitoring.recorder import log_file
+from training.trainer.monitoring.recorder import LEGEND, log_file
 from training.trainer.nonfinite import Faults, Rewind
 from training.trainer.observers import make_observers
 from training.trainer.provenance import about, describe, resume_command
@@ -82,8 +84,13 @@ def pretrain(
         folder = RunFolder(config.out, config.storage, guard)
         if world.is_leader:
             refuse_slower(config, folder, world)
-        with rank_log(folder, world, host):
+        with rank_log(folder, world, host), _noted(folder, startup) if world.is_leader else contextlib.nullcontext():
             return _pretrain(plan, folder, world, host, reason, startup)
+
+
+def _noted(folder: RunFolder, startup: Startup) -> contextlib.AbstractContextManager[None]:
+    """Lines of the start are noted in the run folder, until steps begin."""
+    return lines_to(lambda line: None if startup.over else starting.tell(folder, line))
 
 
 def _plan(config: RunConfig, world: World) -> RunPlan:
@@ -140,7 +147,7 @@ def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason
     if world.is_leader:
         describe(plan, folder, world)
     method = method.to(world.device)
-    run_lines.info(f"starts the engine ({config.engine.stepper}, {world.size} ranks, {world.device.type})")
+    run_lines.info(f"starts the engine ({config.engine.stepper}, {counted(world.size, 'rank')}, {world.device.type})")
     stepper = make_stepper(config, method, world, share)
     world.expect_within(config.cluster.start_timeout_s + config.cluster.collective_timeout_s)  # DeepSpeed's groups, too
     checkpoints = Checkpoints(
@@ -174,7 +181,8 @@ def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason
         milestones = Milestones(config, clock, folder, world, host)
         if position >= clock.end:
             milestones.score(position)
-            run_lines.info(f"complete: {clock.total_steps:,} steps were already done")
+            run_lines.info(f"complete: {counted(clock.total_steps, 'step')}, done before; {config.out}")
+            run_lines.info(f"next: python -m training {_next(config)}")
             return Ending(clock.total_steps, True)
         run_lines.info("rehearses one micro-batch" + (", compiles" if config.backbone.compile_blocks else ""))
         rehearse(run, fake_batch(plan.spec, share, config))
@@ -184,8 +192,10 @@ def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason
             for line in _first_lines(plan, world, method, origin, resumed, reason):
                 run_lines.info(line)
             run_lines.info("reads the first batch")
+            startup.over = True
             position, done = _train(run, checkpoints, config, milestones, position)
-            run_lines.info(_closing(config, position // clock.batch, clock, done))
+            for line in _closing(config, position // clock.batch, clock, done):
+                run_lines.info(line)
     for observer in observers:
         observer.close()
     return Ending(position // clock.batch, done)
@@ -249,22 +259,32 @@ def _first_lines(
     yield _opening(plan, resumed, method)
     slow = slow_precision(config.optimisation.precision, world.device)
     yield from filter(None, (slow, unused_gpus(world.device, config.engine.device)))
-    yield f"stopped and resumed, or done again: {guarantee(config, world)}"
+    yield f"stopped and resumed: {guarantee(config, world)}"
     if origin and resumed is None:
         yield in_words(origin)
+    yield from LEGEND
 
 
 def _opening(plan: RunPlan, resumed: str | None, method: Method) -> str:
     config, clock = plan.config, plan.clock
     trained = parameter_count(method, trained=True)
     start = f"goes on from {resumed}" if resumed else "starts"
+    size = f"{trained / 1e6:.1f} M" if trained >= 1e5 else f"{trained / 1e3:.1f} k"
     return (
-        f"{config.method.name} {start}: {plan.data.rows:,} crops, {clock.total_steps:,} steps of {clock.batch} images, "
-        f"{trained / 1e6:.1f} M trained parameters, {config.optimisation.precision}, {config.engine.stepper}"
+        f"{config.method.name} {start}: {counted(plan.data.rows, 'crop')}, {counted(clock.total_steps, 'step')} of "
+        f"{clock.batch}; {size} parameters, {config.optimisation.precision}, {config.engine.stepper}"
     )
 
 
-def _closing(config: RunConfig, step: int, clock: Clock, done: bool) -> str:
+def _closing(config: RunConfig, step: int, clock: Clock, done: bool) -> Iterator[str]:
     if done:
-        return f"complete: {step:,} steps; {config.out}"
-    return f"stopped after step {step:,} of {clock.total_steps:,}; go on with: {shlex.join(resume_command(config))}"
+        yield f"complete: {counted(step, 'step')}; {config.out}"
+        yield f"next: python -m training {_next(config)}"
+    else:
+        yield f"stopped after step {step:,} of {clock.total_steps:,}; go on with: {shlex.join(resume_command(config))}"
+
+
+def _next(config: RunConfig) -> str:
+    """What is done with a complete run: its report, where it has scored itself, else its scores."""
+    out = shlex.quote(config.out)
+    return f"report {out}" if config.evaluation.data else f"evaluate {out} --data FOLDER_OF_A_TEST_SET"

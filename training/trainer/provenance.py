@@ -129,5 +129,5 @@ def _git() -> str:
 
 def resume_command(config: RunConfig) -> list[str]:
     """The command that goes on with the run, from its own saved recipe."""
-    module = os.environ.get("REID_ENTRY", "training")
-    return ["python", "-m", module, "pretrain", f"{config.out.rstrip('/')}/config.toml"]
+    entry = os.environ.get("REID_ENTRY", "training").split()
+    return ["python", "-m", *entry, "pretrain", f"{config.out.rstrip('/')}/config.toml"]

@@ -13,12 +13,13 @@ import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from datapipe.core import stop_signals
 from datapipe.core.cli.flags import Flag, flags_of, read
 from datapipe.core.cli.usage import COLUMNS, Page, short, text, wants_help
-from datapipe.core.errors import ConfigError, UsageError, UserError, refusal
+from datapipe.core.errors import ConfigError, DataError, StorageError, UsageError, UserError, refusal
 from datapipe.core.process_setup import misread, refuse_fatal_numbers, refuse_other_text, settle, unread
 from datapipe.core.stop_signals import COMPLETE, FAILED, INTERRUPTED, USAGE
 
@@ -122,8 +123,30 @@ def _called(
 
 
 def _failed(error: UserError) -> int:
+    near = _nearest_path(error.where) if isinstance(error, DataError | StorageError) else ""
+    if near and near not in error.hint:
+        error = type(error)(error.what, where=error.where, hint=f"did you mean `{near}`? {error.hint}".rstrip())
     print(f"error: {error}", file=sys.stderr, flush=True)
     return USAGE if isinstance(error, UsageError) else FAILED
+
+
+def _nearest_path(path: str) -> str:
+    """What a path that is not there may mean: the first of its parts that is not there, by the most similar name beside
+    it, and the rest as it is. Empty: it is there, is no local path, or nothing is similar."""
+    if not path or "://" in path or path.startswith("-"):
+        return ""
+    parts = Path(path).parts
+    for end in range(1, len(parts) + 1):
+        part = Path(*parts[:end])
+        try:
+            if part.exists():
+                continue
+            beside = [one.name for one in part.parent.iterdir()]
+        except OSError:
+            return ""
+        near = difflib.get_close_matches(part.name, beside, n=1, cutoff=0.7)
+        return str(part.with_name(near[0]).joinpath(*parts[end:])) if near else ""
+    return ""
 
 
 def _drop_unprinted() -> None:

@@ -61,7 +61,7 @@ def asking(home: Path) -> Iterator[Head]:
 def test_submit__shows_the_token_that_a_cluster_asks_for(home: Path, crops: Path, asking: Head) -> None:
     code, output, errors = run(home, "submit", "--address", asking.dashboard, *sharding(crops, "job"))
     assert code == 0, errors
-    assert "6 crops in 1 shards" in followed(home, output)
+    assert "6 crops in 1 shard" in followed(home, output)
 
 
 def followed(home: Path, output: str) -> str:
@@ -78,7 +78,7 @@ def test_submit__without_an_address_goes_to_the_cluster_of_this_machine(home: Pa
     """As the README has it: `ray start --head`, then `submit`, in a shell with nothing but what Ray itself left."""
     code, output, errors = run(home, "submit", *sharding(crops, "here"), RAY_TMPDIR=str(asking.session.parent))
     assert code == 0, errors
-    assert f" to {asking.dashboard}\n" in output and "6 crops in 1 shards" in followed(home, output)
+    assert f" to {asking.dashboard}\n" in output and "6 crops in 1 shard" in followed(home, output)
 
 
 @pytest.mark.slow
@@ -96,7 +96,7 @@ def test_submit__without_an_address_goes_by_the_environment(
 def test_join__shows_the_token_that_a_cluster_asks_for(home: Path, crops: Path, asking: Head) -> None:
     code, output, errors = run(home, *sharding(crops, "joined"), "--address", asking.address)
     assert code == 0, errors
-    assert "cluster: 1 machines, 2 CPUs" in output and "6 crops in 1 shards" in output
+    assert "cluster: 1 machine, 2 CPUs" in output and "6 crops in 1 shard" in output
 
 
 @pytest.mark.slow
@@ -107,7 +107,7 @@ def test_join__shows_no_token_to_a_cluster_that_asks_for_none(
     with ray_head(without_ray(HOME=str(tmp_path), OMP_NUM_THREADS="1")) as head:
         code, output, errors = run(home, *sharding(crops, "open"), "--address", head.address)
     assert code == 0, errors
-    assert "6 crops in 1 shards" in output
+    assert "6 crops in 1 shard" in output
 
 
 TRIED = """

@@ -159,7 +159,7 @@ def test_shard_job__stopped_twice_on_a_running_cluster(
         assert not list(out.glob("manifest*")) and not list(out.glob(f"{MARK}*"))
     code, output, errors = finished(_shard(sources, str(out), "--address", cluster.address))
     assert code == 0, output + errors
-    assert "cluster: 1 machines, 2 CPUs" in output
+    assert "cluster: 1 machine, 2 CPUs" in output
     assert _files(out) == expected
 
 

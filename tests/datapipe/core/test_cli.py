@@ -88,14 +88,14 @@ def test_counts__are_of_the_whole_data_set_though_its_newest_version_is_a_select
     words = ("shard", tmp_path / "crops", "--out", out, "--workers", 1)
     assert run(*words) == 0 and run("select", out, "--fraction", 0.5) == 0
     capsys.readouterr()
-    assert run(*words) == 0 and "20 crops in 1 shards" in capsys.readouterr().out
+    assert run(*words) == 0 and "20 crops in 1 shard" in capsys.readouterr().out
     assert run("reshard", out, "--out", tmp_path / "half", "--workers", 1) == 0
     assert "10 of 20 crops are taken, as manifest-v0002-" in capsys.readouterr().out
     (tmp_path / "keys.txt").write_text(Manifest.load(str(out)).table(["key"])["key"][0].as_py())
     assert run("remove", out, "--keys", tmp_path / "keys.txt", "--workers", 1) == 0
     capsys.readouterr()
     assert run("verify", out, "--workers", 1) == 0 and "0 findings in 19 crops" in capsys.readouterr().out
-    assert run(*words) == 0 and "19 crops in 1 shards" in capsys.readouterr().out
+    assert run(*words) == 0 and "19 crops in 1 shard" in capsys.readouterr().out
 
 
 def test_shard__refuses_a_folder_of_another_data_set(
@@ -132,7 +132,7 @@ def test_shard__quarantines_with_a_reason(
     assert f"{tmp_path}/out/quarantine.parquet" in error
     assert not (tmp_path / "out" / "shards").exists() and not (tmp_path / "out" / "manifest-v0001.json").exists()
     assert run(*words, "--max-bad", 0.1) == 0
-    assert "18 crops in 1 shards" in (out := capsys.readouterr().out) and "2 quarantined" in out
+    assert "18 crops in 1 shard" in (out := capsys.readouterr().out) and "2 quarantined" in out
     rows = pyarrow.parquet.read_table(tmp_path / "out" / "quarantine.parquet").to_pylist()
     assert [(row["source"], row["name"], row["reason"]) for row in rows] == [
         ("crops", one, "cut"),

@@ -18,6 +18,9 @@ HEARTBEAT_S = 0.5
 class Startup:
     """Unix times at which the stages of this rank's start were over. Made when `pretrain` begins."""
 
+    over = False
+    """Are steps about to begin?"""
+
     def __init__(self) -> None:
         self.times = {"process": psutil.Process().create_time(), "imported": time.time()}
         """"process": when the operating system started it; "imported": code is loaded, the ranks have met."""

@@ -106,13 +106,38 @@ class Recorder(Observer):
         left = (progress.total_steps - progress.step - 1) * images
         seconds = self.speed.remaining_s(left)
         end = f" ({datetime.fromtimestamp(time.time() + seconds):%a %H:%M})" if seconds == seconds else ""
-        terms = "  ".join(f"{key.removeprefix('loss_')} {line[key]:.3f}" for key in line if key.startswith("loss_"))
-        return (
-            f"step {progress.step + 1:,}/{progress.total_steps:,} {100 * line['step'] / progress.total_steps:5.1f} %"
-            f"  loss {line['loss']:.4f}  {terms}  |g| {line['grad_norm']:.2f}  lr {line['lr']:.2e}"
-            f"  m {line['momentum']:.4f}  {in_words(rates)}"
-            f"  ETA {duration(seconds)}{end}"
+        terms = " ".join(f"{key.removeprefix('loss_')} {line[key]:.3f}" for key in line if key.startswith("loss_"))
+        return fitted(
+            (f"step {progress.step + 1:,}/{progress.total_steps:,}", True),
+            (f" {100 * line['step'] / progress.total_steps:.1f} %", False),
+            (f"  loss {line['loss']:.4f}", True),
+            (f" ({terms})" if terms else "", False),
+            (f"  |g| {line['grad_norm']:.3g}", False),
+            (f"  lr {line['lr']:.1e}", False),
+            (f"  {in_words(rates)}", True),
+            (f"  left {duration(seconds)}", True),
+            (end, False),
         )
+
+
+COLUMNS = 100
+"""Of a line that people read while it goes on."""
+LEGEND = (
+    "in the lines below: loss and its terms, |g| norm of the gradient before clipping, lr learning rate,",
+    "  img/s images a second of all ranks, wait for data: time and for what, left: time to the end",
+)
+"""Abbreviations of the status line."""
+
+
+def fitted(*pieces: tuple[str, bool]) -> str:
+    """Pieces in their order: those that must be there, and of the others, first ones first, what fits into COLUMNS."""
+    taken = {place for place, (_, must) in enumerate(pieces) if must}
+    room = COLUMNS - sum(len(pieces[place][0]) for place in taken)
+    for place, (piece, must) in enumerate(pieces):
+        if not must and len(piece) <= room:
+            taken.add(place)
+            room -= len(piece)
+    return "".join(piece for place, (piece, _) in enumerate(pieces) if place in taken)
 
 
 def log_file(folder: RunFolder) -> AbstractContextManager[None]:

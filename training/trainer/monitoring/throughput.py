@@ -83,10 +83,11 @@ def bottleneck(wait_share: float, reading_share: float) -> Bottleneck:
 
 
 def in_words(rates: Rates) -> str:
-    """`812 img/s  wait 12 %  read 7.5 MB/s  cache 96 %  limit: reading`."""
-    cache = "" if rates.cache_hits is None else f"  cache {100 * rates.cache_hits:.0f} %"
-    speed = f"{rates.images_per_s:,.0f} img/s  wait {100 * rates.wait_share:.0f} %"
-    return f"{speed}  read {rates.fetched_mb_per_s:.1f} MB/s{cache}  limit: {rates.bottleneck}"
+    """`812 img/s  wait 12 % reading`: what is waited for where the wait matters."""
+    wait = f"wait {100 * rates.wait_share:.0f} %"
+    return f"{rates.images_per_s:,.0f} img/s  {wait}" + (
+        "" if rates.bottleneck == "training" else f" {rates.bottleneck}"
+    )
 
 
 class Speed:

@@ -49,7 +49,7 @@ def test_step__rates_are_of_the_last_steps_and_all_ranks() -> None:
     assert found.cache_hits == (5 + 3) / (10 + 4)
     assert found.reading_share == pytest.approx(1.0 / 6.5)
     assert found.bottleneck == "views"
-    assert in_words(found) == "35 img/s  wait 30 %  read 3.0 MB/s  cache 57 %  limit: views"
+    assert in_words(found) == "35 img/s  wait 30 % views"
 
 
 @pytest.mark.usefixtures("second_by_second")

@@ -1,0 +1,34 @@
+"""What a run is at before its first step, in starting.json: one line, for whoever asks how it stands."""
+
+import json
+import time
+from typing import NamedTuple
+
+from training.core.run_folder.run_folder import RunFolder
+
+NAME = "starting.json"
+
+
+class Starting(NamedTuple):
+    """The last line of a start."""
+
+    doing: str
+    """What is being done, or waited for."""
+    waits: bool
+    """Does it wait for machines?"""
+    time: float
+    """Unix time."""
+
+
+def tell(folder: RunFolder, doing: str, *, waits: bool = False) -> None:
+    """Note what the start is at. Not from several processes at once: the driver until there are workers, then the
+    leading rank."""
+    folder.write_soon(NAME, json.dumps(Starting(doing, waits, time.time())._asdict()), hurry=True)
+
+
+def read(folder: RunFolder) -> Starting | None:
+    """The last line; None where there is none, or it is being written."""
+    try:
+        return Starting(**json.loads(folder.read_text(NAME) or ""))
+    except (ValueError, TypeError):
+        return None

@@ -14,9 +14,7 @@ from datapipe.storage import full_url
 from training.config.run_config import RunConfig
 from training.core.devices import choose_device
 from training.core.host import LocalHost, exit_code
-from training.core.run_folder import starting
 from training.core.run_folder.lease import Lease, lease_on
-from training.core.run_folder.run_folder import RunFolder
 from training.preflight import cpu_forecast
 from training.preflight.checks import check, refuse_unsuited
 
@@ -48,8 +46,6 @@ def _run(config: RunConfig, address: str, lease: Lease) -> int:
     workers = f"{least}{counted(machine.max_workers, 'worker')}"
     size = f"{counted(plan.data.rows, 'crop')}, {counted(plan.clock.total_steps, 'step')}"
     print(f"pretrain: {config.method.name}, {size}, {workers}; run folder {config.out}", flush=True)
-    folder = RunFolder(config.out, config.storage, lease)
-    starting.tell(folder, "starts Ray" if address == LOCAL else f"joins the cluster at {address}")
     with LocalHost(starting=True) as signals, ray_session(address, cpus=_cpus(config)) as scratch:
         lease.settle()  # as a rule Ray's start took longer
         driver = Driver(config, signals, scratch, lease, embedded=address == LOCAL)

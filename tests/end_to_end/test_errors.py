@@ -133,6 +133,25 @@ def test_commands__a_misspelt_one_is_a_usage_error() -> None:
     assert code == 2 and "did you mean `shard`?" in errors
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("datapipe", "verify", "{}/sards"),
+        ("training", "report", "{}/runs/frist"),
+        ("cluster", "status", "{}/runs/frist"),
+        ("training", "checkpoints", "{}/runs/frist"),
+        ("training", "evaluate", "{}/runs/frist", "--data", "."),
+    ],
+)
+def test_a_misspelt_path__the_nearest_one_is_named(tmp_path: Path, words: tuple[str, ...]) -> None:
+    for name in ("shards", "runs/first", "runs/second"):
+        (tmp_path / name).mkdir(parents=True)
+    package, *rest = words
+    code, _, errors = finished(command(package, *(word.format(tmp_path) for word in rest)))
+    meant = f"{tmp_path}/shards" if package == "datapipe" else f"{tmp_path}/runs/first"
+    assert code == 1 and f"did you mean `{meant}" in errors, errors
+
+
 @pytest.mark.parametrize("module", ["training", "cluster"])
 def test_pretrain__a_run_folder_that_cannot_be_written(data: Manifest, tmp_path: Path, here: Run, module: str) -> None:
     (tmp_path / "file").touch()

@@ -13,6 +13,8 @@ from training.preflight.memory import FRAGMENTATION, RESERVED, Census, Memory
 
 GPU_FLOPS = 1e14
 """Floating-point operations in a second that a GPU is assumed to reach: about a third of an A100's peak in bf16."""
+MOST = 8
+"""Differences from what is published that the answer names."""
 NOT_COUNTED = "heads, loss and teacher, of which this method says nothing (Method.workload): memory is known from below"
 
 
@@ -77,8 +79,10 @@ def _differences(found: Comparison) -> Iterator[str]:
         yield f"as published ({found.recipe}); {len(found.choices)} settings that are not published were chosen"
     else:
         yield f"differs from what is published ({found.recipe}):"
-        for difference in found.differences:
+        for difference in found.differences[:MOST]:
             yield f"  {difference.key} = {_value(difference.ours)}, published {_value(difference.published)}"
+        if len(found.differences) > MOST:
+            yield f"  and {len(found.differences) - MOST} more"
 
 
 def _parameters(sizes: Census) -> Iterator[str]:

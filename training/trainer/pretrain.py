@@ -193,6 +193,8 @@ def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason
                 run_lines.info(line)
             run_lines.info("reads the first batch")
             startup.over = True
+            if world.is_leader:
+                starting.tell(folder, "")
             position, done = _train(run, checkpoints, config, milestones, position)
             for line in _closing(config, position // clock.batch, clock, done):
                 run_lines.info(line)

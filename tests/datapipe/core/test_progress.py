@@ -5,7 +5,7 @@ import math
 import pytest
 
 from datapipe.core import progress
-from datapipe.core.progress import Progress, duration, telling
+from datapipe.core.progress import Progress, counted, duration, telling
 
 
 class Clock:
@@ -72,3 +72,8 @@ def test_duration__of_what_is_not_known() -> None:
 
 def test_duration__reads_well() -> None:
     assert [duration(value) for value in (0.4, 119.6, 51_600, 273_600)] == ["0 s", "2 min", "14 h 20", "3 d 4 h"]
+
+
+def test_counted__in_the_singular_and_the_plural() -> None:
+    said = [counted(number, noun) for number in (0, 1, 2_000) for noun in ("crop", "process")]
+    assert said == ["0 crops", "0 processes", "1 crop", "1 process", "2,000 crops", "2,000 processes"]

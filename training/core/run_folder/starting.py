@@ -21,14 +21,15 @@ class Starting(NamedTuple):
 
 
 def tell(folder: RunFolder, doing: str, *, waits: bool = False) -> None:
-    """Note what the start is at. Not from several processes at once: the driver until there are workers, then the
-    leading rank."""
+    """Note what the start is at; empty: it is over. Not from several processes at once: the driver until there are
+    workers, then the leading rank."""
     folder.write_soon(NAME, json.dumps(Starting(doing, waits, time.time())._asdict()), hurry=True)
 
 
 def read(folder: RunFolder) -> Starting | None:
-    """The last line; None where there is none, or it is being written."""
+    """The last line; None where there is none, the start is over, or the file is being written."""
     try:
-        return Starting(**json.loads(folder.read_text(NAME) or ""))
+        found = Starting(**json.loads(folder.read_text(NAME) or ""))
     except (ValueError, TypeError):
         return None
+    return found if found.doing else None

@@ -5,7 +5,6 @@ import os
 import secrets
 import shutil
 import socket
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -35,7 +34,7 @@ def scratch_folder() -> Iterator[str]:
     except OSError as error:
         raise _none({str(root): error.strerror or str(error)}) from error
     try:
-        with at_end(lambda: _remove_for_good(folder)):
+        with at_end(lambda: _remove(folder)):
             yield folder
     finally:
         _remove(folder)
@@ -48,15 +47,6 @@ def _remove(folder: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         if not os.path.exists(folder):
             return
-
-
-def _remove_for_good(folder: str) -> None:
-    """Also what threads of this process, which is about to end, still make there until then: a shell waits for that."""
-    wait = 'n=0; while kill -0 "$0" 2>/dev/null && [ $n -lt 100 ]; do sleep 0.1; n=$((n + 1)); done; rm -rf "$1"'
-    with contextlib.suppress(OSError):
-        subprocess.Popen(["/bin/sh", "-c", wait, str(os.getpid()), folder], start_new_session=True, cwd="/",
-                         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    _remove(folder)
 
 
 def _chosen() -> Path:

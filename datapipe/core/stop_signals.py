@@ -106,8 +106,10 @@ class Listener:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, 1)
             os.dup2(nowhere, 2)
-        kill_children()
+        children = stop_children()
         _call(self.ends)
+        for pid in children:  # at the very last: Ray's library ends this process, too, once its daemons are gone
+            _send(pid, signal.SIGKILL)
         os._exit(exit_code(number))
 
     def _handle(self, number: int, _: FrameType | None) -> None:
@@ -243,7 +245,7 @@ def unwinding(words: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def at_end(function: Callable[[], object], *, first: bool = False) -> Iterator[None]:
-    """Should the process end by a signal meanwhile: call this after its children have ended, or `first`, before a word
+    """Should the process end by a signal meanwhile: call this once its children stand still, or `first`, before a word
     is said; it has FAREWELL_S."""
     if _listener is None:
         yield
@@ -290,13 +292,19 @@ def silence(descriptor: int) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
-def kill_children() -> None:
-    """SIGKILL to every process below this one. They are all stopped first, so that none starts another one."""
+def stop_children() -> set[int]:
+    """SIGSTOP to every process below this one, and to those that one of them has just started; which they are."""
     found: set[int] = set()
     while new := _descendants(os.getpid()) - found:
         found |= new
         for pid in new:
             _send(pid, signal.SIGSTOP)
+    return found
+
+
+def kill_children() -> None:
+    """SIGKILL to every process below this one. They are all stopped first, so that none starts another one."""
+    found = stop_children()
     for pid in found:
         _send(pid, signal.SIGKILL)
     deadline = time.monotonic() + 1

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+import training.nn.blocks  # noqa: F401  (loads timm, which does more where a device or a fake mode is set)
 from datapipe.core.randomness import words
 from datapipe.stream.batch import Batch
 from datapipe.views.masking import draw_masks

@@ -1,4 +1,5 @@
-"""README.md as it is written: every block of commands is run, in order, in a folder that looks like a fresh clone.
+"""README.md and its pages as they are written: every block of commands is run, in order, in a folder that looks like a
+fresh clone.
 
 BLOCKS names each block by its first command, with what is put in the place of parts of it, so that it takes seconds:
 small flags, this test's servers, and what `...` and RECIPE stand for. A block without an entry fails, and so does an
@@ -89,9 +90,16 @@ SAID = {
 """What a block must have said, in any order."""
 
 
+DOCS = ROOT / "cluster" / "docs"
+PAGES = (ROOT / "README.md", *(DOCS / f"{name}.md" for name in (
+    "data_sets", "pre_train", "evaluate", "object_storage", "run_on_a_cluster", "guarantees")))  # fmt: skip
+"""In the order in which their commands build upon each other."""
+
+
 def blocks() -> list[str]:
     """The text of every block of shell commands."""
-    return re.findall(r"^```(?:bash|sh|shell|console)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    return [block for page in PAGES
+            for block in re.findall(r"^```(?:bash|sh|shell|console)\n(.*?)^```", page.read_text(), re.M | re.S)]  # fmt: skip
 
 
 def small(block: str) -> tuple[str, str]:
@@ -104,6 +112,16 @@ def small(block: str) -> tuple[str, str]:
     code = re.sub(r"(^|\s)#.*", "", block, flags=re.M)
     assert "..." not in code and "RECIPE" not in code, f"left over in the block of `{first}`:\n{block}"
     return first, block
+
+
+def test_readme__is_short_and_leads_to_every_page() -> None:
+    text = PAGES[0].read_text()
+    assert len(text.splitlines()) <= 150 and {*DOCS.glob("*.md")} == {*PAGES[1:]}
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert "://" in link or (page.parent / link).exists(), link
+    assert all(f"({page.relative_to(ROOT)})" in text for page in PAGES[1:])
+    assert all(page.read_text().startswith(("# I ", "# My ")) for page in PAGES[1:])
 
 
 def test_readme__every_block_is_handled() -> None:

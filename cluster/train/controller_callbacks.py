@@ -18,7 +18,7 @@ from ray.train.v2._internal.execution.controller.state import (
     RestartingState,
 )
 
-from cluster.train.coordinator import Leaving, Place, Situation, find_board
+from cluster.train.coordinator import Leaving, Situation, WorkerLocation, find_board
 from cluster.train.restart_policy import Failure
 from datapipe.core.errors import StorageError
 from datapipe.core.progress import counted
@@ -65,7 +65,7 @@ class Guard(ControllerCallback, WorkerGroupCallback):
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         places = [
-            Place(worker.distributed_context.world_rank, worker.metadata.node_id, worker.metadata.node_ip,
+            WorkerLocation(worker.distributed_context.world_rank, worker.metadata.node_id, worker.metadata.node_ip,
                   worker.metadata.pid)
             for worker in worker_group.get_workers()
         ]  # fmt: skip

@@ -22,7 +22,7 @@ class Leaving(Exception):
     """A worker has saved and makes room; Ray Train starts the group anew."""
 
 
-class Place(NamedTuple):
+class WorkerLocation(NamedTuple):
     """Where a rank is."""
 
     rank: int
@@ -46,7 +46,7 @@ class Notes(NamedTuple):
     """(steps done, complete) of the last group of workers that ended by itself."""
     restarts: list[dict[str, Any]]
     pulses: list[Pulse]
-    places: dict[int, Place]
+    places: dict[int, WorkerLocation]
     waiting_s: float
     """Since when there are no workers; 0 while there are."""
     wanted: int
@@ -65,7 +65,7 @@ class Situation(NamedTuple):
     """A mistake that no restart mends has been met, or the run is complete."""
     leaving: str
     blame: Failure | None
-    places: dict[int, Place]
+    places: dict[int, WorkerLocation]
     step: int
     """The last one that workers told of; they do so now and then, not after every step."""
     saved: int
@@ -95,10 +95,10 @@ class Board:
         self._wanted = workers
         self._leaving, self._stepping, self._closed = "", False, False
         self._blame: Failure | None = None
-        self._places: dict[int, Place] = {}
+        self._places: dict[int, WorkerLocation] = {}
         self._pulses: dict[int, tuple[Pulse, float]] = {}
 
-    def place(self, places: list[Place]) -> None:
+    def place(self, places: list[WorkerLocation]) -> None:
         """The group's processes are there."""
         self._places = {place.rank: place for place in places}
         self._waiting_since = None

@@ -11,7 +11,7 @@ import ray
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.train.v2._internal.execution.callback import WorkerCallback
 
-from cluster.train.coordinator import Place, Word
+from cluster.train.coordinator import Word, WorkerLocation
 from cluster.train.hang_detection import Pulse
 from training.config.cluster import ClusterConfig
 from training.core.host import Doing
@@ -51,7 +51,7 @@ class RayHost:
     def __init__(self, board: Any, group: int, world: World, config: ClusterConfig, *, embedded: bool) -> None:
         """`embedded`: Ray lives in the driver's process, so that no other machine could go on."""
         context = ray.get_runtime_context()
-        self.where = Place(world.rank, context.get_node_id(), ray.util.get_node_ip_address(), os.getpid())
+        self.where = WorkerLocation(world.rank, context.get_node_id(), ray.util.get_node_ip_address(), os.getpid())
         self._board, self._group, self._world, self._embedded = board, group, world, embedded
         self._word: Word = "go"
         self._first: int | None = None

@@ -70,14 +70,14 @@ class Cleared:
 
 
 @dataclass(frozen=True)
-class Place:
+class CopyLocation:
     """A run folder, a folder of them, a cache, or a folder of caches."""
 
     store: Store
     names: tuple[str, ...]
 
 
-def look(urls: Sequence[str], storage: StorageConfig) -> list[Place]:
+def look(urls: Sequence[str], storage: StorageConfig) -> list[CopyLocation]:
     """What is at these addresses, and the caches on this machine that runs among them name. Raises DataError where
     nothing is, or nothing that this project makes."""
     places = [_look(url, storage) for url in urls]
@@ -85,7 +85,7 @@ def look(urls: Sequence[str], storage: StorageConfig) -> list[Place]:
     return [*places, *(_look(cache, storage) for cache in sorted(named - set(urls)))]
 
 
-def clear(places: Iterable[Place], shards: Collection[str], words: Collection[str]) -> Cleared:
+def clear(places: Iterable[CopyLocation], shards: Collection[str], words: Collection[str]) -> Cleared:
     """Delete the copies in these places. shards: sha256 of tars that lost crops; words: keys and names of the crops.
 
     Done again it does what is left; a file that cannot be deleted does not keep others from it.
@@ -177,7 +177,7 @@ def _spellings(word: str) -> Iterator[str]:
                 yield name.encode("unicode_escape").decode()
 
 
-def _caches(place: Place) -> set[str]:
+def _caches(place: CopyLocation) -> set[str]:
     """Folders of blocks that the recipes of runs name."""
     found = set()
     for name in place.names:
@@ -190,7 +190,7 @@ def _caches(place: Place) -> set[str]:
     return found - {""}
 
 
-def _look(url: str, storage: StorageConfig) -> Place:
+def _look(url: str, storage: StorageConfig) -> CopyLocation:
     store = open_store(url, storage)
     hint = "--runs takes run folders, folders of runs, and folders of blocks (stream.cache_dir)"
     try:
@@ -205,4 +205,4 @@ def _look(url: str, storage: StorageConfig) -> Place:
     known = (COPY, RUN, BLOCK, SERVICE, WEIGHTS)
     if names and not any(kind.fullmatch(name) for name in names for kind in known):
         raise DataError("this is no run folder, no folder of runs and no cache", where=url, hint=hint)
-    return Place(store, tuple(names))
+    return CopyLocation(store, tuple(names))

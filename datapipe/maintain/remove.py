@@ -40,7 +40,7 @@ from datapipe.maintain.crop_lists import (
     refuse_ambiguous,
     refuse_missing,
 )
-from datapipe.maintain.derived_copies import Cleared, Place, clear, look
+from datapipe.maintain.derived_copies import Cleared, CopyLocation, clear, look
 from datapipe.maintain.removal_records import (
     RECORDS,
     exclusive_change,
@@ -124,7 +124,7 @@ def remove(url: str, config: RemoveConfig, storage: StorageConfig) -> Removed:
         return Removed(*finish(store, name), cleared=cleared, lists=found.lists)
 
 
-def _clear(store: Store, places: Sequence[Place], words: Collection[str]) -> Cleared:
+def _clear(store: Store, places: Sequence[CopyLocation], words: Collection[str]) -> Cleared:
     """Clear copies elsewhere, and blocks of shards that are no more in the cache of this machine; list what is left."""
     versions = list(Manifest.versions(store))
     kept = {shard.sha256 for version in in_use(versions) for shard in version.shards}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.sources.base import Kind, Source
-from datapipe.sources.location import Place, find_place, printable
+from datapipe.sources.location import Location, find_place, printable
 from datapipe.storage import full_url
 
 
@@ -53,7 +53,7 @@ def _kinds() -> tuple[Kind, ...]:
     return LmdbSource, VideoSource, ArchiveSource, ParquetSource, FolderSource
 
 
-def _open(place: Place) -> Source:
+def _open(place: Location) -> Source:
     for kind in _kinds():
         if source := kind.at(place):
             return source

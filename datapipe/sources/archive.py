@@ -14,7 +14,7 @@ from datapipe.core.config import StorageConfig
 from datapipe.sources.archive_parts import Archive, list_archives, open_archive
 from datapipe.sources.base import UNIT_BYTES, UNIT_CROPS, Crop
 from datapipe.sources.labels import labelled
-from datapipe.sources.location import ARCHIVES, Place, is_hidden, is_image
+from datapipe.sources.location import ARCHIVES, Location, is_hidden, is_image
 from datapipe.sources.tar_members import look_ahead, read_members, read_samples
 from datapipe.sources.zip_members import check_readable, find_directory, list_entries, read_entry
 
@@ -48,7 +48,7 @@ class ArchiveSource:
     storage: StorageConfig
 
     @classmethod
-    def at(cls, place: Place) -> "ArchiveSource | None":
+    def at(cls, place: Location) -> "ArchiveSource | None":
         return cls(place.url, place.label, place.storage) if ARCHIVES in place.kinds else None
 
     def units(self) -> Iterator[ArchiveUnit]:

@@ -7,7 +7,7 @@ units in a file.
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
-from datapipe.sources.location import Place
+from datapipe.sources.location import Location
 
 UNKNOWN = -1
 UNIT_CROPS = 2_048
@@ -71,5 +71,5 @@ class Kind(Protocol):
     """What its urls may point at, for messages."""
 
     @classmethod
-    def at(cls, place: Place) -> Source | None:
+    def at(cls, place: Location) -> Source | None:
         """The source there, if it is of this kind."""

@@ -8,7 +8,7 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.parallel import in_order
 from datapipe.sources.base import UNIT_BYTES, UNIT_CROPS, Crop
 from datapipe.sources.labels import labelled
-from datapipe.sources.location import IMAGE_ENDINGS, IMAGES, File, Place, list_files
+from datapipe.sources.location import IMAGE_ENDINGS, IMAGES, File, Location, list_files
 from datapipe.storage import is_remote, open_store
 
 REMOTE_READS = 16
@@ -38,7 +38,7 @@ class FolderSource:
     storage: StorageConfig
 
     @classmethod
-    def at(cls, place: Place) -> "FolderSource | None":
+    def at(cls, place: Location) -> "FolderSource | None":
         found = place.is_folder and IMAGES in place.kinds
         return cls(place.url, place.folder, place.label, place.storage) if found else None
 

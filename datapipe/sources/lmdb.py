@@ -23,7 +23,7 @@ from datapipe.core.plain_pickle import NamesCodeError, load_plain
 from datapipe.sources.base import UNIT_CROPS, UNKNOWN, Crop
 from datapipe.sources.labels import fits
 from datapipe.sources.lmdb_pages import LmdbFile
-from datapipe.sources.location import Place, local_path
+from datapipe.sources.location import Location, local_path
 from datapipe.storage import is_remote, open_object, open_store, split_url
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class LmdbSource:
     storage: StorageConfig
 
     @classmethod
-    def at(cls, place: Place) -> "LmdbSource | None":
+    def at(cls, place: Location) -> "LmdbSource | None":
         if not place.is_folder:
             found = [url for url in place.names if url.lower().endswith(ENDINGS)]
         else:

@@ -49,7 +49,7 @@ class File(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """A url, and what is there as far as a short look tells."""
 
     url: str
@@ -75,7 +75,7 @@ class Place:
         return {kind_of(name) for name in self.names} - {""}
 
 
-def find_place(url: str, label: str, storage: StorageConfig, jpeg_quality: int) -> Place:
+def find_place(url: str, label: str, storage: StorageConfig, jpeg_quality: int) -> Location:
     """Look there, without listing it all. Raises DataError where there is nothing."""
     pattern = find_pattern(url, storage)
     files = tuple(file_urls(url, storage))
@@ -95,7 +95,7 @@ def find_place(url: str, label: str, storage: StorageConfig, jpeg_quality: int) 
             where=str(error.filename or url),
             hint="check the permissions there, and links that point at themselves",
         ) from error
-    return Place(url, label, storage, jpeg_quality, not files, pattern.folder if pattern else url, names)
+    return Location(url, label, storage, jpeg_quality, not files, pattern.folder if pattern else url, names)
 
 
 def kind_of(name: str) -> str:

@@ -16,7 +16,7 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.sources.base import UNIT_BYTES, UNIT_CROPS, Crop
 from datapipe.sources.labels import LABELS, labelled
-from datapipe.sources.location import TABLE_ENDINGS, TABLES, File, Place, list_files
+from datapipe.sources.location import TABLE_ENDINGS, TABLES, File, Location, list_files
 from datapipe.storage import open_object, open_store
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "data", "content")
@@ -55,7 +55,7 @@ class ParquetSource:
     storage: StorageConfig
 
     @classmethod
-    def at(cls, place: Place) -> "ParquetSource | None":
+    def at(cls, place: Location) -> "ParquetSource | None":
         return cls(place.url, place.label, place.storage) if TABLES in place.kinds else None
 
     def units(self) -> Iterator[ParquetUnit]:

@@ -26,7 +26,7 @@ from datapipe.sources.location import (
     TABLE_ENDINGS,
     VIDEO_ENDINGS,
     VIDEOS,
-    Place,
+    Location,
     file_urls,
     is_image,
     kind_of,
@@ -91,7 +91,7 @@ class VideoSource:
     jpeg_quality: int
 
     @classmethod
-    def at(cls, place: Place) -> "VideoSource | None":
+    def at(cls, place: Location) -> "VideoSource | None":
         has_sequence = any(f"/{name}".endswith((f"/{TRUTH}", f"/{DETECTIONS}")) for name in place.names)
         if VIDEOS in place.kinds or (place.is_folder and has_sequence):
             return cls(place.url, place.label, place.storage, place.jpeg_quality)

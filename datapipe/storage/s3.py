@@ -14,7 +14,7 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import StorageError
 from datapipe.storage.retry import keep_trying
 from datapipe.storage.s3_client import connection
-from datapipe.storage.s3_errors import ERRORS, Place, code_of, explained, status_of
+from datapipe.storage.s3_errors import ERRORS, S3Address, code_of, explained, status_of
 from datapipe.storage.s3_obstore import ranges
 from datapipe.storage.store import Data, Entry, Store, WrongRangeError
 
@@ -202,8 +202,8 @@ class S3Store(Store):
         answered = connection(self.config, os.getpid()).answered
         return explained(error, self._place(name), answered.is_set())
 
-    def _place(self, name: str) -> Place:
-        return Place(self.address(name), self.bucket, self._client.meta.endpoint_url)
+    def _place(self, name: str) -> S3Address:
+        return S3Address(self.address(name), self.bucket, self._client.meta.endpoint_url)
 
 
 class _Taken(Exception):

@@ -46,7 +46,7 @@ CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE)"
 ENDPOINT = "check the endpoint (--storage.endpoint-url or AWS_ENDPOINT_URL)"
 
 
-class Place(NamedTuple):
+class S3Address(NamedTuple):
     """What a request was about, for messages."""
 
     address: str
@@ -68,7 +68,7 @@ def code_of(error: Any) -> str:
     return str(error.response.get("Error", {}).get("Code") or status_of(error))
 
 
-def explained(error: Exception, place: Place, answered: bool) -> Exception:
+def explained(error: Exception, place: S3Address, answered: bool) -> Exception:
     """A PassingFault, or the StorageError that ends the request. `answered`: whether this endpoint ever did."""
     if isinstance(error, exceptions.ClientError):
         final = _refusal(error, place)
@@ -89,12 +89,12 @@ def explained(error: Exception, place: Place, answered: bool) -> Exception:
     return StorageError(f"the request could not be made: {error}", where=place.where, hint=hint)
 
 
-def unanswered(why: str, place: Place, *, what: str = "did not answer fully") -> StorageError:
+def unanswered(why: str, place: S3Address, *, what: str = "did not answer fully") -> StorageError:
     """Where there was no answer, or not the whole one."""
     return StorageError(f"the store {what}: {why}", where=place.where, hint=f"{ENDPOINT} and the network")
 
 
-def _refusal(error: Any, place: Place) -> StorageError:
+def _refusal(error: Any, place: S3Address) -> StorageError:
     status, code = status_of(error), code_of(error)
     if code == "NoSuchBucket":
         return StorageError(
@@ -118,7 +118,7 @@ def _refusal(error: Any, place: Place) -> StorageError:
     return StorageError(f"the store answered {status} {code}: {message}", where=place.where, hint=hint)
 
 
-def _no_s3(place: Place) -> StorageError:
+def _no_s3(place: S3Address) -> StorageError:
     return StorageError("the server there does not answer as S3 does", where=place.where, hint=ENDPOINT)
 
 

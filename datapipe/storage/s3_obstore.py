@@ -19,7 +19,7 @@ from obstore.store import S3Store
 from datapipe.core.config import StorageConfig
 from datapipe.storage.retry import PassingFault
 from datapipe.storage.s3_client import Connection, connect_timeout_s, connection
-from datapipe.storage.s3_errors import PASSING_STATUS, Place, unanswered
+from datapipe.storage.s3_errors import PASSING_STATUS, S3Address, unanswered
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,9 @@ class Ranges:
         """
         return self._in_vain < MOST_IN_VAIN and current_thread() is not main_thread() and key == key.strip("/")
 
-    def first(self, key: str, start: int, size: int, place: Place, then: Callable[[], bytes]) -> Callable[[], bytes]:
+    def first(
+        self, key: str, start: int, size: int, place: S3Address, then: Callable[[], bytes]
+    ) -> Callable[[], bytes]:
         """A request for bytes [start, start + size) whose first try is obstore's.
 
         Every further one is `then`, boto3's, which knows what each answer means and how long the store asks to wait:
@@ -89,7 +91,7 @@ class Ranges:
         self._in_vain = 0
         return data
 
-    def _note_in_vain(self, place: Place) -> None:
+    def _note_in_vain(self, place: S3Address) -> None:
         self._in_vain += 1
         if self._in_vain == MOST_IN_VAIN:
             log.warning("%s: obstore cannot read here, so boto3 goes on with it, at more CPU time", place.where)

@@ -9,7 +9,7 @@ from datapipe.views.masking import Masks
 from datapipe.views.spec import View
 
 
-class Intake(NamedTuple):
+class LoaderCounters(NamedTuple):
     """What a loader has done so far, in all."""
 
     replaced: int = 0

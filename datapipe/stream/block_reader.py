@@ -16,7 +16,7 @@ from datapipe.core.randomness import Ints, UInts
 from datapipe.dataset.index import Shard
 from datapipe.storage import Store
 from datapipe.storage.local import OpenFilesStore
-from datapipe.stream.disk_cache import Part
+from datapipe.stream.disk_cache import ByteRange
 
 GAP_BYTES = 16 << 10
 """Unwanted bytes between two crops that are cheaper to read along than to ask for separately."""
@@ -49,13 +49,13 @@ class Places(NamedTuple):
 class Cache(Protocol):
     """Keeps blocks under keys that follow from their content: see `DiskCache` and `MemoryCache`."""
 
-    def held(self, key: str, parts: list[Part]) -> list[bytes] | None:
+    def held(self, key: str, parts: list[ByteRange]) -> list[bytes] | None:
         """These parts of a block, if it is there."""
 
     def has(self, key: str) -> bool:
         """Whether it is there."""
 
-    def load(self, key: str, parts: list[Part], fetch: Callable[[], bytes]) -> list[bytes]:
+    def load(self, key: str, parts: list[ByteRange], fetch: Callable[[], bytes]) -> list[bytes]:
         """These parts of a block that was not there."""
 
     def forget(self, key: str) -> None:
@@ -126,7 +126,7 @@ class BlockReader:
         if self.cache is None:
             return self._fetch(rows, self._in_parallel)
         found: Rows = {}
-        missing: dict[int, dict[int, Part]] = {}
+        missing: dict[int, dict[int, ByteRange]] = {}
         for number, wanted in self._by_block(rows).items():
             parts = self.cache.held(self._key(number), list(wanted.values()))
             if parts is None:
@@ -170,9 +170,9 @@ class BlockReader:
     def _in_parallel(self) -> Callable[..., Iterator[Any]]:
         return self._pool.map if self._pool else map
 
-    def _by_block(self, rows: Ints) -> dict[int, dict[int, Part]]:
+    def _by_block(self, rows: Ints) -> dict[int, dict[int, ByteRange]]:
         """Block -> row -> where it is within the block."""
-        grouped: dict[int, dict[int, Part]] = {}
+        grouped: dict[int, dict[int, ByteRange]] = {}
         columns = (self.blocks.of(rows), rows, self.blocks.start[rows], self.places.size[rows])
         for number, row, start, size in zip(*(column.tolist() for column in columns), strict=True):
             grouped.setdefault(number, {})[row] = (start, size)
@@ -183,7 +183,7 @@ class BlockReader:
             self._keys[number] = self.blocks.key(number)
         return self._keys[number]
 
-    def _load(self, number: int, wanted: dict[int, Part]) -> Rows:
+    def _load(self, number: int, wanted: dict[int, ByteRange]) -> Rows:
         assert self.cache is not None
         parts = self.cache.load(self._key(number), list(wanted.values()), lambda: self._fetch_block(number))
         return dict(zip(wanted, parts, strict=True))

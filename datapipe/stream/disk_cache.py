@@ -25,7 +25,7 @@ from datapipe.storage.store import TEMPORARY
 
 log = logging.getLogger(__name__)
 
-Part = tuple[int, int]
+ByteRange = tuple[int, int]
 """(first byte, bytes) within a block."""
 
 PATIENCE_S = 30.0
@@ -62,7 +62,7 @@ class DiskCache:
                 hint="stream.cache_dir names another folder; stream.cache_gb = 0 does without",
             ) from error
 
-    def held(self, key: str, parts: Sequence[Part]) -> list[bytes] | None:
+    def held(self, key: str, parts: Sequence[ByteRange]) -> list[bytes] | None:
         """These parts of a block; None where it is not there, or not whole."""
         try:
             file = os.open(self.folder / key, os.O_RDONLY | os.O_CLOEXEC)
@@ -80,7 +80,7 @@ class DiskCache:
         """Whether the block is there."""
         return (self.folder / key).exists()
 
-    def load(self, key: str, parts: Sequence[Part], fetch: Callable[[], bytes]) -> list[bytes]:
+    def load(self, key: str, parts: Sequence[ByteRange], fetch: Callable[[], bytes]) -> list[bytes]:
         """These parts of a block that was not held: fetched here, or by another thread or process just now."""
         with self._turn(key):
             found = self.held(key, parts)

@@ -19,7 +19,7 @@ from datapipe.core.randomness import Ints
 from datapipe.core.resource_limits import available_cores
 from datapipe.sampling.epoch_order import SampleOrder
 from datapipe.sampling.rank_assignment import Assignment, Share, shares
-from datapipe.stream.batch import Batch, Intake
+from datapipe.stream.batch import Batch, LoaderCounters
 from datapipe.stream.mixed_stream import MixedStream
 from datapipe.stream.stream import Stream
 from datapipe.views.masking import draw_masks
@@ -87,11 +87,11 @@ class Loader:
         self._running: Generator[Batch, None, None] | None = None
 
     @property
-    def intake(self) -> Intake:
+    def intake(self) -> LoaderCounters:
         """What has been done so far."""
         stream = self.stream
         spent_s = self._reading_s, self._making_s
-        return Intake(stream.replaced, stream.bytes_read, *stream.cached, *spent_s, stream.renewed)
+        return LoaderCounters(stream.replaced, stream.bytes_read, *stream.cached, *spent_s, stream.renewed)
 
     def after(self, position: int, until: int) -> Iterator[Batch]:
         """The batches of the stream positions [position, until), the last one shorter where they do not divide.

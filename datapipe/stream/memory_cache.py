@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from threading import Lock
 
-from datapipe.stream.disk_cache import Part
+from datapipe.stream.disk_cache import ByteRange
 
 
 class MemoryCache:
@@ -17,7 +17,7 @@ class MemoryCache:
         self._held = 0
         self._blocks: OrderedDict[str, Future[bytes]] = OrderedDict()
 
-    def held(self, key: str, parts: Sequence[Part]) -> list[bytes] | None:
+    def held(self, key: str, parts: Sequence[ByteRange]) -> list[bytes] | None:
         """These parts of a block; None where it is not there yet."""
         with self._lock:
             future = self._blocks.get(key)
@@ -30,7 +30,7 @@ class MemoryCache:
         """Whether the block is there or on its way."""
         return key in self._blocks
 
-    def load(self, key: str, parts: Sequence[Part], fetch: Callable[[], bytes]) -> list[bytes]:
+    def load(self, key: str, parts: Sequence[ByteRange], fetch: Callable[[], bytes]) -> list[bytes]:
         """These parts of a block that was not held, fetched by this thread or waited for; a failed fetch fails all who
         wait and is forgotten."""
         with self._lock:
@@ -66,5 +66,5 @@ class MemoryCache:
                 self._held -= len(self._blocks.pop(key).result())
 
 
-def _cut(block: bytes, parts: Sequence[Part]) -> list[bytes]:
+def _cut(block: bytes, parts: Sequence[ByteRange]) -> list[bytes]:
     return [block[start : start + size] for start, size in parts]

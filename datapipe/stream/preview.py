@@ -18,7 +18,7 @@ from datapipe.stream.stream import Stream
 from datapipe.views.decode import decode
 from datapipe.views.masking import draw_masks
 from datapipe.views.render import make_views
-from datapipe.views.spec import View, ViewSpec
+from datapipe.views.spec import Band, View, ViewSpec
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 CROP_SIZE = 192, 96
@@ -31,6 +31,9 @@ HIDDEN = 127
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 OUTLINES = (230, 50, 40), (40, 110, 240), (30, 160, 70)
 """Colours of the boxes that views were cut from, in the order of the views."""
+
+BAR = 6
+"""Width of a band's bar, pixels."""
 
 Picture = tuple[list[str], View]
 """Lines of text and the picture below them."""
@@ -73,7 +76,8 @@ def contact_sheet(
 
     With a spec, each crop has a row of its own with its views: exactly those that training makes of it at this place
     of the stream, patches that are hidden from the student in grey. Where the method knows which boxes its views were
-    cut from, these are outlined on the crop, the first in red, the second in blue. The caption names row, identity,
+    cut from, these are outlined on the crop, the first in red, the second in blue; bands of the body that views are cut
+    from (PASS) are bars beside it. The caption names row, identity,
     camera (where known), height and width.
     """
     if out.suffix.lower() not in FORMATS:
@@ -87,7 +91,8 @@ def contact_sheet(
     if spec is not None:
         make_views(data, spec, seed, positions, views, boxes)
         hide(views, spec, seed, positions)
-    pictures = [_whole(crops, row, data[place], boxes[:, place]) for place, row in enumerate(rows.tolist())]
+    bands = body_bands(spec) if spec else ()
+    pictures = [_whole(crops, row, data[place], boxes[:, place], bands) for place, row in enumerate(rows.tolist())]
     crops.close()
     if spec is None:
         lines = [pictures[low : low + GRID_COLUMNS] for low in range(0, len(pictures), GRID_COLUMNS)]
@@ -136,15 +141,21 @@ def _row_of(views: dict[str, View], row: int, name: str = "") -> list[Picture]:
     )
 
 
-def _whole(crops: Stream, row: int, jpeg: bytes, boxes: Ints) -> Picture:
-    """The crop as it is stored, with its views' boxes; a black frame if it does not decode."""
+def body_bands(spec: ViewSpec) -> tuple[Band, ...]:
+    """(top, bottom) of each band of the body that views are cut from, as shares of the height, the highest first; none
+    where all are cut from the whole crop."""
+    return tuple(sorted({band for group in spec.groups for band in group.bands if band != (0.0, 1.0)}))
+
+
+def _whole(crops: Stream, row: int, jpeg: bytes, boxes: Ints, bands: Sequence[Band]) -> Picture:
+    """The crop as it is stored, with its views' boxes and the body's bands; a black frame if it does not decode."""
     pid, camera = int(crops.pid[row]), int(crops.camera[row])
     known = " ".join([f"id {pid}"] * (pid != -1) + [f"cam {camera}"] * (camera != -1))
     try:
         image = decode(jpeg)
     except ValueError:
         return [f"crop {row}", known, "broken"], np.zeros((*CROP_SIZE, 3), np.uint8)
-    return [f"crop {row}", known, f"{image.shape[0]} x {image.shape[1]}"], _outlined(image, boxes)
+    return [f"crop {row}", known, f"{image.shape[0]} x {image.shape[1]}"], _banded(_outlined(image, boxes), bands)
 
 
 def _outlined(image: View, boxes: Ints) -> View:
@@ -155,6 +166,23 @@ def _outlined(image: View, boxes: Ints) -> View:
     for (top, left, height, width, _), colour in zip(boxes.tolist(), OUTLINES, strict=False):
         corners = (left * across, top * down, (left + width) * across - 1, (top + height) * down - 1)
         pen.rectangle([round(corner) for corner in corners], outline=colour, width=2)
+    return np.asarray(sheet)
+
+
+def _banded(picture: View, bands: Sequence[Band]) -> View:
+    """The picture with a bar for each band beside it, as bands overlap, and its edges as lines across the picture."""
+    if not bands:
+        return picture
+    height, width = picture.shape[:2]
+    sheet = Image.new("RGB", (width + BAR * len(bands), height), PAPER)
+    sheet.paste(Image.fromarray(picture), (0, 0))
+    pen = ImageDraw.Draw(sheet)
+    for number, (top, bottom) in enumerate(bands):
+        colour, left = OUTLINES[number % len(OUTLINES)], width + BAR * number
+        rows = (round(top * (height - 1)), round(bottom * (height - 1)))
+        pen.rectangle((left + 2, rows[0], left + BAR - 2, rows[1]), fill=colour)
+        for row in rows:
+            pen.line((0, row, width - 1, row), fill=colour)
     return np.asarray(sheet)
 
 

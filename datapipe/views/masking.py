@@ -63,7 +63,7 @@ class MaskConfig:
 
 
 @dataclass(frozen=True)
-class MaskLaw:
+class MaskSpec:
     """What the loader must draw for one masked view."""
 
     grid: Size
@@ -83,12 +83,12 @@ class MaskLaw:
         return floor(self.config.ratios[0] * prod(self.grid) + 1e-9)
 
 
-def draw_masks(laws: Sequence[MaskLaw], seed: int, positions: Ints) -> Masks:
+def draw_masks(laws: Sequence[MaskSpec], seed: int, positions: Ints) -> Masks:
     """The masks of the images at these places of the stream, one per law: [laws, images, rows, columns]."""
     return np.stack([_drawn(law, f"mask/{view}", seed, positions) for view, law in enumerate(laws)])
 
 
-def _drawn(law: MaskLaw, purpose: str, seed: int, positions: Ints) -> Masks:
+def _drawn(law: MaskSpec, purpose: str, seed: int, positions: Ints) -> Masks:
     """[images, rows, columns]"""
     masks = np.zeros((len(positions), *law.grid), dtype=np.bool_)
     share = _shares(law.config, uniform(seed, f"{purpose}/share", positions, 2))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datapipe.core.config import JitterConfig, Range, Size, ViewConfig
-from datapipe.views.masking import MaskLaw
+from datapipe.views.masking import MaskSpec
 
 View = NDArray[np.uint8]
 """Pixels, [H, W, 3] or a stack of these."""
@@ -75,7 +75,7 @@ class ViewSpec:
 
     groups: tuple[ViewGroup, ...]
     interpolation: Literal["bicubic", "linear"] = "bicubic"
-    masks: tuple[MaskLaw, ...] = ()
+    masks: tuple[MaskSpec, ...] = ()
     """One for each masked view: which of its patches are hidden from the student."""
 
     def shape(self, group: ViewGroup, batch: int) -> tuple[int, int, int, int, int]:
@@ -125,7 +125,7 @@ def multi_crop(config: ViewConfig, *, size: Size, local_size: Size, local_bands:
 
 
 @dataclass(frozen=True)
-class RegionLaw:
+class RegionSpec:
     """How regions of an image are cut: area as a share of it, width over height, bounds on the overlap of two."""
 
     scale: Range
@@ -135,7 +135,9 @@ class RegionLaw:
     """Both are mirrored or neither is; otherwise each by itself."""
 
 
-def regions(config: ViewConfig, law: RegionLaw, *, size: Size, pair: bool, masks: tuple[MaskLaw, ...] = ()) -> ViewSpec:
+def regions(
+    config: ViewConfig, law: RegionSpec, *, size: Size, pair: bool, masks: tuple[MaskSpec, ...] = ()
+) -> ViewSpec:
     """One crop of an image, "region_a", or two, "region_b" too, with their boxes; never recoloured (PersonMAE)."""
     first = ViewGroup(
         name="region_a",

@@ -98,8 +98,8 @@ PAGES = (ROOT / "README.md", *(DOCS / f"{name}.md" for name in (
 
 def blocks() -> list[str]:
     """The text of every block of shell commands."""
-    return [block for page in PAGES
-            for block in re.findall(r"^```(?:bash|sh|shell|console)\n(.*?)^```", page.read_text(), re.M | re.S)]  # fmt: skip
+    fenced = re.compile(r"^```(?:bash|sh|shell|console)\n(.*?)^```", re.M | re.S)
+    return [block for page in PAGES for block in fenced.findall(page.read_text())]
 
 
 def small(block: str) -> tuple[str, str]:

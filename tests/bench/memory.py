@@ -28,7 +28,7 @@ from training.engine import ema, param_groups
 from training.engine.deepspeed import warm_up
 from training.preflight.memory import calculate, census
 from training.recipes import SHIPPED
-from training.trainer.batch_to_device import Place
+from training.trainer.batch_to_device import BatchToDevice
 
 SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
 """glibc gives back what is freed, instead of keeping it: else the peak is that of the allocator's habits."""
@@ -76,7 +76,7 @@ def measure(world: World, config: RunConfig) -> Measured:
         progress = clock.at(samples)
         now = param_groups.settings_at(config.optimisation, progress)
         stepper.apply(now, progress)
-        views = Place(world.device, config.views.statistics)(fake_batch(view_spec(config), share, config))
+        views = BatchToDevice(world.device, config.views.statistics)(fake_batch(view_spec(config), share, config))
         stepper.backward(stepper.forward(views, progress), last=True)
         result = stepper.step()
         method.after_step(result.sums, progress)

@@ -19,7 +19,7 @@ from training.config.run_config import RunConfig
 from training.core.host import LocalHost
 from training.core.world import World
 from training.methods.base import Method
-from training.trainer.batch_to_device import Place
+from training.trainer.batch_to_device import BatchToDevice
 from training.trainer.pretrain import pretrain
 
 CROPS, STEPS = 48, 24
@@ -49,7 +49,9 @@ def _double(config: RunConfig) -> tuple[Method, dict[str, Any]]:
 def _train(world: World, path: str, out: str, mortal: int, steps: int) -> None:
     """A rank with the plain stepper, all in float64."""
     training.trainer.pretrain.initial_method = _double  # in this process of the test only
-    training.trainer.pretrain.Place = lambda device, statistics: Place(device, statistics, dtype=torch.float64)  # type: ignore
+    training.trainer.pretrain.BatchToDevice = lambda device, statistics: BatchToDevice(
+        device, statistics, dtype=torch.float64
+    )  # type: ignore
     pretrain(recipes.load(path, ["--out", out]), world=world, host=Mortal(steps if world.rank == mortal else 0))
 
 

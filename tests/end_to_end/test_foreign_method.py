@@ -110,7 +110,7 @@ def test_foreign_method__dry_run_evaluation_export_and_report(place: Path, tmp_p
         ["report", run],
     )  # fmt: skip
     assert code == 0, output + errors
-    assert "not counted: heads" in output and "of this method no settings are" in output
+    assert "not all of it is counted" in output and "nothing is published of this method" in output
     assert tomllib.loads((tmp_path / "run" / "config.toml").read_text())["method"] == {"name": "colours", "pad": 4}
     card = json.loads((tmp_path / "export" / "card.json").read_text())
     assert (card["method"], card["versions"]["colours"]) == ("colours", "0.1")

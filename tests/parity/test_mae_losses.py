@@ -16,7 +16,7 @@ from training.core.schedules import along, grown
 from training.engine.param_groups import settings_at
 from training.engine.settings import OptimisationConfig
 from training.methods.base import Outcome, Progress, Views
-from training.methods.personmae import Asked, PersonMae, PersonMaeConfig, Predictions
+from training.methods.personmae import DecoderQueries, PersonMae, PersonMaeConfig, Predictions
 from training.nn import positions, reconstruction
 from training.nn.vision_transformer import BackboneConfig
 from training.weights.counted_keys import load_counted
@@ -208,7 +208,7 @@ def test_bootmae__tiny_model_outputs() -> None:
     assert difference(taught, tensors["feature_target"]) < 1e-5
 
 
-def _rows(values_BNX: Tensor, asked: Asked) -> Tensor:
+def _rows(values_BNX: Tensor, asked: DecoderQueries) -> Tensor:
     assert asked.patches_BQ is not None
     return torch.stack([values_X[patches] for values_X, patches in zip(values_BNX, asked.patches_BQ, strict=True)])
 

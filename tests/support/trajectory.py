@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datapipe.stream.batch import Batch, Intake
+from datapipe.stream.batch import Batch, LoaderCounters
 from tests.support.golden import golden, group
 from training.config.batch_split import Portion, portion
 from training.core.exchange import Exchange
@@ -93,7 +93,7 @@ class NoFaults(Faults):
 class FixedBatches:
     """The golden batches in order, epoch after epoch; this rank's rows of each, padded like the loader's."""
 
-    intake = Intake()
+    intake = LoaderCounters()
 
     def __init__(self, batches: list[dict[str, np.ndarray]], size: int, share: Portion, rank: int) -> None:
         self.batches, self.size, self.share, self.rank = batches, size, share, rank

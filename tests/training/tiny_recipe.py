@@ -11,7 +11,7 @@ from training.config.recipe_toml import load
 from training.config.run_config import RunConfig
 from training.methods.base import Method, Views
 from training.recipes import SHIPPED
-from training.trainer.batch_to_device import Place
+from training.trainer.batch_to_device import BatchToDevice
 
 
 def tiny(name: str, *, images: int, precision: Any = "fp32", **backbone: Any) -> RunConfig:
@@ -40,4 +40,4 @@ def with_views(config: RunConfig) -> tuple[Method, Views]:
     method, _ = initial_method(config)
     images = config.optimisation.batch
     batch = fake_batch(view_spec(config), portion(images, images, 1), config)
-    return method, Place(torch.device("cpu"))(batch)
+    return method, BatchToDevice(torch.device("cpu"))(batch)

@@ -16,7 +16,7 @@ from training.checkpoint.lineage import Head, survey, term_of
 from training.checkpoint.metadata import MARKER, Form, Marker, file_from, name_of, read_marker
 from training.checkpoint.retention import strays, superseded
 from training.checkpoint.settings import CheckpointConfig
-from training.checkpoint.snapshot import Part
+from training.checkpoint.snapshot import RankSnapshot
 from training.core.run_folder.write_guard import Guard
 
 
@@ -57,7 +57,7 @@ def note_name(rank: int, save: str) -> str:
     return f"rank_{rank:05d}.{save}.json"
 
 
-def write_part(store: Store, folder: str, rank: int, save: str, part: Part) -> None:
+def write_part(store: Store, folder: str, rank: int, save: str, part: RankSnapshot) -> None:
     """The rank's file, then the note that says what is in it."""
     name = part_name(rank, save)
     store.replace(f"{folder}/{name}", part.content)

@@ -34,7 +34,7 @@ ALIGNMENT = 8
 """Bytes: numbers begin at multiples of their size when the largest come first."""
 
 
-class Place(NamedTuple):
+class FragmentPlace(NamedTuple):
     """Where a piece lies in the file."""
 
     key: str
@@ -45,11 +45,11 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
+class RankSnapshot:
     """A rank's file, ready to be written, in memory that the next one will overwrite."""
 
     content: memoryview
-    places: tuple[Place, ...]
+    places: tuple[FragmentPlace, ...]
     tensors: dict[str, Form]
 
     def file(self, name: str) -> File:
@@ -61,7 +61,7 @@ class Part:
         )
         return File(name, len(self.content), hashlib.sha256(self.content).hexdigest(), fragments)
 
-    def _bytes(self, place: Place) -> memoryview:
+    def _bytes(self, place: FragmentPlace) -> memoryview:
         return self.content[place.offset : place.offset + place.bytes]
 
 
@@ -72,7 +72,7 @@ class Snapshots:
         self.device = device
         self._memory = torch.empty(0, dtype=torch.uint8)
 
-    def take(self, pieces: Sequence[Piece]) -> Part:
+    def take(self, pieces: Sequence[Piece]) -> RankSnapshot:
         """The state as it is now. It overwrites the part before."""
         ordered = sorted(pieces, key=lambda piece: -piece.values.element_size())
         head, places = _arrange(ordered)
@@ -85,7 +85,7 @@ class Snapshots:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         tensors = {piece.key: Form(piece.shape, NAMES[piece.values.dtype]) for piece in ordered}
-        return Part(memoryview(memory.numpy().data), tuple(places), tensors)
+        return RankSnapshot(memoryview(memory.numpy().data), tuple(places), tensors)
 
     def _sized(self, total: int) -> torch.Tensor:
         if self._memory.numel() < total:
@@ -94,7 +94,7 @@ class Snapshots:
         return self._memory[:total]
 
 
-def _arrange(pieces: Sequence[Piece]) -> tuple[bytes, list[Place]]:
+def _arrange(pieces: Sequence[Piece]) -> tuple[bytes, list[FragmentPlace]]:
     """(what a safetensors file begins with, where each piece lies in the file)."""
     ends = [0, *accumulate(piece.bytes for piece in pieces)]
     table = {
@@ -105,7 +105,7 @@ def _arrange(pieces: Sequence[Piece]) -> tuple[bytes, list[Place]]:
     text += b" " * (-len(text) % ALIGNMENT)
     head = len(text).to_bytes(8, "little") + text
     places = [
-        Place(piece.key, piece.start, piece.values.numel(), len(head) + end, piece.bytes)
+        FragmentPlace(piece.key, piece.start, piece.values.numel(), len(head) + end, piece.bytes)
         for piece, end in zip(pieces, ends[:-1], strict=True)
     ]
     return head, places

@@ -84,8 +84,8 @@ def report(arguments: list[str]) -> int:
 
 def checkpoints(arguments: list[str]) -> int:
     """List, verify, compare or prune a run's checkpoints."""
-    action = arguments[1] if len(arguments) > 1 else ""
-    if action not in ACTIONS:
+    action = arguments[1] if arguments[1:2] and arguments[1] in ACTIONS else ""
+    if not action:
         page = page_of(checkpoints, "runs/first", more=tuple(
             f"RUN {name}: {' '.join((kind.__doc__ or '').split())}" for name, kind in ACTIONS.items()))  # fmt: skip
         chosen: object = parse(ListCommand, arguments, page)

@@ -12,7 +12,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 """What autocast lowers matrix products to. Parameters are float32 (float64 on the yardstick) in every case."""
 
 
-def lowered(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
+def autocast_region(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
     """The region where matrix products run in `precision`. Parameters and residual streams stay float32."""
     refuse_fp16_on_cpu(precision, device)
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
@@ -26,7 +26,7 @@ def refuse_fp16_on_cpu(precision: Precision, device: torch.device) -> None:
                           where="optimisation.precision", hint='precision = "bf16" or "fp32"')  # fmt: skip
 
 
-def full(device: torch.device) -> AbstractContextManager[None]:
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """The region for heads and losses, where autocast is off."""
     return torch.autocast(device.type, enabled=False)
 

@@ -13,7 +13,7 @@ from torch import nn
 from datapipe.core.config import ViewConfig
 from datapipe.core.settings import settings
 from datapipe.views.spec import ViewSpec, multi_crop
-from training.core.precision import Precision, at_least_float32, full, lowered
+from training.core.precision import Precision, at_least_float32, autocast_region, full_precision
 from training.methods.base import Outcome, Progress, PublishedRecipe, Views, by_source
 from training.methods.distillation import (
     COLOURS,
@@ -72,12 +72,12 @@ class DinoNetwork(nn.Module):
     def forward(self, views: Views, *, learning: bool, precision: Precision, keep: Keep = (None, None)) -> TokenViews:
         """CLS of the global views, and of the local ones when learning."""
         weight_B, device = views["weight"], views["global"].device
-        with lowered(precision, device):
+        with autocast_region(precision, device):
             whole_GBC = seen(self.backbone, views["global"], weight_B, keep=keep[0]).cls
             rows = [whole_GBC]
             if learning and "local" in views:
                 rows.append(seen(self.backbone, views["local"], weight_B, keep=keep[1]).cls)
-        with full(device):
+        with full_precision(device):
             logits_SBK = self.head(at_least_float32(torch.cat(rows)))
         return TokenViews({"cls": logits_SBK}, whole_GBC)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from datapipe.core.config import Size
 from datapipe.core.errors import ConfigError
 from datapipe.core.settings import settings
-from training.core.precision import Precision, full
+from training.core.precision import Precision, full_precision
 from training.core.schedules import teacher_temperature
 from training.methods.base import Method, MethodSettings, Outcome, Progress, Role, Views
 from training.nn import ics_stem
@@ -148,7 +148,7 @@ class Network(Protocol):
         ...
 
 
-class Said(NamedTuple):
+class StudentTeacherOutput(NamedTuple):
     """What student and teacher said of a micro-batch."""
 
     learnt: TokenViews
@@ -201,7 +201,7 @@ class Distillation(Method[D]):
         with torch.no_grad():
             taught = self.teacher(views, learning=False, precision=self.precision)
         learnt = self.student(views, learning=True, precision=self.precision, keep=self._keep(views, progress))
-        with full(views["global"].device):
+        with full_precision(views["global"].device):
             outcome = self.compare(learnt, taught, views, progress)
         share = views["weight"].sum().to(outcome.loss.dtype)
         return outcome._replace(sums={**outcome.sums, **ics_stem.take_statistics(self, share)})
@@ -210,7 +210,7 @@ class Distillation(Method[D]):
     def compare(self, learnt: Any, taught: Any, views: Views, progress: Progress) -> Outcome:
         """The loss, from what the networks said."""
 
-    def distil(self, learnt: TokenViews, taught: TokenViews, weight_B: Tensor, epoch: int) -> Said:
+    def distil(self, learnt: TokenViews, taught: TokenViews, weight_B: Tensor, epoch: int) -> StudentTeacherOutput:
         """Targets, and the cross-entropy of every pair of different views, token by token."""
         targets_TBK = {
             token: self.targets_of(token, rows_TBK, weight_B, epoch) for token, rows_TBK in taught.logits.items()
@@ -219,7 +219,7 @@ class Distillation(Method[D]):
             token: pair_cross_entropies(rows_SBK, targets_TBK[token], student_temp=self.config.student_temp)
             for token, rows_SBK in learnt.logits.items()
         }
-        return Said(learnt, taught, targets_TBK, pairs_MB)
+        return StudentTeacherOutput(learnt, taught, targets_TBK, pairs_MB)
 
     def targets_of(self, token: str, logits_TBK: Tensor, weight_B: Tensor, epoch: int) -> Tensor:
         """Probabilities over a token's prototypes: [T, B, K]."""
@@ -228,7 +228,7 @@ class Distillation(Method[D]):
             return sinkhorn(logits_TBK, weight_B, temperature=temperature)
         return centred(logits_TBK, self.get_buffer(f"centre_{token}"), temperature=temperature)
 
-    def flat_mean(self, said: Said, weight_B: Tensor, metrics: dict[str, Tensor]) -> Outcome:
+    def flat_mean(self, said: StudentTeacherOutput, weight_B: Tensor, metrics: dict[str, Tensor]) -> Outcome:
         """One mean over the pairs of all tokens, image by image; the centres' sums.
 
         loss[b] = (sum over tokens, pairs of that token) H / (number of all pairs)
@@ -247,7 +247,7 @@ class Distillation(Method[D]):
         return Outcome((weight_B * loss_B).sum(), sums, metrics)
 
     @torch.no_grad()
-    def metrics(self, said: Said, weight_B: Tensor) -> dict[str, Tensor]:
+    def metrics(self, said: StudentTeacherOutput, weight_B: Tensor) -> dict[str, Tensor]:
         """The CLS term, and what a run is watched by; tokens other than CLS add theirs under a suffix.
 
         target_entropy:     of the targets of CLS, nats; uniform_entropy is its ceiling, ln K

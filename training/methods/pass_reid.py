@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from datapipe.core.config import Range, ViewConfig
 from datapipe.core.settings import settings
 from datapipe.views.spec import ViewSpec, multi_crop
-from training.core.precision import Precision, at_least_float32, full, lowered
+from training.core.precision import Precision, at_least_float32, autocast_region, full_precision
 from training.methods.base import Outcome, Progress, PublishedRecipe, Views, by_source
 from training.methods.distillation import (
     COLOURS,
@@ -22,7 +22,7 @@ from training.methods.distillation import (
     Distillation,
     DistillationConfig,
     Keep,
-    Said,
+    StudentTeacherOutput,
     TokenViews,
     seen,
     stacks,
@@ -91,7 +91,7 @@ class PassNetwork(nn.Module):
     def forward(self, views: Views, *, learning: bool, precision: Precision, keep: Keep = (None, None)) -> TokenViews:
         """Globals carry CLS and all parts, a local CLS and the part of its band."""
         weight_B, device = views["weight"], views["global"].device
-        with lowered(precision, device):
+        with autocast_region(precision, device):
             whole = seen(self.backbone, views["global"], weight_B, part="all", keep=keep[0])
             rows = {"cls": [whole.cls]}
             rows |= {token: [whole.parts[:, :, part]] for part, token in enumerate(self.tokens[1:])}
@@ -101,7 +101,7 @@ class PassNetwork(nn.Module):
                 by_area = near.parts[:, :, 0].chunk(len(self.tokens) - 1)
                 for token, part_rows in zip(self.tokens[1:], by_area, strict=True):
                     rows[token].append(part_rows)
-        with full(device):
+        with full_precision(device):
             logits = self.head({token: at_least_float32(torch.cat(stacks)) for token, stacks in rows.items()})
         return TokenViews(logits, whole.cls)
 
@@ -145,7 +145,7 @@ class Pass(Distillation[PassConfig]):
         return self.flat_mean(said, views["weight"], self.metrics(said, views["weight"]))
 
     @torch.no_grad()
-    def metrics(self, said: Said, weight_B: Tensor) -> dict[str, Tensor]:
+    def metrics(self, said: StudentTeacherOutput, weight_B: Tensor) -> dict[str, Tensor]:
         """Metrics of the CLS token, and means over those of the part tokens."""
         parts = self.student.tokens[1:]
         targets = [said.targets[part] for part in parts]

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from datapipe.core.config import Range, ViewConfig
 from datapipe.core.errors import ConfigError
 from datapipe.core.settings import settings
-from datapipe.views.masking import MaskConfig, MaskLaw
-from datapipe.views.spec import RegionLaw, ViewSpec, regions
+from datapipe.views.masking import MaskConfig, MaskSpec
+from datapipe.views.spec import RegionSpec, ViewSpec, regions
 from training.core.device_copy import to_device
-from training.core.precision import Precision, at_least_float32, full, lowered
+from training.core.precision import Precision, at_least_float32, autocast_region, full_precision
 from training.core.schedules import grown
 from training.methods.base import Method, MethodSettings, Outcome, Progress, PublishedRecipe, Role, Views, by_source
 from training.nn import positions, reconstruction
@@ -104,7 +104,7 @@ class PersonMaeConfig(MethodSettings):
             raise ValueError("pixel_width and feature_width must be multiples of 4, as positions have four parts")
         return self
 
-    def law(self, backbone: BackboneConfig) -> MaskLaw:
+    def law(self, backbone: BackboneConfig) -> MaskSpec:
         """The mask of region A: equally many patches in every image, so that what stays is rectangular."""
         least, most = (max(1, round(share * math.prod(backbone.grid))) for share in self.mask_area)
         config = MaskConfig(
@@ -116,7 +116,7 @@ class PersonMaeConfig(MethodSettings):
             most_area=most,
             overhang=self.mask_overhang,
         )
-        return MaskLaw(backbone.grid, config, equal=True)
+        return MaskSpec(backbone.grid, config, equal=True)
 
 
 _ABSTRACT = "abstract (Hu et al., 2023)"
@@ -134,7 +134,7 @@ PUBLISHED = {
 """Nothing was for ViT-S and ViT-L: there, what the abstract says."""
 
 
-class Asked(NamedTuple):
+class DecoderQueries(NamedTuple):
     """What the decoders are to predict."""
 
     places_BQ2: Tensor
@@ -178,16 +178,22 @@ class PersonMaeStudent(nn.Module):
         self.head = Decoders(config, backbone)
 
     def forward(
-        self, region_BIHW: Tensor, visible_BK: Tensor, asked: Asked, *, precision: Precision, keep: Tensor | None
+        self,
+        region_BIHW: Tensor,
+        visible_BK: Tensor,
+        asked: DecoderQueries,
+        *,
+        precision: Precision,
+        keep: Tensor | None,
     ) -> Predictions:
         """Both decoders see the encoder's normalised output, and each attends to what came out of a block of it."""
-        with lowered(precision, region_BIHW.device):
+        with autocast_region(precision, region_BIHW.device):
             seen = self.backbone(region_BIHW, part=None, visible=visible_BK, keep=keep, blocks=self.memories)
             seen_BSC = torch.cat([seen.cls[:, None], seen.patches], dim=1)
             pixel_BTW = self.head.pixel(seen_BSC, seen.outputs[0], asked.places_BQ2)
             feature_BTW = self.head.feature(seen_BSC, seen.outputs[1], asked.places_BQ2)
         skipped = 1 if asked.seen_too else seen_BSC.shape[1]
-        with full(region_BIHW.device):
+        with full_precision(region_BIHW.device):
             return Predictions(
                 self.head.pixel.predict(at_least_float32(pixel_BTW[:, skipped:])),
                 self.head.feature.predict(at_least_float32(feature_BTW[:, skipped:])),
@@ -203,7 +209,7 @@ class PersonMaeTeacher(nn.Module):
 
     def forward(self, region_BIHW: Tensor, *, precision: Precision) -> Tensor:
         """What comes out of the last block, before the final norm and without CLS: [B, N, C]."""
-        with lowered(precision, region_BIHW.device):
+        with autocast_region(precision, region_BIHW.device):
             (output_BTC,) = self.backbone(region_BIHW, part=None, blocks=(-1,)).outputs
             return at_least_float32(output_BTC[:, 1:])
 
@@ -224,7 +230,7 @@ class PersonMae(Method[PersonMaeConfig]):
 
     @staticmethod
     def views(config: PersonMaeConfig, views: ViewConfig, backbone: BackboneConfig) -> ViewSpec:
-        law = RegionLaw(config.region_scale, config.region_ratio, config.region_iou, config.share_flip)
+        law = RegionSpec(config.region_scale, config.region_ratio, config.region_iou, config.share_flip)
         pair = config.regions == "pair"
         return regions(views, law, size=backbone.size, pair=pair, masks=(config.law(backbone),))
 
@@ -268,7 +274,7 @@ class PersonMae(Method[PersonMaeConfig]):
         said = self.student(
             region_a, order_BN[:, : self.kept], asked, precision=self.precision, keep=self._keep(views, progress)
         )
-        with full(region_a.device):
+        with full_precision(region_a.device):
             patch = self.student.backbone.config.patch
             pixels_BNV = reconstruction.pixel_target(region_b, patch, self.config.pixel_norm)
             wanted = Predictions(_taken(pixels_BNV, asked.patches_BQ), _taken(features_BNC, asked.patches_BQ))
@@ -295,7 +301,7 @@ class PersonMae(Method[PersonMaeConfig]):
             depth=encoder.depth_of(rest) if network == "backbone" else len(encoder.blocks) + 1,
         )
 
-    def _asked(self, views: Views, order_BN: Tensor) -> Asked:
+    def _asked(self, views: Views, order_BN: Tensor) -> DecoderQueries:
         """Two regions: all of B, at its places in A's frame. One region: its hidden patches, or all patches, where the
         visible ones are predicted from themselves."""
         rows, columns = self.student.backbone.config.grid
@@ -303,14 +309,14 @@ class PersonMae(Method[PersonMaeConfig]):
         if self.config.regions == "pair":
             box_a, box_b = views["boxes"].to(dtype)
             places = positions.in_frame(box_b, box_a, rows, columns)
-            return Asked(places, False, None, torch.ones_like(places[..., 0]))
+            return DecoderQueries(places, False, None, torch.ones_like(places[..., 0]))
         hidden_BQ = order_BN[:, self.kept :]
         places = to_device(positions.grid(rows, columns), order_BN.device, dtype)[hidden_BQ]
         if self.config.loss_on == "all":
-            return Asked(places, True, order_BN, torch.ones_like(order_BN, dtype=dtype))
+            return DecoderQueries(places, True, order_BN, torch.ones_like(order_BN, dtype=dtype))
         mask_BRG = views["mask"][0].to(dtype)
         weight_BRG = reconstruction.centre_weights(mask_BRG) if self.config.weigh_centres else mask_BRG
-        return Asked(places, False, hidden_BQ, weight_BRG.flatten(1).gather(1, hidden_BQ))
+        return DecoderQueries(places, False, hidden_BQ, weight_BRG.flatten(1).gather(1, hidden_BQ))
 
     @staticmethod
     def _losses(said: Predictions, wanted: Predictions, weight_BQ: Tensor) -> tuple[Tensor, Tensor]:

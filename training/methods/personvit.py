@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from datapipe.core.config import ViewConfig
 from datapipe.core.settings import settings
-from datapipe.views.masking import MaskConfig, MaskLaw
+from datapipe.views.masking import MaskConfig, MaskSpec
 from datapipe.views.spec import ViewSpec, multi_crop
-from training.core.precision import Precision, at_least_float32, full, lowered
+from training.core.precision import Precision, at_least_float32, autocast_region, full_precision
 from training.core.schedules import teacher_temperature
 from training.methods.base import Outcome, Progress, PublishedRecipe, Views, by_source
 from training.methods.distillation import (
@@ -122,13 +122,13 @@ class PersonVitNetwork(nn.Module):
         """Global views, masked when learning; then also CLS of the local views, whole."""
         weight_B, device = views["weight"], views["global"].device
         mask_GBN = views["mask"].flatten(2)
-        with lowered(precision, device):
+        with autocast_region(precision, device):
             mask = mask_GBN.flatten(0, 1) if learning else None
             whole = seen(self.backbone, views["global"], weight_B, keep=keep[0], mask=mask)
             rows = [whole.cls]
             if learning and "local" in views:
                 rows.append(seen(self.backbone, views["local"], weight_B, keep=keep[1]).cls)
-        with full(device):
+        with full_precision(device):
             patches = _picked(whole.patches, _hidden(views)) if learning else whole.patches
             said = self.head({"cls": at_least_float32(torch.cat(rows)), "patch": at_least_float32(patches)})
         return MaskedViews(TokenViews({"cls": said["cls"]}, whole.cls), said["patch"])
@@ -150,7 +150,7 @@ class PersonVit(Distillation[PersonVitConfig]):
     def views(config: PersonVitConfig, views: ViewConfig, backbone: BackboneConfig) -> ViewSpec:
         whole = ((0.0, 1.0),) * config.locals
         spec = multi_crop(views, size=backbone.size, local_size=config.local_size, local_bands=whole)
-        return replace(spec, masks=(MaskLaw(backbone.grid, config.mask),) * 2)
+        return replace(spec, masks=(MaskSpec(backbone.grid, config.mask),) * 2)
 
     @classmethod
     def workload(cls, config: PersonVitConfig, views: ViewConfig, backbone: BackboneConfig, images: int) -> Workload:

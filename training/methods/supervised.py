@@ -24,7 +24,7 @@ from datapipe.core.errors import ConfigError
 from datapipe.core.settings import settings
 from datapipe.views.spec import ViewSpec, padded
 from training.core.collectives import gathered
-from training.core.precision import Precision, at_least_float32, full, lowered
+from training.core.precision import Precision, at_least_float32, autocast_region, full_precision
 from training.methods.base import (
     ByIdentity,
     Method,
@@ -155,7 +155,7 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-class Said(NamedTuple):
+class FineTuningOutput(NamedTuple):
     """What the network makes of images."""
 
     feature_BF: Tensor
@@ -189,9 +189,9 @@ class IdentityHead(nn.Module):
         self.classifier = nn.Linear(channels, config.classes, bias=config.neck == "none")
         nn.init.normal_(self.classifier.weight, std=0.02 if config.neck == "none" else 0.001)
 
-    def forward(self, cls_BC: Tensor, parts_BPC: Tensor, real_B: Tensor) -> Said:
+    def forward(self, cls_BC: Tensor, parts_BPC: Tensor, real_B: Tensor) -> FineTuningOutput:
         feature_BF = _joined(cls_BC, parts_BPC)
-        return Said(feature_BF, self.classifier(self._normed(feature_BF, cls_BC, parts_BPC, real_B)))
+        return FineTuningOutput(feature_BF, self.classifier(self._normed(feature_BF, cls_BC, parts_BPC, real_B)))
 
     def _normed(self, feature_BF: Tensor, cls_BC: Tensor, parts_BPC: Tensor, real_B: Tensor) -> Tensor:
         if self.neck == "none":
@@ -211,10 +211,12 @@ class SupervisedStudent(nn.Module):
         self.backbone = VisionTransformer(backbone, parts=config.parts)
         self.head = IdentityHead(config, self.backbone.width)
 
-    def forward(self, images_BIHW: Tensor, real_B: Tensor, *, precision: Precision, keep: Tensor | None) -> Said:
-        with lowered(precision, images_BIHW.device):
+    def forward(
+        self, images_BIHW: Tensor, real_B: Tensor, *, precision: Precision, keep: Tensor | None
+    ) -> FineTuningOutput:
+        with autocast_region(precision, images_BIHW.device):
             seen = self.backbone(images_BIHW, keep=keep, real=real_B)
-        with full(images_BIHW.device):
+        with full_precision(images_BIHW.device):
             return self.head(at_least_float32(seen.cls), at_least_float32(seen.parts), real_B)
 
 
@@ -279,7 +281,7 @@ class Supervised(Method[SupervisedConfig]):
         drawn = keep_masks(rates, seed=progress.seed, purpose="drop_path/image", position=position_B, views=1)
         (keep,) = on_device([drawn], images_BIHW.device)
         said = self.student(images_BIHW, real_B, precision=self.precision, keep=keep)
-        with full(weight_B.device):
+        with full_precision(weight_B.device):
             identity_B, triplet_B = self._losses(said, label_B)
             loss_B = self.config.identity_weight * identity_B + self.config.triplet_weight * triplet_B
             weight_B = weight_B.to(loss_B.dtype)
@@ -309,7 +311,7 @@ class Supervised(Method[SupervisedConfig]):
         """Mining and batch norm do."""
         return True
 
-    def _losses(self, said: Said, label_B: Tensor) -> tuple[Tensor, Tensor]:
+    def _losses(self, said: FineTuningOutput, label_B: Tensor) -> tuple[Tensor, Tensor]:
         """Losses of the classifier and of the triplets: [B] both; 0 for an image of unknown identity."""
         features_NF, label_N = gathered(said.feature_BF), gathered(label_B)
         far = reid_losses.distances(said.feature_BF, features_NF)

@@ -145,7 +145,7 @@ def _compiled() -> Runner:
     return torch.compile(_run, dynamic=True)
 
 
-Part = int | Literal["all"] | Sequence[int] | None
+PartChoice = int | Literal["all"] | Sequence[int] | None
 """Which part tokens go in. A number: that one, 1-based. "all": P1..PP. A sequence: the rows are that many equal
 consecutive chunks, each with the part token of its number. None: no part token."""
 
@@ -199,7 +199,7 @@ class VisionTransformer(nn.Module):
         self,
         images: Tensor,
         *,
-        part: Part = "all",
+        part: PartChoice = "all",
         keep: Tensor | None = None,
         visible: Tensor | None = None,
         mask: Tensor | None = None,
@@ -224,7 +224,7 @@ class VisionTransformer(nn.Module):
         self,
         images: Tensor,
         *,
-        part: Part = "all",
+        part: PartChoice = "all",
         visible: Tensor | None = None,
         mask: Tensor | None = None,
         real: Tensor | None = None,
@@ -283,7 +283,7 @@ class VisionTransformer(nn.Module):
         assert resized.shape[-2:] == (rows, columns), (resized.shape, rows, columns)
         return resized.flatten(2).transpose(1, 2)
 
-    def _prefix(self, part: Part, images: int) -> Tensor:
+    def _prefix(self, part: PartChoice, images: int) -> Tensor:
         """CLS and the part tokens asked for, with their positions: [B, 1 + parts, C]."""
         position = self.cls_pos if self.parts else self.pos_embed[:, :1]
         cls = (self.cls_token + position).expand(images, -1, -1)

@@ -40,27 +40,38 @@ td.n,th.n{text-align:right;white-space:nowrap}tr.main td{font-weight:600}tr.grey
 table.facts th{color:var(--soft);font-weight:400;white-space:nowrap}table.facts td{overflow-wrap:anywhere}
 pre{margin:.4rem 0;padding:.7rem .8rem;background:var(--box);overflow-x:auto;font-size:.8rem;line-height:1.45}
 pre.wrap{white-space:pre-wrap;overflow-wrap:anywhere}
+nav{display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin:1rem 0;font-size:.9rem}a{color:inherit}
 summary{cursor:pointer;margin:.5rem 0}
 figure{margin:.8rem 0}img{display:block;max-width:100%;height:auto}
 .list img{min-width:44rem;max-width:none;width:100%}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(19rem,100%),1fr));gap:.8rem}
 svg{display:block;width:100%;height:auto}.plots svg{max-width:32rem}.wide svg{min-width:32rem}
+@media (max-width:30rem){body{padding:.8rem .7rem 3rem}h1{font-size:1.25rem}h2{margin-top:1.8rem}
+table{font-size:.85rem}th,td{padding-right:.6rem}.wide svg{min-width:26rem}}
 @media print{body{max-width:none;padding:0;font-size:10pt;--paper:#fff;--ink:#000;--soft:#444;--line:#bbb;--box:#f3f3f3}
-h2{break-after:avoid}figure,svg,tr,.verdict{break-inside:avoid}.scroll,pre{overflow:visible}
+nav{display:none}h2{break-after:avoid}figure,svg,tr,.verdict{break-inside:avoid}.scroll,pre{overflow:visible}
 pre{white-space:pre-wrap}.list img,.wide svg{min-width:0}}
 """
 
 
 def page(title: str, about: str, header: str, sections: Iterable[tuple[str, str]]) -> str:
     """The whole page; `header` and the content of the sections are HTML, everything else is text."""
-    body = "\n".join(f"<section><h2>{escape(name)}</h2>\n{content}\n</section>" for name, content in sections)
+    sections = list(sections)
+    body = "\n".join(f'<section id="{_slug(name)}"><h2>{escape(name)}</h2>\n{content}\n</section>'
+                     for name, content in sections)  # fmt: skip
+    links = "\n".join(f'<a href="#{_slug(name)}">{escape(name)}</a>' for name, _ in sections)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<header>\n"
         f'<h1>{escape(title)}</h1>\n<p class="soft">{escape(about)}</p>\n{header}\n</header>\n'
+        f'<nav aria-label="contents">\n{links}\n</nav>\n'
         f"<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in name.lower())
 
 
 class Pictures:

@@ -5,11 +5,12 @@ from typing import Any
 from training.reid.datasets.benchmarks import PUBLISHED
 from training.reid.literature import ROWS, Task
 from training.reid.literature import Row as Published
-from training.report.html_page import Row, escape, missing, soft, table
+from training.report.html_page import Row, details, escape, missing, soft, table
 from training.report.run_files import RunFiles, Score
 
 _HEAD = ("method", "backbone", "height × width", "data set", "mAP", "Rank-1", "source", "comparable")
-_ABOUT = "Scores of the literature, without re-ranking, for weights of the same kind; what is not comparable is grey."
+_ABOUT = "Scores of the literature, without re-ranking, for weights of the same kind, on the same data."
+_NONE = "No score of the literature can be held against ours: another data set, size of images, backbone or task."
 
 
 def published_section(files: RunFiles) -> str:
@@ -25,8 +26,15 @@ def _beside(score: Score) -> str:
     rows = [_row(row, not_comparable(row, score.content)) for row in alike(score.content)]
     if not rows:
         return title + soft("Nothing is published for weights of this kind, nor on this data set.")
-    rows.sort(key=lambda row: row.grey)
-    return "\n".join([title, soft(_ABOUT), table(_HEAD, [_ours(score), *rows], numbers=(4, 5))])
+    same, other = ([row for row in rows if row.grey == grey] for grey in (False, True))
+    parts = [title, soft(_ABOUT if same else _NONE)]
+    if same:
+        parts.append(table(_HEAD, [_ours(score), *same], numbers=(4, 5)))
+    if other:
+        number = "1 published score" if len(other) == 1 else f"{len(other)} published scores"
+        folded = table(_HEAD, [_ours(score), *other], numbers=(4, 5))
+        parts.append(details(f"{number} that cannot be held against ours, and why", folded))
+    return "\n".join(parts)
 
 
 def alike(content: dict[str, Any]) -> list[Published]:

@@ -4,6 +4,7 @@ import html
 import io
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,9 @@ INK = "#123457"
 """Stands for the colour of the page's text while the figure is drawn."""
 MOST_POINTS = 600
 """Longer curves are drawn as means over equal stretches, with the range from lowest to highest behind them."""
+
+TITLE, WIDE_TITLE = 46, 96
+"""Letters in a line of a title."""
 
 _STYLE = {
     "svg.fonttype": "none",
@@ -81,7 +85,8 @@ def _draw(axes: Any, plot: Plot) -> None:
         axes.axhline(height, color=GREY, linestyle=dashes, linewidth=1.4, label=label)
     for number, mark in enumerate(plot.marks):
         axes.axvline(mark, color=GREY, linewidth=0.8, alpha=0.8, label=None if number else "restart")
-    axes.set_title(plot.title, loc="left", fontsize=10, fontweight="bold")
+    title = textwrap.fill(plot.title, WIDE_TITLE if plot.wide else TITLE)  # what is longer would be cut off
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
     axes.set_xlabel(plot.xlabel)
     axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.8)
     if plot.log and all(value > 0 for curve in plot.curves for value in curve.y):

@@ -11,7 +11,7 @@ from training.core.device_copy import to_device
 from training.methods.base import Views
 
 
-class Place:
+class BatchToDevice:
     """Copies one micro-batch to the device and normalises it there: (value / 255 - mean) / std.
 
     The host never waits for a GPU. What only keys random numbers or is written to logs stays on the host.

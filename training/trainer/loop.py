@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from datapipe.stream.batch import Batch, Intake
+from datapipe.stream.batch import Batch, LoaderCounters
 from training.checkpoint import Checkpoints
 from training.core.exchange import Exchange
 from training.core.host import Host, run_lines
@@ -16,7 +16,7 @@ from training.engine.stepper import Result, Stepper
 from training.methods.base import Method, Progress, Views
 from training.trainer.agreement import Stop
 from training.trainer.monitoring.observer import Observer, StepDone
-from training.trainer.monitoring.throughput import Tally
+from training.trainer.monitoring.throughput import RankCounters
 from training.trainer.nonfinite import Faults
 
 
@@ -24,7 +24,7 @@ class Source(Protocol):
     """Where batches come from: a `datapipe.stream.loader.Loader`, or fixed batches in a test."""
 
     @property
-    def intake(self) -> Intake:
+    def intake(self) -> LoaderCounters:
         """What it has done so far."""
         ...
 
@@ -62,12 +62,12 @@ class Run:
     """Writes what this rank still holds of its growing files. Called before each save: a checkpoint outlives the
     process, and so must what was recorded until then."""
     stop: Stop = field(init=False)
-    tally: Tally = field(init=False)
+    tally: RankCounters = field(init=False)
     """What all ranks spent on waiting and reading."""
 
     def __post_init__(self) -> None:
         self.stop = Stop(self.host, self.exchange, self.checkpoints)
-        self.tally = Tally(self.exchange)
+        self.tally = RankCounters(self.exchange)
 
 
 def train(run: Run, segment: Segment, *, position: int = 0) -> tuple[int, bool]:

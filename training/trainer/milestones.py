@@ -9,7 +9,7 @@ own, so that a run that was stopped there makes up for what is missing.
 import contextlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import safetensors.torch
@@ -26,6 +26,7 @@ from training.evaluation import evaluation
 from training.evaluation.evaluation import Task
 from training.reid.settings import EvaluationConfig
 from training.reid.zero_shot import Weights
+from training.trainer.monitoring.observer import Observer
 from training.weights import export as exports
 
 ALIVE_S = 1.0
@@ -47,17 +48,20 @@ class Milestones:
         """The ends of segments from a place of the stream on, that place included."""
         return [end for end in ends(self.config.evaluation, self.clock) if end >= position]
 
-    def score(self, position: int) -> None:
+    def score(self, position: int, observers: Sequence[Observer] = ()) -> None:
         """Score the checkpoint that was saved here, unless that was done before; return when all is written."""
         if not self.config.evaluation.data:
             return
         step = position // self.clock.batch
         with _alive(self.host, step):
             if self.world.is_leader:
-                self._score(Weights(checkpoint.name_of(step), step, position))
+                where, scores = self._score(Weights(checkpoint.name_of(step), step, position))
+                for observer in observers:
+                    observer.scored(step, where, scores)
             self.world.meet()  # scoring may take longer than any collective may
 
-    def _score(self, weights: Weights) -> None:
+    def _score(self, weights: Weights) -> tuple[str, dict[str, float]]:
+        """(name of the test set, scores)."""
         task = Task(self.config.out, self.config.evaluation.data, weights, self.config.storage,
                     self.config.evaluation.scoring)  # fmt: skip
         self.host.say(f"scores {weights.name}")
@@ -74,6 +78,7 @@ class Milestones:
         where = found["set"]
         run_lines.info(f"step {weights.step:,}: mAP {100 * now['mAP']:.1f}, Rank-1 {100 * now['rank1']:.1f} on "
                        f"{where} (best: {100 * best['mAP']:.1f} at step {chosen['best']['step']:,})")  # fmt: skip
+        return where, now
 
     def _export(self, weights: Weights, which: str) -> None:
         method = evaluation.load_method(weights, self.folder, self.config)

@@ -32,7 +32,9 @@ def make_observers(
     about: Mapping[str, Any],
 ) -> list[Observer]:
     """Make the observers of this rank. `about`: what the record of the attempt begins with."""
-    followers: list[Observer] = [Recorder(folder, about=about)] if world.is_leader else []
+    followers: list[Observer] = (
+        [Recorder(folder, about=about, total_steps=plan.clock.total_steps)] if world.is_leader else []
+    )
     followers += [Heartbeat(folder, world, plan.config), Pace(method, host, world, folder, exchange)]
     if plan.config.engine.audit:
         followers.append(Audit(method, folder, world))

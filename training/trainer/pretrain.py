@@ -35,7 +35,7 @@ from training.preflight import cpu_forecast
 from training.preflight.checks import check, refuse_split, refuse_unsuited
 from training.preflight.compiler import refuse_without_compiler
 from training.preflight.memory_advice import training_memory
-from training.trainer.batch_to_device import Place
+from training.trainer.batch_to_device import BatchToDevice
 from training.trainer.determinism import deterministic, guarantee
 from training.trainer.loop import Run, Segment, rehearse, train
 from training.trainer.milestones import Milestones
@@ -174,7 +174,7 @@ def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason
             })  # fmt: skip
         run = Run(
             method=method, stepper=stepper, loader=loader, clock=clock,
-            place=Place(world.device, config.views.statistics),
+            place=BatchToDevice(world.device, config.views.statistics),
             optimisation=config.optimisation, micro_batch=share.micro, checkpoints=checkpoints, host=host,
             faults=Faults(folder, world), exchange=exchange, observers=observers, flush=folder.flush,
         )  # fmt: skip
@@ -211,7 +211,7 @@ def _train(
         position, done = _train_segment(run, checkpoints, config, Segment(end), position)
         if not done or (run.stop.reached and config.evaluation.data):  # scoring can wait for the next start
             return position, False
-        milestones.score(position)
+        milestones.score(position, run.observers)
         for observer in run.observers:
             observer.began_anew()
     return position, True

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from datapipe.storage import Store
-from datapipe.stream.batch import Batch, Intake
+from datapipe.stream.batch import Batch, LoaderCounters
 from training.checkpoint import Checkpoints
 from training.config.batch_split import split
 from training.config.build import fake_batch, make_stepper, view_spec
@@ -21,7 +21,7 @@ from training.core.precision import Precision
 from training.core.world import World
 from training.engine.stepper import Result
 from training.methods.base import Method, Progress
-from training.trainer.batch_to_device import Place
+from training.trainer.batch_to_device import BatchToDevice
 from training.trainer.loop import Run, Segment, train
 from training.trainer.monitoring.observer import Observer, StepDone
 from training.trainer.nonfinite import Faults, describe
@@ -48,7 +48,7 @@ class Noise:
     """A loader of noise: the same batches on every device, a function of the recipe's seed and the step."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
-        self.intake = Intake()
+        self.intake = LoaderCounters()
         self._config, self._pinned = config, device.type == "cuda"
         self._share = split(config.optimisation, 1)
         self._made: Callable[[int], Batch] = lru_cache(maxsize=DISTINCT)(self._make)
@@ -99,7 +99,7 @@ class Trial(Observer):
         )  # fmt: skip
         self.run = Run(
             method=self.method, stepper=make_stepper(config, self.method, world, share), loader=Noise(config, device),
-            place=Place(device, config.views.statistics), clock=clock_of(config, 0), optimisation=optimisation,
+            place=BatchToDevice(device, config.views.statistics), clock=clock_of(config, 0), optimisation=optimisation,
             micro_batch=share.micro, checkpoints=checkpoints, host=LocalHost(),
             faults=Refusing(), exchange=Exchange(world), observers=[self],
         )  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from cluster.train.controller_callbacks import death_in_words, describe
-from cluster.train.coordinator import Board, Place, Situation
+from cluster.train.coordinator import Board, Situation, WorkerLocation
 from cluster.train.hang_detection import Pulse, accusation, hung
 from cluster.train.restart_policy import BAD_NODE_FAILURES, LONGEST_DELAY_S, Failure, Restarts
 from training.config.cluster import ClusterConfig
@@ -38,7 +38,7 @@ def test_hung__who_is_ended(pulses: list[Pulse], ended: list[int]) -> None:
     assert [one.rank for one in found] == ended and all(one.reason for one in found)
 
 
-PLACES = {rank: Place(rank, node * 16, f"10.0.0.{rank}", 100 + rank) for rank, node in enumerate("aabc")}
+PLACES = {rank: WorkerLocation(rank, node * 16, f"10.0.0.{rank}", 100 + rank) for rank, node in enumerate("aabc")}
 
 
 @pytest.mark.parametrize(("behind", "node", "said"), [
@@ -118,7 +118,7 @@ def test_board__tells_a_group_that_was_given_up_to_end() -> None:
 
 
 def _situation(**known: Any) -> Situation:
-    places = {rank: Place(rank, f"{rank}" * 16, "10.0.0.1", 100 + rank) for rank in (0, 1)}
+    places = {rank: WorkerLocation(rank, f"{rank}" * 16, "10.0.0.1", 100 + rank) for rank in (0, 1)}
     return Situation(**{"stopping": False, "over": False, "leaving": "", "blame": None, "places": places, "step": 9,
                         "saved": 6, **known})  # fmt: skip
 

@@ -13,12 +13,12 @@ from datapipe.core.config import JitterConfig, StorageConfig, StreamConfig, View
 from datapipe.core.errors import DataError
 from datapipe.dataset.manifest import Manifest
 from datapipe.sampling.epoch_order import Order
-from datapipe.stream.batch import Batch, Intake
+from datapipe.stream.batch import Batch, LoaderCounters
 from datapipe.stream.loader import FEWEST_ROWS, Loader, rows_of_a_piece
 from datapipe.stream.stream import Stream
-from datapipe.views.masking import MaskConfig, MaskLaw, draw_masks
+from datapipe.views.masking import MaskConfig, MaskSpec, draw_masks
 from datapipe.views.render import make_views
-from datapipe.views.spec import RegionLaw, ViewSpec, multi_crop, regions
+from datapipe.views.spec import RegionSpec, ViewSpec, multi_crop, regions
 from tests.datapipe import crop_set
 from tests.datapipe.crop_set import CropSet
 
@@ -270,7 +270,7 @@ def test_after__reports_the_time_it_waited(crops: CropSet) -> None:
 def test_intake__counts_bytes_and_hits_and_seconds(crops: CropSet) -> None:
     """Of whole blocks kept in memory: the second epoch reads nothing."""
     with loader(crops, batch=ROWS, micro_batch=ROWS) as running:
-        assert running.intake == Intake()
+        assert running.intake == LoaderCounters()
         list(running.after(0, ROWS))
         once = running.intake
         assert once.fetched >= sum(map(len, crops.jpegs)) and (once.sought, once.replaced) == (ROWS, 0)
@@ -373,8 +373,8 @@ def test_rows_of_a_piece__leave_two_pieces_to_every_thread_and_no_more(rows: int
 
 
 def test_after__masks_and_boxes_follow_their_images_in_any_world(crops: CropSet) -> None:
-    law = MaskLaw((4, 2), MaskConfig(ratios=(0.5,), spreads=(0.0,)), equal=True)
-    region = RegionLaw(scale=(0.3, 0.9), ratio=(0.375, 0.667), iou=(0.2, 0.8), share_flip=True)
+    law = MaskSpec((4, 2), MaskConfig(ratios=(0.5,), spreads=(0.0,)), equal=True)
+    region = RegionSpec(scale=(0.3, 0.9), ratio=(0.375, 0.667), iou=(0.2, 0.8), share_flip=True)
     spec = regions(VIEWS, region, size=(32, 16), pair=True, masks=(law,))
     found = {}
     for world in (1, 3):

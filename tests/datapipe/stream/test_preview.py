@@ -12,9 +12,9 @@ from datapipe.core.config import StreamConfig, ViewConfig
 from datapipe.core.errors import ConfigError, NotFoundError
 from datapipe.sampling.epoch_order import Order
 from datapipe.stream.preview import OUTLINES, contact_sheet, view_sheet
-from datapipe.views.masking import MaskConfig, MaskLaw, draw_masks
+from datapipe.views.masking import MaskConfig, MaskSpec, draw_masks
 from datapipe.views.render import make_views
-from datapipe.views.spec import RegionLaw, multi_crop, regions
+from datapipe.views.spec import RegionSpec, multi_crop, regions
 from tests.datapipe import crop_set
 from tests.datapipe.crop_set import CropSet
 
@@ -38,7 +38,7 @@ def test_contact_sheet__shows_the_views_of_training(crops: CropSet, tmp_path: Pa
 
 
 def test_contact_sheet__shows_hidden_patches_in_grey(crops: CropSet, tmp_path: Path) -> None:
-    law = MaskLaw((8, 4), MaskConfig(ratios=(0.5,), spreads=(0.0,)), equal=True)
+    law = MaskSpec((8, 4), MaskConfig(ratios=(0.5,), spreads=(0.0,)), equal=True)
     spec = replace(SPEC, masks=(law, law))
     path = contact_sheet(str(crops.folder), tmp_path / "sheet.png", spec=spec, seed=3, count=2,
                          stream=StreamConfig(block=5, window=2))  # fmt: skip
@@ -54,8 +54,8 @@ def test_contact_sheet__shows_hidden_patches_in_grey(crops: CropSet, tmp_path: P
 
 
 def test_contact_sheet__outlines_the_regions_on_the_crop_and_masks_the_first(crops: CropSet, tmp_path: Path) -> None:
-    law = RegionLaw(scale=(0.3, 0.5), ratio=(0.375, 0.667), iou=(0.0, 1.0), share_flip=False)
-    mask = MaskLaw((8, 4), MaskConfig(ratios=(0.5,), spreads=(0.0,)), equal=True)
+    law = RegionSpec(scale=(0.3, 0.5), ratio=(0.375, 0.667), iou=(0.0, 1.0), share_flip=False)
+    mask = MaskSpec((8, 4), MaskConfig(ratios=(0.5,), spreads=(0.0,)), equal=True)
     spec = regions(ViewConfig(), law, size=(64, 32), pair=True, masks=(mask,))
     path = contact_sheet(str(crops.folder), tmp_path / "sheet.png", spec=spec, seed=3, count=1,
                          stream=StreamConfig(block=5, window=2))  # fmt: skip
@@ -74,6 +74,21 @@ def test_contact_sheet__outlines_the_regions_on_the_crop_and_masks_the_first(cro
     apart = [first[axis].min() - second[axis].min() for axis in (0, 1)]
     assert np.allclose(apart, (boxes[0, 0, :2] - boxes[1, 0, :2]) * scale, atol=2)
     assert contains(sheet, views["region_b"][0, 0]) and not contains(sheet, views["region_a"][0, 0])
+
+
+def test_contact_sheet__shows_the_bands_of_the_body_on_the_crop(crops: CropSet, tmp_path: Path) -> None:
+    """Three that overlap, as PASS cuts its local views from: a bar beside the crop each, from its top to its bottom."""
+    bands = ((0.0, 0.5), (0.25, 0.75), (0.5, 1.0))
+    spec = multi_crop(ViewConfig(), size=(64, 32), local_size=(32, 16), local_bands=bands)
+    path = contact_sheet(str(crops.folder), tmp_path / "sheet.png", spec=spec, seed=3, count=1)
+    sheet = np.asarray(Image.open(path)).astype(int)
+    bars = [(sheet == colour).all(axis=2) for colour in OUTLINES]
+    columns = [int(bar.sum(axis=0).argmax()) for bar in bars]
+    assert columns[0] < columns[1] < columns[2]
+    lines = [bar[:, at] for bar, at in zip(bars, columns, strict=True)]
+    tops, lengths = [int(line.argmax()) for line in lines], [int(line.sum()) for line in lines]
+    assert max(lengths) - min(lengths) <= 2
+    assert [round((top - tops[0]) / lengths[0], 1) for top in tops] == [0.0, 0.5, 1.0]
 
 
 def contains(sheet: np.ndarray, picture: np.ndarray) -> bool:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from scipy.stats import chi2_contingency, ks_2samp
 
 from datapipe.views import masking
-from datapipe.views.masking import MaskConfig, MaskLaw, Masks, block_mask, draw_masks
+from datapipe.views.masking import MaskConfig, Masks, MaskSpec, block_mask, draw_masks
 from tests.support.golden import golden
 
 GRID = (16, 8)
@@ -17,7 +17,7 @@ FIXED = MaskConfig(ratios=(0.3,), spreads=(0.0,))
 
 
 def drawn(config: MaskConfig, count: int = 400, *, grid: tuple[int, int] = GRID, equal: bool = False) -> Masks:
-    return draw_masks([MaskLaw(grid, config, equal)], 3, np.arange(count))[0]
+    return draw_masks([MaskSpec(grid, config, equal)], 3, np.arange(count))[0]
 
 
 def listed(value: object) -> tuple[float, ...]:
@@ -74,7 +74,7 @@ def test_block_masks__block_sizes_are_those_of_the_reference(monkeypatch: pytest
         sizes: list[tuple[int, int]] = []
         for position in range(1500):
             tried.clear()
-            (mask,) = draw_masks([MaskLaw(grid, config_of(setting))], 4, np.array([position]))[0]
+            (mask,) = draw_masks([MaskSpec(grid, config_of(setting))], 4, np.array([position]))[0]
             sizes += accepted(grid, mask, tried)
         for axis, kind in enumerate(("height", "width")):
             theirs = tensors[f"{name}/block_{kind}_histogram"].numpy()
@@ -85,15 +85,15 @@ def test_block_masks__block_sizes_are_those_of_the_reference(monkeypatch: pytest
 
 
 def test_draw_masks__hang_on_seed_and_position_alone() -> None:
-    laws = [MaskLaw(GRID), MaskLaw(GRID, MaskConfig(kind="random"))]
+    laws = [MaskSpec(GRID), MaskSpec(GRID, MaskConfig(kind="random"))]
     positions = np.array([7, 1_000_003, 3, 12])
     whole = draw_masks(laws, 5, positions)
     assert whole.shape == (2, 4, *GRID) and whole.dtype == np.bool_
     for row in range(4):
         np.testing.assert_array_equal(draw_masks(laws, 5, positions[row : row + 1])[:, 0], whole[:, row])
-    many = draw_masks([MaskLaw(GRID, FIXED)] * 2, 5, np.arange(50))
+    many = draw_masks([MaskSpec(GRID, FIXED)] * 2, 5, np.arange(50))
     assert not np.array_equal(many[0], many[1])
-    assert not np.array_equal(many, draw_masks([MaskLaw(GRID, FIXED)] * 2, 6, np.arange(50)))
+    assert not np.array_equal(many, draw_masks([MaskSpec(GRID, FIXED)] * 2, 6, np.arange(50)))
 
 
 @pytest.mark.parametrize("grid", [(16, 8), (24, 8), (4, 4), (14, 14), (8, 4), (3, 2)])
@@ -149,7 +149,7 @@ def test_config__mistakes_are_told(changes: dict[str, object], told: str) -> Non
     with pytest.raises(ValidationError, match=told):
         MaskConfig(**changes)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="single ratio"):
-        MaskLaw(GRID, MaskConfig(), equal=True)
+        MaskSpec(GRID, MaskConfig(), equal=True)
 
 
 @pytest.mark.slow
@@ -160,7 +160,7 @@ def test_overhang__hides_all_places_about_equally_often_and_exactly_as_many() ->
     assert often.min() > 0.68 and often.max() < 0.82
     assert rarely.min() < 0.3 and rarely.max() > 0.9
     masks = drawn(beyond, equal=True)
-    assert set(masks.sum(axis=(1, 2))) == {MaskLaw(GRID, beyond, True).hidden} == {96}
+    assert set(masks.sum(axis=(1, 2))) == {MaskSpec(GRID, beyond, True).hidden} == {96}
 
 
 def test_most_area__bounds_a_single_rectangle() -> None:

@@ -7,13 +7,13 @@ from PIL import Image
 from datapipe.core.config import ViewConfig
 from datapipe.views import crop_boxes as cuts
 from datapipe.views.decode import decode
-from datapipe.views.masking import MaskConfig, MaskLaw
+from datapipe.views.masking import MaskConfig, MaskSpec
 from datapipe.views.render import make_views
-from datapipe.views.spec import RegionLaw, ViewSpec, regions
+from datapipe.views.spec import RegionSpec, ViewSpec, regions
 from tests.datapipe.crop_set import jpegs
 
 SIZE = (32, 16)
-FREE = RegionLaw(scale=(0.3, 0.9), ratio=(0.375, 0.667), iou=(0.0, 1.0), share_flip=True)
+FREE = RegionSpec(scale=(0.3, 0.9), ratio=(0.375, 0.667), iou=(0.0, 1.0), share_flip=True)
 
 
 def made(crops: list[bytes], spec: ViewSpec, positions: np.ndarray, seed: int = 1) -> tuple[dict, np.ndarray]:
@@ -26,7 +26,7 @@ def made(crops: list[bytes], spec: ViewSpec, positions: np.ndarray, seed: int = 
 @pytest.mark.parametrize("share_flip", [True, False])
 def test_regions__boxes_say_what_was_cut(share_flip: bool) -> None:
     crops = list(jpegs(30))
-    law = RegionLaw(FREE.scale, FREE.ratio, FREE.iou, share_flip)
+    law = RegionSpec(FREE.scale, FREE.ratio, FREE.iou, share_flip)
     spec = regions(ViewConfig(flip=0.5, interpolation="bicubic"), law, size=SIZE, pair=True)
     out, boxes = made(crops, spec, np.arange(30))
     for view, name in enumerate(("region_a", "region_b")):
@@ -54,8 +54,8 @@ def test_regions__are_functions_of_seed_and_position() -> None:
 @pytest.mark.parametrize("iou", [(0.5, 0.8), (0.0, 0.5)])
 def test_regions__overlaps_keep_to_their_bounds(iou: tuple[float, float]) -> None:
     crops = list(jpegs(60))
-    bounded = regions(ViewConfig(), RegionLaw((0.3, 0.8), (0.375, 0.667), iou, True), size=SIZE, pair=True)
-    free = regions(ViewConfig(), RegionLaw((0.3, 0.8), (0.375, 0.667), (0.0, 1.0), True), size=SIZE, pair=True)
+    bounded = regions(ViewConfig(), RegionSpec((0.3, 0.8), (0.375, 0.667), iou, True), size=SIZE, pair=True)
+    free = regions(ViewConfig(), RegionSpec((0.3, 0.8), (0.375, 0.667), (0.0, 1.0), True), size=SIZE, pair=True)
     inside = {}
     for name, spec in (("bounded", bounded), ("free", free)):
         _, boxes = made(crops, spec, np.arange(60))
@@ -75,7 +75,7 @@ def test_regions__a_bad_row_is_left_alone() -> None:
 
 
 def test_regions__one_alone_and_masks_are_carried() -> None:
-    law = MaskLaw((8, 4), MaskConfig(ratios=(0.5,), spreads=(0.0,)), equal=True)
+    law = MaskSpec((8, 4), MaskConfig(ratios=(0.5,), spreads=(0.0,)), equal=True)
     spec = regions(ViewConfig(interpolation="linear"), FREE, size=SIZE, pair=False, masks=(law,))
     assert [group.name for group in spec.groups] == ["region_a"] and spec.boxed == 1
     assert spec.masks == (law,) and spec.interpolation == "linear"

@@ -28,7 +28,7 @@ from training.engine.loss_scaling import GROWTH_STEPS, LARGEST, LossScale, first
 from training.engine.stepper import Stepper
 from training.methods.base import Method, Views
 from training.preflight.checks import refuse_unsuited
-from training.trainer.batch_to_device import Place
+from training.trainer.batch_to_device import BatchToDevice
 from training.trainer.pretrain import pretrain
 
 CROPS, BATCH = 36, 6
@@ -56,7 +56,7 @@ def test_scale__is_halved_by_an_overflow_down_to_one() -> None:
     assert first_scale("fp16") == LossScale(65_536.0) and first_scale("bf16") is None is first_scale("fp32")
 
 
-class PoisonedPlace(Place):
+class PoisonedPlace(BatchToDevice):
     """Turns a view of one step into NaN, once; step 0: never."""
 
     def __init__(self, device: torch.device, step: int) -> None:
@@ -82,7 +82,7 @@ def _run(
         return stepper
 
     training.trainer.pretrain.make_stepper = scaled
-    training.trainer.pretrain.Place = lambda device, _: PoisonedPlace(device, poison)  # type: ignore[assignment,misc]
+    training.trainer.pretrain.BatchToDevice = lambda device, _: PoisonedPlace(device, poison)  # type: ignore[assignment,misc]
     pretrain(recipes.load(path, ["--out", out, *flags]), world=world, host=StoppingHost(stop))
 
 

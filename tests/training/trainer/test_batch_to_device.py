@@ -11,7 +11,7 @@ from training.config.batch_split import portion
 from training.config.build import fake_batch, view_spec
 from training.config.run_plan import _pinned
 from training.nn.distillation_losses import hidden_numbers
-from training.trainer.batch_to_device import Place
+from training.trainer.batch_to_device import BatchToDevice
 
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="GPU absent: pinned slots"))
 
@@ -23,7 +23,7 @@ def test_place__normalises_each_micro_batch_of_a_slot(name: str) -> None:
     slot[...] = np.random.default_rng(0).integers(0, 256, slot.shape)
     rows = np.arange(6)
     batch = Batch({"global": slot}, rows, rows, np.full(6, 1 / 6), rows, rows, 0, 6)
-    place = Place(torch.device(name))
+    place = BatchToDevice(torch.device(name))
     parts = [place(part)["global"] for part in batch.micro_batches(4)]
     assert [part.shape for part in parts] == [(2, 4, 3, 4, 3), (2, 2, 3, 4, 3)] and parts[0].device.type == name
     expected = (slot / 255 - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
@@ -33,7 +33,7 @@ def test_place__normalises_each_micro_batch_of_a_slot(name: str) -> None:
 def test_place__numbers_the_hidden_patches_of_each_micro_batch() -> None:
     config = tiny("personvit_vits", images=6)
     batch = fake_batch(view_spec(config), portion(6, 6, 1), config)
-    place = Place(torch.device("cpu"))
+    place = BatchToDevice(torch.device("cpu"))
     for part in batch.micro_batches(4):
         views = place(part)
         assert torch.equal(views["hidden"], hidden_numbers(views["mask"])) and len(views["hidden"])

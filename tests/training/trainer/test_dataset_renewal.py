@@ -11,7 +11,7 @@ from datapipe.dataset.manifest import Manifest
 from datapipe.maintain.remove import remove
 from datapipe.sampling.epoch_order import Order
 from datapipe.storage import open_store
-from datapipe.stream.batch import Batch, Intake
+from datapipe.stream.batch import Batch, LoaderCounters
 from datapipe.stream.loader import Loader
 from datapipe.stream.training_data import load_data
 from tests.bench.specs import one_view
@@ -23,7 +23,7 @@ from training.core.world import World
 from training.methods.base import Progress
 from training.trainer.dataset_renewal import DatasetRenewal
 from training.trainer.monitoring.observer import StepDone
-from training.trainer.monitoring.throughput import Spent
+from training.trainer.monitoring.throughput import TimeSpent
 
 CROPS = 12
 NOT_SEEN: Any = None
@@ -50,7 +50,7 @@ def test_renewal__a_rank_follows_another(
         batch: Batch = next(loader.after(0, CROPS))
 
         def step(renewed: int) -> str:
-            spent = [Spent(0.0, loader.intake), Spent(0.0, Intake(renewed=renewed))]
+            spent = [TimeSpent(0.0, loader.intake), TimeSpent(0.0, LoaderCounters(renewed=renewed))]
             renewal.step(StepDone(Progress(0, 0, 0, 0.0, 1, 1.0, 0), NOT_SEEN, batch, NOT_SEEN, spent))
             return str(checkpoints.about["manifest"])
 

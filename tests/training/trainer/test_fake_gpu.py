@@ -1,8 +1,8 @@
 """Every recipe's step on tensors that only say that they are on a GPU: operands on different devices, results left on
 the host, and waits for the GPU in the forward pass show without one.
 
-Real are the recipe with its widths and heads, the module (made on the meta device, then `to_empty`), `Place`, the
-method's forward pass under autocast, what the stepper collects and its norms, `after_step`, the moving average, and
+Real are the recipe with its widths and heads, the module (made on the meta device, then `to_empty`), `BatchToDevice`,
+the method's forward pass under autocast, what the stepper collects and its norms, `after_step`, the moving average, and
 what evaluation embeds. Two blocks stand for all. Not here: the backward pass, which wants a CUDA context, DeepSpeed,
 kernels and streams.
 """
@@ -36,7 +36,7 @@ from training.methods.base import Method, Progress
 from training.nn import random_erasing, vision_transformer
 from training.recipes import SHIPPED
 from training.reid import embed
-from training.trainer.batch_to_device import Place
+from training.trainer.batch_to_device import BatchToDevice
 
 GPU = torch.device("cuda", 0)
 IMAGES = 4
@@ -124,7 +124,7 @@ def devices(values: dict[str, Tensor]) -> dict[str, str]:
 
 def check_forward(stepper: PlainStepper, batch: Any) -> None:
     """Views, outcome and all that is collected of it: on the GPU, and nobody waited."""
-    place = Place(GPU)
+    place = BatchToDevice(GPU)
     with NoWait():
         views = place(batch)
         assert {name for name, device in devices(views).items() if device == "cpu"} == ON_HOST  # type: ignore[arg-type]

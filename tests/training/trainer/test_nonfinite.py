@@ -17,11 +17,11 @@ from training.config import recipe_toml as recipes
 from training.core.host import LocalHost
 from training.core.world import World
 from training.methods.base import Views
-from training.trainer.batch_to_device import Place
+from training.trainer.batch_to_device import BatchToDevice
 from training.trainer.pretrain import pretrain
 
 
-class PoisonedPlace(Place):
+class PoisonedPlace(BatchToDevice):
     """Turns a view of chosen steps into NaN, on one rank: `poison` maps a step to how often it happens."""
 
     poison: dict[int, int] = {}
@@ -37,7 +37,7 @@ class PoisonedPlace(Place):
 
 
 def _run(world: World, path: str, out: str, stepper: str, poison: dict[int, int]) -> str:
-    training.trainer.pretrain.Place = PoisonedPlace  # type: ignore[misc]  # in this process of the test only
+    training.trainer.pretrain.BatchToDevice = PoisonedPlace  # type: ignore[misc]  # in this process of the test only
     training.trainer.pretrain.rehearse = lambda run, batch: None
     PoisonedPlace.poison, PoisonedPlace.rank_here = dict(poison), world.rank
     try:

@@ -1,9 +1,11 @@
 """What a run is at before its first step, in starting.json: one line, for whoever asks how it stands."""
 
+import contextlib
 import json
 import time
 from typing import NamedTuple
 
+from datapipe.core.errors import StorageError
 from training.core.run_folder.run_folder import RunFolder
 
 NAME = "starting.json"
@@ -22,8 +24,9 @@ class Starting(NamedTuple):
 
 def tell(folder: RunFolder, doing: str, *, waits: bool = False) -> None:
     """Note what the start is at; empty: it is over. Not from several processes at once: the driver until there are
-    workers, then the leading rank."""
-    folder.write_soon(NAME, json.dumps(Starting(doing, waits, time.time())._asdict()), hurry=True)
+    workers, then the leading rank. Where it cannot be written nothing is: a start does not fail for want of it."""
+    with contextlib.suppress(StorageError, OSError):
+        folder.write_soon(NAME, json.dumps(Starting(doing, waits, time.time())._asdict()), hurry=True)
 
 
 def read(folder: RunFolder) -> Starting | None:

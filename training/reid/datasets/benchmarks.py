@@ -19,7 +19,7 @@ class Count(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitFacts:
     """Where the images of one part are."""
 
     folders: tuple[str, ...]
@@ -34,15 +34,15 @@ class Part:
 class Layout:
     """One way in which a data set lies on disk."""
 
-    query: Part
-    gallery: Part
-    train: Part
+    query: SplitFacts
+    gallery: SplitFacts
+    train: SplitFacts
     name: str
     """Regular expression for the beginning of a base name, with the groups `pid` and `camera` (counted from 1). Not
     anchored at the end: Market-1501 has names like 1488_c3s3_015653_00.jpg.jpg."""
 
     @property
-    def parts(self) -> dict[str, Part]:
+    def parts(self) -> dict[str, SplitFacts]:
         return {"query": self.query, "gallery": self.gallery, "train": self.train}
 
 
@@ -66,13 +66,15 @@ MSMT17_NAME = r"(?P<pid>-?\d+)_(?:\d+_|c)(?P<camera>\d+)"
 CUHK03_NAME = r"\d+_(?P<pid>\d+)_(?P<camera>[12])_\d+"
 """1_001_1_01.png: pair of cameras, person within the pair, camera within the pair, image."""
 
-MARKET = Layout(Part(("query",)), Part(("bounding_box_test",)), Part(("bounding_box_train",)), MARKET_NAME)
+MARKET = Layout(
+    SplitFacts(("query",)), SplitFacts(("bounding_box_test",)), SplitFacts(("bounding_box_train",)), MARKET_NAME
+)
 """The layout that most sets follow."""
 
 OCCLUDED_DUKE = Layout(
-    Part(("query", "bounding_box_test"), ("query.list",)),  # some queries are gallery images of DukeMTMC-reID
-    Part(("bounding_box_test",), ("gallery.list",)),
-    Part(("bounding_box_train",), ("train.list",)),
+    SplitFacts(("query", "bounding_box_test"), ("query.list",)),  # some queries are gallery images of DukeMTMC-reID
+    SplitFacts(("bounding_box_test",), ("gallery.list",)),
+    SplitFacts(("bounding_box_train",), ("train.list",)),
     MARKET_NAME,
 )
 
@@ -80,9 +82,9 @@ OCCLUDED_DUKE = Layout(
 def _msmt17(train: str, test: str) -> Layout:
     """Training images are list_train and list_val, as for TransReID and its descendants (torchreid: the former)."""
     return Layout(
-        Part((test,), ("list_query.txt",)),
-        Part((test,), ("list_gallery.txt",)),
-        Part((train,), ("list_train.txt", "list_val.txt")),
+        SplitFacts((test,), ("list_query.txt",)),
+        SplitFacts((test,), ("list_gallery.txt",)),
+        SplitFacts((train,), ("list_train.txt", "list_val.txt")),
         MSMT17_NAME,
     )
 
@@ -90,7 +92,7 @@ def _msmt17(train: str, test: str) -> Layout:
 def _cuhk03(boxes: str) -> Layout:
     """The new protocol's rows of a Matlab file, images as torchreid extracts them."""
     folders, lists = (f"images_{boxes}",), (f"cuhk03_new_protocol_config_{boxes}.mat",)
-    query, gallery, train = (Part(folders, lists, f"{part}_idx") for part in PARTS)
+    query, gallery, train = (SplitFacts(folders, lists, f"{part}_idx") for part in PARTS)
     return Layout(query, gallery, train, CUHK03_NAME)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from datapipe.core.errors import DataError
 from datapipe.sources.labels import fits
-from training.reid.datasets.benchmarks import Layout, Part
+from training.reid.datasets.benchmarks import Layout, SplitFacts
 from training.reid.datasets.image_stores import Entry, Source
 from training.reid.datasets.reid_set import JUNK, Labelled
 
@@ -36,7 +36,7 @@ def lacks(source: Source, layout: Layout) -> list[str]:
     return [*lists, *(f"{folder}/" for folder in dict.fromkeys(folders))]
 
 
-def read_part(source: Source, part: Part, layout: Layout) -> PartRead:
+def read_part(source: Source, part: SplitFacts, layout: Layout) -> PartRead:
     """Read the images of one part in the order of their paths, junk left out; none where folder or lists are not there.
 
     Raises DataError for names without labels, empty files, and several files of one name.
@@ -54,7 +54,7 @@ def read_part(source: Source, part: Part, layout: Layout) -> PartRead:
     return PartRead(images, tuple(missing))
 
 
-def _listed(source: Source, part: Part) -> tuple[list[tuple[Entry, int | None]], list[str]]:
+def _listed(source: Source, part: SplitFacts) -> tuple[list[tuple[Entry, int | None]], list[str]]:
     """(the images that the lists name, with the identities beside them; the names that no folder has)."""
     there = {folder: {entry.path: entry for entry in source.images(folder)} for folder in part.folders}
     found: list[tuple[Entry, int | None]] = []
@@ -69,7 +69,7 @@ def _listed(source: Source, part: Part) -> tuple[list[tuple[Entry, int | None]],
     return found, missing
 
 
-def _read_lists(source: Source, part: Part) -> Iterator[tuple[str, int | None]]:
+def _read_lists(source: Source, part: SplitFacts) -> Iterator[tuple[str, int | None]]:
     """(name, identity beside it or None) of every line of the lists that are there."""
     for file in part.lists:
         if not source.store.exists(file):

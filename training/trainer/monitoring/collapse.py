@@ -78,7 +78,7 @@ class Sign:
         return f"warning: sign of collapse: {self.rule.what} ({self.rule.name}); try {self.rule.hint}"
 
 
-class Course:
+class CollapseMonitor:
     """Follows a run step by step."""
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class Course:
 
 def signs(records: Iterable[Record]) -> list[Sign]:
     """All signs in a run's records, which are in the order of their steps; in the order of their appearance."""
-    course, gone = Course(), []
+    course, gone = CollapseMonitor(), []
     for record in records:
         gone += [sign for sign in course.see(record) if sign.until is not None]
     return sorted([*gone, *course.standing.values()], key=lambda sign: (sign.since, sign.rule.name))

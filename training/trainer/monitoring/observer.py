@@ -1,6 +1,6 @@
 """Who follows a run step by step: what an observer is told, and when."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from datapipe.stream.batch import Batch
@@ -8,7 +8,7 @@ from training.checkpoint import Saved
 from training.engine.param_groups import StepSettings
 from training.engine.stepper import Result
 from training.methods.base import Progress
-from training.trainer.monitoring.throughput import Spent
+from training.trainer.monitoring.throughput import TimeSpent
 
 
 class StepDone(NamedTuple):
@@ -19,7 +19,7 @@ class StepDone(NamedTuple):
     settings: StepSettings
     batch: Batch
     result: Result
-    spent: Sequence[Spent]
+    spent: Sequence[TimeSpent]
     """What each rank's steps took so far; empty until the others have told."""
 
     @property
@@ -43,6 +43,9 @@ class Observer:
 
     def saved(self, checkpoint: Saved) -> None:
         """A checkpoint exists."""
+
+    def scored(self, step: int, where: str, scores: Mapping[str, float]) -> None:
+        """Weights after this step have been scored on a test set: mAP and rank1, 0 to 1. On the leading rank only."""
 
     def began_anew(self) -> None:
         """The next step is a first one again: after scores, or from an earlier checkpoint."""

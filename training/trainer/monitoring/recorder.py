@@ -19,8 +19,9 @@ from training.checkpoint import Saved
 from training.core.host import lines_to, run_lines
 from training.core.run_folder.run_folder import RunFolder
 from training.methods.base import Progress
-from training.trainer.monitoring.collapse import Course
+from training.trainer.monitoring.collapse import CollapseMonitor
 from training.trainer.monitoring.observer import Observer, StepDone
+from training.trainer.monitoring.tensorboard import Board
 from training.trainer.monitoring.throughput import Rates, Speed, in_words
 
 STATUS_S = 5.0
@@ -31,12 +32,12 @@ _ATTEMPT = re.compile(r"metrics/attempt_(\d+)\.jsonl")
 class Recorder(Observer):
     """Writes the metrics of one attempt. Made on the leading rank only."""
 
-    def __init__(self, folder: RunFolder, *, about: Mapping[str, Any]) -> None:
+    def __init__(self, folder: RunFolder, *, about: Mapping[str, Any], total_steps: int) -> None:
         """`about` goes into the attempt's first line: world, resumed_from, step, reason, and when which stage of the
-        start was over (`Startup`)."""
-        self.folder, self._about = folder, about
+        start was over (`Startup`). `total_steps`: of the whole run."""
+        self.folder, self._about, self._total_steps = folder, about, total_steps
         self.speed = Speed()
-        self.course = Course()
+        self.course = CollapseMonitor()
         self._spoke = 0.0
 
     def begin(self) -> None:
@@ -46,7 +47,7 @@ class Recorder(Observer):
         self.name = f"metrics/attempt_{self.attempt:03d}.jsonl"
         now = datetime.now(UTC).isoformat(timespec="seconds")
         folder.begin(self.name, json.dumps({"attempt": self.attempt, "time": now, **self._about}))
-        self._board = _board(folder)
+        self._board = Board(folder, total_steps=self._total_steps)
         self.speed.pause()
 
     def step(self, step: StepDone) -> None:
@@ -74,10 +75,7 @@ class Recorder(Observer):
             run_lines.info(f"step {line['step']:,}: {change}")
         standing = {"signs": sorted(self.course.standing)} if self.course.standing else {}
         self.folder.append(self.name, json.dumps(line | standing))
-        if self._board is not None:
-            for key, value in line.items():
-                if key not in ("step", "time", "bottleneck"):
-                    self._board.add_scalar(key, value, progress.step + 1)
+        self._board.step(line)
         last = progress.step + 1 == progress.total_steps
         if last or time.monotonic() - self._spoke > STATUS_S:
             self._spoke = time.monotonic()
@@ -90,6 +88,13 @@ class Recorder(Observer):
             "save_share": checkpoint.share, "time": time.time(),
         }))  # fmt: skip
 
+        self._board.add("checkpoint/stood_s", checkpoint.stood_s, checkpoint.step)
+        self._board.add("checkpoint/took_s", checkpoint.took_s, checkpoint.step)
+
+    def scored(self, step: int, where: str, scores: Mapping[str, float]) -> None:
+        for name in ("mAP", "rank1"):
+            self._board.add(f"score/{where} {name}", scores[name], step)
+
     def paused(self) -> None:
         self.speed.pause()
 
@@ -98,9 +103,8 @@ class Recorder(Observer):
 
     def close(self) -> None:
         """Write what is buffered."""
+        self._board.close()
         self.folder.flush()
-        if self._board is not None:
-            self._board.close()
 
     def _status(self, progress: Progress, line: Mapping[str, float], images: int, rates: Rates) -> str:
         left = (progress.total_steps - progress.step - 1) * images
@@ -143,12 +147,3 @@ def fitted(*pieces: tuple[str, bool]) -> str:
 def log_file(folder: RunFolder) -> AbstractContextManager[None]:
     """The run's lines are kept in log.txt, too, for as long as the context lasts."""
     return lines_to(lambda line: folder.append("log.txt", f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}"))
-
-
-def _board(folder: RunFolder) -> Any:
-    """TensorBoard's writer, for a local run folder."""
-    if folder.local is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder.local / "tensorboard"))

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from datapipe.stream.batch import Intake
+from datapipe.stream.batch import LoaderCounters
 from training.core.devices import slow_precision
 from training.core.exchange import Exchange
 from training.core.precision import Precision
@@ -25,27 +25,27 @@ UNNOTICED = 0.05
 Bottleneck = Literal["training", "reading", "views"]
 
 
-class Spent(NamedTuple):
+class TimeSpent(NamedTuple):
     """What one rank's steps took so far, in all."""
 
     waited_s: float
     """Seconds it stood still for data."""
-    intake: Intake
+    intake: LoaderCounters
 
 
-class Tally:
+class RankCounters:
     """What every rank spent so far; of other ranks as it was a step before, so that nobody waits for them."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._alone = exchange.alone
-        self._own = Spent(0.0, Intake())
-        self.latest: list[Spent] = []
+        self._own = TimeSpent(0.0, LoaderCounters())
+        self.latest: list[TimeSpent] = []
         """Rank by rank; nothing in the first step of several."""
         exchange.add_rows(self._tell, self._hear)
 
-    def note(self, waited_s: float, intake: Intake) -> None:
+    def note(self, waited_s: float, intake: LoaderCounters) -> None:
         """Once per step on every rank, `waited_s` in this step."""
-        self._own = Spent(self._own.waited_s + waited_s, intake)
+        self._own = TimeSpent(self._own.waited_s + waited_s, intake)
         if self._alone:
             self.latest = [self._own]
 
@@ -53,7 +53,7 @@ class Tally:
         return None if self._alone else [self._own.waited_s, *self._own.intake]
 
     def _hear(self, rows: list[list[Any]]) -> None:
-        self.latest = [Spent(waited, Intake(*rest)) for waited, *rest in rows]
+        self.latest = [TimeSpent(waited, LoaderCounters(*rest)) for waited, *rest in rows]
 
 
 class Rates(NamedTuple):
@@ -95,13 +95,13 @@ class Speed:
 
     def __init__(self, window: int = 50) -> None:
         self._steps: deque[tuple[float, int]] = deque(maxlen=window)
-        self._spent: deque[list[Spent]] = deque(maxlen=window + 1)
+        self._spent: deque[list[TimeSpent]] = deque(maxlen=window + 1)
         self._steady: deque[tuple[float, int]] = deque(maxlen=window)
         self._warming = WARM_UP
         self._last = time.perf_counter()
 
-    def step(self, images: int, spent: Sequence[Spent]) -> Rates:
-        """Note one step of the whole run; `spent`: what `Tally` gave."""
+    def step(self, images: int, spent: Sequence[TimeSpent]) -> Rates:
+        """Note one step of the whole run; `spent`: what `RankCounters` gave."""
         now = time.perf_counter()
         self._steps.append((now - self._last, images))
         if self._warming:
@@ -111,7 +111,7 @@ class Speed:
         self._last = now
         if spent:
             if not self._spent:
-                self._spent.append([Spent(0.0, Intake())] * len(spent))
+                self._spent.append([TimeSpent(0.0, LoaderCounters())] * len(spent))
             self._spent.append(list(spent))
         seconds = sum(step[0] for step in self._steps)
         waited, intake = self._lately()
@@ -124,15 +124,15 @@ class Speed:
             cache_hits=intake.cached / intake.sought if intake.sought else None,
         )
 
-    def _lately(self) -> tuple[float, Intake]:
+    def _lately(self) -> tuple[float, LoaderCounters]:
         """(seconds that the rank which waited most waited, all ranks' intake) in these steps."""
         if not self._spent:
-            return 0.0, Intake()
+            return 0.0, LoaderCounters()
         first, last = self._spent[0], self._spent[-1]
         waited = max(now.waited_s - before.waited_s for now, before in zip(last, first, strict=True))
         gained = ([a - b for a, b in zip(now.intake, before.intake, strict=True)]
                   for now, before in zip(last, first, strict=True))  # fmt: skip
-        return waited, Intake(*map(sum, zip(*gained, strict=True)))
+        return waited, LoaderCounters(*map(sum, zip(*gained, strict=True)))
 
     def pause(self) -> None:
         """Forget the time since the last step: a save or a rehearsal is not training speed."""

@@ -10,7 +10,7 @@ from training.trainer.monitoring.throughput import Rates
 
 
 def said(folder: Path, step: int, steps: int, speed: float, **losses: float) -> str:
-    recorder = Recorder(RunFolder(str(folder), StorageConfig()), about={})
+    recorder = Recorder(RunFolder(str(folder), StorageConfig()), about={}, total_steps=steps)
     rates = Rates(speed, 0.124, 0.9, 7.5, 0.5)
     line = {"step": step, "loss": 10.68431, **losses, "grad_norm": 1586.39, "lr": 4.98e-4}
     progress = Place(0, step - 1, 0, 0.0, total_steps=steps, epoch_steps=100.0, seed=0)

@@ -5,12 +5,12 @@ import math
 import pytest
 
 from datapipe.core.progress import duration
-from datapipe.stream.batch import Intake
+from datapipe.stream.batch import LoaderCounters
 from tests.support.ranks import run_ranks
 from training.core.exchange import Exchange
 from training.core.world import World
 from training.trainer.monitoring import throughput
-from training.trainer.monitoring.throughput import Speed, Spent, Tally, bottleneck, in_words
+from training.trainer.monitoring.throughput import RankCounters, Speed, TimeSpent, bottleneck, in_words
 
 
 class Clock:
@@ -29,8 +29,8 @@ def second_by_second(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput.time, "perf_counter", Clock())
 
 
-def rank(waited_s: float, **intake: float) -> Spent:
-    return Spent(waited_s, Intake(**intake))  # type: ignore[arg-type]
+def rank(waited_s: float, **intake: float) -> TimeSpent:
+    return TimeSpent(waited_s, LoaderCounters(**intake))  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("second_by_second")
@@ -70,16 +70,20 @@ def test_bottleneck__is_what_the_slowest_waits_for(wait: float, reading: float, 
 
 
 def test_tally__of_one_rank_is_its_own() -> None:
-    tally = Tally(Exchange(World()))
-    tally.note(0.25, Intake(fetched=3))
-    tally.note(0.5, Intake(fetched=7))
-    assert tally.latest == [Spent(0.75, Intake(fetched=7))]
+    tally = RankCounters(Exchange(World()))
+    tally.note(0.25, LoaderCounters(fetched=3))
+    tally.note(0.5, LoaderCounters(fetched=7))
+    assert tally.latest == [TimeSpent(0.75, LoaderCounters(fetched=7))]
 
 
-def _told(world: World) -> list[list[Spent]]:
-    exchange, found = Exchange(world), list[list[Spent]]()
-    tally = Tally(exchange)
-    steps = ((0.5 * world.rank, Intake(fetched=1 + world.rank)), (1.0, Intake(fetched=5, making_s=0.5)), (0, Intake()))
+def _told(world: World) -> list[list[TimeSpent]]:
+    exchange, found = Exchange(world), list[list[TimeSpent]]()
+    tally = RankCounters(exchange)
+    steps = (
+        (0.5 * world.rank, LoaderCounters(fetched=1 + world.rank)),
+        (1.0, LoaderCounters(fetched=5, making_s=0.5)),
+        (0, LoaderCounters()),
+    )
     for step in steps:
         exchange.hear()
         tally.note(*step)
@@ -93,8 +97,8 @@ def test_tally__tells_every_rank_of_all_a_step_late() -> None:
     first, second = run_ranks(2, _told)
     assert first == second == [
         [],
-        [Spent(0.0, Intake(fetched=1)), Spent(0.5, Intake(fetched=2))],
-        [Spent(1.0, Intake(fetched=5, making_s=0.5)), Spent(1.5, Intake(fetched=5, making_s=0.5))],
+        [TimeSpent(0.0, LoaderCounters(fetched=1)), TimeSpent(0.5, LoaderCounters(fetched=2))],
+        [TimeSpent(waited_s, LoaderCounters(fetched=5, making_s=0.5)) for waited_s in (1.0, 1.5)],
     ]  # fmt: skip
 
 

@@ -32,9 +32,9 @@ def environment(file: Path) -> tuple[str, ...]:
 
 def install() -> None:
     """Let the `Place` of this process spoil one view when its time has come."""
-    place = training.trainer.batch_to_device.Place.__call__
+    place = training.trainer.batch_to_device.BatchToDevice.__call__
 
-    def poisoned(self: training.trainer.batch_to_device.Place, batch: Batch) -> Views:
+    def poisoned(self: training.trainer.batch_to_device.BatchToDevice, batch: Batch) -> Views:
         views = place(self, batch)
         file = Path(os.environ[VARIABLE])
         order = json.loads(file.read_text()) if file.exists() else {"times": 0}
@@ -44,4 +44,4 @@ def install() -> None:
             views["global"][0, row] = float("nan")
         return views
 
-    training.trainer.batch_to_device.Place.__call__ = poisoned  # type: ignore[method-assign]
+    training.trainer.batch_to_device.BatchToDevice.__call__ = poisoned  # type: ignore[method-assign]

@@ -12,7 +12,8 @@ COMMANDS = {
     "shard": Command("cluster.commands:shard", "Turn crops into shards as `python -m datapipe shard` does, to the same "
                      "bytes, with all machines of a cluster.", loads="Ray", log=True),
     "pretrain": Command("cluster.commands:pretrain", "Train a recipe with Ray Train and DeepSpeed; crashed workers are "
-                        "restarted from the last checkpoint.", loads=LIBRARIES, log=True),
+                        "restarted from the last checkpoint.", loads=LIBRARIES, log=True,
+                        quiet=("--json", "--dry-run")),
     "evaluate": Command("cluster.commands:evaluate", "Score weights by retrieval, as they are or after fine-tuning; "
                         "killed and started again it goes on.", loads=LIBRARIES, log=True),
     "submit": Command("cluster.commands:submit", "Hand in pretrain, shard or evaluate as a Ray job; prints how to "

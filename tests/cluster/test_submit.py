@@ -173,7 +173,8 @@ def test_submit__in_one_line_and_stopped_after_a_save(done: Done, head: Authoris
         if said.startswith("step "):
             break
     assert "was stopped" in "".join(finished(_ray(head, tree, "stop", job), timeout_s=PATIENCE_S)[1:])
-    finished(logs, timeout_s=PATIENCE_S)
+    _, said, _ = finished(logs, timeout_s=PATIENCE_S)
+    assert f"go on with: python -m cluster submit pretrain {url}/config.toml" in said
     found = status(url, s3.storage)
     assert (found.state, found.checkpoints) == ("stopped", 1) and found.step > 0
 

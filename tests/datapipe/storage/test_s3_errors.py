@@ -140,7 +140,9 @@ def test_retry_after__is_a_number_or_a_date(given: str, seconds: float, monkeypa
         monkeypatch.setattr(s3_errors.time, "time", lambda: NOW_S)
         given = email.utils.formatdate(NOW_S + int(given), usegmt=True)
     answer = {"ResponseMetadata": {"HTTPHeaders": {"retry-after": given}}}
-    found = s3_errors.explained(ClientError({**answer, **SLOW_DOWN}, "GetObject"), s3_errors.S3Address("", "", ""), True)
+    found = s3_errors.explained(
+        ClientError({**answer, **SLOW_DOWN}, "GetObject"), s3_errors.S3Address("", "", ""), True
+    )
     assert isinstance(found, retry.PassingFault) and found.after_s == seconds
 
 

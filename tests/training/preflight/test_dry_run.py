@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cluster.__main__ import main as cluster_main
 from datapipe.core import cli
 from datapipe.core.errors import ConfigError
 from tests.end_to_end import tiny as flow
@@ -185,6 +186,14 @@ def test_dry_run__starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_dry_run__mistakes(words: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert called(*words) == code
     assert said in capsys.readouterr().err
+
+
+def test_dry_run__of_the_cluster_s_command_is_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("pass_vits", "--dry-run", "--gpu-memory-gb", "24", "--rows", "100000")
+    assert called(*words) == cli.COMPLETE
+    ours = capsys.readouterr().out
+    assert cli.run(cluster_main, ["pretrain", *words]) == cli.COMPLETE
+    assert capsys.readouterr().out == ours and ours.splitlines()[1].startswith("fits: needs ")
 
 
 def test_help__tells_of_dry_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Signals end a command at once, with one line and no process left, whatever its code is at; or it is unwound."""
 
+import contextlib
 import os
 import select
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from datapipe.core import cli, stop_signals
@@ -151,3 +153,36 @@ def test_announce__says_what_is_loaded_where_no_program_reads(capsys: pytest.Cap
     assert capsys.readouterr() == ("pretrain: starting, loads PyTorch\n", "")
     chosen.announce("pretrain", ["recipe", "--json"])
     assert capsys.readouterr() == ("", "pretrain: starting, loads PyTorch\n")
+
+
+ENDING = """
+import os, subprocess, sys, time
+from pathlib import Path
+from datapipe.core import cli, stop_signals
+
+def main(words):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    def note():
+        state = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        Path(words[0]).write_text(f"{child.pid} {state}")
+    with stop_signals.at_end(note):
+        print("ready", flush=True)
+        time.sleep(600)
+
+sys.exit(cli.run(main))
+"""
+
+
+@pytest.mark.slow
+def test_at_end__is_called_while_children_stand_still_and_before_they_are_killed(tmp_path: Path) -> None:
+    """A library may end the process as soon as its daemons are gone, so that nothing is left to be done after that."""
+    process = subprocess.Popen([sys.executable, "-c", ENDING, str(tmp_path / "noted")], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == cli.STOPPED and errors == "stopped by SIGTERM\n"
+    pid, state = (tmp_path / "noted").read_text().split()
+    assert state == "T"
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(pid)).wait(60)

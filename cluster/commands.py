@@ -11,8 +11,8 @@ from cluster.core.arguments import (
     SubmitCommand,
 )
 from datapipe.core import cli
-from datapipe.core.cli import page_of, parse, read, read_some, show_help
-from training.commands.entry_points import FINE_TUNING, check_dry_run, check_zero_shot
+from datapipe.core.cli import page_of, parse, read, show_help
+from training.commands.entry_points import FINE_TUNING, check_dry_run, read_evaluate
 
 
 def demo(arguments: list[str]) -> int:
@@ -51,9 +51,7 @@ def pretrain(arguments: list[str]) -> int:
 def evaluate(arguments: list[str]) -> int:
     """Score weights by retrieval, as they are or after fine-tuning; killed and started again it goes on."""
     page = page_of(evaluate, "s3://reid/first --data s3://reid/market1501 --address auto", more=(FINE_TUNING,))
-    show_help(cli.flags_of(EvaluateCommand), arguments, page)
-    chosen, flags = read_some(EvaluateCommand, arguments, prog=page.prog)
-    check_zero_shot(chosen, flags, prog=page.prog)
+    chosen, flags = read_evaluate(EvaluateCommand, arguments, page)
     from cluster.jobs.evaluate import evaluate as run
 
     return run(chosen, flags)

@@ -17,7 +17,7 @@ from cluster.core.ray_token import MODE, WITH_TOKEN, refuse_mode_without_token, 
 from datapipe.core import cli
 from datapipe.core.errors import ClusterError
 from training.commands.arguments import RecipeCommand
-from training.commands.entry_points import check_zero_shot
+from training.commands.entry_points import read_evaluate
 
 PACKAGES = ("cluster", "datapipe", "training")
 MOST_MB = 20.0
@@ -62,11 +62,7 @@ def _shard(arguments: list[str], folder: Path) -> list[str]:
 
 
 def _evaluate(arguments: list[str], folder: Path) -> list[str]:
-    page = _page("evaluate")
-    cli.show_help(cli.flags_of(EvaluateCommand), arguments, page)
-    chosen, flags = cli.read_some(EvaluateCommand, arguments, prog=page.prog)
-    check_zero_shot(chosen, flags, prog=page.prog)
-    refuse_relative(chosen.places, job=True)
+    refuse_relative(read_evaluate(EvaluateCommand, arguments, _page("evaluate"))[0].places, job=True)
     return arguments
 
 

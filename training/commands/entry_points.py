@@ -3,6 +3,8 @@
 Help and mistakes need no PyTorch, but for the flags of a recipe.
 """
 
+from typing import TypeVar
+
 from datapipe.core import cli
 from datapipe.core.cli import page_of, parse, read_some, show_help
 from datapipe.core.errors import UsageError
@@ -25,9 +27,7 @@ from training.commands.arguments import (
 def evaluate(arguments: list[str]) -> int:
     """Score weights by retrieval: a run's checkpoints beside baselines, an export, a file; or after fine-tuning."""
     page = page_of(evaluate, "runs/first --data data/market1501", more=(FINE_TUNING,))
-    show_help(cli.flags_of(EvaluateCommand), arguments, page)
-    chosen, flags = read_some(EvaluateCommand, arguments, prog=page.prog)
-    check_zero_shot(chosen, flags, prog=page.prog)
+    chosen, flags = read_evaluate(EvaluateCommand, arguments, page)
     from training.commands.evaluate import run
 
     return run(chosen, flags)
@@ -37,10 +37,17 @@ FINE_TUNING = ("With --task supervised, flags of a recipe may follow, such as --
                "`python -m training pretrain supervised --help-all` has them.")  # fmt: skip
 
 
-def check_zero_shot(chosen: EvaluateCommand, flags: list[str], *, prog: str) -> None:
-    """Raise UsageError for flags of a recipe where there is none."""
+E = TypeVar("E", bound=EvaluateCommand)
+
+
+def read_evaluate(kind: type[E], words: list[str], page: cli.Page) -> tuple[E, list[str]]:
+    """The settings of an evaluation, and the flags of a recipe that followed. Raises UsageError for flags of a recipe
+    where there is none."""
+    show_help(cli.flags_of(kind), words, page)
+    chosen, flags = read_some(kind, words, prog=page.prog)
     if flags and chosen.task == "zero-shot":
-        raise cli.unknown(flags, cli.flags_of(type(chosen)), prog)
+        raise cli.unknown(flags, cli.flags_of(kind), page.prog)
+    return chosen, flags
 
 
 def reproduce(arguments: list[str]) -> int:

@@ -110,12 +110,8 @@ def run(out: Path, *, crops: Path | None, seed: int, steps: int, device: Device 
 
 def _workers(demo: Demo) -> str:
     if demo.device.type == "cpu":
-        return f"{counted(demo.workers, 'worker')}"
-    return (
-        f"{counted(demo.workers, 'worker')}, a GPU each"
-        if demo.workers > 1
-        else "one worker, as this machine has one GPU"
-    )
+        return counted(demo.workers, "worker")
+    return f"{demo.workers} workers, a GPU each" if demo.workers > 1 else "one worker, as this machine has one GPU"
 
 
 def _make_data(demo: Demo, began: float) -> None:

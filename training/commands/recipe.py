@@ -37,7 +37,8 @@ def read_with_recipe(kind: type[C], words: list[str], page: cli.Page) -> tuple[C
     own = cli.flags_of(kind)
     shipped = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.toml")))
     page = replace(page, more=(*page.more, f"recipes: {shipped}"), common=(*(flag.name for flag in own), *COMMON))
-    cli.show_help([*own, *cli.flags_of(RunConfig, _of_help(words))], words, page)
+    if not words or cli.wants_help(words):
+        cli.show_help([*own, *cli.flags_of(RunConfig, _of_help(words))], words, page)
     chosen, rest = cli.read_some(kind, words, prog=page.prog)
     return chosen, recipes.load(chosen.recipe, rest, prog=page.prog, also=own)
 

@@ -2,7 +2,7 @@
 
 from datapipe.core.cli.dispatch import Command, dispatch, parse, run, show_help, version
 from datapipe.core.cli.flags import INLINE, POSITIONAL, Arg, Flag, flags_of, read, read_some, unknown
-from datapipe.core.cli.usage import Page, page_of
+from datapipe.core.cli.usage import Page, page_of, wants_help
 from datapipe.core.stop_signals import COMPLETE, FAILED, INTERRUPTED, STOPPED, USAGE
 
 __all__ = [
@@ -27,4 +27,5 @@ __all__ = [
     "show_help",
     "unknown",
     "version",
+    "wants_help",
 ]

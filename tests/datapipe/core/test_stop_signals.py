@@ -156,18 +156,19 @@ def test_announce__says_what_is_loaded_where_no_program_reads(capsys: pytest.Cap
 
 
 ENDING = """
-import os, subprocess, sys, time
+import os, signal, subprocess, sys
 from pathlib import Path
 from datapipe.core import cli, stop_signals
 
 def main(words):
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
     def note():
         state = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0]
         Path(words[0]).write_text(f"{child.pid} {state}")
     with stop_signals.at_end(note):
         print("ready", flush=True)
-        time.sleep(600)
+        signal.pause()
+        signal.pause()
 
 sys.exit(cli.run(main))
 """

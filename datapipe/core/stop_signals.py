@@ -293,13 +293,26 @@ def silence(descriptor: int) -> None:
 
 
 def stop_children() -> set[int]:
-    """SIGSTOP to every process below this one, and to those that one of them has just started; which they are."""
+    """SIGSTOP to every process below this one, and to those that one of them has just started; which they are. Returns
+    once they stand still, or after a second: one that waits for a disk does not hear."""
     found: set[int] = set()
     while new := _descendants(os.getpid()) - found:
         found |= new
         for pid in new:
             _send(pid, signal.SIGSTOP)
+    deadline = time.monotonic() + 1
+    while not all(map(_stands_still, found)) and time.monotonic() < deadline:
+        time.sleep(0.002)
     return found
+
+
+def _stands_still(pid: int) -> bool:
+    """Is the process stopped, or dead?"""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] in "TtZX"
+    except OSError:
+        return True
 
 
 def kill_children() -> None:

@@ -62,8 +62,8 @@ def status(arguments: list[str]) -> int:
     chosen = parse(StatusCommand, arguments, page_of(status, "runs"))
     from cluster.status import statuses, table
 
-    found = statuses(chosen.place, chosen.storage)
-    print(json.dumps([one._asdict() for one in found], indent=1) if chosen.json else table(found))
+    listed = statuses(chosen.place, chosen.storage)
+    print(json.dumps([one._asdict() for one in listed], indent=1) if chosen.json else table(listed))
     return cli.COMPLETE
 
 

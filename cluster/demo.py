@@ -187,9 +187,9 @@ def _half(demo: Demo) -> int | None:
 
 def _judge(demo: Demo) -> int:
     """Compare the last checkpoint with random weights and the colour histogram; say it, and demand it of our crops."""
-    found = {path.parent.name: json.loads(path.read_text()) for path in demo.run.glob("evaluation/*/*/metrics.json")}
-    trained = [row for row in found.values() if row["step"]]
-    scores = {row["weights"]: row["features"][row["headline"]]["mAP"] for row in found.values()}
+    metrics = {path.parent.name: json.loads(path.read_text()) for path in demo.run.glob("evaluation/*/*/metrics.json")}
+    trained = [row for row in metrics.values() if row["step"]]
+    scores = {row["weights"]: row["features"][row["headline"]]["mAP"] for row in metrics.values()}
     last = max(trained, key=lambda row: row["step"])["weights"]
     reached, random, colour = scores[last], scores[RANDOM], scores[COLOUR_HISTOGRAM]
     good = reached >= LIMIT * random and reached > colour

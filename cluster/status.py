@@ -51,8 +51,8 @@ class Status(NamedTuple):
 def statuses(place: str, storage: StorageConfig) -> list[Status]:
     """The status of the run folder `place`, or of every run below it. Raises DataError where there is none."""
     folder = RunFolder(place, storage)
-    found = {above for name in folder.names("") for mark in MARKS if (above := _above(name, mark)) is not None}
-    runs = [place] if "" in found else [f"{place.rstrip('/')}/{above}" for above in sorted(found)]
+    run_names = {above for name in folder.names("") for mark in MARKS if (above := _above(name, mark)) is not None}
+    runs = [place] if "" in run_names else [f"{place.rstrip('/')}/{above}" for above in sorted(run_names)]
     if not runs:
         raise DataError("no run here", where=place, hint="give a run folder, or a folder of runs")
     return [status(run, storage) for run in runs]
@@ -95,25 +95,25 @@ def status(run: str, storage: StorageConfig, *, now: float | None = None) -> Sta
 
 def _start(folder: RunFolder, last: float | None, history: list[dict[str, Any]], now: float) -> Starting | None:
     """What the run is at, if it is starting: said later than any rank's sign of life and any end, not long ago."""
-    found = starting.read(folder)
-    if found is None or found.time < max(last or 0.0, *(record["time"] for record in history), 0.0):
+    start = starting.read(folder)
+    if start is None or start.time < max(last or 0.0, *(record["time"] for record in history), 0.0):
         return None
     config = saved_config(folder) or RunConfig()
-    return found if now - found.time < config.cluster.start_timeout_s else None
+    return start if now - start.time < config.cluster.start_timeout_s else None
 
 
-def table(found: list[Status]) -> str:
+def table(listed: list[Status]) -> str:
     """For a terminal: a line a run, what starting ones are at; of a single run also the last restart and the shares of
     waiting."""
     head = ("run", "state", "step", "age", "workers", "restarts", "checkpoints")
-    rows = [head, *(_row(one) for one in found)]
+    rows = [head, *(_row(one) for one in listed)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     text += [
-        f"{one.run}: {'waits for room: ' if one.state == 'waiting' else ''}{one.doing}" for one in found if one.doing
+        f"{one.run}: {'waits for room: ' if one.state == 'waiting' else ''}{one.doing}" for one in listed if one.doing
     ]
-    if len(found) == 1:
-        one = found[0]
+    if len(listed) == 1:
+        one = listed[0]
         text += [f"last restart: {one.reason}"] if one.reason else []
         text += ["waiting for data: " + ", ".join(f"rank {rank} {100 * wait:.0f} %" for rank, wait in enumerate(
             one.waits))] if one.waits else []  # fmt: skip
@@ -122,13 +122,13 @@ def table(found: list[Status]) -> str:
 
 def lines(folder: RunFolder, name: str) -> list[dict[str, Any]]:
     """The records of a growing file; a last line that a kill cut is left out."""
-    found = []
+    records = []
     for line in (folder.read_text(name) or "").splitlines():
         try:
-            found.append(json.loads(line))
+            records.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return found
+    return records
 
 
 def _row(one: Status) -> tuple[str, ...]:

@@ -46,10 +46,10 @@ def head_of(address: str, *, hint: str = JOIN) -> str:
                            hint=f"`python -m cluster submit ...` hands in jobs there; {hint}")  # fmt: skip
     if separator:
         raise ClusterError(f"clusters are not joined through {scheme}://", where=given, hint=hint)
-    found = _split(_of_this_machine(given, hint) if address == "auto" else address, given, hint)
-    _connect(found, hint)
-    _greet(found, hint)
-    return f"[{found.host}]:{found.port}" if ":" in found.host else f"{found.host}:{found.port}"
+    head = _split(_of_this_machine(given, hint) if address == "auto" else address, given, hint)
+    _connect(head, hint)
+    _greet(head, hint)
+    return f"[{head.host}]:{head.port}" if ":" in head.host else f"{head.host}:{head.port}"
 
 
 def dashboard_of(address: str | None) -> str:
@@ -66,14 +66,14 @@ def dashboard_of(address: str | None) -> str:
         url = _told_by_head(head_of(chosen, hint=SUBMIT))
     elif scheme not in PORTS:
         raise ClusterError(f"jobs are not handed in through {scheme}://", where=given, hint=SUBMIT)
-    found = _split_url(url, given)
+    dashboard = _split_url(url, given)
     try:
-        _connect(found, SUBMIT)
+        _connect(dashboard, SUBMIT)
     except ClusterError:
         if not _proxy_for(url):
             raise
     else:
-        bypass_proxies(found.host)  # it is reached without them
+        bypass_proxies(dashboard.host)  # it is reached without them
     _ask(url, given)
     return url
 
@@ -139,15 +139,15 @@ def _split_url(url: str, given: str) -> Address:
 def _connect(address: Address, hint: str) -> None:
     """Returns if somebody takes a TCP connection there, at any address of the host."""
     try:
-        found = _within(LOOK_UP_S, lambda: socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM))
+        resolved = _within(LOOK_UP_S, lambda: socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM))
     except (OSError, TimeoutError, UnicodeError) as error:
         raise ClusterError(f"no Ray cluster is reached: the name of the host is not found ({_reason(error)})",
                            where=address.given, hint=hint) from error  # fmt: skip
     refused: OSError | None = None
-    for family, kind, protocol, _, place in found:
+    for family, kind, protocol, _, place in resolved:
         try:
             with socket.socket(family, kind, protocol) as probe:
-                probe.settimeout(CONNECT_S / len(found))
+                probe.settimeout(CONNECT_S / len(resolved))
                 probe.connect(place)
                 return
         except OSError as error:

@@ -38,8 +38,8 @@ class EvaluateCommand(training.EvaluateCommand):
     @property
     def places(self) -> dict[str, str]:
         """Every place that is read from or written to, by its flag."""
-        found = {"weights": self.weights, "data": self.data, "out": self.out}
-        return {name: place for name, place in found.items() if place and (name, place) != ("weights", RANDOM)}
+        given = {"weights": self.weights, "data": self.data, "out": self.out}
+        return {name: place for name, place in given.items() if place and (name, place) != ("weights", RANDOM)}
 
 
 @settings

@@ -125,8 +125,8 @@ def _later() -> float | None:
         return _of_autoscaler(context.gcs_address)
     there = NodeAffinitySchedulingStrategy(head, soft=False)
     look = ray.remote(num_cpus=0)(_of_autoscaler).options(scheduling_strategy=there)
-    found: float | None = ray.get(look.remote(context.gcs_address))
-    return found
+    gpus: float | None = ray.get(look.remote(context.gcs_address))
+    return gpus
 
 
 def _of_autoscaler(address: str) -> float | None:
@@ -143,11 +143,11 @@ def _of_autoscaler(address: str) -> float | None:
 
 def gpus_of(settings: Mapping[str, Any]) -> float:
     """GPUs of all machines that an autoscaler's settings (`ray up`'s cluster YAML) allow at once."""
-    found = 0.0
+    total = 0.0
     for name, kind in (settings.get("available_node_types") or {}).items():
         most = 0 if name == settings.get("head_node_type") else kind.get("max_workers", settings.get("max_workers", 0))
-        found += float((kind.get("resources") or {}).get("GPU", 0)) * most
-    return found
+        total += float((kind.get("resources") or {}).get("GPU", 0)) * most
+    return total
 
 
 def _read(path: str) -> Mapping[str, Any]:

@@ -36,8 +36,8 @@ def marked(folders: Sequence[str]) -> Iterator[tuple[Witness, ...]]:
     try:
         for folder in folders:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            found = sorted(Path(folder).glob(f"{MARK}*"))
-            marks.append(found[0] if found else Path(folder) / f"{MARK}{secrets.token_hex(8)}")
+            existing = sorted(Path(folder).glob(f"{MARK}*"))
+            marks.append(existing[0] if existing else Path(folder) / f"{MARK}{secrets.token_hex(8)}")
             marks[-1].touch()
     except OSError as error:
         raise StorageError(f"the folder cannot be written: {error.strerror}", where=str(error.filename),
@@ -51,8 +51,8 @@ def marked(folders: Sequence[str]) -> Iterator[tuple[Witness, ...]]:
 
 def witnesses(sources: Sequence[str]) -> tuple[Witness, ...]:
     """A file of each local source: the source itself, or the first one that its folder happens to list."""
-    found = ((source, _first_file(_fixed(source))) for source in sources if not is_remote(source))
-    return tuple(Witness(source, file, os.path.getsize(file)) for source, file in found if file)
+    first_files = ((source, _first_file(_fixed(source))) for source in sources if not is_remote(source))
+    return tuple(Witness(source, file, os.path.getsize(file)) for source, file in first_files if file)
 
 
 def _fixed(source: str) -> str:

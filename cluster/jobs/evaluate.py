@@ -59,7 +59,7 @@ def score_all(tasks: Sequence[Task], *, address: str = LOCAL, device: Device = "
         lines: Any = ray.remote(num_cpus=0)(Lines).remote()
         waiting = {remote.remote(task, choice.kind, lines): task for task in tasks}
         print(f"scores {len(waiting)} sets of weights", flush=True)
-        found: dict[str, dict[str, Any]] = {}
+        results: dict[str, dict[str, Any]] = {}
         while waiting:
             finished, _ = ray.wait(list(waiting), num_returns=1, timeout=POLL_S)
             for line in ray.get(lines.take.remote()):
@@ -68,10 +68,10 @@ def score_all(tasks: Sequence[Task], *, address: str = LOCAL, device: Device = "
                 continue
             (done,) = finished
             task = waiting.pop(done)
-            scores = found[task.weights.name] = result(done)
+            scores = results[task.weights.name] = result(done)
             mean = 100 * evaluation.headline(scores)["mAP"]
-            print(f"scored {task.weights.name}: mAP {mean:.1f}  ({len(found)} of {len(tasks)})", flush=True)
-    return [found[task.weights.name] for task in tasks]
+            print(f"scored {task.weights.name}: mAP {mean:.1f}  ({len(results)} of {len(tasks)})", flush=True)
+    return [results[task.weights.name] for task in tasks]
 
 
 class Lines:

@@ -112,7 +112,7 @@ class Guard(ControllerCallback, WorkerGroupCallback):
             return {}
         storage = replace(self._run.storage, give_up_s=WORDS_S, attempts=3)
         missing = {rank for rank, what in dead.items() if what not in (GONE, MUTE) and rank in situation.places}
-        found: dict[int, list[str]] = {}
+        words_of_rank: dict[int, list[str]] = {}
         end = time.monotonic() + WORDS_S
         with contextlib.suppress(StorageError):
             while missing and time.monotonic() < end:
@@ -122,8 +122,8 @@ class Guard(ControllerCallback, WorkerGroupCallback):
                     words = crash_log.of_process(log, situation.places[rank].pid)
                     if words is not None:
                         missing.discard(rank)
-                        found[rank] = crash_log.telling(words)
-        return found
+                        words_of_rank[rank] = crash_log.telling(words)
+        return words_of_rank
 
     def _situation(self, cause: Exception) -> Situation:
         """How all stands. Where workers left, one of them knows why, and may be about to say so."""
@@ -148,15 +148,15 @@ class Guard(ControllerCallback, WorkerGroupCallback):
         asked = {actor.get_metadata.remote(): rank for rank, actor in self._actors.items()}
         self._actors = {}
         ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S) if asked else None
-        found = {}
+        dead = {}
         for answer, rank in asked.items():
             try:
                 ray.get(answer, timeout=0)
             except RayActorError as death:
-                found[rank] = death_in_words(death)
+                dead[rank] = death_in_words(death)
             except GetTimeoutError:
-                found[rank] = MUTE
-        return found
+                dead[rank] = MUTE
+        return dead
 
     def _wait(self, delay_s: float) -> None:
         end = time.monotonic() + delay_s
@@ -210,8 +210,8 @@ def _first_dead(dead: Mapping[int, str], words: Mapping[int, Sequence[str]]) -> 
 def death_in_words(death: Exception) -> str:
     """How a worker's process came to its end."""
     for pattern, meaning in _DEATHS:
-        if found := re.search(pattern, str(death), re.IGNORECASE):
-            return meaning.format(*found.groups())
+        if matched := re.search(pattern, str(death), re.IGNORECASE):
+            return meaning.format(*matched.groups())
     return "its process died"
 
 

@@ -186,9 +186,9 @@ class Driver:
     def _guard(self, notes: Any) -> None:
         """End workers that hang; say what is waited for, and not for ever."""
         machine = self.config.cluster
-        found = hung(notes.pulses, start_s=machine.start_timeout_s, hang_s=machine.hang_timeout_s,
+        hanging = hung(notes.pulses, start_s=machine.start_timeout_s, hang_s=machine.hang_timeout_s,
                      silence_s=machine.silence_timeout_s)  # fmt: skip
-        meant = [one for one in found if one.rank in notes.places and notes.places[one.rank].pid not in self._ended]
+        meant = [one for one in hanging if one.rank in notes.places and notes.places[one.rank].pid not in self._ended]
         if meant:
             self._end(meant, notes.places)
         if notes.waiting_s > machine.start_timeout_s:

@@ -73,16 +73,16 @@ def hung(pulses: Sequence[Pulse], *, start_s: float, hang_s: float, silence_s: f
             for pulse in meant]  # fmt: skip
 
 
-def accusation(found: Sequence[Hung], places: Mapping[int, Any]) -> Failure:
+def accusation(hanging: Sequence[Hung], places: Mapping[int, Any]) -> Failure:
     """What a hang is put down to. A machine is named where all ranks that are behind are on it, and others are not
     behind: what is counted against a machine must be its own."""
-    first = found[0]
+    first = hanging[0]
     if not first.behind:
         return Failure("hang", first.reason)
-    known = [places[one.rank] for one in found if one.rank in places]
+    known = [places[one.rank] for one in hanging if one.rank in places]
     nodes = {place.node for place in known}
     where = f" on {places[first.rank].name}" if first.rank in places else ""
-    also = f"; so did ranks {', '.join(str(one.rank) for one in found[1:])}" if found[1:] else ""
+    also = f"; so did ranks {', '.join(str(one.rank) for one in hanging[1:])}" if hanging[1:] else ""
     return Failure("hang", f"rank {first.rank}{where}: {first.reason}{also}", nodes.pop() if len(nodes) == 1 else "",
                    first.rank)  # fmt: skip
 

@@ -66,14 +66,14 @@ def _say_what_would_be_done(chosen: ShardCommand) -> int:
     from datapipe.core.progress import duration
     from datapipe.ingest.dry_run import estimate
 
-    found = estimate(chosen.sources, chosen.out, chosen.config, chosen.storage)
-    read, written = (f"{size / 1e6:,.1f} MB" for size in (found.source_bytes, found.bytes))
-    print(f"would read about {counted(found.crops, 'crop')}: {read} from {counted(len(chosen.sources), 'source')}")
+    estimated = estimate(chosen.sources, chosen.out, chosen.config, chosen.storage)
+    read, written = (f"{size / 1e6:,.1f} MB" for size in (estimated.source_bytes, estimated.bytes))
+    print(f"would read about {counted(estimated.crops, 'crop')}: {read} from {counted(len(chosen.sources), 'source')}")
     print(
-        f"would write about {counted(found.shards, 'shard')}: {written} to {chosen.out}, as much to the spool for as "
-        f"long; about {found.refused:.2%} of the crops quarantined"
+        f"would write about {counted(estimated.shards, 'shard')}: {written} to {chosen.out}, as much to the spool for "
+        f"as long; about {estimated.refused:.2%} of the crops quarantined"
     )
-    print(f"would take about {duration(found.seconds)} on this machine, nothing was written")
+    print(f"would take about {duration(estimated.seconds)} on this machine, nothing was written")
     return cli.COMPLETE
 
 

@@ -129,13 +129,13 @@ def numbers_in_environment() -> Iterator[None]:
 def misread(error: BaseException) -> list[str]:
     """The variables of the environment that an error may come from: whose value a library took for a number, or that
     it names itself. Empty where it comes from something else."""
-    found: BaseException | None = error
-    while found is not None:
-        if (named := _NAMED.search(str(found))) and named[1] in os.environ:
+    cause: BaseException | None = error
+    while cause is not None:
+        if (named := _NAMED.search(str(cause))) and named[1] in os.environ:
             return [named[1]]
-        if isinstance(found, ValueError) and (said := _NO_NUMBER.search(str(found))):
-            return _with_value(said[2], _last_line(found))
-        found = found.__cause__
+        if isinstance(cause, ValueError) and (said := _NO_NUMBER.search(str(cause))):
+            return _with_value(said[2], _last_line(cause))
+        cause = cause.__cause__
     return []
 
 

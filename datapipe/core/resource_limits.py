@@ -60,8 +60,8 @@ def memory_left(proc: Path = PROC) -> int | None:
     return _least(_memory_left_in(folder) for folder in _group_folders(proc, "memory"))
 
 
-def _least(found: Iterable[Number | None]) -> Number | None:
-    return min((number for number in found if number is not None), default=None)
+def _least(limits: Iterable[Number | None]) -> Number | None:
+    return min((number for number in limits if number is not None), default=None)
 
 
 class _Hierarchy(NamedTuple):

@@ -295,15 +295,15 @@ def silence(descriptor: int) -> None:
 def stop_children() -> set[int]:
     """SIGSTOP to every process below this one, and to those that one of them has just started; which they are. Returns
     once they stand still, or after a second: one that waits for a disk does not hear."""
-    found: set[int] = set()
-    while new := _descendants(os.getpid()) - found:
-        found |= new
+    stopped: set[int] = set()
+    while new := _descendants(os.getpid()) - stopped:
+        stopped |= new
         for pid in new:
             _send(pid, signal.SIGSTOP)
     deadline = time.monotonic() + 1
-    while not all(map(_stands_still, found)) and time.monotonic() < deadline:
+    while not all(map(_stands_still, stopped)) and time.monotonic() < deadline:
         time.sleep(0.002)
-    return found
+    return stopped
 
 
 def _stands_still(pid: int) -> bool:
@@ -317,11 +317,11 @@ def _stands_still(pid: int) -> bool:
 
 def kill_children() -> None:
     """SIGKILL to every process below this one. They are all stopped first, so that none starts another one."""
-    found = stop_children()
-    for pid in found:
+    stopped = stop_children()
+    for pid in stopped:
         _send(pid, signal.SIGKILL)
     deadline = time.monotonic() + 1
-    while found & _descendants(os.getpid()) and time.monotonic() < deadline:
+    while stopped & _descendants(os.getpid()) and time.monotonic() < deadline:
         time.sleep(0.01)
 
 
@@ -341,10 +341,10 @@ def _descendants(root: int) -> set[int]:
                 state, parent = file.read().rpartition(b")")[2].split()[:2]
                 if state not in (b"Z", b"X"):
                     children.setdefault(int(parent), []).append(int(name))
-    found: set[int] = set()
+    pids: set[int] = set()
     waiting = [root]
     while waiting:
         below = children.get(waiting.pop(), [])
-        found.update(below)
+        pids.update(below)
         waiting.extend(below)
-    return found
+    return pids

@@ -69,10 +69,10 @@ def _originals(marks: pyarrow.Array, keys: pyarrow.Array) -> tuple[np.ndarray, n
 
 def _places(wanted: pyarrow.Array, keys: pyarrow.Array) -> np.ndarray:
     """The first row of each key, int64."""
-    found = pyarrow.compute.index_in(wanted, value_set=keys)
-    return pyarrow.compute.fill_null(found, NOWHERE).to_numpy().astype(np.int64)
+    rows = pyarrow.compute.index_in(wanted, value_set=keys)
+    return pyarrow.compute.fill_null(rows, NOWHERE).to_numpy().astype(np.int64)
 
 
 def _listed(keys: pyarrow.Array, rows: np.ndarray, what: str, where: str) -> list[Finding]:
-    found = [Finding(f"{where}: {keys[row].as_py()}.jpg", what) for row in rows[:MOST].tolist()]
-    return found + [Finding(where, f"and {len(rows) - MOST:,} more: {what}")] * (len(rows) > MOST)
+    findings = [Finding(f"{where}: {keys[row].as_py()}.jpg", what) for row in rows[:MOST].tolist()]
+    return findings + [Finding(where, f"and {len(rows) - MOST:,} more: {what}")] * (len(rows) > MOST)

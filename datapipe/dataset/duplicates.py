@@ -108,13 +108,13 @@ def _originals(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _pairs(hashes: np.ndarray, groups: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """int64[pairs, 2]: all pairs of chosen crops of one group within DISTANCE, the earlier one first, each once."""
-    found = [np.empty(0, np.int64)]
+    chunks = [np.empty(0, np.int64)]
     for one, two in combinations(_BANDS, 2):
         for members in _portions(_mixed(hashes & np.uint64(one | two), groups), chosen):
             rest = [band for band in _BANDS if band not in (one, two)]
             for left, right in _agreeing(hashes, groups, members, one | two, rest):
-                found.append(_close(hashes, groups, left, right))
-    pairs = np.unique(np.concatenate(found))
+                chunks.append(_close(hashes, groups, left, right))
+    pairs = np.unique(np.concatenate(chunks))
     return np.stack([pairs >> 32, pairs & 0xFFFF_FFFF], axis=1)
 
 

@@ -137,18 +137,18 @@ class Manifest:
 
     def successor(self, store: Store) -> "Manifest | None":
         """The newest version of this folder that takes its place; None where there is none."""
-        identity, found = self.id, None
+        identity, newest = self.id, None
         for other in Manifest.versions(store, after=self.version):
             if identity in other.replaces:
-                found = other
-        return found
+                newest = other
+        return newest
 
     def save(self, store: Store) -> "Manifest":
         """Write it into the folder, once. A manifest of this version with other content raises DataError."""
         record = {**self._content(), "id": self.id, "rows": self.rows, "bytes": self.bytes}
         if not store.create(self.file, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()):
-            found = Manifest.read(store, self.file)
-            if found.id != self.id:
+            existing = Manifest.read(store, self.file)
+            if existing.id != self.id:
                 raise DataError(
                     "another data set is already there", where=store.address(self.file), hint="choose another --out"
                 )
@@ -267,9 +267,9 @@ def libraries() -> dict[str, str]:
 
 def _newest(store: Store) -> str:
     try:
-        found = manifest_files(store)
-        if found:
-            return _highest(store, found)
+        files = manifest_files(store)
+        if files:
+            return _highest(store, files)
         begun = next(store.list("shards/"), None)
     except NotFoundError as error:
         raise NotFoundError(
@@ -290,9 +290,9 @@ def _newest(store: Store) -> str:
     )
 
 
-def _highest(store: Store, found: list[tuple[int, str]]) -> str:
-    newest = max(version for version, _ in found)
-    files = sorted(file for version, file in found if version == newest)
+def _highest(store: Store, versions: list[tuple[int, str]]) -> str:
+    newest = max(version for version, _ in versions)
+    files = sorted(file for version, file in versions if version == newest)
     if len(files) > 1:
         raise DataError(
             f"two commands made a version {newest} at once: {' and '.join(files)}",
@@ -305,11 +305,11 @@ def _highest(store: Store, found: list[tuple[int, str]]) -> str:
 def _parse(text: bytes, where: str, folder: str) -> Manifest:
     try:
         record = json.loads(text)
-        found = record["format"]
-        if found != FORMAT:
-            age = "a newer" if found > FORMAT else "an older"
+        format_version = record["format"]
+        if format_version != FORMAT:
+            age = "a newer" if format_version > FORMAT else "an older"
             raise DataError(
-                f"the manifest has format {found}, this version reads format {FORMAT}",
+                f"the manifest has format {format_version}, this version reads format {FORMAT}",
                 where=where,
                 hint=f"use {age} version of this project, or make the data set again from its crops",
             )

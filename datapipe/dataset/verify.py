@@ -147,9 +147,9 @@ def wrong(tar: bytes, row: dict[str, Any], *, decode: bool) -> str:
     data = memoryview(tar)[start : start + size]
     if start < BLOCK or len(data) != size:
         return f"its bytes [{start:,}, {start + size:,}) are not in the tar"
-    found = tar[start - BLOCK : start]
-    if found != header(row["key"], size):
-        return f"the header before it {_describe(found)}, the index says {row['key']}.jpg with {size:,} bytes"
+    stored = tar[start - BLOCK : start]
+    if stored != header(row["key"], size):
+        return f"the header before it {_describe(stored)}, the index says {row['key']}.jpg with {size:,} bytes"
     if xxhash.xxh3_64_intdigest(data) != row["xxh3"]:
         return "its bytes changed (xxh3)"
     return _undecodable(bytes(data), row) if decode else ""

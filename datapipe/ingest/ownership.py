@@ -19,13 +19,13 @@ FOLDER = "requests"
 def owns_output(store: Store, request: bytes) -> bool:
     """Whether the folder is this request's already; False: nobody's. DataError where it is another one's."""
     own = _name(request)
-    found = list(_claims(store))
-    for name in found:
+    claims = list(_claims(store))
+    for name in claims:
         if name != own:
             raise _refusal(store, name, request)
-    if not found and has_manifest(store):
+    if not claims and has_manifest(store):
         raise DataError("another data set is already there", where=store.url, hint="choose another --out")
-    return bool(found)
+    return bool(claims)
 
 
 def is_written(store: Store, request: bytes, out: str) -> bool:

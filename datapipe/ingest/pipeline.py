@@ -137,9 +137,9 @@ class _Run:
             tasks = ((work, self.spool, self.config) for work in listing.work())
             for part in self.workers.run(scan_part, tasks, count=listing.parts):
                 parts.append(part)
-                found = part.kept + part.refused
-                crops, refused = crops + found, refused + part.refused
-                progress.advance(part.bytes, f"{counted(crops, 'crop')}, {refused:,} quarantined", crops=found)
+                scanned = part.kept + part.refused
+                crops, refused = crops + scanned, refused + part.refused
+                progress.advance(part.bytes, f"{counted(crops, 'crop')}, {refused:,} quarantined", crops=scanned)
         return parts
 
     def judge(self, parts: Sequence[Scanned]) -> None:

@@ -99,9 +99,9 @@ def _folder(plan: Plan) -> str:
 def _originals(marks: Marks, crops: Candidates, start: int, end: int) -> pyarrow.Array:
     """Key of the original of each row in [start, end); null where it is marked as no duplicate."""
     low, high = np.searchsorted(marks.places, (start, end))
-    found = np.full(end - start, None, object)
-    found[marks.places[low:high] - start] = key_texts(crops.key[marks.originals[low:high]])
-    return pyarrow.array(found, pyarrow.string())
+    keys = np.full(end - start, None, object)
+    keys[marks.places[low:high] - start] = key_texts(crops.key[marks.originals[low:high]])
+    return pyarrow.array(keys, pyarrow.string())
 
 
 def _chunks(parts: Iterator[pyarrow.Table]) -> Iterator[pyarrow.Table]:

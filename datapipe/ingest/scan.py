@@ -76,8 +76,8 @@ def scan_part(work: Work, spool: Store, config: ShardConfig) -> Scanned:
     part = _part_name(work, config)
     total = sum(unit.bytes for _, unit in work)
     try:
-        found = pyarrow.parquet.read_metadata(pyarrow.BufferReader(spool.read(f"{part}.parquet")))
-        kept, refused, spooled = found.num_rows, int(found.metadata[b"refused"]), int(found.metadata[b"spooled"])
+        footer = pyarrow.parquet.read_metadata(pyarrow.BufferReader(spool.read(f"{part}.parquet")))
+        kept, refused, spooled = footer.num_rows, int(footer.metadata[b"refused"]), int(footer.metadata[b"spooled"])
     except NotFoundError:
         kept, refused, spooled = _scan(work, part, spool, config)
     return Scanned(part, kept, refused, total, spooled)

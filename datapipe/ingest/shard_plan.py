@@ -160,9 +160,9 @@ def plan_shards(crops: Candidates, config: ShardConfig) -> Plan:
 
 def places(order: np.ndarray, count: int) -> np.ndarray:
     """The place of each of `count` rows, int64; -1 for those that have none."""
-    found = np.full(count, -1, np.int64)
-    found[order] = np.arange(len(order))
-    return found
+    position = np.full(count, -1, np.int64)
+    position[order] = np.arange(len(order))
+    return position
 
 
 def _in_rows(marks: Marks, order: np.ndarray) -> Marks:

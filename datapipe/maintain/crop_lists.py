@@ -53,8 +53,8 @@ def look_up(listed: pyarrow.Array, table: pyarrow.Table, by: By) -> Found:
         if not len(lost):
             break
         names, there = form
-        found, still = _match(names.take(lost), there)
-        place = np.where((place < 0) & (found >= 0), lost[found], place)
+        matched, still = _match(names.take(lost), there)
+        place = np.where((place < 0) & (matched >= 0), lost[matched], place)
         lost = lost[still]
     remarks = [number for number in lost.tolist() if is_remark(listed[number].as_py(), by, first=number == 0)]
     lost = np.setdiff1d(lost, remarks)
@@ -102,12 +102,12 @@ def refuse_ambiguous(place: np.ndarray, listed: pyarrow.Array, table: pyarrow.Ta
     return int((counts - 1).sum())
 
 
-def refuse_missing(found: Found, total: int, *, share: float, where: str) -> None:
+def refuse_missing(lookup: Found, total: int, *, share: float, where: str) -> None:
     """Raises DataError where more than this share of a list is not in the data set."""
-    if found.missing > share * (total - found.remarks):
+    if lookup.missing > share * (total - lookup.remarks):
         raise DataError(
-            f"{found.missing:,} of the {total - found.remarks:,} listed crops are not in the data set, for example "
-            f"{', '.join(found.examples)}",
+            f"{lookup.missing:,} of the {total - lookup.remarks:,} listed crops are not in the data set, for example "
+            f"{', '.join(lookup.examples)}",
             where=where,
             hint=f"the indexes, shards/*.parquet, list them; --max-missing above {share:g} goes on without the missing",
         )

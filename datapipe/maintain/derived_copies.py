@@ -90,61 +90,61 @@ def clear(places: Iterable[CopyLocation], shards: Collection[str], words: Collec
 
     Done again it does what is left; a file that cannot be deleted does not keep others from it.
     """
-    found, search = Cleared(), _Search(words)
+    cleared, search = Cleared(), _Search(words)
     for place in places:
-        found.remaining += [
+        cleared.remaining += [
             f"{cache}: blocks on other machines, if the run had any; give the folder with --runs there"
             for cache in sorted(_caches(place))
             if not os.path.isdir(cache)
         ]
         roots = {"", *(match["root"] for match in map(RUN.fullmatch, place.names) if match)}
         for name in place.names:
-            _judge(place.store, name, roots, shards, search, found)
-    found.weights = sorted(set(found.weights))
-    return found
+            _judge(place.store, name, roots, shards, search, cleared)
+    cleared.weights = sorted(set(cleared.weights))
+    return cleared
 
 
 def _judge(
-    store: Store, name: str, roots: set[str], shards: Collection[str], search: "_Search", found: Cleared
+    store: Store, name: str, roots: set[str], shards: Collection[str], search: "_Search", cleared: Cleared
 ) -> None:
     address = store.address(name)
     block, copy, weights = BLOCK.fullmatch(name), COPY.fullmatch(name), WEIGHTS.fullmatch(name)
     if block:
-        if block["shard"] in shards and _deleted(store, name, found):
-            found.blocks += 1
+        if block["shard"] in shards and _deleted(store, name, cleared):
+            cleared.blocks += 1
     elif copy and copy["root"] in roots:
-        if _deleted(store, name, found):
-            found.deleted.append(address)
+        if _deleted(store, name, cleared):
+            cleared.deleted.append(address)
     elif weights:
-        found.weights.append(store.address(weights["root"].rstrip("/")))
+        cleared.weights.append(store.address(weights["root"].rstrip("/")))
     elif name.lower().endswith(PICTURES):
-        found.remaining.append(f"{address}: no command of this project is known to have made it; look into it")
+        cleared.remaining.append(f"{address}: no command of this project is known to have made it; look into it")
     elif name.lower().endswith(TEXTS):
-        _search(store, name, search, found)
+        _search(store, name, search, cleared)
 
 
-def _deleted(store: Store, name: str, found: Cleared) -> bool:
+def _deleted(store: Store, name: str, cleared: Cleared) -> bool:
     try:
         store.delete(name)
     except StorageError as error:
-        found.failed.append(f"{store.address(name)}: {error.what}")
+        cleared.failed.append(f"{store.address(name)}: {error.what}")
         return False
     return True
 
 
-def _search(store: Store, name: str, search: "_Search", found: Cleared) -> None:
+def _search(store: Store, name: str, search: "_Search", cleared: Cleared) -> None:
     address = store.address(name)
     try:
         if store.size(name) > MOST_TEXT:
-            found.remaining.append(f"{address}: too large to be searched for names")
+            cleared.remaining.append(f"{address}: too large to be searched for names")
             return
         text = store.read(name).decode("utf-8", "replace")
     except StorageError as error:
-        found.failed.append(f"{address}: it cannot be searched for names: {error.what}")
+        cleared.failed.append(f"{address}: it cannot be searched for names: {error.what}")
         return
     line = search.line(text)
     if line:
-        found.remaining.append(f"{address}: line {line} names a removed crop")
+        cleared.remaining.append(f"{address}: line {line} names a removed crop")
 
 
 class _Search:
@@ -179,15 +179,15 @@ def _spellings(word: str) -> Iterator[str]:
 
 def _caches(place: CopyLocation) -> set[str]:
     """Folders of blocks that the recipes of runs name."""
-    found = set()
+    folders = set()
     for name in place.names:
         if name.rpartition("/")[2] == "config.toml" and RUN.fullmatch(name):
             try:
                 stream = tomllib.loads(place.store.read(name).decode()).get("stream", {})
-                found.add(os.path.expanduser(str(stream.get("cache_dir", ""))))
+                folders.add(os.path.expanduser(str(stream.get("cache_dir", ""))))
             except (StorageError, ValueError, AttributeError):
                 continue  # no recipe of ours
-    return found - {""}
+    return folders - {""}
 
 
 def _look(url: str, storage: StorageConfig) -> CopyLocation:

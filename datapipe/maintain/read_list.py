@@ -83,8 +83,8 @@ def decoded(data: bytes, where: str) -> str:
         text = data.decode(encoding) if encoding else _utf8(data)
     except UnicodeDecodeError as error:
         raise _no_text(f"it is no whole {encoding.upper()}", where) from error
-    if found := CONTROL.search(text):
-        raise _no_text(f"it holds the control character {found[0]!r}", where)
+    if control := CONTROL.search(text):
+        raise _no_text(f"it holds the control character {control[0]!r}", where)
     return text.removeprefix("\ufeff")
 
 
@@ -142,10 +142,10 @@ def _column(data: bytes, by: By, url: str) -> list[str]:
 
 def _unpickled(data: bytes, url: str) -> list[str]:
     try:
-        found = load_plain(data)
-        if not isinstance(found, list | tuple):
-            raise TypeError(f"it is of type {type(found).__name__}")
-        return _texts(found)
+        names = load_plain(data)
+        if not isinstance(names, list | tuple):
+            raise TypeError(f"it is of type {type(names).__name__}")
+        return _texts(names)
     except Exception as error:  # damaged pickles end in any exception there is
         raise DataError(
             f"the pickle is no plain list of names: {error}",

@@ -33,7 +33,7 @@ def members(tar: bytes) -> dict[str, tuple[int, int, dict[str, Any]]]:
 
     Raises DataError for one whose name is no key: it would be written into the new index, and others unpack by it.
     """
-    found: dict[str, tuple[int, int, dict[str, Any]]] = {}
+    crops: dict[str, tuple[int, int, dict[str, Any]]] = {}
     with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as archive:
         for member in archive:
             key, _, ending = member.name.rpartition(".")
@@ -41,11 +41,11 @@ def members(tar: bytes) -> dict[str, tuple[int, int, dict[str, Any]]]:
                 if not re.fullmatch(KEY, key):
                     raise DataError("a crop in a tar of the data set is not called after its key", where=member.name,
                                     hint="keys are 32 hex digits; the tar was not written by this project")  # fmt: skip
-                found[key] = member.offset_data, member.size, {}
-            elif ending == "json" and key in found:
+                crops[key] = member.offset_data, member.size, {}
+            elif ending == "json" and key in crops:
                 text = tar[member.offset_data : member.offset_data + member.size]
-                found[key] = *found[key][:2], json.loads(text)
-    return found
+                crops[key] = *crops[key][:2], json.loads(text)
+    return crops
 
 
 def rebuild(store: Store, shard: Shard, ordinal: int, others: Mapping[int, Shard]) -> tuple[Shard, bool]:
@@ -103,8 +103,8 @@ def _marked(rows: pyarrow.Table, ordinal: int, others: Mapping[int, pyarrow.Tabl
     start = sum(part.num_rows for number, part in parts.items() if number < ordinal)
     table = pyarrow.concat_tables(parts.values())
     group = hot_columns(table, np.zeros(len(table), np.int64), seed=0, near_within=within)["group"].to_numpy()
-    found = exact_duplicates(content_words(table)), near_duplicates(table["dhash"].to_numpy(), group)
-    for name, marks in zip(MARKS, found, strict=True):
+    marks_of_kind = exact_duplicates(content_words(table)), near_duplicates(table["dhash"].to_numpy(), group)
+    for name, marks in zip(MARKS, marks_of_kind, strict=True):
         column = pyarrow.array(_originals(marks, table, start, start + len(rows)), pyarrow.string())
         rows = rows.set_column(rows.column_names.index(name), name, column)
     return rows
@@ -113,7 +113,7 @@ def _marked(rows: pyarrow.Table, ordinal: int, others: Mapping[int, pyarrow.Tabl
 def _originals(marks: Marks, table: pyarrow.Table, start: int, end: int) -> list[str | None]:
     """For each place in [start, end) the key of its original."""
     low, high = np.searchsorted(marks.places, (start, end))
-    found: list[str | None] = [None] * (end - start)
+    keys: list[str | None] = [None] * (end - start)
     for place, original in zip(marks.places[low:high], marks.originals[low:high], strict=True):
-        found[int(place) - start] = table["key"][int(original)].as_py()
-    return found
+        keys[int(place) - start] = table["key"][int(original)].as_py()
+    return keys

@@ -112,16 +112,16 @@ def remove(url: str, config: RemoveConfig, storage: StorageConfig) -> Removed:
         with contextlib.suppress(NotFoundError):
             done = finish(store, name)
             return Removed(*done, found_complete=True, cleared=_clear(store, places, request.words))
-        found = request.find(store, storage)
-        if not len(found.keys):
+        selected = request.find(store, storage)
+        if not len(selected.keys):
             cleared = _clear(store, places, request.words)
-            return Removed(0, (), 0, found_complete=True, cleared=cleared, lists=found.lists)
+            return Removed(0, (), 0, found_complete=True, cleared=cleared, lists=selected.lists)
         with Workers(config.workers) as workers:
-            replace_versions(store, found.keys, "remove", storage, workers)
-        _forget_quarantined(store, found)
-        cleared = _clear(store, places, request.words | found.words)
-        write_record(store, name, found.keys, {"reason": config.reason, "date": config.date})
-        return Removed(*finish(store, name), cleared=cleared, lists=found.lists)
+            replace_versions(store, selected.keys, "remove", storage, workers)
+        _forget_quarantined(store, selected)
+        cleared = _clear(store, places, request.words | selected.words)
+        write_record(store, name, selected.keys, {"reason": config.reason, "date": config.date})
+        return Removed(*finish(store, name), cleared=cleared, lists=selected.lists)
 
 
 def _clear(store: Store, places: Sequence[CopyLocation], words: Collection[str]) -> Cleared:
@@ -212,31 +212,31 @@ class _Request:
     def _meant(self, table: pyarrow.Table, store: Store) -> _Meant:
         meant = _Meant(pyarrow.compute.equal(table["source"], self.config.source or table["source"]).to_numpy())
         looked = {by: _look_up(listed, table, by, meant.rows) for by, listed in self.lists.items()}
-        for found in looked.values():
-            meant.rows = meant.rows & (found.place >= 0)
-        for by, found in looked.items():
-            listed, place = self.lists[by], np.where(meant.rows, found.place, -1)
+        for lookup in looked.values():
+            meant.rows = meant.rows & (lookup.place >= 0)
+        for by, lookup in looked.items():
+            listed, place = self.lists[by], np.where(meant.rows, lookup.place, -1)
             meant.lists.alike += refuse_ambiguous(place, listed, table, f"--{by}s")
-            lost = self._but_gone(found, by, table, store, meant)
-            lost += listed.take(np.setdiff1d(found.place, [-1, *np.unique(place).tolist()])).to_pylist()
-            found = found._replace(missing=len(lost), examples=lost[:EXAMPLES])
-            refuse_missing(found, len(listed), share=self.config.max_missing, where=getattr(self.config, f"{by}s"))
+            lost = self._but_gone(lookup, by, table, store, meant)
+            lost += listed.take(np.setdiff1d(lookup.place, [-1, *np.unique(place).tolist()])).to_pylist()
+            lookup = lookup._replace(missing=len(lost), examples=lost[:EXAMPLES])
+            refuse_missing(lookup, len(listed), share=self.config.max_missing, where=getattr(self.config, f"{by}s"))
             meant.lists.missing += lost[:EXAMPLES]
             meant.lists.missing_count += len(lost)
-            meant.lists.remarks += found.remarks
+            meant.lists.remarks += lookup.remarks
         return meant
 
-    def _but_gone(self, found: Found, by: By, table: pyarrow.Table, store: Store, meant: _Meant) -> list[str]:
+    def _but_gone(self, lookup: Found, by: By, table: pyarrow.Table, store: Store, meant: _Meant) -> list[str]:
         """The listed crops that are not there, but for those that were removed before or quarantined: noted."""
-        if not len(found.lost):
+        if not len(lookup.lost):
             return []
         hashes, sources = removed_before(store), table["source"].unique().to_pylist()
-        refused = look_up(found.lost, _quarantined(store, self.config.source), by)
+        refused = look_up(lookup.lost, _quarantined(store, self.config.source), by)
         meant.quarantined |= {key for key, place in zip(_quarantined(store, self.config.source)["key"].to_pylist(),
                                                         refused.place.tolist(), strict=True) if place >= 0}  # fmt: skip
         unknown = set(refused.lost.to_pylist())
         lost = []
-        for line in found.lost.to_pylist():
+        for line in lookup.lost.to_pylist():
             keys = [line.strip().lower()] if by == "key" else _keys_of(line, sources)
             if line not in unknown or any(hashlib.sha256(key.encode()).hexdigest() in hashes for key in keys):
                 meant.lists.before += 1
@@ -247,10 +247,10 @@ class _Request:
 
 def _look_up(listed: pyarrow.Array, table: pyarrow.Table, by: By, among: np.ndarray) -> Found:
     """`look_up` among some of the rows (bool) of a table."""
-    found = look_up(listed, table.filter(pyarrow.array(among)), by)
+    lookup = look_up(listed, table.filter(pyarrow.array(among)), by)
     place = np.full(len(table), -1)
-    place[among] = found.place
-    return found._replace(place=place)
+    place[among] = lookup.place
+    return lookup._replace(place=place)
 
 
 def _keys_of(name: str, sources: Sequence[str]) -> list[str]:
@@ -270,10 +270,10 @@ def _quarantined(store: Store, source: str) -> pyarrow.Table:
     return table.filter(pyarrow.compute.equal(table["source"], source)) if source else table
 
 
-def _forget_quarantined(store: Store, found: _Found) -> None:
+def _forget_quarantined(store: Store, removed: _Found) -> None:
     """Take the rows out of quarantine.parquet that are of listed crops or name a removed one as their original."""
     table = _quarantined(store, "")
-    gone = pyarrow.array([*found.keys.to_pylist(), *found.quarantined], pyarrow.string())
+    gone = pyarrow.array([*removed.keys.to_pylist(), *removed.quarantined], pyarrow.string())
     named = [pyarrow.compute.is_in(table[name], value_set=gone) for name in ("key", "detail")]
     left = table.filter(pyarrow.compute.invert(pyarrow.compute.or_(*named)))
     if len(left) < len(table):

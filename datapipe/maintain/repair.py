@@ -74,13 +74,13 @@ def repair(url: str, storage: StorageConfig, *, workers: int = 0) -> Repaired:
         using, past = _shards(versions), _shards(unfinished(store))
         shards = list(dict.fromkeys([*using, *past]))
         results = pool.run(diagnose, ((store, shard) for shard in shards), count=len(shards))
-        found = dict(zip(shards, results, strict=True))
-        done.hopeless += [f"{shard.name} is missing" for shard in using if found[shard].missing_tar]
-        successors = _mend_indexes(store, versions, found, done)
-        if any(found[shard].lost_index and shard not in successors for shard in using):
+        diagnoses = dict(zip(shards, results, strict=True))
+        done.hopeless += [f"{shard.name} is missing" for shard in using if diagnoses[shard].missing_tar]
+        successors = _mend_indexes(store, versions, diagnoses, done)
+        if any(diagnoses[shard].lost_index and shard not in successors for shard in using):
             return done  # versions cannot be replaced while rows of them are unknown
-        keys = pyarrow.array(sorted({key for what in found.values() for key in what.damaged}), pyarrow.string())
-        done.mended += sorted({shard.name for shard, what in found.items() if what.damaged_tar})
+        keys = pyarrow.array(sorted({key for what in diagnoses.values() for key in what.damaged}), pyarrow.string())
+        done.mended += sorted({shard.name for shard, what in diagnoses.items() if what.damaged_tar})
         done.removed = len(keys)
         changed = {old: new for old, new in successors.items() if new != old}
         if changed or done.mended or past:
@@ -119,20 +119,20 @@ def diagnose(store: Store, shard: Shard) -> Diagnosis:
 
 
 def _mend_indexes(
-    store: Store, versions: Iterable[Manifest], found: Mapping[Shard, Diagnosis], done: Repaired
+    store: Store, versions: Iterable[Manifest], diagnoses: Mapping[Shard, Diagnosis], done: Repaired
 ) -> dict[Shard, Shard]:
     """The shards whose indexes were lost, and what takes their place: themselves where all bytes are back."""
     successors: dict[Shard, Shard] = {}
     for version in versions:
-        good = {number: shard for number, shard in enumerate(version.shards) if not found[shard].lost_index}
+        good = {number: shard for number, shard in enumerate(version.shards) if not diagnoses[shard].lost_index}
         for ordinal, shard in enumerate(version.shards):
-            if not found[shard].lost_index or shard in successors:
+            if not diagnoses[shard].lost_index or shard in successors:
                 continue
             host = _host(store, shard, good.values())
             if host:
                 successors[shard] = stand_in(store, shard, host)
                 done.rebuilt.append(shard.index)
-            elif found[shard].damaged_tar or found[shard].missing_tar:
+            elif diagnoses[shard].damaged_tar or diagnoses[shard].missing_tar:
                 done.hopeless.append(f"{shard.index}: the tar it would be rebuilt from is not intact either")
             elif len(members(store.read(shard.name))) != shard.rows:
                 done.hopeless.append(f"{shard.index}: only it knew which of its {shard.rows:,} rows had a crop removed")

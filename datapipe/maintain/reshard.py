@@ -182,9 +182,9 @@ def once(crops: Candidates) -> np.ndarray:
     group = np.maximum.accumulate(group)
     first = np.full(len(order), len(order))
     np.minimum.at(first, group, order)
-    found = np.zeros(len(order), bool)
-    found[first[first < len(order)]] = True
-    return found
+    is_first = np.zeros(len(order), bool)
+    is_first[first[first < len(order)]] = True
+    return is_first
 
 
 def _some(crops: Candidates, rows: np.ndarray) -> Candidates:

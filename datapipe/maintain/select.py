@@ -87,10 +87,10 @@ class _Choice:
         """Rows in the first part of a list."""
         listed = read_list(url, by, self.storage)
         listed = listed.slice(0, round(keep * len(listed)))
-        found = look_up(listed, self.table, by)
-        refuse_missing(found, len(listed), share=self.config.max_missing, where=url)
-        self.missing += found.missing
-        place = found.place[self.rows]
+        lookup = look_up(listed, self.table, by)
+        refuse_missing(lookup, len(listed), share=self.config.max_missing, where=url)
+        self.missing += lookup.missing
+        place = lookup.place[self.rows]
         within = np.full(len(self.table), -1)
         within[self.rows] = place
         refuse_ambiguous(within, listed, self.table, url)

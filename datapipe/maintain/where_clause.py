@@ -57,8 +57,8 @@ class Expression:
     def holds(self, table: pyarrow.Table) -> pyarrow.ChunkedArray:
         """Boolean per row of a table that has `columns`; never null."""
         try:
-            found = self._truth(self._tree, table)
-            return pyarrow.compute.fill_null(found, False)
+            truth = self._truth(self._tree, table)
+            return pyarrow.compute.fill_null(truth, False)
         except (pyarrow.ArrowException, TypeError) as error:
             raise self._refused(f"does not fit the columns: {str(error).splitlines()[0]}") from error
 
@@ -81,8 +81,8 @@ class Expression:
     def _compared(self, left: ast.expr, operator: ast.cmpop, right: ast.expr, table: pyarrow.Table) -> Any:
         value = self._value(left, table)
         if isinstance(operator, ast.In | ast.NotIn):
-            found = pyarrow.compute.is_in(value, value_set=self._listed(right, value.type))
-            return found if isinstance(operator, ast.In) else pyarrow.compute.invert(found)
+            member = pyarrow.compute.is_in(value, value_set=self._listed(right, value.type))
+            return member if isinstance(operator, ast.In) else pyarrow.compute.invert(member)
         other = self._value(right, table)
         if other is None and isinstance(operator, ast.Eq | ast.NotEq):
             empty = pyarrow.compute.is_null(value)
@@ -119,10 +119,10 @@ class Expression:
 
 
 def _joined(parts: list[Any], join: Compute) -> Any:
-    found = parts[0]
+    joined = parts[0]
     for part in parts[1:]:
-        found = join(found, part)
-    return found
+        joined = join(joined, part)
+    return joined
 
 
 def _real(value: Any) -> Any:

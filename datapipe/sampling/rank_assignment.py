@@ -95,8 +95,8 @@ def shares(order: SampleOrder, assignment: Assignment, rank: int, batches: Itera
         drawn = [np.arange(batch.start, batch.stop) if by_node else batch.start + assignment.slice(rank, len(batch))
                  for batch in some]  # fmt: skip
         ends = np.cumsum([len(positions) for positions in drawn])
-        found = np.split(order.samples(np.concatenate(drawn)), ends[:-1])
-        for batch, positions, samples in zip(some, drawn, found, strict=True):
+        samples_of_batch = np.split(order.samples(np.concatenate(drawn)), ends[:-1])
+        for batch, positions, samples in zip(some, drawn, samples_of_batch, strict=True):
             mine = assignment.ranks(order.blocks(samples)) == rank if by_node else slice(None)
             yield Share(batch, _padded(positions[mine], rows), _padded(samples[mine], rows))
 

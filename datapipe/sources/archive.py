@@ -91,10 +91,10 @@ class ArchiveSource:
     def _tar(self, stream: BinaryIO, archive: Archive) -> Iterator[Crop]:
         members = read_members(stream, archive.url, packed=not archive.name.lower().endswith(".tar"))
         wanted = (member for member in members if not is_hidden(member.name))
-        if (found := look_ahead(wanted)).has_samples:
-            yield from read_samples(found.members, self.label, archive.prefix, archive.url)
+        if (ahead := look_ahead(wanted)).has_samples:
+            yield from read_samples(ahead.members, self.label, archive.prefix, archive.url)
             return
-        for member in found.members:
+        for member in ahead.members:
             if is_wanted(member.name, member.problem):
                 yield labelled(self.label, archive.prefix + member.name, member.data, problem=member.problem)
 

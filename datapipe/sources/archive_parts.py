@@ -57,24 +57,24 @@ class Archive:
 def list_archives(url: str, storage: StorageConfig) -> Iterator[Archive]:
     """The archives at a url, in the order of its listing. Raises DataError where a piece is missing."""
     named = bool(file_urls(url, storage))  # other files may join those of a folder or a pattern
-    found: dict[tuple[str, str], list[tuple[str, File]]] = {}
+    parts_of_archive: dict[tuple[str, str], list[tuple[str, File]]] = {}
     spanned: dict[tuple[str, str], list[tuple[str, File]]] = {}
     for file in list_files(url, storage, ARCHIVES):
         match = ARCHIVE.fullmatch(file.name)
         assert match  # else it were no archive
         if match["spanned"]:
             last = f"{match['spanned']}.{'ZIP' if '.Z' in file.name else 'zip'}"
-            found.setdefault((file.folder, last), [])
+            parts_of_archive.setdefault((file.folder, last), [])
             spanned.setdefault((file.folder, last), []).append((match["volume"], file))
         else:
-            found.setdefault((file.folder, match["archive"]), []).append((match["part"] or "", file))
-    for (folder, name), pieces in found.items():
+            parts_of_archive.setdefault((file.folder, match["archive"]), []).append((match["part"] or "", file))
+    for (folder, name), pieces in parts_of_archive.items():
         volumes = spanned.get((folder, name), [])
         whole = [file for part, file in pieces if not part]
         if volumes and not whole:
             raise volumes_missing(f"{folder.rstrip('/')}/{name}")
         files = [*_in_order(volumes), *whole] if volumes else whole or _in_order(pieces)
-        alone = len(found) == 1 and named
+        alone = len(parts_of_archive) == 1 and named
         yield Archive(
             folder,
             name,

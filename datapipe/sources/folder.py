@@ -39,8 +39,8 @@ class FolderSource:
 
     @classmethod
     def at(cls, place: Location) -> "FolderSource | None":
-        found = place.is_folder and IMAGES in place.kinds
-        return cls(place.url, place.folder, place.label, place.storage) if found else None
+        holds_images = place.is_folder and IMAGES in place.kinds
+        return cls(place.url, place.folder, place.label, place.storage) if holds_images else None
 
     def units(self) -> Iterator[FolderUnit]:
         batch: list[File] = []

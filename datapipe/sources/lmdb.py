@@ -62,30 +62,30 @@ class LmdbSource:
     @classmethod
     def at(cls, place: Location) -> "LmdbSource | None":
         if not place.is_folder:
-            found = [url for url in place.names if url.lower().endswith(ENDINGS)]
+            urls = [url for url in place.names if url.lower().endswith(ENDINGS)]
         else:
-            found = [
+            urls = [
                 f"{place.folder}/{name}"
                 for name in place.names
                 if f"/{name}".endswith(f"/{DATA}") or (place.is_pattern and _is_lmdb(name))
             ]
-        if len(found) > 1:
-            raise DataError(f"the source holds {len(found)} LMDBs", where=place.url, hint="give each as its own source")
-        return cls(found[0], _find_keys(found[0], place.storage), place.label, place.storage) if found else None
+        if len(urls) > 1:
+            raise DataError(f"the source holds {len(urls)} LMDBs", where=place.url, hint="give each as its own source")
+        return cls(urls[0], _find_keys(urls[0], place.storage), place.label, place.storage) if urls else None
 
     def units(self) -> Iterator[LmdbUnit]:
         listed = read_keys(self.keys, self.storage) if self.keys else None
         batches = self._listed(*listed) if listed else self._stored()
-        found = 0
+        present = 0
         for keys, pids, sizes in batches:
             digest = hashlib.sha256()
             for key, size in zip(keys, sizes, strict=True):
                 digest.update(f"{key}\0{size}\0".encode("utf-8", "surrogateescape"))
             digest.update(repr(pids).encode())
-            found += sum(size >= 0 for size in sizes)
+            present += sum(size >= 0 for size in sizes)
             yield LmdbUnit(keys, pids, sum(size for size in sizes if size > 0), digest.hexdigest())
         if listed:
-            self._compare(found, len(listed[0]))
+            self._compare(present, len(listed[0]))
 
     def read(self, unit: LmdbUnit) -> Iterator[Crop]:
         pids = unit.pids or (UNKNOWN,) * len(unit.keys)
@@ -102,19 +102,19 @@ class LmdbSource:
         for start in range(0, len(keys), UNIT_CROPS):
             part = slice(start, start + UNIT_CROPS)
             with self._opened() as file:
-                found = (file.find(_encoded(key)) for key in keys[part])
-                sizes = [-1 if value is None else value.size for value in found]
+                values = (file.find(_encoded(key)) for key in keys[part])
+                sizes = [-1 if value is None else value.size for value in values]
             yield tuple(keys[part]), tuple(pids[part]), sizes
 
     def _stored(self) -> Iterator[Batch]:
         """As the LMDB has it."""
         with self._opened() as file:
             items = ((key.decode("utf-8", "surrogateescape"), value.size) for key, value in file.items())
-            while found := list(islice(items, UNIT_CROPS)):
-                yield tuple(key for key, _ in found), (), [size for _, size in found]
+            while batch := list(islice(items, UNIT_CROPS)):
+                yield tuple(key for key, _ in batch), (), [size for _, size in batch]
 
-    def _compare(self, found: int, listed: int) -> None:
-        if listed and not found:
+    def _compare(self, present: int, listed: int) -> None:
+        if listed and not present:
             raise DataError(
                 "the LMDB holds none of the keys in keys.pkl",
                 where=self.keys,
@@ -122,9 +122,9 @@ class LmdbSource:
             )
         with self._opened() as file:
             stored = file.entries
-        if stored > found:
+        if stored > present:
             log.warning(
-                "%s: %d of %d images are not in %s and are left out", self.data, stored - found, stored, self.keys
+                "%s: %d of %d images are not in %s and are left out", self.data, stored - present, stored, self.keys
             )
 
     def _opened(self) -> LmdbFile:
@@ -137,7 +137,7 @@ def read_keys(url: str, storage: StorageConfig) -> tuple[list[str], list[int]]:
     folder, name = split_url(url)
     pickled = open_store(folder, storage).read(name)
     try:
-        found = load_plain(pickled)
+        unpickled = load_plain(pickled)
     except NamesCodeError as error:
         raise DataError(
             f"{KEYS} asks for code to be run ({error}); only lists, dicts, text and numbers are read",
@@ -152,7 +152,7 @@ def read_keys(url: str, storage: StorageConfig) -> tuple[list[str], list[int]]:
         ) from error
     keys: Any
     pids: Any
-    keys, pids = (found.get("keys"), found.get("pids", [])) if isinstance(found, dict) else (found, [])
+    keys, pids = (unpickled.get("keys"), unpickled.get("pids", [])) if isinstance(unpickled, dict) else (unpickled, [])
     if not _is_list(keys, str | bytes) or not _are_pids(pids) or len(pids) not in (0, len(keys)):
         raise DataError(
             f'{KEYS} holds no list of keys, nor a dict of "keys" and as many "pids" of at most 32 bits',

@@ -187,9 +187,9 @@ class LmdbFile:
         if number < 2:
             raise self._damaged(f"page {number:,} is no part of its tree")
         data = self._bytes(number * self._page_size, self._page_size)
-        found, _, flags, low, high = HEAD.unpack_from(data)
+        stored_number, _, flags, low, high = HEAD.unpack_from(data)
         is_leaf = bool(flags & LEAF)
-        if found != number or is_leaf == bool(flags & BRANCH) or flags & (OVERFLOW | META_PAGE | LEAF2):
+        if stored_number != number or is_leaf == bool(flags & BRANCH) or flags & (OVERFLOW | META_PAGE | LEAF2):
             raise self._damaged(f"page {number:,} is no part of its tree")
         if not HEAD.size <= low <= high <= self._page_size or low % 2:
             raise self._damaged(f"page {number:,} has no sense")

@@ -143,14 +143,14 @@ def list_files(url: str, storage: StorageConfig, kind: str) -> Iterator[File]:
     indexes: dict[str, str] = {}  # stem -> table that may be the index of an archive of that name, listed after it
     above, entries = list_entries(url, storage)
     for entry in entries:
-        found = kind_of(entry.name)
-        if found == kind:
+        file_kind = kind_of(entry.name)
+        if file_kind == kind:
             indexes.pop(_stem(entry.name), None)
             yield File(above, entry.name, entry.size)
-        elif found == TABLES and kind == ARCHIVES:
+        elif file_kind == TABLES and kind == ARCHIVES:
             indexes[_stem(entry.name)] = entry.name
-        elif found:
-            raise _mixed(above, entry.name, kind, found)
+        elif file_kind:
+            raise _mixed(above, entry.name, kind, file_kind)
     for name in indexes.values():
         raise _mixed(above, name, kind, TABLES)
 
@@ -183,9 +183,9 @@ def _stem(name: str) -> str:
     return re.sub(r"\.[^./]+$", "", re.sub(r"\.gz$", "", match["archive"] or name if match else name))
 
 
-def _mixed(url: str, name: str, kind: str, found: str) -> DataError:
+def _mixed(url: str, name: str, kind: str, other: str) -> DataError:
     return DataError(
-        f"the folder holds both {kind} and {found}",
+        f"the folder holds both {kind} and {other}",
         where=f"{url}/{name}",
         hint="give them as separate sources, each in a folder of its own",
     )
@@ -220,17 +220,17 @@ def _pieces(folder: str, name: str, storage: StorageConfig) -> list[str]:
         names = [piece.name for piece in open_store(folder, storage).list(f"{stem}.")]
     except NotFoundError:
         return []
-    found = [(piece, parts) for piece in names if (parts := ARCHIVE.fullmatch(piece))]
-    if not match["part"] and any(parts["spanned"] == stem for _, parts in found):
+    archives = [(piece, parts) for piece in names if (parts := ARCHIVE.fullmatch(piece))]
+    if not match["part"] and any(parts["spanned"] == stem for _, parts in archives):
         last = (f"{stem}.zip".lower(), None)
         return [
             f"{folder}/{piece}"
-            for piece, parts in found
+            for piece, parts in archives
             if parts["spanned"] == stem or (piece.lower(), parts["part"]) == last
         ]
     if not match["part"] and name in names:
         return []
-    return [f"{folder}/{piece}" for piece, parts in found if parts["archive"] == match["archive"] and parts["part"]]
+    return [f"{folder}/{piece}" for piece, parts in archives if parts["archive"] == match["archive"] and parts["part"]]
 
 
 def _peek(url: str, storage: StorageConfig) -> Iterator[str]:
@@ -246,8 +246,8 @@ def _walk(root: str, below: str, parents: tuple[str, ...]) -> Iterator[str]:
     if real in parents:  # a link to a folder above
         return
     folders = []
-    with os.scandir(real) as found:
-        for item in found:
+    with os.scandir(real) as entries:
+        for item in entries:
             if item.is_dir():
                 folders.append(item.name)
             else:

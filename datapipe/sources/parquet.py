@@ -120,16 +120,16 @@ def _units(table: pyarrow.parquet.ParquetFile, file: File, prefix: str) -> Itera
 
 def find_image_column(schema: pyarrow.Schema, where: str) -> str:
     """The column of the images: by its usual names, or the only one of bytes. Raises DataError."""
-    found = [field.name for field in schema if _holds_bytes(field.type)]
-    named = [name for name in IMAGE_COLUMNS if name in found]
-    if len(found) != 1 and not named:
+    binary_columns = [field.name for field in schema if _holds_bytes(field.type)]
+    named = [name for name in IMAGE_COLUMNS if name in binary_columns]
+    if len(binary_columns) != 1 and not named:
         columns = ", ".join(f"{field.name}: {field.type}" for field in schema)
         raise DataError(
             f"no column is known to hold the images; there are {columns}",
             where=where,
             hint=f"call one of bytes, or of struct{{bytes, path}}, {' or '.join(IMAGE_COLUMNS[:2])}",
         )
-    return (named or found)[0]
+    return (named or binary_columns)[0]
 
 
 def find_name_column(schema: pyarrow.Schema, image: str) -> str:

@@ -220,18 +220,18 @@ class _Footage:
 
 def _pair(folder: str, label: str, entries: Iterable[Entry]) -> Iterator[VideoUnit]:
     """Videos and sequences with their boxes; `label` is the name of a sequence that is the folder itself."""
-    found: dict[str, _Footage] = {}
+    footage_of_video: dict[str, _Footage] = {}
     beside: dict[str, Entry] = {}
     for entry in entries:
         kind = kind_of(entry.name)
         root, is_frame, _ = f"/{entry.name}".rpartition(f"/{FRAMES}")
         if kind == VIDEOS:
             stem = entry.name.rpartition(".")[0]
-            found[entry.name] = _Footage(entry.name, "", [f"{stem}{ending}" for ending in BOX_ENDINGS])
-            found[entry.name].add(entry)
+            footage_of_video[entry.name] = _Footage(entry.name, "", [f"{stem}{ending}" for ending in BOX_ENDINGS])
+            footage_of_video[entry.name].add(entry)
         elif kind == IMAGES and is_frame:
             places = [f"{root}/{name}".removeprefix("/") for name in (FRAMES, TRUTH, DETECTIONS)]
-            found.setdefault(root.removeprefix("/") or label, _Footage("", places[0], places[1:])).add(entry)
+            footage_of_video.setdefault(root.removeprefix("/") or label, _Footage("", places[0], places[1:])).add(entry)
         elif kind in (IMAGES, ARCHIVES):
             raise DataError(
                 f"the folder holds both videos and {kind}",
@@ -240,7 +240,7 @@ def _pair(folder: str, label: str, entries: Iterable[Entry]) -> Iterator[VideoUn
             )
         elif entry.name.lower().endswith(BOX_ENDINGS):
             beside[entry.name] = entry
-    for name, footage in sorted(found.items()):
+    for name, footage in sorted(footage_of_video.items()):
         boxes = next((beside[place] for place in footage.boxes if place in beside), None)
         if boxes is None:
             raise DataError(

@@ -61,11 +61,11 @@ def find_directory(stream: BinaryIO, volumes: Sequence[int], url: str) -> Direct
     tail_start = max(0, total - END.size - MOST_COMMENT)
     stream.seek(tail_start)
     tail = stream.read()
-    found = tail.rfind(END_SIGNATURE)
-    if found < 0 or len(tail) - found < END.size:
+    end_record = tail.rfind(END_SIGNATURE)
+    if end_record < 0 or len(tail) - end_record < END.size:
         raise _cut("its directory, which is at the end, is missing", url)
-    _, disk, first_disk, _, _, size, offset, _ = END.unpack_from(tail, found)
-    end = tail_start + found
+    _, disk, first_disk, _, _, size, offset, _ = END.unpack_from(tail, end_record)
+    end = tail_start + end_record
     if ESCAPE in (size, offset) or 0xFFFF in (disk, first_disk) or _has_locator(stream, end):
         disk, first_disk, size, offset, end = _read_end64(stream, end, url)
     if disk + 1 != len(volumes) or first_disk > disk:

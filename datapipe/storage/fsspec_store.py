@@ -62,11 +62,11 @@ class FsspecStore(Store):
             self._system.invalidate_cache()
             return self._system.find(root, detail=True) if self._system.exists(root) else {}
 
-        found = self._try(find, "")
-        for path in sorted(found):
+        details = self._try(find, "")
+        for path in sorted(details):
             name = path[path.index(root.strip("/")) + len(root.strip("/")) + 1 :]
             if name.startswith(prefix) and not name.endswith(TEMPORARY):
-                yield Entry(name, int(found[path]["size"]))
+                yield Entry(name, int(details[path]["size"]))
 
     def put_if_absent(self, name: str, data: Data) -> bool:
         self.replace(name, data)

@@ -63,10 +63,10 @@ class LocalStore(Store):
         """What another process deletes meanwhile is left out, as if it had been deleted before."""
         with self._faults(folder):
             try:
-                found = _sorted_names(self._path(folder))
+                names = _sorted_names(self._path(folder))
             except FileNotFoundError:
                 return
-        for raw in found:
+        for raw in names:
             name = folder + os.fsdecode(raw)
             if not (name.startswith(prefix) or prefix.startswith(name)) or name.endswith(TEMPORARY):
                 continue
@@ -253,9 +253,9 @@ def _sorted_names(folder: Path) -> np.ndarray:
         names = (os.fsencode(item.name) + b"/" * item.is_dir() for item in scan)
         while chunk := list(islice(names, NAMES_AT_ONCE)):
             chunks.append(np.array(chunk))
-    found = np.concatenate(chunks)
-    found.sort()
-    return found
+    joined = np.concatenate(chunks)
+    joined.sort()
+    return joined
 
 
 def _new_file(path: Path) -> BinaryIO:

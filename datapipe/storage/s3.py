@@ -218,10 +218,10 @@ def _is_range(content_range: str, length: int, start: int, size: int | None) -> 
     """Whether an answer of `length` bytes is exactly the range that was asked for (size None: to the end)."""
     if not content_range:  # the whole object, which is right where no more than that was asked for
         return start == 0 and (size is None or length <= size)
-    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", content_range)
-    if found is None:
+    matched = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", content_range)
+    if matched is None:
         return False
-    first, last, total = map(int, found.groups())
+    first, last, total = map(int, matched.groups())
     end = total if size is None else min(start + size, total)
     return (first, last + 1) == (start, end) and length == end - start
 

@@ -142,12 +142,12 @@ def _options(endpoint: str, config: StorageConfig, authorities: str) -> Any:
 
 
 def _credentials(session: Any) -> Callable[[], Any]:
-    found = session.get_credentials()
-    if found is None:
+    credentials = session.get_credentials()
+    if credentials is None:
         raise ValueError("no credentials")
 
     def now() -> dict[str, Any]:
-        frozen = found.get_frozen_credentials()
+        frozen = credentials.get_frozen_credentials()
         return {
             "access_key_id": frozen.access_key,
             "secret_access_key": frozen.secret_key,

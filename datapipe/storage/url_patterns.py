@@ -83,19 +83,19 @@ def would_meet(url: str, path: str) -> bool:
     return bool(WILDCARD.search(url)) and any(_meeting(one)(path) for one in braceexpand.braceexpand(url))
 
 
-def nothing_meets(found: Pattern, storage: StorageConfig) -> DataError:
+def nothing_meets(pattern: Pattern, storage: StorageConfig) -> DataError:
     """What to tell where a pattern means no file: what is there, the likest first."""
     what = "nothing matches the pattern"
     try:
-        entries = islice(open_store(found.folder, storage).list(), LOOKED_AT)
+        entries = islice(open_store(pattern.folder, storage).list(), LOOKED_AT)
         names = sorted({level for entry in entries for level in _levels(entry.name)})
     except NotFoundError as error:
-        return DataError(f"{what}: {error.what}", where=found.url, hint=f"check {error.where} for a typing mistake")
-    depth = max(choice.count("/") for choice in found.choices)
+        return DataError(f"{what}: {error.what}", where=pattern.url, hint=f"check {error.where} for a typing mistake")
+    depth = max(choice.count("/") for choice in pattern.choices)
     same = [name for name in names if name.count("/") == depth] or names
-    near = difflib.get_close_matches(found.choices[0], same, n=NAMED, cutoff=0.0)
+    near = difflib.get_close_matches(pattern.choices[0], same, n=NAMED, cutoff=0.0)
     there = f"{', '.join(near)}{' ...' if len(same) > len(near) else ''}" if near else "nothing"
-    return DataError(what, where=found.url, hint=f"below {found.folder} there is {there}")
+    return DataError(what, where=pattern.url, hint=f"below {pattern.folder} there is {there}")
 
 
 def _parted(path: str, scheme: str, storage: StorageConfig) -> tuple[list[str], list[str]]:

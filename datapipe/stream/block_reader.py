@@ -125,20 +125,20 @@ class BlockReader:
         rows = np.unique(rows)
         if self.cache is None:
             return self._fetch(rows, self._in_parallel)
-        found: Rows = {}
+        data_of_row: Rows = {}
         missing: dict[int, dict[int, ByteRange]] = {}
         for number, wanted in self._by_block(rows).items():
             parts = self.cache.held(self._key(number), list(wanted.values()))
             if parts is None:
                 missing[number] = wanted
             else:
-                found.update(zip(wanted, parts, strict=True))
+                data_of_row.update(zip(wanted, parts, strict=True))
         with self._lock:
             self.asked += len(rows)
-            self.hits += len(found)
+            self.hits += len(data_of_row)
         for part in self._in_parallel(self._load, missing, missing.values()):
-            found.update(part)
-        return found
+            data_of_row.update(part)
+        return data_of_row
 
     def read_anew(self, row: int) -> bytes:
         """One row from the store itself; the cache forgets the block that holds it, as it may be broken there."""
@@ -198,10 +198,10 @@ class BlockReader:
         """A block from the store; crops that arrive broken are asked for once more, and kept broken after that."""
         rows = self.blocks.rows(number)
         sizes, promised = self.places.size[rows].tolist(), self.places.xxh3[rows].tolist()
-        found = self._fetch(rows, map)
-        broken = [row for row, hash_ in zip(found, promised, strict=True) if xxh3(found[row]) != hash_]
-        found |= self._fetch(np.array(broken, dtype=np.int64), map)
-        return b"".join(data.ljust(size, b"\0") for data, size in zip(found.values(), sizes, strict=True))
+        data_of_row = self._fetch(rows, map)
+        broken = [row for row, hash_ in zip(data_of_row, promised, strict=True) if xxh3(data_of_row[row]) != hash_]
+        data_of_row |= self._fetch(np.array(broken, dtype=np.int64), map)
+        return b"".join(data.ljust(size, b"\0") for data, size in zip(data_of_row.values(), sizes, strict=True))
 
     def _fetch(self, rows: Ints, run: Callable[..., Iterator[Any]]) -> Rows:
         """Sorted rows from the store itself."""

@@ -69,12 +69,12 @@ class DiskCache:
         except FileNotFoundError:
             return None
         try:
-            found = [os.pread(file, size, start) for start, size in parts]
+            chunks = [os.pread(file, size, start) for start, size in parts]
         except OSError:
             return None
         finally:
             os.close(file)
-        return found if all(len(data) == size for data, (_, size) in zip(found, parts, strict=True)) else None
+        return chunks if all(len(data) == size for data, (_, size) in zip(chunks, parts, strict=True)) else None
 
     def has(self, key: str) -> bool:
         """Whether the block is there."""
@@ -83,9 +83,9 @@ class DiskCache:
     def load(self, key: str, parts: Sequence[ByteRange], fetch: Callable[[], bytes]) -> list[bytes]:
         """These parts of a block that was not held: fetched here, or by another thread or process just now."""
         with self._turn(key):
-            found = self.held(key, parts)
-            if found is not None:
-                return found
+            chunks = self.held(key, parts)
+            if chunks is not None:
+                return chunks
             self.forget(key)  # else it is there, but not whole
             block = fetch()
             self._add(key, block)
@@ -151,8 +151,8 @@ class DiskCache:
         return total
 
     def _blocks(self) -> Iterator[Path]:
-        with os.scandir(self.folder) as found:
-            yield from (Path(item.path) for item in found if item.name not in SERVICE)
+        with os.scandir(self.folder) as entries:
+            yield from (Path(item.path) for item in entries if item.name not in SERVICE)
 
     def _alone(self) -> AbstractContextManager[int | None]:
         return _locked(self.folder / "lock")

@@ -48,8 +48,8 @@ class MixedStream:
     @property
     def cached(self) -> tuple[int, int]:
         """(crops that came from a cache, of so many that were asked of one) so far."""
-        found = [stream.cached for stream in self.streams]
-        return sum(hits for hits, _ in found), sum(asked for _, asked in found)
+        counts = [stream.cached for stream in self.streams]
+        return sum(hits for hits, _ in counts), sum(asked for _, asked in counts)
 
     @property
     def manifests(self) -> tuple[Manifest, ...]:

@@ -142,10 +142,12 @@ class Stream:
 
     def _fetch(self, reader: BlockReader, samples: Ints) -> Fetched:
         wanted = [self._sound(sample) for sample in samples.tolist()] if self._broken else samples.tolist()
-        found = reader.read(np.array(wanted, dtype=np.int64))
+        data_of_row = reader.read(np.array(wanted, dtype=np.int64))
         promised = reader.places.xxh3[wanted].tolist()
         checked = [
-            (row, found[row]) if xxhash.xxh3_64_intdigest(found[row]) == hash_ else self._checked(reader, row)
+            (row, data_of_row[row])
+            if xxhash.xxh3_64_intdigest(data_of_row[row]) == hash_
+            else self._checked(reader, row)
             for row, hash_ in zip(wanted, promised, strict=True)
         ]
         rows = np.array([row for row, _ in checked], dtype=np.int64)

@@ -158,8 +158,8 @@ def _shares(config: MaskConfig, unit: Floats) -> Floats:
     """The share to hide of each image, from two uniform numbers: which ratio, and where in its spread."""
     which = np.floor(unit[:, 0] * len(config.ratios)).astype(np.int64)
     ratio, spread = np.array(config.ratios)[which], np.array(config.spreads)[which]
-    found: Floats = ratio + spread * (2 * unit[:, 1] - 1)
-    return found
+    shares: Floats = ratio + spread * (2 * unit[:, 1] - 1)
+    return shares
 
 
 def _hide_more(masks: Masks, target: Floats, unit: Floats) -> None:

@@ -37,9 +37,9 @@ def make_views(
         images = [image for image in decoded if image is not None]
         if images:
             targets = {name: [[stack[row] for row in good] for stack in array] for name, array in out.items()}
-            found = _fill(images, spec, draw(seed, _numbers_needed(spec), positions[good]), targets)
+            view_boxes = _fill(images, spec, draw(seed, _numbers_needed(spec), positions[good]), targets)
             if boxes is not None:
-                boxes[:, good] = found
+                boxes[:, good] = view_boxes
     return bad
 
 
@@ -78,7 +78,7 @@ def _fill(images: list[View], spec: ViewSpec, unit: dict[str, Floats], targets: 
         sources, resize = map(Image.fromarray, images), _resize_bicubic
     cut: dict[str, Ints] = {}
     plans = []
-    found = [np.empty((0, len(images), 5), dtype=np.int64)]
+    view_boxes = [np.empty((0, len(images), 5), dtype=np.int64)]
     for group in spec.groups:
         for view, (band, colours) in enumerate(zip(group.bands, group.photometric, strict=True)):
             purpose = f"views/{group.name}/{view}"
@@ -87,7 +87,7 @@ def _fill(images: list[View], spec: ViewSpec, unit: dict[str, Floats], targets: 
             flips = unit[_flip_purpose(group, view)][:, 0] < group.flip
             cut.setdefault(group.name, crops)
             if group.boxed:
-                found.append(np.concatenate([crops, flips[:, None]], axis=1)[None])
+                view_boxes.append(np.concatenate([crops, flips[:, None]], axis=1)[None])
             mine = {name: unit[f"{purpose}/{name}"] for name in photometric.numbers_needed(colours)}
             steps = photometric.plan(colours, mine, group.size, len(images))
             if group.pad is not None:
@@ -101,7 +101,7 @@ def _fill(images: list[View], spec: ViewSpec, unit: dict[str, Floats], targets: 
                 cv2.flip(target, 1, dst=target)
             for operation, argument in todo:
                 operation(target, argument)
-    return np.concatenate(found)
+    return np.concatenate(view_boxes)
 
 
 def _crops(unit: Floats, sizes: Ints, band: Band, group: ViewGroup, other: Ints | None) -> Ints:

@@ -34,9 +34,9 @@ class Difference:
             return
         self.unequal += int((~same).sum())
         apart = (left[~same].double() - right[~same].double()).abs()
-        found = float("nan") if bool(apart.isnan().any()) else float(apart.max())
-        if not self.where or not found <= self.largest:
-            self.largest, self.where = found, name
+        largest = float("nan") if bool(apart.isnan().any()) else float(apart.max())
+        if not self.where or not largest <= self.largest:
+            self.largest, self.where = largest, name
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,11 @@ def _alone(left: Reader, right: Reader) -> Iterator[str]:
             yield f"{key}: {ours[key].shape} and {theirs[key].shape}"
 
 
-def table(found: Comparison) -> list[str]:
+def table(comparison: Comparison) -> list[str]:
     """The comparison as lines for a person."""
     lines = [f"{'part':<16}{'tensors':>8}{'numbers':>14}{'unequal':>14}{'largest':>12}  where"]
     lines += [
         f"{part.part:<16}{part.tensors:>8,}{part.numbers:>14,}{part.unequal:>14,}{part.largest:>12.3g}  {part.where}"
-        for part in found.parts
+        for part in comparison.parts
     ]
-    return [*lines, *found.facts, *found.alone, "equal" if found.equal else "different"]
+    return [*lines, *comparison.facts, *comparison.alone, "equal" if comparison.equal else "different"]

@@ -62,12 +62,12 @@ def complete(store: Store, warn: Callable[[str], None] = _warn_once) -> list[str
     """Names of the run's checkpoints that have their marker, oldest first; `warn` tells of those that are passed over.
     `store`: the run's `checkpoints` folder."""
     try:
-        found = survey(store, [entry.name for entry in store.list()])
+        surveyed = survey(store, [entry.name for entry in store.list()])
     except NotFoundError:
         return []
-    for name, why in found.passed_over.items():
+    for name, why in surveyed.passed_over.items():
         warn(f"warning: checkpoint {name} is passed over: {why} ({store.address(name)})")
-    return found.names
+    return surveyed.names
 
 
 def survey(store: Store, files: Iterable[str], heads: dict[str, Head] | None = None) -> Survey:
@@ -77,8 +77,8 @@ def survey(store: Store, files: Iterable[str], heads: dict[str, Head] | None = N
     names = completed(files)
     beginnings = _beginnings(store, files)
     unread = [name for name in names if name not in heads]
-    found = in_order(lambda name: _head(store, name), unread, threads=IN_FLIGHT if is_remote(store.url) else 0)
-    heads.update({name: head for name, head in zip(unread, found, strict=True) if head is not None})
+    read_heads = in_order(lambda name: _head(store, name), unread, threads=IN_FLIGHT if is_remote(store.url) else 0)
+    heads.update({name: head for name, head in zip(unread, read_heads, strict=True) if head is not None})
     reasons = {name: _foreign(name, heads[name], beginnings) if name in heads else "" for name in names}
     return Survey([name for name in names if not reasons[name]], {name: why for name, why in reasons.items() if why})
 

@@ -263,21 +263,21 @@ class Checkpoints:
         """The newest that verifies, each rank having read its share of the files; all pass over a damaged one."""
         names = self._together(lambda: complete(self.store, run_lines.info) if self.world.is_leader else [])[0]
         for name in reversed(names):
-            found: list[Marker] = []
-            damage = self._together(lambda name=name, found=found: self._damage(name, found))  # type: ignore[misc]
+            markers: list[Marker] = []
+            damage = self._together(lambda name=name, markers=markers: self._damage(name, markers))  # type: ignore[misc]
             if not any(damage):
-                return name, found[0]
+                return name, markers[0]
             run_lines.info(next(text for text in damage if text))
         return None
 
-    def _damage(self, name: str, found: list[Marker]) -> str:
+    def _damage(self, name: str, markers: list[Marker]) -> str:
         """The warning that this rank has about a checkpoint; without one its marker is `found`."""
         try:
             marker = read_marker(self.store, name)
             verify(self.store, name, marker.files[self.world.rank :: self.world.size])
         except (DataError, NotFoundError) as error:
             return passed_over(name, error)
-        found.append(marker)
+        markers.append(marker)
         return ""
 
     def _load(self, reader: Reader, stepper: Stepper) -> None:

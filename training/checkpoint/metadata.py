@@ -155,11 +155,11 @@ def read_marker(store: Store, name: str) -> Marker:
 
 def _refuse_gaps(marker: Marker) -> None:
     """Raises ValueError unless the files hold every number of every tensor once."""
-    found: dict[str, list[tuple[int, int]]] = {key: [] for key in marker.tensors}
+    ranges_of_key: dict[str, list[tuple[int, int]]] = {key: [] for key in marker.tensors}
     for file in marker.files:
         for fragment in file.fragments:
-            found[fragment.key].append((fragment.start, fragment.start + fragment.numel))
-    for key, ranges in found.items():
+            ranges_of_key[fragment.key].append((fragment.start, fragment.start + fragment.numel))
+    for key, ranges in ranges_of_key.items():
         ranges.sort()
         edges = [0, *(end for _, end in ranges)]
         if [start for start, _ in ranges] != edges[:-1] or edges[-1] != math.prod(marker.tensors[key].shape):

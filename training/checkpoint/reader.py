@@ -140,9 +140,9 @@ class Reader:
     def whole(self, key: str) -> Tensor:
         """One tensor, put together."""
         form = self.marker.tensors[key]
-        found = torch.empty(form.shape, dtype=TYPES[form.dtype])
-        self.fill([whole(key, found)])
-        return found
+        tensor = torch.empty(form.shape, dtype=TYPES[form.dtype])
+        self.fill([whole(key, tensor)])
+        return tensor
 
     def _wanted(self, piece: Piece) -> Iterator[_Copy]:
         form = self.marker.tensors.get(piece.key)

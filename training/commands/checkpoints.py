@@ -23,10 +23,10 @@ PROG = "python -m training checkpoints"
 
 def newest(store: Store) -> str:
     """Name of the newest checkpoint that verifies. Raises DataError where there is none."""
-    found = newest_good(store, lambda line: print(line, file=sys.stderr))
-    if found is None:
+    checkpoint = newest_good(store, lambda line: print(line, file=sys.stderr))
+    if checkpoint is None:
         raise DataError("the run has no good checkpoint", where=store.url, hint="let it reach its first save")
-    return found[0]
+    return checkpoint[0]
 
 
 def listing(chosen: ListCommand) -> int:
@@ -74,9 +74,9 @@ def _fault(store: Store, name: str) -> str:
 def compare(chosen: CompareCommand) -> int:
     """Print how two checkpoints differ."""
     store = _store(chosen.run, chosen.storage)
-    found = comparing.compare(*(_open(store, address, chosen.storage) for address in (chosen.a, chosen.b)))
-    print("\n".join(comparing.table(found)))
-    return cli.COMPLETE if found.equal else cli.FAILED
+    comparison = comparing.compare(*(_open(store, address, chosen.storage) for address in (chosen.a, chosen.b)))
+    print("\n".join(comparing.table(comparison)))
+    return cli.COMPLETE if comparison.equal else cli.FAILED
 
 
 def _open(store: Store, address: str, storage: StorageConfig) -> Reader:
@@ -107,10 +107,10 @@ def prune(chosen: PruneCommand) -> int:
         raise DataError("no checkpoint of the run is good, so none is deleted", where=store.url,
                         hint=f"{PROG} RUN verify says what is wrong")  # fmt: skip
     entries = {entry.name: entry.size for entry in store.list()}
-    found = survey(store, entries)
+    surveyed = survey(store, entries)
     every = CheckpointConfig(keep_every_steps=chosen.keep_every_steps)
-    staying = {*good, *(name for name in found.names if kept(every, step_of(name) or 0, math.inf))}
-    going = old_files(entries, good[0], {*staying, *found.passed_over})
+    staying = {*good, *(name for name in surveyed.names if kept(every, step_of(name) or 0, math.inf))}
+    going = old_files(entries, good[0], {*staying, *surveyed.passed_over})
     if not chosen.dry_run:
         for file in going:
             store.delete(file)
@@ -141,10 +141,10 @@ def _store(run: str, storage: StorageConfig) -> Store:
 
 
 def _names(store: Store) -> list[str]:
-    found = complete(store)
-    if not found:
+    names = complete(store)
+    if not names:
         raise DataError("no complete checkpoint", where=store.url, hint="is this a run folder?")
-    return found
+    return names
 
 
 def _partial(store: Store) -> list[str]:

@@ -86,9 +86,9 @@ def fine_tuning(chosen: EvaluateCommand, flags: Sequence[str], *, prog: str) -> 
 
 def conclude(config: RunConfig) -> int:
     """Print the last and the best score of a complete run, and which of them is the result; write its report."""
-    found = json.loads(RunFolder(config.out, config.storage).store.read(SUMMARY))
-    shown = {found[which]["weights"]: found[which] for which in ("last", "best")}
+    summary = json.loads(RunFolder(config.out, config.storage).store.read(SUMMARY))
+    shown = {summary[which]["weights"]: summary[which] for which in ("last", "best")}
     print(evaluation.table(list(shown.values())))
-    print(f"result: {found['result']['weights']}, {found['rule']}")
+    print(f"result: {summary['result']['weights']}, {summary['rule']}")
     print(write_report(config.out, config.storage))
     return cli.COMPLETE

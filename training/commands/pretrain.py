@@ -31,9 +31,11 @@ def run(config: RunConfig) -> int:
 
 def dry_run(chosen: PretrainCommand, config: RunConfig) -> int:
     """Print what a run would be and needs."""
-    found = calculate(config, rows=chosen.rows or 0, gpu_memory_gb=chosen.gpu_memory_gb or 0.0)
+    calculated = calculate(config, rows=chosen.rows or 0, gpu_memory_gb=chosen.gpu_memory_gb or 0.0)
     print(
-        json.dumps(dry_run_text.to_tree(found), indent=2) if chosen.json else dry_run_text.page(found, full=chosen.full)
+        json.dumps(dry_run_text.to_tree(calculated), indent=2)
+        if chosen.json
+        else dry_run_text.page(calculated, full=chosen.full)
     )
     return cli.COMPLETE
 

@@ -175,17 +175,17 @@ def refuse_others(row: Row, card: dict[str, Any], pedigree: Pedigree, reid: ReID
         )
         and tuple(card["input"]["size"]) != tuple(row.size),
     }
-    if found := [said for said, holds in wrong.items() if holds]:
-        raise DataError(f"these are not weights for {row.name}: {'; '.join(found)}", where=where, hint=LIST)
+    if reasons := [said for said, holds in wrong.items() if holds]:
+        raise DataError(f"these are not weights for {row.name}: {'; '.join(reasons)}", where=where, hint=LIST)
 
 
 def agreements(row: Row, scores: dict[str, Any]) -> tuple[Agreement, ...]:
     """Compare our scores with the row's, for every score that it has. `scores`: the content of metrics.json."""
     feature = scores["headline"] + (" re-ranked" if row.reranking else "")
-    found = scores["features"][feature]
+    measured = scores["features"][feature]
     published = {"mAP": row.mAP, "rank1": row.rank1}
     return tuple(
-        Agreement(title, 100 * found[key], value, row.tolerance)
+        Agreement(title, 100 * measured[key], value, row.tolerance)
         for key, title in _METRICS.items()
         if (value := published[key]) is not None
     )

@@ -20,8 +20,8 @@ INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 def forget_launchers() -> dict[str, str]:
     """Take their variables out of this process's environment. Returns what was taken."""
-    found = [name for name in os.environ if name in NAMES or name.startswith(FAMILIES)]
-    return {name: os.environ.pop(name) for name in found}
+    names = [name for name in os.environ if name in NAMES or name.startswith(FAMILIES)]
+    return {name: os.environ.pop(name) for name in names}
 
 
 @contextlib.contextmanager

@@ -24,15 +24,15 @@ PyTorch's for the CPU."""
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Did an allocation fail, on a GPU or on the host? Also where another error was raised from that."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, MemoryError | torch.OutOfMemoryError):
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError | torch.OutOfMemoryError):
             return True
-        if isinstance(found, RuntimeError) and SAYINGS.search(str(found)):
+        if isinstance(cause, RuntimeError) and SAYINGS.search(str(cause)):
             return True
-        if isinstance(found, OSError) and found.errno == errno.ENOMEM:
+        if isinstance(cause, OSError) and cause.errno == errno.ENOMEM:
             return True
-        found = found.__cause__
+        cause = cause.__cause__
     return False
 
 
@@ -85,8 +85,8 @@ def device_bytes(world: World) -> int:
 
 def first_line(error: BaseException) -> str:
     """What the allocator said, without its advice and traces."""
-    found = error
-    while found.__cause__ is not None and not str(found):
-        found = found.__cause__
-    line = (str(found).splitlines() or [""])[0].partition(". GPU ")[0]
-    return line.strip() or type(found).__name__
+    cause = error
+    while cause.__cause__ is not None and not str(cause):
+        cause = cause.__cause__
+    line = (str(cause).splitlines() or [""])[0].partition(". GPU ")[0]
+    return line.strip() or type(cause).__name__

@@ -170,10 +170,12 @@ class Stepper(ABC):
             self.scale = self.scale.after_overflow()
 
     def _collect(self, outcome: Outcome, weight: Tensor) -> None:
-        found = {"loss": outcome.loss.detach()}
-        found.update({f"sum/{name}": value.detach() for name, value in outcome.sums.items()})
-        found.update({f"metric/{name}": (value * weight.to(value)).sum() for name, value in outcome.metrics.items()})
-        for name, value in found.items():
+        collected = {"loss": outcome.loss.detach()}
+        collected.update({f"sum/{name}": value.detach() for name, value in outcome.sums.items()})
+        collected.update(
+            {f"metric/{name}": (value * weight.to(value)).sum() for name, value in outcome.metrics.items()}
+        )
+        for name, value in collected.items():
             self._totals[name] = self._totals[name] + value if name in self._totals else value
 
     def _gather(self) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:

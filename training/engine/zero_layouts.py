@@ -68,12 +68,12 @@ class Layout(ABC):
 
     def counts(self) -> dict[str, float]:
         """Step counts of the parameters that the optimizer has begun with."""
-        found = {}
+        counts = {}
         for index, group in enumerate(self.groups):
             first = self.tensors(index)[0]
             if begun(self.optimizer, first):
-                found.update(dict.fromkeys(group.names, step_count(self.optimizer, first)))
-        return found
+                counts.update(dict.fromkeys(group.names, step_count(self.optimizer, first)))
+        return counts
 
     def model_pieces(self) -> list[Piece]:
         """Parameters and buffers as this rank holds them."""
@@ -147,16 +147,16 @@ class FlatLayout(Layout):
             yield mapping.lp_fragment_address, mapping.hp_fragment_address
 
     def state_pieces(self, names: Collection[str]) -> list[Piece]:
-        found = []
+        pieces = []
         for index, group in enumerate(self.groups):
             state = self.optimizer.state.get(self.tensors(index)[0], {})
             for name in (name for name in group.names if name in names):
                 for within, held in self._parts(name):
                     for key in state_tensors(self.optimizer):
                         values = state[key].narrow(0, held.start, held.numel)
-                        found.append(Piece(f"{key}/{name}", tuple(self.parameters[name].shape), within.start, values,
+                        pieces.append(Piece(f"{key}/{name}", tuple(self.parameters[name].shape), within.start, values,
                                            shared=False))  # fmt: skip
-        return found
+        return pieces
 
     def begin(self, steps: Mapping[str, float]) -> None:
         super().begin(steps)
@@ -201,13 +201,13 @@ class ShardLayout(Layout):
         return shards + [whole(f"model/{name}", value) for name, value in buffers.items()]
 
     def state_pieces(self, names: Collection[str]) -> list[Piece]:
-        found = []
+        pieces = []
         for name in (name for group in self.groups for name in group.names if name in names):
             flat, offset, size = self._place(name)
             for key in state_tensors(self.optimizer):
                 shard = self.optimizer.state[flat][key].narrow(0, offset, size)
-                found.append(self._piece(f"{key}/{name}", self.parameters[name], shard))
-        return found
+                pieces.append(self._piece(f"{key}/{name}", self.parameters[name], shard))
+        return pieces
 
     def _piece(self, key: str, parameter: Any, shard: Tensor) -> Piece:
         """The part of this rank's shard that is not padding."""

@@ -67,8 +67,8 @@ class Subject(NamedTuple):
 
 def open_data(url: str, storage: StorageConfig, scoring: ScoringConfig, *, images: bool = True) -> ReIDSet:
     """A test set as the settings say what it is, its images compared too; raises as `open_reid` and `check_images`."""
-    found = open_reid(url, storage, name=scoring.data_name, allow_partial=scoring.allow_partial)
-    return check_images(found, allow_partial=scoring.allow_partial) if images else found
+    opened = open_reid(url, storage, name=scoring.data_name, allow_partial=scoring.allow_partial)
+    return check_images(opened, allow_partial=scoring.allow_partial) if images else opened
 
 
 def open_run(url: str, storage: StorageConfig) -> tuple[RunFolder, RunConfig]:
@@ -91,9 +91,9 @@ def tasks(
     (`.../checkpoints/step_0012000`), or of an export or import: that alone. The test set is checked first, its images
     too: see `check_images`.
     """
-    run, found = _found(address, storage)
+    run, all_weights = _found(address, storage)
     open_data(data, storage, scoring)
-    return [Task(run, data, weights, storage, scoring, out, interpolation) for weights in found]
+    return [Task(run, data, weights, storage, scoring, out, interpolation) for weights in all_weights]
 
 
 def _found(address: str, storage: StorageConfig) -> tuple[str, list[Weights]]:
@@ -201,8 +201,8 @@ def load_method(weights: Weights, folder: RunFolder, config: RunConfig) -> Metho
 
 def headline(metrics: dict[str, Any]) -> dict[str, float]:
     """The scores of the feature that is quoted, of the content of a metrics.json."""
-    found: dict[str, float] = metrics["features"][metrics["headline"]]
-    return found
+    scores: dict[str, float] = metrics["features"][metrics["headline"]]
+    return scores
 
 
 def provenance(weights: Weights, folder: RunFolder, config: RunConfig) -> Provenance:
@@ -242,9 +242,9 @@ def table(scores: list[dict[str, Any]]) -> str:
     width = max(map(len, [*names, "feature"])) + 2
     lines = [f"{'weights':<20}{'samples':>12}  {'feature':<{width}}{'mAP':>7}{'R1':>7}{'R5':>7}{'R10':>7}{'mINP':>7}"]
     for row in scores:
-        for name, found in row["features"].items():
+        for name, measured in row["features"].items():
             samples = "" if row["samples"] is None else f"{row['samples']:,}"
-            numbers = "".join(f"{100 * found[key]:7.1f}" for key in ("mAP", "rank1", "rank5", "rank10", "mINP"))
-            trapezoid = f"  trapezoid mAP {100 * found['trapezoid_mAP']:.1f}" if "trapezoid_mAP" in found else ""
+            numbers = "".join(f"{100 * measured[key]:7.1f}" for key in ("mAP", "rank1", "rank5", "rank10", "mINP"))
+            trapezoid = f"  trapezoid mAP {100 * measured['trapezoid_mAP']:.1f}" if "trapezoid_mAP" in measured else ""
             lines.append(f"{row['weights']:<20}{samples:>12}  {name:<{width}}{numbers}{trapezoid}")
     return "\n".join(lines)

@@ -327,5 +327,5 @@ def stacks(
 def seen(backbone: VisionTransformer, stack_VBIHW: Tensor, weight_B: Tensor, **options: Any) -> Features:
     """What the backbone makes of a stack of views: [V, B, ...] each. `options` as in `VisionTransformer.forward`."""
     views, images = stack_VBIHW.shape[:2]
-    found = backbone(stack_VBIHW.flatten(0, 1), real=(weight_B > 0).repeat(views), **options)
-    return Features(*(kind.unflatten(0, (views, images)) for kind in found[:3]))
+    tokens = backbone(stack_VBIHW.flatten(0, 1), real=(weight_B > 0).repeat(views), **options)
+    return Features(*(kind.unflatten(0, (views, images)) for kind in tokens[:3]))

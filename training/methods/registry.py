@@ -42,15 +42,15 @@ class _Found(NamedTuple):
 @cache
 def _found() -> dict[str, _Found]:
     """Name -> method. Raises ConfigError for an entry point that is none."""
-    found: dict[str, _Found] = {}
+    registered: dict[str, _Found] = {}
     for one in [*(_Found(kind, None) for kind in _own()), *_of_others()]:
         name = _name(one)
-        if name in found:
-            raise ConfigError(f"two methods are called {name!r}: of {found[name].place} and of {one.place}",
+        if name in registered:
+            raise ConfigError(f"two methods are called {name!r}: of {registered[name].place} and of {one.place}",
                               where=f"entry points {GROUP}", hint="uninstall one of them, or give it another name"
                               )  # fmt: skip
-        found[name] = one
-    return found
+        registered[name] = one
+    return registered
 
 
 def _own() -> Iterator[type[Method[Any]]]:

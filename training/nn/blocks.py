@@ -52,10 +52,10 @@ class Attention(nn.Module):
         query = self.query(tokens_BTW).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         key, value = self.key_value(memory_BMC).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if tokens_BTW.is_cuda:
-            found = F.scaled_dot_product_attention(query, key, value)
+            attended = F.scaled_dot_product_attention(query, key, value)
         else:  # plain matrix products are faster on a CPU
-            found = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1) @ value
-        mixed: Tensor = self.proj(found.transpose(1, 2).flatten(-2))
+            attended = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1) @ value
+        mixed: Tensor = self.proj(attended.transpose(1, 2).flatten(-2))
         return mixed
 
 

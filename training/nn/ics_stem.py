@@ -110,12 +110,12 @@ def pooled_statistics(values_BCHW: Tensor, real_B: Tensor | None) -> tuple[Tenso
 
 def take_statistics(module: nn.Module, share: Tensor) -> dict[str, Tensor]:
     """What the norms of `module` saw since last asked, [V, 2, C] each, times this micro-batch's share of the batch."""
-    found = {}
+    statistics = {}
     for name, layer in module.named_modules():
         if isinstance(layer, PooledBatchNorm) and layer.fresh:
-            found[f"{SUMS}{name}"] = torch.stack(layer.fresh) * share
+            statistics[f"{SUMS}{name}"] = torch.stack(layer.fresh) * share
             layer.fresh.clear()
-    return found
+    return statistics
 
 
 @torch.no_grad()

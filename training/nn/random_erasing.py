@@ -23,15 +23,15 @@ def erase(images_BIHW: Tensor, position_B: Tensor, *, probability: float, seed: 
     `position_B` is on the host, where numbers are drawn; the noise of all images goes to their device in one transfer.
     """
     position, channels = position_B.numpy(), images_BIHW.shape[1]
-    found = _rectangles(position, tuple(images_BIHW.shape[-2:]), probability, seed) if probability else []
-    if not found:
+    rectangles = _rectangles(position, tuple(images_BIHW.shape[-2:]), probability, seed) if probability else []
+    if not rectangles:
         return images_BIHW
-    sizes = [channels * height * width for _, (_, _, height, width) in found]
+    sizes = [channels * height * width for _, (_, _, height, width) in rectangles]
     noise = [normal(seed, "erasing/noise", position[row : row + 1], size).ravel()
-             for (row, _), size in zip(found, sizes, strict=True)]  # fmt: skip
+             for (row, _), size in zip(rectangles, sizes, strict=True)]  # fmt: skip
     moved = to_device(np.concatenate(noise), images_BIHW.device, images_BIHW.dtype).split(sizes)
     erased = images_BIHW.clone()
-    for (row, (top, left, height, width)), values in zip(found, moved, strict=True):
+    for (row, (top, left, height, width)), values in zip(rectangles, moved, strict=True):
         erased[row, :, top : top + height, left : left + width] = values.view(channels, height, width)
     return erased
 
@@ -42,6 +42,6 @@ def _rectangles(
     """(row, (top, left, height, width)) of every image that loses one."""
     counts = {"erasing/whether": 1, "erasing/box": crop_boxes.NUMBERS}
     unit = draw(seed, counts, position.clip(min=0))
-    found = crop_boxes.erasures(unit["erasing/box"], (size[0], size[1]), AREA, RATIO)
-    chosen = (unit["erasing/whether"][:, 0] < probability) & (position >= 0) & (found[:, 2] > 0)
-    return [(int(row), tuple(found[row].tolist())) for row in np.flatnonzero(chosen)]
+    boxes = crop_boxes.erasures(unit["erasing/box"], (size[0], size[1]), AREA, RATIO)
+    chosen = (unit["erasing/whether"][:, 0] < probability) & (position >= 0) & (boxes[:, 2] > 0)
+    return [(int(row), tuple(boxes[row].tolist())) for row in np.flatnonzero(chosen)]

@@ -60,17 +60,17 @@ def saved(config: RunConfig, images: int, how: Numerics, work: Workload | None =
     """
     work = work or workload(config, images)
     backbone = config.backbone
-    found = {
+    parts = {
         "patch embedding": sum(embedding_bytes(backbone, stack, how) for stack in work.student),
         "blocks": sum(backbone.shape.depth * kept_of_block(backbone, stack, how) for stack in work.student),
         "final norm": sum(norm_bytes(stack.rows * stack.tokens, backbone.shape.width) for stack in work.student),
     }
     if work.decoded:
-        found["decoders"] = decoder_bytes(work.decoded, backbone.shape.width, how)
+        parts["decoders"] = decoder_bytes(work.decoded, backbone.shape.width, how)
     if work.head is not None:
-        found |= _heads(work.scored, backbone.shape.width, work.head)
+        parts |= _heads(work.scored, backbone.shape.width, work.head)
     loss = FULL * (work.loss_kept + sum(part.prototypes * (part.learnt + part.targets) for part in work.scored))
-    return found | ({"loss": loss} if loss else {})
+    return parts | ({"loss": loss} if loss else {})
 
 
 def embedding_bytes(backbone: BackboneConfig, stack: Stack, how: Numerics) -> int:

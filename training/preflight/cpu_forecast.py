@@ -159,8 +159,8 @@ def measured_rate(config: RunConfig, seconds: float = MEASURED_S) -> float:
 
         def step() -> None:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-                found = block(inputs)
-            found.float().sum().backward()
+                outputs = block(inputs)
+            outputs.float().sum().backward()
 
         step()
         began, count = time.perf_counter(), 0

@@ -85,7 +85,7 @@ def leaves(config: RunConfig) -> dict[str, Any]:
 @cache
 def comments(path: Path) -> Mapping[str, str]:
     """Dotted key -> the comment behind its value in a recipe; a line of its own above a value belongs to that."""
-    found: dict[str, str] = {}
+    comment_of_key: dict[str, str] = {}
     table, above = "", ""
     for line in path.read_text(encoding="utf-8").splitlines():
         code, comment = _parted(line)
@@ -96,9 +96,9 @@ def comments(path: Path) -> Mapping[str, str]:
         else:
             (key,) = tomllib.loads(code)
             if comment or above:
-                found[table + key] = comment or above
+                comment_of_key[table + key] = comment or above
             above = ""
-    return found
+    return comment_of_key
 
 
 def _parted(line: str) -> tuple[str, str]:

@@ -156,18 +156,18 @@ def _present(config: RunConfig) -> int:
 
 def _remedies(config: RunConfig, sizes: Census, gpu: int) -> list[Remedy]:
     """The largest micro-batch, the lowest ZeRO stage, checkpointed blocks, and both, as far as they are enough."""
-    found = []
+    remedies = []
     for changed in (config, _checkpointed(config)):
         for smaller in _smaller(changed, sizes):
             needed = _needed(smaller, sizes).needed
             if needed <= gpu:
-                found.append(Remedy(_change(config, smaller), needed))
+                remedies.append(Remedy(_change(config, smaller), needed))
                 break
     for stage in (1, 2, 3):
         if config.engine.stepper == "deepspeed" and stage > config.engine.zero_stage:
             changed = dataclasses.replace(config, engine=dataclasses.replace(config.engine, zero_stage=stage))
-            found.append(Remedy(_change(config, changed), _needed(changed, sizes).needed))
-    return [remedy for remedy in found if remedy.needed <= gpu]
+            remedies.append(Remedy(_change(config, changed), _needed(changed, sizes).needed))
+    return [remedy for remedy in remedies if remedy.needed <= gpu]
 
 
 def _checkpointed(config: RunConfig) -> RunConfig:

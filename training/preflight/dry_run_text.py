@@ -71,18 +71,19 @@ def page(run: DryRun, *, full: bool = False) -> str:
     return text if full else f"{text}\n--full adds memory in parts, parameters, sources, and the resolved recipe"
 
 
-def _differences(found: Comparison) -> Iterator[str]:
+def _differences(comparison: Comparison) -> Iterator[str]:
     """How far it is from what was published, in a line each."""
-    if not found.recipe:
+    if not comparison.recipe:
         yield "nothing is published of this method"
-    elif not found.differences:
-        yield f"as published ({found.recipe}); {len(found.choices)} settings that are not published were chosen"
+    elif not comparison.differences:
+        chosen = f"{len(comparison.choices)} settings that are not published were chosen"
+        yield f"as published ({comparison.recipe}); {chosen}"
     else:
-        yield f"differs from what is published ({found.recipe}):"
-        for difference in found.differences[:MOST]:
+        yield f"differs from what is published ({comparison.recipe}):"
+        for difference in comparison.differences[:MOST]:
             yield f"  {difference.key} = {_value(difference.ours)}, published {_value(difference.published)}"
-        if len(found.differences) > MOST:
-            yield f"  and {len(found.differences) - MOST} more"
+        if len(comparison.differences) > MOST:
+            yield f"  and {len(comparison.differences) - MOST} more"
 
 
 def _parameters(sizes: Census) -> Iterator[str]:
@@ -152,20 +153,20 @@ def _verdict(run: DryRun) -> Iterator[str]:
             yield "  no micro-batch, checkpointing of blocks or ZeRO stage is enough: a larger GPU, or more workers"
 
 
-def _compared(found: Comparison) -> Iterator[str]:
-    if not found.recipe:
+def _compared(comparison: Comparison) -> Iterator[str]:
+    if not comparison.recipe:
         yield "of this method no settings are"
         return
-    if found.data:
-        yield f"published on: {found.data}"
-    if not found.differences:
+    if comparison.data:
+        yield f"published on: {comparison.data}"
+    if not comparison.differences:
         yield "no setting differs from a published one"
-    for difference in found.differences:
+    for difference in comparison.differences:
         yield f"  {difference.key} = {_value(difference.ours)}, published {_value(difference.published)}"
         yield f"      {difference.source}"
-    if found.choices:
+    if comparison.choices:
         yield "not published, chosen:"
-    for choice in found.choices:
+    for choice in comparison.choices:
         own = "" if choice.ours == choice.shipped else f" (the recipe: {_value(choice.shipped)})"
         yield f"  {choice.key} = {_value(choice.ours)}{own}" + (f"   {choice.reason}" if choice.reason else "")
 

@@ -87,12 +87,12 @@ def census(config: RunConfig) -> Census:
 
 
 def _parts(method: Method[Any]) -> dict[str, int]:
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     decoders = _decoders(method)
     for name, value in method.student.named_parameters():
         part = _part(name, decoders)
-        found[part] = found.get(part, 0) + value.numel()
-    return found
+        counts[part] = counts.get(part, 0) + value.numel()
+    return counts
 
 
 def _part(name: str, decoders: tuple[str, ...]) -> str:
@@ -214,14 +214,14 @@ def _block_again(config: RunConfig, images: int, how: Numerics, sizes: Census) -
     backbone = config.backbone
     whole = dataclasses.replace(backbone, checkpoint_blocks=False)
     width, depth, _, mlp_ratio = backbone.shape
-    found = 0
+    most = 0
     for stack in workload(config, images).student:
         tokens = stack.rows * stack.tokens
         gradients = tokens * (2 * FULL * width + 2 * how.matrix * int(mlp_ratio * width))
         again = activation_memory.block_bytes(whole, stack, how) if backbone.checkpoint_blocks else 0
-        found = max(found, again + gradients)
+        most = max(most, again + gradients)
     lowered = how.matrix * sizes.lowered_blocks // depth if backbone.checkpoint_blocks and how.lowered else 0
-    return found + lowered
+    return most + lowered
 
 
 class _Held(NamedTuple):
@@ -241,17 +241,17 @@ class _Held(NamedTuple):
         """Parameters, moments, the float32 copy that ZeRO steps, and the gradients of stage 3."""
         sizes = self.sizes
         parts = self.world if self.stage == 3 else 1
-        found = {
+        bytes_of_part = {
             "student": FULL * -(-sum(sizes.student.values()) // parts),
             "teacher": FULL * -(-sizes.teacher // parts),
             "buffers": FULL * sizes.buffers,
             **self._moments(),
         }
         if self.stage:
-            found["ZeRO's copy of its parameters"] = FULL * self._own
+            bytes_of_part["ZeRO's copy of its parameters"] = FULL * self._own
         if self.stage == 3:  # the other stages let them go with the step
-            found["gradients"] = FULL * self._own
-        return found
+            bytes_of_part["gradients"] = FULL * self._own
+        return bytes_of_part
 
     def _moments(self) -> dict[str, int]:
         """What the optimizer keeps of the numbers that this rank steps."""
@@ -307,5 +307,5 @@ class _Held(NamedTuple):
 
     def _zero(self) -> dict[str, Any]:
         share = split(self.config.optimisation, self.world)
-        found: dict[str, Any] = deepspeed_json(self.config, World(size=self.world), share)["zero_optimization"]
-        return found
+        settings: dict[str, Any] = deepspeed_json(self.config, World(size=self.world), share)["zero_optimization"]
+        return settings

@@ -49,22 +49,22 @@ class _Rank:
 
     def tries(self) -> list[_Try]:
         """A smaller micro-batch, checkpointed blocks, a higher ZeRO stage: what fits, else what needs less."""
-        config, found = self.config, []
-        found += self._smaller()[:1]
+        config, tried = self.config, []
+        tried += self._smaller()[:1]
         if not config.backbone.checkpoint_blocks:
             blocks = dataclasses.replace(config.backbone, checkpoint_blocks=True)
             changed = dataclasses.replace(config, backbone=blocks)
-            found.append(_Try("--backbone.checkpoint-blocks True", self.needed(changed)))
+            tried.append(_Try("--backbone.checkpoint-blocks True", self.needed(changed)))
         if config.engine.stepper == "deepspeed" and config.engine.zero_stage < 2 and self.world.size > 1:
             changed = dataclasses.replace(config, engine=dataclasses.replace(config.engine, zero_stage=2))
-            found.append(_Try("--engine.zero-stage 2", self.needed(changed)))
-        less = [one for one in found if one.needed < self.needed()]
+            tried.append(_Try("--engine.zero-stage 2", self.needed(changed)))
+        less = [one for one in tried if one.needed < self.needed()]
         return [one for one in less if one.needed <= self.room] or less
 
     def _smaller(self) -> list[_Try]:
         """Halved micro-batches, the largest first: those that fit, as far as that is known, else the smallest. Where
         the images of a batch are coupled the batch is halved, too, as it must stay whole."""
-        found = []
+        tried = []
         for shift in range(1, self.micro.bit_length()):
             micro, optimisation = self.micro >> shift, self.config.optimisation
             changed = dataclasses.replace(optimisation, micro_batch=micro)
@@ -72,8 +72,8 @@ class _Rank:
             if self._sizes.couples:
                 changed = dataclasses.replace(changed, batch=micro * self.world.size)
                 flags = f"--optimisation.batch {changed.batch} {flags}"
-            found.append(_Try(flags, self.needed(dataclasses.replace(self.config, optimisation=changed))))
-        return [one for one in found if not self.room or one.needed <= self.room] or found[-1:]
+            tried.append(_Try(flags, self.needed(dataclasses.replace(self.config, optimisation=changed))))
+        return [one for one in tried if not self.room or one.needed <= self.room] or tried[-1:]
 
 
 def _of_training(config: RunConfig, world: World, error: BaseException) -> ConfigError:

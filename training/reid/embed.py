@@ -143,15 +143,15 @@ def _embed_batch(backbone: Backbone, images: Tensor, config: EmbedConfig) -> Fea
     low = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
     with torch.autocast(images.device.type, dtype=low, enabled=low is not None):
         tokens = backbone.features(images)
-    found = {"cls": tokens.cls, "mean": tokens.patches.mean(dim=1)}
+    features = {"cls": tokens.cls, "mean": tokens.patches.mean(dim=1)}
     if tokens.parts.shape[1]:
         mean = tokens.parts.mean(dim=1)
-        found |= {
+        features |= {
             "cls+parts": torch.cat([tokens.cls, mean], dim=1),
             "parts": mean,
             "each_part": tokens.parts.flatten(1),
         }
-    return {name: values.to(torch.float32).cpu().numpy() for name, values in found.items()}
+    return {name: values.to(torch.float32).cpu().numpy() for name, values in features.items()}
 
 
 def _batches(

@@ -108,11 +108,11 @@ def _model(model: str, arch: str, title: str, height: int = 256, **facts: Any) -
     return [
         Row(
             name=f"{model}-{SHORT[arch]}{large}-{data}", method=title, family=family, data=data, arch=arch,
-            size=(height, 128), mAP=found[0], rank1=found[1] if len(found) > 1 else None,
-            again=(found[2], found[3]) if len(found) > 2 else None,
+            size=(height, 128), mAP=numbers[0], rank1=numbers[1] if len(numbers) > 1 else None,
+            again=(numbers[2], numbers[3]) if len(numbers) > 2 else None,
             **{**facts, **({"source": sources[data]} if data in sources else {})},
         )
-        for data, found in scores.items()
+        for data, numbers in scores.items()
     ]  # fmt: skip
 
 

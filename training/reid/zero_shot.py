@@ -188,7 +188,7 @@ def histograms(result: RetrievalResult, bins: int = BINS) -> dict[str, list[floa
     """How far pairs of one person and pairs of two people are apart: bin edges, and the share of the pairs in each."""
     edges = np.histogram_bin_edges(np.concatenate([result.matching, result.others]), bins)
     pairs = {"matching": result.matching, "others": result.others}
-    shares = {name: np.histogram(found, edges)[0] / max(1, len(found)) for name, found in pairs.items()}
+    shares = {name: np.histogram(distances, edges)[0] / max(1, len(distances)) for name, distances in pairs.items()}
     return {"edges": edges.tolist(), **{name: share.tolist() for name, share in shares.items()}}
 
 

@@ -86,8 +86,10 @@ class TestSet:
     @property
     def checkpoints(self) -> list[Score]:
         """Scores along training, by step; of imported weights too."""
-        found = [(score.step or 0, score) for score in self.scores if score.weights not in BASELINES and score.features]
-        return [score for _, score in sorted(found, key=lambda pair: pair[0])]
+        scores_of_step = [
+            (score.step or 0, score) for score in self.scores if score.weights not in BASELINES and score.features
+        ]
+        return [score for _, score in sorted(scores_of_step, key=lambda pair: pair[0])]
 
     @property
     def last(self) -> Score | None:
@@ -138,8 +140,8 @@ class RunFiles:
     @cached_property
     def attempts(self) -> tuple[Attempt, ...]:
         """In the order in which they were made."""
-        found = sorted((int(match[1]), match[0]) for match in map(_ATTEMPT.fullmatch, self.names) if match)
-        return tuple(self._attempt(number, name) for number, name in found)
+        numbered = sorted((int(match[1]), match[0]) for match in map(_ATTEMPT.fullmatch, self.names) if match)
+        return tuple(self._attempt(number, name) for number, name in numbered)
 
     @cached_property
     def records(self) -> list[Record]:

@@ -63,5 +63,5 @@ def _ceiling(records: Sequence[Record], key: str) -> list[tuple[str, float]]:
     if not key.startswith("target_entropy"):
         return []
     name = key.replace("target", "uniform")
-    found = records[-1].get(name, records[-1].get("uniform_entropy"))
-    return [] if found is None else [("ln K", found)]
+    entropy = records[-1].get(name, records[-1].get("uniform_entropy"))
+    return [] if entropy is None else [("ln K", entropy)]

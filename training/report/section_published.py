@@ -15,8 +15,8 @@ _NONE = "No score of the literature can be held against ours: another data set, 
 
 def published_section(files: RunFiles) -> str:
     """One table for each test set."""
-    found = [_beside(test_set.last) for test_set in files.test_sets if test_set.last]
-    return "\n".join(found) or missing("evaluation/<set>/<weights>/metrics.json")
+    tables = [_beside(test_set.last) for test_set in files.test_sets if test_set.last]
+    return "\n".join(tables) or missing("evaluation/<set>/<weights>/metrics.json")
 
 
 def _beside(score: Score) -> str:

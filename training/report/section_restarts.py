@@ -53,10 +53,10 @@ def _ranks(files: RunFiles) -> str:
 
 def _lines(files: RunFiles, name: str) -> list[dict[str, Any]]:
     """The records of a file, but for a line that a kill cut."""
-    found = []
+    records = []
     for line in (files.text(name) or "").splitlines():
         try:
-            found.append(json.loads(line))
+            records.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return found
+    return records

@@ -151,8 +151,8 @@ def _caption(which: str, ranked: dict[str, float]) -> str:
 
 def distances_section(files: RunFiles) -> str:
     """How far apart features of one person and of two people are, and how well each camera's queries do."""
-    found = [_distances_of(test_set) for test_set in files.test_sets if test_set.last]
-    return "\n".join(filter(None, found)) or missing("the part of metrics.json about distances and cameras")
+    figures = [_distances_of(test_set) for test_set in files.test_sets if test_set.last]
+    return "\n".join(filter(None, figures)) or missing("the part of metrics.json about distances and cameras")
 
 
 def _distances_of(test_set: TestSet) -> str:

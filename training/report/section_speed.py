@@ -41,23 +41,23 @@ def speed_section(files: RunFiles) -> str:
 
 def _saves(files: RunFiles) -> str:
     """What checkpoints cost: of each save the time that the loop stood still, over that since the save before."""
-    found = [save for attempt in files.attempts for save in attempt.saves]
-    if not found:
+    saves = [save for attempt in files.attempts for save in attempt.saves]
+    if not saves:
         return ""
-    stood = [save["save_stood_s"] for save in found]
-    between = sum(save["save_stood_s"] / save["save_share"] for save in found if save["save_share"])
-    took = median(save["save_took_s"] for save in found)
+    stood = [save["save_stood_s"] for save in saves]
+    between = sum(save["save_stood_s"] / save["save_share"] for save in saves if save["save_share"])
+    took = median(save["save_took_s"] for save in saves)
     share = f", {100 * sum(stood) / between:.2f} % of the time" if between else ""
-    return (f" {counted(len(found), 'checkpoint')}: the loop stood still for {sum(stood):.2f} s in all{share}, for "
+    return (f" {counted(len(saves), 'checkpoint')}: the loop stood still for {sum(stood):.2f} s in all{share}, for "
             f"{max(stood):.2f} s at most; half of them existed within {took:.1f} s.")  # fmt: skip
 
 
 def _limits(files: RunFiles) -> str:
     """For each thing that limited the run in some of its steps, in how many, and what to do about it."""
-    found = Counter(str(record["bottleneck"]) for record in files.records if "bottleneck" in record)
-    parts = (f"in {percent(steps / found.total())} of the steps: {name}, {_MEANING.get(name, '')}"
-             for name, steps in found.most_common())  # fmt: skip
-    return soft(f"What limited the run, {' '.join(parts)}") if found else ""
+    steps_of_limit = Counter(str(record["bottleneck"]) for record in files.records if "bottleneck" in record)
+    parts = (f"in {percent(steps / steps_of_limit.total())} of the steps: {name}, {_MEANING.get(name, '')}"
+             for name, steps in steps_of_limit.most_common())  # fmt: skip
+    return soft(f"What limited the run, {' '.join(parts)}") if steps_of_limit else ""
 
 
 def _fetched(files: RunFiles) -> str:

@@ -66,16 +66,16 @@ class Milestones:
                     self.config.evaluation.scoring)  # fmt: skip
         self.host.say(f"scores {weights.name}")
         with telling(self.host.say):
-            found = evaluation.score(task, device=self.world.device, out=self.folder.store)
+            metrics = evaluation.score(task, device=self.world.device, out=self.folder.store)
         ours = {checkpoint.name_of(end // self.clock.batch) for end in ends(self.config.evaluation, self.clock)}
-        scores = scored(self.folder, found["set"], ours)
+        scores = scored(self.folder, metrics["set"], ours)
         chosen = summary(scores, self.config.evaluation.quote)
         for which in ("last", "best"):
             if chosen[which]["weights"] == weights.name:
                 self._export(weights, which)
-        self.folder.write_json(SUMMARY, {"set": found["set"], **chosen})
-        now, best = (evaluation.headline(one) for one in (found, chosen["best"]))
-        where = found["set"]
+        self.folder.write_json(SUMMARY, {"set": metrics["set"], **chosen})
+        now, best = (evaluation.headline(one) for one in (metrics, chosen["best"]))
+        where = metrics["set"]
         run_lines.info(f"step {weights.step:,}: mAP {100 * now['mAP']:.1f}, Rank-1 {100 * now['rank1']:.1f} on "
                        f"{where} (best: {100 * best['mAP']:.1f} at step {chosen['best']['step']:,})")  # fmt: skip
         return where, now
@@ -99,11 +99,11 @@ def ends(config: EvaluationConfig, clock: Clock) -> list[int]:
 
 def scored(folder: RunFolder, name: str, milestones: set[str]) -> list[dict[str, Any]]:
     """The scores of the milestones reached so far, oldest first."""
-    found = []
+    rows = []
     for weights in sorted(milestones, key=lambda weights: checkpoint.step_of(weights) or 0):
         with contextlib.suppress(NotFoundError):
-            found.append(json.loads(folder.store.read(f"evaluation/{name}/{weights}/metrics.json")))
-    return found
+            rows.append(json.loads(folder.store.read(f"evaluation/{name}/{weights}/metrics.json")))
+    return rows
 
 
 def summary(scores: list[dict[str, Any]], quote: str) -> dict[str, Any]:

@@ -72,13 +72,13 @@ def versions() -> dict[str, str]:
     """Versions of what decides pixels and numbers."""
     names = ("reid-pretraining", "torch", "timm", "deepspeed", "ray", "numpy", "opencv-python-headless", "simplejpeg",
              "pillow", "pyarrow")  # fmt: skip
-    found = {"python": platform.python_version(), "order": str(ORDER_VERSION)}
+    version_of = {"python": platform.python_version(), "order": str(ORDER_VERSION)}
     for name in names:
         try:
-            found[name] = metadata.version(name)
+            version_of[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
+            version_of[name] = "absent"
+    return version_of
 
 
 def environment(data: Data, world: World) -> dict[str, Any]:

@@ -108,10 +108,10 @@ def _start(network: nn.Module, source: Published, init: InitConfig, backbone: Ba
     return _fill(network.backbone, tensors, where=init.weights)
 
 
-def _take_centres(method: Method, found: Mapping[str, Tensor], where: str) -> str:
+def _take_centres(method: Method, tensors: Mapping[str, Tensor], where: str) -> str:
     """Fill the centres of the loss. What became of them, in words; empty: the recipe has none."""
     own = method.centres()
-    given = {CENTRES.get(name, name.replace("center_", "centre_")): tensor for name, tensor in found.items()}
+    given = {CENTRES.get(name, name.replace("center_", "centre_")): tensor for name, tensor in tensors.items()}
     if not own:
         return ""
     if not given:
@@ -133,11 +133,11 @@ def _read(init: InitConfig, network: Network, backbone: BackboneConfig, storage:
     if not _is_export(init, storage):
         stated = Stated(network=network, heads=backbone.shape.heads, depth=backbone.shape.depth,
                         size=backbone.size)  # fmt: skip
-        found = read_published(init.weights, storage, stated)
-        if init.network == "both" and not found.origin["network"]:
+        published = read_published(init.weights, storage, stated)
+        if init.network == "both" and not published.origin["network"]:
             raise ConfigError("this file holds one network, not a student and its teacher", where=init.weights,
                               hint='init.network = "teacher"')  # fmt: skip
-        return found
+        return published
     if init.network == "both":
         raise ConfigError("an export holds one network, not a student and its teacher", where=init.weights,
                           hint='init.network = "teacher"')  # fmt: skip
@@ -150,9 +150,9 @@ def _read(init: InitConfig, network: Network, backbone: BackboneConfig, storage:
     return Published(load_backbone(store), {}, origin, named.get(normalised, "imagenet"))
 
 
-def _refuse_another_architecture(found: BackboneConfig, wanted: BackboneConfig, where: str) -> None:
+def _refuse_another_architecture(stored: BackboneConfig, wanted: BackboneConfig, where: str) -> None:
     for name in ("shape", "patch", "stem", "layer_scale"):
-        theirs, ours = getattr(found, name), getattr(wanted, name)
+        theirs, ours = getattr(stored, name), getattr(wanted, name)
         if name == "layer_scale":  # what it began with leaves no trace, only whether there is one
             theirs, ours = theirs > 0, ours > 0
         if theirs != ours:

@@ -207,8 +207,8 @@ def _beside(entries: Mapping[str, Any], chosen: str) -> dict[str, str]:
 
 def _centres(entries: Mapping[str, Any]) -> dict[str, Tensor]:
     """What DINO, PASS and iBOT save of their losses: `center`, `center2`, or `center_<token>` in PASS."""
-    found = [entries[name] for name in ("dino_loss", "ibot_loss") if isinstance(entries.get(name), dict)]
-    return {key: value for state in found for key, value in state.items() if isinstance(value, Tensor)}
+    states = [entries[name] for name in ("dino_loss", "ibot_loss") if isinstance(entries.get(name), dict)]
+    return {key: value for state in states for key, value in state.items() if isinstance(value, Tensor)}
 
 
 def _refuse_what_is_no_weight(state: Mapping[str, Any], where: str) -> None:

@@ -334,13 +334,13 @@ def unknown(words: Sequence[str], known: Sequence[Flag], prog: str) -> UsageErro
 
 def _unknown(words: Sequence[str], known: Sequence[Flag]) -> list[str]:
     names = [flag.name for flag in known if not flag.arg.positional]
-    found = []
+    mistakes = []
     for word in words:
         if word.startswith("--"):
             given = word.partition("=")[0]
             near = nearest(given, names)
-            found.append(f"no flag `{given}`" + (f"; did you mean `{near}`?" if near else ""))
-    return found
+            mistakes.append(f"no flag `{given}`" + (f"; did you mean `{near}`?" if near else ""))
+    return mistakes
 
 
 def nearest(name: str, names: Sequence[str]) -> str:

@@ -159,7 +159,7 @@ def _shown(value: Any) -> str:
 @functools.cache
 def documentation(kind: type) -> dict[str, str]:
     """The literal under each field of a settings class, its bases' too, in one line each."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         try:
             source = textwrap.dedent(inspect.getsource(base))
@@ -170,5 +170,5 @@ def documentation(kind: type) -> dict[str, str]:
         for field, after in zip(body, body[1:], strict=False):
             if (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
                     and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)):  # fmt: skip
-                found[field.target.id] = " ".join(str(after.value.value).split())
-    return found
+                texts[field.target.id] = " ".join(str(after.value.value).split())
+    return texts

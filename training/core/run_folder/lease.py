@@ -206,30 +206,30 @@ def lease_on(
     made = _make(url, store)
     describe = partial(Holder.here, _place(url, store), duration_s=duration_s, has_workers=has_workers)
     while True:
-        found = _newest(store)
-        seen = _await_end(store, found, describe(), say)
+        newest = _newest(store)
+        seen = _await_end(store, newest, describe(), say)
         if seen is None:
             continue  # another one has claimed it meanwhile
         own = describe()
         # Where the folder of leases was deleted, checkpoints still tell of terms.
-        ticket = _claim(store, max(found.term, *_terms(store, "checkpoints/term_"), 0) + 1, own)
+        ticket = _claim(store, max(newest.term, *_terms(store, "checkpoints/term_"), 0) + 1, own)
         if ticket is None:
             continue
-        _delete_before(store, found.term)
+        _delete_before(store, newest.term)
         settled_at = 0.0
-        if found.holder is not None and not _said(seen).get("released"):
-            settled_at = boottime() + FOLLOWS * found.holder.duration_s if found.holder.has_workers else 0.0
-            if _read(store, _renewal_name(found.term)) != seen:  # it came back before it could know of this claim
-                settled_at = boottime() + found.holder.duration_s
+        if newest.holder is not None and not _said(seen).get("released"):
+            settled_at = boottime() + FOLLOWS * newest.holder.duration_s if newest.holder.has_workers else 0.0
+            if _read(store, _renewal_name(newest.term)) != seen:  # it came back before it could know of this claim
+                settled_at = boottime() + newest.holder.duration_s
         return Lease(store, ticket, own, settled_at=settled_at, made=made)
 
 
 def refuse_held(url: str, storage: StorageConfig) -> None:
     """Raises LeaseError where a process of this machine holds the lease; for work that comes before the run itself."""
     store = open_store(url, storage)
-    found, own = _newest(store), Holder.here(_place(url, store), duration_s=DURATION_S, has_workers=False)
-    if found.holder is not None:
-        _ended_here(store, found, own, _read(store, _renewal_name(found.term)))
+    newest, own = _newest(store), Holder.here(_place(url, store), duration_s=DURATION_S, has_workers=False)
+    if newest.holder is not None:
+        _ended_here(store, newest, own, _read(store, _renewal_name(newest.term)))
 
 
 def _newest(store: Store) -> _Found:
@@ -237,21 +237,21 @@ def _newest(store: Store) -> _Found:
     return _Found(newest, Holder.from_bytes(_read(store, _claim_name(newest))) if newest else None)
 
 
-def _await_end(store: Store, found: _Found, own: Holder, say: Callable[[str], None]) -> bytes | None:
+def _await_end(store: Store, newest: _Found, own: Holder, say: Callable[[str], None]) -> bytes | None:
     """What the term's last sign of life was, once it has ended; None where a later one has begun meanwhile."""
-    seen = _read(store, _renewal_name(found.term))
-    if not seen and not _read(store, _claim_name(found.term)):
+    seen = _read(store, _renewal_name(newest.term))
+    if not seen and not _read(store, _claim_name(newest.term)):
         return seen  # nobody's
-    if _ended_here(store, found, own, seen):
+    if _ended_here(store, newest, own, seen):
         return seen
-    holder = found.holder
+    holder = newest.holder
     patience_s = holder.duration_s if holder else DURATION_S
     say(f"waiting up to {patience_s:.0f} s to see whether it still writes to {store.url}: {_named(holder)}")
     end = boottime() + patience_s
     while True:
         over = boottime() >= end
-        now = _read(store, _renewal_name(found.term))
-        if max(_terms(store), default=0) != found.term:
+        now = _read(store, _renewal_name(newest.term))
+        if max(_terms(store), default=0) != newest.term:
             return None
         if _said(now).get("released"):
             return now
@@ -262,9 +262,9 @@ def _await_end(store: Store, found: _Found, own: Holder, say: Callable[[str], No
         time.sleep(min(LOOK_S, patience_s / 10))
 
 
-def _ended_here(store: Store, found: _Found, own: Holder, seen: bytes) -> bool:
+def _ended_here(store: Store, newest: _Found, own: Holder, seen: bytes) -> bool:
     """Has the term ended, as far as that can be told at once? Raises LeaseError where it has certainly not."""
-    holder = found.holder
+    holder = newest.holder
     if _said(seen).get("released"):
         return True
     if holder is None or not holder.is_beside(own):
@@ -308,10 +308,10 @@ def _overwritten(store: Store, own: Ticket) -> bool:
 def _terms(store: Store, prefix: str = f"{FOLDER}/") -> list[int]:
     """Numbers of the terms that files below the prefix tell of."""
     try:
-        found = [_TERM.fullmatch(entry.name) for entry in store.list(prefix)]
+        matches = [_TERM.fullmatch(entry.name) for entry in store.list(prefix)]
     except NotFoundError:
         return []
-    return [int(match[1] or match[2]) for match in found if match]
+    return [int(match[1] or match[2]) for match in matches if match]
 
 
 def _claim_name(term: int) -> str:

@@ -32,7 +32,7 @@ def tell(folder: RunFolder, doing: str, *, waits: bool = False) -> None:
 def read(folder: RunFolder) -> Starting | None:
     """The last line; None where there is none, the start is over, or the file is being written."""
     try:
-        found = Starting(**json.loads(folder.read_text(NAME) or ""))
+        note = Starting(**json.loads(folder.read_text(NAME) or ""))
     except (ValueError, TypeError):
         return None
-    return found if found.doing else None
+    return note if note.doing else None

@@ -14,15 +14,15 @@ SHOWN = 3
 
 def differences(published: Published, parts: dict[str, PartRead]) -> list[str]:
     """How the parts differ from the published counts, one sentence each; none: all is there."""
-    found = []
+    lines = []
     for name in PARTS:
         images, identities = published.counts[name]
         part = parts[name].images
         if (len(part), part.identities) != (images, identities):
             there = f"{len(part):,} of {images:,} images and {part.identities:,} of {identities:,} identities"
             more = " (too many)" if len(part) > images else ""
-            found.append(f"{name} has {there}{more}{_named(parts[name].missing)}")
-    return found
+            lines.append(f"{name} has {there}{more}{_named(parts[name].missing)}")
+    return lines
 
 
 def _named(missing: tuple[str, ...]) -> str:
@@ -88,11 +88,11 @@ def shared_images(reid: ReIDSet) -> list[str]:
     if reid.train is None:
         return []
     train = reid.images.hashes(reid.train.paths.tolist())
-    found = []
+    lines = []
     for name, part in (("query", reid.query), ("gallery", reid.gallery)):
         hashes = reid.images.hashes(part.paths.tolist())
         both, at_train, at_part = np.intersect1d(train, hashes, return_indices=True)
         if len(both):
             pair = f"{reid.train.paths[at_train[0]]} is {part.paths[at_part[0]]}"
-            found.append(f"{np.isin(hashes, both).sum():,} images of {name} are also in train, byte for byte: {pair}")
-    return found
+            lines.append(f"{np.isin(hashes, both).sum():,} images of {name} are also in train, byte for byte: {pair}")
+    return lines

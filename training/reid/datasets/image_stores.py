@@ -76,9 +76,11 @@ class Source(ABC):
 def open_source(url: str, storage: StorageConfig) -> Source:
     """Shards where there are manifests, at the root or one for each part; else a folder of files."""
     store = open_store(url, storage)
-    found = {part: folder for part, folders in SHARDED.items() for folder in folders if _sharded(store.at(folder))}
-    if found:
-        parts = [(part, Manifest.load(store.address(folder), storage)) for part, folder in found.items()]
+    folder_of_part = {
+        part: folder for part, folders in SHARDED.items() for folder in folders if _sharded(store.at(folder))
+    }
+    if folder_of_part:
+        parts = [(part, Manifest.load(store.address(folder), storage)) for part, folder in folder_of_part.items()]
         return ShardSource(store, parts, storage)
     if _sharded(store):
         return ShardSource(store, [("", Manifest.load(url, storage))], storage)
@@ -115,9 +117,9 @@ class FolderSource(Source):
 
     def hashes(self, paths: Sequence[str]) -> NDArray[np.uint64]:
         with ThreadPoolExecutor(READS) as pool:
-            found = pool.map(lambda path: xxhash.xxh3_64_intdigest(self.store.read(path)), paths)
+            digests = pool.map(lambda path: xxhash.xxh3_64_intdigest(self.store.read(path)), paths)
             with Progress("compare images", len(paths), unit="images", quiet_s=QUIET_S) as progress:
-                return np.fromiter(progress.over(found, lambda _: 1), np.uint64, len(paths))
+                return np.fromiter(progress.over(digests, lambda _: 1), np.uint64, len(paths))
 
     def sub_folders(self) -> list[str]:
         try:
@@ -158,7 +160,7 @@ class ShardSource(Source):
         return rows
 
     def images(self, folder: str) -> list[Entry]:
-        return sorted(found.entry for path, found in self._rows.items() if f"/{folder}/" in f"/{path}")
+        return sorted(row.entry for path, row in self._rows.items() if f"/{folder}/" in f"/{path}")
 
     def has(self, folder: str) -> bool:
         return any(f"/{folder}/" in f"/{path}" for path in self._rows)
@@ -180,8 +182,8 @@ class ShardSource(Source):
     def hashes(self, paths: Sequence[str]) -> NDArray[np.uint64]:
         """As the indexes have them: nothing is read."""
         rows = (self._rows[path] for path in paths)
-        found = (self._shards[manifest][1].reader.places.xxh3[row] for manifest, row, _ in rows)
-        return np.fromiter(found, np.uint64, len(paths))
+        digests = (self._shards[manifest][1].reader.places.xxh3[row] for manifest, row, _ in rows)
+        return np.fromiter(digests, np.uint64, len(paths))
 
 
 def _opened(manifest: Manifest, storage: StorageConfig) -> Opened:

@@ -38,15 +38,15 @@ def open_reid(
     Errors: `ConfigError` for an unknown or ambiguous name; `DataError` for what is missing or contradicts itself.
     """
     source = open_source(url, storage or StorageConfig())
-    found, layout = recognise(source, name)
+    recognised, layout = recognise(source, name)
     parts = {part: read_part(source, where, layout) for part, where in layout.parts.items()}
     query, gallery, train = (parts[part].images for part in ("query", "gallery", "train"))
-    if not found and name != OWN:
-        found = by_counts({part: read.images for part, read in parts.items()})
-    published = PUBLISHED.get(found)
-    differences = _differences(found, name, parts)
+    if not recognised and name != OWN:
+        recognised = by_counts({part: read.images for part, read in parts.items()})
+    published = PUBLISHED.get(recognised)
+    differences = _differences(recognised, name, parts)
     if differences and not allow_partial:
-        asked = PUBLISHED.get(name) or PUBLISHED[found]
+        asked = PUBLISHED.get(name) or PUBLISHED[recognised]
         raise DataError(f"this is not {asked.title} as it was published: {'; '.join(differences)}", where=source.url,
                         hint=UNPACK)  # fmt: skip
     warnings = checks.unmatched(query, gallery, source.url)
@@ -55,7 +55,7 @@ def open_reid(
     for remark in (*differences, *warnings):
         log.warning("%s: %s", source.url, remark)
     return ReIDSet(
-        name=found or PurePosixPath(str(url).rstrip("/")).name,
+        name=recognised or PurePosixPath(str(url).rstrip("/")).name,
         images=source,
         query=query,
         gallery=gallery,
@@ -78,12 +78,12 @@ def check_images(reid: ReIDSet, *, allow_partial: bool = False) -> ReIDSet:
     return replace(reid, warnings=(*reid.warnings, *shared))
 
 
-def _differences(found: str, asked: str, parts: dict[str, PartRead]) -> list[str]:
-    if found not in PUBLISHED:
+def _differences(recognised: str, asked: str, parts: dict[str, PartRead]) -> list[str]:
+    if recognised not in PUBLISHED:
         return []
-    other = asked in PUBLISHED and asked != found
-    named = [f"it is {PUBLISHED[found].title}, in place of {PUBLISHED[asked].title}"] if other else []
-    return named + checks.differences(PUBLISHED[found], parts)
+    other = asked in PUBLISHED and asked != recognised
+    named = [f"it is {PUBLISHED[recognised].title}, in place of {PUBLISHED[asked].title}"] if other else []
+    return named + checks.differences(PUBLISHED[recognised], parts)
 
 
 def _apart(shared: list[str], where: str, allow_partial: bool) -> list[str]:

@@ -42,13 +42,13 @@ def read_part(source: Source, part: SplitFacts, layout: Layout) -> PartRead:
     Raises DataError for names without labels, empty files, and several files of one name.
     """
     if part.lists:
-        found, missing = _listed(source, part)
+        listed, missing = _listed(source, part)
     else:
-        found, missing = [(entry, None) for entry in source.images(part.folders[0])], []
-    entries = [entry for entry, _ in found]
+        listed, missing = [(entry, None) for entry in source.images(part.folders[0])], []
+    entries = [entry for entry, _ in listed]
     _refuse_empty_files(source, entries)
     _refuse_equal_names(source, entries)
-    rows = sorted(row for row in _rows(source, found, layout) if row[1] != JUNK)
+    rows = sorted(row for row in _rows(source, listed, layout) if row[1] != JUNK)
     paths, pids, cameras = zip(*rows, strict=True) if rows else ((), (), ())
     images = Labelled(np.array(paths, np.str_), np.array(pids, np.int64), np.array(cameras, np.int64) - 1)
     return PartRead(images, tuple(missing))
@@ -57,7 +57,7 @@ def read_part(source: Source, part: SplitFacts, layout: Layout) -> PartRead:
 def _listed(source: Source, part: SplitFacts) -> tuple[list[tuple[Entry, int | None]], list[str]]:
     """(the images that the lists name, with the identities beside them; the names that no folder has)."""
     there = {folder: {entry.path: entry for entry in source.images(folder)} for folder in part.folders}
-    found: list[tuple[Entry, int | None]] = []
+    present: list[tuple[Entry, int | None]] = []
     missing = []
     for name, pid in _read_lists(source, part):
         paths = ((folder, f"{folder}/{name}") for folder in part.folders)
@@ -65,8 +65,8 @@ def _listed(source: Source, part: SplitFacts) -> tuple[list[tuple[Entry, int | N
         if entry is None:
             missing.append(f"{part.folders[0]}/{name}")
         else:
-            found.append((entry, pid))
-    return found, missing
+            present.append((entry, pid))
+    return present, missing
 
 
 def _read_lists(source: Source, part: SplitFacts) -> Iterator[tuple[str, int | None]]:
@@ -104,9 +104,9 @@ def _matlab_rows(data: bytes, column: str) -> list[tuple[str, int | None]]:
     return [(str(content["filelist"][row]), int(content["labels"][row])) for row in rows]
 
 
-def _rows(source: Source, found: Iterable[tuple[Entry, int | None]], layout: Layout) -> Iterator[Row]:
+def _rows(source: Source, present: Iterable[tuple[Entry, int | None]], layout: Layout) -> Iterator[Row]:
     name, unlabelled = re.compile(layout.name), []
-    for entry, listed in found:
+    for entry, listed in present:
         label = entry.label or _label(name, entry.path)
         if label is None:
             unlabelled.append(entry.path)

@@ -40,8 +40,8 @@ def recognise(source: Source, name: str) -> tuple[str, Layout]:
 
 def by_counts(parts: dict[str, Labelled]) -> str:
     """The published data set that has exactly these numbers of images and identities; empty: none."""
-    found = {part: (len(images), images.identities) for part, images in parts.items()}
-    return next((name for name, published in PUBLISHED.items() if published.counts == found), "")
+    counts = {part: (len(images), images.identities) for part, images in parts.items()}
+    return next((name for name, published in PUBLISHED.items() if published.counts == counts), "")
 
 
 def _listed(source: Source) -> dict[str, Layout]:

@@ -75,5 +75,5 @@ def shard_training_part(reid: ReIDSet, out: str, storage: StorageConfig) -> Mani
 
 def _sizes(source: Source, paths: list[str]) -> list[int]:
     folders = sorted({path.partition("/")[0] for path in paths})
-    found = {entry.path: entry.size for folder in folders for entry in source.images(folder)}
-    return [found[path] for path in paths]
+    size_of_path = {entry.path: entry.size for folder in folders for entry in source.images(folder)}
+    return [size_of_path[path] for path in paths]

@@ -123,17 +123,17 @@ class Pace(Observer):
 
     def _judge(self, shares: Sequence[Share]) -> None:
         """Tell who has begun or ceased to lag, in two windows in a row: one slow moment is none."""
-        found = stragglers(shares)
-        certain = found & (self._suspected | self._slow)
+        straggling = stragglers(shares)
+        certain = straggling & (self._suspected | self._slow)
         for rank in sorted(certain - self._slow):
             own = shares[rank]
             usual = statistics.median(share.own_s for place, share in enumerate(shares) if place != rank)
             run_lines.info(f"straggler: rank {rank} on {self._places[rank]} needs {own.own_s:.3f} s a step by itself "
                       f"({own.forward_s:.3f} s forward, {own.waited_s:.3f} s waiting for data), "
                       f"the others {usual:.3f} s")  # fmt: skip
-        for rank in sorted(self._slow - found):
+        for rank in sorted(self._slow - straggling):
             run_lines.info(f"rank {rank} on {self._places[rank]} keeps up again")
-        self._slow, self._suspected = certain, found
+        self._slow, self._suspected = certain, straggling
 
 
 class _Timer:

@@ -207,7 +207,7 @@ def _command(module: str, *arguments: str, to: Path | None = None) -> None:
     """Run one of our commands as a user would, its output on the terminal or in a file; its failure is ours."""
     line: Sequence[str] = [sys.executable, "-m", module, *arguments]
     print(f"$ python -m {module} {shlex.join(arguments)}{f' > {to}' if to else ''}", flush=True)
-    told: list[int] = []
+    signals: list[int] = []
     with (
         to.open("w") if to else contextlib.nullcontext() as file,
         # in a group of its own: a signal for all of the group reaches it once, from here
@@ -215,15 +215,15 @@ def _command(module: str, *arguments: str, to: Path | None = None) -> None:
     ):
 
         def pass_on(number: int) -> None:
-            told.append(number)
+            signals.append(number)
             process.send_signal(number)
 
         with receiving(pass_on):
             code = process.wait()
-    if told and code in (STOPPED, INTERRUPTED):  # it has said so itself
-        sys.exit(exit_code(told[0]))
-    if told and (listener := current()):  # killed by the signal before it heard any, or ended otherwise
-        listener.end(told[0])
+    if signals and code in (STOPPED, INTERRUPTED):  # it has said so itself
+        sys.exit(exit_code(signals[0]))
+    if signals and (listener := current()):  # killed by the signal before it heard any, or ended otherwise
+        listener.end(signals[0])
     if code != COMPLETE:
         raise ClusterError(
             f"`python -m {module} {arguments[0]}` ended with {code}",

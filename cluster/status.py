@@ -143,14 +143,14 @@ def _steps(folder: RunFolder, files: RunFiles) -> int:
 
 
 def _state(step: int, steps: int, age_s: float | None, history: list[dict[str, Any]], log: str) -> str:
-    said = log.splitlines()[-1:]
+    last_line = log.splitlines()[-1:]
     if steps and step >= steps:
         return "complete"
     if history and history[-1]["kind"] == END:
         return str(history[-1]["reason"])
     if age_s is None:
         return "not begun"
-    if not history and said and " stopped after step " in said[0]:  # a run without Ray
+    if not history and last_line and " stopped after step " in last_line[0]:  # a run without Ray
         return "stopped"
     return "running" if age_s < SILENT_S else "silent"
 

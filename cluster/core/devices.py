@@ -37,33 +37,33 @@ class Choice(NamedTuple):
     why: str
 
 
-def decide(asked: Device, offer: Offer, *, before: str = "") -> Choice:
+def decide(wanted: Device, offer: Offer, *, before: str = "") -> Choice:
     """`before`: "cuda" or "cpu", what a run that goes on was on so far; empty: it begins, or nobody knows.
 
     Raises ConfigError where GPUs are asked for, or were used so far, and none can come; and where nobody can tell.
     """
-    if asked == "cpu":
+    if wanted == "cpu":
         return Choice("cpu", "as engine.device says")
     if offer.now > 0:
         changed = "; the run was on CPUs so far" if before == "cpu" else ""
         return Choice("cuda", f"Ray offers {offer.now:g} GPUs{changed}")
     if offer.later:
         return Choice("cuda", f"there is no GPU yet; the autoscaler may start up to {offer.later:g}, and is waited for")
-    there = "this machine offers Ray no GPU" if offer.embedded else "no machine of the cluster offers a GPU"
-    if offer.later is None and asked == "auto" and before != "cuda":
-        raise ConfigError(f"{there} yet, and what scales it does not say whether it can start one",
+    where = "this machine offers Ray no GPU" if offer.embedded else "no machine of the cluster offers a GPU"
+    if offer.later is None and wanted == "auto" and before != "cuda":
+        raise ConfigError(f"{where} yet, and what scales it does not say whether it can start one",
                           where="engine.device = auto", hint=BOTH)  # fmt: skip
-    if asked == "cuda" and offer.later is not None:
+    if wanted == "cuda" and offer.later is not None:
         also = "" if offer.embedded else ", and there is no autoscaler that could start one"
-        raise ConfigError(f"a GPU is asked for, and {there}{also}", where="engine.device = cuda",
+        raise ConfigError(f"a GPU is asked for, and {where}{also}", where="engine.device = cuda",
                           hint="--engine.device cpu or auto; `ray status` lists the GPUs that Ray offers")  # fmt: skip
     if before == "cuda" and offer.embedded:
-        raise ConfigError(f"this run was trained on GPUs so far, and {there}", where="engine.device = auto",
+        raise ConfigError(f"this run was trained on GPUs so far, and {where}", where="engine.device = auto",
                           hint="--engine.device cpu goes on with it on CPUs")  # fmt: skip
-    if asked == "cuda" or before == "cuda":
-        reason = "as engine.device says" if asked == "cuda" else "the run was on GPUs so far"
+    if wanted == "cuda" or before == "cuda":
+        reason = "as engine.device says" if wanted == "cuda" else "the run was on GPUs so far"
         return Choice("cuda", f"{reason}; there is none yet, and it is waited for ({BOTH})")
-    return Choice("cpu", there if offer.embedded else f"{there}, and no autoscaler could start one")
+    return Choice("cpu", where if offer.embedded else f"{where}, and no autoscaler could start one")
 
 
 def offered(*, embedded: bool) -> Offer:
@@ -74,9 +74,9 @@ def offered(*, embedded: bool) -> Offer:
     return Offer(now, 0.0 if now or embedded else _later(), embedded)
 
 
-def hidden(choice: Choice, asked: Device) -> str:
+def hidden(choice: Choice, wanted: Device) -> str:
     """A line where this machine has GPUs that the run leaves alone though nobody told it to; empty otherwise."""
-    if choice.kind == "cuda" or asked != "auto" or not torch.cuda.is_available():
+    if choice.kind == "cuda" or wanted != "auto" or not torch.cuda.is_available():
         return ""
     return (f"torch sees {torch.cuda.device_count()} GPUs on this machine that Ray does not offer: the run is on CPUs "
             "(`ray start --num-gpus N` offers them)")  # fmt: skip
@@ -123,8 +123,8 @@ def _later() -> float | None:
     head = next((node["NodeID"] for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"]), None)
     if head is None or head == context.get_node_id():
         return _of_autoscaler(context.gcs_address)
-    there = NodeAffinitySchedulingStrategy(head, soft=False)
-    look = ray.remote(num_cpus=0)(_of_autoscaler).options(scheduling_strategy=there)
+    on_head = NodeAffinitySchedulingStrategy(head, soft=False)
+    look = ray.remote(num_cpus=0)(_of_autoscaler).options(scheduling_strategy=on_head)
     gpus: float | None = ray.get(look.remote(context.gcs_address))
     return gpus
 

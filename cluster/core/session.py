@@ -80,8 +80,8 @@ def _embed(scratch: str, cpus: int) -> None:
     except Exception as error:  # of a dozen kinds, of its own and of Python's
         if names := misread(error):
             raise unread(names, error) from error
-        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ClusterError(f"Ray does not start inside this process: {said}", where=scratch,
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ClusterError(f"Ray does not start inside this process: {reason}", where=scratch,
                            hint="room for processes (ulimit -u), open files (ulimit -n), memory and /dev/shm; --debug "
                                 "shows the whole trace") from error  # fmt: skip
 

@@ -123,9 +123,9 @@ def _check_nodes(seen: tuple[Witness, ...]) -> None:
     cpus = sum(node["Resources"]["CPU"] for node in nodes)
     print(f"cluster: {counted(len(nodes), 'machine')}, {cpus:g} CPUs", flush=True)
     ask = ray.remote(num_cpus=0)(_look)
-    asked = [ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(seen)
+    checks = [ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(seen)
              for node in nodes]  # fmt: skip
-    blind = {name: missing for name, missing in map(result, asked) if missing}
+    blind = {name: missing for name, missing in map(result, checks) if missing}
     if blind:
         raise _refusal(blind)
 

@@ -145,11 +145,11 @@ class Guard(ControllerCallback, WorkerGroupCallback):
     def _dead(self) -> dict[int, str]:
         """The ranks whose processes are gone, and how they ended. Those that live fail for want of them, and often say
         so first."""
-        asked = {actor.get_metadata.remote(): rank for rank, actor in self._actors.items()}
+        rank_of_answer = {actor.get_metadata.remote(): rank for rank, actor in self._actors.items()}
         self._actors = {}
-        ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S) if asked else None
+        ray.wait(list(rank_of_answer), num_returns=len(rank_of_answer), timeout=ANSWER_S) if rank_of_answer else None
         dead = {}
-        for answer, rank in asked.items():
+        for answer, rank in rank_of_answer.items():
             try:
                 ray.get(answer, timeout=0)
             except RayActorError as death:
@@ -184,15 +184,15 @@ def describe(
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     if not dead and not failures:
         return Failure("start", f"workers did not come up: {_first_line(error)}")
-    meant = _first_dead(dead, words) if dead else [min(failures)]
-    rank = meant[0]
+    failed_ranks = _first_dead(dead, words) if dead else [min(failures)]
+    rank = failed_ranks[0]
     what = dead[rank] if dead else _first_line(failures[rank])
-    said = f"; its last words: {' / '.join(words[rank])[:MOST_CHARACTERS]}" if words.get(rank) else ""
+    last_words = f"; its last words: {' / '.join(words[rank])[:MOST_CHARACTERS]}" if words.get(rank) else ""
     place = situation.places.get(rank)
     where = f" on {place.name}" if place else ""
-    nodes = {situation.places[one].node for one in meant if one in situation.places}
+    nodes = {situation.places[one].node for one in failed_ranks if one in situation.places}
     node = nodes.pop() if len(nodes) == 1 else ""  # several machines: none of them is known to have failed
-    return Failure("crash", f"rank {rank}{where}: {what}{said}", node, rank)
+    return Failure("crash", f"rank {rank}{where}: {what}{last_words}", node, rank)
 
 
 def _first_dead(dead: Mapping[int, str], words: Mapping[int, Sequence[str]]) -> list[int]:

@@ -51,10 +51,10 @@ class Driver:
 
     def _choose(self) -> Choice:
         """GPUs or CPUs, for as long as this command lasts. Raises ConfigError."""
-        asked, offer = self.config.engine.device, offered(embedded=self.embedded)
-        choice = decide(asked, offer, before=ran_on(self.folder))
+        wanted, offer = self.config.engine.device, offered(embedded=self.embedded)
+        choice = decide(wanted, offer, before=ran_on(self.folder))
         print(f"device: {choice.kind} ({choice.why})", flush=True)
-        if unused := hidden(choice, asked):
+        if unused := hidden(choice, wanted):
             print(unused, flush=True)
         least = self.config.cluster.least_workers
         if self.embedded and choice.kind == "cuda" and offer.now < least:
@@ -188,9 +188,9 @@ class Driver:
         machine = self.config.cluster
         hanging = hung(notes.pulses, start_s=machine.start_timeout_s, hang_s=machine.hang_timeout_s,
                      silence_s=machine.silence_timeout_s)  # fmt: skip
-        meant = [one for one in hanging if one.rank in notes.places and notes.places[one.rank].pid not in self._ended]
-        if meant:
-            self._end(meant, notes.places)
+        to_end = [one for one in hanging if one.rank in notes.places and notes.places[one.rank].pid not in self._ended]
+        if to_end:
+            self._end(to_end, notes.places)
         if notes.waiting_s > machine.start_timeout_s:
             raise ClusterError(f"no room for workers in {duration(notes.waiting_s)}: {self._shortage()}",
                                where=self.config.out, hint="start again when there is; the run goes on")  # fmt: skip
@@ -199,15 +199,15 @@ class Driver:
             print(f"workers are not up yet: {self._shortage()}", flush=True)
             starting.tell(self.folder, self._shortage(), waits=True)
 
-    def _end(self, meant: list[Hung], places: dict[int, Any]) -> None:
+    def _end(self, hanging: list[Hung], places: dict[int, Any]) -> None:
         import ray
 
-        failure = accusation(meant, places)
+        failure = accusation(hanging, places)
         ray.get(self._board.blame.remote(failure))
-        pids = [places[one.rank].pid for one in meant]
+        pids = [places[one.rank].pid for one in hanging]
         listed = f"process {pids[0]}" if len(pids) == 1 else f"processes {', '.join(map(str, pids))}"
         print(f"hung: {failure.reason}; SIGKILL to {listed}", flush=True)
-        for one in meant:
+        for one in hanging:
             self._ended.add(places[one.rank].pid)
             end_process(places[one.rank].node, places[one.rank].pid)
 
@@ -216,8 +216,8 @@ class Driver:
 
         config, has, wanted = self.config, ray.cluster_resources(), worker_resources(self.config, self.choice)
         each = ", ".join(f"{value:g} {name}" for name, value in wanted.items())
-        there = ", ".join(f"{has.get(name, 0):g} {name}" for name in wanted)
-        return (f"at least {config.cluster.least_workers} of {each} each are needed; the cluster has {there} "
+        present = ", ".join(f"{has.get(name, 0):g} {name}" for name in wanted)
+        return (f"at least {config.cluster.least_workers} of {each} each are needed; the cluster has {present} "
                 f"on {counted(sum(node['Alive'] for node in ray.nodes()), 'machine')}")  # fmt: skip
 
     def _ending(self, notes: Any) -> bool:

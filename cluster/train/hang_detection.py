@@ -64,13 +64,13 @@ def hung(pulses: Sequence[Pulse], *, start_s: float, hang_s: float, silence_s: f
     if not pulses or any(pulse.stood_s <= patience for pulse in pulses):
         return []
     least = min(pulse.place for pulse in pulses)
-    meant = [pulse for pulse in pulses if pulse.place == least]
-    if len(meant) == len(pulses) > 1:
+    behind = [pulse for pulse in pulses if pulse.place == least]
+    if len(behind) == len(pulses) > 1:
         one = min(pulses, key=lambda pulse: pulse.stood_s)
-        said = f"all ranks stand at step {one.step + 1} ({one.doing}) for {one.stood_s:.0f} s; nobody is behind"
-        return [Hung(pulse.rank, said, behind=False) for pulse in pulses]
+        what = f"all ranks stand at step {one.step + 1} ({one.doing}) for {one.stood_s:.0f} s; nobody is behind"
+        return [Hung(pulse.rank, what, behind=False) for pulse in pulses]
     return [Hung(pulse.rank, f"stood still in step {pulse.step + 1} ({pulse.doing}) for {pulse.stood_s:.0f} s")
-            for pulse in meant]  # fmt: skip
+            for pulse in behind]  # fmt: skip
 
 
 def accusation(hanging: Sequence[Hung], places: Mapping[int, Any]) -> Failure:
@@ -92,8 +92,8 @@ def end_process(node: str, pid: int) -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    there = NodeAffinitySchedulingStrategy(node, soft=False)
-    return ray.remote(num_cpus=0, max_retries=0)(_kill).options(scheduling_strategy=there).remote(pid)
+    on_node = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ray.remote(num_cpus=0, max_retries=0)(_kill).options(scheduling_strategy=on_node).remote(pid)
 
 
 def _kill(pid: int) -> None:

@@ -48,8 +48,8 @@ def work(settings: dict[str, Any]) -> None:
         ray.get(board.fail.remote(error))
         raise
     except Exception as error:
-        said = f"rank {world.rank} on {host.place()}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        ray.get(board.blame.remote(Failure("crash", said, host.where.node, world.rank)))
+        what = f"rank {world.rank} on {host.place()}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        ray.get(board.blame.remote(Failure("crash", what, host.where.node, world.rank)))
         raise
     finally:
         word = host.close()

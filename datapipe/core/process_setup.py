@@ -133,16 +133,16 @@ def misread(error: BaseException) -> list[str]:
     while cause is not None:
         if (named := _NAMED.search(str(cause))) and named[1] in os.environ:
             return [named[1]]
-        if isinstance(cause, ValueError) and (said := _NO_NUMBER.search(str(cause))):
-            return _with_value(said[2], _last_line(cause))
+        if isinstance(cause, ValueError) and (matched := _NO_NUMBER.search(str(cause))):
+            return _with_value(matched[2], _last_line(cause))
         cause = cause.__cause__
     return []
 
 
 def unread(names: Sequence[str], error: BaseException) -> ConfigError:
     """The error for a person."""
-    said = (str(error).splitlines() or [""])[0]
-    return ConfigError(f"a library takes a variable of the environment for a number, which it is not ({said})",
+    reason = (str(error).splitlines() or [""])[0]
+    return ConfigError(f"a library takes a variable of the environment for a number, which it is not ({reason})",
                        where=" or ".join(f"{name}={os.environ.get(name, '')!r}" for name in names),
                        hint=f"unset {' '.join(names)}, or set a number")  # fmt: skip
 
@@ -150,7 +150,7 @@ def unread(names: Sequence[str], error: BaseException) -> ConfigError:
 def _with_value(value: str, line: str) -> list[str]:
     """Variables of this value: those that the failing line of source names, else all, but that an empty value is that
     of too many."""
-    alike = [name for name, there in os.environ.items() if there.strip() == value.strip()]
+    alike = [name for name, set_to in os.environ.items() if set_to.strip() == value.strip()]
     named = [name for name in alike if re.search(rf"\b{re.escape(name)}\b", line)]
     return named or (alike if value.strip() else [])
 

@@ -41,14 +41,14 @@ def _exact(table: pyarrow.Table, keys: pyarrow.Array) -> Iterator[tuple[str, np.
     marked, originals = _originals(whole_column(table, "duplicate_of"), keys)
     yield "it is marked as a duplicate of a crop that is not there", marked[originals == NOWHERE]
     true = exact_duplicates(content_words(table))
-    told, is_true = np.full(len(keys), NOWHERE), np.full(len(keys), NOWHERE)
-    told[marked], is_true[true.places] = originals, true.originals
+    stated, is_true = np.full(len(keys), NOWHERE), np.full(len(keys), NOWHERE)
+    stated[marked], is_true[true.places] = originals, true.originals
     unmarked = np.ones(len(keys), bool)
     unmarked[marked] = False
     yield "it is a duplicate and not marked", np.flatnonzero((is_true >= 0) & unmarked)
     yield (
         "it is marked as a duplicate of a crop whose bytes are others, or come later",
-        np.flatnonzero((told >= 0) & (told != is_true)),
+        np.flatnonzero((stated >= 0) & (stated != is_true)),
     )
 
 

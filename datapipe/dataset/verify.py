@@ -102,11 +102,11 @@ def check_shard(store: Store, shard: Shard, decode: Decode) -> _Checked:
 
 def _stand_in_findings(shard: Shard, rows: pyarrow.Table, live: np.ndarray) -> list[Finding]:
     """Rows of removed crops have to be copies of the next crop of the shard that is there."""
-    there = np.flatnonzero(live)
+    present = np.flatnonzero(live)
     removed = np.flatnonzero(~live)
-    if not len(there) or not len(removed):
+    if not len(present) or not len(removed):
         return []  # a shard without crops of its own refers to another one: headers and checksums were compared
-    expected = rows.take(there[np.searchsorted(there, removed) % len(there)]).drop_columns(["removed"])
+    expected = rows.take(present[np.searchsorted(present, removed) % len(present)]).drop_columns(["removed"])
     if rows.take(removed).drop_columns(["removed"]).equals(expected):
         return []
     return [Finding(shard.index, "a row of a removed crop is not a copy of the next one")]

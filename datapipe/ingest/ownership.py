@@ -63,8 +63,8 @@ def _claims(store: Store) -> Iterator[str]:
 
 def _refusal(store: Store, name: str, request: bytes) -> DataError:
     try:
-        there, here = json.loads(store.read(name)), json.loads(request)
-        differences = list(_differences(there, here))
+        other, here = json.loads(store.read(name)), json.loads(request)
+        differences = list(_differences(other, here))
     except (NotFoundError, ValueError, KeyError):  # just taken back, or of another version of this project
         differences = ["it cannot be read"]
     return DataError(
@@ -74,13 +74,13 @@ def _refusal(store: Store, name: str, request: bytes) -> DataError:
     )
 
 
-def _differences(there: dict, here: dict) -> Iterator[str]:
+def _differences(existing: dict, here: dict) -> Iterator[str]:
     for name, value in here["settings"].items():
-        other = there["settings"].get(name)
+        other = existing["settings"].get(name)
         if other != value:
             yield f"{name} is {other} there and {value} here"
-    changed = sorted({name for name, _ in set(there["sources"].items()) ^ set(here["sources"].items())})
+    changed = sorted({name for name, _ in set(existing["sources"].items()) ^ set(here["sources"].items())})
     if changed:
         yield "other sources, or other files in them: " + ", ".join(changed)
-    if there["licence"] != here["licence"]:
+    if existing["licence"] != here["licence"]:
         yield "another licence"

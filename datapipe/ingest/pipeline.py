@@ -170,11 +170,11 @@ class _Run:
             for rows in read_part(self.spool, part.part, ("key", "sha256", "dhash", *HOT.names)):
                 crops.put(start, rows)
                 start += rows.num_rows
-        twice = repeated(crops)
-        if twice is not None:
+        duplicate = repeated(crops)
+        if duplicate is not None:
             raise DataError(
                 "two crops of one source have the same name",
-                where=self._named(parts, twice),
+                where=self._named(parts, duplicate),
                 hint="give each of them a name of its own, or leave one of the files out",
             )
         return crops, plan_shards(crops, self.config)

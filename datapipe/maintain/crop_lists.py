@@ -52,8 +52,8 @@ def look_up(listed: pyarrow.Array, table: pyarrow.Table, by: By) -> Found:
     for form in _looser(by, wanted, column):
         if not len(lost):
             break
-        names, there = form
-        matched, still = _match(names.take(lost), there)
+        names, present = form
+        matched, still = _match(names.take(lost), present)
         place = np.where((place < 0) & (matched >= 0), lost[matched], place)
         lost = lost[still]
     remarks = [number for number in lost.tolist() if is_remark(listed[number].as_py(), by, first=number == 0)]
@@ -92,10 +92,10 @@ def refuse_ambiguous(place: np.ndarray, listed: pyarrow.Array, table: pyarrow.Ta
         pyarrow.compute.equal(column.take(rows), column.take(other)).to_numpy(zero_copy_only=False)
         for column in (names, sources)
     ]
-    unlike = np.unique(place[rows[~(alike[0] & alike[1])]])
-    if len(unlike):
+    ambiguous = np.unique(place[rows[~(alike[0] & alike[1])]])
+    if len(ambiguous):
         raise DataError(
-            f"{len(unlike):,} listed names fit more than one crop, for example {listed[int(unlike[0])]}",
+            f"{len(ambiguous):,} listed names fit more than one crop, for example {listed[int(ambiguous[0])]}",
             where=where,
             hint="narrow it down to one source, or list keys instead of names",
         )

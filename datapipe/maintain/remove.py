@@ -191,55 +191,55 @@ class _Request:
     def find(self, store: Store, storage: StorageConfig) -> _Found:
         """The keys of these crops; none where all of them were removed before."""
         table = _crops(store, storage)
-        meant = self._meant(table, store)
-        if not meant.rows.any() and not meant.lists.before:
+        selected = self._meant(table, store)
+        if not selected.rows.any() and not selected.lists.before:
             raise DataError(
                 "no crop of the data set is meant; one that was removed before is not there any more",
                 where=store.url,
                 hint="`python -m datapipe stats` lists the sources",
             )
         hashes = table["sha256"].combine_chunks()
-        equal = pyarrow.compute.is_in(hashes, value_set=hashes.filter(pyarrow.array(meant.rows)))
-        rows, copies = meant.rows, equal.to_numpy(zero_copy_only=False) & ~meant.rows
+        equal = pyarrow.compute.is_in(hashes, value_set=hashes.filter(pyarrow.array(selected.rows)))
+        rows, copies = selected.rows, equal.to_numpy(zero_copy_only=False) & ~selected.rows
         if self.config.duplicates:
             rows, copies = rows | copies, copies & False
         chosen = table.filter(pyarrow.array(rows))
         keys = sorted(chosen["key"].to_pylist())
         words = frozenset([*keys, *chosen["name"].to_pylist()]) | self.words
-        lists = dataclasses.replace(meant.lists, missing=meant.lists.missing[:EXAMPLES], copies=int(copies.sum()))
-        return _Found(pyarrow.array(keys, pyarrow.string()), words, frozenset(meant.quarantined), lists)
+        lists = dataclasses.replace(selected.lists, missing=selected.lists.missing[:EXAMPLES], copies=int(copies.sum()))
+        return _Found(pyarrow.array(keys, pyarrow.string()), words, frozenset(selected.quarantined), lists)
 
     def _meant(self, table: pyarrow.Table, store: Store) -> _Meant:
-        meant = _Meant(pyarrow.compute.equal(table["source"], self.config.source or table["source"]).to_numpy())
-        looked = {by: _look_up(listed, table, by, meant.rows) for by, listed in self.lists.items()}
+        selected = _Meant(pyarrow.compute.equal(table["source"], self.config.source or table["source"]).to_numpy())
+        looked = {by: _look_up(listed, table, by, selected.rows) for by, listed in self.lists.items()}
         for lookup in looked.values():
-            meant.rows = meant.rows & (lookup.place >= 0)
+            selected.rows = selected.rows & (lookup.place >= 0)
         for by, lookup in looked.items():
-            listed, place = self.lists[by], np.where(meant.rows, lookup.place, -1)
-            meant.lists.alike += refuse_ambiguous(place, listed, table, f"--{by}s")
-            lost = self._but_gone(lookup, by, table, store, meant)
+            listed, place = self.lists[by], np.where(selected.rows, lookup.place, -1)
+            selected.lists.alike += refuse_ambiguous(place, listed, table, f"--{by}s")
+            lost = self._but_gone(lookup, by, table, store, selected)
             lost += listed.take(np.setdiff1d(lookup.place, [-1, *np.unique(place).tolist()])).to_pylist()
             lookup = lookup._replace(missing=len(lost), examples=lost[:EXAMPLES])
             refuse_missing(lookup, len(listed), share=self.config.max_missing, where=getattr(self.config, f"{by}s"))
-            meant.lists.missing += lost[:EXAMPLES]
-            meant.lists.missing_count += len(lost)
-            meant.lists.remarks += lookup.remarks
-        return meant
+            selected.lists.missing += lost[:EXAMPLES]
+            selected.lists.missing_count += len(lost)
+            selected.lists.remarks += lookup.remarks
+        return selected
 
-    def _but_gone(self, lookup: Found, by: By, table: pyarrow.Table, store: Store, meant: _Meant) -> list[str]:
+    def _but_gone(self, lookup: Found, by: By, table: pyarrow.Table, store: Store, selected: _Meant) -> list[str]:
         """The listed crops that are not there, but for those that were removed before or quarantined: noted."""
         if not len(lookup.lost):
             return []
         hashes, sources = removed_before(store), table["source"].unique().to_pylist()
         refused = look_up(lookup.lost, _quarantined(store, self.config.source), by)
-        meant.quarantined |= {key for key, place in zip(_quarantined(store, self.config.source)["key"].to_pylist(),
+        selected.quarantined |= {key for key, place in zip(_quarantined(store, self.config.source)["key"].to_pylist(),
                                                         refused.place.tolist(), strict=True) if place >= 0}  # fmt: skip
         unknown = set(refused.lost.to_pylist())
         lost = []
         for line in lookup.lost.to_pylist():
             keys = [line.strip().lower()] if by == "key" else _keys_of(line, sources)
             if line not in unknown or any(hashlib.sha256(key.encode()).hexdigest() in hashes for key in keys):
-                meant.lists.before += 1
+                selected.lists.before += 1
             else:
                 lost.append(line)
         return lost

@@ -76,14 +76,14 @@ def _renew(
     repaired = tuple(mended.get(shard, shard) for shard in version.shards)
     whole = dataclasses.replace(version, selection=None, shards=repaired)
     table = whole.table(["key", "dhash", *MARKS, "removed", ORDINAL], storage)
-    there = ~table["removed"].to_numpy()
-    meant = pyarrow.compute.is_in(table["key"], value_set=keys).to_numpy()
-    out = there & meant
-    staying = there & ~meant
+    present = ~table["removed"].to_numpy()
+    selected = pyarrow.compute.is_in(table["key"], value_set=keys).to_numpy()
+    out = present & selected
+    staying = present & ~selected
     if not staying.any():
         raise DataError("no crop would be left", where=store.url, hint="delete the folder instead")
     if not out.any() and not mend:
-        return _Renewed(whole.shards, int((~there).sum()))
+        return _Renewed(whole.shards, int((~present).sum()))
     starts = np.cumsum([0, *(shard.rows for shard in whole.shards)])
     marks = relink_duplicates(table, staying, keys)
     changes = dict(_changes(whole.shards, starts, out, staying, marks, mend))

@@ -41,12 +41,12 @@ def rewrite(store: Store, shard: Shard, change: Change) -> Shard:
     Raises DataError where the tar is not what was written, unless it is to be mended.
     """
     table = _marked(read_index(store, shard), change.marks)
-    there = ~table["removed"].to_numpy()
-    staying = there.copy()
+    present = ~table["removed"].to_numpy()
+    staying = present.copy()
     staying[change.out] = False
     if len(change.out) or change.mend:
         tar = _read(store, shard, intact=not change.mend)
-        made, offsets = copied(tar, table, there=there, staying=staying, mend=change.mend)
+        made, offsets = copied(tar, table, present=present, staying=staying, mend=change.mend)
         name, sha256 = _create(store, made, ".tar")
         shard = dataclasses.replace(shard, name=name, bytes=len(made), sha256=sha256)
         table = table.set_column(table.column_names.index("offset"), "offset", pyarrow.array(offsets))
@@ -74,7 +74,7 @@ def with_index(store: Store, shard: Shard, table: pyarrow.Table, rows: np.ndarra
 
 
 def copied(
-    tar: bytes, table: pyarrow.Table, *, there: np.ndarray, staying: np.ndarray, mend: bool
+    tar: bytes, table: pyarrow.Table, *, present: np.ndarray, staying: np.ndarray, mend: bool
 ) -> tuple[bytearray, np.ndarray]:
     """(a new tar of the crops that stay, with what lies behind each of them; offset int64 of each row that stays).
 
@@ -82,7 +82,7 @@ def copied(
     """
     starts, sizes = table["offset"].to_numpy(), table["size"].to_numpy()
     keys, hashes = table["key"].to_pylist(), table["xxh3"].to_pylist()
-    rows = np.flatnonzero(there)
+    rows = np.flatnonzero(present)
     ends = dict(zip(rows.tolist(), [*(starts[rows[1:]] - BLOCK).tolist(), len(tar) - END_BYTES], strict=True))
     made, offsets = bytearray(), starts.copy()
     for row in np.flatnonzero(staying).tolist():

@@ -96,8 +96,8 @@ class LmdbFile:
             page = self._page(number)
             if not page.children:
                 place = bisect_left(page.ranks, rank)
-                there = place < len(page.ranks) and page.ranks[place] == rank
-                return self._checked(page.values[place]) if there else None
+                present = place < len(page.ranks) and page.ranks[place] == rank
+                return self._checked(page.values[place]) if present else None
             number = page.children[bisect_right(page.ranks, rank, lo=1) - 1]
         raise self._damaged("its tree has no end")
 

@@ -56,5 +56,5 @@ def _wait_s(attempt: int) -> float:
 
 
 def _given_up(error: StorageError, tries: int, spent: float) -> StorageError:
-    told = f"{error.what} (given up after {tries} {'try' if tries == 1 else 'tries'} in {spent:.1f} s)"
-    return type(error)(told, where=error.where, hint=error.hint)
+    what = f"{error.what} (given up after {tries} {'try' if tries == 1 else 'tries'} in {spent:.1f} s)"
+    return type(error)(what, where=error.where, hint=error.hint)

@@ -73,9 +73,9 @@ class Ranges:
                 try:
                     return self._read(key, start, size)
                 except ERRORS as error:
-                    told = str(error).partition("\n")[0].rpartition(" - ")[-1]
-                    if _passing(told):
-                        raise PassingFault(unanswered(told, place)) from error
+                    answer = str(error).partition("\n")[0].rpartition(" - ")[-1]
+                    if _passing(answer):
+                        raise PassingFault(unanswered(answer, place)) from error
             data = then()
             self._note_in_vain(place)
             return data
@@ -158,9 +158,9 @@ def _credentials(session: Any) -> Callable[[], Any]:
     return now
 
 
-def _passing(told: str) -> bool:
+def _passing(answer: str) -> bool:
     """Whether a wait may help: no whole answer, or one that says so."""
-    status = re.search(r"status code: (\d{3})", told)
+    status = re.search(r"status code: (\d{3})", answer)
     if status is None:
-        return "HTTP error" in told
+        return "HTTP error" in answer
     return int(status[1]) in PASSING_STATUS

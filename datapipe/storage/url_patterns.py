@@ -94,8 +94,8 @@ def nothing_meets(pattern: Pattern, storage: StorageConfig) -> DataError:
     depth = max(choice.count("/") for choice in pattern.choices)
     same = [name for name in names if name.count("/") == depth] or names
     near = difflib.get_close_matches(pattern.choices[0], same, n=NAMED, cutoff=0.0)
-    there = f"{', '.join(near)}{' ...' if len(same) > len(near) else ''}" if near else "nothing"
-    return DataError(what, where=pattern.url, hint=f"below {pattern.folder} there is {there}")
+    nearby = f"{', '.join(near)}{' ...' if len(same) > len(near) else ''}" if near else "nothing"
+    return DataError(what, where=pattern.url, hint=f"below {pattern.folder} there is {nearby}")
 
 
 def _parted(path: str, scheme: str, storage: StorageConfig) -> tuple[list[str], list[str]]:

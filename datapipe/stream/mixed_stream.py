@@ -49,7 +49,7 @@ class MixedStream:
     def cached(self) -> tuple[int, int]:
         """(crops that came from a cache, of so many that were asked of one) so far."""
         counts = [stream.cached for stream in self.streams]
-        return sum(hits for hits, _ in counts), sum(asked for _, asked in counts)
+        return sum(hits for hits, _ in counts), sum(reads for _, reads in counts)
 
     @property
     def manifests(self) -> tuple[Manifest, ...]:

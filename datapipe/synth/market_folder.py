@@ -88,13 +88,13 @@ def _begin(out: Path, config: SynthConfig) -> None:
 
 def _compare(marker: Path, record: dict[str, Any]) -> None:
     try:
-        there = json.loads(marker.read_bytes())
+        existing = json.loads(marker.read_bytes())
     except ValueError as error:
         raise DataError("not readable as JSON", where=str(marker), hint="delete the folder and render again") from error
     wanted = json.loads(json.dumps(record))  # tuples become lists
-    differing = [key for key in sorted({*there, *wanted}) if there.get(key) != wanted.get(key)]
+    differing = [key for key in sorted({*existing, *wanted}) if existing.get(key) != wanted.get(key)]
     if differing:
-        listed = ", ".join(f"{key}: {there.get(key)} there, {wanted.get(key)} asked for" for key in differing)
+        listed = ", ".join(f"{key}: {existing.get(key)} there, {wanted.get(key)} asked for" for key in differing)
         raise DataError(
             f"rendered with other settings ({listed})",
             where=str(marker.parent),

@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from tests.support.ranks import run_ranks
-from training.config.batch_split import portion
+from training.config.batch_split import split_batch
 from training.config.build import build_method, fake_batch, make_stepper, view_spec
 from training.config.recipe_toml import load
 from training.config.run_config import RunConfig
@@ -68,15 +68,15 @@ def measure(world: World, config: RunConfig) -> Measured:
     """Two steps of one rank on noise, as the loop makes them."""
     prepare(world)
     before = held("VmRSS")
-    share, clock = portion(WORLD, 1, world.size), clock_of(config, config.samples_per_epoch)
+    split, clock = split_batch(WORLD, 1, world.size), clock_of(config, config.samples_per_epoch)
     method = build_method(config)
-    stepper = make_stepper(config, method, world, share)
+    stepper = make_stepper(config, method, world, split)
     for samples in (0, WORLD):
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         progress = clock.at(samples)
         now = param_groups.settings_at(config.optimisation, progress)
         stepper.apply(now, progress)
-        views = BatchToDevice(world.device, config.views.statistics)(fake_batch(view_spec(config), share, config))
+        views = BatchToDevice(world.device, config.views.statistics)(fake_batch(view_spec(config), split, config))
         stepper.backward(stepper.forward(views, progress), last=True)
         result = stepper.step()
         method.after_step(result.sums, progress)

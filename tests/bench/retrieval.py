@@ -87,7 +87,7 @@ def _sizes(memory_mb: float, scale: Scale) -> list[Row]:
     """Memory of ranking alone; then time and memory with re-ranking."""
     task = _task(scale, noise=NOISE)
     wall, cpu = perf_counter(), process_time()
-    evaluate(task.query, task.gallery, *task.labels, keep=10, reranking=RerankConfig())
+    evaluate(task.query, task.gallery, *task.labels, top_k=10, reranking=RerankConfig())
     figures = {"re-ranking, s": perf_counter() - wall, "re-ranking, CPU s": process_time() - cpu,
                "memory with re-ranking, MB": _peak_mb()}  # fmt: skip
     memory = Row("memory, MB", Spread.of([memory_mb]), target=Target(2_000, at_least=False))

@@ -10,7 +10,7 @@ from datapipe.core.config import ViewConfig
 from datapipe.core.errors import ConfigError
 from tests.end_to_end import tiny
 from training import methods
-from training.config.batch_split import split
+from training.config.batch_split import split_of
 from training.config.recipe_toml import load
 from training.config.run_config import RunConfig
 from training.core.host import LocalHost
@@ -83,10 +83,10 @@ def test_recipe__starts_with_any_number_of_workers(path: Path) -> None:
     config = load(path)
     couples = config.method.name == "supervised" or memory.census(config).couples
     for workers in range(1, config.cluster.max_workers + 1):
-        share = split(config.optimisation, workers)
-        refuse_split(config, share, couples=couples)
-        assert share.rows * workers >= config.optimisation.batch
-        assert not couples or share.rows == share.micro
+        split = split_of(config.optimisation, workers)
+        refuse_split(config, split, couples=couples)
+        assert split.per_rank * workers >= config.optimisation.batch
+        assert not couples or split.per_rank == split.micro_batch
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

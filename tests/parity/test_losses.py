@@ -59,7 +59,7 @@ def views_of(batch: int, locals_: int) -> Views:
     }
 
 
-def seen(logits: dict[str, Tensor], batch: int) -> TokenViews:
+def token_views(logits: dict[str, Tensor], batch: int) -> TokenViews:
     """Logits with rows view-major, [S * B, K], as a network says them."""
     return TokenViews({token: rows.unflatten(0, (-1, batch)) for token, rows in logits.items()},
                       torch.ones(2, batch, 2))  # fmt: skip
@@ -88,7 +88,10 @@ def test_dino_loss__gradient_and_centre_over_calls() -> None:
     for call in calls_of(tensors):
         case = group(tensors, call + "/")
         logits = case["student_logits"].clone().requires_grad_()
-        student.said, teacher.said = seen({"cls": logits}, batch), seen({"cls": case["teacher_logits"]}, batch)
+        student.said, teacher.said = (
+            token_views({"cls": logits}, batch),
+            token_views({"cls": case["teacher_logits"]}, batch),
+        )
         torch.testing.assert_close(method.get_buffer("centre_cls"), case["center_before"], rtol=0, atol=1e-6)
         assert abs(method.temperature("cls", int(case["epoch"])) - float(case["teacher_temperature"])) < 1e-12
         outcome = method(views_of(batch, locals_), at_epoch(case))
@@ -119,9 +122,9 @@ def test_ibot_loss__both_terms_gradients_and_centres_over_calls() -> None:
         views["mask"] = torch.stack([case[f"mask_view{view}"] for view in range(globals_)])
         hidden = inputs["student_global_patch"].unflatten(0, (-1, batch))[views["mask"].flatten(2)]
         cls = torch.cat([inputs["student_global_cls"], inputs["student_local_cls"]])
-        student.said = MaskedViews(seen({"cls": cls}, batch), hidden)
+        student.said = MaskedViews(token_views({"cls": cls}, batch), hidden)
         patches = case["teacher_global_patch"].unflatten(0, (-1, batch))
-        teacher.said = MaskedViews(seen({"cls": case["teacher_global_cls"]}, batch), patches)
+        teacher.said = MaskedViews(token_views({"cls": case["teacher_global_cls"]}, batch), patches)
         for token in ("cls", "patch"):
             before = case[f"center_{token}_before"].reshape(1, -1)
             torch.testing.assert_close(method.get_buffer(f"centre_{token}"), before, rtol=0, atol=1e-6)
@@ -155,8 +158,8 @@ def test_pass_loss__gradients_and_centres_over_calls() -> None:
         for part in range(1, parts + 1):
             stacks["cls"].append(inputs[f"student_area{part}_cls"])
             stacks[f"pt{part}"].append(inputs[f"student_area{part}_pt"])
-        student.said = seen({token: torch.cat(rows) for token, rows in stacks.items()}, batch)
-        teacher.said = seen({token: case[f"teacher_global_{token}"] for token in tokens}, batch)
+        student.said = token_views({token: torch.cat(rows) for token, rows in stacks.items()}, batch)
+        teacher.said = token_views({token: case[f"teacher_global_{token}"] for token in tokens}, batch)
         for token in tokens:
             before = case[f"center_before_{token}"]
             torch.testing.assert_close(method.get_buffer(f"centre_{token}"), before, rtol=0, atol=1e-6)

@@ -199,7 +199,7 @@ def test_bootmae__tiny_model_outputs() -> None:
     method, views = tiny(about, tensors, loss_on="all"), batch(about, tensors)
     order_BN = views["mask"][0].flatten(1).to(torch.int8).argsort(dim=1, stable=True)
     asked = method._asked(views, order_BN)
-    said = method.student(views["region_a"][0], order_BN[:, : method.kept], asked, precision="fp32", keep=None)
+    said = method.student(views["region_a"][0], order_BN[:, : method.kept], asked, precision="fp32", path_masks=None)
     assert asked.patches_BQ is not None
     wanted_pixels = reconstruction.patchify(tensors["pixel_pred"], about["hyper_parameters"]["patch"])
     for found, wanted in ((said.pixels_BQV, wanted_pixels), (said.features_BQC, tensors["feature_pred"])):

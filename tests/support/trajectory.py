@@ -10,7 +10,7 @@ from torch import Tensor
 
 from datapipe.stream.batch import Batch, LoaderCounters
 from tests.support.golden import golden, group
-from training.config.batch_split import Portion, portion
+from training.config.batch_split import BatchSplit, split_batch
 from training.core.exchange import Exchange
 from training.core.host import LocalHost
 from training.core.world import World
@@ -95,16 +95,16 @@ class FixedBatches:
 
     intake = LoaderCounters()
 
-    def __init__(self, batches: list[dict[str, np.ndarray]], size: int, share: Portion, rank: int) -> None:
-        self.batches, self.size, self.share, self.rank = batches, size, share, rank
+    def __init__(self, batches: list[dict[str, np.ndarray]], size: int, split: BatchSplit, rank: int) -> None:
+        self.batches, self.size, self.split, self.rank = batches, size, split, rank
 
     def after(self, position: int, until: int) -> Iterator[Batch]:
         for start in range(position, until, self.size):
             yield self._rows(self.batches[start // self.size % len(self.batches)], start)
 
     def _rows(self, views: dict[str, np.ndarray], start: int) -> Batch:
-        low = self.rank * self.share.rows
-        rows = np.arange(low, low + self.share.rows)
+        low = self.rank * self.split.per_rank
+        rows = np.arange(low, low + self.split.per_rank)
         real = rows < self.size
         position = np.where(real, start + rows, -1)
         held = {name: self._padded(array, rows, real) for name, array in views.items()}
@@ -255,7 +255,7 @@ def run_trajectory(
     """The whole trajectory through `training.trainer.loop.train`; `zero_stage` None: the plain stepper."""
     config = optimisation_of(setting)
     method = make().to(dtype)
-    share = portion(config.batch, micro_batch or config.batch, world.size)
+    split = split_batch(config.batch, micro_batch or config.batch, world.size)
     clock = Clock(config.batch, config.batch * setting["iterations_per_epoch"], config.epochs, seed=0)
     found = Trajectory()
 
@@ -274,11 +274,11 @@ def run_trajectory(
             for name, value in wander_of_step(stepper).items():
                 found.wander[name] = found.wander.get(name, torch.zeros_like(value)) + value
 
-    stepper = _stepper(method, config, world, share, zero_stage)
-    source = FixedBatches(batches, config.batch, share, world.rank)
+    stepper = _stepper(method, config, world, split, zero_stage)
+    source = FixedBatches(batches, config.batch, split, world.rank)
     run = Run(
         method=method, stepper=stepper, loader=source, place=place, clock=clock, optimisation=config,
-        micro_batch=share.micro, checkpoints=None, host=LocalHost(), faults=NoFaults(), exchange=Exchange(world),
+        micro_batch=split.micro_batch, checkpoints=None, host=LocalHost(), faults=NoFaults(), exchange=Exchange(world),
         observers=[Noting(watch)],
     )  # fmt: skip
     if rehearsal:
@@ -300,7 +300,7 @@ def model_state(stepper: Stepper, world: World) -> dict[str, Tensor]:
 
 
 def _stepper(
-    method: Method, config: OptimisationConfig, world: World, share: Portion, zero_stage: int | None
+    method: Method, config: OptimisationConfig, world: World, split: BatchSplit, zero_stage: int | None
 ) -> Stepper:
     groups = group_parameters(method)
     if zero_stage is None:
@@ -308,5 +308,5 @@ def _stepper(
     from training.engine.deepspeed import DeepSpeedStepper, derive_json
 
     engine = EngineConfig(zero_stage=zero_stage)
-    settings = derive_json(engine, rows=share.rows, micro=share.micro, world=world.size)
+    settings = derive_json(engine, rows=split.per_rank, micro=split.micro_batch, world=world.size)
     return DeepSpeedStepper(method, groups, config, world, settings=settings)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from training.config.batch_split import portion
+from training.config.batch_split import split_batch
 from training.config.build import fake_batch, initial_method, view_spec
 from training.config.recipe_toml import load
 from training.config.run_config import RunConfig
@@ -39,5 +39,5 @@ def with_views(config: RunConfig) -> tuple[Method, Views]:
     """Its method, freshly initialised, and a micro-batch of noise."""
     method, _ = initial_method(config)
     images = config.optimisation.batch
-    batch = fake_batch(view_spec(config), portion(images, images, 1), config)
+    batch = fake_batch(view_spec(config), split_batch(images, images, 1), config)
     return method, BatchToDevice(torch.device("cpu"))(batch)

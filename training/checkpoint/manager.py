@@ -168,13 +168,13 @@ class Checkpoints:
         failed = bool(flight.task.failure)
         return Report(float(not failed), float(failed), due)
 
-    def hear(self, told: Report) -> None:
+    def hear(self, status: Report) -> None:
         """Take in the sum of what all ranks told at this stage. Raises StorageError after too many failed saves."""
         flight = self._flight
-        self._time_is_up = told.due > 0
-        if flight is None or told.written + told.failed < self.world.size:
+        self._time_is_up = status.due > 0
+        if flight is None or status.written + status.failed < self.world.size:
             return
-        if told.failed:
+        if status.failed:
             self._give_up(flight)
         elif not flight.parts_written:
             flight.parts_written = True
@@ -191,10 +191,10 @@ class Checkpoints:
         while (flight := self._flight) is not None:
             flight.task.join()
             self.world.meet()  # the leading rank writes the marker and deletes old checkpoints alone
-            told = self.world.all_gather(self.report())
+            statuses = self.world.all_gather(self.report())
             flight.stood_s += time.monotonic() - began
             began = time.monotonic()
-            self.hear(Report(*map(sum, zip(*told, strict=True))))
+            self.hear(Report(*map(sum, zip(*statuses, strict=True))))
         if self._tidying is not None:
             self._tidying.join()
         if needed and self._failures > failures:

@@ -114,11 +114,11 @@ def prune(chosen: PruneCommand) -> int:
     if not chosen.dry_run:
         for file in going:
             store.delete(file)
-    said = "would delete" if chosen.dry_run else "deleted"
+    verb = "would delete" if chosen.dry_run else "deleted"
     for name in sorted({folder_of(file) for file in going}):
-        print(f"{said} {name}")
+        print(f"{verb} {name}")
     size = sum(entries[file] for file in going) / 1e6
-    print(f"{said} {counted(len(going), 'file')}, {size:,.1f} MB; good ones that stay: {', '.join(sorted(staying))}")
+    print(f"{verb} {counted(len(going), 'file')}, {size:,.1f} MB; good ones that stay: {', '.join(sorted(staying))}")
     return cli.COMPLETE
 
 

@@ -159,8 +159,8 @@ def _carry_out(
 def refuse_others(row: Row, card: dict[str, Any], pedigree: Pedigree, reid: ReIDSet, where: str) -> None:
     """Raises DataError for weights that the row's score cannot be of."""
     tuned = is_fine_tuned(card)
-    learnt = (card.get("origin") or {}).get("identities")
-    there = reid.train.identities if reid.train is not None else learnt
+    trained_identities = (card.get("origin") or {}).get("identities")
+    identities = reid.train.identities if reid.train is not None else trained_identities
     wrong = {
         f"they are {pedigree.family}, the row is {row.method}": bool(row.family and pedigree.family)
         and row.family != pedigree.family,
@@ -169,13 +169,14 @@ def refuse_others(row: Row, card: dict[str, Any], pedigree: Pedigree, reid: ReID
         and (row.arch, row.stem, row.parts) != (pedigree.arch, pedigree.stem, pedigree.parts),
         "they are fine-tuned, the row is of features as pre-training leaves them": tuned and row.task == "zero-shot",
         f"they were fine-tuned on {pedigree.trained_on}, not on {row.data}": tuned and bool(pedigree.trained_on),
-        f"they were fine-tuned on {learnt} identities, {row.data} has {there} to train on": tuned and learnt != there,
+        f"they were fine-tuned on {trained_identities} identities, {row.data} has {identities} to train on": tuned
+        and trained_identities != identities,
         f"they are for images of {_size(card['input']['size'])}, the row of {_size(row.size)}": (
             tuned or row.task == "zero-shot"
         )
         and tuple(card["input"]["size"]) != tuple(row.size),
     }
-    if reasons := [said for said, holds in wrong.items() if holds]:
+    if reasons := [reason for reason, holds in wrong.items() if holds]:
         raise DataError(f"these are not weights for {row.name}: {'; '.join(reasons)}", where=where, hint=LIST)
 
 

@@ -15,7 +15,7 @@ from datapipe.stream.batch import Batch
 from datapipe.views.masking import draw_masks
 from datapipe.views.spec import ViewSpec
 from training import methods
-from training.config.batch_split import Portion
+from training.config.batch_split import BatchSplit
 from training.config.run_config import RunConfig
 from training.core.world import World
 from training.engine.param_groups import group_parameters
@@ -64,27 +64,27 @@ def training_views(config: RunConfig) -> "TrainingViews":
     return TrainingViews(view_spec(config), config.seed, config.stream.block, config.stream.window)
 
 
-def make_stepper(config: RunConfig, method: Method, world: World, share: Portion) -> Stepper:
+def make_stepper(config: RunConfig, method: Method, world: World, split: BatchSplit) -> Stepper:
     """The recipe's stepper around the method."""
     groups = group_parameters(method, layer_decay=config.optimisation.layer_decay)
     if config.engine.stepper == "plain":
         return PlainStepper(method, groups, config.optimisation, world)
     from training.engine.deepspeed import DeepSpeedStepper
 
-    settings = deepspeed_json(config, world, share)
+    settings = deepspeed_json(config, world, split)
     return DeepSpeedStepper(method, groups, config.optimisation, world, settings=settings)
 
 
-def deepspeed_json(config: RunConfig, world: World, share: Portion) -> dict[str, Any]:
+def deepspeed_json(config: RunConfig, world: World, split: BatchSplit) -> dict[str, Any]:
     """The complete DeepSpeed configuration that the recipe amounts to."""
     from training.engine.deepspeed import derive_json
 
-    return derive_json(config.engine, rows=share.rows, micro=share.micro, world=world.size)
+    return derive_json(config.engine, rows=split.per_rank, micro=split.micro_batch, world=world.size)
 
 
-def fake_batch(spec: ViewSpec, share: Portion, config: RunConfig) -> Batch:
+def fake_batch(spec: ViewSpec, split: BatchSplit, config: RunConfig) -> Batch:
     """A batch of noise in the shape of real ones, for the rehearsal."""
-    n = share.micro
+    n = split.micro_batch
     views = {}
     for group in spec.groups:
         shape = spec.shape(group, n)

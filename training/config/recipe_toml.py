@@ -36,8 +36,8 @@ def load(
     recipe = recipe if recipe.is_file() else known.get(str(path), recipe)
     if not recipe.is_file():
         near = difflib.get_close_matches(str(path), [*known, *map(str, recipe.parent.glob("*.toml"))], n=1)
-        meant = f"did you mean `{near[0]}`? " if near else ""
-        hint = f"{meant}a TOML file; recipes that come along: {', '.join(known)}"
+        suggestion = f"did you mean `{near[0]}`? " if near else ""
+        hint = f"{suggestion}a TOML file; recipes that come along: {', '.join(known)}"
         raise ConfigError("no such recipe", where=str(path), hint=hint)
     try:
         tree = tomllib.loads(recipe.read_text(encoding="utf-8"))
@@ -94,8 +94,8 @@ def _mistake(item: Any) -> str:
         known = f"; did you mean `{near[0]}`?" if near else ""
         return f"unknown key `{_without_tag(location)}`{known}"
     if item["type"].startswith("union_tag"):
-        asked = item["input"].get("name") if isinstance(item["input"], Mapping) else None
-        absent = "" if asked is None else f", not {asked!r}; {methods.absent_hint()}"
+        given_name = item["input"].get("name") if isinstance(item["input"], Mapping) else None
+        absent = "" if given_name is None else f", not {given_name!r}; {methods.absent_hint()}"
         return f"`{name}.name` must be one of {', '.join(methods.known())}{absent}"
     return f"`{_without_tag(location)}` = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
 

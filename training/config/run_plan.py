@@ -13,7 +13,7 @@ from datapipe.sampling.epoch_order import SampleOrder
 from datapipe.sampling.identity_sampler import IdentityOrder, numbered
 from datapipe.views.spec import ViewSpec
 from training import methods
-from training.config.batch_split import Portion, split
+from training.config.batch_split import BatchSplit, split_of
 from training.config.build import view_spec
 from training.config.run_config import RunConfig
 from training.core.world import World
@@ -44,7 +44,7 @@ class RunPlan:
     clock: Clock
     spec: ViewSpec
     """What the loader makes for the method."""
-    split: Portion
+    split: BatchSplit
     """One rank's part of a global batch."""
     identities: Identities | None = field(default=None, compare=False)
     """None: batches are not made up of them."""
@@ -62,7 +62,7 @@ def plan_run(config: RunConfig, data: "Data", ranks: int) -> RunPlan:
         identities = _identities(config, data, sampling)
         config = _for_identities(config, sampling, identities.labels)
     clock = clock_of(config, data.rows)
-    return RunPlan(config, data, clock, view_spec(config), split(config.optimisation, ranks), identities)
+    return RunPlan(config, data, clock, view_spec(config), split_of(config.optimisation, ranks), identities)
 
 
 def clock_of(config: RunConfig, rows: int) -> Clock:
@@ -89,7 +89,7 @@ def make_loader(plan: RunPlan, world: World) -> "Loader":
         global_batch=config.optimisation.batch,
         rank=world.rank,
         world=world.size,
-        micro_batch=plan.split.micro,
+        micro_batch=plan.split.micro_batch,
         config=config.stream,
         allocate=_pinned if world.device.type == "cuda" else np.empty,
         ranks_here=world.local_size,

@@ -99,9 +99,9 @@ def slow_precision(precision: str, device: torch.device) -> str:
     return f"warning: {name} has no bf16 units, bf16 is slower than fp32 on it: --optimisation.precision fp16"
 
 
-def unused_gpus(device: torch.device, asked: Device) -> str:
+def unused_gpus(device: torch.device, wanted: Device) -> str:
     """A line for a run on the CPU on a machine with GPUs that nobody asked to leave alone; empty otherwise."""
-    if device.type != "cpu" or asked != "auto" or not torch.cuda.is_available():
+    if device.type != "cpu" or wanted != "auto" or not torch.cuda.is_available():
         return ""
     return f"torch sees {torch.cuda.device_count()} GPUs here that this run does not use: Ray does not offer them"
 

@@ -60,11 +60,11 @@ class Exchange:
         """What was told last is heard, once. Returns at once where the others have come as far."""
         if self._told is None:
             return
-        told, self._told = self._told, None
-        if told.work is not None:
-            told.work.wait()
-        numbers = told.values.tolist()
-        for participant, length in told.shares:
+        pending, self._told = self._told, None
+        if pending.work is not None:
+            pending.work.wait()
+        numbers = pending.values.tolist()
+        for participant, length in pending.shares:
             count = self._world.size if participant.by_rank else 1
             rows = [numbers[row * length : (row + 1) * length] for row in range(count)]
             numbers = numbers[count * length :]

@@ -49,10 +49,10 @@ def look(source: str) -> str | None:
     if not source.startswith(("http://", "https://")):
         return _in_file(Path(source))
     try:
-        said = _asked(source)
+        answer = _asked(source)
     except OSError:  # no answer, 404, a proxy's trouble: none of them is a notice
         return None
-    return None if said.strip().lower() in NOTHING else said.strip()
+    return None if answer.strip().lower() in NOTHING else answer.strip()
 
 
 def _in_file(path: Path) -> str | None:

@@ -122,8 +122,8 @@ def _file(origin: Mapping[str, Any]) -> str:
     return _file(inner) if isinstance(inner, Mapping) and inner else str(origin.get("file", ""))
 
 
-def _other(learnt: str, scored: str) -> str:
+def _other(trained_on: str, scored: str) -> str:
     """The data set that was learnt from, by the end of its address; empty: the one that is scored, or unknown."""
-    if not learnt or full_url(learnt) == full_url(scored):
+    if not trained_on or full_url(trained_on) == full_url(scored):
         return ""
-    return learnt.rstrip("/").rpartition("/")[2]
+    return trained_on.rstrip("/").rpartition("/")[2]

@@ -21,9 +21,9 @@ from training.methods.distillation import (
     GLOBALS,
     Distillation,
     DistillationConfig,
-    Keep,
+    PathMasks,
     TokenViews,
-    seen,
+    forward_views,
     stacks,
 )
 from training.nn.heads import DinoHead
@@ -69,14 +69,16 @@ class DinoNetwork(nn.Module):
         self.backbone = VisionTransformer(backbone)
         self.head = DinoHead(self.backbone.width, config.head)
 
-    def forward(self, views: Views, *, learning: bool, precision: Precision, keep: Keep = (None, None)) -> TokenViews:
+    def forward(
+        self, views: Views, *, learning: bool, precision: Precision, path_masks: PathMasks = (None, None)
+    ) -> TokenViews:
         """CLS of the global views, and of the local ones when learning."""
         weight_B, device = views["weight"], views["global"].device
         with autocast_region(precision, device):
-            whole_GBC = seen(self.backbone, views["global"], weight_B, keep=keep[0]).cls
+            whole_GBC = forward_views(self.backbone, views["global"], weight_B, path_masks=path_masks[0]).cls
             rows = [whole_GBC]
             if learning and "local" in views:
-                rows.append(seen(self.backbone, views["local"], weight_B, keep=keep[1]).cls)
+                rows.append(forward_views(self.backbone, views["local"], weight_B, path_masks=path_masks[1]).cls)
         with full_precision(device):
             logits_SBK = self.head(at_least_float32(torch.cat(rows)))
         return TokenViews({"cls": logits_SBK}, whole_GBC)
@@ -99,11 +101,11 @@ class Dino(Distillation[DinoConfig]):
     @classmethod
     def workload(cls, config: DinoConfig, views: ViewConfig, backbone: BackboneConfig, images: int) -> Workload:
         student, teacher = stacks(config, backbone, images, locals=config.locals)
-        taught = GLOBALS * images
-        cls_rows = Scored((GLOBALS + config.locals) * images, taught, taught, config.head.out_dim)
+        teacher_rows = GLOBALS * images
+        cls_rows = Scored((GLOBALS + config.locals) * images, teacher_rows, teacher_rows, config.head.out_dim)
         return Workload(student, teacher, config.head, (cls_rows,))
 
-    def compare(self, learnt: TokenViews, taught: TokenViews, views: Views, progress: Progress) -> Outcome:
+    def compare(self, student: TokenViews, teacher: TokenViews, views: Views, progress: Progress) -> Outcome:
         """The mean over pairs of a global view and another view, image by image: 18 with 2 globals and 8 locals."""
-        said = self.distil(learnt, taught, views["weight"], progress.epoch)
-        return self.flat_mean(said, views["weight"], self.metrics(said, views["weight"]))
+        output = self.distil(student, teacher, views["weight"], progress.epoch)
+        return self.flat_mean(output, views["weight"], self.metrics(output, views["weight"]))

@@ -27,7 +27,7 @@ from training.nn.distillation_losses import entropy, pair_cross_entropies
 from training.nn.feature_diagnostics import information, of_features
 from training.nn.heads import HeadConfig
 from training.nn.teacher_targets import centre_sum, centred, moved_centre, sinkhorn
-from training.nn.vision_transformer import BackboneConfig, Features, VisionTransformer, keep_masks, on_device
+from training.nn.vision_transformer import BackboneConfig, Features, VisionTransformer, draw_path_masks, on_device
 from training.nn.workload import Stack
 
 GLOBALS = 2
@@ -61,8 +61,8 @@ class DistillationConfig(MethodSettings):
 
 D = TypeVar("D", bound=DistillationConfig)
 """The settings of one of them."""
-Keep = tuple[Tensor | None, Tensor | None]
-"""Drop path of the global and of the local stack, from `keep_masks`, on their device."""
+PathMasks = tuple[Tensor | None, Tensor | None]
+"""Drop path of the global and of the local stack, from `draw_path_masks`, on their device."""
 
 
 SQUARE = [3 / 4, 4 / 3]
@@ -143,7 +143,7 @@ class Network(Protocol):
     backbone: VisionTransformer
     head: nn.Module
 
-    def __call__(self, views: Views, *, learning: bool, precision: Precision, keep: Keep = ...) -> Any:
+    def __call__(self, views: Views, *, learning: bool, precision: Precision, path_masks: PathMasks = ...) -> Any:
         """`learning`: the student's part, local views too. Otherwise the teacher's, whole global views only."""
         ...
 
@@ -151,8 +151,8 @@ class Network(Protocol):
 class StudentTeacherOutput(NamedTuple):
     """What student and teacher said of a micro-batch."""
 
-    learnt: TokenViews
-    taught: TokenViews
+    student: TokenViews
+    teacher: TokenViews
     targets: dict[str, Tensor]
     """Token -> [T, B, K], probabilities."""
     pairs: dict[str, Tensor]
@@ -199,27 +199,29 @@ class Distillation(Method[D]):
     def forward(self, views: Views, progress: Progress) -> Outcome:
         """The teacher, then the student, then the loss in full precision."""
         with torch.no_grad():
-            taught = self.teacher(views, learning=False, precision=self.precision)
-        learnt = self.student(views, learning=True, precision=self.precision, keep=self._keep(views, progress))
+            teacher = self.teacher(views, learning=False, precision=self.precision)
+        student = self.student(
+            views, learning=True, precision=self.precision, path_masks=self._path_masks(views, progress)
+        )
         with full_precision(views["global"].device):
-            outcome = self.compare(learnt, taught, views, progress)
+            outcome = self.compare(student, teacher, views, progress)
         share = views["weight"].sum().to(outcome.loss.dtype)
         return outcome._replace(sums={**outcome.sums, **ics_stem.take_statistics(self, share)})
 
     @abstractmethod
-    def compare(self, learnt: Any, taught: Any, views: Views, progress: Progress) -> Outcome:
+    def compare(self, student: Any, teacher: Any, views: Views, progress: Progress) -> Outcome:
         """The loss, from what the networks said."""
 
-    def distil(self, learnt: TokenViews, taught: TokenViews, weight_B: Tensor, epoch: int) -> StudentTeacherOutput:
+    def distil(self, student: TokenViews, teacher: TokenViews, weight_B: Tensor, epoch: int) -> StudentTeacherOutput:
         """Targets, and the cross-entropy of every pair of different views, token by token."""
         targets_TBK = {
-            token: self.targets_of(token, rows_TBK, weight_B, epoch) for token, rows_TBK in taught.logits.items()
+            token: self.targets_of(token, rows_TBK, weight_B, epoch) for token, rows_TBK in teacher.logits.items()
         }
         pairs_MB = {
             token: pair_cross_entropies(rows_SBK, targets_TBK[token], student_temp=self.config.student_temp)
-            for token, rows_SBK in learnt.logits.items()
+            for token, rows_SBK in student.logits.items()
         }
-        return StudentTeacherOutput(learnt, taught, targets_TBK, pairs_MB)
+        return StudentTeacherOutput(student, teacher, targets_TBK, pairs_MB)
 
     def targets_of(self, token: str, logits_TBK: Tensor, weight_B: Tensor, epoch: int) -> Tensor:
         """Probabilities over a token's prototypes: [T, B, K]."""
@@ -228,13 +230,13 @@ class Distillation(Method[D]):
             return sinkhorn(logits_TBK, weight_B, temperature=temperature)
         return centred(logits_TBK, self.get_buffer(f"centre_{token}"), temperature=temperature)
 
-    def flat_mean(self, said: StudentTeacherOutput, weight_B: Tensor, metrics: dict[str, Tensor]) -> Outcome:
+    def flat_mean(self, output: StudentTeacherOutput, weight_B: Tensor, metrics: dict[str, Tensor]) -> Outcome:
         """One mean over the pairs of all tokens, image by image; the centres' sums.
 
         loss[b] = (sum over tokens, pairs of that token) H / (number of all pairs)
         """
-        loss_B = torch.cat(list(said.pairs.values())).mean(dim=0)
-        return self.outcome(loss_B, weight_B, said.taught.logits, metrics)
+        loss_B = torch.cat(list(output.pairs.values())).mean(dim=0)
+        return self.outcome(loss_B, weight_B, output.teacher.logits, metrics)
 
     def outcome(
         self, loss_B: Tensor, weight_B: Tensor, taught_TBK: Mapping[str, Tensor], metrics: dict[str, Tensor]
@@ -247,22 +249,22 @@ class Distillation(Method[D]):
         return Outcome((weight_B * loss_B).sum(), sums, metrics)
 
     @torch.no_grad()
-    def metrics(self, said: StudentTeacherOutput, weight_B: Tensor) -> dict[str, Tensor]:
+    def metrics(self, output: StudentTeacherOutput, weight_B: Tensor) -> dict[str, Tensor]:
         """The CLS term, and what a run is watched by; tokens other than CLS add theirs under a suffix.
 
         target_entropy:     of the targets of CLS, nats; uniform_entropy is its ceiling, ln K
         target_information: what these targets say of which image they are for
         student_teacher_cosine: features of the student in one global view, of the teacher in the other
         """
-        learnt_BC, other_BC = said.learnt.cls_GBC[0], said.taught.cls_GBC[1]
-        loss_B = said.pairs["cls"].detach().mean(dim=0)
+        learnt_BC, other_BC = output.student.cls_GBC[0], output.teacher.cls_GBC[1]
+        loss_B = output.pairs["cls"].detach().mean(dim=0)
         return {
             "loss_cls": loss_B,
             "uniform_entropy": torch.full_like(loss_B, math.log(self.prototypes("cls"))),
-            "target_entropy": entropy(said.targets["cls"]).mean(dim=0),
-            "target_information": information(said.targets["cls"], weight_B),
+            "target_entropy": entropy(output.targets["cls"]).mean(dim=0),
+            "target_information": information(output.targets["cls"], weight_B),
             "student_teacher_cosine": F.cosine_similarity(learnt_BC, other_BC, dim=-1),
-            **of_features(said.taught.cls_GBC[0], weight_B),
+            **of_features(output.teacher.cls_GBC[0], weight_B),
         }
 
     def after_step(self, sums: dict[str, Tensor], progress: Progress) -> None:
@@ -302,10 +304,10 @@ class Distillation(Method[D]):
     def couples_batch(self) -> bool:
         return self.config.targets == "sinkhorn" or self.student.backbone.config.stem == "ics"
 
-    def _keep(self, views: Views, progress: Progress) -> Keep:
+    def _path_masks(self, views: Views, progress: Progress) -> PathMasks:
         rates, position = self.student.backbone.config.drop_rates, views["position"]
         drawn = [
-            keep_masks(rates, seed=progress.seed, purpose=f"drop_path/{kind}", position=position, views=count)
+            draw_path_masks(rates, seed=progress.seed, purpose=f"drop_path/{kind}", position=position, views=count)
             for kind, count in (("global", len(views["global"])), ("local", len(views.get("local", ()))))
         ]
         global_, local = on_device(drawn, views["global"].device)
@@ -324,7 +326,7 @@ def stacks(
     return (whole, local)[: 2 if locals else 1], (whole,)
 
 
-def seen(backbone: VisionTransformer, stack_VBIHW: Tensor, weight_B: Tensor, **options: Any) -> Features:
+def forward_views(backbone: VisionTransformer, stack_VBIHW: Tensor, weight_B: Tensor, **options: Any) -> Features:
     """What the backbone makes of a stack of views: [V, B, ...] each. `options` as in `VisionTransformer.forward`."""
     views, images = stack_VBIHW.shape[:2]
     tokens = backbone(stack_VBIHW.flatten(0, 1), real=(weight_B > 0).repeat(views), **options)

@@ -21,10 +21,10 @@ from training.methods.distillation import (
     GLOBALS,
     Distillation,
     DistillationConfig,
-    Keep,
+    PathMasks,
     StudentTeacherOutput,
     TokenViews,
-    seen,
+    forward_views,
     stacks,
 )
 from training.nn.distillation_losses import entropy
@@ -88,15 +88,17 @@ class PassNetwork(nn.Module):
         self.backbone = VisionTransformer(backbone, parts=config.parts)
         self.head = TokenHeads(self.backbone.width, config.head, self.tokens)
 
-    def forward(self, views: Views, *, learning: bool, precision: Precision, keep: Keep = (None, None)) -> TokenViews:
+    def forward(
+        self, views: Views, *, learning: bool, precision: Precision, path_masks: PathMasks = (None, None)
+    ) -> TokenViews:
         """Globals carry CLS and all parts, a local CLS and the part of its band."""
         weight_B, device = views["weight"], views["global"].device
         with autocast_region(precision, device):
-            whole = seen(self.backbone, views["global"], weight_B, part="all", keep=keep[0])
+            whole = forward_views(self.backbone, views["global"], weight_B, part="all", path_masks=path_masks[0])
             rows = {"cls": [whole.cls]}
             rows |= {token: [whole.parts[:, :, part]] for part, token in enumerate(self.tokens[1:])}
             if learning:
-                near = seen(self.backbone, views["local"], weight_B, part=self.areas, keep=keep[1])
+                near = forward_views(self.backbone, views["local"], weight_B, part=self.areas, path_masks=path_masks[1])
                 rows["cls"].append(near.cls)
                 by_area = near.parts[:, :, 0].chunk(len(self.tokens) - 1)
                 for token, part_rows in zip(self.tokens[1:], by_area, strict=True):
@@ -129,29 +131,29 @@ class Pass(Distillation[PassConfig]):
         """A local view has the part token of its own band alone."""
         local = len(config.areas)
         student, teacher = stacks(config, backbone, images, locals=local, parts=config.parts, near=1)
-        taught, prototypes = GLOBALS * images, config.head.out_dim
-        cls_rows = Scored((GLOBALS + local) * images, taught, taught, prototypes)
-        part_rows = Scored((GLOBALS + config.locals_per_part) * images, taught, taught, prototypes)
+        teacher_rows, prototypes = GLOBALS * images, config.head.out_dim
+        cls_rows = Scored((GLOBALS + local) * images, teacher_rows, teacher_rows, prototypes)
+        part_rows = Scored((GLOBALS + config.locals_per_part) * images, teacher_rows, teacher_rows, prototypes)
         return Workload(student, teacher, config.head, (cls_rows, *[part_rows] * config.parts))
 
-    def compare(self, learnt: TokenViews, taught: TokenViews, views: Views, progress: Progress) -> Outcome:
+    def compare(self, student: TokenViews, teacher: TokenViews, views: Views, progress: Progress) -> Outcome:
         """One flat mean over the pairs of all tokens, image by image:
 
             loss[b] = (sum over pairs of CLS + sum over parts i, pairs of P_i) H / (number of all pairs)
 
         With 2 globals, 3 parts and 3 locals each: 20 + 3 * 8 = 44 terms.
         """
-        said = self.distil(learnt, taught, views["weight"], progress.epoch)
-        return self.flat_mean(said, views["weight"], self.metrics(said, views["weight"]))
+        output = self.distil(student, teacher, views["weight"], progress.epoch)
+        return self.flat_mean(output, views["weight"], self.metrics(output, views["weight"]))
 
     @torch.no_grad()
-    def metrics(self, said: StudentTeacherOutput, weight_B: Tensor) -> dict[str, Tensor]:
+    def metrics(self, output: StudentTeacherOutput, weight_B: Tensor) -> dict[str, Tensor]:
         """Metrics of the CLS token, and means over those of the part tokens."""
         parts = self.student.tokens[1:]
-        targets = [said.targets[part] for part in parts]
+        targets = [output.targets[part] for part in parts]
         return {
-            **super().metrics(said, weight_B),
-            "loss_part": torch.cat([said.pairs[part] for part in parts]).detach().mean(dim=0),
+            **super().metrics(output, weight_B),
+            "loss_part": torch.cat([output.pairs[part] for part in parts]).detach().mean(dim=0),
             "target_entropy_part": torch.stack([entropy(rows).mean(dim=0) for rows in targets]).mean(dim=0),
             "target_information_part": torch.stack([information(rows, weight_B) for rows in targets]).mean(dim=0),
         }

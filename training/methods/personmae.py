@@ -32,7 +32,7 @@ from training.nn import positions, reconstruction
 from training.nn.feature_diagnostics import of_features
 from training.nn.mae_decoder import Decoder
 from training.nn.reconstruction import PixelNorm
-from training.nn.vision_transformer import BackboneConfig, VisionTransformer, keep_masks, on_device
+from training.nn.vision_transformer import BackboneConfig, VisionTransformer, draw_path_masks, on_device
 from training.nn.workload import Decoding, Stack, Workload
 
 
@@ -181,18 +181,20 @@ class PersonMaeStudent(nn.Module):
         self,
         region_BIHW: Tensor,
         visible_BK: Tensor,
-        asked: DecoderQueries,
+        queries: DecoderQueries,
         *,
         precision: Precision,
-        keep: Tensor | None,
+        path_masks: Tensor | None,
     ) -> Predictions:
         """Both decoders see the encoder's normalised output, and each attends to what came out of a block of it."""
         with autocast_region(precision, region_BIHW.device):
-            seen = self.backbone(region_BIHW, part=None, visible=visible_BK, keep=keep, blocks=self.memories)
+            seen = self.backbone(
+                region_BIHW, part=None, visible=visible_BK, path_masks=path_masks, blocks=self.memories
+            )
             seen_BSC = torch.cat([seen.cls[:, None], seen.patches], dim=1)
-            pixel_BTW = self.head.pixel(seen_BSC, seen.outputs[0], asked.places_BQ2)
-            feature_BTW = self.head.feature(seen_BSC, seen.outputs[1], asked.places_BQ2)
-        skipped = 1 if asked.seen_too else seen_BSC.shape[1]
+            pixel_BTW = self.head.pixel(seen_BSC, seen.outputs[0], queries.places_BQ2)
+            feature_BTW = self.head.feature(seen_BSC, seen.outputs[1], queries.places_BQ2)
+        skipped = 1 if queries.seen_too else seen_BSC.shape[1]
         with full_precision(region_BIHW.device):
             return Predictions(
                 self.head.pixel.predict(at_least_float32(pixel_BTW[:, skipped:])),
@@ -240,14 +242,14 @@ class PersonMae(Method[PersonMaeConfig]):
         loss and once for the metrics."""
         patches, width, values = math.prod(backbone.grid), backbone.shape.width, 3 * backbone.patch**2
         hidden = config.law(backbone).hidden
-        asked = patches if config.regions == "pair" else hidden
-        predicted = patches if config.regions == "pair" or config.loss_on == "all" else asked
+        queries = patches if config.regions == "pair" else hidden
+        predicted = patches if config.regions == "pair" or config.loss_on == "all" else queries
         seen = 1 + patches - hidden
         return Workload(
             student=(Stack(images, backbone.size, patches, seen),),
             teacher=(Stack(images, backbone.size, patches, 1 + patches),),
             decoded=tuple(
-                Decoding(images, seen + asked, seen, predicted, *shape, depth=config.decoder_depth)
+                Decoding(images, seen + queries, seen, predicted, *shape, depth=config.decoder_depth)
                 for shape in _decoder_shapes(config, backbone)
             ),
             loss_kept=images * predicted * (values + 2 * width),
@@ -268,20 +270,24 @@ class PersonMae(Method[PersonMaeConfig]):
         region_b = views["region_b"][0] if self.config.regions == "pair" else region_a
         # visible patches first, both kinds in their order on the grid; padding has no mask, and its first are taken
         order_BN = views["mask"][0].flatten(1).to(torch.int8).argsort(dim=1, stable=True)
-        asked = self._asked(views, order_BN)
+        queries = self._asked(views, order_BN)
         with torch.no_grad():
             features_BNC = self.teacher(region_b, precision=self.precision)
-        said = self.student(
-            region_a, order_BN[:, : self.kept], asked, precision=self.precision, keep=self._keep(views, progress)
+        predicted = self.student(
+            region_a,
+            order_BN[:, : self.kept],
+            queries,
+            precision=self.precision,
+            path_masks=self._path_masks(views, progress),
         )
         with full_precision(region_a.device):
             patch = self.student.backbone.config.patch
             pixels_BNV = reconstruction.pixel_target(region_b, patch, self.config.pixel_norm)
-            wanted = Predictions(_taken(pixels_BNV, asked.patches_BQ), _taken(features_BNC, asked.patches_BQ))
-            pixel_B, feature_B = self._losses(said, wanted, asked.weight_BQ)
+            wanted = Predictions(_taken(pixels_BNV, queries.patches_BQ), _taken(features_BNC, queries.patches_BQ))
+            pixel_B, feature_B = self._losses(predicted, wanted, queries.weight_BQ)
             loss_B = pixel_B + self._feature_factor(progress) * feature_B
             weight_B = weight_B.to(loss_B.dtype)
-            metrics = _metrics(pixel_B, feature_B, said.features_BQC, wanted.features_BQC, weight_B)
+            metrics = _metrics(pixel_B, feature_B, predicted.features_BQC, wanted.features_BQC, weight_B)
         return Outcome((weight_B * loss_B).sum(), {}, metrics)
 
     def roles(self) -> dict[str, Role]:
@@ -319,11 +325,11 @@ class PersonMae(Method[PersonMaeConfig]):
         return DecoderQueries(places, False, hidden_BQ, weight_BRG.flatten(1).gather(1, hidden_BQ))
 
     @staticmethod
-    def _losses(said: Predictions, wanted: Predictions, weight_BQ: Tensor) -> tuple[Tensor, Tensor]:
+    def _losses(predicted: Predictions, wanted: Predictions, weight_BQ: Tensor) -> tuple[Tensor, Tensor]:
         """Pixel and feature loss of each image: [B] both. As many patches in every image, so Q is their number."""
         count = weight_BQ.shape[1]
-        pixels = reconstruction.pixel_errors(said.pixels_BQV, wanted.pixels_BQV)
-        features = reconstruction.feature_errors(said.features_BQC, wanted.features_BQC)
+        pixels = reconstruction.pixel_errors(predicted.pixels_BQV, wanted.pixels_BQV)
+        features = reconstruction.feature_errors(predicted.features_BQC, wanted.features_BQC)
         pixel_B, feature_B = (reconstruction.over_patches(errors, weight_BQ, count) for errors in (pixels, features))
         return pixel_B, feature_B
 
@@ -331,9 +337,9 @@ class PersonMae(Method[PersonMaeConfig]):
         epochs = progress.total_steps / progress.epoch_steps
         return self.config.feature_weight * grown(progress.epoch, epochs=self.config.feature_growth * epochs)
 
-    def _keep(self, views: Views, progress: Progress) -> Tensor | None:
+    def _path_masks(self, views: Views, progress: Progress) -> Tensor | None:
         rates, position = self.student.backbone.config.drop_rates, views["position"]
-        drawn = keep_masks(rates, seed=progress.seed, purpose="drop_path/region_a", position=position, views=1)
+        drawn = draw_path_masks(rates, seed=progress.seed, purpose="drop_path/region_a", position=position, views=1)
         return on_device([drawn], views["region_a"].device)[0]
 
 

@@ -29,9 +29,9 @@ from training.methods.distillation import (
     GLOBALS,
     Distillation,
     DistillationConfig,
-    Keep,
+    PathMasks,
     TokenViews,
-    seen,
+    forward_views,
     stacks,
 )
 from training.nn.distillation_losses import entropy, hidden_numbers, hidden_patch_cross_entropies, mean_over_hidden
@@ -118,20 +118,22 @@ class PersonVitNetwork(nn.Module):
         self.backbone = VisionTransformer(backbone, maskable=True)
         self.head = MaskedHead(self.backbone.width, config.head, patch_out_dim=own[config.patch_head])
 
-    def forward(self, views: Views, *, learning: bool, precision: Precision, keep: Keep = (None, None)) -> MaskedViews:
+    def forward(
+        self, views: Views, *, learning: bool, precision: Precision, path_masks: PathMasks = (None, None)
+    ) -> MaskedViews:
         """Global views, masked when learning; then also CLS of the local views, whole."""
         weight_B, device = views["weight"], views["global"].device
         mask_GBN = views["mask"].flatten(2)
         with autocast_region(precision, device):
             mask = mask_GBN.flatten(0, 1) if learning else None
-            whole = seen(self.backbone, views["global"], weight_B, keep=keep[0], mask=mask)
+            whole = forward_views(self.backbone, views["global"], weight_B, path_masks=path_masks[0], mask=mask)
             rows = [whole.cls]
             if learning and "local" in views:
-                rows.append(seen(self.backbone, views["local"], weight_B, keep=keep[1]).cls)
+                rows.append(forward_views(self.backbone, views["local"], weight_B, path_masks=path_masks[1]).cls)
         with full_precision(device):
             patches = _picked(whole.patches, _hidden(views)) if learning else whole.patches
-            said = self.head({"cls": at_least_float32(torch.cat(rows)), "patch": at_least_float32(patches)})
-        return MaskedViews(TokenViews({"cls": said["cls"]}, whole.cls), said["patch"])
+            logits = self.head({"cls": at_least_float32(torch.cat(rows)), "patch": at_least_float32(patches)})
+        return MaskedViews(TokenViews({"cls": logits["cls"]}, whole.cls), logits["patch"])
 
 
 class PersonVit(Distillation[PersonVitConfig]):
@@ -156,11 +158,11 @@ class PersonVit(Distillation[PersonVitConfig]):
     def workload(cls, config: PersonVitConfig, views: ViewConfig, backbone: BackboneConfig, images: int) -> Workload:
         """What a micro-batch is to the networks; as many patches of a global view are hidden as on average."""
         student, teacher = stacks(config, backbone, images, locals=config.locals)
-        taught, patches, ratios = GLOBALS * images, math.prod(backbone.grid), config.mask.ratios
-        hidden = round(taught * patches * sum(ratios) / len(ratios))
+        teacher_rows, patches, ratios = GLOBALS * images, math.prod(backbone.grid), config.mask.ratios
+        hidden = round(teacher_rows * patches * sum(ratios) / len(ratios))
         own = config.patch_out_dim if config.patch_head == "separate" else config.head.out_dim
-        cls_rows = Scored((GLOBALS + config.locals) * images, taught, taught, config.head.out_dim)
-        return Workload(student, teacher, config.head, (cls_rows, Scored(hidden, hidden, taught * patches, own)))
+        cls_rows = Scored((GLOBALS + config.locals) * images, teacher_rows, teacher_rows, config.head.out_dim)
+        return Workload(student, teacher, config.head, (cls_rows, Scored(hidden, hidden, teacher_rows * patches, own)))
 
     def prototypes(self, token: str) -> int:
         separate = token == "patch" and self.config.patch_head == "separate"
@@ -179,19 +181,19 @@ class PersonVit(Distillation[PersonVitConfig]):
             warmup_epochs=self.config.teacher_temp_warmup_epochs,
         )
 
-    def compare(self, learnt: MaskedViews, taught: MaskedViews, views: Views, progress: Progress) -> Outcome:
+    def compare(self, student: MaskedViews, teacher: MaskedViews, views: Views, progress: Progress) -> Outcome:
         """lambda_dino * mean over pairs of different views + lambda_mim * the patch term, image by image."""
         weight_B, mask_GBN = views["weight"], views["mask"].flatten(2)
-        said = self.distil(learnt.tokens, taught.tokens, weight_B, progress.epoch)
+        output = self.distil(student.tokens, teacher.tokens, weight_B, progress.epoch)
         hidden_R = _hidden(views)
-        targets_RK = self._patch_targets(_picked(taught.patches, hidden_R), progress.epoch)
+        targets_RK = self._patch_targets(_picked(teacher.patches, hidden_R), progress.epoch)
         patch_B = hidden_patch_cross_entropies(
-            learnt.patches, targets_RK, mask_GBN, student_temp=self.config.student_temp, hidden_R=hidden_R
+            student.patches, targets_RK, mask_GBN, student_temp=self.config.student_temp, hidden_R=hidden_R
         )
-        loss_B = self.config.lambda_dino * said.pairs["cls"].mean(dim=0) + self.config.lambda_mim * patch_B
-        metrics = self.metrics(said, weight_B) | self._patch_metrics(patch_B, targets_RK, mask_GBN, hidden_R)
+        loss_B = self.config.lambda_dino * output.pairs["cls"].mean(dim=0) + self.config.lambda_mim * patch_B
+        metrics = self.metrics(output, weight_B) | self._patch_metrics(patch_B, targets_RK, mask_GBN, hidden_R)
         # the patches' centre follows all of them, hidden or not
-        taught_TBK: Mapping[str, Tensor] = {**taught.tokens.logits, "patch": taught.patches.mean(dim=2)}
+        taught_TBK: Mapping[str, Tensor] = {**teacher.tokens.logits, "patch": teacher.patches.mean(dim=2)}
         return self.outcome(loss_B, weight_B, taught_TBK, metrics)
 
     def _patch_targets(self, taught_RK: Tensor, epoch: int) -> Tensor:

@@ -39,7 +39,7 @@ from training.methods.base import (
 from training.nn import ics_stem, reid_losses
 from training.nn.feature_diagnostics import of_features
 from training.nn.random_erasing import erase
-from training.nn.vision_transformer import BackboneConfig, VisionTransformer, keep_masks, on_device
+from training.nn.vision_transformer import BackboneConfig, VisionTransformer, draw_path_masks, on_device
 
 
 @settings
@@ -212,10 +212,10 @@ class SupervisedStudent(nn.Module):
         self.head = IdentityHead(config, self.backbone.width)
 
     def forward(
-        self, images_BIHW: Tensor, real_B: Tensor, *, precision: Precision, keep: Tensor | None
+        self, images_BIHW: Tensor, real_B: Tensor, *, precision: Precision, path_masks: Tensor | None
     ) -> FineTuningOutput:
         with autocast_region(precision, images_BIHW.device):
-            seen = self.backbone(images_BIHW, keep=keep, real=real_B)
+            seen = self.backbone(images_BIHW, path_masks=path_masks, real=real_B)
         with full_precision(images_BIHW.device):
             return self.head(at_least_float32(seen.cls), at_least_float32(seen.parts), real_B)
 
@@ -278,19 +278,19 @@ class Supervised(Method[SupervisedConfig]):
         label_B = views["label"].to(weight_B.device).masked_fill(~real_B, -1)
         images_BIHW = erase(views["image"][0], position_B, probability=self.config.erase, seed=progress.seed)
         rates = self.student.backbone.config.drop_rates
-        drawn = keep_masks(rates, seed=progress.seed, purpose="drop_path/image", position=position_B, views=1)
-        (keep,) = on_device([drawn], images_BIHW.device)
-        said = self.student(images_BIHW, real_B, precision=self.precision, keep=keep)
+        drawn = draw_path_masks(rates, seed=progress.seed, purpose="drop_path/image", position=position_B, views=1)
+        (path_masks,) = on_device([drawn], images_BIHW.device)
+        output = self.student(images_BIHW, real_B, precision=self.precision, path_masks=path_masks)
         with full_precision(weight_B.device):
-            identity_B, triplet_B = self._losses(said, label_B)
+            identity_B, triplet_B = self._losses(output, label_B)
             loss_B = self.config.identity_weight * identity_B + self.config.triplet_weight * triplet_B
             weight_B = weight_B.to(loss_B.dtype)
             metrics = {
                 "loss_identity": identity_B.detach(),
                 "loss_triplet": triplet_B.detach(),
                 "uniform_entropy_identity": torch.full_like(triplet_B, math.log(self.config.classes)).detach(),
-                "identified": (said.logits_BK.argmax(dim=1) == label_B).to(loss_B.dtype),
-                **of_features(said.feature_BF.detach(), weight_B),
+                "identified": (output.logits_BK.argmax(dim=1) == label_B).to(loss_B.dtype),
+                **of_features(output.feature_BF.detach(), weight_B),
             }
             return Outcome((weight_B * loss_B).sum(), ics_stem.take_statistics(self, weight_B.sum()), metrics)
 
@@ -311,13 +311,13 @@ class Supervised(Method[SupervisedConfig]):
         """Mining and batch norm do."""
         return True
 
-    def _losses(self, said: FineTuningOutput, label_B: Tensor) -> tuple[Tensor, Tensor]:
+    def _losses(self, output: FineTuningOutput, label_B: Tensor) -> tuple[Tensor, Tensor]:
         """Losses of the classifier and of the triplets: [B] both; 0 for an image of unknown identity."""
-        features_NF, label_N = gathered(said.feature_BF), gathered(label_B)
-        far = reid_losses.distances(said.feature_BF, features_NF)
+        features_NF, label_N = gathered(output.feature_BF), gathered(label_B)
+        far = reid_losses.distances(output.feature_BF, features_NF)
         positive_B, negative_B = reid_losses.hardest(far, label_B, label_N)
         triplet_B = reid_losses.triplet(positive_B, negative_B, self.config.margin) * (label_B >= 0)
-        return reid_losses.identity(said.logits_BK, label_B, smoothing=self.config.smoothing), triplet_B
+        return reid_losses.identity(output.logits_BK, label_B, smoothing=self.config.smoothing), triplet_B
 
     def _role(self, name: str, parameter: nn.Parameter) -> Role:
         network, _, rest = name.removeprefix("student.").partition(".")

@@ -133,8 +133,8 @@ class Features(NamedTuple):
 Runner = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
 
 
-def _run(block: nn.Module, tokens: Tensor, keep_2B: Tensor | None) -> Tensor:
-    output: Tensor = block(tokens, keep_2B)
+def _run(block: nn.Module, tokens: Tensor, path_mask_2B: Tensor | None) -> Tensor:
+    output: Tensor = block(tokens, path_mask_2B)
     return output
 
 
@@ -200,7 +200,7 @@ class VisionTransformer(nn.Module):
         images: Tensor,
         *,
         part: PartChoice = "all",
-        keep: Tensor | None = None,
+        path_masks: Tensor | None = None,
         visible: Tensor | None = None,
         mask: Tensor | None = None,
         real: Tensor | None = None,
@@ -213,12 +213,12 @@ class VisionTransformer(nn.Module):
         tokens, parts = self.embed(images, part=part, visible=visible, mask=mask, real=real)
         depth, outputs = len(self.blocks), {}
         wanted = {depth - 1, *(block % depth for block in blocks)}
-        for index, output in enumerate(self.outputs(tokens, keep=keep)):
+        for index, output in enumerate(self.outputs(tokens, path_masks=path_masks)):
             if index in wanted:
                 outputs[index] = output
         tokens = self.norm(outputs[depth - 1])
-        asked = tuple(outputs[block % depth] for block in blocks)
-        return Features(tokens[:, 0], tokens[:, 1 : 1 + parts], tokens[:, 1 + parts :], asked)
+        chosen = tuple(outputs[block % depth] for block in blocks)
+        return Features(tokens[:, 0], tokens[:, 1 : 1 + parts], tokens[:, 1 + parts :], chosen)
 
     def embed(
         self,
@@ -247,20 +247,22 @@ class VisionTransformer(nn.Module):
         prefix = self._prefix(part, len(images))
         return torch.cat([prefix, patches], dim=1), prefix.shape[1] - 1
 
-    def outputs(self, tokens: Tensor, *, keep: Tensor | None = None) -> Iterator[Tensor]:
+    def outputs(self, tokens: Tensor, *, path_masks: Tensor | None = None) -> Iterator[Tensor]:
         """What comes out of each block, before the final norm; every token attends to every other.
 
-        `keep` [2 * D, B] from `keep_masks`; None: drop nothing.
+        `path_masks` [2 * D, B] from `draw_path_masks`; None: drop nothing.
         """
         fused = tokens.is_cuda if self.config.attention == "auto" else self.config.attention == "fused"
         run = _compiled() if self.config.compile_blocks and self.training else _run
         for index, block in enumerate(self.blocks):
             block.attn.fused_attn = fused  # type: ignore[union-attr]
-            keep_2B = None if keep is None else keep[2 * index : 2 * index + 2].clone()  # a view would be compiled anew
+            path_mask_2B = (
+                None if path_masks is None else path_masks[2 * index : 2 * index + 2].clone()
+            )  # a view would be compiled anew
             if self.config.checkpoint_blocks and torch.is_grad_enabled():
-                tokens = checkpoint(run, block, tokens, keep_2B, use_reentrant=False, preserve_rng_state=False)
+                tokens = checkpoint(run, block, tokens, path_mask_2B, use_reentrant=False, preserve_rng_state=False)
             else:
-                tokens = run(block, tokens, keep_2B)
+                tokens = run(block, tokens, path_mask_2B)
             yield tokens
 
     def features(self, images: Tensor) -> Features:
@@ -344,14 +346,14 @@ def _table(rows: int, width: int) -> nn.Parameter:
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, rows, width), std=0.02))
 
 
-def keep_masks(rates: Sequence[float], *, seed: int, purpose: str, position: Tensor, views: int) -> Tensor | None:
+def draw_path_masks(rates: Sequence[float], *, seed: int, purpose: str, position: Tensor, views: int) -> Tensor | None:
     """What drop path scales the branches of every block by: [2 * D, views * B] float64 on the host, or None if nothing
     is dropped. `on_device` brings them to where the images are.
 
     `position` [B] is the images' place in the stream: the same image at the same place drops the same branches on any
     rank, in any micro-batch and after any restart. Best on the host: taken from a GPU, it makes the host wait.
 
-        keep[2 * d + branch, v * B + b] = 0 with probability rates[d], else 1 / (1 - rates[d])
+        masks[2 * d + branch, v * B + b] = 0 with probability rates[d], else 1 / (1 - rates[d])
     """
     if not views or not any(rates):
         return None
@@ -363,14 +365,14 @@ def keep_masks(rates: Sequence[float], *, seed: int, purpose: str, position: Ten
     return (draws >= rate) / (1 - rate)
 
 
-def on_device(keeps: Sequence[Tensor | None], device: torch.device) -> tuple[Tensor | None, ...]:
+def on_device(masks: Sequence[Tensor | None], device: torch.device) -> tuple[Tensor | None, ...]:
     """The drop-path factors of several stacks of views, [2 * D, rows] each, on the device of the images; all in one
     transfer, which the host does not wait for."""
-    drawn = [keep for keep in keeps if keep is not None]
+    drawn = [mask for mask in masks if mask is not None]
     if not drawn:
-        return tuple(keeps)
-    moved = iter(to_device(torch.cat(drawn, dim=1), device).split([keep.shape[1] for keep in drawn], dim=1))
-    return tuple(None if keep is None else next(moved) for keep in keeps)
+        return tuple(masks)
+    moved = iter(to_device(torch.cat(drawn, dim=1), device).split([mask.shape[1] for mask in drawn], dim=1))
+    return tuple(None if mask is None else next(moved) for mask in masks)
 
 
 def parameter_count(module: nn.Module, *, trained: bool = False) -> int:

@@ -26,11 +26,11 @@ class Stack(NamedTuple):
 class Scored(NamedTuple):
     """Rows that go through one head with prototypes, and what the teacher says about them."""
 
-    learnt: int
+    student: int
     """Rows of the student."""
     targets: int
     """Rows of targets that the loss keeps."""
-    taught: int
+    teacher: int
     """Rows that the teacher scores."""
     prototypes: int
 

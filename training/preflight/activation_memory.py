@@ -69,7 +69,7 @@ def saved(config: RunConfig, images: int, how: Numerics, work: Workload | None =
         parts["decoders"] = decoder_bytes(work.decoded, backbone.shape.width, how)
     if work.head is not None:
         parts |= _heads(work.scored, backbone.shape.width, work.head)
-    loss = FULL * (work.loss_kept + sum(part.prototypes * (part.learnt + part.targets) for part in work.scored))
+    loss = FULL * (work.loss_kept + sum(part.prototypes * (part.student + part.targets) for part in work.scored))
     return parts | ({"loss": loss} if loss else {})
 
 
@@ -119,7 +119,7 @@ def _attention(queries: int, keys: int, softmax: int) -> int:
 def _heads(rows: tuple[Scored, ...], width: int, head: HeadConfig) -> dict[str, int]:
     """Heads in float32 and their prototypes at unit length."""
     return {
-        "heads": sum(mlp_bytes(part.learnt, width, head) for part in rows),
+        "heads": sum(mlp_bytes(part.student, width, head) for part in rows),
         "unit prototypes": sum(prototype_bytes(part.prototypes, head) for part in rows),
     }
 

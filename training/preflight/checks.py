@@ -3,7 +3,7 @@
 import torch
 
 from datapipe.core.errors import ConfigError
-from training.config.batch_split import Portion
+from training.config.batch_split import BatchSplit
 from training.config.continuation import refuse_changed_data, refuse_changed_settings
 from training.config.run_config import RunConfig
 from training.config.run_plan import RunPlan, plan_run
@@ -44,13 +44,13 @@ def refuse_unsuited(config: RunConfig, device: torch.device) -> None:
         )
 
 
-def refuse_split(config: RunConfig, share: Portion, *, couples: bool) -> None:
+def refuse_split(config: RunConfig, split: BatchSplit, *, couples: bool) -> None:
     """Raises ConfigError where a batch must not be taken in micro-batches. `couples`: see `Method.couples_batch`."""
-    if couples and share.rows > share.micro:
+    if couples and split.per_rank > split.micro_batch:
         raise ConfigError(
             f"{config.method.name} couples the images of a batch (Sinkhorn targets, batch norm in the stem, mining), "
-            f"so a batch cannot be taken in {share.rows // share.micro} micro-batches",
+            f"so a batch cannot be taken in {split.per_rank // split.micro_batch} micro-batches",
             where="optimisation.micro_batch, method.targets, backbone.stem",
-            hint=f"optimisation.micro_batch = 0 (here {share.rows} images at once), more workers, or targets and a "
+            hint=f"optimisation.micro_batch = 0 (here {split.per_rank} images at once), more workers, or targets and a "
             "stem that do not couple",
         )

@@ -31,7 +31,7 @@ def refuse_without_compiler(device: torch.device) -> None:
 
 
 def _refuse_folder() -> None:
-    asked = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    given = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
     try:
         from torch._inductor.runtime.cache_dir_utils import cache_dir  # makes the folder
 
@@ -39,7 +39,7 @@ def _refuse_folder() -> None:
         with tempfile.TemporaryFile(dir=folder):
             problem = "programs in it may not be run" if os.statvfs(folder).f_flag & os.ST_NOEXEC else ""
     except OSError as error:
-        folder, problem = asked or str(error.filename or ""), error.strerror or str(error)
+        folder, problem = given or str(error.filename or ""), error.strerror or str(error)
     if problem:
         raise ConfigError(f"torch.compile needs a folder for what it compiles: {problem}", where=folder,
                           hint=f"TORCHINDUCTOR_CACHE_DIR=/another/folder; {WITHOUT}")  # fmt: skip

@@ -12,7 +12,7 @@ from torch import nn
 
 from datapipe.core.errors import ConfigError
 from datapipe.core.resource_limits import memory_left
-from training.config.batch_split import split
+from training.config.batch_split import split_of
 from training.config.build import build_method, workload
 from training.config.run_config import RunConfig
 from training.core.world import World
@@ -58,8 +58,8 @@ def refuse_want_of_memory(config: RunConfig, world: World, *, place: str) -> Non
     calculated for them. All ranks ask together; `place`: this rank's machine, in words."""
     if world.device.type == "cpu":
         need = needed(config, world.size)
-        for where, workers, there in world.all_gather((place, world.local_size, available_memory())):
-            _refuse(config, world.size, need, workers, there, where)
+        for where, workers, available in world.all_gather((place, world.local_size, available_memory())):
+            _refuse(config, world.size, need, workers, available, where)
 
 
 def refuse_on_this_machine(config: RunConfig, workers: int, device: torch.device) -> None:
@@ -68,36 +68,36 @@ def refuse_on_this_machine(config: RunConfig, workers: int, device: torch.device
         _refuse(config, workers, needed(config, workers), workers, available_memory(), "this machine")
 
 
-def _refuse(config: RunConfig, ranks: int, need: int, workers: int, there: int, where: str) -> None:
-    if workers * need <= there:
+def _refuse(config: RunConfig, ranks: int, need: int, workers: int, available: int, where: str) -> None:
+    if workers * need <= available:
         return
     each = f"{workers} workers need {need / GB:.1f} GB each" if workers > 1 else f"the run needs {need / GB:.1f} GB"
-    share = split(config.optimisation, ranks)
-    fitting = _fitting(config, ranks, share.micro, there // workers)
+    split = split_of(config.optimisation, ranks)
+    fitting = _fitting(config, ranks, split.micro_batch, available // workers)
     smaller = f"--optimisation.micro-batch {fitting} would fit" if fitting else "no micro-batch is small enough"
     raise ConfigError(
-        f"the memory of this machine cannot suffice: {each} (calculated, {share.micro} images at once), "
-        f"{there / GB:.1f} GB are available",
+        f"the memory of this machine cannot suffice: {each} (calculated, {split.micro_batch} images at once), "
+        f"{available / GB:.1f} GB are available",
         where=f"optimisation.micro_batch = {config.optimisation.micro_batch}, on {where}",
         hint=f"{smaller}; `python -m training pretrain RECIPE --dry-run --engine.device cpu` says what takes how much",
     )
 
 
-def _fitting(config: RunConfig, ranks: int, micro: int, there: int) -> int:
+def _fitting(config: RunConfig, ranks: int, micro: int, available: int) -> int:
     """The largest micro-batch, by halves, that fits into so many bytes; 0: none does."""
     while micro := micro // 2:
         smaller = dataclasses.replace(config.optimisation, micro_batch=micro)
-        if needed(dataclasses.replace(config, optimisation=smaller), ranks) <= there:
+        if needed(dataclasses.replace(config, optimisation=smaller), ranks) <= available:
             return micro
     return 0
 
 
 def needed(config: RunConfig, ranks: int) -> int:
     """Bytes that one of so many ranks on CPUs takes at the very least: no library, loader or cache is among them."""
-    share = split(config.optimisation, ranks)
-    if workload(config, share.micro).complete:
+    split = split_of(config.optimisation, ranks)
+    if workload(config, split.micro_batch).complete:
         return memory.calculate(config, memory.census(config), world=ranks, cuda=False).peak
-    kept = activation_memory.saved(config, share.micro, activation_memory.numerics(config, cuda=False))
+    kept = activation_memory.saved(config, split.micro_batch, activation_memory.numerics(config, cuda=False))
     weights = sum(value.numel() for value in _empty_method(config).parameters())
     return FULL * 2 * weights + sum(kept.values())  # weights and gradients; moments may be split over the ranks
 
@@ -129,7 +129,7 @@ def _head_flops(config: RunConfig, work: Workload) -> float:
     """Rows through heads, student's and teacher's, and the places of a grid through decoders."""
     if not work.scored and not work.decoded:
         return 0.0
-    rows = sum(BACKWARD * part.learnt + part.taught for part in work.scored)
+    rows = sum(BACKWARD * part.student + part.teacher for part in work.scored)
     parts = memory.census(config).student
     heads = parts.get("head MLPs", 0) + parts.get("prototypes", 0)
     decoders = sum(count for name, count in parts.items() if name.endswith(memory.DECODER))

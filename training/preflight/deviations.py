@@ -56,13 +56,13 @@ def compare(config: RunConfig) -> Comparison:
         return Comparison("", "", [], [])
     table, data = methods.of(config.method).published[name]
     path = SHIPPED / f"{name}.toml"
-    there = path.is_file()  # a method of another package may come without
-    shipped, reasons = (leaves(recipes.load(path)), comments(path)) if there else (ours, {})
+    shipped_recipe = path.is_file()  # a method of another package may come without
+    shipped, reasons = (leaves(recipes.load(path)), comments(path)) if shipped_recipe else (ours, {})
     compared = {key: value for key, value in {**shipped, **ours}.items() if not key.startswith(IGNORED)}
     differences = [
-        Difference(key, ours.get(key), said.value, said.source)
-        for key, said in table.items()
-        if ours.get(key) != said.value
+        Difference(key, ours.get(key), published.value, published.source)
+        for key, published in table.items()
+        if ours.get(key) != published.value
     ]
     choices = [
         Choice(key, ours.get(key), reasons.get(key, ""), shipped.get(key))

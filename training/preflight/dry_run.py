@@ -9,7 +9,7 @@ import torch
 
 from datapipe.core.errors import ConfigError, StorageError
 from datapipe.stream.training_data import load_data
-from training.config.batch_split import split
+from training.config.batch_split import split_of
 from training.config.run_config import RunConfig
 from training.config.run_plan import clock_of, sampling_of
 from training.engine.clock import Clock
@@ -88,8 +88,8 @@ def dry_run(config: RunConfig, *, rows: int = 0, gpu_memory_gb: float = 0.0) -> 
                           where="method.name", hint="start it: the rehearsal tells whether it fits")  # fmt: skip
     rows, known_from = _rows(config, rows)
     sizes = memory.census(config)
-    share = split(config.optimisation, config.cluster.max_workers)
-    refuse_split(config, share, couples=sizes.couples)
+    split = split_of(config.optimisation, config.cluster.max_workers)
+    refuse_split(config, split, couples=sizes.couples)
     need = _needed(config, sizes)
     gpu = round(gpu_memory_gb * GB) or _present(config)
     remedies = _remedies(config, sizes, gpu) if gpu and need.needed > gpu else []
@@ -118,7 +118,7 @@ def _rows(config: RunConfig, rows: int) -> tuple[int, str]:
 
 def _steps(config: RunConfig, clock: Clock, rows: int, known_from: str) -> Steps:
     optimisation, saves, workers = config.optimisation, config.checkpoints, config.cluster.max_workers
-    share = split(optimisation, workers)
+    split = split_of(optimisation, workers)
     milestones = _multiples(saves.keep_every_steps, clock.total_steps) if saves.keep_every_steps else set()
     saved = _multiples(saves.every_steps, clock.total_steps) | milestones | {clock.total_steps}
     return Steps(
@@ -132,10 +132,10 @@ def _steps(config: RunConfig, clock: Clock, rows: int, known_from: str) -> Steps
         checkpoints=len(saved),
         kept=len(milestones | set(sorted(saved)[-saves.keep_last :])),
         workers=workers,
-        per_rank=share.rows,
-        micro_batch=share.micro,
-        micro_batches=share.rows // share.micro,
-        padding=share.rows * workers - optimisation.batch,
+        per_rank=split.per_rank,
+        micro_batch=split.micro_batch,
+        micro_batches=split.per_rank // split.micro_batch,
+        padding=split.per_rank * workers - optimisation.batch,
     )
 
 
@@ -176,9 +176,9 @@ def _checkpointed(config: RunConfig) -> RunConfig:
 
 def _smaller(config: RunConfig, sizes: Census) -> list[RunConfig]:
     """The run with ever smaller micro-batches, down to one image; only itself where a batch must stay whole."""
-    share = split(config.optimisation, config.cluster.max_workers)
-    halvings = 0 if sizes.couples else share.micro.bit_length() - 1
-    micros = [math.ceil(share.micro / 2**halving) for halving in range(halvings + 1)]
+    split = split_of(config.optimisation, config.cluster.max_workers)
+    halvings = 0 if sizes.couples else split.micro_batch.bit_length() - 1
+    micros = [math.ceil(split.micro_batch / 2**halving) for halving in range(halvings + 1)]
     return [
         dataclasses.replace(config, optimisation=dataclasses.replace(config.optimisation, micro_batch=micro))
         for micro in micros
@@ -191,7 +191,7 @@ def _change(before: RunConfig, after: RunConfig) -> str:
     if after.backbone.checkpoint_blocks != before.backbone.checkpoint_blocks:
         flags.append("--backbone.checkpoint-blocks True")
     workers = before.cluster.max_workers
-    micro = [split(one.optimisation, workers).micro for one in (before, after)]
+    micro = [split_of(one.optimisation, workers).micro_batch for one in (before, after)]
     if micro[0] != micro[1]:
         flags.append(f"--optimisation.micro-batch {micro[1]}")
     if after.engine.zero_stage != before.engine.zero_stage:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from training.config.batch_split import split
+from training.config.batch_split import split_of
 from training.config.build import build_method, deepspeed_json, view_spec, workload
 from training.config.run_config import RunConfig
 from training.core.world import World
@@ -153,18 +153,20 @@ class Memory(NamedTuple):
 def calculate(config: RunConfig, sizes: Census, *, world: int, cuda: bool) -> Memory:
     """The memory of one of `world` ranks, after the first step. `cuda`: with the kernels and AdamW of a GPU."""
     how = activation_memory.numerics(config, cuda=cuda)
-    share = split(config.optimisation, world)
+    split = split_of(config.optimisation, world)
     held = _Held(config, sizes, world, cuda)
-    state = held.state() | {"batch": batch_bytes(config, share.micro)}
-    kept = activation_memory.saved(config, share.micro, how) | {"lowered weights": lowered_copies(config, sizes, how)}
+    state = held.state() | {"batch": batch_bytes(config, split.micro_batch)}
+    kept = activation_memory.saved(config, split.micro_batch, how) | {
+        "lowered weights": lowered_copies(config, sizes, how)
+    }
     base = sum(state.values()) + held.gathered()
-    several = share.rows > share.micro
+    several = split.per_rank > split.micro_batch
     earlier = held.accumulated() if several else 0
     again = max(earlier, held.bucket() + (held.gradients() if several else 0))
     ended = sum(kept.values())
     moments = {
-        "forward": base + earlier + ended + _forward_temporaries(config, share.micro, sizes),
-        "backward": base + again + ended + _backward_temporaries(config, share.micro, how, sizes),
+        "forward": base + earlier + ended + _forward_temporaries(config, split.micro_batch, sizes),
+        "backward": base + again + ended + _backward_temporaries(config, split.micro_batch, how, sizes),
         "reduction": base + FULL * held.reduction(),
         "step": sum(state.values()) + held.gradients() + held.step(),
     }
@@ -195,8 +197,8 @@ def _forward_temporaries(config: RunConfig, images: int, sizes: Census) -> int:
     targets takes, or what else the method says; or prototypes before they are scaled, in the last head."""
     work = workload(config, images)
     rows = work.scored
-    logits = sum(part.prototypes * (part.learnt + part.taught + part.targets) for part in rows)
-    loss = logits + max((part.prototypes * max(part.learnt, 4 * part.targets) for part in rows), default=0)
+    logits = sum(part.prototypes * (part.student + part.teacher + part.targets) for part in rows)
+    loss = logits + max((part.prototypes * max(part.student, 4 * part.targets) for part in rows), default=0)
     return FULL * max(loss + work.loss_alive, sizes.largest if rows else 0)
 
 
@@ -204,7 +206,7 @@ def _backward_temporaries(config: RunConfig, images: int, how: Numerics, sizes: 
     """The larger of two: the widest head, with three gradients of its logits and four of its prototypes; or a block,
     made again where it is checkpointed."""
     rows = workload(config, images).scored
-    widest = max((part.prototypes * part.learnt for part in rows), default=0)
+    widest = max((part.prototypes * part.student for part in rows), default=0)
     head = FULL * (3 * widest + 4 * sizes.largest) if rows else 0
     return max(head, _block_again(config, images, how, sizes))
 
@@ -306,6 +308,6 @@ class _Held(NamedTuple):
         return max(adam, norms)
 
     def _zero(self) -> dict[str, Any]:
-        share = split(self.config.optimisation, self.world)
-        settings: dict[str, Any] = deepspeed_json(self.config, World(size=self.world), share)["zero_optimization"]
+        split = split_of(self.config.optimisation, self.world)
+        settings: dict[str, Any] = deepspeed_json(self.config, World(size=self.world), split)["zero_optimization"]
         return settings

@@ -7,7 +7,7 @@ import shlex
 from typing import NamedTuple
 
 from datapipe.core.errors import ConfigError
-from training.config.batch_split import split
+from training.config.batch_split import split_of
 from training.config.run_config import RunConfig
 from training.config.run_plan import sampling_of
 from training.core.out_of_memory import GB, device_bytes, device_name, explained, first_line
@@ -40,7 +40,7 @@ class _Rank:
     @property
     def micro(self) -> int:
         """Images of a micro-batch."""
-        return split(self.config.optimisation, self.world.size).micro
+        return split_of(self.config.optimisation, self.world.size).micro_batch
 
     def needed(self, config: RunConfig | None = None) -> int:
         """Bytes, as calculated, with the present settings or others that leave the model as it is."""

@@ -54,18 +54,18 @@ class Ranking:
     places: NDArray[np.int64]
     """[matches]: 1-based, ascending."""
     nearest: NDArray[np.int64]
-    """[keep]: gallery rows in order; -1 where there are no more."""
+    """[top_k]: gallery rows in order; -1 where there are no more."""
     nearest_distances: Floats
-    """[keep]: infinite where there are no more."""
+    """[top_k]: infinite where there are no more."""
     matching: Floats
     """Distances to matches, at most SAMPLED."""
     others: Floats
     """Distances to other people, at most SAMPLED."""
 
 
-def rank(chunks: Iterable[Chunk], labels: Labels, *, keep: int, threads: int) -> list[Ranking]:
-    """Every query's ranking, the first `keep` places of it; equal distances keep the order of the gallery."""
-    return list(in_slices(chunks, _Ranker(labels, keep).rank, threads))
+def rank(chunks: Iterable[Chunk], labels: Labels, *, top_k: int, threads: int) -> list[Ranking]:
+    """Every query's ranking, the first `top_k` places of it; equal distances keep the order of the gallery."""
+    return list(in_slices(chunks, _Ranker(labels, top_k).rank, threads))
 
 
 def distance_chunks(these: Floats, those: Floats, chunk_mb: float) -> Iterator[Chunk]:
@@ -89,28 +89,28 @@ def in_slices(chunks: Iterable[Chunk], work: Callable[[int, Floats], list[T]], t
             yield from chain.from_iterable(parts)
 
 
-def nearest(row: Floats, keep: int) -> NDArray[np.int64]:
-    """[keep]: places of the smallest finite numbers in ascending order, equal ones in theirs; -1 where there are no
+def nearest(row: Floats, top_k: int) -> NDArray[np.int64]:
+    """[top_k]: places of the smallest finite numbers in ascending order, equal ones in theirs; -1 where there are no
     more."""
-    first = np.full(keep, -1, np.int64)
-    if keep:
-        candidates = np.flatnonzero((row <= _border(row, keep)) & (row < np.inf))
-        best = candidates[np.argsort(row[candidates], kind="stable")][:keep]
+    first = np.full(top_k, -1, np.int64)
+    if top_k:
+        candidates = np.flatnonzero((row <= _border(row, top_k)) & (row < np.inf))
+        best = candidates[np.argsort(row[candidates], kind="stable")][:top_k]
         first[: len(best)] = best
     return first
 
 
-def _border(row: Floats, keep: int) -> np.floating | float:
-    """At least `keep` numbers are no larger, and not many more: the keep-th smallest of the groups' smallest."""
+def _border(row: Floats, top_k: int) -> np.floating | float:
+    """At least `top_k` numbers are no larger, and not many more: the top_k-th smallest of the groups' smallest."""
     groups = np.minimum.reduceat(row, np.arange(0, len(row), GROUP))
-    if keep < len(groups):
-        return np.partition(groups, keep - 1)[keep - 1]
-    return np.partition(row, keep - 1)[keep - 1] if keep < len(row) else np.inf
+    if top_k < len(groups):
+        return np.partition(groups, top_k - 1)[top_k - 1]
+    return np.partition(row, top_k - 1)[top_k - 1] if top_k < len(row) else np.inf
 
 
 class _Ranker:
-    def __init__(self, labels: Labels, keep: int) -> None:
-        self._labels, self._keep = labels, keep
+    def __init__(self, labels: Labels, top_k: int) -> None:
+        self._labels, self._top_k = labels, top_k
         self._by_identity = np.argsort(labels.gallery_pids, kind="stable")
         self._sorted_pids = labels.gallery_pids[self._by_identity]
         self._junk = np.flatnonzero(labels.gallery_pids == JUNK)
@@ -129,7 +129,7 @@ class _Ranker:
         row[same[~other_camera]] = np.inf
         row[self._junk] = np.inf
         matches = same[other_camera] if pid != JUNK else same[:0]
-        first = nearest(row, self._keep)
+        first = nearest(row, self._top_k)
         return Ranking(
             places=_places(row, matches, scratch),
             nearest=first,

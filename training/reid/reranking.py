@@ -59,10 +59,10 @@ def _distances(
 
 def neighbours(features: Floats, k1: int, *, chunk_mb: float, threads: int, label: str = "neighbours") -> Neighbours:
     """Find the nearest neighbours of every image among all."""
-    keep = min(k1 + 1, len(features))
+    top_k = min(k1 + 1, len(features))
 
     def look(_: int, rows: Floats) -> list[tuple[Integers, np.floating]]:
-        return [(nearest(row, keep).astype(np.int32), row.max() + 2) for row in rows]
+        return [(nearest(row, top_k).astype(np.int32), row.max() + 2) for row in rows]
 
     with Progress(label, len(features), unit="images", quiet_s=QUIET_S) as progress:
         chunks = progress.over(distance_chunks(features, features, chunk_mb), lambda chunk: len(chunk[1]))

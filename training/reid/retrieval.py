@@ -42,9 +42,9 @@ class RetrievalResult:
     skipped: int
     """Queries whose identity no other camera of the gallery has seen."""
     nearest: NDArray[np.int64]
-    """[Q, keep]: gallery rows in ranked order, same-camera images and junk left out; -1 where there are no more."""
+    """[Q, top_k]: gallery rows in ranked order, same-camera images and junk left out; -1 where there are no more."""
     nearest_distances: Floats
-    """[Q, keep]: their distances; infinite where there are no more. Squared Euclidean between unit features (0..4), or
+    """[Q, top_k]: their distances; infinite where there are no more. Squared Euclidean between unit features (0..4), or
     those that were given, or re-ranked ones (0..1)."""
     matching: Floats
     """Distances of pairs of one person and two cameras: an even sample, at most `ranking.SAMPLED` of each query."""
@@ -67,7 +67,7 @@ def evaluate(
     *,
     reranking: RerankConfig | None = None,
     ranks: int = 50,
-    keep: int = 0,
+    top_k: int = 0,
     chunk_mb: float = CHUNK_MB,
     threads: int = 2,
     label: str = "rank",
@@ -75,7 +75,7 @@ def evaluate(
     """Rank the gallery for every query by the squared Euclidean distance of the normalised features [Q, C] and [G, C].
 
     Gallery images of the query's identity and camera, and junk (pid -1), are left out. Equal distances keep the order
-    of the gallery. `keep` asks for the first places of every ranking, taken from the very numbers that are scored.
+    of the gallery. `top_k` asks for the first places of every ranking, taken from the very numbers that are scored.
     With `reranking` the k-reciprocal distances decide instead. `label`: what its progress is called.
     Errors: `DataError` for features that are not finite or do not fit, and when no query has a match.
     """
@@ -90,7 +90,7 @@ def evaluate(
         offset = 2.0
     with Progress(label, queries, unit="queries", quiet_s=QUIET_S) as progress:
         followed = progress.over(chunks, lambda chunk: len(chunk[1]))
-        return _summary(rank(followed, labels, keep=keep, threads=threads), ranks, offset=offset)
+        return _summary(rank(followed, labels, top_k=top_k, threads=threads), ranks, offset=offset)
 
 
 def evaluate_distances(
@@ -101,7 +101,7 @@ def evaluate_distances(
     g_cams: Integers,
     *,
     ranks: int = 50,
-    keep: int = 0,
+    top_k: int = 0,
     threads: int = 2,
 ) -> RetrievalResult:
     """Score distances [Q, G] that were computed elsewhere, such as another model's; any dtype, smaller is nearer. For
@@ -117,7 +117,7 @@ def evaluate_distances(
         raise DataError("distances contain NaN")
     rows = max(1, int(CHUNK_MB * 1e6 / max(1, distances[:1].nbytes)))
     chunks = ((start, distances[start : start + rows].copy()) for start in range(0, len(distances), rows))
-    return _summary(rank(chunks, labels, keep=keep, threads=threads), ranks)
+    return _summary(rank(chunks, labels, top_k=top_k, threads=threads), ranks)
 
 
 def per_camera(result: RetrievalResult, query_cameras: Integers) -> dict[int, float]:
@@ -128,7 +128,7 @@ def per_camera(result: RetrievalResult, query_cameras: Integers) -> dict[int, fl
 
 def confident_mistakes(result: RetrievalResult, count: int) -> NDArray[np.int64]:
     """Scored queries whose nearest image shows somebody else, the nearest such image first: positions in
-    `result.queries`. Wants `keep` of at least 1."""
+    `result.queries`. Wants `top_k` of at least 1."""
     wrong = np.flatnonzero(result.first_match > 1)
     distances = result.nearest_distances[result.queries[wrong], 0]
     return wrong[np.argsort(distances, kind="stable")][:count]

@@ -132,7 +132,7 @@ def evaluate_features(
             query[name],
             gallery[name],
             *labels,
-            keep=SHOWN,
+            top_k=SHOWN,
             reranking=reranking,
             label=f"{weights.name}: rank by {name}{ending}",
         )

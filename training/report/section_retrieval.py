@@ -87,8 +87,8 @@ def _how(about: dict[str, Any]) -> list[tuple[str, str]]:
              for name, part in counts.items()]  # fmt: skip
     model = about["settings"].get("model", {})
     settings = {key: value for key, value in about["settings"].items() if key not in ("model", "identity")}
-    said = {f"weights: {key}": value for key, value in model.items()} | settings
-    return [*parts, *((name, str(value)) for name, value in said.items() if value not in ("", None))]
+    facts = {f"weights: {key}": value for key, value in model.items()} | settings
+    return [*parts, *((name, str(value)) for name, value in facts.items() if value not in ("", None))]
 
 
 def _remarks(about: dict[str, Any]) -> list[str]:

@@ -25,8 +25,8 @@ class Stop:
             report, self._stage = self._checkpoints.report(), self._checkpoints.stage
         return [float(self._host.preempted()), *report]
 
-    def _hear(self, told: list[float]) -> None:
-        stop, *report = told
+    def _hear(self, sums: list[float]) -> None:
+        stop, *report = sums
         self.reached = bool(stop)
         if self._checkpoints is not None and self._stage == self._checkpoints.stage:
             self._checkpoints.hear(Report(*report))

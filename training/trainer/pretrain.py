@@ -117,10 +117,10 @@ def _writing(config: RunConfig, world: World, host: Host, guard: Guard | None) -
             outcome = lease.ticket
         except UserError as error:
             outcome = error
-    told = world.broadcast(outcome)
-    if isinstance(told, UserError):
-        raise told
-    with lease or Follower(config.out, config.storage, told) as guard:
+    outcome_of_leader = world.broadcast(outcome)
+    if isinstance(outcome_of_leader, UserError):
+        raise outcome_of_leader
+    with lease or Follower(config.out, config.storage, outcome_of_leader) as guard:
         yield guard
 
 
@@ -137,7 +137,7 @@ def refuse_slower(config: RunConfig, folder: RunFolder, world: World) -> None:
 
 
 def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason: str, startup: Startup) -> Ending:
-    config, clock, share = plan.config, plan.clock, plan.split
+    config, clock, split = plan.config, plan.clock, plan.split
     if world.is_leader and reason == "started" and (warning := cpu_forecast.warning(config, clock, world)):
         run_lines.info(warning)
     run_lines.info(f"builds {config.method.name} with {config.backbone.arch}" + (
@@ -175,7 +175,7 @@ def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason
         run = Run(
             method=method, stepper=stepper, loader=loader, clock=clock,
             place=BatchToDevice(world.device, config.views.statistics),
-            optimisation=config.optimisation, micro_batch=share.micro, checkpoints=checkpoints, host=host,
+            optimisation=config.optimisation, micro_batch=split.micro_batch, checkpoints=checkpoints, host=host,
             faults=Faults(folder, world), exchange=exchange, observers=observers, flush=folder.flush,
         )  # fmt: skip
         milestones = Milestones(config, clock, folder, world, host)
@@ -185,7 +185,7 @@ def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason
             run_lines.info(f"next: python -m training {_next(config)}")
             return Ending(clock.total_steps, True)
         run_lines.info("rehearses one micro-batch" + (", compiles" if config.backbone.compile_blocks else ""))
-        rehearse(run, fake_batch(plan.spec, share, config))
+        rehearse(run, fake_batch(plan.spec, split, config))
         for observer in observers:
             observer.begin()
         with log_file(folder) if world.is_leader else contextlib.nullcontext():

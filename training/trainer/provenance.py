@@ -114,7 +114,7 @@ def _described(data: Data) -> dict[str, Any]:
 def _git() -> str:
     """The revision of this code; "unknown" where it is installed, which may be inside somebody else's working tree."""
     here = Path(__file__)
-    told = []
+    outputs = []
     for words in (["ls-files", "--error-unmatch", here.name], ["describe", "--always", "--dirty", "--abbrev=12"]):
         try:
             done = subprocess.run(["git", *words], cwd=here.parent, capture_output=True, text=True, timeout=10,
@@ -123,8 +123,8 @@ def _git() -> str:
             return "unknown"
         if done.returncode:
             return "unknown"
-        told.append(done.stdout.strip())
-    return told[-1] or "unknown"
+        outputs.append(done.stdout.strip())
+    return outputs[-1] or "unknown"
 
 
 def resume_command(config: RunConfig) -> list[str]:

@@ -51,8 +51,8 @@ def check_counted(
         "to leave out, but absent": absent,
     }
     if any(faults.values()):
-        told = "; ".join(f"{kind}: {first_few(keys)}" for kind, keys in faults.items() if keys)
-        raise DataError(f"the weights do not fit ({len(given)} for {len(own)}); {told}", where=where,
+        listed = "; ".join(f"{kind}: {first_few(keys)}" for kind, keys in faults.items() if keys)
+        raise DataError(f"the weights do not fit ({len(given)} for {len(own)}); {listed}", where=where,
                         hint="check that file and architecture belong together")  # fmt: skip
 
 

@@ -194,8 +194,8 @@ def _fill_head(head: nn.Module, aside: Mapping[str, Tensor], *, where: str) -> N
     if not tensors:
         raise ConfigError("these weights have no projection heads", where=where, hint="init.heads = false")
     own = head.state_dict()
-    twice = {name for name, tensor in tensors.items() if name not in own and _is_shared(name, tensors)}
-    load_counted(head, tensors, leave_out=twice, where=where)
+    shared = {name for name, tensor in tensors.items() if name not in own and _is_shared(name, tensors)}
+    load_counted(head, tensors, leave_out=shared, where=where)
 
 
 def _is_shared(name: str, tensors: Mapping[str, Tensor]) -> bool:

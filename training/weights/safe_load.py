@@ -104,5 +104,5 @@ def _pickle(data: bytes, where: str) -> Any:
 def _reason(error: Exception) -> str:
     """PyTorch's reason in one line, without its advice to read the file unsafely."""
     text = str(error) or type(error).__name__
-    told = text.partition("WeightsUnpickler error:")[2].strip() or text
-    return told.partition("\n")[0].partition(". ")[0]
+    stated = text.partition("WeightsUnpickler error:")[2].strip() or text
+    return stated.partition("\n")[0].partition(". ")[0]

@@ -190,8 +190,8 @@ def _taken(kind: Any, line: Words, only: bool) -> Words:
         if taken == ["None"] and type(None) in _members(kind):
             return taken
     if len(taken) < least:
-        said = f", not {' '.join(taken)}" if taken else " is missing"
-        raise Unfit(f"{allowed(kind)}{said}")
+        given = f", not {' '.join(taken)}" if taken else " is missing"
+        raise Unfit(f"{allowed(kind)}{given}")
     return taken
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from training.config.batch_split import split
+from training.config.batch_split import split_of
 from training.config.build import workload
 from training.config.recipe_toml import load
 from training.config.run_config import RunConfig
@@ -57,8 +57,8 @@ def small(config: RunConfig) -> RunConfig:
 def full(name: str, config: RunConfig, sizes: Census, gpu: int) -> RunConfig:
     """One micro-batch a step, as one of the recipe's workers takes it; halved until it fits into `gpu` bytes."""
     before = load(SHIPPED / f"{name}.toml")
-    share = split(before.optimisation, before.cluster.max_workers)
-    micro = min(share.micro, config.optimisation.micro_batch)
+    split = split_of(before.optimisation, before.cluster.max_workers)
+    micro = min(split.micro_batch, config.optimisation.micro_batch)
     while True:
         optimisation = replace(config.optimisation, batch=micro, micro_batch=micro)
         made = replace(config, optimisation=optimisation)

@@ -11,7 +11,7 @@ import torch
 from datapipe.storage import Store
 from datapipe.stream.batch import Batch, LoaderCounters
 from training.checkpoint import Checkpoints
-from training.config.batch_split import split
+from training.config.batch_split import split_of
 from training.config.build import fake_batch, make_stepper, view_spec
 from training.config.run_config import RunConfig
 from training.config.run_plan import clock_of
@@ -50,7 +50,7 @@ class Noise:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.intake = LoaderCounters()
         self._config, self._pinned = config, device.type == "cuda"
-        self._share = split(config.optimisation, 1)
+        self._split = split_of(config.optimisation, 1)
         self._made: Callable[[int], Batch] = lru_cache(maxsize=DISTINCT)(self._make)
 
     def after(self, position: int, until: int) -> Iterator[Batch]:
@@ -63,7 +63,7 @@ class Noise:
 
     def _make(self, number: int) -> Batch:
         config = replace(self._config, seed=self._config.seed + number)
-        batch = fake_batch(view_spec(config), self._share, config)
+        batch = fake_batch(view_spec(config), self._split, config)
         return replace(batch, views={name: self._placed(pixels) for name, pixels in batch.views.items()})
 
     def _placed(self, pixels: np.ndarray) -> np.ndarray:
@@ -93,14 +93,14 @@ class Trial(Observer):
         self.batch, self.position = optimisation.batch, 0
         self.method = copy.deepcopy(initial).to(device)
         self.method.precision = precision
-        share = split(optimisation, 1)
+        split = split_of(optimisation, 1)
         checkpoints = None if store is None else Checkpoints(
             store, config.checkpoints, world, about=_about(config)
         )  # fmt: skip
         self.run = Run(
-            method=self.method, stepper=make_stepper(config, self.method, world, share), loader=Noise(config, device),
+            method=self.method, stepper=make_stepper(config, self.method, world, split), loader=Noise(config, device),
             place=BatchToDevice(device, config.views.statistics), clock=clock_of(config, 0), optimisation=optimisation,
-            micro_batch=share.micro, checkpoints=checkpoints, host=LocalHost(),
+            micro_batch=split.micro_batch, checkpoints=checkpoints, host=LocalHost(),
             faults=Refusing(), exchange=Exchange(world), observers=[self],
         )  # fmt: skip
 

@@ -22,7 +22,7 @@ from tests.training.checkpoint.toy import (
 )
 from tests.training.tiny_recipe import tiny, with_views
 from training.checkpoint import Saved, complete, read_marker, verify
-from training.config.batch_split import portion
+from training.config.batch_split import split_batch
 from training.config.build import build_method
 from training.config.build import make_stepper as assemble
 from training.config.run_plan import clock_of
@@ -170,7 +170,7 @@ def _goes_on(world: World, folder: str) -> dict[str, bool]:
         for resumed in (False, True):
             engine = replace(config.engine, stepper="plain" if kind == "plain" else "deepspeed",
                              zero_stage=0 if kind == "plain" else int(kind[-1]))  # fmt: skip
-            stepper = assemble(replace(config, engine=engine), build_method(config), world, portion(2, 2, 1))
+            stepper = assemble(replace(config, engine=engine), build_method(config), world, split_batch(2, 2, 1))
             checkpoints = make_checkpoints(open_store(f"{folder}/{kind}"), world=world)
             if resumed:
                 assert checkpoints.restore(stepper) == (40, "step_0000010")

@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.ranks import run_ranks
 from tests.training.tiny_recipe import tiny
-from training.config.batch_split import portion
+from training.config.batch_split import split_batch
 from training.config.build import build_method, make_stepper
 from training.core.world import World
 from training.nn.vision_transformer import parameter_count
@@ -36,7 +36,7 @@ def _trained(world: World) -> tuple[int, int]:
     config = replace(config, engine=replace(config.engine, stepper="deepspeed", zero_stage=3))
     method = build_method(config)
     before = parameter_count(method, trained=True)
-    make_stepper(config, method, world, portion(2 * world.size, 2, world.size))
+    make_stepper(config, method, world, split_batch(2 * world.size, 2, world.size))
     assert sum(value.numel() for value in method.parameters()) == 0, "nothing was split"
     return before, parameter_count(method, trained=True)
 

@@ -19,7 +19,7 @@ from tests.end_to_end.tiny import StoppingHost, audited, command, final_state, f
 from tests.support.ranks import run_ranks
 from training import checkpoint
 from training.config import recipe_toml as recipes
-from training.config.batch_split import Portion
+from training.config.batch_split import BatchSplit
 from training.config.build import make_stepper
 from training.config.run_config import RunConfig
 from training.core.host import LocalHost
@@ -76,8 +76,8 @@ def _run(
 ) -> None:
     """One run in this process of the test; `scale`: what it begins with, though its precision is float32."""
 
-    def scaled(config: RunConfig, method: Method, world: World, share: Portion) -> Stepper:
-        stepper = make_stepper(config, method, world, share)
+    def scaled(config: RunConfig, method: Method, world: World, split: BatchSplit) -> Stepper:
+        stepper = make_stepper(config, method, world, split)
         stepper.scale = scale
         return stepper
 

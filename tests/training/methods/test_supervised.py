@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from datapipe.stream.batch import Batch
 from tests.support.ranks import run_ranks
 from tests.support.trajectory import FixedBatches, NoFaults, Noting
-from training.config.batch_split import Portion, portion
+from training.config.batch_split import BatchSplit, split_batch
 from training.core.exchange import Exchange
 from training.core.host import LocalHost
 from training.core.world import World
@@ -23,7 +23,7 @@ from training.engine.plain import PlainStepper
 from training.engine.settings import OptimisationConfig
 from training.methods.base import Progress, Views
 from training.methods.supervised import Neck, Supervised, SupervisedConfig, to_transreid
-from training.nn.vision_transformer import BackboneConfig, keep_masks
+from training.nn.vision_transformer import BackboneConfig, draw_path_masks
 from training.trainer.loop import Run, Segment, train
 
 BACKBONE = BackboneConfig(arch="custom", size=(16, 8), patch=4, width=12, depth=2, heads=2, drop_path=0.2, init_std=0.2)
@@ -64,12 +64,12 @@ def place(batch: Batch) -> Views:
 def fine_tune(world: World, settings: dict[str, Any], rows: int = 0) -> tuple[list[float], dict[str, Tensor]]:
     """Losses and final state; `rows`: images of a rank, padding included, where that is not as few as will do."""
     method = method_of(**settings)
-    share = Portion(rows, rows) if rows else portion(BATCH, BATCH, world.size)
+    split = BatchSplit(rows, rows) if rows else split_batch(BATCH, BATCH, world.size)
     stepper = PlainStepper(method, group_parameters(method), OPTIMISATION, world)
     losses: list[float] = []
     run = Run(
-        method=method, stepper=stepper, loader=LabelledBatches(pictures(), BATCH, share, world.rank), place=place,
-        clock=CLOCK, optimisation=OPTIMISATION, micro_batch=share.micro, checkpoints=None, host=LocalHost(),
+        method=method, stepper=stepper, loader=LabelledBatches(pictures(), BATCH, split, world.rank), place=place,
+        clock=CLOCK, optimisation=OPTIMISATION, micro_batch=split.micro_batch, checkpoints=None, host=LocalHost(),
         faults=NoFaults(), exchange=Exchange(world), observers=[Noting(lambda step: losses.append(step.result.loss))],
     )  # fmt: skip
     train(run, Segment(STEPS * BATCH))
@@ -77,7 +77,7 @@ def fine_tune(world: World, settings: dict[str, Any], rows: int = 0) -> tuple[li
 
 
 def steps() -> Iterator[tuple[Progress, Views]]:
-    for batch in LabelledBatches(pictures(), BATCH, Portion(BATCH, BATCH), 0).after(0, STEPS * BATCH):
+    for batch in LabelledBatches(pictures(), BATCH, BatchSplit(BATCH, BATCH), 0).after(0, STEPS * BATCH):
         yield CLOCK.at(batch.start), place(batch)
 
 
@@ -115,8 +115,8 @@ def naive(settings: dict[str, Any]) -> tuple[list[float], dict[str, Tensor], lis
     for progress, views in steps():
         for group, factor in zip(optimizer.param_groups, (1, 2), strict=True):
             group["lr"] = settings_at(OPTIMISATION, progress).lr_of(factor)
-        keep = keep_of(progress, views)
-        seen = backbone(views["image"][0], keep=keep)
+        path_masks = keep_of(progress, views)
+        seen = backbone(views["image"][0], path_masks=path_masks)
         tokens = [seen.cls, *seen.parts.unbind(dim=1)]
         feature = torch.cat([seen.cls, *([sum(tokens[1:]) / len(tokens[1:])] if tokens[1:] else [])], dim=1)
         if len(necks) == 1:
@@ -133,8 +133,10 @@ def naive(settings: dict[str, Any]) -> tuple[list[float], dict[str, Tensor], lis
 
 
 def keep_of(progress: Progress, views: Views) -> Tensor | None:
-    return keep_masks(BACKBONE.drop_rates, seed=progress.seed, purpose="drop_path/image", position=views["position"],
-                      views=1)  # fmt: skip
+    position = views["position"]
+    return draw_path_masks(
+        BACKBONE.drop_rates, seed=progress.seed, purpose="drop_path/image", position=position, views=1
+    )
 
 
 @pytest.mark.parametrize("settings", [{}, {"parts": 2}, {"parts": 2, "neck": "each"}], ids=["cls", "one", "each"])

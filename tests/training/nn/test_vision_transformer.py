@@ -9,7 +9,7 @@ from training.nn.blocks import DroppableBlock
 from training.nn.vision_transformer import (
     BackboneConfig,
     VisionTransformer,
-    keep_masks,
+    draw_path_masks,
     parameter_count,
 )
 
@@ -116,31 +116,31 @@ def test_positions__stored_table_at_native_size_unless_switched() -> None:
 def test_drop_path__block_equals_naive() -> None:
     torch.manual_seed(0)
     block = DroppableBlock(12, 3, qkv_bias=True).double()
-    tokens, keep = torch.randn(3, 5, 12, dtype=torch.float64), torch.tensor([[0, 2, 2.0], [2, 0, 2]])
-    ours = block(tokens, keep)
+    tokens, path_masks = torch.randn(3, 5, 12, dtype=torch.float64), torch.tensor([[0, 2, 2.0], [2, 0, 2]])
+    ours = block(tokens, path_masks)
     for image in range(3):
         row = tokens[image : image + 1]
-        row = row + float(keep[0, image]) * block.attn(block.norm1(row))
-        row = row + float(keep[1, image]) * block.mlp(block.norm2(row))
+        row = row + float(path_masks[0, image]) * block.attn(block.norm1(row))
+        row = row + float(path_masks[1, image]) * block.mlp(block.norm2(row))
         torch.testing.assert_close(ours[image : image + 1], row, rtol=0, atol=1e-12)
 
 
 def test_keep_masks__hang_on_seed_and_position_alone() -> None:
     rates = [0.0, 0.2, 0.5]
     position = torch.tensor([7, 1000, 3, -1])
-    whole = keep_masks(rates, seed=1, purpose="drop_path/global", position=position, views=2)
+    whole = draw_path_masks(rates, seed=1, purpose="drop_path/global", position=position, views=2)
     assert whole is not None and whole.shape == (6, 8) and whole.dtype == torch.float64
-    alone = keep_masks(rates, seed=1, purpose="drop_path/global", position=position[1:2], views=2)
+    alone = draw_path_masks(rates, seed=1, purpose="drop_path/global", position=position[1:2], views=2)
     assert alone is not None
     assert torch.equal(whole[:, [1, 5]], alone)  # rows are view-major
-    other = keep_masks(rates, seed=2, purpose="drop_path/global", position=position, views=2)
+    other = draw_path_masks(rates, seed=2, purpose="drop_path/global", position=position, views=2)
     assert other is not None and not torch.equal(whole, other)
-    assert keep_masks([0.0, 0.0], seed=1, purpose="x", position=position, views=2) is None
+    assert draw_path_masks([0.0, 0.0], seed=1, purpose="x", position=position, views=2) is None
 
 
 def test_keep_masks__values_and_rates() -> None:
     rates = [0.0, 0.2, 0.5]
-    masks = keep_masks(rates, seed=0, purpose="drop_path/local", position=torch.arange(4000), views=3)
+    masks = draw_path_masks(rates, seed=0, purpose="drop_path/local", position=torch.arange(4000), views=3)
     assert masks is not None
     for row, rate in enumerate([0.0, 0.0, 0.2, 0.2, 0.5, 0.5]):
         assert {float(value) for value in masks[row].unique()} <= {0.0, 1 / (1 - rate)}
@@ -149,11 +149,11 @@ def test_keep_masks__values_and_rates() -> None:
 
 
 def test_activation_checkpointing__same_loss_and_gradients_with_drop_path() -> None:
-    keep = keep_masks([0.0, 0.3, 0.6], seed=0, purpose="x", position=torch.arange(4), views=1)
+    path_masks = draw_path_masks([0.0, 0.3, 0.6], seed=0, purpose="x", position=torch.arange(4), views=1)
     results = []
     for checkpointed in (False, True):
         backbone = tiny(parts=2, checkpoint_blocks=checkpointed)
-        loss = backbone(images(), keep=keep).cls.square().sum()
+        loss = backbone(images(), path_masks=path_masks).cls.square().sum()
         loss.backward()
         results.append([loss.detach(), *(parameter.grad for parameter in backbone.parameters())])
     for plain, again in zip(*results, strict=True):

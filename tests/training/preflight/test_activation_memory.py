@@ -41,7 +41,7 @@ def calculated(config: RunConfig, hidden: int) -> int:
     work = workload(config, config.optimisation.batch)
     if hidden:  # in fact, not on the average
         cls_rows, patches = work.scored
-        work = work._replace(scored=(cls_rows, patches._replace(learnt=hidden, targets=hidden)))
+        work = work._replace(scored=(cls_rows, patches._replace(student=hidden, targets=hidden)))
     parts = saved(config, config.optimisation.batch, how, work)
     return sum(parts.values()) + memory.lowered_copies(config, memory.census(config), how)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.training.tiny_recipe import tiny, with_views
-from training.config.batch_split import portion
+from training.config.batch_split import split_batch
 from training.config.build import build_method, make_stepper
 from training.config.recipe_toml import load
 from training.config.run_config import RunConfig
@@ -54,7 +54,7 @@ def test_state__is_that_of_a_real_step(recipe: str) -> None:
     config = tiny(recipe, images=2)
     config = replace(config, method=replace(config.method, **_nothing_frozen(config)))
     method, views = with_views(config)
-    stepper = make_stepper(config, method, World(), portion(2, 2, 1))
+    stepper = make_stepper(config, method, World(), split_batch(2, 2, 1))
     assert isinstance(stepper, PlainStepper)
     progress = clock_of(config, 200).at(0)
     stepper.apply(param_groups.settings_at(config.optimisation, progress), progress)

@@ -108,7 +108,7 @@ def test_evaluate__reranking_helps_in_clusters_and_reports_its_distances() -> No
     labels = (features @ centres.T).argmax(axis=1)
     cameras = np.arange(200) % 2
     parts = (features[:60], features[60:], labels[:60], labels[60:], cameras[:60], cameras[60:])
-    before, after = evaluate(*parts, keep=5), evaluate(*parts, keep=5, reranking=RerankConfig(k1=10, k2=3))
+    before, after = evaluate(*parts, top_k=5), evaluate(*parts, top_k=5, reranking=RerankConfig(k1=10, k2=3))
     assert after.mAP > before.mAP
     assert after.nearest_distances.min() >= 0 and after.nearest_distances.max() <= 1
     with pytest.raises(DataError, match="not finite"):

@@ -99,9 +99,9 @@ def test_evaluate__equal_features_keep_the_order_of_the_gallery() -> None:
 
 def test_evaluate__does_not_depend_on_chunks_and_threads() -> None:
     case = random_case(1)
-    whole = evaluate(*case, keep=7)
+    whole = evaluate(*case, top_k=7)
     for chunk_mb, threads in ((1e-6, 1), (0.003, 3)):
-        other = evaluate(*case, keep=7, chunk_mb=chunk_mb, threads=threads)
+        other = evaluate(*case, top_k=7, chunk_mb=chunk_mb, threads=threads)
         assert other.mAP == pytest.approx(whole.mAP, abs=1e-12)
         np.testing.assert_array_equal(other.nearest, whole.nearest)
 
@@ -121,7 +121,7 @@ def test_evaluate__four_images_by_hand() -> None:
     features = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     # nearest to the query: same camera (left out), a distractor, a match, a match
     labels = (np.array([7]), np.array([7, 0, 7, 7]), np.array([0]), np.array([0, 2, 1, 2]))
-    result = evaluate(features[:1], features[1:], *labels, keep=5)
+    result = evaluate(features[:1], features[1:], *labels, top_k=5)
     assert result.average_precision.tolist() == pytest.approx([(1 / 2 + 2 / 3) / 2])
     assert result.mINP == pytest.approx(2 / 3)
     assert result.cmc[:3].tolist() == [0, 1, 1]
@@ -132,7 +132,7 @@ def test_evaluate__four_images_by_hand() -> None:
 def test_nearest__is_the_ranking_that_was_scored() -> None:
     case = random_case(3, levels=5)
     _, _, q_pids, g_pids, q_cams, g_cams = case
-    result = evaluate(*case, keep=len(g_pids))
+    result = evaluate(*case, top_k=len(g_pids))
     for position, query in enumerate(result.queries):
         ranking = result.nearest[query][result.nearest[query] >= 0]
         assert not ((g_pids[ranking] == q_pids[query]) & (g_cams[ranking] == q_cams[query])).any()
@@ -216,7 +216,7 @@ def test_evaluate_distances__equals_sorting_on_any_small_case(data: st.DataObjec
         with pytest.raises(DataError, match="none of the"):
             evaluate_distances(distances, *case[2:])
         return
-    result = evaluate_distances(distances, *case[2:], keep=gallery, threads=data.draw(st.integers(1, 3)))
+    result = evaluate_distances(distances, *case[2:], top_k=gallery, threads=data.draw(st.integers(1, 3)))
     assert result.queries.tolist() == scored and result.skipped == queries - len(scored)
     for position, query in enumerate(scored):
         places = np.flatnonzero(hits[query]) + 1
@@ -239,7 +239,7 @@ def test_per_camera__means_of_the_cameras_queries() -> None:
 
 def test_confident_mistakes__nearest_wrong_images_first() -> None:
     case = random_case(8)
-    result = evaluate(*case, keep=3)
+    result = evaluate(*case, top_k=3)
     found = confident_mistakes(result, 5)
     nearest = np.sqrt(np.abs(result.nearest_distances[result.queries[found], 0]))
     assert len(found) == 5 and (np.diff(nearest) >= 0).all()

@@ -7,7 +7,7 @@ import torch
 from datapipe.stream.batch import Batch
 from datapipe.views.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from tests.training.tiny_recipe import tiny
-from training.config.batch_split import portion
+from training.config.batch_split import split_batch
 from training.config.build import fake_batch, view_spec
 from training.config.run_plan import _pinned
 from training.nn.distillation_losses import hidden_numbers
@@ -32,7 +32,7 @@ def test_place__normalises_each_micro_batch_of_a_slot(name: str) -> None:
 
 def test_place__numbers_the_hidden_patches_of_each_micro_batch() -> None:
     config = tiny("personvit_vits", images=6)
-    batch = fake_batch(view_spec(config), portion(6, 6, 1), config)
+    batch = fake_batch(view_spec(config), split_batch(6, 6, 1), config)
     place = BatchToDevice(torch.device("cpu"))
     for part in batch.micro_batches(4):
         views = place(part)

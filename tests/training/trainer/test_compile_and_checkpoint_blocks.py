@@ -13,7 +13,7 @@ from tests.support.ranks import run_ranks
 from training.config import recipe_toml as recipes
 from training.core.host import LocalHost
 from training.core.world import World
-from training.nn.vision_transformer import BackboneConfig, VisionTransformer, keep_masks
+from training.nn.vision_transformer import BackboneConfig, VisionTransformer, draw_path_masks
 from training.preflight.checks import refuse_unsuited
 from training.trainer.pretrain import pretrain
 
@@ -62,9 +62,9 @@ def _of_visible_patches(config: BackboneConfig) -> float:
     compiled = VisionTransformer(replace(config, compile_blocks=True))
     compiled.load_state_dict(plain.state_dict())
     images, visible = torch.randn(5, 3, *config.size), torch.tensor([[0, 5, 6]]).expand(5, -1)
-    keep = keep_masks(config.drop_rates, seed=0, purpose="x", position=torch.arange(5), views=1)
+    path_masks = draw_path_masks(config.drop_rates, seed=0, purpose="x", position=torch.arange(5), views=1)
     for backbone in (plain, compiled):
-        backbone(images, visible=visible, keep=keep).cls.sin().sum().backward()
+        backbone(images, visible=visible, path_masks=path_masks).cls.sin().sum().backward()
     pairs = zip(plain.parameters(), compiled.parameters(), strict=True)
     return max(float((one.grad - other.grad).abs().max() / one.grad.abs().max()) for one, other in pairs)
 

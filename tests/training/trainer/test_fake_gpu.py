@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from training import methods
 from training.config import build
-from training.config.batch_split import portion
+from training.config.batch_split import split_batch
 from training.config.recipe_toml import load
 from training.config.run_config import RunConfig
 from training.core.world import World
@@ -82,12 +82,12 @@ class HostPositions:
 def keep_host_numbers(monkeypatch: pytest.MonkeyPatch, mode: FakeTensorMode, position: np.ndarray) -> None:
     """Numbers that the host draws from positions are drawn outside the mode, in which host tensors have none. What is
     handed to these functions must be on the host: from a GPU it would have to be waited for."""
-    real_keep, real_erase = vision_transformer.keep_masks, random_erasing.erase
+    real_masks, real_erase = vision_transformer.draw_path_masks, random_erasing.erase
 
-    def keep_masks(rates: Any, **given: Any) -> Tensor | None:
+    def draw_path_masks(rates: Any, **given: Any) -> Tensor | None:
         assert given.pop("position").device.type == "cpu"
         with unset_fake_temporarily():
-            drawn = real_keep(rates, position=torch.from_numpy(position), **given)
+            drawn = real_masks(rates, position=torch.from_numpy(position), **given)
         return None if drawn is None else mode.from_tensor(drawn)
 
     def erase(images: Tensor, positions: Tensor, **given: Any) -> Tensor:
@@ -95,7 +95,7 @@ def keep_host_numbers(monkeypatch: pytest.MonkeyPatch, mode: FakeTensorMode, pos
         return real_erase(images, HostPositions(position), **given)  # type: ignore[arg-type]
 
     for module in (distillation, personmae, supervised):
-        monkeypatch.setattr(module, "keep_masks", keep_masks)
+        monkeypatch.setattr(module, "draw_path_masks", draw_path_masks)
     monkeypatch.setattr(supervised, "erase", erase)
 
 
@@ -157,7 +157,7 @@ def check_embedding(config: RunConfig, method: Method) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_step__on_a_fake_gpu(name: str, fake_gpu: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small(name)
-    batch = build.fake_batch(build.view_spec(config), portion(IMAGES, IMAGES, 1), config)
+    batch = build.fake_batch(build.view_spec(config), split_batch(IMAGES, IMAGES, 1), config)
     keep_host_numbers(monkeypatch, fake_gpu, batch.position.copy())
     with torch.device("meta"):
         method = methods.build(config.method, config.backbone)

@@ -86,15 +86,16 @@ class LastWords:
     def __init__(self, about: dict[str, Any]) -> None:
         _flush()
         self._before = os.dup(2)
-        said, into = os.pipe()
+        output, into = os.pipe()
         leave, self._leave = os.pipe()
-        words = [sys.executable, "-m", "training.core.run_folder.crash_log", str(said), str(leave), json.dumps(about)]
+        words = [sys.executable, "-m", "training.core.run_folder.crash_log", str(output), str(leave), json.dumps(about)]
         root = str(Path(__file__).parents[3])
         places = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
-        self._child = subprocess.Popen(words, pass_fds=(said, leave), stdin=subprocess.DEVNULL, start_new_session=True,
-                                       env=environment)  # fmt: skip
-        os.close(said)
+        self._child = subprocess.Popen(
+            words, pass_fds=(output, leave), stdin=subprocess.DEVNULL, start_new_session=True, env=environment
+        )
+        os.close(output)
         os.close(leave)
         os.dup2(into, 2)
         os.close(into)
@@ -138,13 +139,13 @@ def _flush() -> None:
             stream.flush()
 
 
-def _accompany(said: int, leave: int) -> tuple[bytes, bool]:
+def _accompany(output: int, leave: int) -> tuple[bytes, bool]:
     """In the child: (end of what was written, did the process say that it is done?) once the process has ended."""
     end, word, parent = b"", b"", os.getppid()
     with selectors.DefaultSelector() as selector:
-        selector.register(said, selectors.EVENT_READ)
+        selector.register(output, selectors.EVENT_READ)
         selector.register(leave, selectors.EVENT_READ)
-        open_ = {said, leave}
+        open_ = {output, leave}
         while leave in open_:
             ready = selector.select(LOOK_S)
             if not ready and os.getppid() != parent:
@@ -158,9 +159,9 @@ def _accompany(said: int, leave: int) -> tuple[bytes, bool]:
                     word += data
                 else:
                     end = _pass_on(end, data)
-    os.set_blocking(said, False)  # its own children may hold the other end
+    os.set_blocking(output, False)  # its own children may hold the other end
     with contextlib.suppress(BlockingIOError):
-        while said in open_ and (data := os.read(said, 65_536)):
+        while output in open_ and (data := os.read(output, 65_536)):
             end = _pass_on(end, data)
     return end, word == DONE
 
@@ -188,10 +189,10 @@ def _write(about: dict[str, Any], lines: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """The child."""
-    said, leave, about = int(arguments[0]), int(arguments[1]), json.loads(arguments[2])
+    output, leave, about = int(arguments[0]), int(arguments[1]), json.loads(arguments[2])
     for number in (*SIGNALS, signal.SIGPIPE, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    end, done = _accompany(said, leave)
+    end, done = _accompany(output, leave)
     if not done:
         _write(about, end.decode(errors="replace").splitlines())
     return 0

@@ -84,9 +84,9 @@ class _Kept(Guard):
 
     def _refresh(self) -> None:
         """Ask the store, and count on its answer for a while from now on."""
-        asked = boottime()
+        requested_at = boottime()
         self._look()
-        self._valid_until = asked + self._counts_s
+        self._valid_until = requested_at + self._counts_s
 
     def _look(self) -> list[int]:
         """The terms that there are. Raises LeaseError where one is later, or this one is somebody else's."""
@@ -137,10 +137,10 @@ class Lease(_Kept):
         if boottime() >= self._valid_until and self._count:
             self._look()  # it may have been taken over: then nothing is written
         self._write(released=False)
-        asked = self._asked
+        requested_at = self._asked
         if self.term not in self._look():
             self._store.put_if_absent(_claim_name(self.term), self.ticket.claim)  # somebody deleted it
-        self._valid_until = asked + self._counts_s
+        self._valid_until = requested_at + self._counts_s
 
     def _still(self) -> None:
         """Right before a renewal takes effect: a process that is stopped while it renews does not do so later."""
@@ -150,8 +150,8 @@ class Lease(_Kept):
     def _write(self, *, released: bool) -> None:
         self._count += 1
         self._asked = boottime()
-        said = {"token": self.holder.token, "count": self._count, "at_s": boottime(), "released": released}
-        self._store.replace(_renewal_name(self.term), json.dumps(said).encode())
+        renewal = {"token": self.holder.token, "count": self._count, "at_s": boottime(), "released": released}
+        self._store.replace(_renewal_name(self.term), json.dumps(renewal).encode())
 
     def release(self) -> None:
         """Give the lease back; it was never there where nothing was written under it."""
@@ -332,10 +332,10 @@ def _read(store: Store, name: str) -> bytes:
 
 def _said(renewal: bytes) -> dict[str, Any]:
     try:
-        said = json.loads(renewal)
+        parsed = json.loads(renewal)
     except ValueError:
         return {}
-    return said if isinstance(said, dict) else {}
+    return parsed if isinstance(parsed, dict) else {}
 
 
 def _place(url: str, store: Store) -> str:

@@ -19,9 +19,9 @@ def differences(published: Published, parts: dict[str, PartRead]) -> list[str]:
         images, identities = published.counts[name]
         part = parts[name].images
         if (len(part), part.identities) != (images, identities):
-            there = f"{len(part):,} of {images:,} images and {part.identities:,} of {identities:,} identities"
+            counts = f"{len(part):,} of {images:,} images and {part.identities:,} of {identities:,} identities"
             more = " (too many)" if len(part) > images else ""
-            lines.append(f"{name} has {there}{more}{_named(parts[name].missing)}")
+            lines.append(f"{name} has {counts}{more}{_named(parts[name].missing)}")
     return lines
 
 

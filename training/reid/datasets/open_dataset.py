@@ -46,8 +46,8 @@ def open_reid(
     published = PUBLISHED.get(recognised)
     differences = _differences(recognised, name, parts)
     if differences and not allow_partial:
-        asked = PUBLISHED.get(name) or PUBLISHED[recognised]
-        raise DataError(f"this is not {asked.title} as it was published: {'; '.join(differences)}", where=source.url,
+        stated = PUBLISHED.get(name) or PUBLISHED[recognised]
+        raise DataError(f"this is not {stated.title} as it was published: {'; '.join(differences)}", where=source.url,
                         hint=UNPACK)  # fmt: skip
     warnings = checks.unmatched(query, gallery, source.url)
     if published is None or published.one_space:
@@ -78,11 +78,11 @@ def check_images(reid: ReIDSet, *, allow_partial: bool = False) -> ReIDSet:
     return replace(reid, warnings=(*reid.warnings, *shared))
 
 
-def _differences(recognised: str, asked: str, parts: dict[str, PartRead]) -> list[str]:
+def _differences(recognised: str, stated: str, parts: dict[str, PartRead]) -> list[str]:
     if recognised not in PUBLISHED:
         return []
-    other = asked in PUBLISHED and asked != recognised
-    named = [f"it is {PUBLISHED[recognised].title}, in place of {PUBLISHED[asked].title}"] if other else []
+    other = stated in PUBLISHED and stated != recognised
+    named = [f"it is {PUBLISHED[recognised].title}, in place of {PUBLISHED[stated].title}"] if other else []
     return named + checks.differences(PUBLISHED[recognised], parts)
 
 

@@ -56,12 +56,14 @@ def read_part(source: Source, part: SplitFacts, layout: Layout) -> PartRead:
 
 def _listed(source: Source, part: SplitFacts) -> tuple[list[tuple[Entry, int | None]], list[str]]:
     """(the images that the lists name, with the identities beside them; the names that no folder has)."""
-    there = {folder: {entry.path: entry for entry in source.images(folder)} for folder in part.folders}
+    entries_of_folder = {folder: {entry.path: entry for entry in source.images(folder)} for folder in part.folders}
     present: list[tuple[Entry, int | None]] = []
     missing = []
     for name, pid in _read_lists(source, part):
         paths = ((folder, f"{folder}/{name}") for folder in part.folders)
-        entry = next((there[folder][path] for folder, path in paths if path in there[folder]), None)
+        entry = next(
+            (entries_of_folder[folder][path] for folder, path in paths if path in entries_of_folder[folder]), None
+        )
         if entry is None:
             missing.append(f"{part.folders[0]}/{name}")
         else:

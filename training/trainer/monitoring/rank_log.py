@@ -36,8 +36,8 @@ class _Lines(logging.Handler):
             return  # the file is another process's
         except Exception as error:  # noqa: BLE001  (a log that cannot be written must not end a run)
             if not self._failed:
-                said = str(error).partition("\n")[0]
-                print(f"warning: {self._name} cannot be written: {said}", file=sys.stderr, flush=True)
+                reason = str(error).partition("\n")[0]
+                print(f"warning: {self._name} cannot be written: {reason}", file=sys.stderr, flush=True)
             self._failed = True
 
     def flush(self) -> None:

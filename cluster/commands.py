@@ -4,9 +4,9 @@ import json
 
 from cluster.core.arguments import (
     DemoCommand,
-    EvaluateCommand,
-    PretrainCommand,
-    ShardCommand,
+    EvaluateJob,
+    PretrainJob,
+    ShardJob,
     StatusCommand,
     SubmitCommand,
 )
@@ -25,7 +25,7 @@ def demo(arguments: list[str]) -> int:
 
 def shard(arguments: list[str]) -> int:
     """Turn crops into shards as `python -m datapipe shard` does, to the same bytes, with all machines of a cluster."""
-    chosen = parse(ShardCommand, arguments, page_of(shard, "crops/ --out s3://reid/lup --address auto"))
+    chosen = parse(ShardJob, arguments, page_of(shard, "crops/ --out s3://reid/lup --address auto"))
     from cluster.jobs.shard import run
 
     return run(chosen)
@@ -36,7 +36,7 @@ def pretrain(arguments: list[str]) -> int:
     from training.commands.recipe import read_with_recipe
 
     page = page_of(pretrain, "pass_vits --stream.manifest s3://reid/lup --out s3://reid/first --address auto")
-    chosen, config = read_with_recipe(PretrainCommand, arguments, page)
+    chosen, config = read_with_recipe(PretrainJob, arguments, page)
     check_dry_run(chosen, prog=page.prog)
     if chosen.dry_run:
         from training.commands.pretrain import dry_run
@@ -51,7 +51,7 @@ def pretrain(arguments: list[str]) -> int:
 def evaluate(arguments: list[str]) -> int:
     """Score weights by retrieval, as they are or after fine-tuning; killed and started again it goes on."""
     page = page_of(evaluate, "s3://reid/first --data s3://reid/market1501 --address auto", more=(FINE_TUNING,))
-    chosen, flags = read_evaluate(EvaluateCommand, arguments, page)
+    chosen, flags = read_evaluate(EvaluateJob, arguments, page)
     from cluster.jobs.evaluate import evaluate as run
 
     return run(chosen, flags)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.core.addresses import RAY_API_SERVER_ADDRESS, SUBMIT, dashboard_of
-from cluster.core.arguments import EvaluateCommand, ShardCommand, SubmitCommand
+from cluster.core.arguments import EvaluateJob, ShardJob, SubmitCommand
 from cluster.core.job_paths import paths_of, refuse_relative
 from cluster.core.ray_token import MODE, WITH_TOKEN, refuse_mode_without_token, refused, show_token
 from datapipe.core import cli
@@ -57,12 +57,12 @@ def _pretrain(arguments: list[str], folder: Path) -> list[str]:
 
 
 def _shard(arguments: list[str], folder: Path) -> list[str]:
-    refuse_relative(cli.parse(ShardCommand, arguments, _page("shard")).places, job=True)
+    refuse_relative(cli.parse(ShardJob, arguments, _page("shard")).places, job=True)
     return arguments
 
 
 def _evaluate(arguments: list[str], folder: Path) -> list[str]:
-    refuse_relative(read_evaluate(EvaluateCommand, arguments, _page("evaluate"))[0].places, job=True)
+    refuse_relative(read_evaluate(EvaluateJob, arguments, _page("evaluate"))[0].places, job=True)
     return arguments
 
 

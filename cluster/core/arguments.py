@@ -17,7 +17,7 @@ RANDOM = "random"
 
 
 @settings
-class ShardCommand(ingest.ShardCommand):
+class ShardJob(ingest.ShardCommand):
     address: Address = None
     """Address of a running cluster. None: the one that this process is a job of (RAY_ADDRESS), else a Ray inside this
     process. "local": always the latter. On a running cluster --workers limits the tasks at work at the same time."""
@@ -30,7 +30,7 @@ class ShardCommand(ingest.ShardCommand):
 
 
 @settings
-class EvaluateCommand(training.EvaluateCommand):
+class EvaluateJob(training.EvaluateCommand):
     address: Address = None
     """Address of a running cluster. None: the one that this process is a job of (RAY_ADDRESS), else a Ray inside this
     process. "local": always the latter."""
@@ -43,7 +43,7 @@ class EvaluateCommand(training.EvaluateCommand):
 
 
 @settings
-class PretrainCommand(training.PretrainCommand):
+class PretrainJob(training.PretrainCommand):
     address: Address = None
     """Address of a running cluster: auto, or host:port of its head. None: the one that this process is a job of
     (RAY_ADDRESS), else a Ray inside this process. "local": always the latter."""

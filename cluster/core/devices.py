@@ -30,25 +30,27 @@ class Offer(NamedTuple):
     """Ray lives in this process: no machine will join."""
 
 
-class Choice(NamedTuple):
+class DeviceChoice(NamedTuple):
     """What workers compute on, and why, for a person."""
 
     kind: Kind
     why: str
 
 
-def decide(wanted: Device, offer: Offer, *, before: str = "") -> Choice:
+def decide(wanted: Device, offer: Offer, *, before: str = "") -> DeviceChoice:
     """`before`: "cuda" or "cpu", what a run that goes on was on so far; empty: it begins, or nobody knows.
 
     Raises ConfigError where GPUs are asked for, or were used so far, and none can come; and where nobody can tell.
     """
     if wanted == "cpu":
-        return Choice("cpu", "as engine.device says")
+        return DeviceChoice("cpu", "as engine.device says")
     if offer.now > 0:
         changed = "; the run was on CPUs so far" if before == "cpu" else ""
-        return Choice("cuda", f"Ray offers {offer.now:g} GPUs{changed}")
+        return DeviceChoice("cuda", f"Ray offers {offer.now:g} GPUs{changed}")
     if offer.later:
-        return Choice("cuda", f"there is no GPU yet; the autoscaler may start up to {offer.later:g}, and is waited for")
+        return DeviceChoice(
+            "cuda", f"there is no GPU yet; the autoscaler may start up to {offer.later:g}, and is waited for"
+        )
     where = "this machine offers Ray no GPU" if offer.embedded else "no machine of the cluster offers a GPU"
     if offer.later is None and wanted == "auto" and before != "cuda":
         raise ConfigError(f"{where} yet, and what scales it does not say whether it can start one",
@@ -62,8 +64,8 @@ def decide(wanted: Device, offer: Offer, *, before: str = "") -> Choice:
                           hint="--engine.device cpu goes on with it on CPUs")  # fmt: skip
     if wanted == "cuda" or before == "cuda":
         reason = "as engine.device says" if wanted == "cuda" else "the run was on GPUs so far"
-        return Choice("cuda", f"{reason}; there is none yet, and it is waited for ({BOTH})")
-    return Choice("cpu", where if offer.embedded else f"{where}, and no autoscaler could start one")
+        return DeviceChoice("cuda", f"{reason}; there is none yet, and it is waited for ({BOTH})")
+    return DeviceChoice("cpu", where if offer.embedded else f"{where}, and no autoscaler could start one")
 
 
 def offered(*, embedded: bool) -> Offer:
@@ -74,7 +76,7 @@ def offered(*, embedded: bool) -> Offer:
     return Offer(now, 0.0 if now or embedded else _later(), embedded)
 
 
-def hidden(choice: Choice, wanted: Device) -> str:
+def hidden(choice: DeviceChoice, wanted: Device) -> str:
     """A line where this machine has GPUs that the run leaves alone though nobody told it to; empty otherwise."""
     if choice.kind == "cuda" or wanted != "auto" or not torch.cuda.is_available():
         return ""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from cluster.core.arguments import EvaluateCommand
+from cluster.core.arguments import EvaluateJob
 from cluster.core.devices import Kind, decide, hidden, offered, own_device
 from cluster.core.job_paths import refuse_relative
 from cluster.core.session import LOCAL, chosen_address, prepare, ray_session, result
@@ -16,14 +16,14 @@ from datapipe.storage import full_url
 from training.commands.evaluate import conclude, fine_tuning, show, writing, zero_shot_tasks
 from training.core.devices import Device, choose_device
 from training.evaluation import evaluation
-from training.evaluation.evaluation import Task
+from training.evaluation.evaluation import ScoringTask
 
 PROG = "python -m cluster evaluate"
 POLL_S = 1.0
 """Seconds between looks for what tasks say."""
 
 
-def evaluate(chosen: EvaluateCommand, flags: Sequence[str]) -> int:
+def evaluate(chosen: EvaluateJob, flags: Sequence[str]) -> int:
     """Score weights as they are, or after fine-tuning with these flags of a recipe; the exit code."""
     refuse_relative(chosen.places)
     address = chosen_address(chosen.address or "")
@@ -42,7 +42,7 @@ def evaluate(chosen: EvaluateCommand, flags: Sequence[str]) -> int:
     return show(chosen, score_all(zero_shot_tasks(chosen), address=address, device=chosen.device))
 
 
-def score_all(tasks: Sequence[Task], *, address: str = LOCAL, device: Device = "auto") -> list[dict[str, Any]]:
+def score_all(tasks: Sequence[ScoringTask], *, address: str = LOCAL, device: Device = "auto") -> list[dict[str, Any]]:
     """Score them all, each on a GPU of its own where the cluster has or can start any; their metrics in that order.
 
     Raises ConfigError where a GPU is asked for, and none is there that torch can use.
@@ -80,7 +80,7 @@ class Lines:
     def __init__(self) -> None:
         self._lines: list[str] = []
 
-    def say(self, line: str) -> None:
+    def show_line(self, line: str) -> None:
         self._lines.append(line)
 
     def take(self) -> list[str]:
@@ -89,7 +89,7 @@ class Lines:
         return lines
 
 
-def _score(task: Task, kind: Kind, lines: Any) -> dict[str, Any]:
+def _score(task: ScoringTask, kind: Kind, lines: Any) -> dict[str, Any]:
     prepare()
     import torch
 
@@ -97,5 +97,5 @@ def _score(task: Task, kind: Kind, lines: Any) -> dict[str, Any]:
     from datapipe.core.progress import telling
 
     torch.set_num_threads(1)
-    with numbers_in_environment(), telling(lines.say.remote):
+    with numbers_in_environment(), telling(lines.show_line.remote):
         return evaluation.score(task, threads=1, device=own_device(kind))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
-from cluster.core.arguments import ShardCommand
+from cluster.core.arguments import ShardJob
 from cluster.core.job_paths import refuse_relative
 from cluster.core.session import LOCAL, chosen_address, ray_session, result
 from cluster.core.shared_paths import Witness, marked, unseen, witnesses
@@ -31,7 +31,7 @@ LOST_WORKERS = 10
 """Times that one task may lose its worker or node. Tasks are short, so machines that come and go need few."""
 
 
-def run(command: ShardCommand) -> int:
+def run(command: ShardJob) -> int:
     """Do the same as `python -m datapipe shard` with all CPUs of a cluster; the exit code says how it ended."""
     refuse_relative(command.places)
     address = chosen_address(command.address or "")
@@ -43,7 +43,7 @@ def run(command: ShardCommand) -> int:
         return _run(command, joined=address != LOCAL)
 
 
-def _run(command: ShardCommand, *, joined: bool) -> int:
+def _run(command: ShardJob, *, joined: bool) -> int:
     if not joined:
         return run_shard(command, RayWorkers(command.config.workers))
     places = [place for place in (command.out, command.config.spool) if place and not is_remote(place)]
@@ -53,7 +53,7 @@ def _run(command: ShardCommand, *, joined: bool) -> int:
         return run_shard(command, RayWorkers(command.config.workers, seen))
 
 
-def _anywhere(command: ShardCommand, *, joined: bool) -> ShardCommand:
+def _anywhere(command: ShardJob, *, joined: bool) -> ShardJob:
     """The command with paths that mean the same to workers in other folders and on other machines."""
     out, spool = full_url(command.out), command.config.spool and full_url(command.config.spool)
     if joined and is_remote(out) and not spool:

@@ -49,7 +49,7 @@ class Over(Exception):
     """Ends Ray Train's run. What there is to say is on the board."""
 
 
-class Guard(ControllerCallback, WorkerGroupCallback):
+class RestartPolicy(ControllerCallback, WorkerGroupCallback):
     """Ray Train restarts without end; this decides when it ends, and waits before it begins again."""
 
     def __init__(self, board: str, config: RunConfig) -> None:

@@ -72,7 +72,7 @@ class Situation(NamedTuple):
     """The step of the last checkpoint that they told of."""
 
 
-class Board:
+class Coordinator:
     """State of the board; runs as an actor that lives as long as the driver. A group is one start of all workers."""
 
     def __init__(self, saved: int, restarts: Restarts) -> None:
@@ -161,7 +161,7 @@ class Board:
         """A rank begins with its first step."""
         self._stepping = self._stepping or group == self._group
 
-    def say(self, line: str) -> None:
+    def show_line(self, line: str) -> None:
         self._lines.append(line)
 
     def fail(self, failure: UserError) -> None:
@@ -211,7 +211,7 @@ def open_board(saved: int, restarts: Restarts) -> tuple[str, Any]:
     """(name, actor handle) of a fresh board on this machine. `saved`: step of the newest checkpoint, 0 without one."""
     name = f"board-{uuid.uuid4().hex[:12]}"
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0)(Board).options(name=name, namespace=NAMESPACE, scheduling_strategy=here)
+    actor = ray.remote(num_cpus=0)(Coordinator).options(name=name, namespace=NAMESPACE, scheduling_strategy=here)
     return name, actor.remote(saved, restarts)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cluster.core.devices import Choice, decide, hidden, offered
+from cluster.core.devices import DeviceChoice, decide, hidden, offered
 from cluster.train.hang_detection import Hung, accusation, end_process, hung
 from cluster.train.restart_policy import END, HISTORY, Failure, Restarts
 from cluster.train.trainer_setup import make_trainer, worker_resources
@@ -49,7 +49,7 @@ class Driver:
         self._told, self._spoke = False, 0.0
         self._ended: set[int] = set()
 
-    def _choose(self) -> Choice:
+    def _choose(self) -> DeviceChoice:
         """GPUs or CPUs, for as long as this command lasts. Raises ConfigError."""
         wanted, offer = self.config.engine.device, offered(embedded=self.embedded)
         choice = decide(wanted, offer, before=ran_on(self.folder))
@@ -164,7 +164,7 @@ class Driver:
         """Pass on what was noted: lines to the terminal, restarts to the history, the stop word to the workers."""
         self.signals.starting = not notes.stepping
         for line in notes.lines:
-            self.signals.say(line)
+            self.signals.show_line(line)
         for restart in notes.restarts:
             self._record(restart)
             self._ended.clear()

@@ -5,7 +5,7 @@ import os
 import uuid
 from typing import Any
 
-from cluster.core.devices import Choice
+from cluster.core.devices import DeviceChoice
 from cluster.core.job_paths import IN_JOB
 from cluster.train.worker import work
 from training.config import recipe_toml as recipes
@@ -16,7 +16,9 @@ PLACEMENT_S = 20.0
 """Seconds after which room that was counted, but is not there, is counted again."""
 
 
-def make_trainer(config: RunConfig, board: str, scratch: str, choice: Choice, ticket: Ticket, *, embedded: bool) -> Any:
+def make_trainer(
+    config: RunConfig, board: str, scratch: str, choice: DeviceChoice, ticket: Ticket, *, embedded: bool
+) -> Any:
     """A run of Ray Train. Its name is new each time, as Ray Train goes by what it finds under a name it has had."""
     machine = config.cluster
     patience = PLACEMENT_S if is_elastic(config) else machine.start_timeout_s
@@ -27,7 +29,7 @@ def make_trainer(config: RunConfig, board: str, scratch: str, choice: Choice, ti
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
 
-    from cluster.train.controller_callbacks import Guard
+    from cluster.train.controller_callbacks import RestartPolicy
     from cluster.train.ray_trainer import Trainer
     from cluster.train.rendezvous import MeetingConfig
     from cluster.train.worker_host import TakeSigterm
@@ -35,7 +37,7 @@ def make_trainer(config: RunConfig, board: str, scratch: str, choice: Choice, ti
     gpus = choice.kind == "cuda"
     variables = dict(variable.split("=", 1) for variable in machine.environment)
     workers: Any = (machine.least_workers, machine.max_workers) if is_elastic(config) else machine.max_workers
-    callbacks: list[Any] = [Guard(board, config), TakeSigterm()]
+    callbacks: list[Any] = [RestartPolicy(board, config), TakeSigterm()]
     return Trainer(
         work,
         train_loop_config={
@@ -74,7 +76,7 @@ def make_trainer(config: RunConfig, board: str, scratch: str, choice: Choice, ti
     )
 
 
-def worker_resources(config: RunConfig, choice: Choice) -> dict[str, float]:
+def worker_resources(config: RunConfig, choice: DeviceChoice) -> dict[str, float]:
     """What Ray sets aside for a worker: its cores, and a GPU where the run is on GPUs."""
     import ray
 

@@ -131,5 +131,5 @@ class RayHost:
         if self._world.is_leader:
             self._board.saved.remote(step)
 
-    def say(self, line: str) -> None:
-        self._board.say.remote(line)
+    def show_line(self, line: str) -> None:
+        self._board.show_line.remote(line)

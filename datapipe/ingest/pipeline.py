@@ -87,7 +87,7 @@ def ingest_sources(
         request = listing.request(config, licence)
         if is_written(store, request, out):
             return Ingested(load_unselected(store.url, storage), True, {})
-        run = _Run(store, spool, local, config, storage, workers or own)
+        run = _Ingestion(store, spool, local, config, storage, workers or own)
         parts = run.scan(listing)
         run.judge(parts)
         crops, plan = run.plan(parts)
@@ -117,7 +117,7 @@ def refuse_inside(sources: Sequence[str], out: str) -> None:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _Ingestion:
     """The steps of one run, in their order."""
 
     store: Store

@@ -15,7 +15,7 @@ from datapipe.core.errors import DataError
 from datapipe.dataset.index import whole_column
 from datapipe.maintain.read_list import By, is_remark, read_list
 
-__all__ = ["By", "Found", "look_up", "read_list", "refuse_ambiguous", "refuse_missing"]
+__all__ = ["By", "ListMatch", "look_up", "read_list", "refuse_ambiguous", "refuse_missing"]
 
 FOLDERS, ENDINGS = r"^.*/", r"(?i)(\.(jpe?g|png|webp|bmp|tiff?|gif|ppm|pgm))+$"
 FOLDER = r"^[^/]*/+"
@@ -25,7 +25,7 @@ EXAMPLES = 3
 MOST_FOLDERS = 32
 
 
-class Found(NamedTuple):
+class ListMatch(NamedTuple):
     """Which crop is meant by which line of a list."""
 
     place: np.ndarray
@@ -40,7 +40,7 @@ class Found(NamedTuple):
     """Lines that are no crop of the data set but a heading or a comment."""
 
 
-def look_up(listed: pyarrow.Array, table: pyarrow.Table, by: By) -> Found:
+def look_up(listed: pyarrow.Array, table: pyarrow.Table, by: By) -> ListMatch:
     """Find the listed crops in a table with the column `by`.
 
     A name that is not found is looked for without its first folders, then by its last part without ending, so that
@@ -59,7 +59,7 @@ def look_up(listed: pyarrow.Array, table: pyarrow.Table, by: By) -> Found:
     remarks = [number for number in lost.tolist() if is_remark(listed[number].as_py(), by, first=number == 0)]
     lost = np.setdiff1d(lost, remarks)
     missing = listed.take(lost)
-    return Found(place, len(lost), missing.slice(0, EXAMPLES).to_pylist(), missing, len(remarks))
+    return ListMatch(place, len(lost), missing.slice(0, EXAMPLES).to_pylist(), missing, len(remarks))
 
 
 def canonical(names: pyarrow.Array, by: By) -> pyarrow.Array:
@@ -102,7 +102,7 @@ def refuse_ambiguous(place: np.ndarray, listed: pyarrow.Array, table: pyarrow.Ta
     return int((counts - 1).sum())
 
 
-def refuse_missing(lookup: Found, total: int, *, share: float, where: str) -> None:
+def refuse_missing(lookup: ListMatch, total: int, *, share: float, where: str) -> None:
     """Raises DataError where more than this share of a list is not in the data set."""
     if lookup.missing > share * (total - lookup.remarks):
         raise DataError(

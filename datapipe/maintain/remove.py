@@ -33,7 +33,7 @@ from datapipe.ingest.spool import spool_of
 from datapipe.maintain.crop_lists import (
     EXAMPLES,
     By,
-    Found,
+    ListMatch,
     canonical,
     look_up,
     read_list,
@@ -145,7 +145,7 @@ def _clear(store: Store, places: Sequence[CopyLocation], words: Collection[str])
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Removal:
     keys: pyarrow.Array
     words: frozenset[str]
     """Keys and names of the crops, and what else the lists say."""
@@ -188,7 +188,7 @@ class _Request:
         """All that the lists say."""
         return frozenset(word for listed in self.lists.values() for word in listed.to_pylist())
 
-    def find(self, store: Store, storage: StorageConfig) -> _Found:
+    def find(self, store: Store, storage: StorageConfig) -> _Removal:
         """The keys of these crops; none where all of them were removed before."""
         table = _crops(store, storage)
         selected = self._meant(table, store)
@@ -207,7 +207,7 @@ class _Request:
         keys = sorted(chosen["key"].to_pylist())
         words = frozenset([*keys, *chosen["name"].to_pylist()]) | self.words
         lists = dataclasses.replace(selected.lists, missing=selected.lists.missing[:EXAMPLES], copies=int(copies.sum()))
-        return _Found(pyarrow.array(keys, pyarrow.string()), words, frozenset(selected.quarantined), lists)
+        return _Removal(pyarrow.array(keys, pyarrow.string()), words, frozenset(selected.quarantined), lists)
 
     def _meant(self, table: pyarrow.Table, store: Store) -> _Meant:
         selected = _Meant(pyarrow.compute.equal(table["source"], self.config.source or table["source"]).to_numpy())
@@ -226,7 +226,7 @@ class _Request:
             selected.lists.remarks += lookup.remarks
         return selected
 
-    def _but_gone(self, lookup: Found, by: By, table: pyarrow.Table, store: Store, selected: _Meant) -> list[str]:
+    def _but_gone(self, lookup: ListMatch, by: By, table: pyarrow.Table, store: Store, selected: _Meant) -> list[str]:
         """The listed crops that are not there, but for those that were removed before or quarantined: noted."""
         if not len(lookup.lost):
             return []
@@ -245,7 +245,7 @@ class _Request:
         return lost
 
 
-def _look_up(listed: pyarrow.Array, table: pyarrow.Table, by: By, among: np.ndarray) -> Found:
+def _look_up(listed: pyarrow.Array, table: pyarrow.Table, by: By, among: np.ndarray) -> ListMatch:
     """`look_up` among some of the rows (bool) of a table."""
     lookup = look_up(listed, table.filter(pyarrow.array(among)), by)
     place = np.full(len(table), -1)
@@ -270,7 +270,7 @@ def _quarantined(store: Store, source: str) -> pyarrow.Table:
     return table.filter(pyarrow.compute.equal(table["source"], source)) if source else table
 
 
-def _forget_quarantined(store: Store, removed: _Found) -> None:
+def _forget_quarantined(store: Store, removed: _Removal) -> None:
     """Take the rows out of quarantine.parquet that are of listed crops or name a removed one as their original."""
     table = _quarantined(store, "")
     gone = pyarrow.array([*removed.keys.to_pylist(), *removed.quarantined], pyarrow.string())

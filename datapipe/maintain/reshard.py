@@ -73,7 +73,7 @@ def reshard(
         request = _request(sets, config, licence)
         if is_written(store, request, out):
             return Resharded(load_unselected(out, storage), True)
-        run = _Run(sets, store, spool, local, config, storage, workers or own)
+        run = _Resharding(sets, store, spool, local, config, storage, workers or own)
         crops, plan = run.plan()
         claim_output(store, request)
         repartition(plan, crops, run.rows(), spool, local=local)
@@ -98,7 +98,7 @@ def _request(sets: Sequence[Manifest], config: ReshardConfig, licence: str) -> b
     return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
 
 
-class _Run:
+class _Resharding:
     """The steps of one run."""
 
     def __init__(

@@ -79,7 +79,7 @@ class Assignment:
         return whole if whole * self.world >= count else self.rows
 
 
-class Share(NamedTuple):
+class RankBatch(NamedTuple):
     """One rank's positions and sample ids of a global batch, int64 [rows], ascending; -1 pads them at the end."""
 
     batch: range
@@ -87,7 +87,7 @@ class Share(NamedTuple):
     samples: Ints
 
 
-def shares(order: SampleOrder, assignment: Assignment, rank: int, batches: Iterator[range]) -> Iterator[Share]:
+def shares(order: SampleOrder, assignment: Assignment, rank: int, batches: Iterator[range]) -> Iterator[RankBatch]:
     """The rank's share of each of these ranges of positions."""
     by_node, rows = assignment.by_node, assignment.rows
     several = -(-DRAWN_AT_ONCE // (rows * assignment.world if by_node else rows))
@@ -98,7 +98,7 @@ def shares(order: SampleOrder, assignment: Assignment, rank: int, batches: Itera
         samples_of_batch = np.split(order.samples(np.concatenate(drawn)), ends[:-1])
         for batch, positions, samples in zip(some, drawn, samples_of_batch, strict=True):
             mine = assignment.ranks(order.blocks(samples)) == rank if by_node else slice(None)
-            yield Share(batch, _padded(positions[mine], rows), _padded(samples[mine], rows))
+            yield RankBatch(batch, _padded(positions[mine], rows), _padded(samples[mine], rows))
 
 
 def _number(blocks: Ints) -> Ints:

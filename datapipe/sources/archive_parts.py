@@ -9,7 +9,7 @@ from typing import BinaryIO, cast
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
-from datapipe.sources.location import ARCHIVE, ARCHIVES, File, file_urls, list_files
+from datapipe.sources.location import ARCHIVE, ARCHIVES, SourceFile, file_urls, list_files
 from datapipe.storage import open_object, open_store
 from datapipe.storage.file_objects import SeekableReader
 
@@ -57,8 +57,8 @@ class Archive:
 def list_archives(url: str, storage: StorageConfig) -> Iterator[Archive]:
     """The archives at a url, in the order of its listing. Raises DataError where a piece is missing."""
     named = bool(file_urls(url, storage))  # other files may join those of a folder or a pattern
-    parts_of_archive: dict[tuple[str, str], list[tuple[str, File]]] = {}
-    spanned: dict[tuple[str, str], list[tuple[str, File]]] = {}
+    parts_of_archive: dict[tuple[str, str], list[tuple[str, SourceFile]]] = {}
+    spanned: dict[tuple[str, str], list[tuple[str, SourceFile]]] = {}
     for file in list_files(url, storage, ARCHIVES):
         match = ARCHIVE.fullmatch(file.name)
         assert match  # else it were no archive
@@ -135,7 +135,7 @@ class Joined(SeekableReader):
         return self.opened[number]
 
 
-def _in_order(pieces: list[tuple[str, File]]) -> list[File]:
+def _in_order(pieces: list[tuple[str, SourceFile]]) -> list[SourceFile]:
     """The pieces by their endings, which have to be 000, 001 ... or 001, 002 ... or aa, ab ..."""
     places = sorted((_place(part), file) for part, file in pieces)
     numbered = pieces[0][0].isdigit()

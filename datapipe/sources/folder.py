@@ -8,7 +8,7 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.parallel import in_order
 from datapipe.sources.base import UNIT_BYTES, UNIT_CROPS, Crop
 from datapipe.sources.labels import labelled
-from datapipe.sources.location import IMAGE_ENDINGS, IMAGES, File, Location, list_files
+from datapipe.sources.location import IMAGE_ENDINGS, IMAGES, Location, SourceFile, list_files
 from datapipe.storage import is_remote, open_store
 
 REMOTE_READS = 16
@@ -43,7 +43,7 @@ class FolderSource:
         return cls(place.url, place.folder, place.label, place.storage) if holds_images else None
 
     def units(self) -> Iterator[FolderUnit]:
-        batch: list[File] = []
+        batch: list[SourceFile] = []
         size = 0
         for file in list_files(self.url, self.storage, IMAGES):
             batch.append(file)
@@ -64,7 +64,7 @@ class FolderSource:
         return in_order(store.read, names, threads=REMOTE_READS if is_remote(self.url) else 0)
 
 
-def _unit(files: list[File]) -> FolderUnit:
+def _unit(files: list[SourceFile]) -> FolderUnit:
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name}\0{file.size}\0".encode("utf-8", "surrogateescape"))

@@ -33,7 +33,7 @@ PEEKED = 1_000
 """Names of a folder that are looked at to tell what it holds."""
 
 
-class File(NamedTuple):
+class SourceFile(NamedTuple):
     """A file or object of a source."""
 
     folder: str
@@ -129,7 +129,7 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
-def list_files(url: str, storage: StorageConfig, kind: str) -> Iterator[File]:
+def list_files(url: str, storage: StorageConfig, kind: str) -> Iterator[SourceFile]:
     """The files of one kind at a url, sorted; those of a brace pattern in its order.
 
     A parquet file beside an archive of the same name is its index, in our shards and in img2dataset's, and is passed
@@ -138,7 +138,7 @@ def list_files(url: str, storage: StorageConfig, kind: str) -> Iterator[File]:
     if files := file_urls(url, storage):
         for file in files:
             folder, name = split_url(file)
-            yield File(folder, name, open_store(folder, storage).size(name))
+            yield SourceFile(folder, name, open_store(folder, storage).size(name))
         return
     indexes: dict[str, str] = {}  # stem -> table that may be the index of an archive of that name, listed after it
     above, entries = list_entries(url, storage)
@@ -146,7 +146,7 @@ def list_files(url: str, storage: StorageConfig, kind: str) -> Iterator[File]:
         file_kind = kind_of(entry.name)
         if file_kind == kind:
             indexes.pop(_stem(entry.name), None)
-            yield File(above, entry.name, entry.size)
+            yield SourceFile(above, entry.name, entry.size)
         elif file_kind == TABLES and kind == ARCHIVES:
             indexes[_stem(entry.name)] = entry.name
         elif file_kind:

@@ -16,7 +16,7 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.sources.base import UNIT_BYTES, UNIT_CROPS, Crop
 from datapipe.sources.labels import LABELS, labelled
-from datapipe.sources.location import TABLE_ENDINGS, TABLES, File, Location, list_files
+from datapipe.sources.location import TABLE_ENDINGS, TABLES, Location, SourceFile, list_files
 from datapipe.storage import open_object, open_store
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "data", "content")
@@ -96,7 +96,7 @@ class ParquetSource:
             ) from error
 
 
-def _units(table: pyarrow.parquet.ParquetFile, file: File, prefix: str) -> Iterator[ParquetUnit]:
+def _units(table: pyarrow.parquet.ParquetFile, file: SourceFile, prefix: str) -> Iterator[ParquetUnit]:
     image = find_image_column(table.schema_arrow, file.url)
     name = find_name_column(table.schema_arrow, image)
     repeated = bool(name) and not _are_names(table, name)

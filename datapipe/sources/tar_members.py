@@ -100,7 +100,7 @@ def _damaged(what: str, url: str) -> DataError:
 # -------------------------------------------------------------------------------------------------- WebDataset
 
 
-class Found(NamedTuple):
+class TarContents(NamedTuple):
     """The members of a tar, all of them, and what the first ones tell."""
 
     has_samples: bool
@@ -108,7 +108,7 @@ class Found(NamedTuple):
     members: Iterator[Member]
 
 
-def look_ahead(members: Iterator[Member]) -> Found:
+def look_ahead(members: Iterator[Member]) -> TarContents:
     """Whether a tar holds WebDataset samples, or just images. Its own members decide, so all machines agree."""
     first: list[Member] = []
     while len(first) < LOOKED_AT and sum(len(member.data) for member in first) < LOOKED_BYTES:
@@ -119,7 +119,7 @@ def look_ahead(members: Iterator[Member]) -> Found:
         _key(one.name) == _key(next_one.name) and is_image(one.name) != is_image(next_one.name)
         for one, next_one in pairwise(first)
     )
-    return Found(has_samples, chain(first, members))
+    return TarContents(has_samples, chain(first, members))
 
 
 def read_samples(members: Iterator[Member], label: str, prefix: str, url: str) -> Iterator[Crop]:

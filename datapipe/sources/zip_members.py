@@ -36,7 +36,7 @@ class Directory(NamedTuple):
     """To add to the places it names: something may have been put before the zip."""
 
 
-class Entry(NamedTuple):
+class ZipEntry(NamedTuple):
     """A member, as the directory describes it."""
 
     name: str
@@ -76,7 +76,7 @@ def find_directory(stream: BinaryIO, volumes: Sequence[int], url: str) -> Direct
     return Directory(start, size, start - named)
 
 
-def list_entries(stream: BinaryIO, start: int, size: int, volumes: Sequence[int], url: str) -> Iterator[Entry]:
+def list_entries(stream: BinaryIO, start: int, size: int, volumes: Sequence[int], url: str) -> Iterator[ZipEntry]:
     """The members in a part of the directory, folders left out. Reads the stream from `start` on, in order."""
     position = start
     while position < start + size:
@@ -112,7 +112,7 @@ def list_entries(stream: BinaryIO, start: int, size: int, volumes: Sequence[int]
         name = _text(rest[:name_size], flags)
         if not name.endswith("/"):
             special = _special(attributes >> 16) if system in (UNIX, DARWIN) else ""
-            yield Entry(
+            yield ZipEntry(
                 plain_name(name),
                 method,
                 crc,
@@ -126,7 +126,7 @@ def list_entries(stream: BinaryIO, start: int, size: int, volumes: Sequence[int]
             )
 
 
-def check_readable(entry: Entry, url: str) -> None:
+def check_readable(entry: ZipEntry, url: str) -> None:
     """Raises DataError for what no member of the archive should be: encrypted, or packed in an unknown way."""
     if entry.encrypted:
         raise DataError(
@@ -142,7 +142,7 @@ def check_readable(entry: Entry, url: str) -> None:
         )
 
 
-def read_entry(stream: BinaryIO, entry: Entry, shift: int, url: str) -> tuple[bytes, str]:
+def read_entry(stream: BinaryIO, entry: ZipEntry, shift: int, url: str) -> tuple[bytes, str]:
     """(data, "") of a member, or (nothing, why there is none). Raises DataError where it is not in its place."""
     if entry.special:
         return b"", entry.special

@@ -18,7 +18,7 @@ from datapipe.core.config import StreamConfig
 from datapipe.core.randomness import Ints
 from datapipe.core.resource_limits import available_cores
 from datapipe.sampling.epoch_order import SampleOrder
-from datapipe.sampling.rank_assignment import Assignment, Share, shares
+from datapipe.sampling.rank_assignment import Assignment, RankBatch, shares
 from datapipe.stream.batch import Batch, LoaderCounters
 from datapipe.stream.mixed_stream import MixedStream
 from datapipe.stream.stream import Stream
@@ -159,7 +159,7 @@ class Loader:
             self.stream.prepare(share.samples[share.samples >= 0], share.batch.start // self._window)
             yield
 
-    def _without_views(self, share: Share) -> Batch:
+    def _without_views(self, share: RankBatch) -> Batch:
         masks = self.spec.masks
         return Batch(
             views={},

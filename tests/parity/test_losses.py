@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.golden import difference, golden, group, tolerance
-from training.methods.base import Method, Progress, Views
+from training.methods.base import Method, TrainingProgress, Views
 from training.methods.dino import Dino, DinoConfig
 from training.methods.distillation import TokenViews
 from training.methods.pass_reid import Pass, PassConfig
@@ -71,8 +71,8 @@ def calls_of(tensors: dict[str, Tensor]) -> list[str]:
     return calls
 
 
-def at_epoch(case: dict[str, Tensor]) -> Progress:
-    return Progress(0, 0, int(case["epoch"]), 0.0, 1, 1.0, 0)
+def at_epoch(case: dict[str, Tensor]) -> TrainingProgress:
+    return TrainingProgress(0, 0, int(case["epoch"]), 0.0, 1, 1.0, 0)
 
 
 def close(ours: Tensor, theirs: Tensor, about: dict[str, Any], kind: str, name: str = "") -> None:

@@ -15,7 +15,7 @@ from tests.support.golden import difference, golden, group, tolerance
 from training.core.schedules import along, grown
 from training.engine.param_groups import settings_at
 from training.engine.settings import OptimisationConfig
-from training.methods.base import Outcome, Progress, Views
+from training.methods.base import Outcome, TrainingProgress, Views
 from training.methods.personmae import DecoderQueries, PersonMae, PersonMaeConfig, Predictions
 from training.nn import positions, reconstruction
 from training.nn.vision_transformer import BackboneConfig
@@ -87,7 +87,7 @@ def test_bootmae__feature_factor_and_average_over_the_epochs() -> None:
         for epoch, decay in enumerate(tensors[f"ema_decay_{name}"].tolist()):
             assert along(points, epoch) == pytest.approx(decay, rel=1e-12)
             config = OptimisationConfig(ema_points=points)
-            progress = Progress(0, 40 * epoch + 7, epoch, 0.0, 40 * 800, 40.0, 0)
+            progress = TrainingProgress(0, 40 * epoch + 7, epoch, 0.0, 40 * 800, 40.0, 0)
             assert settings_at(config, progress).ema == pytest.approx(decay, rel=1e-12)
 
 
@@ -232,7 +232,7 @@ def test_bootmae__the_method_itself_with_one_region_and_the_loss_on_masked_patch
 
     monkeypatch.setattr(method, "_losses", listen)
     epochs, steps = setting["epochs"], 10
-    progress = Progress(0, steps * setting["epoch"], setting["epoch"], 0.0, steps * epochs, float(steps), 0)
+    progress = TrainingProgress(0, steps * setting["epoch"], setting["epoch"], 0.0, steps * epochs, float(steps), 0)
     views = batch(about, tensors)
     outcome: Outcome = method(views, progress)
     outcome.loss.backward()

@@ -20,13 +20,13 @@ from training.engine.plain import PlainStepper
 from training.engine.settings import EngineConfig, OptimisationConfig
 from training.engine.stepper import Result, Stepper
 from training.methods import build
-from training.methods.base import Method, Progress, Views
+from training.methods.base import Method, TrainingProgress, Views
 from training.methods.dino import DinoConfig
 from training.methods.pass_reid import PassConfig
 from training.methods.personvit import PersonVitConfig
 from training.nn.heads import HeadConfig
 from training.nn.vision_transformer import BackboneConfig
-from training.trainer.loop import Run, Segment, rehearse, train
+from training.trainer.loop import Segment, TrainingRun, rehearse, train
 from training.trainer.monitoring.observer import Observer, StepDone
 from training.trainer.nonfinite import Faults, describe
 from training.weights.counted_keys import load_counted
@@ -86,7 +86,7 @@ class NoFaults(Faults):
     def __init__(self) -> None:
         """No run folder."""
 
-    def handle(self, progress: Progress, batch: Batch, result: Result, names: list[str]) -> None:
+    def handle(self, progress: TrainingProgress, batch: Batch, result: Result, names: list[str]) -> None:
         raise AssertionError(describe(result, names))
 
 
@@ -276,7 +276,7 @@ def run_trajectory(
 
     stepper = _stepper(method, config, world, split, zero_stage)
     source = FixedBatches(batches, config.batch, split, world.rank)
-    run = Run(
+    run = TrainingRun(
         method=method, stepper=stepper, loader=source, place=place, clock=clock, optimisation=config,
         micro_batch=split.micro_batch, checkpoints=None, host=LocalHost(), faults=NoFaults(), exchange=Exchange(world),
         observers=[Noting(watch)],

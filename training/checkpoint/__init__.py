@@ -15,7 +15,7 @@ retention.py  which checkpoints stay               compare.py    how two of them
 """
 
 from training.checkpoint.lineage import complete
-from training.checkpoint.manager import Checkpoints, Report, Saved, refuse_other_data
+from training.checkpoint.manager import Checkpoints, Saved, SaveStatus, refuse_other_data
 from training.checkpoint.metadata import MARKER, Marker, name_of, read_marker, step_of
 from training.checkpoint.reader import Reader, load_model, newest_good, verify
 
@@ -24,7 +24,7 @@ __all__ = [
     "Checkpoints",
     "Marker",
     "Reader",
-    "Report",
+    "SaveStatus",
     "Saved",
     "complete",
     "load_model",

@@ -17,10 +17,10 @@ from training.checkpoint.metadata import MARKER, Form, Marker, file_from, name_o
 from training.checkpoint.retention import strays, superseded
 from training.checkpoint.settings import CheckpointConfig
 from training.checkpoint.snapshot import RankSnapshot
-from training.core.run_folder.write_guard import Guard
+from training.core.run_folder.write_guard import WriteGuard
 
 
-class Task(threading.Thread):
+class BackgroundTask(threading.Thread):
     """Work beside the training. It does not keep the process from ending: what it leaves is partial, and absent."""
 
     def __init__(self, work: Callable[[], None]) -> None:
@@ -65,7 +65,7 @@ def write_part(store: Store, folder: str, rank: int, save: str, part: RankSnapsh
     store.replace(f"{folder}/{note_name(rank, save)}", json.dumps(note).encode())
 
 
-def write_marker(store: Store, save: str, about: Mapping[str, Any], guard: Guard) -> Marker:
+def write_marker(store: Store, save: str, about: Mapping[str, Any], guard: WriteGuard) -> Marker:
     """The marker, from all ranks' notes. Raises StorageError when a part is gone: another attempt swept it, LeaseError
     when another process has taken over.
 
@@ -92,7 +92,7 @@ def write_marker(store: Store, save: str, about: Mapping[str, Any], guard: Guard
     return marker
 
 
-def _replace_marker(store: Store, folder: str, marker: Marker, guard: Guard) -> None:
+def _replace_marker(store: Store, folder: str, marker: Marker, guard: WriteGuard) -> None:
     """Replace a marker that is damaged, that is not on this run's line, or that is this very one, whose answer was
     lost."""
     try:
@@ -106,7 +106,12 @@ def _replace_marker(store: Store, folder: str, marker: Marker, guard: Guard) -> 
 
 
 def prune(
-    store: Store, config: CheckpointConfig, marker: Marker, epoch_steps: float, heads: dict[str, Head], guard: Guard
+    store: Store,
+    config: CheckpointConfig,
+    marker: Marker,
+    epoch_steps: float,
+    heads: dict[str, Head],
+    guard: WriteGuard,
 ) -> None:
     """Delete what the new checkpoint supersedes, and what in its folder is not its own; nothing of a later term.
     `heads`: as `survey` has it. Raises LeaseError when another process has taken over."""

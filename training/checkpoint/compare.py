@@ -12,7 +12,7 @@ FACTS = ("step", "samples", "seed", "manifest", "loss_scale", "steps")
 
 
 @dataclass
-class Difference:
+class TensorDifference:
     """How far all tensors of one part differ: student, teacher, other state of the method, or an optimizer's."""
 
     part: str
@@ -40,14 +40,14 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class CheckpointComparison:
     """All that two checkpoints have in common, and what only one has."""
 
     facts: list[str]
     """What the markers say differently, in words."""
     alone: list[str]
     """Tensors that one of them lacks, or has in another shape, in words."""
-    parts: list[Difference]
+    parts: list[TensorDifference]
 
     @property
     def equal(self) -> bool:
@@ -55,14 +55,14 @@ class Comparison:
         return not self.facts and not self.alone and not any(part.unequal for part in self.parts)
 
 
-def compare(left: Reader, right: Reader) -> Comparison:
+def compare(left: Reader, right: Reader) -> CheckpointComparison:
     """Read both, tensor by tensor. Raises DataError where one is damaged."""
-    parts: dict[str, Difference] = {}
+    parts: dict[str, TensorDifference] = {}
     ours, theirs = left.marker.tensors, right.marker.tensors
     for key in (key for key in ours if key in theirs and ours[key].shape == theirs[key].shape):
         part = _part(key)
-        parts.setdefault(part, Difference(part)).add(key, left.whole(key), right.whole(key))
-    return Comparison(list(_facts(left, right)), list(_alone(left, right)), list(parts.values()))
+        parts.setdefault(part, TensorDifference(part)).add(key, left.whole(key), right.whole(key))
+    return CheckpointComparison(list(_facts(left, right)), list(_alone(left, right)), list(parts.values()))
 
 
 def _part(key: str) -> str:
@@ -92,7 +92,7 @@ def _alone(left: Reader, right: Reader) -> Iterator[str]:
             yield f"{key}: {ours[key].shape} and {theirs[key].shape}"
 
 
-def table(comparison: Comparison) -> list[str]:
+def table(comparison: CheckpointComparison) -> list[str]:
     """The comparison as lines for a person."""
     lines = [f"{'part':<16}{'tensors':>8}{'numbers':>14}{'unequal':>14}{'largest':>12}  where"]
     lines += [

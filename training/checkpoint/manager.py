@@ -1,10 +1,10 @@
 """The checkpoints of one run, as the loop uses them. The loop stands still for a copy to host memory, no longer.
 
-    save     every rank copies its state and starts a thread that writes its part
-    hear     with the all-reduce of every step the ranks tell how far their threads are; when all parts are written the
-             leading rank's thread writes the marker, and when that is written the checkpoint exists, on all ranks in
-             the same step
-    finish   waits for a save; at the end, at a stop, before going back, and before another save
+    save                  every rank copies its state and starts a thread that writes its part
+    local_status,         how far this rank's thread is goes into the all-reduce of every step, and its sum comes back:
+    apply_global_status   when all parts are written the leading rank's thread writes the marker, and when that is
+                          written the checkpoint exists, on all ranks in the same step
+    finish                waits for a save; at the end, at a stop, before going back, and before another save
 
 The ranks' view of a save changes in the same step on all of them, so they need no other agreement.
 """
@@ -29,7 +29,7 @@ from training.checkpoint.reader import Reader, passed_over, refuse_misfit, verif
 from training.checkpoint.settings import CheckpointConfig
 from training.checkpoint.snapshot import Snapshots
 from training.core.host import run_lines
-from training.core.run_folder.write_guard import FREE, Guard
+from training.core.run_folder.write_guard import FREE, WriteGuard
 from training.core.world import World
 from training.engine.loss_scaling import LossScale, first_scale
 from training.engine.state_fragments import Piece, divide
@@ -43,8 +43,8 @@ def _nothing() -> None:
     """Nothing has to be done first."""
 
 
-class Report(NamedTuple):
-    """What a rank tells the others with every step; heard as the sum over the ranks."""
+class SaveStatus(NamedTuple):
+    """What a rank contributes every step; applied as the sum over the ranks."""
 
     written: float = 0.0
     """1: this rank's part of the save in flight is written, or what else it had to do."""
@@ -76,7 +76,7 @@ class _Flight:
     began: float
     since_s: float
     """Seconds since the save before began."""
-    task: async_save.Task
+    task: async_save.BackgroundTask
     about: dict[str, Any]
     """The marker's fields."""
     stood_s: float = 0.0
@@ -102,7 +102,7 @@ class Checkpoints:
         about: Mapping[str, Any],
         replaces: Collection[str] = (),
         epoch_steps: float = math.inf,
-        guard: Guard = FREE,
+        guard: WriteGuard = FREE,
     ) -> None:
         """`about`: the fields of `Marker` that do not change during a run. `replaces`: as `Manifest.replaces`.
         `guard`: of the run folder."""
@@ -117,7 +117,7 @@ class Checkpoints:
         self._saves, self._failures = 0, 0
         self._began = time.monotonic()
         self._time_is_up = False
-        self._tidying: async_save.Task | None = None
+        self._tidying: async_save.BackgroundTask | None = None
 
     # -- saving --------------------------------------------------------------------------------------------------
 
@@ -148,28 +148,28 @@ class Checkpoints:
             first()
             async_save.write_part(self.store, name, self.world.rank, token, part)
 
-        task = async_save.Task(write)
+        task = async_save.BackgroundTask(write)
         self._flight = _Flight(step, samples, token, now, now - self._began, task, about)
         self._began, self._time_is_up = now, False
         self._flight.stood_s = time.monotonic() - now
 
     @property
     def stage(self) -> tuple[int, bool]:
-        """How far saving is; the same on all ranks. What was told at another stage is not to be heard."""
+        """How far saving is; the same on all ranks. A status of another stage must not be applied."""
         return self._saves, self._flight is not None and self._flight.parts_written
 
-    def report(self) -> Report:
-        """What this rank tells with this step."""
+    def local_status(self) -> SaveStatus:
+        """This rank's contribution to the sum of this step."""
         flight = self._flight
         late = time.monotonic() - self._began > 60 * self.config.every_minutes > 0
         due = float(self.world.is_leader and flight is None and late)
         if flight is None or not flight.task.done:
-            return Report(due=due)
+            return SaveStatus(due=due)
         failed = bool(flight.task.failure)
-        return Report(float(not failed), float(failed), due)
+        return SaveStatus(float(not failed), float(failed), due)
 
-    def hear(self, status: Report) -> None:
-        """Take in the sum of what all ranks told at this stage. Raises StorageError after too many failed saves."""
+    def apply_global_status(self, status: SaveStatus) -> None:
+        """Apply the sum of all ranks' statuses of this stage. Raises StorageError after too many failed saves."""
         flight = self._flight
         self._time_is_up = status.due > 0
         if flight is None or status.written + status.failed < self.world.size:
@@ -179,7 +179,7 @@ class Checkpoints:
         elif not flight.parts_written:
             flight.parts_written = True
             if self.world.is_leader:
-                flight.task = async_save.Task(lambda: self._complete(flight))
+                flight.task = async_save.BackgroundTask(lambda: self._complete(flight))
         else:
             self._flight, self._failures = None, 0
             took_s = flight.took_s[0] if flight.took_s else math.nan
@@ -191,10 +191,10 @@ class Checkpoints:
         while (flight := self._flight) is not None:
             flight.task.join()
             self.world.meet()  # the leading rank writes the marker and deletes old checkpoints alone
-            statuses = self.world.all_gather(self.report())
+            statuses = self.world.all_gather(self.local_status())
             flight.stood_s += time.monotonic() - began
             began = time.monotonic()
-            self.hear(Report(*map(sum, zip(*statuses, strict=True))))
+            self.apply_global_status(SaveStatus(*map(sum, zip(*statuses, strict=True))))
         if self._tidying is not None:
             self._tidying.join()
         if needed and self._failures > failures:
@@ -204,7 +204,7 @@ class Checkpoints:
                 hint="make room or mend the store; started again, the run goes on from the one before",
             )
 
-    def collect(self) -> list[Saved]:
+    def newly_saved(self) -> list[Saved]:
         """The checkpoints that have come into existence since the last call; the same on all ranks, but for times."""
         saved, self._saved = self._saved, []
         return saved
@@ -224,7 +224,7 @@ class Checkpoints:
         self._flight = None
         self._failures += 1
         sweep = partial(async_save.sweep, self.store, flight.name, self.world.rank, flight.token)
-        self._tidying = async_save.Task(lambda: async_save.tidy(sweep, log.warning))
+        self._tidying = async_save.BackgroundTask(lambda: async_save.tidy(sweep, log.warning))
         most = self.config.max_failed_saves
         if self._failures >= most:
             raise StorageError(

@@ -38,7 +38,7 @@ class Fragment(NamedTuple):
 
 
 @dataclass(frozen=True)
-class File:
+class RankFile:
     """What one rank wrote."""
 
     name: str
@@ -61,7 +61,7 @@ class Marker:
     world: int
     tensors: dict[str, Form]
     """"model/..." or the optimizer's name of it, such as "exp_avg/...", and the parameter's or buffer's name."""
-    files: tuple[File, ...]
+    files: tuple[RankFile, ...]
     steps: dict[str, float]
     """The optimizer's step count of each parameter that it has begun with; 0 where it does not count."""
     loss_scale: dict[str, Any] = field(default_factory=dict)
@@ -101,14 +101,14 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def file_from(content: dict[str, Any]) -> File:
+def file_from(content: dict[str, Any]) -> RankFile:
     """The inverse of `asdict`. Raises ValueError where the name is not one of a file in the checkpoint's own folder."""
     name = content["name"]
     why = unsafe(name) or ("it leads into another folder" if "/" in name else "")
     if why or name == MARKER:
         raise ValueError(f"it names the file {name!r}, which cannot be one of its own: {why or 'it is the marker'}")
     fragments = tuple(Fragment(*row) for row in content["fragments"])
-    return File(name, content["bytes"], content["sha256"], fragments)
+    return RankFile(name, content["bytes"], content["sha256"], fragments)
 
 
 def name_of(step: int) -> str:

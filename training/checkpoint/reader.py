@@ -15,7 +15,7 @@ from datapipe.core.progress import QUIET_S, Progress
 from datapipe.storage import Store, is_remote
 from training.checkpoint.digest import matches
 from training.checkpoint.lineage import complete
-from training.checkpoint.metadata import File, Form, Fragment, Marker, read_marker
+from training.checkpoint.metadata import Form, Fragment, Marker, RankFile, read_marker
 from training.checkpoint.snapshot import TYPES
 from training.engine.state_fragments import Piece, whole
 from training.weights.counted_keys import check_counted
@@ -27,7 +27,7 @@ IN_FLIGHT = 4
 HINT = "use an older checkpoint, or delete this one"
 
 
-def verify(store: Store, name: str, files: Sequence[File]) -> None:
+def verify(store: Store, name: str, files: Sequence[RankFile]) -> None:
     """Raises DataError or NotFoundError for the first of these files of a checkpoint that is not as it was written."""
     asks = [_whole(f"{name}/{file.name}", file.bytes) for file in files]
     answers = _answers(store, chain.from_iterable(asks))
@@ -36,7 +36,7 @@ def verify(store: Store, name: str, files: Sequence[File]) -> None:
             _verify(store, f"{name}/{file.name}", file, (next(answers) for _ in parts), progress)
 
 
-def _verify(store: Store, path: str, file: File, blocks: Iterator[bytes], progress: Progress) -> None:
+def _verify(store: Store, path: str, file: RankFile, blocks: Iterator[bytes], progress: Progress) -> None:
     if file.bytes >= BLOCK and store.size(path) != file.bytes:
         raise _of_other_size(store, path, file.bytes)
     size, digest = 0, hashlib.sha256()

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from training.checkpoint.digest import digest_of
-from training.checkpoint.metadata import File, Form, Fragment
+from training.checkpoint.metadata import Form, Fragment, RankFile
 from training.engine.state_fragments import Piece
 
 NAMES = {
@@ -52,14 +52,14 @@ class RankSnapshot:
     places: tuple[FragmentPlace, ...]
     tensors: dict[str, Form]
 
-    def file(self, name: str) -> File:
+    def file(self, name: str) -> RankFile:
         """The snapshot's entry in the marker under this name. Reads all of it twice, for hashes of the fragments and
         the whole."""
         fragments = tuple(
             Fragment(place.key, place.start, place.numel, place.offset, digest_of(self._bytes(place)))
             for place in self.places
         )
-        return File(name, len(self.content), hashlib.sha256(self.content).hexdigest(), fragments)
+        return RankFile(name, len(self.content), hashlib.sha256(self.content).hexdigest(), fragments)
 
     def _bytes(self, place: FragmentPlace) -> memoryview:
         return self.content[place.offset : place.offset + place.bytes]

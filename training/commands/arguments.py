@@ -117,7 +117,7 @@ class ListCommand:
 
 
 @settings
-class VerifyCommand:
+class VerifyRunCommand:
     """Read checkpoints and compare them with their checksums."""
 
     run: Annotated[str, POSITIONAL]

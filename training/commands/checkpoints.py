@@ -16,7 +16,7 @@ from training.checkpoint.reader import Reader, newest_good
 from training.checkpoint.reader import verify as check
 from training.checkpoint.retention import folder_of, kept, old_files
 from training.checkpoint.settings import CheckpointConfig
-from training.commands.arguments import CompareCommand, ListCommand, PruneCommand, VerifyCommand
+from training.commands.arguments import CompareCommand, ListCommand, PruneCommand, VerifyRunCommand
 
 PROG = "python -m training checkpoints"
 
@@ -51,7 +51,7 @@ def _line(marker: Marker) -> str:
     return f"{marker.samples:>12,} samples  {size:>6,} MB in {files}  world {marker.world}  {saved}"
 
 
-def verify(chosen: VerifyCommand) -> int:
+def verify(chosen: VerifyRunCommand) -> int:
     """Read checkpoints and compare them with their checksums."""
     store = _store(chosen.run, chosen.storage)
     damaged = False

@@ -20,7 +20,7 @@ from training.commands.arguments import (
     RecipeCommand,
     ReportCommand,
     ReproduceCommand,
-    VerifyCommand,
+    VerifyRunCommand,
 )
 
 
@@ -104,7 +104,7 @@ def checkpoints(arguments: list[str]) -> int:
     return getattr(work, action or "listing")(chosen)
 
 
-ACTIONS: dict[str, type] = {"verify": VerifyCommand, "compare": CompareCommand, "prune": PruneCommand}
+ACTIONS: dict[str, type] = {"verify": VerifyRunCommand, "compare": CompareCommand, "prune": PruneCommand}
 
 
 def warm(arguments: list[str]) -> int:

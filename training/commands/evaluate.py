@@ -19,7 +19,7 @@ from training.core.run_folder.lease import Lease, lease_on
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import alone
 from training.evaluation import evaluation, fine_tune
-from training.evaluation.evaluation import Task
+from training.evaluation.evaluation import ScoringTask
 from training.report.report import write_report
 from training.trainer.milestones import SUMMARY
 from training.trainer.pretrain import pretrain
@@ -50,7 +50,7 @@ def run(chosen: EvaluateCommand, flags: Sequence[str]) -> int:
     return show(chosen, scores)
 
 
-def zero_shot_tasks(chosen: EvaluateCommand) -> list[Task]:
+def zero_shot_tasks(chosen: EvaluateCommand) -> list[ScoringTask]:
     """What there is to score; raises UserError for all that can be wrong before that."""
     weights = chosen.weights
     if weights.endswith(FILES):

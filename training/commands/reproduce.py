@@ -23,12 +23,12 @@ from training.core.devices import choose_device
 from training.core.host import Host, LocalHost, exit_code
 from training.core.run_folder import crash_log
 from training.core.run_folder.lease import lease_on
-from training.core.run_folder.write_guard import Guard, GuardedStore
+from training.core.run_folder.write_guard import GuardedStore, WriteGuard
 from training.core.world import alone
 from training.evaluation import evaluation, fine_tune
 from training.evaluation.weights_origin import Pedigree, is_fine_tuned, of_card
 from training.reid.datasets.open_dataset import ReIDSet
-from training.reid.literature import BY_NAME, TASKS, Row
+from training.reid.literature import BY_NAME, TASKS, LiteratureRow
 from training.reid.settings import ScoringConfig
 from training.report.report import write_report
 from training.trainer.milestones import SUMMARY
@@ -79,7 +79,7 @@ class Agreement(NamedTuple):
 class Reproduction(NamedTuple):
     """What came of it."""
 
-    row: Row
+    row: LiteratureRow
     scores: dict[str, Any]
     """The content of metrics.json."""
     agreements: tuple[Agreement, ...]
@@ -96,7 +96,7 @@ class Reproduction(NamedTuple):
         return {"reproduced": self.within, "agreements": scores, "row": asdict(self.row), "scores": self.scores}
 
 
-def read_row(name: str) -> Row:
+def read_row(name: str) -> LiteratureRow:
     """The row of this name, or that of a TOML file of the user's own; a recipe it names may lie beside the file.
 
     Raises ConfigError with every mistake of the file.
@@ -109,20 +109,22 @@ def read_row(name: str) -> Row:
         return BY_NAME[name]
     path = Path(name)
     try:
-        row = TypeAdapter(Row).validate_python(tomllib.loads(path.read_text(encoding="utf-8")))
+        row = TypeAdapter(LiteratureRow).validate_python(tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ConfigError(f"the row cannot be read: {error.strerror}", where=name, hint=LIST) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"not a TOML file: {error}", where=name, hint="check quotes and brackets") from error
     except ValidationError as error:
-        keys = ", ".join(field.name for field in fields(Row))
+        keys = ", ".join(field.name for field in fields(LiteratureRow))
         mistakes = "\n".join(f"    {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise ConfigError(f"mistakes in the row:\n{mistakes}", where=name, hint=f"its keys are {keys}") from None
     beside = path.parent / row.recipe
     return replace(row, recipe=str(beside)) if beside.is_file() else row
 
 
-def carry_out(row: Row, weights: str, data: str, out: str, storage: StorageConfig, host: Host) -> Reproduction | None:
+def carry_out(
+    row: LiteratureRow, weights: str, data: str, out: str, storage: StorageConfig, host: Host
+) -> Reproduction | None:
     """Score `weights` on `data` as the row's publication does, fine-tuned first unless they are; None where the host
     was told to stop on the way.
 
@@ -132,13 +134,13 @@ def carry_out(row: Row, weights: str, data: str, out: str, storage: StorageConfi
         raise ConfigError(f"{row.name} cannot be reproduced here: {row.refusal}", where="reproduce", hint=LIST)
     scoring = ScoringConfig(data_name=row.data, rerank=row.reranking)
     reid = evaluation.open_data(data, storage, scoring)
-    with lease_on(out, storage, say=host.say) as lease:
+    with lease_on(out, storage, show_line=host.show_line) as lease:
         return _carry_out(row, weights, data, out, storage, host, reid, scoring, lease)
 
 
 def _carry_out(
-    row: Row, weights: str, data: str, out: str, storage: StorageConfig, host: Host, reid: ReIDSet,
-    scoring: ScoringConfig, guard: Guard,
+    row: LiteratureRow, weights: str, data: str, out: str, storage: StorageConfig, host: Host, reid: ReIDSet,
+    scoring: ScoringConfig, guard: WriteGuard,
 ) -> Reproduction | None:  # fmt: skip
     """Reproduce the row while the lease on the folder is held."""
     export = fine_tune.as_export(weights, out, storage)
@@ -156,7 +158,7 @@ def _carry_out(
     return done
 
 
-def refuse_others(row: Row, card: dict[str, Any], pedigree: Pedigree, reid: ReIDSet, where: str) -> None:
+def refuse_others(row: LiteratureRow, card: dict[str, Any], pedigree: Pedigree, reid: ReIDSet, where: str) -> None:
     """Raises DataError for weights that the row's score cannot be of."""
     tuned = is_fine_tuned(card)
     trained_identities = (card.get("origin") or {}).get("identities")
@@ -180,7 +182,7 @@ def refuse_others(row: Row, card: dict[str, Any], pedigree: Pedigree, reid: ReID
         raise DataError(f"these are not weights for {row.name}: {'; '.join(reasons)}", where=where, hint=LIST)
 
 
-def agreements(row: Row, scores: dict[str, Any]) -> tuple[Agreement, ...]:
+def agreements(row: LiteratureRow, scores: dict[str, Any]) -> tuple[Agreement, ...]:
     """Compare our scores with the row's, for every score that it has. `scores`: the content of metrics.json."""
     feature = scores["headline"] + (" re-ranked" if row.reranking else "")
     measured = scores["features"][feature]
@@ -204,7 +206,7 @@ def page(done: Reproduction) -> str:
     return "\n".join([*lines, f"{row.name}: {'reproduced' if done.within else 'NOT reproduced'}"])
 
 
-def about(row: Row) -> str:
+def about(row: LiteratureRow) -> str:
     """One line."""
     arch = f"{_backbone(row.arch, row.stem, row.parts)}, " if row.arch else ""
     return f"{row.method}, {arch}{_size(row.size)}, {row.data}, {TASKS[row.task]} ({row.source})"
@@ -224,8 +226,8 @@ def listing() -> str:
 
 
 def _fine_tuned(
-    row: Row, export: str, data: str, out: str, scoring: ScoringConfig, storage: StorageConfig, host: Host,
-    guard: Guard,
+    row: LiteratureRow, export: str, data: str, out: str, scoring: ScoringConfig, storage: StorageConfig, host: Host,
+    guard: WriteGuard,
 ) -> dict[str, Any] | None:  # fmt: skip
     """The scores that the recipe quotes of the weights it ends with; None: told to stop."""
     size = [str(side) for side in row.size]
@@ -242,7 +244,7 @@ def _fine_tuned(
 
 
 def _scored(
-    row: Row, export: str, data: str, out: str, scoring: ScoringConfig, storage: StorageConfig
+    row: LiteratureRow, export: str, data: str, out: str, scoring: ScoringConfig, storage: StorageConfig
 ) -> dict[str, Any]:
     """The scores of the weights as they are."""
     (task,) = evaluation.tasks(export, data, storage, scoring, out=out, interpolation=row.interpolation)

@@ -52,7 +52,7 @@ class Host(Protocol):
         """A checkpoint of `step` exists. Called on every rank, equally often."""
         ...
 
-    def say(self, line: str) -> None:
+    def show_line(self, line: str) -> None:
         """One line for the person who watches. Called on the leading rank only."""
         ...
 
@@ -146,7 +146,7 @@ class LocalHost:
     def saved(self, step: int) -> None:
         """Nobody else needs to know."""
 
-    def say(self, line: str) -> None:
+    def show_line(self, line: str) -> None:
         try:
             print(line, file=sys.stdout, flush=True)
         except OSError as error:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from datapipe.core.errors import ConfigError
-from training.methods.base import Progress
+from training.methods.base import TrainingProgress
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Clock:
         """Samples seen when the run is complete."""
         return self.total_steps * self.batch
 
-    def at(self, samples: int) -> Progress:
+    def at(self, samples: int) -> TrainingProgress:
         """The progress before the step that starts at this place of the stream."""
         step = samples // self.batch
-        return Progress(
+        return TrainingProgress(
             samples=samples,
             step=step,
             epoch=samples // self.epoch_samples,

@@ -21,7 +21,7 @@ from training.engine.settings import EngineConfig, OptimisationConfig
 from training.engine.state_fragments import Piece
 from training.engine.stepper import Stepper
 from training.engine.zero_layouts import LAYOUTS
-from training.methods.base import Method, Outcome, Progress, Views
+from training.methods.base import Method, Outcome, TrainingProgress, Views
 
 CPU = torch.device("cpu")
 
@@ -150,14 +150,14 @@ class DeepSpeedStepper(Stepper):
 
     # -- a step --------------------------------------------------------------------------------------------------
 
-    def apply(self, now: StepSettings, progress: Progress) -> None:
+    def apply(self, now: StepSettings, progress: TrainingProgress) -> None:
         super().apply(now, progress)
         for index, group in enumerate(self.groups):
             if group.release_epoch and not group.frozen(progress) and index not in self._released:
                 self._layout.forget(index)
                 self._released.add(index)
 
-    def _call(self, views: Views, progress: Progress) -> Outcome:
+    def _call(self, views: Views, progress: TrainingProgress) -> Outcome:
         return self.engine(views, progress)
 
     def backward(self, outcome: Outcome, *, last: bool) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from training.core import schedules
 from training.engine.settings import OptimisationConfig
-from training.methods.base import Method, Progress
+from training.methods.base import Method, TrainingProgress
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class ParameterGroup:
     lr_factor: float
     release_epoch: int
 
-    def frozen(self, progress: Progress) -> bool:
+    def frozen(self, progress: TrainingProgress) -> bool:
         """Before its release a group has no gradient: no step, no decay, no moments, no step count."""
         return progress.epoch < self.release_epoch
 
@@ -55,7 +55,7 @@ def group_parameters(method: Method, *, layer_decay: float = 1.0) -> tuple[Param
     )
 
 
-def settings_at(config: OptimisationConfig, progress: Progress) -> StepSettings:
+def settings_at(config: OptimisationConfig, progress: TrainingProgress) -> StepSettings:
     """Learning rate, weight decay and teacher momentum of a step."""
     decay = schedules.warmup_cosine(
         progress.step, base=config.weight_decay, final=config.final_weight_decay, total_steps=progress.total_steps,
@@ -64,7 +64,7 @@ def settings_at(config: OptimisationConfig, progress: Progress) -> StepSettings:
     return StepSettings(lr, decay, _ema(config, progress), base_lr)
 
 
-def _lr(config: OptimisationConfig, progress: Progress) -> tuple[float, float]:
+def _lr(config: OptimisationConfig, progress: TrainingProgress) -> tuple[float, float]:
     """(learning rate, the part of it that is the same for all groups)."""
     if config.schedule == "step":
         return schedules.warmup_cosine(
@@ -76,7 +76,7 @@ def _lr(config: OptimisationConfig, progress: Progress) -> tuple[float, float]:
     return common + peak * config.lr, common
 
 
-def _ema(config: OptimisationConfig, progress: Progress) -> float:
+def _ema(config: OptimisationConfig, progress: TrainingProgress) -> float:
     if config.ema_points:
         return schedules.along(config.ema_points, progress.epoch)
     return schedules.warmup_cosine(
@@ -84,7 +84,9 @@ def _ema(config: OptimisationConfig, progress: Progress) -> float:
     )
 
 
-def apply(groups: Sequence[ParameterGroup], targets: Sequence[dict], now: StepSettings, progress: Progress) -> None:
+def apply(
+    groups: Sequence[ParameterGroup], targets: Sequence[dict], now: StepSettings, progress: TrainingProgress
+) -> None:
     """Write the settings of a step into the optimizer's parameter groups, which are in the order of `groups`."""
     for group, target in zip(groups, targets, strict=True):
         target["lr"] = 0.0 if group.frozen(progress) else now.lr_of(group.lr_factor)

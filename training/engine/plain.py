@@ -11,7 +11,7 @@ from training.engine.param_groups import ParameterGroup
 from training.engine.settings import OptimisationConfig
 from training.engine.state_fragments import Piece
 from training.engine.stepper import Stepper
-from training.methods.base import Method, Outcome, Progress, Views
+from training.methods.base import Method, Outcome, TrainingProgress, Views
 
 
 class PlainStepper(Stepper):
@@ -23,7 +23,7 @@ class PlainStepper(Stepper):
         super().__init__(method, groups, config, world)
         self.optimizer = make_optimizer(config, self.grouped())
 
-    def _call(self, views: Views, progress: Progress) -> Outcome:
+    def _call(self, views: Views, progress: TrainingProgress) -> Outcome:
         return self.method(views, progress)
 
     def backward(self, outcome: Outcome, *, last: bool) -> None:

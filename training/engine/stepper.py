@@ -17,7 +17,7 @@ from training.engine.loss_scaling import first_scale
 from training.engine.param_groups import ParameterGroup, StepSettings
 from training.engine.settings import OptimisationConfig
 from training.engine.state_fragments import Piece, whole
-from training.methods.base import Method, Outcome, Progress, Views
+from training.methods.base import Method, Outcome, TrainingProgress, Views
 
 
 class Result(NamedTuple):
@@ -57,12 +57,12 @@ class Stepper(ABC):
 
     # -- what the loop calls -------------------------------------------------------------------------------------
 
-    def apply(self, now: StepSettings, progress: Progress) -> None:
+    def apply(self, now: StepSettings, progress: TrainingProgress) -> None:
         """Set learning rate and decay of every group for the coming step."""
         self._frozen = {name for group in self.groups if group.frozen(progress) for name in group.names}
         param_groups.apply(self.groups, self._optimizer_groups(), now, progress)
 
-    def forward(self, views: Views, progress: Progress) -> Outcome:
+    def forward(self, views: Views, progress: TrainingProgress) -> Outcome:
         """The outcome of one micro-batch; its loss, sums and metrics are added to the step's."""
         outcome = self._call(views, progress)
         self._collect(outcome, views["weight"])
@@ -90,7 +90,7 @@ class Stepper(ABC):
             self._rescale(finite, overflow)
         return Result(float(loss), sums, metrics, norms, finite, overflow)
 
-    def rehearse(self, views: Views, progress: Progress) -> None:
+    def rehearse(self, views: Views, progress: TrainingProgress) -> None:
         """Forward and backward without a step; leaves no trace."""
         outcome = self._call(views, progress)
         self.backward(outcome, last=True)
@@ -121,7 +121,7 @@ class Stepper(ABC):
     # -- what a subclass knows -----------------------------------------------------------------------------------
 
     @abstractmethod
-    def _call(self, views: Views, progress: Progress) -> Outcome: ...
+    def _call(self, views: Views, progress: TrainingProgress) -> Outcome: ...
 
     @abstractmethod
     def _optimizer_groups(self) -> list[dict]: ...

@@ -22,7 +22,7 @@ from training.engine.state_fragments import Piece, whole
 from training.methods.base import Method
 
 
-class Layout(ABC):
+class ZeroLayout(ABC):
     """One stage's places. `optimizer` is PyTorch's inside; its parameter groups are in the order of `groups`."""
 
     def __init__(
@@ -94,7 +94,7 @@ class Layout(ABC):
         return dict(network.named_parameters())
 
 
-class WholeLayout(Layout):
+class WholeLayout(ZeroLayout):
     """Stage 0."""
 
     @property
@@ -120,7 +120,7 @@ class WholeLayout(Layout):
             zero_state(self.optimizer, parameter, steps.get(name))
 
 
-class FlatLayout(Layout):
+class FlatLayout(ZeroLayout):
     """Stages 1 and 2: `_hp_mapping` tells which part of a parameter lies where in the rank's flat partition."""
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
@@ -168,7 +168,7 @@ class FlatLayout(Layout):
                     flat.narrow(0, held.start, held.numel).copy_(source)
 
 
-class ShardLayout(Layout):
+class ShardLayout(ZeroLayout):
     """Stage 3: every parameter is cut into equal shards (`ds_tensor`), one per rank, the last one padded."""
 
     def tensors(self, index: int) -> list[Tensor]:
@@ -227,5 +227,5 @@ class ShardLayout(Layout):
         return {name: parameter.ds_tensor for name, parameter in parameters.items()}
 
 
-LAYOUTS: dict[int, type[Layout]] = {0: WholeLayout, 1: FlatLayout, 2: FlatLayout, 3: ShardLayout}
+LAYOUTS: dict[int, type[ZeroLayout]] = {0: WholeLayout, 1: FlatLayout, 2: FlatLayout, 3: ShardLayout}
 """ZeRO stage -> where things are."""

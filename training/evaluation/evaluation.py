@@ -37,7 +37,7 @@ EXPORTED = "exported"
 
 
 @dataclass(frozen=True)
-class Task:
+class ScoringTask:
     """One set of weights to score on one test set. Picklable."""
 
     run: str
@@ -84,7 +84,7 @@ def open_run(url: str, storage: StorageConfig) -> tuple[RunFolder, RunConfig]:
 def tasks(
     address: str, data: str, storage: StorageConfig, scoring: ScoringConfig = ScoringConfig(), *,  # noqa: B008  (frozen)
     out: str = "", interpolation: Literal["", "bilinear", "bicubic"] = "",
-) -> list[Task]:  # fmt: skip
+) -> list[ScoringTask]:  # fmt: skip
     """What there is to score at an address, in the order in which it is shown.
 
     Of a run: colour histogram, random weights, and the complete checkpoints, oldest first; of one of its checkpoints
@@ -93,7 +93,7 @@ def tasks(
     """
     run, all_weights = _found(address, storage)
     open_data(data, storage, scoring)
-    return [Task(run, data, weights, storage, scoring, out, interpolation) for weights in all_weights]
+    return [ScoringTask(run, data, weights, storage, scoring, out, interpolation) for weights in all_weights]
 
 
 def _found(address: str, storage: StorageConfig) -> tuple[str, list[Weights]]:
@@ -121,7 +121,7 @@ def checkpoint_of(address: str) -> tuple[str, str]:
 
 
 def score(
-    task: Task, *, threads: int = 2, device: torch.device | str = "cpu", out: Store | None = None
+    task: ScoringTask, *, threads: int = 2, device: torch.device | str = "cpu", out: Store | None = None
 ) -> dict[str, Any]:
     """Score one task and write its folder below `evaluation/`; what is there already and of the same weights stays.
     `out`: the store of the task's folder, where it is open."""
@@ -129,7 +129,7 @@ def score(
         return _score(task, threads, device, out or open_store(task.out or task.run, task.storage))
 
 
-def _score(task: Task, threads: int, device: torch.device | str, out: Store) -> dict[str, Any]:
+def _score(task: ScoringTask, threads: int, device: torch.device | str, out: Store) -> dict[str, Any]:
     exported = task.weights.name == EXPORTED
     subject = _of_export(task, threads) if exported else _of_run(task, threads)
     reid = open_data(task.data, task.storage, task.scoring, images=task.scoring.allow_partial)  # `tasks` has refused
@@ -151,7 +151,7 @@ def _score(task: Task, threads: int, device: torch.device | str, out: Store) -> 
     return zero_shot.metrics(evaluation, reid)
 
 
-def _of_run(task: Task, threads: int) -> Subject:
+def _of_run(task: ScoringTask, threads: int) -> Subject:
     folder, config = open_run(task.run, task.storage)
     mean, std = MEAN_STD[config.views.statistics]
     interpolation = task.interpolation or config.evaluation.interpolation
@@ -172,7 +172,7 @@ def _of_run(task: Task, threads: int) -> Subject:
     )  # fmt: skip
 
 
-def _of_export(task: Task, threads: int) -> Subject:
+def _of_export(task: ScoringTask, threads: int) -> Subject:
     """At the size and with the statistics on its card."""
     store = open_store(task.run, task.storage)
     card = exports.load_card(store)
@@ -222,7 +222,7 @@ def licence_of(folder: RunFolder) -> str:
     return json.loads(text)["manifest"]["licence"] if text else ""
 
 
-def _identity(task: Task, subject: Subject, reid: ReIDSet) -> str:
+def _identity(task: ScoringTask, subject: Subject, reid: ReIDSet) -> str:
     """What must be equal for old scores to stand: data, weights, settings."""
     data = f"{task.data} {reid.about()['counts']} {task.scoring}"
     return " ".join(filter(None, [data, task.interpolation, subject.identity]))

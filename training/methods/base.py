@@ -55,7 +55,7 @@ Views = TypedDict(
 """The named image stacks of one micro-batch, view axis first, and where its images come from."""
 
 
-class Progress(NamedTuple):
+class TrainingProgress(NamedTuple):
     """Where the run stands before a step. Everything that changes with time is a function of this."""
 
     samples: int
@@ -104,7 +104,7 @@ class ByIdentity(NamedTuple):
     """Share of the identities that takes part."""
 
 
-class Published(NamedTuple):
+class PublishedSetting(NamedTuple):
     """A setting as published."""
 
     value: Any
@@ -115,16 +115,16 @@ class Published(NamedTuple):
 class PublishedRecipe(NamedTuple):
     """What a publication says of a recipe."""
 
-    settings: Mapping[str, Published]
+    settings: Mapping[str, PublishedSetting]
     """Dotted key -> value. A key that is not there was not published; the comment behind its value in the recipe says
     why it has that value."""
     data: str = ""
     """What was trained on; empty: not published."""
 
 
-def by_source(source: str, values: Mapping[str, Any]) -> dict[str, Published]:
+def by_source(source: str, values: Mapping[str, Any]) -> dict[str, PublishedSetting]:
     """Values that one source states. Files are those of the reference repositories."""
-    return {key: Published(value, source) for key, value in values.items()}
+    return {key: PublishedSetting(value, source) for key, value in values.items()}
 
 
 class Method(nn.Module, ABC, Generic[C]):
@@ -233,10 +233,10 @@ class Method(nn.Module, ABC, Generic[C]):
     # -- the objective --------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def forward(self, views: Views, progress: Progress) -> Outcome:
+    def forward(self, views: Views, progress: TrainingProgress) -> Outcome:
         """The loss of one micro-batch: all views, student and teacher, in one call."""
 
-    def after_step(self, sums: dict[str, Tensor], progress: Progress) -> None:
+    def after_step(self, sums: dict[str, Tensor], progress: TrainingProgress) -> None:
         """Once per optimizer step, on every rank, with the sums of the global batch: centres, memories."""
         del sums, progress
 

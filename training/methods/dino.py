@@ -14,7 +14,7 @@ from datapipe.core.config import ViewConfig
 from datapipe.core.settings import settings
 from datapipe.views.spec import ViewSpec, multi_crop
 from training.core.precision import Precision, at_least_float32, autocast_region, full_precision
-from training.methods.base import Outcome, Progress, PublishedRecipe, Views, by_source
+from training.methods.base import Outcome, PublishedRecipe, TrainingProgress, Views, by_source
 from training.methods.distillation import (
     COLOURS,
     FAMILY,
@@ -105,7 +105,7 @@ class Dino(Distillation[DinoConfig]):
         cls_rows = Scored((GLOBALS + config.locals) * images, teacher_rows, teacher_rows, config.head.out_dim)
         return Workload(student, teacher, config.head, (cls_rows,))
 
-    def compare(self, student: TokenViews, teacher: TokenViews, views: Views, progress: Progress) -> Outcome:
+    def compare(self, student: TokenViews, teacher: TokenViews, views: Views, progress: TrainingProgress) -> Outcome:
         """The mean over pairs of a global view and another view, image by image: 18 with 2 globals and 8 locals."""
         output = self.distil(student, teacher, views["weight"], progress.epoch)
         return self.flat_mean(output, views["weight"], self.metrics(output, views["weight"]))

@@ -21,7 +21,7 @@ from datapipe.core.errors import ConfigError
 from datapipe.core.settings import settings
 from training.core.precision import Precision, full_precision
 from training.core.schedules import teacher_temperature
-from training.methods.base import Method, MethodSettings, Outcome, Progress, Role, Views
+from training.methods.base import Method, MethodSettings, Outcome, Role, TrainingProgress, Views
 from training.nn import ics_stem
 from training.nn.distillation_losses import entropy, pair_cross_entropies
 from training.nn.feature_diagnostics import information, of_features
@@ -196,7 +196,7 @@ class Distillation(Method[D]):
             warmup_epochs=self.config.teacher_temp_warmup_epochs,
         )
 
-    def forward(self, views: Views, progress: Progress) -> Outcome:
+    def forward(self, views: Views, progress: TrainingProgress) -> Outcome:
         """The teacher, then the student, then the loss in full precision."""
         with torch.no_grad():
             teacher = self.teacher(views, learning=False, precision=self.precision)
@@ -209,7 +209,7 @@ class Distillation(Method[D]):
         return outcome._replace(sums={**outcome.sums, **ics_stem.take_statistics(self, share)})
 
     @abstractmethod
-    def compare(self, student: Any, teacher: Any, views: Views, progress: Progress) -> Outcome:
+    def compare(self, student: Any, teacher: Any, views: Views, progress: TrainingProgress) -> Outcome:
         """The loss, from what the networks said."""
 
     def distil(self, student: TokenViews, teacher: TokenViews, weight_B: Tensor, epoch: int) -> StudentTeacherOutput:
@@ -267,7 +267,7 @@ class Distillation(Method[D]):
             **of_features(output.teacher.cls_GBC[0], weight_B),
         }
 
-    def after_step(self, sums: dict[str, Tensor], progress: Progress) -> None:
+    def after_step(self, sums: dict[str, Tensor], progress: TrainingProgress) -> None:
         """Move each token's centre towards the mean of the teacher's raw logits over this step's global batch, and the
         running statistics of a stem with batch norm."""
         for token in self.student.tokens:
@@ -304,7 +304,7 @@ class Distillation(Method[D]):
     def couples_batch(self) -> bool:
         return self.config.targets == "sinkhorn" or self.student.backbone.config.stem == "ics"
 
-    def _path_masks(self, views: Views, progress: Progress) -> PathMasks:
+    def _path_masks(self, views: Views, progress: TrainingProgress) -> PathMasks:
         rates, position = self.student.backbone.config.drop_rates, views["position"]
         drawn = [
             draw_path_masks(rates, seed=progress.seed, purpose=f"drop_path/{kind}", position=position, views=count)

@@ -14,7 +14,7 @@ from datapipe.core.config import Range, ViewConfig
 from datapipe.core.settings import settings
 from datapipe.views.spec import ViewSpec, multi_crop
 from training.core.precision import Precision, at_least_float32, autocast_region, full_precision
-from training.methods.base import Outcome, Progress, PublishedRecipe, Views, by_source
+from training.methods.base import Outcome, PublishedRecipe, TrainingProgress, Views, by_source
 from training.methods.distillation import (
     COLOURS,
     FAMILY,
@@ -136,7 +136,7 @@ class Pass(Distillation[PassConfig]):
         part_rows = Scored((GLOBALS + config.locals_per_part) * images, teacher_rows, teacher_rows, prototypes)
         return Workload(student, teacher, config.head, (cls_rows, *[part_rows] * config.parts))
 
-    def compare(self, student: TokenViews, teacher: TokenViews, views: Views, progress: Progress) -> Outcome:
+    def compare(self, student: TokenViews, teacher: TokenViews, views: Views, progress: TrainingProgress) -> Outcome:
         """One flat mean over the pairs of all tokens, image by image:
 
             loss[b] = (sum over pairs of CLS + sum over parts i, pairs of P_i) H / (number of all pairs)

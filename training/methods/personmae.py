@@ -27,7 +27,16 @@ from datapipe.views.spec import RegionSpec, ViewSpec, regions
 from training.core.device_copy import to_device
 from training.core.precision import Precision, at_least_float32, autocast_region, full_precision
 from training.core.schedules import grown
-from training.methods.base import Method, MethodSettings, Outcome, Progress, PublishedRecipe, Role, Views, by_source
+from training.methods.base import (
+    Method,
+    MethodSettings,
+    Outcome,
+    PublishedRecipe,
+    Role,
+    TrainingProgress,
+    Views,
+    by_source,
+)
 from training.nn import positions, reconstruction
 from training.nn.feature_diagnostics import of_features
 from training.nn.mae_decoder import Decoder
@@ -261,7 +270,7 @@ class PersonMae(Method[PersonMaeConfig]):
         del parts
         return "supervised_mae"
 
-    def forward(self, views: Views, progress: Progress) -> Outcome:
+    def forward(self, views: Views, progress: TrainingProgress) -> Outcome:
         """Pixels and, with a factor that grows over the first part of the run, features:
 
         loss[b] = pixel loss[b] + a(epoch) * feature loss[b]
@@ -333,11 +342,11 @@ class PersonMae(Method[PersonMaeConfig]):
         pixel_B, feature_B = (reconstruction.over_patches(errors, weight_BQ, count) for errors in (pixels, features))
         return pixel_B, feature_B
 
-    def _feature_factor(self, progress: Progress) -> float:
+    def _feature_factor(self, progress: TrainingProgress) -> float:
         epochs = progress.total_steps / progress.epoch_steps
         return self.config.feature_weight * grown(progress.epoch, epochs=self.config.feature_growth * epochs)
 
-    def _path_masks(self, views: Views, progress: Progress) -> Tensor | None:
+    def _path_masks(self, views: Views, progress: TrainingProgress) -> Tensor | None:
         rates, position = self.student.backbone.config.drop_rates, views["position"]
         drawn = draw_path_masks(rates, seed=progress.seed, purpose="drop_path/region_a", position=position, views=1)
         return on_device([drawn], views["region_a"].device)[0]

@@ -24,7 +24,7 @@ from datapipe.views.masking import MaskConfig, MaskSpec
 from datapipe.views.spec import ViewSpec, multi_crop
 from training.core.precision import Precision, at_least_float32, autocast_region, full_precision
 from training.core.schedules import teacher_temperature
-from training.methods.base import Outcome, Progress, PublishedRecipe, Views, by_source
+from training.methods.base import Outcome, PublishedRecipe, TrainingProgress, Views, by_source
 from training.methods.distillation import (
     GLOBALS,
     Distillation,
@@ -181,7 +181,7 @@ class PersonVit(Distillation[PersonVitConfig]):
             warmup_epochs=self.config.teacher_temp_warmup_epochs,
         )
 
-    def compare(self, student: MaskedViews, teacher: MaskedViews, views: Views, progress: Progress) -> Outcome:
+    def compare(self, student: MaskedViews, teacher: MaskedViews, views: Views, progress: TrainingProgress) -> Outcome:
         """lambda_dino * mean over pairs of different views + lambda_mim * the patch term, image by image."""
         weight_B, mask_GBN = views["weight"], views["mask"].flatten(2)
         output = self.distil(student.tokens, teacher.tokens, weight_B, progress.epoch)

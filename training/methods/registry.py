@@ -26,7 +26,7 @@ DEFAULT = "pass"
 """The method of a recipe that names none."""
 
 
-class _Found(NamedTuple):
+class _Registered(NamedTuple):
     """A method, and where it is from."""
 
     kind: type[Method[Any]]
@@ -40,10 +40,10 @@ class _Found(NamedTuple):
 
 
 @cache
-def _found() -> dict[str, _Found]:
+def _found() -> dict[str, _Registered]:
     """Name -> method. Raises ConfigError for an entry point that is none."""
-    registered: dict[str, _Found] = {}
-    for one in [*(_Found(kind, None) for kind in _own()), *_of_others()]:
+    registered: dict[str, _Registered] = {}
+    for one in [*(_Registered(kind, None) for kind in _own()), *_of_others()]:
         name = _name(one)
         if name in registered:
             raise ConfigError(f"two methods are called {name!r}: of {registered[name].place} and of {one.place}",
@@ -62,7 +62,7 @@ def _own() -> Iterator[type[Method[Any]]]:
                 yield kind
 
 
-def _of_others() -> Iterator[_Found]:
+def _of_others() -> Iterator[_Registered]:
     for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
         place = _place(point)
         try:
@@ -81,14 +81,14 @@ def _of_others() -> Iterator[_Found]:
                 where=f"entry points {GROUP}",
                 hint="an entry point is a class that derives from training.methods.base.Method",
             )
-        yield _Found(kind, point)
+        yield _Registered(kind, point)
 
 
 def _is_method(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Method) and not inspect.isabstract(kind)
 
 
-def _name(one: _Found) -> str:
+def _name(one: _Registered) -> str:
     """The name that the settings of a method give it. Raises ConfigError where they do not."""
     try:
         kind = one.kind.settings_type()
@@ -101,7 +101,7 @@ def _name(one: _Found) -> str:
     return str(field.default)
 
 
-def _nameless(one: _Found, why: str) -> ConfigError:
+def _nameless(one: _Registered, why: str) -> ConfigError:
     return ConfigError(f"the method {one.kind.__name__} of {one.place} has no name: {why}",
                        where=f"entry points {GROUP}",
                        hint='class ITS_SETTINGS(MethodSettings) with @settings and name: Literal["toy"] = "toy"; class '

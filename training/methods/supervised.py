@@ -30,9 +30,9 @@ from training.methods.base import (
     Method,
     MethodSettings,
     Outcome,
-    Progress,
     PublishedRecipe,
     Role,
+    TrainingProgress,
     Views,
     by_source,
 )
@@ -268,7 +268,7 @@ class Supervised(Method[SupervisedConfig]):
             return "supervised_pass"
         return "supervised_384" if run["backbone.size"] == [384, 128] else "supervised"
 
-    def forward(self, views: Views, progress: Progress) -> Outcome:
+    def forward(self, views: Views, progress: TrainingProgress) -> Outcome:
         """loss[b] = identity_weight * cross-entropy[b] + triplet_weight * triplet[b]
 
         Recorded of each image: both losses, ln K as the former's value at chance, whether the classifier is right.
@@ -294,7 +294,7 @@ class Supervised(Method[SupervisedConfig]):
             }
             return Outcome((weight_B * loss_B).sum(), ics_stem.take_statistics(self, weight_B.sum()), metrics)
 
-    def after_step(self, sums: dict[str, Tensor], progress: Progress) -> None:
+    def after_step(self, sums: dict[str, Tensor], progress: TrainingProgress) -> None:
         ics_stem.settle(self, sums)
 
     def roles(self) -> dict[str, Role]:

@@ -16,7 +16,7 @@ IGNORED = (*FREE_TO_CHANGE, "seed", "stream.", "samples_per_epoch")
 """Keys that are not compared: they change no result, or are the user's data."""
 
 
-class Difference(NamedTuple):
+class Deviation(NamedTuple):
     """A key whose value is not the published one."""
 
     key: str
@@ -25,7 +25,7 @@ class Difference(NamedTuple):
     source: str
 
 
-class Choice(NamedTuple):
+class UnpublishedChoice(NamedTuple):
     """A key that no publication gives a value for."""
 
     key: str
@@ -36,7 +36,7 @@ class Choice(NamedTuple):
     """The recipe's value."""
 
 
-class Comparison(NamedTuple):
+class Deviations(NamedTuple):
     """A run beside the publication of its method and architecture."""
 
     recipe: str
@@ -44,32 +44,32 @@ class Comparison(NamedTuple):
     published of the method."""
     data: str
     """What the publication trained on; empty where none was published."""
-    differences: list[Difference]
-    choices: list[Choice]
+    differences: list[Deviation]
+    choices: list[UnpublishedChoice]
     """What the recipe had to choose, and what this run has chosen besides."""
 
 
-def compare(config: RunConfig) -> Comparison:
+def compare(config: RunConfig) -> Deviations:
     """Every key that may change the result beside the published value, or beside the recipe's where there is none."""
     name, ours = nearest(config), leaves(config)
     if not name:
-        return Comparison("", "", [], [])
+        return Deviations("", "", [], [])
     table, data = methods.of(config.method).published[name]
     path = SHIPPED / f"{name}.toml"
     shipped_recipe = path.is_file()  # a method of another package may come without
     shipped, reasons = (leaves(recipes.load(path)), comments(path)) if shipped_recipe else (ours, {})
     compared = {key: value for key, value in {**shipped, **ours}.items() if not key.startswith(IGNORED)}
     differences = [
-        Difference(key, ours.get(key), published.value, published.source)
+        Deviation(key, ours.get(key), published.value, published.source)
         for key, published in table.items()
         if ours.get(key) != published.value
     ]
     choices = [
-        Choice(key, ours.get(key), reasons.get(key, ""), shipped.get(key))
+        UnpublishedChoice(key, ours.get(key), reasons.get(key, ""), shipped.get(key))
         for key in compared
         if key not in table and (key in reasons or ours.get(key) != shipped.get(key))
     ]
-    return Comparison(name, data, differences, choices)
+    return Deviations(name, data, differences, choices)
 
 
 def nearest(config: RunConfig) -> str:

@@ -15,7 +15,7 @@ from training.config.run_plan import clock_of, sampling_of
 from training.engine.clock import Clock
 from training.preflight import memory
 from training.preflight.checks import refuse_split, refuse_unsuited
-from training.preflight.deviations import Comparison, compare
+from training.preflight.deviations import Deviations, compare
 from training.preflight.memory import Census, Memory
 
 LUPERSON = 4_180_243
@@ -69,7 +69,7 @@ class DryRun(NamedTuple):
     """Bytes of a GPU; 0: not known."""
     remedies: list[Remedy]
     """Where it does not fit: changes of settings with which it does, the least first."""
-    comparison: Comparison
+    comparison: Deviations
 
     @property
     def fits(self) -> bool | None:

@@ -7,7 +7,7 @@ from datapipe.core.progress import counted, duration
 from training.config import recipe_toml as recipes
 from training.config.build import workload
 from training.preflight.cpu_forecast import flops_of_image
-from training.preflight.deviations import Comparison
+from training.preflight.deviations import Deviations
 from training.preflight.dry_run import GB, DryRun, Steps
 from training.preflight.memory import FRAGMENTATION, RESERVED, Census, Memory
 
@@ -71,7 +71,7 @@ def page(run: DryRun, *, full: bool = False) -> str:
     return text if full else f"{text}\n--full adds memory in parts, parameters, sources, and the resolved recipe"
 
 
-def _differences(comparison: Comparison) -> Iterator[str]:
+def _differences(comparison: Deviations) -> Iterator[str]:
     """How far it is from what was published, in a line each."""
     if not comparison.recipe:
         yield "nothing is published of this method"
@@ -153,7 +153,7 @@ def _verdict(run: DryRun) -> Iterator[str]:
             yield "  no micro-batch, checkpointing of blocks or ZeRO stage is enough: a larger GPU, or more workers"
 
 
-def _compared(comparison: Comparison) -> Iterator[str]:
+def _compared(comparison: Deviations) -> Iterator[str]:
     if not comparison.recipe:
         yield "of this method no settings are"
         return

@@ -28,7 +28,7 @@ score, and somebody else .4; with clustered labels the authors' own repetitions 
 
 
 @settings
-class Row:
+class LiteratureRow:
     """Published scores of one model on one data set. The same keys make up the TOML file of a row of one's own."""
 
     name: str
@@ -98,15 +98,15 @@ Scores = tuple[float, ...]
 """mAP, Rank-1, or mAP alone; then, where there are four, both as the released code gives them."""
 
 
-def _model(model: str, arch: str, title: str, height: int = 256, **facts: Any) -> list[Row]:
-    """The rows of one model; scores by the keys of SETS, all else as in `Row`."""
+def _model(model: str, arch: str, title: str, height: int = 256, **facts: Any) -> list[LiteratureRow]:
+    """The rows of one model; scores by the keys of SETS, all else as in `LiteratureRow`."""
     scores: dict[str, Scores] = {SETS[key]: facts.pop(key) for key in SETS if key in facts}
     sources = facts.pop("sources", {})
     large = "" if height == 256 else f"-{height}"
     family = _family(model)
     facts = {"source": README.get(model.partition("-ics")[0], ""), **facts}
     return [
-        Row(
+        LiteratureRow(
             name=f"{model}-{SHORT[arch]}{large}-{data}", method=title, family=family, data=data, arch=arch,
             size=(height, 128), mAP=numbers[0], rank1=numbers[1] if len(numbers) > 1 else None,
             again=(numbers[2], numbers[3]) if len(numbers) > 2 else None,
@@ -122,7 +122,7 @@ def _family(model: str) -> str:
     return first if first in FAMILIES else ""
 
 
-def _unlabelled(model: str, title: str, **facts: Any) -> list[Row]:
+def _unlabelled(model: str, title: str, **facts: Any) -> list[LiteratureRow]:
     """Rows of ViT-S without labels of the data set: `usl_*`, and `uda_*` for adaptation to it from the other one."""
     rows = []
     ways: list[tuple[Task, str]] = [("uda", "market"), ("uda", "msmt"), ("usl", "market"), ("usl", "msmt")]
@@ -131,7 +131,7 @@ def _unlabelled(model: str, title: str, **facts: Any) -> list[Row]:
         origin = {"market": "msmt", "msmt": "market"}[key] if task == "uda" else ""
         way = f"{task}-{SETS[origin]}-to" if origin else task
         rows.append(
-            Row(
+            LiteratureRow(
                 name=f"{model}-vits-{way}-{SETS[key]}", method=title, family=_family(model), data=SETS[key],
                 arch="vit_small", stem=facts.get("stem", "patch"), parts=facts.get("parts", 0), task=task,
                 origin=SETS.get(origin, ""), mAP=mean, rank1=first, again=(again[0], again[1]) if again else None,
@@ -148,7 +148,7 @@ MAE: dict[str, Any] = {"recipe": "supervised_mae"}
 NOT_PUBLIC = "the fine-tuning is not public: HAP's is used; the size is inferred from the scores it is compared with"
 ABSTRACT = "abstract of PersonMAE (Hu et al., 2023)"
 
-ROWS: tuple[Row, ...] = (
+ROWS: tuple[LiteratureRow, ...] = (
     *_model("dino", "vit_small", "DINO on all of LUPerson", market=(90.3, 95.4), msmt=(64.2, 83.4)),
     *_model("moby", "vit_small", "MoBY", source="PersonViT README", market=(84.0, 92.9), msmt=(50.0, 73.2)),
     *_model("transreid-ssl", "vit_small", "TransReID-SSL with CFS",

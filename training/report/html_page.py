@@ -107,7 +107,7 @@ def _moderate(data: bytes) -> bytes:
     return out.getvalue()
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """Cells of a table; `main` rows stand out, `grey` ones stand back."""
 
     cells: Sequence[str]
@@ -121,7 +121,7 @@ class Row(NamedTuple):
         return f' class="{name}"' if name else ""
 
 
-def table(head: Sequence[str], rows: Iterable[Row], *, numbers: Sequence[int]) -> str:
+def table(head: Sequence[str], rows: Iterable[TableRow], *, numbers: Sequence[int]) -> str:
     """A table that scrolls sideways on a narrow screen; the columns in `numbers` are aligned to the right."""
     lines = [f"<tr{row.kind}>{_cells('td', row.cells, numbers)}</tr>\n" for row in rows]
     body = f"<thead><tr>{_cells('th', head, numbers)}</tr></thead>\n<tbody>\n{''.join(lines)}</tbody>"

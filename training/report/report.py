@@ -14,7 +14,7 @@ from datapipe.core.errors import DataError
 from datapipe.core.progress import duration
 from training.core.run_folder.run_folder import RunFolder
 from training.report.curves import curve, grid, keys, restarts, wide
-from training.report.html_page import Pictures, Row, count, details, escape, facts, missing, page, soft, table
+from training.report.html_page import Pictures, TableRow, count, details, escape, facts, missing, page, soft, table
 from training.report.run_files import Attempt, Record, RunFiles
 from training.report.section_faults import faults_section
 from training.report.section_health import health_section
@@ -143,11 +143,11 @@ def _attempts(files: RunFiles) -> str:
     return table(head, rows, numbers=(0, 2, 5, 6, 7, 8)) + note
 
 
-def _attempt_row(attempt: Attempt, done: int) -> Row:
+def _attempt_row(attempt: Attempt, done: int) -> TableRow:
     header, records = attempt.header, attempt.records
     redone = max(0, done - (attempt.first or done + 1) + 1)
     steps = f"{attempt.first:,} to {attempt.last:,}" if records else "none"
-    return Row(
+    return TableRow(
         [
             str(attempt.number),
             str(header.get("time", "")).replace("T", " ").removesuffix("+00:00").removesuffix("Z"),

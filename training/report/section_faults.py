@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from datapipe.stream.preview import view_sheet
-from training.report.html_page import Pictures, Row, count, escape, soft, table
+from training.report.html_page import Pictures, TableRow, count, escape, soft, table
 from training.report.run_files import RunFiles
 from training.trainer.nonfinite import RECORD
 
@@ -43,13 +43,13 @@ def faults_section(files: RunFiles, pictures: Pictures) -> str:
     return "\n".join(parts)
 
 
-def _steps(files: RunFiles) -> tuple[list[Row], int]:
+def _steps(files: RunFiles) -> tuple[list[TableRow], int]:
     """Rows of the table, and how many lines could not be read."""
     rows, cut = [], 0
     for line in (files.text(RECORD) or "").splitlines():
         try:
             record: dict[str, Any] = json.loads(line)
-            rows.append(Row([count(record["step"]), str(record["action"]), str(record["what"])]))
+            rows.append(TableRow([count(record["step"]), str(record["action"]), str(record["what"])]))
         except (ValueError, KeyError, TypeError):
             cut += 1
     return rows, cut

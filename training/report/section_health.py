@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from training.report.curves import curve, grid, keys, restarts
-from training.report.html_page import Row, count, missing, soft, table
+from training.report.html_page import TableRow, count, missing, soft, table
 from training.report.run_files import Record, RunFiles
 from training.report.section_speed import SPEED_KEYS
 from training.report.svg_plots import Curve, Plot
@@ -35,7 +35,9 @@ def _signs(files: RunFiles) -> str:
     if not seen:
         return soft(f"No sign of collapse in {len(files.records):,} steps.")
     head = ("sign", "from step", "to step", "what it means", "what to try")
-    rows = [Row([s.rule.name, count(s.since), _end(s), s.rule.what, s.rule.hint], main=s.until is None) for s in seen]
+    rows = [
+        TableRow([s.rule.name, count(s.since), _end(s), s.rule.what, s.rule.hint], main=s.until is None) for s in seen
+    ]
     rules = {sign.rule.name: sign.rule for sign in seen}
     return table(head, rows, numbers=(1, 2)) + grid([_judged(files, rule) for rule in rules.values()])
 

@@ -3,9 +3,8 @@
 from typing import Any
 
 from training.reid.datasets.benchmarks import PUBLISHED
-from training.reid.literature import ROWS, Task
-from training.reid.literature import Row as Published
-from training.report.html_page import Row, details, escape, missing, soft, table
+from training.reid.literature import ROWS, LiteratureRow, Task
+from training.report.html_page import TableRow, details, escape, missing, soft, table
 from training.report.run_files import RunFiles, Score
 
 _HEAD = ("method", "backbone", "height × width", "data set", "mAP", "Rank-1", "source", "comparable")
@@ -37,7 +36,7 @@ def _beside(score: Score) -> str:
     return "\n".join(parts)
 
 
-def alike(content: dict[str, Any]) -> list[Published]:
+def alike(content: dict[str, Any]) -> list[LiteratureRow]:
     """Rows for weights that were pre-trained by the same method; if none were, those on the same data set."""
     model, data = content["settings"]["model"], content["data"]["name"]
     possible = [row for row in ROWS if not row.refusal]
@@ -45,7 +44,7 @@ def alike(content: dict[str, Any]) -> list[Published]:
     return family or [row for row in possible if row.data == data]
 
 
-def not_comparable(row: Published, content: dict[str, Any]) -> list[str]:
+def not_comparable(row: LiteratureRow, content: dict[str, Any]) -> list[str]:
     """Why a published score cannot be held against ours; empty: it can."""
     settings, data = content["settings"], content["data"]
     model = settings["model"]
@@ -66,18 +65,18 @@ def _said(task: Task) -> str:
     return {"zero-shot": "not fine-tuned", "supervised": "fine-tuned"}.get(task, task)
 
 
-def _ours(score: Score) -> Row:
+def _ours(score: Score) -> TableRow:
     settings = score.content["settings"]
     model = settings["model"]
     cells = [f"ours ({score.weights}, {score.headline})", model["arch"], _size(settings["size"]), score.set_name]
-    return Row([*cells, *(_percent(score.value(key)) for key in ("mAP", "rank1")), "this run", ""], main=True)
+    return TableRow([*cells, *(_percent(score.value(key)) for key in ("mAP", "rank1")), "this run", ""], main=True)
 
 
-def _row(row: Published, reasons: list[str]) -> Row:
+def _row(row: LiteratureRow, reasons: list[str]) -> TableRow:
     data = PUBLISHED[row.data].title if row.data in PUBLISHED else row.data
     rank1 = "" if row.rank1 is None else f"{row.rank1:.1f}"
     cells = [row.method, row.arch, _size(row.size), data, f"{row.mAP:.1f}", rank1, row.source]
-    return Row([*cells, f"no: {'; '.join(reasons)}" if reasons else "yes"], grey=bool(reasons))
+    return TableRow([*cells, f"no: {'; '.join(reasons)}" if reasons else "yes"], grey=bool(reasons))
 
 
 def _size(size: Any) -> str:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from datapipe.core.progress import duration
-from training.report.html_page import Row, count, percent, soft, table
+from training.report.html_page import TableRow, count, percent, soft, table
 from training.report.run_files import RunFiles
 
 HISTORY, PACE = "restarts.jsonl", "ranks/pace.jsonl"
@@ -29,10 +29,10 @@ def _restarts(files: RunFiles) -> str:
     return table(head, rows, numbers=(3, 4, 5, 6, 7)) + note
 
 
-def _row(record: dict[str, Any]) -> Row:
+def _row(record: dict[str, Any]) -> TableRow:
     when = datetime.fromtimestamp(record["time"], UTC).strftime("%Y-%m-%d %H:%M:%S")
     numbers = [count(record.get(key)) for key in ("workers", "step", "saved", "in_a_row")]
-    return Row([when, record["kind"], record["reason"], *numbers, duration(record.get("delay_s", 0.0))])
+    return TableRow([when, record["kind"], record["reason"], *numbers, duration(record.get("delay_s", 0.0))])
 
 
 def _ranks(files: RunFiles) -> str:
@@ -44,7 +44,7 @@ def _ranks(files: RunFiles) -> str:
     own = zip(*(window["own_s"] for window in windows), strict=True)
     waits = zip(*(window["wait_share"] for window in windows), strict=True)
     rows = [
-        Row([str(rank), f"{statistics.fmean(seconds):.3f} s", percent(statistics.fmean(shares))])
+        TableRow([str(rank), f"{statistics.fmean(seconds):.3f} s", percent(statistics.fmean(shares))])
         for rank, (seconds, shares) in enumerate(zip(own, waits, strict=True))
     ]
     note = "A step takes as long on all ranks; what a rank needs by itself is its forward pass and waiting for data."

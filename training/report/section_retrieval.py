@@ -5,7 +5,7 @@ from typing import Any
 
 from datapipe.core.progress import counted
 from training.report.curves import grid, wide
-from training.report.html_page import Pictures, Row, count, details, escape, facts, missing, percent, soft, table
+from training.report.html_page import Pictures, TableRow, count, details, escape, facts, missing, percent, soft, table
 from training.report.run_files import BASELINES, RunFiles, Score, TestSet
 from training.report.svg_plots import Curve, Plot
 
@@ -97,11 +97,11 @@ def _remarks(about: dict[str, Any]) -> list[str]:
     return [*data.get("differences", ()), *data.get("warnings", ())]
 
 
-def _score_row(score: Score, feature: str, *, main: bool = False) -> Row:
+def _score_row(score: Score, feature: str, *, main: bool = False) -> TableRow:
     step, samples = score.step, score.content.get("samples") if score.step is not None else None
     numbers = [score.features[feature].get(metric) for metric, _ in _METRICS]
     cells = [_NAMES.get(score.weights, score.weights), count(step), count(samples), feature]
-    return Row([*cells, *("" if number is None else f"{100 * number:.1f}" for number in numbers)], main)
+    return TableRow([*cells, *("" if number is None else f"{100 * number:.1f}" for number in numbers)], main)
 
 
 def _map_plot(test_set: TestSet) -> Plot:
@@ -169,7 +169,7 @@ def _distances_of(test_set: TestSet) -> str:
             )
         )
     if cameras:
-        rows = [Row([name, f"{100 * value:.1f}"]) for name, value in cameras.items()]
+        rows = [TableRow([name, f"{100 * value:.1f}"]) for name, value in cameras.items()]
         parts.append(table(("camera of the query", "mAP, %"), rows, numbers=(1,)))
     return "\n".join(parts) if len(parts) > 1 else ""
 

@@ -13,14 +13,14 @@ from training.engine.clock import Clock
 from training.engine.param_groups import StepSettings, settings_at
 from training.engine.settings import OptimisationConfig
 from training.engine.stepper import Result, Stepper
-from training.methods.base import Method, Progress, Views
+from training.methods.base import Method, TrainingProgress, Views
 from training.trainer.agreement import Stop
 from training.trainer.monitoring.observer import Observer, StepDone
 from training.trainer.monitoring.throughput import RankCounters
 from training.trainer.nonfinite import Faults
 
 
-class Source(Protocol):
+class BatchSource(Protocol):
     """Where batches come from: a `datapipe.stream.loader.Loader`, or fixed batches in a test."""
 
     @property
@@ -41,12 +41,12 @@ class Segment:
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """Everything the loop needs, made by `pretrain.py` or a test."""
 
     method: Method
     stepper: Stepper
-    loader: Source
+    loader: BatchSource
     place: Callable[[Batch], Views]
     """Moves one micro-batch to the device and normalises it."""
     clock: Clock
@@ -70,7 +70,7 @@ class Run:
         self.tally = RankCounters(self.exchange)
 
 
-def train(run: Run, segment: Segment, *, position: int = 0) -> tuple[int, bool]:
+def train(run: TrainingRun, segment: Segment, *, position: int = 0) -> tuple[int, bool]:
     """Steps from `position` until the segment is done or the run is told to stop.
 
     Returns (samples seen, segment complete). The state at the end is saved in both cases.
@@ -81,7 +81,7 @@ def train(run: Run, segment: Segment, *, position: int = 0) -> tuple[int, bool]:
         now = settings_at(run.optimisation, progress)
         run.stepper.apply(now, progress)
         result = _step(run, batch, progress)
-        run.exchange.hear()
+        run.exchange.receive()
         if result.finite:
             run.method.after_step(result.sums, progress)
             _follow(run, now.ema)
@@ -89,7 +89,7 @@ def train(run: Run, segment: Segment, *, position: int = 0) -> tuple[int, bool]:
         else:
             run.faults.handle(progress, batch, result, run.stepper.names)  # raises Rewind, or the step is skipped
         position = batch.after
-        run.exchange.tell()
+        run.exchange.send()
         if run.checkpoints is not None:
             ends = position >= segment.end
             _keep(run, run.checkpoints, progress.step + 1, position, stops=run.stop.reached, ends=ends)
@@ -98,7 +98,7 @@ def train(run: Run, segment: Segment, *, position: int = 0) -> tuple[int, bool]:
     return position, position >= segment.end
 
 
-def _step(run: Run, batch: Batch, progress: Progress) -> Result:
+def _step(run: TrainingRun, batch: Batch, progress: TrainingProgress) -> Result:
     """The batch through forward, backward and step; again, and exactly so, while gradients overflow at the loss scale:
     every random number hangs on the position alone."""
     before = run.stepper.scale
@@ -110,7 +110,7 @@ def _step(run: Run, batch: Batch, progress: Progress) -> Result:
     return result
 
 
-def _try(run: Run, batch: Batch, progress: Progress) -> Result:
+def _try(run: TrainingRun, batch: Batch, progress: TrainingProgress) -> Result:
     parts = list(batch.micro_batches(run.micro_batch))
     for index, part in enumerate(parts):
         outcome = run.stepper.forward(run.place(part), progress)
@@ -118,28 +118,28 @@ def _try(run: Run, batch: Batch, progress: Progress) -> Result:
     return run.stepper.step()
 
 
-def rehearse(run: Run, batch: Batch) -> None:
+def rehearse(run: TrainingRun, batch: Batch) -> None:
     """Forward and backward on one micro-batch without a step: faults show in the first minute. Leaves no trace."""
     progress = run.clock.at(0)
     run.stepper.apply(settings_at(run.optimisation, progress), progress)
     run.stepper.rehearse(run.place(next(batch.micro_batches(run.micro_batch))), progress)
 
 
-def _follow(run: Run, momentum: float) -> None:
+def _follow(run: TrainingRun, momentum: float) -> None:
     """The teacher moves towards the student."""
     networks = run.method.networks()
     if "teacher" in networks:
         ema.update(run.stepper.held(networks["student"]), run.stepper.held(networks["teacher"]), momentum)
 
 
-def _observe(run: Run, progress: Progress, now: StepSettings, batch: Batch, result: Result) -> None:
+def _observe(run: TrainingRun, progress: TrainingProgress, now: StepSettings, batch: Batch, result: Result) -> None:
     run.tally.note(batch.waited_s, run.loader.intake)
     step = StepDone(progress, now, batch, result, run.tally.latest)
     for observer in run.observers:
         observer.step(step)
 
 
-def _keep(run: Run, checkpoints: Checkpoints, step: int, samples: int, *, stops: bool, ends: bool) -> None:
+def _keep(run: TrainingRun, checkpoints: Checkpoints, step: int, samples: int, *, stops: bool, ends: bool) -> None:
     """Begin a checkpoint where one is due, tell of those that exist by now. At a stop and at the end it is waited for;
     an end without its checkpoint is an error."""
     if checkpoints.due(step) or stops or ends:
@@ -148,7 +148,7 @@ def _keep(run: Run, checkpoints: Checkpoints, step: int, samples: int, *, stops:
             checkpoints.finish(needed=ends)
         for observer in run.observers:
             observer.paused()
-    for saved in checkpoints.collect():
+    for saved in checkpoints.newly_saved():
         run.host.saved(saved.step)
         for observer in run.observers:
             observer.saved(saved)

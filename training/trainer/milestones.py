@@ -23,7 +23,7 @@ from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
 from training.engine.clock import Clock
 from training.evaluation import evaluation
-from training.evaluation.evaluation import Task
+from training.evaluation.evaluation import ScoringTask
 from training.reid.settings import EvaluationConfig
 from training.reid.zero_shot import Weights
 from training.trainer.monitoring.observer import Observer
@@ -62,10 +62,10 @@ class Milestones:
 
     def _score(self, weights: Weights) -> tuple[str, dict[str, float]]:
         """(name of the test set, scores)."""
-        task = Task(self.config.out, self.config.evaluation.data, weights, self.config.storage,
+        task = ScoringTask(self.config.out, self.config.evaluation.data, weights, self.config.storage,
                     self.config.evaluation.scoring)  # fmt: skip
-        self.host.say(f"scores {weights.name}")
-        with telling(self.host.say):
+        self.host.show_line(f"scores {weights.name}")
+        with telling(self.host.show_line):
             metrics = evaluation.score(task, device=self.world.device, out=self.folder.store)
         ours = {checkpoint.name_of(end // self.clock.batch) for end in ends(self.config.evaluation, self.clock)}
         scores = scored(self.folder, metrics["set"], ours)

@@ -20,7 +20,7 @@ from training.core.host import run_lines
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
 from training.engine.stepper import Result
-from training.methods.base import Progress
+from training.methods.base import TrainingProgress
 
 MOST_SKIPS, WINDOW_STEPS = 3, 1_000
 RECORD = "faults/steps.jsonl"
@@ -40,7 +40,7 @@ class Faults:
         self._failed = {record["step"] for record in records}
         self._skipped = {record["step"] for record in records if record["action"] == "skipped"}
 
-    def handle(self, progress: Progress, batch: Batch, result: Result, names: list[str]) -> None:
+    def handle(self, progress: TrainingProgress, batch: Batch, result: Result, names: list[str]) -> None:
         """Raise Rewind, or return when the step is to be skipped. Raises DataError when too many were."""
         step = progress.step + 1
         self._keep(step, batch)

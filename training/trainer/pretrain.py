@@ -23,7 +23,7 @@ from training.core.host import Host, lines_to, run_lines
 from training.core.run_folder import starting
 from training.core.run_folder.lease import Follower, Lease, lease_on
 from training.core.run_folder.run_folder import RunFolder
-from training.core.run_folder.write_guard import Guard, Ticket
+from training.core.run_folder.write_guard import Ticket, WriteGuard
 from training.core.world import World
 from training.engine.clock import Clock
 from training.engine.loss_scaling import first_scale
@@ -37,7 +37,7 @@ from training.preflight.compiler import refuse_without_compiler
 from training.preflight.memory_advice import training_memory
 from training.trainer.batch_to_device import BatchToDevice
 from training.trainer.determinism import deterministic, guarantee
-from training.trainer.loop import Run, Segment, rehearse, train
+from training.trainer.loop import Segment, TrainingRun, rehearse, train
 from training.trainer.milestones import Milestones
 from training.trainer.monitoring.heartbeat import Startup
 from training.trainer.monitoring.rank_log import rank_log
@@ -57,7 +57,7 @@ class Ending(NamedTuple):
 
 
 def pretrain(
-    config: RunConfig, *, world: World, host: Host, reason: str = "started", guard: Guard | None = None
+    config: RunConfig, *, world: World, host: Host, reason: str = "started", guard: WriteGuard | None = None
 ) -> Ending:
     """Run the recipe in this process as one rank of `world`, from the last good checkpoint to the end or a stop.
 
@@ -70,7 +70,7 @@ def pretrain(
     if config.backbone.compile_blocks:
         refuse_without_compiler(world.device)
     with (
-        lines_to(host.say) if world.is_leader else contextlib.nullcontext(),
+        lines_to(host.show_line) if world.is_leader else contextlib.nullcontext(),
         numbers_in_environment(),
         _writing(config, world, host, guard) as guard,
         training_memory(config, world),
@@ -101,7 +101,7 @@ def _plan(config: RunConfig, world: World) -> RunPlan:
 
 
 @contextlib.contextmanager
-def _writing(config: RunConfig, world: World, host: Host, guard: Guard | None) -> Iterator[Guard]:
+def _writing(config: RunConfig, world: World, host: Host, guard: WriteGuard | None) -> Iterator[WriteGuard]:
     """The rank's guard of the run folder. What the leading rank meets in place of a lease all raise."""
     if guard is not None:
         guard.settle()
@@ -112,7 +112,7 @@ def _writing(config: RunConfig, world: World, host: Host, guard: Guard | None) -
     if world.is_leader:
         try:
             lease = lease_on(config.out, config.storage, config.cluster.lease_s, has_workers=world.size > 1,
-                             say=host.say)  # fmt: skip
+                             show_line=host.show_line)  # fmt: skip
             lease.settle()
             outcome = lease.ticket
         except UserError as error:
@@ -143,12 +143,12 @@ def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason
     run_lines.info(f"builds {config.method.name} with {config.backbone.arch}" + (
         f" from {config.init.weights}" if config.init.weights else ""))  # fmt: skip
     method, origin = initial_method(config)
-    refuse_split(config, share, couples=method.couples_batch())
+    refuse_split(config, split, couples=method.couples_batch())
     if world.is_leader:
         describe(plan, folder, world)
     method = method.to(world.device)
     run_lines.info(f"starts the engine ({config.engine.stepper}, {counted(world.size, 'rank')}, {world.device.type})")
-    stepper = make_stepper(config, method, world, share)
+    stepper = make_stepper(config, method, world, split)
     world.expect_within(config.cluster.start_timeout_s + config.cluster.collective_timeout_s)  # DeepSpeed's groups, too
     checkpoints = Checkpoints(
         folder.at("checkpoints"),
@@ -172,7 +172,7 @@ def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason
                 "world": world.size, "resumed_from": resumed, "step": position // clock.batch, "reason": reason,
                 "startup": startup.times,
             })  # fmt: skip
-        run = Run(
+        run = TrainingRun(
             method=method, stepper=stepper, loader=loader, clock=clock,
             place=BatchToDevice(world.device, config.views.statistics),
             optimisation=config.optimisation, micro_batch=split.micro_batch, checkpoints=checkpoints, host=host,
@@ -204,7 +204,7 @@ def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason
 
 
 def _train(
-    run: Run, checkpoints: Checkpoints, config: RunConfig, milestones: Milestones, position: int
+    run: TrainingRun, checkpoints: Checkpoints, config: RunConfig, milestones: Milestones, position: int
 ) -> tuple[int, bool]:
     """Segment after segment, each scored at its end. (samples seen, whether all of the run is done)."""
     for end in milestones.after(position):
@@ -218,7 +218,7 @@ def _train(
 
 
 def _train_segment(
-    run: Run, checkpoints: Checkpoints, config: RunConfig, segment: Segment, position: int
+    run: TrainingRun, checkpoints: Checkpoints, config: RunConfig, segment: Segment, position: int
 ) -> tuple[int, bool]:
     """The loop, begun anew from the last checkpoint whenever a step asks for it."""
     while True:

@@ -16,7 +16,7 @@ from training.methods.base import Method
 from training.nn.vision_transformer import BackboneConfig, Shape, VisionTransformer
 from training.weights.counted_keys import first_few, load_counted
 from training.weights.export import CARD, load_backbone, load_card
-from training.weights.published import Network, Published, Stated, read_published
+from training.weights.published import Network, PublishedWeights, Stated, read_published
 from training.weights.resize_positions import Interpolation, resized, resizing
 
 CENTRES = {"center": "centre_cls", "center2": "centre_patch"}
@@ -98,7 +98,7 @@ def in_words(origin: Mapping[str, Any]) -> str:
     return f"{start}{which}{fresh}{centres}{normalised}"
 
 
-def _start(network: nn.Module, source: Published, init: InitConfig, backbone: BackboneConfig) -> set[str]:
+def _start(network: nn.Module, source: PublishedWeights, init: InitConfig, backbone: BackboneConfig) -> set[str]:
     """Fill one network. The names of what stays fresh."""
     _refuse_another_architecture(source.backbone.config, backbone, init.weights)
     assert isinstance(network.backbone, VisionTransformer)
@@ -129,7 +129,7 @@ def _is_export(init: InitConfig, storage: StorageConfig) -> bool:
     return open_store(init.weights, storage).exists(CARD)
 
 
-def _read(init: InitConfig, network: Network, backbone: BackboneConfig, storage: StorageConfig) -> Published:
+def _read(init: InitConfig, network: Network, backbone: BackboneConfig, storage: StorageConfig) -> PublishedWeights:
     if not _is_export(init, storage):
         stated = Stated(network=network, heads=backbone.shape.heads, depth=backbone.shape.depth,
                         size=backbone.size)  # fmt: skip
@@ -147,7 +147,7 @@ def _read(init: InitConfig, network: Network, backbone: BackboneConfig, storage:
     origin |= {key: card[key] for key in ("method", "manifest", "licence", "samples", "origin") if key in card}
     normalised = tuple(tuple(card["input"][key]) for key in ("mean", "std"))
     named: dict[Any, Statistics] = {value: name for name, value in MEAN_STD.items()}
-    return Published(load_backbone(store), {}, origin, named.get(normalised, "imagenet"))
+    return PublishedWeights(load_backbone(store), {}, origin, named.get(normalised, "imagenet"))
 
 
 def _refuse_another_architecture(stored: BackboneConfig, wanted: BackboneConfig, where: str) -> None:

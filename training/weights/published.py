@@ -41,7 +41,7 @@ FINE_TUNED = {
 }
 
 
-class Layout(NamedTuple):
+class FileLayout(NamedTuple):
     """How a family of published files is laid out."""
 
     name: str
@@ -62,23 +62,23 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = (
-    Layout("pass_checkpoint", "PASS, training checkpoint", "backbone.", "part_token1", PROJECTION, pair=True),
-    Layout("ics_checkpoint", "TransReID-SSL with ICS stem, training checkpoint", "backbone.",
+    FileLayout("pass_checkpoint", "PASS, training checkpoint", "backbone.", "part_token1", PROJECTION, pair=True),
+    FileLayout("ics_checkpoint", "TransReID-SSL with ICS stem, training checkpoint", "backbone.",
            "patch_embed.conv.0.weight", {**PROJECTION, **UNUSED_IN_CHECKPOINT}, pair=True),
-    Layout("personvit_checkpoint", "PersonViT or iBOT, training checkpoint", "backbone.", "cls_token",
+    FileLayout("personvit_checkpoint", "PersonViT or iBOT, training checkpoint", "backbone.", "cls_token",
            {**PROJECTION, "backbone.masked_embed": MASK_TOKEN}, pair=True, beside="ibot_loss"),
-    Layout("dino_checkpoint", "DINO or TransReID-SSL, training checkpoint", "backbone.", "cls_token",
+    FileLayout("dino_checkpoint", "DINO or TransReID-SSL, training checkpoint", "backbone.", "cls_token",
            {**PROJECTION, **UNUSED_IN_CHECKPOINT}, pair=True),
-    Layout("pass_fine_tuned", "PASS, fine-tuned", "base.", "part_token1", FINE_TUNED, statistics="half"),
-    Layout("ics_fine_tuned", "TransReID-SSL with ICS stem, fine-tuned", "base.", "patch_embed.conv.0.weight",
+    FileLayout("pass_fine_tuned", "PASS, fine-tuned", "base.", "part_token1", FINE_TUNED, statistics="half"),
+    FileLayout("ics_fine_tuned", "TransReID-SSL with ICS stem, fine-tuned", "base.", "patch_embed.conv.0.weight",
            FINE_TUNED, statistics="half"),
-    Layout("fine_tuned", "TransReID-SSL or PersonViT, fine-tuned", "base.", "cls_token", FINE_TUNED,
+    FileLayout("fine_tuned", "TransReID-SSL or PersonViT, fine-tuned", "base.", "cls_token", FINE_TUNED,
            statistics="half"),
-    Layout("pass", "PASS, backbone alone", "", "part_token1", {}),
-    Layout("ics", "TransReID-SSL with ICS stem, backbone alone", "", "patch_embed.conv.0.weight", UNUSED),
-    Layout("ibot", "iBOT's student, backbone alone", "", "masked_embed", {"masked_embed": MASK_TOKEN}),
-    Layout("mae", "MAE with decoder", "", "mask_token", DECODER),
-    Layout("vit", "bare ViT: TransReID-SSL, DINO, iBOT's teacher, MAE's encoder, timm", "", "cls_token",
+    FileLayout("pass", "PASS, backbone alone", "", "part_token1", {}),
+    FileLayout("ics", "TransReID-SSL with ICS stem, backbone alone", "", "patch_embed.conv.0.weight", UNUSED),
+    FileLayout("ibot", "iBOT's student, backbone alone", "", "masked_embed", {"masked_embed": MASK_TOKEN}),
+    FileLayout("mae", "MAE with decoder", "", "mask_token", DECODER),
+    FileLayout("vit", "bare ViT: TransReID-SSL, DINO, iBOT's teacher, MAE's encoder, timm", "", "cls_token",
            {**CLASSIFIER, **UNUSED}),
 )  # fmt: skip
 """The more special before the more general: the first whose marks are there is the file's."""
@@ -130,7 +130,7 @@ class Stated:
     """Image size (height, width) that the position table was made for, if it fits none of RATIOS."""
 
 
-class Published(NamedTuple):
+class PublishedWeights(NamedTuple):
     """What was read."""
 
     backbone: VisionTransformer
@@ -144,7 +144,7 @@ class Published(NamedTuple):
     """Of the loss, by their names in the file, beside the networks of a training checkpoint."""
 
 
-def read_published(url: str, storage: StorageConfig, stated: Stated) -> Published:
+def read_published(url: str, storage: StorageConfig, stated: Stated) -> PublishedWeights:
     """Read a file of published weights, local or remote. Raises DataError where anything does not fit."""
     folder, name = split_url(url)
     data = open_store(folder, storage).read(name)
@@ -165,7 +165,7 @@ def read_published(url: str, storage: StorageConfig, stated: Stated) -> Publishe
         "network": stated.network if layout.pair else "", "tensors": len(used), "left_out": left_out,
         "arguments": _arguments(content), **_identities(aside),
     }  # fmt: skip
-    return Published(backbone.eval(), aside, origin, layout.statistics, _centres(entries) if layout.pair else {})
+    return PublishedWeights(backbone.eval(), aside, origin, layout.statistics, _centres(entries) if layout.pair else {})
 
 
 def _unwrapped(content: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -176,7 +176,7 @@ def _unwrapped(content: dict[str, Any]) -> tuple[dict[str, Any], str]:
     return content, ""
 
 
-def _recognised(entries: Mapping[str, Any], stated: Stated, where: str) -> tuple[Layout, dict[str, Any]]:
+def _recognised(entries: Mapping[str, Any], stated: Stated, where: str) -> tuple[FileLayout, dict[str, Any]]:
     """The file's layout, and the state of the network asked for, without `module.`."""
     for layout in LAYOUTS:
         state = _state(entries, layout, stated.network)
@@ -190,12 +190,12 @@ def _recognised(entries: Mapping[str, Any], stated: Stated, where: str) -> tuple
                     where=where, hint="save the state_dict() of the backbone alone")  # fmt: skip
 
 
-def _state(entries: Mapping[str, Any], layout: Layout, network: Network) -> dict[str, Any]:
+def _state(entries: Mapping[str, Any], layout: FileLayout, network: Network) -> dict[str, Any]:
     state = entries.get(network) if layout.pair else entries
     return {str(key).removeprefix("module."): value for key, value in state.items()} if isinstance(state, dict) else {}
 
 
-def _why(layout: Layout, key: str) -> str:
+def _why(layout: FileLayout, key: str) -> str:
     """Why a tensor is left out; empty: it is used."""
     return next((why for pattern, why in layout.left_out.items() if fnmatch.fnmatchcase(key, pattern)), "")
 

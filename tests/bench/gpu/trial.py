@@ -20,9 +20,9 @@ from training.core.host import LocalHost
 from training.core.precision import Precision
 from training.core.world import World
 from training.engine.stepper import Result
-from training.methods.base import Method, Progress
+from training.methods.base import Method, TrainingProgress
 from training.trainer.batch_to_device import BatchToDevice
-from training.trainer.loop import Run, Segment, train
+from training.trainer.loop import Segment, TrainingRun, train
 from training.trainer.monitoring.observer import Observer, StepDone
 from training.trainer.nonfinite import Faults, describe
 
@@ -40,7 +40,7 @@ class Refusing(Faults):
     def __init__(self) -> None:
         """No run folder, no other ranks."""
 
-    def handle(self, progress: Progress, batch: Batch, result: Result, names: list[str]) -> None:
+    def handle(self, progress: TrainingProgress, batch: Batch, result: Result, names: list[str]) -> None:
         raise NotFinite(f"step {progress.step + 1}: {describe(result, names)}")
 
 
@@ -97,7 +97,7 @@ class Trial(Observer):
         checkpoints = None if store is None else Checkpoints(
             store, config.checkpoints, world, about=_about(config)
         )  # fmt: skip
-        self.run = Run(
+        self.run = TrainingRun(
             method=self.method, stepper=make_stepper(config, self.method, world, split), loader=Noise(config, device),
             place=BatchToDevice(device, config.views.statistics), clock=clock_of(config, 0), optimisation=optimisation,
             micro_batch=split.micro_batch, checkpoints=checkpoints, host=LocalHost(),

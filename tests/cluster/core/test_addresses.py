@@ -14,7 +14,7 @@ import pytest
 from cluster.__main__ import main
 from cluster.core import addresses
 from cluster.core.addresses import dashboard_of, head_of
-from cluster.core.arguments import PretrainCommand
+from cluster.core.arguments import PretrainJob
 from cluster.core.session import chosen_address
 from datapipe.core import cli
 from datapipe.core.errors import ClusterError, UsageError
@@ -138,11 +138,11 @@ def test_commands__say_it_in_one_error(closed: str, tmp_path: object, capsys: py
 @pytest.mark.parametrize("words", [["demo", "--address", "h:1", "--seed", "2"],
                                    ["--address=h:1", "demo", "--seed", "2"]])  # fmt: skip
 def test_pretrain__takes_an_address_in_both_spellings(words: list[str]) -> None:
-    chosen, rest = cli.read_some(PretrainCommand, words, prog="")
+    chosen, rest = cli.read_some(PretrainJob, words, prog="")
     assert (chosen.address, chosen.recipe, rest) == ("h:1", "demo", ["--seed", "2"])
 
 
 @pytest.mark.parametrize("words", [["demo", "--address"], ["demo", "--address="]])
 def test_pretrain__an_address_that_is_missing_is_said(words: list[str]) -> None:
     with pytest.raises(UsageError, match="`--address`: "):
-        cli.read_some(PretrainCommand, words, prog="")
+        cli.read_some(PretrainJob, words, prog="")

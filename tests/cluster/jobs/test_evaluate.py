@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from cluster.commands import evaluate
-from cluster.core.arguments import EvaluateCommand
+from cluster.core.arguments import EvaluateJob
 from cluster.core.job_paths import IN_JOB
 from datapipe.core.cli import read_some
 from datapipe.core.errors import ConfigError
@@ -87,7 +87,7 @@ def test_evaluate_supervised__killed_and_started_again_goes_on_from_its_checkpoi
 
 
 def test_evaluate__takes_what_the_local_command_takes_and_flags_of_a_recipe() -> None:
-    chosen, flags = read_some(EvaluateCommand, ["random", "--data", "people", "--task", "supervised", "--out",
+    chosen, flags = read_some(EvaluateJob, ["random", "--data", "people", "--task", "supervised", "--out",
                                "s3://b/x", "--address", "local", "--optimisation.epochs", "3"], prog="")  # fmt: skip
     assert (chosen.task, chosen.address, flags) == ("supervised", "local", ["--optimisation.epochs", "3"])
     assert chosen.places == {"data": "people", "out": "s3://b/x"}

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from cluster.core.arguments import ShardCommand
+from cluster.core.arguments import ShardJob
 from cluster.core.session import prepare
 from cluster.core.shared_paths import MARK, marked, unseen, witnesses
 from cluster.jobs.shard import RayWorkers, _anywhere
@@ -226,10 +226,10 @@ def test_shard_job__places_that_workers_elsewhere_understand(tmp_path: Path, mon
     (tmp_path / "crops").mkdir()
     (tmp_path / "crops" / "a.jpg").touch()
     monkeypatch.chdir(tmp_path / "crops")
-    local = _anywhere(ShardCommand(sources=(".", "s3://bucket/crops/"), out="../out"), joined=True)
+    local = _anywhere(ShardJob(sources=(".", "s3://bucket/crops/"), out="../out"), joined=True)
     assert local.sources == (str(tmp_path / "crops"), "s3://bucket/crops")
     assert (local.out, local.config.spool) == (str(tmp_path / "out"), "")
-    remote = ShardCommand(sources=(".",), out="s3://bucket/out/")
+    remote = ShardJob(sources=(".",), out="s3://bucket/out/")
     assert _anywhere(remote, joined=True).config.spool == "s3://bucket/out/.spool"
     assert _anywhere(remote, joined=False).config.spool == ""
     (here,), (there,) = open_sources(["."], StorageConfig()), open_sources([local.sources[0]], StorageConfig())

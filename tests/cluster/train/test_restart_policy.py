@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from cluster.train.controller_callbacks import death_in_words, describe
-from cluster.train.coordinator import Board, Situation, WorkerLocation
+from cluster.train.coordinator import Coordinator, Situation, WorkerLocation
 from cluster.train.hang_detection import Pulse, accusation, hung
 from cluster.train.restart_policy import BAD_NODE_FAILURES, LONGEST_DELAY_S, Failure, Restarts
 from training.config.cluster import ClusterConfig
@@ -94,7 +94,7 @@ def test_restarts__a_bad_machine_is_named_soon(names: str, nodes: int, named: bo
 
 
 def test_board__counts_failures_over_a_controllers_death() -> None:
-    board = Board(20, Restarts(ClusterConfig(max_failures=2), "runs/one"))
+    board = Coordinator(20, Restarts(ClusterConfig(max_failures=2), "runs/one"))
     board.open(2)
     assert board.follow(CRASH).row == 1
     board.abandon()
@@ -107,7 +107,7 @@ def test_board__counts_failures_over_a_controllers_death() -> None:
 
 
 def test_board__tells_a_group_that_was_given_up_to_end() -> None:
-    board = Board(0, Restarts(ClusterConfig(), ""))
+    board = Coordinator(0, Restarts(ClusterConfig(), ""))
     board.open(1)
     group, *_ = board.enter()
     assert board.beat(group, _pulse(0, 7)) == "go" and board.take().pulses
@@ -169,7 +169,7 @@ def test_death__in_words(said: str, meant: str) -> None:
 
 def test_board__who_lives_on_in_a_group_that_is_being_ended_never_counts_as_hung() -> None:
     """With NCCL those that waited for a dead rank wait on, and nobody else is left to compare them with."""
-    board = Board(0, Restarts(ClusterConfig(), ""))
+    board = Coordinator(0, Restarts(ClusterConfig(), ""))
     board.open(2)
     group, _, _ = board.enter()
     for rank in range(2):

@@ -26,7 +26,7 @@ from datapipe.maintain.repair import repair
 from datapipe.storage import open_store, unsafe
 from datapipe.storage.local import OpenFilesStore
 from tests.conftest import S3Server
-from training.checkpoint.metadata import MARKER, File, Form, Fragment, Marker, read_marker
+from training.checkpoint.metadata import MARKER, Form, Fragment, Marker, RankFile, read_marker
 
 STORAGE = StorageConfig()
 OUTSIDE = {
@@ -167,7 +167,7 @@ def test_record__that_deletes_elsewhere_is_refused(folder: Path, deleted: Any) -
 @pytest.mark.parametrize("name", ["/etc/x", "../rank.safetensors", "a/b.safetensors", "..", "", MARKER, "a\\b", 3])
 def test_marker__that_names_a_file_elsewhere_is_refused(tmp_path: Path, name: Any) -> None:
     def marker(step: int, name: Any) -> Marker:
-        file = File(name, 8, "0" * 64, (Fragment("model/x", 0, 2, 0, "0" * 32),))
+        file = RankFile(name, 8, "0" * 64, (Fragment("model/x", 0, 2, 0, "0" * 32),))
         return Marker(step=step, samples=2, manifest="m", manifest_rows=2, seed=0, batch=2, world=1,
                       tensors={"model/x": Form((2,), "F32")}, files=(file,), steps={})  # fmt: skip
 

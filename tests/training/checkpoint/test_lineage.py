@@ -14,10 +14,10 @@ from tests.training.checkpoint.toy import make_checkpoints, make_method, make_st
 from training.checkpoint import MARKER, Checkpoints, complete, lineage, newest_good, read_marker
 from training.commands.entry_points import checkpoints as command
 from training.core.host import lines_to
-from training.core.run_folder.write_guard import Guard
+from training.core.run_folder.write_guard import WriteGuard
 
 
-class Term(Guard):
+class Term(WriteGuard):
     """Of a writer that knows its term and has not heard of another one, or has just heard."""
 
     def __init__(self, term: int) -> None:

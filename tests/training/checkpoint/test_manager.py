@@ -245,7 +245,7 @@ def test_save__a_second_request_waits_for_the_first_and_says_so(store: Store) ->
         checkpoints.save(20, 80, make_stepper(make_method(seed=2)))
     assert said == ["step 20: the checkpoint of step 10 is not written yet; waiting for it"]
     checkpoints.finish()
-    assert [found.step for found in checkpoints.collect()] == [10, 20]
+    assert [found.step for found in checkpoints.newly_saved()] == [10, 20]
     assert newest_good(store, pytest.fail)[0] == "step_0000020"  # type: ignore[index]
 
 
@@ -293,7 +293,7 @@ def test_failure__warns_and_leaves_what_was_there_until_there_are_too_many(tmp_p
     checkpoints.finish()
     assert {entry.name.partition("/")[0] for entry in store.list()} == {"step_0000010"}, "parts are swept"
     save(checkpoints, 40, stepper)
-    assert complete(store) == ["step_0000010", "step_0000040"] and checkpoints.collect()[-1].step == 40
+    assert complete(store) == ["step_0000010", "step_0000040"] and checkpoints.newly_saved()[-1].step == 40
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
         checkpoints.save(50, 200, stepper)
@@ -306,18 +306,18 @@ def test_failure__warns_and_leaves_what_was_there_until_there_are_too_many(tmp_p
 def test_due__by_the_clock_of_the_leading_rank(tmp_path: Path) -> None:
     checkpoints = make_checkpoints(open_store(str(tmp_path)), every_steps=0, every_minutes=1e-9, keep_every_steps=0)
     assert not checkpoints.due(10)
-    checkpoints.hear(checkpoints.report())
+    checkpoints.apply_global_status(checkpoints.local_status())
     assert checkpoints.due(10)
     save(checkpoints, 10, make_stepper(make_method()))
     assert not checkpoints.due(11)
     follower = make_checkpoints(open_store(str(tmp_path)), every_steps=0, every_minutes=1e-9)
     follower.world = World(rank=1, size=1)
-    assert follower.report().due == 0
+    assert follower.local_status().due == 0
 
 
 def test_collect__how_long_the_loop_stood_still(tmp_path: Path) -> None:
     checkpoints = make_checkpoints(open_store(str(tmp_path)))
     save(checkpoints, 10, make_stepper(make_method()))
-    (found,) = checkpoints.collect()
+    (found,) = checkpoints.newly_saved()
     assert found.step == 10 and 0 < found.took_s <= found.stood_s and found.share > 0
-    assert checkpoints.collect() == []
+    assert checkpoints.newly_saved() == []

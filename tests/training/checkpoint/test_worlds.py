@@ -107,8 +107,8 @@ def test_round_trip__any_world_stage_and_stepper(tmp_path: Path) -> None:
 def _until(exchange: Exchange, stop: Stop, condition: Any) -> int:
     """Steps without a save until the condition holds, the ranks telling one another with each."""
     for steps in itertools.count(1):
-        exchange.hear()
-        exchange.tell()
+        exchange.receive()
+        exchange.send()
         assert not stop.reached
         if condition():
             return steps
@@ -137,7 +137,7 @@ def _failing(world: World, store: Store, said: list[str]) -> tuple[list[int], li
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     checkpoints.save(20, 80, stepper)
     found: list[Saved] = []
-    taken.append(_until(exchange, stop, lambda: found.extend(checkpoints.collect()) or found))
+    taken.append(_until(exchange, stop, lambda: found.extend(checkpoints.newly_saved()) or found))
     return taken, found
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from datapipe.storage import Store
 from training.checkpoint import Checkpoints, Reader, complete
 from training.checkpoint.settings import CheckpointConfig
-from training.core.run_folder.write_guard import FREE, Guard, GuardedStore
+from training.core.run_folder.write_guard import FREE, GuardedStore, WriteGuard
 from training.core.world import World
 from training.engine.param_groups import group_parameters
 from training.engine.plain import PlainStepper
@@ -43,7 +43,7 @@ def make_step(stepper: PlainStepper, seed: int = 0) -> None:
 
 
 def make_checkpoints(store: Store, *, world: World | None = None,
-                     about: dict[str, Any] | None = None, guard: Guard = FREE,
+                     about: dict[str, Any] | None = None, guard: WriteGuard = FREE,
                      **config: Any) -> Checkpoints:  # fmt: skip
     settings = CheckpointConfig(**{"every_steps": 10, "keep_last": 2, "keep_every_steps": 20, **config})
     about = {**ABOUT, **(about or {})}

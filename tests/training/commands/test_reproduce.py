@@ -15,7 +15,7 @@ from training.commands.reproduce import Agreement, Reproduction, agreements, rea
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 from training.recipes import SHIPPED
 from training.reid.datasets.benchmarks import PUBLISHED
-from training.reid.literature import BUILT, BY_NAME, ROWS, TASKS, Row
+from training.reid.literature import BUILT, BY_NAME, ROWS, TASKS, LiteratureRow
 
 SIZE = (64, 32)
 PEOPLE = 6
@@ -122,8 +122,8 @@ def test_read_row__all_mistakes_at_once(tmp_path: Path) -> None:
         read_row(str(tmp_path / "none.toml"))
 
 
-def row(**changes: object) -> Row:
-    return Row(**{"name": "x", "method": "y", "data": "own", "mAP": 60.0, "source": "z", **changes})  # type: ignore[arg-type]
+def row(**changes: object) -> LiteratureRow:
+    return LiteratureRow(**{"name": "x", "method": "y", "data": "own", "mAP": 60.0, "source": "z", **changes})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("ours", "within"), [(60.0, True), (60.5, True), (59.5, True), (61.0, False), (59.0, False)])

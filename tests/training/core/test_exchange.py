@@ -21,10 +21,10 @@ def _everything(world: World) -> list[Any]:
     exchange.add_rows(lambda: [0.1 + world.rank], partial(hear, "rows"))
     exchange.add_rows(lambda: [now[0], world.rank] if now[0] % 2 else None, partial(hear, "second"))
     for now[0] in range(3):
-        exchange.hear()
-        exchange.tell()
-    exchange.hear()
-    exchange.hear()  # it is heard once
+        exchange.receive()
+        exchange.send()
+    exchange.receive()
+    exchange.receive()  # once only
     return heard
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from training.methods.base import Method, Outcome, Progress, Views
+from training.methods.base import Method, Outcome, TrainingProgress, Views
 
 FLAT = ("weight", "position", "sample", "label", "camera")
 """One value an image; everything else has the view in front."""
@@ -30,7 +30,7 @@ def gradients(made: Method) -> dict[str, Tensor]:
     return {name: value.grad.clone() for name, value in made.named_parameters() if value.grad is not None}
 
 
-def taken_apart(made: Method, views: Views, start: Progress) -> tuple[Outcome, list[Outcome]]:
+def taken_apart(made: Method, views: Views, start: TrainingProgress) -> tuple[Outcome, list[Outcome]]:
     """Outcomes of a batch of four images as a whole and as 3 images, 1 with padding, padding alone; loss, sums and
     gradients of the parts have to add up."""
     whole = made(views, start)

@@ -20,7 +20,7 @@ from training.engine.param_groups import group_parameters
 from training.engine.plain import PlainStepper
 from training.engine.settings import OptimisationConfig
 from training.methods import build, known
-from training.methods.base import Progress, Views
+from training.methods.base import TrainingProgress, Views
 from training.methods.dino import Dino, DinoConfig
 from training.methods.distillation import Distillation, DistillationConfig
 from training.methods.personvit import PersonVit, PersonVitConfig
@@ -28,7 +28,7 @@ from training.nn.distillation_losses import hidden_patch_cross_entropies
 from training.nn.heads import HeadConfig
 from training.nn.vision_transformer import BackboneConfig
 
-START = Progress(samples=0, step=0, epoch=0, fraction=0.0, total_steps=10, epoch_steps=5.0, seed=3)
+START = TrainingProgress(samples=0, step=0, epoch=0, fraction=0.0, total_steps=10, epoch_steps=5.0, seed=3)
 HEAD = HeadConfig(out_dim=10, hidden=8, bottleneck=6, init_std=0.3, norm_last_layer=False)
 TINY: dict[str, Any] = {"arch": "custom", "size": (32, 16), "patch": 8, "width": 12, "depth": 2, "heads": 3,
                         "init_std": 0.3}  # fmt: skip

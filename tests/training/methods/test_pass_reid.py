@@ -11,13 +11,13 @@ from datapipe.core.config import ViewConfig
 from datapipe.core.errors import ConfigError
 from tests.training.methods.batches import gradients, rows, same_images, taken_apart
 from training.methods import build, known
-from training.methods.base import Progress, Views
+from training.methods.base import TrainingProgress, Views
 from training.methods.pass_reid import Pass, PassConfig
 from training.nn.feature_diagnostics import cosine_to_others
 from training.nn.heads import HeadConfig
 from training.nn.vision_transformer import BackboneConfig
 
-START = Progress(samples=0, step=0, epoch=0, fraction=0.0, total_steps=10, epoch_steps=5.0, seed=3)
+START = TrainingProgress(samples=0, step=0, epoch=0, fraction=0.0, total_steps=10, epoch_steps=5.0, seed=3)
 
 
 def method(drop_path: float = 0.0, **changes: Any) -> Pass:

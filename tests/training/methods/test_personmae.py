@@ -20,12 +20,12 @@ from tests.training.methods.batches import gradients, same_images, taken_apart
 from training.core.world import World
 from training.engine import ema
 from training.methods import build, known
-from training.methods.base import Method, Progress, Views
+from training.methods.base import Method, TrainingProgress, Views
 from training.methods.personmae import PersonMae, PersonMaeConfig
 from training.nn.positions import grid, sincos
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 
-START = Progress(samples=0, step=0, epoch=0, fraction=0.0, total_steps=40, epoch_steps=5.0, seed=3)
+START = TrainingProgress(samples=0, step=0, epoch=0, fraction=0.0, total_steps=40, epoch_steps=5.0, seed=3)
 """Of 8 epochs: the feature loss grows over 2."""
 TINY: dict[str, Any] = {"arch": "custom", "size": (32, 16), "patch": 4, "width": 12, "depth": 3, "heads": 3}
 SMALL: dict[str, Any] = {"pixel_width": 16, "decoder_heads": 2, "decoder_depth": 1}

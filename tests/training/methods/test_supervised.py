@@ -21,10 +21,10 @@ from training.engine.clock import Clock
 from training.engine.param_groups import group_parameters, settings_at
 from training.engine.plain import PlainStepper
 from training.engine.settings import OptimisationConfig
-from training.methods.base import Progress, Views
+from training.methods.base import TrainingProgress, Views
 from training.methods.supervised import Neck, Supervised, SupervisedConfig, to_transreid
 from training.nn.vision_transformer import BackboneConfig, draw_path_masks
-from training.trainer.loop import Run, Segment, train
+from training.trainer.loop import Segment, TrainingRun, train
 
 BACKBONE = BackboneConfig(arch="custom", size=(16, 8), patch=4, width=12, depth=2, heads=2, drop_path=0.2, init_std=0.2)
 CLASSES, BATCH, STEPS = 5, 8, 6
@@ -67,7 +67,7 @@ def fine_tune(world: World, settings: dict[str, Any], rows: int = 0) -> tuple[li
     split = BatchSplit(rows, rows) if rows else split_batch(BATCH, BATCH, world.size)
     stepper = PlainStepper(method, group_parameters(method), OPTIMISATION, world)
     losses: list[float] = []
-    run = Run(
+    run = TrainingRun(
         method=method, stepper=stepper, loader=LabelledBatches(pictures(), BATCH, split, world.rank), place=place,
         clock=CLOCK, optimisation=OPTIMISATION, micro_batch=split.micro_batch, checkpoints=None, host=LocalHost(),
         faults=NoFaults(), exchange=Exchange(world), observers=[Noting(lambda step: losses.append(step.result.loss))],
@@ -76,7 +76,7 @@ def fine_tune(world: World, settings: dict[str, Any], rows: int = 0) -> tuple[li
     return losses, {name: value.clone() for name, value in method.state_dict().items()}
 
 
-def steps() -> Iterator[tuple[Progress, Views]]:
+def steps() -> Iterator[tuple[TrainingProgress, Views]]:
     for batch in LabelledBatches(pictures(), BATCH, BatchSplit(BATCH, BATCH), 0).after(0, STEPS * BATCH):
         yield CLOCK.at(batch.start), place(batch)
 
@@ -132,7 +132,7 @@ def naive(settings: dict[str, Any]) -> tuple[list[float], dict[str, Tensor], lis
     return losses, trained, necks
 
 
-def keep_of(progress: Progress, views: Views) -> Tensor | None:
+def keep_of(progress: TrainingProgress, views: Views) -> Tensor | None:
     position = views["position"]
     return draw_path_masks(
         BACKBONE.drop_rates, seed=progress.seed, purpose="drop_path/image", position=position, views=1

@@ -20,7 +20,7 @@ from tests.training.checkpoint.toy import ABOUT, make_checkpoints
 from training.core.host import lines_to
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
-from training.methods.base import Progress
+from training.methods.base import TrainingProgress
 from training.trainer.dataset_renewal import DatasetRenewal
 from training.trainer.monitoring.observer import StepDone
 from training.trainer.monitoring.throughput import TimeSpent
@@ -51,7 +51,7 @@ def test_renewal__a_rank_follows_another(
 
         def step(renewed: int) -> str:
             spent = [TimeSpent(0.0, loader.intake), TimeSpent(0.0, LoaderCounters(renewed=renewed))]
-            renewal.step(StepDone(Progress(0, 0, 0, 0.0, 1, 1.0, 0), NOT_SEEN, batch, NOT_SEEN, spent))
+            renewal.step(StepDone(TrainingProgress(0, 0, 0, 0.0, 1, 1.0, 0), NOT_SEEN, batch, NOT_SEEN, spent))
             return str(checkpoints.about["manifest"])
 
         assert step(0) == data.id and step(1) == data.id  # there is no other version

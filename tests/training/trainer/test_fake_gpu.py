@@ -32,7 +32,7 @@ from training.engine import ema
 from training.engine.param_groups import group_parameters
 from training.engine.plain import PlainStepper
 from training.methods import distillation, personmae, supervised
-from training.methods.base import Method, Progress
+from training.methods.base import Method, TrainingProgress
 from training.nn import random_erasing, vision_transformer
 from training.recipes import SHIPPED
 from training.reid import embed
@@ -46,7 +46,7 @@ RECIPES = [
     pytest.param(name, marks=[pytest.mark.slow] * name.endswith(LARGER))
     for name in sorted(path.stem for path in SHIPPED.glob("*.toml"))
 ]
-NOW = Progress(samples=0, step=0, epoch=0, fraction=0.0, total_steps=10, epoch_steps=5.0, seed=1)
+NOW = TrainingProgress(samples=0, step=0, epoch=0, fraction=0.0, total_steps=10, epoch_steps=5.0, seed=1)
 ON_HOST = {"position", "sample"}
 
 

@@ -28,7 +28,7 @@ from datapipe.core.stop_signals import at_end
 from datapipe.storage import Store, full_url, is_remote, open_store
 from training.core.run_folder.lease_holder import Holder, boottime
 from training.core.run_folder.run_folder import RunFolder
-from training.core.run_folder.write_guard import Guard, Ticket
+from training.core.run_folder.write_guard import Ticket, WriteGuard
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ SETTLE_S = 2.0
 _TERM = re.compile(rf"(?:{FOLDER}/(\d{{7,}})\.holder\.json|checkpoints/term_(\d{{7,}})\.json)")
 
 
-class _Found(NamedTuple):
+class _NewestTerm(NamedTuple):
     """The newest term that a folder has."""
 
     term: int
@@ -55,7 +55,7 @@ class _Found(NamedTuple):
     """None: its claim cannot be read."""
 
 
-class _Kept(Guard):
+class _Kept(WriteGuard):
     """A guard that a thread keeps up to date."""
 
     def __init__(self, store: Store, ticket: Ticket, *, counts_s: float, every_s: float) -> None:
@@ -193,12 +193,12 @@ class Follower(_Kept):
 
 def lease_on(
     url: str, storage: StorageConfig, duration_s: float = DURATION_S, *, has_workers: bool = False,
-    say: Callable[[str], None] = partial(print, flush=True),  # noqa: B008
+    show_line: Callable[[str], None] = partial(print, flush=True),  # noqa: B008
 ) -> Lease:  # fmt: skip
     """The lease on a run folder, in a context manager. Raises LeaseError where another process has it, at once where
     that can be told, else after `duration_s` of the other one at most.
 
-    `has_workers`: other processes write on behalf of this one. `say`: tells a person that there is something to wait
+    `has_workers`: other processes write on behalf of this one. `show_line`: tells a person that there is something to wait
     for.
     """
     RunFolder(url, storage).refuse_unwritable()
@@ -207,7 +207,7 @@ def lease_on(
     describe = partial(Holder.here, _place(url, store), duration_s=duration_s, has_workers=has_workers)
     while True:
         newest = _newest(store)
-        seen = _await_end(store, newest, describe(), say)
+        seen = _await_end(store, newest, describe(), show_line)
         if seen is None:
             continue  # another one has claimed it meanwhile
         own = describe()
@@ -232,12 +232,12 @@ def refuse_held(url: str, storage: StorageConfig) -> None:
         _ended_here(store, newest, own, _read(store, _renewal_name(newest.term)))
 
 
-def _newest(store: Store) -> _Found:
+def _newest(store: Store) -> _NewestTerm:
     newest = max(_terms(store), default=0)
-    return _Found(newest, Holder.from_bytes(_read(store, _claim_name(newest))) if newest else None)
+    return _NewestTerm(newest, Holder.from_bytes(_read(store, _claim_name(newest))) if newest else None)
 
 
-def _await_end(store: Store, newest: _Found, own: Holder, say: Callable[[str], None]) -> bytes | None:
+def _await_end(store: Store, newest: _NewestTerm, own: Holder, show_line: Callable[[str], None]) -> bytes | None:
     """What the term's last sign of life was, once it has ended; None where a later one has begun meanwhile."""
     seen = _read(store, _renewal_name(newest.term))
     if not seen and not _read(store, _claim_name(newest.term)):
@@ -246,7 +246,7 @@ def _await_end(store: Store, newest: _Found, own: Holder, say: Callable[[str], N
         return seen
     holder = newest.holder
     patience_s = holder.duration_s if holder else DURATION_S
-    say(f"waiting up to {patience_s:.0f} s to see whether it still writes to {store.url}: {_named(holder)}")
+    show_line(f"waiting up to {patience_s:.0f} s to see whether it still writes to {store.url}: {_named(holder)}")
     end = boottime() + patience_s
     while True:
         over = boottime() >= end
@@ -262,7 +262,7 @@ def _await_end(store: Store, newest: _Found, own: Holder, say: Callable[[str], N
         time.sleep(min(LOOK_S, patience_s / 10))
 
 
-def _ended_here(store: Store, newest: _Found, own: Holder, seen: bytes) -> bool:
+def _ended_here(store: Store, newest: _NewestTerm, own: Holder, seen: bytes) -> bool:
     """Has the term ended, as far as that can be told at once? Raises LeaseError where it has certainly not."""
     holder = newest.holder
     if _said(seen).get("released"):

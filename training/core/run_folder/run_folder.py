@@ -12,7 +12,7 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import NotFoundError, refusal
 from datapipe.storage import Store, is_remote, open_store
 from training.core.run_folder.append_files import GrowingFiles
-from training.core.run_folder.write_guard import FREE, Guard, GuardedStore
+from training.core.run_folder.write_guard import FREE, GuardedStore, WriteGuard
 
 PROBE_BYTES = 65_536
 """Written to see whether there is any room; what a run writes before its first step."""
@@ -26,7 +26,7 @@ class RunFolder:
     lease/, which says who writes the others.
     """
 
-    def __init__(self, url: str, storage: StorageConfig, guard: Guard = FREE) -> None:
+    def __init__(self, url: str, storage: StorageConfig, guard: WriteGuard = FREE) -> None:
         """`guard` is asked before each write, which raises LeaseError where another process has taken over."""
         self.url, self.storage, self.guard = url, storage, guard
         self.store: Store = GuardedStore(open_store(url, storage), guard)
@@ -116,7 +116,7 @@ def _bytes(content: str | bytes) -> bytes:
     return content.encode() if isinstance(content, str) else content
 
 
-def _append(path: Path, data: bytes, guard: Guard) -> None:
+def _append(path: Path, data: bytes, guard: WriteGuard) -> None:
     """All of it or nothing: on a full disk half a line would spoil the next one, too. Raises OSError, LeaseError."""
     with path.open("ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)

@@ -8,7 +8,7 @@ from datapipe.core.errors import LeaseError
 from datapipe.storage import Data, Entry, Store
 
 
-class Guard:
+class WriteGuard:
     """Who may write. This one lets everybody: for folders that nobody else writes to. Those that know are in
     `training/core/run_folder/lease.py`."""
 
@@ -33,13 +33,13 @@ class Guard:
         """Return once nobody who wrote on behalf of the holder before can write any more."""
 
 
-FREE = Guard()
+FREE = WriteGuard()
 
 
 class GuardedStore(Store):
     """A store that asks a guard before each write, and again right before the write takes effect."""
 
-    def __init__(self, store: Store, guard: Guard) -> None:
+    def __init__(self, store: Store, guard: WriteGuard) -> None:
         self.url, self._store, self._guard = store.url, copy.copy(store), guard
         self._store.permit = guard.check
 

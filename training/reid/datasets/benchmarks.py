@@ -31,7 +31,7 @@ class SplitFacts:
 
 
 @dataclass(frozen=True)
-class Layout:
+class DiskLayout:
     """One way in which a data set lies on disk."""
 
     query: SplitFacts
@@ -47,12 +47,12 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Published:
+class Benchmark:
     """A data set of the literature."""
 
     title: str
     counts: dict[str, Count]
-    layouts: tuple[Layout, ...]
+    layouts: tuple[DiskLayout, ...]
     folders: tuple[str, ...] = ()
     """How its folder is usually called: letters and digits alone, lower case."""
     one_space: bool = True
@@ -66,12 +66,12 @@ MSMT17_NAME = r"(?P<pid>-?\d+)_(?:\d+_|c)(?P<camera>\d+)"
 CUHK03_NAME = r"\d+_(?P<pid>\d+)_(?P<camera>[12])_\d+"
 """1_001_1_01.png: pair of cameras, person within the pair, camera within the pair, image."""
 
-MARKET = Layout(
+MARKET = DiskLayout(
     SplitFacts(("query",)), SplitFacts(("bounding_box_test",)), SplitFacts(("bounding_box_train",)), MARKET_NAME
 )
 """The layout that most sets follow."""
 
-OCCLUDED_DUKE = Layout(
+OCCLUDED_DUKE = DiskLayout(
     SplitFacts(("query", "bounding_box_test"), ("query.list",)),  # some queries are gallery images of DukeMTMC-reID
     SplitFacts(("bounding_box_test",), ("gallery.list",)),
     SplitFacts(("bounding_box_train",), ("train.list",)),
@@ -79,9 +79,9 @@ OCCLUDED_DUKE = Layout(
 )
 
 
-def _msmt17(train: str, test: str) -> Layout:
+def _msmt17(train: str, test: str) -> DiskLayout:
     """Training images are list_train and list_val, as for TransReID and its descendants (torchreid: the former)."""
-    return Layout(
+    return DiskLayout(
         SplitFacts((test,), ("list_query.txt",)),
         SplitFacts((test,), ("list_gallery.txt",)),
         SplitFacts((train,), ("list_train.txt", "list_val.txt")),
@@ -89,54 +89,54 @@ def _msmt17(train: str, test: str) -> Layout:
     )
 
 
-def _cuhk03(boxes: str) -> Layout:
+def _cuhk03(boxes: str) -> DiskLayout:
     """The new protocol's rows of a Matlab file, images as torchreid extracts them."""
     folders, lists = (f"images_{boxes}",), (f"cuhk03_new_protocol_config_{boxes}.mat",)
     query, gallery, train = (SplitFacts(folders, lists, f"{part}_idx") for part in PARTS)
-    return Layout(query, gallery, train, CUHK03_NAME)
+    return DiskLayout(query, gallery, train, CUHK03_NAME)
 
 
 _MSMT17_COUNTS = {"query": Count(11_659, 3_060), "gallery": Count(82_161, 3_060), "train": Count(32_621, 1_041)}
 
 PUBLISHED = {
-    "market1501": Published(
+    "market1501": Benchmark(
         "Market-1501",
         {"query": Count(3_368, 750), "gallery": Count(15_913, 751), "train": Count(12_936, 751)},
         (MARKET,),
         ("market1501", "market1501v150915"),
     ),
-    "dukemtmc": Published(
+    "dukemtmc": Benchmark(
         "DukeMTMC-reID",
         {"query": Count(2_228, 702), "gallery": Count(17_661, 1_110), "train": Count(16_522, 702)},
         (MARKET,),
         ("dukemtmcreid", "dukemtmc"),
     ),
-    "occluded_duke": Published(
+    "occluded_duke": Benchmark(
         "Occluded-Duke",
         {"query": Count(2_210, 519), "gallery": Count(17_661, 1_110), "train": Count(15_618, 702)},
         (OCCLUDED_DUKE, MARKET),
         ("occludedduke", "occludeddukemtmc", "occludeddukemtmcreid"),
     ),
-    "msmt17": Published(
+    "msmt17": Benchmark(
         "MSMT17",
         _MSMT17_COUNTS,
-        (_msmt17("train", "test"), Layout(MARKET.query, MARKET.gallery, MARKET.train, MSMT17_NAME)),
+        (_msmt17("train", "test"), DiskLayout(MARKET.query, MARKET.gallery, MARKET.train, MSMT17_NAME)),
         ("msmt17", "msmt17v1"),
         one_space=False,  # train and test both begin at 0
     ),
-    "msmt17_v2": Published(
+    "msmt17_v2": Benchmark(
         "MSMT17 V2 (faces blurred)",
         _MSMT17_COUNTS,
         (_msmt17("mask_train_v2", "mask_test_v2"),),
         one_space=False,
     ),
-    "cuhk03_detected": Published(
+    "cuhk03_detected": Benchmark(
         "CUHK03, new protocol, detected boxes",
         {"query": Count(1_400, 700), "gallery": Count(5_332, 700), "train": Count(7_365, 767)},
         (_cuhk03("detected"), MARKET),
         ("cuhk03npdetected",),
     ),
-    "cuhk03_labeled": Published(
+    "cuhk03_labeled": Benchmark(
         "CUHK03, new protocol, labelled boxes",
         {"query": Count(1_400, 700), "gallery": Count(5_328, 700), "train": Count(7_368, 767)},
         (_cuhk03("labeled"), MARKET),

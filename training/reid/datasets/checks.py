@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datapipe.core.errors import DataError
-from training.reid.datasets.benchmarks import PARTS, Published
+from training.reid.datasets.benchmarks import PARTS, Benchmark
 from training.reid.datasets.read_part import PartRead
 from training.reid.datasets.reid_set import DISTRACTOR, JUNK, Labelled, ReIDSet
 
@@ -12,7 +12,7 @@ SHOWN = 3
 """Names in a message."""
 
 
-def differences(published: Published, parts: dict[str, PartRead]) -> list[str]:
+def differences(published: Benchmark, parts: dict[str, PartRead]) -> list[str]:
     """How the parts differ from the published counts, one sentence each; none: all is there."""
     lines = []
     for name in PARTS:

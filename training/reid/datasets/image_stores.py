@@ -33,7 +33,7 @@ SHARDED = {
 """Folder of the Market-1501 layout -> folders that may hold its shards, where each part was sharded by itself."""
 
 
-class Entry(NamedTuple):
+class ImageEntry(NamedTuple):
     """An image, with the identity and camera (from 1) that stand beside it, where they do."""
 
     path: str
@@ -41,7 +41,7 @@ class Entry(NamedTuple):
     label: tuple[int, int] | None = None
 
 
-class Source(ABC):
+class ImageStore(ABC):
     """The images of a data set, their bytes, and the files that lie beside them."""
 
     def __init__(self, store: Store) -> None:
@@ -53,7 +53,7 @@ class Source(ABC):
         return self.store.url
 
     @abstractmethod
-    def images(self, folder: str) -> list[Entry]:
+    def images(self, folder: str) -> list[ImageEntry]:
         """Every image below a folder, sorted; none where there is no such folder."""
 
     @abstractmethod
@@ -73,7 +73,7 @@ class Source(ABC):
         return []
 
 
-def open_source(url: str, storage: StorageConfig) -> Source:
+def open_source(url: str, storage: StorageConfig) -> ImageStore:
     """Shards where there are manifests, at the root or one for each part; else a folder of files."""
     store = open_store(url, storage)
     folder_of_part = {
@@ -81,30 +81,30 @@ def open_source(url: str, storage: StorageConfig) -> Source:
     }
     if folder_of_part:
         parts = [(part, Manifest.load(store.address(folder), storage)) for part, folder in folder_of_part.items()]
-        return ShardSource(store, parts, storage)
+        return ShardImages(store, parts, storage)
     if _sharded(store):
-        return ShardSource(store, [("", Manifest.load(url, storage))], storage)
-    return FolderSource(store)
+        return ShardImages(store, [("", Manifest.load(url, storage))], storage)
+    return FolderImages(store)
 
 
-class FolderSource(Source):
+class FolderImages(ImageStore):
     """Loose files. A folder is listed once."""
 
     def __init__(self, store: Store) -> None:
         super().__init__(store)
-        self._images: dict[str, list[Entry]] = {}
+        self._images: dict[str, list[ImageEntry]] = {}
 
-    def images(self, folder: str) -> list[Entry]:
+    def images(self, folder: str) -> list[ImageEntry]:
         if folder not in self._images:
             self._images[folder] = self._list(folder)
         return self._images[folder]
 
-    def _list(self, folder: str) -> list[Entry]:
+    def _list(self, folder: str) -> list[ImageEntry]:
         try:
             entries = [entry for entry in self.store.at(folder).list() if entry.name.lower().endswith(IMAGE_SUFFIXES)]
         except NotFoundError:
             return []
-        return sorted(Entry(f"{folder}/{entry.name}", entry.size) for entry in entries)
+        return sorted(ImageEntry(f"{folder}/{entry.name}", entry.size) for entry in entries)
 
     def has(self, folder: str) -> bool:
         try:
@@ -134,10 +134,10 @@ class _Row(NamedTuple):
 
     manifest: int
     row: int
-    entry: Entry
+    entry: ImageEntry
 
 
-class ShardSource(Source):
+class ShardImages(ImageStore):
     """Crops of tars by their original names. Those that were removed are not there."""
 
     def __init__(self, store: Store, manifests: Sequence[tuple[str, Manifest]], storage: StorageConfig) -> None:
@@ -156,10 +156,10 @@ class ShardSource(Source):
                 if not crop["removed"]:
                     path = str(PurePosixPath(folder, crop["source"] if several else "", crop["name"]))
                     label = None if UNKNOWN in (crop["pid"], crop["camera"]) else (crop["pid"], crop["camera"])
-                    rows[path] = _Row(number, row, Entry(path, crop["size"], label))
+                    rows[path] = _Row(number, row, ImageEntry(path, crop["size"], label))
         return rows
 
-    def images(self, folder: str) -> list[Entry]:
+    def images(self, folder: str) -> list[ImageEntry]:
         return sorted(row.entry for path, row in self._rows.items() if f"/{folder}/" in f"/{path}")
 
     def has(self, folder: str) -> bool:

@@ -11,8 +11,8 @@ import numpy as np
 
 from datapipe.core.errors import DataError
 from datapipe.sources.labels import fits
-from training.reid.datasets.benchmarks import Layout, SplitFacts
-from training.reid.datasets.image_stores import Entry, Source
+from training.reid.datasets.benchmarks import DiskLayout, SplitFacts
+from training.reid.datasets.image_stores import ImageEntry, ImageStore
 from training.reid.datasets.reid_set import JUNK, Labelled
 
 Row = tuple[str, int, int]
@@ -28,7 +28,7 @@ class PartRead:
     """What lists name and no folder has."""
 
 
-def lacks(source: Source, layout: Layout) -> list[str]:
+def lacks(source: ImageStore, layout: DiskLayout) -> list[str]:
     """What of the test set is not there at all: lists, folders with images. Nothing: the layout fits."""
     parts = (layout.query, layout.gallery)
     lists = [name for part in parts for name in part.lists if not source.store.exists(name)]
@@ -36,7 +36,7 @@ def lacks(source: Source, layout: Layout) -> list[str]:
     return [*lists, *(f"{folder}/" for folder in dict.fromkeys(folders))]
 
 
-def read_part(source: Source, part: SplitFacts, layout: Layout) -> PartRead:
+def read_part(source: ImageStore, part: SplitFacts, layout: DiskLayout) -> PartRead:
     """Read the images of one part in the order of their paths, junk left out; none where folder or lists are not there.
 
     Raises DataError for names without labels, empty files, and several files of one name.
@@ -54,10 +54,10 @@ def read_part(source: Source, part: SplitFacts, layout: Layout) -> PartRead:
     return PartRead(images, tuple(missing))
 
 
-def _listed(source: Source, part: SplitFacts) -> tuple[list[tuple[Entry, int | None]], list[str]]:
+def _listed(source: ImageStore, part: SplitFacts) -> tuple[list[tuple[ImageEntry, int | None]], list[str]]:
     """(the images that the lists name, with the identities beside them; the names that no folder has)."""
     entries_of_folder = {folder: {entry.path: entry for entry in source.images(folder)} for folder in part.folders}
-    present: list[tuple[Entry, int | None]] = []
+    present: list[tuple[ImageEntry, int | None]] = []
     missing = []
     for name, pid in _read_lists(source, part):
         paths = ((folder, f"{folder}/{name}") for folder in part.folders)
@@ -71,7 +71,7 @@ def _listed(source: Source, part: SplitFacts) -> tuple[list[tuple[Entry, int | N
     return present, missing
 
 
-def _read_lists(source: Source, part: SplitFacts) -> Iterator[tuple[str, int | None]]:
+def _read_lists(source: ImageStore, part: SplitFacts) -> Iterator[tuple[str, int | None]]:
     """(name, identity beside it or None) of every line of the lists that are there."""
     for file in part.lists:
         if not source.store.exists(file):
@@ -106,7 +106,7 @@ def _matlab_rows(data: bytes, column: str) -> list[tuple[str, int | None]]:
     return [(str(content["filelist"][row]), int(content["labels"][row])) for row in rows]
 
 
-def _rows(source: Source, present: Iterable[tuple[Entry, int | None]], layout: Layout) -> Iterator[Row]:
+def _rows(source: ImageStore, present: Iterable[tuple[ImageEntry, int | None]], layout: DiskLayout) -> Iterator[Row]:
     name, unlabelled = re.compile(layout.name), []
     for entry, listed in present:
         label = entry.label or _label(name, entry.path)
@@ -130,7 +130,7 @@ def _label(name: re.Pattern[str], path: str) -> tuple[int, int] | None:
     return (pid, camera) if fits("pid", pid) and fits("camera", camera) else None  # "0001_c20231231": a date
 
 
-def _refuse_empty_files(source: Source, entries: list[Entry]) -> None:
+def _refuse_empty_files(source: ImageStore, entries: list[ImageEntry]) -> None:
     empty = [entry.path for entry in entries if not entry.size]
     if empty:
         raise DataError(
@@ -140,7 +140,7 @@ def _refuse_empty_files(source: Source, entries: list[Entry]) -> None:
         )
 
 
-def _refuse_equal_names(source: Source, entries: list[Entry]) -> None:
+def _refuse_equal_names(source: ImageStore, entries: list[ImageEntry]) -> None:
     base, times = Counter(PurePosixPath(entry.path).name for entry in entries).most_common(1)[0] if entries else ("", 0)
     if times > 1:
         paths = [entry.path for entry in entries if PurePosixPath(entry.path).name == base]

@@ -3,8 +3,8 @@
 import difflib
 
 from datapipe.core.errors import ConfigError, DataError
-from training.reid.datasets.benchmarks import MARKET, PUBLISHED, Layout, by_folder
-from training.reid.datasets.image_stores import FolderSource, Source
+from training.reid.datasets.benchmarks import MARKET, PUBLISHED, DiskLayout, by_folder
+from training.reid.datasets.image_stores import FolderImages, ImageStore
 from training.reid.datasets.read_part import lacks
 from training.reid.datasets.reid_set import Labelled
 
@@ -13,7 +13,7 @@ OWN = "own"
 NAMES = (*PUBLISHED, OWN)
 
 
-def recognise(source: Source, name: str) -> tuple[str, Layout]:
+def recognise(source: ImageStore, name: str) -> tuple[str, DiskLayout]:
     """(name, layout) of what is there; the name is empty where only the layout is known.
 
     `name` says what it should be. Another data set's lists in its place are found too: compare. Raises ConfigError for
@@ -44,19 +44,19 @@ def by_counts(parts: dict[str, Labelled]) -> str:
     return next((name for name, published in PUBLISHED.items() if published.counts == counts), "")
 
 
-def _listed(source: Source) -> dict[str, Layout]:
+def _listed(source: ImageStore) -> dict[str, DiskLayout]:
     """The data sets that are told by their lists."""
     layouts = {name: layout for name, published in PUBLISHED.items() for layout in published.layouts[:1]}
     return {name: layout for name, layout in layouts.items() if layout.query.lists and not lacks(source, layout)}
 
 
-def _in_folders(name: str) -> Layout:
+def _in_folders(name: str) -> DiskLayout:
     """The layout of a data set that has a folder for each part."""
     layouts = PUBLISHED[name].layouts if name else ()
     return next((layout for layout in layouts if not layout.query.lists), MARKET)
 
 
-def _nothing(source: Source, name: str) -> DataError:
+def _nothing(source: ImageStore, name: str) -> DataError:
     """What is missing of the layout that fits best, and where the data set may be instead."""
     sets = [PUBLISHED[name]] if name in PUBLISHED else [*PUBLISHED.values()]
     layouts = [MARKET, *(layout for published in sets for layout in published.layouts)]
@@ -71,7 +71,7 @@ def _nothing(source: Source, name: str) -> DataError:
                      hint=hint)  # fmt: skip
 
 
-def _any_fits(source: Source, folder: str) -> bool:
-    inside = FolderSource(source.store.at(folder))
+def _any_fits(source: ImageStore, folder: str) -> bool:
+    inside = FolderImages(source.store.at(folder))
     layouts = [MARKET, *(layout for published in PUBLISHED.values() for layout in published.layouts)]
     return any(not lacks(inside, layout) for layout in layouts)

@@ -10,7 +10,7 @@ from datapipe.core.errors import DataError
 from datapipe.dataset.manifest import Manifest
 from datapipe.ingest.pipeline import ingest_sources
 from datapipe.sources.base import UNIT_CROPS, Crop
-from training.reid.datasets.image_stores import Source, open_source
+from training.reid.datasets.image_stores import ImageStore, open_source
 from training.reid.datasets.reid_set import ReIDSet
 
 EVERYTHING = ShardConfig(min_size=(1, 1), max_aspect=1_000.0)
@@ -57,7 +57,7 @@ class TrainingPart:
         return cls(reid.name, reid.images.url, storage, tuple(stretches))
 
     @cached_property
-    def _images(self) -> Source:
+    def _images(self) -> ImageStore:
         return open_source(self.url, self.storage)
 
     def units(self) -> Iterator[Stretch]:
@@ -73,7 +73,7 @@ def shard_training_part(reid: ReIDSet, out: str, storage: StorageConfig) -> Mani
     return ingest_sources([TrainingPart.of(reid, storage)], out, EVERYTHING, storage).manifest
 
 
-def _sizes(source: Source, paths: list[str]) -> list[int]:
+def _sizes(source: ImageStore, paths: list[str]) -> list[int]:
     folders = sorted({path.partition("/")[0] for path in paths})
     size_of_path = {entry.path: entry.size for folder in folders for entry in source.images(folder)}
     return [size_of_path[path] for path in paths]

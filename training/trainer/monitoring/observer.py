@@ -7,14 +7,14 @@ from datapipe.stream.batch import Batch
 from training.checkpoint import Saved
 from training.engine.param_groups import StepSettings
 from training.engine.stepper import Result
-from training.methods.base import Progress
+from training.methods.base import TrainingProgress
 from training.trainer.monitoring.throughput import TimeSpent
 
 
 class StepDone(NamedTuple):
     """A step that counted."""
 
-    progress: Progress
+    progress: TrainingProgress
     """Before it."""
     settings: StepSettings
     batch: Batch

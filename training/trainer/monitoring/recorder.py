@@ -18,10 +18,10 @@ from datapipe.core.progress import duration
 from training.checkpoint import Saved
 from training.core.host import lines_to, run_lines
 from training.core.run_folder.run_folder import RunFolder
-from training.methods.base import Progress
+from training.methods.base import TrainingProgress
 from training.trainer.monitoring.collapse import CollapseMonitor
 from training.trainer.monitoring.observer import Observer, StepDone
-from training.trainer.monitoring.tensorboard import Board
+from training.trainer.monitoring.tensorboard import EventWriter
 from training.trainer.monitoring.throughput import Rates, Speed, in_words
 
 STATUS_S = 5.0
@@ -47,7 +47,7 @@ class Recorder(Observer):
         self.name = f"metrics/attempt_{self.attempt:03d}.jsonl"
         now = datetime.now(UTC).isoformat(timespec="seconds")
         folder.begin(self.name, json.dumps({"attempt": self.attempt, "time": now, **self._about}))
-        self._board = Board(folder, total_steps=self._total_steps)
+        self._board = EventWriter(folder, total_steps=self._total_steps)
         self.speed.pause()
 
     def step(self, step: StepDone) -> None:
@@ -106,7 +106,7 @@ class Recorder(Observer):
         self._board.close()
         self.folder.flush()
 
-    def _status(self, progress: Progress, line: Mapping[str, float], images: int, rates: Rates) -> str:
+    def _status(self, progress: TrainingProgress, line: Mapping[str, float], images: int, rates: Rates) -> str:
         left = (progress.total_steps - progress.step - 1) * images
         seconds = self.speed.remaining_s(left)
         end = f" ({datetime.fromtimestamp(time.time() + seconds):%a %H:%M})" if seconds == seconds else ""

@@ -30,7 +30,7 @@ SHARE = 0.1
 """Part of a step that the difference must be, at least."""
 
 
-class Share(NamedTuple):
+class RankTimes(NamedTuple):
     """A rank's seconds per step."""
 
     forward_s: float
@@ -44,7 +44,7 @@ class Share(NamedTuple):
         return self.forward_s + self.waited_s
 
 
-def stragglers(shares: Sequence[Share]) -> set[int]:
+def stragglers(shares: Sequence[RankTimes]) -> set[int]:
     """The ranks that keep the others waiting."""
     slow = set()
     for rank, share in enumerate(shares):
@@ -69,7 +69,7 @@ class Pace(Observer):
         """Is a window over, and not told yet?"""
         self._timer = _Timer(world.device)
         self.begin()
-        exchange.add_rows(self._tell, self._hear)
+        exchange.add_rows(self._contribute, self._apply)
         method.register_forward_pre_hook(self._enter)
         method.register_forward_hook(self._leave)
 
@@ -85,10 +85,12 @@ class Pace(Observer):
         self._host.alive(step.done, "data")
         self._full = self._steps % WINDOW_STEPS == 0
 
-    def mine(self) -> Share:
+    def mine(self) -> RankTimes:
         """This rank's own share in the window so far."""
         steps = max(1, (self._steps - 1) % WINDOW_STEPS + 1)
-        return Share(self._timer.total_s() / steps, self._waited_s / steps, (time.perf_counter() - self._began) / steps)
+        return RankTimes(
+            self._timer.total_s() / steps, self._waited_s / steps, (time.perf_counter() - self._began) / steps
+        )
 
     def _enter(self, *_: Any) -> None:
         self._reached("forward", self._timer.start())
@@ -102,7 +104,7 @@ class Pace(Observer):
         else:
             self._host.launched(self._done, doing, event.query)
 
-    def _tell(self) -> Share | None:
+    def _contribute(self) -> RankTimes | None:
         """Once in a window, for the exchange."""
         if not self._full:
             return None
@@ -112,16 +114,16 @@ class Pace(Observer):
                  mine.step_s, mine.forward_s, mine.waited_s)  # fmt: skip
         return None if self._alone else mine
 
-    def _hear(self, rows: list[list[float]]) -> None:
+    def _apply(self, rows: list[list[float]]) -> None:
         """The shares of all ranks: seconds per step by itself, and the part of the step that each waited for data."""
-        shares = [Share(*row) for row in rows]
+        shares = [RankTimes(*row) for row in rows]
         if self._world.is_leader:
             waits = [share.waited_s / share.step_s for share in shares]
             line = {"step": self._done, "own_s": [share.own_s for share in shares], "wait_share": waits}
             self._folder.append("ranks/pace.jsonl", json.dumps(line))
         self._judge(shares)
 
-    def _judge(self, shares: Sequence[Share]) -> None:
+    def _judge(self, shares: Sequence[RankTimes]) -> None:
         """Tell who has begun or ceased to lag, in two windows in a row: one slow moment is none."""
         straggling = stragglers(shares)
         certain = straggling & (self._suspected | self._slow)

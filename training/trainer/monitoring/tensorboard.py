@@ -31,7 +31,7 @@ def tag_of(name: str) -> str:
     return f"{group}/{name}"
 
 
-class Board:
+class EventWriter:
     """Writes the event file of one attempt."""
 
     def __init__(self, folder: RunFolder, *, total_steps: int) -> None:

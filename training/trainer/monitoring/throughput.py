@@ -41,7 +41,7 @@ class RankCounters:
         self._own = TimeSpent(0.0, LoaderCounters())
         self.latest: list[TimeSpent] = []
         """Rank by rank; nothing in the first step of several."""
-        exchange.add_rows(self._tell, self._hear)
+        exchange.add_rows(self._contribute, self._apply)
 
     def note(self, waited_s: float, intake: LoaderCounters) -> None:
         """Once per step on every rank, `waited_s` in this step."""
@@ -49,10 +49,10 @@ class RankCounters:
         if self._alone:
             self.latest = [self._own]
 
-    def _tell(self) -> list[float] | None:
+    def _contribute(self) -> list[float] | None:
         return None if self._alone else [self._own.waited_s, *self._own.intake]
 
-    def _hear(self, rows: list[list[Any]]) -> None:
+    def _apply(self, rows: list[list[Any]]) -> None:
         self.latest = [TimeSpent(waited, LoaderCounters(*rest)) for waited, *rest in rows]
 
 

@@ -99,7 +99,7 @@ def test_lease__a_second_writer_is_refused_with_who_has_it(folder: Folder) -> No
         assert taken.term == 1
         host, when = taken.holder.host, r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC"
         wanted = rf"process {os.getpid()} on {host} \(.+\), since {when}"
-        for attempt in (lambda: lease_on(*folder, say=_silent), lambda: refuse_held(*folder)):
+        for attempt in (lambda: lease_on(*folder, show_line=_silent), lambda: refuse_held(*folder)):
             with pytest.raises(LeaseError, match=wanted):
                 attempt()
         taken.check()
@@ -109,7 +109,7 @@ def test_lease__a_second_writer_is_refused_with_who_has_it(folder: Folder) -> No
 @pytest.mark.slow
 def test_lease__given_back_it_is_free_and_the_term_rises(folder: Folder) -> None:
     for term in (1, 2, 3):
-        with lease_on(*folder, LONG_S, say=_silent) as taken:
+        with lease_on(*folder, LONG_S, show_line=_silent) as taken:
             assert taken.term == term
             open_store(*folder).replace("log.txt", b"something was written")
         refuse_held(*folder)
@@ -136,7 +136,7 @@ def test_lease__on_the_same_machine_the_process_decides_at_once(folder: Folder, 
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         facts = {"pid": child.pid, "started": "12"}
     _claim_of(*folder, **facts)
-    with lease_on(*folder, LONG_S, say=_silent) as taken:
+    with lease_on(*folder, LONG_S, show_line=_silent) as taken:
         assert taken.term == 5
     if child is not None:
         child.wait()
@@ -147,7 +147,7 @@ def test_lease__a_stopped_process_of_the_same_machine_keeps_it_for_its_duration(
     with pytest.raises(LeaseError):
         lease_on(*folder)
     _claim_of(*folder, claimed_s=boottime() - LONG_S - 1)
-    with lease_on(*folder, say=_silent) as taken:
+    with lease_on(*folder, show_line=_silent) as taken:
         assert taken.term == 5
 
 
@@ -166,7 +166,7 @@ def test_lease__elsewhere_it_ends_when_nothing_changes_for_its_duration(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lease, "DURATION_S", SHORT_S)
         began = time.monotonic()
-        with lease_on(*folder, LONG_S, say=said.append) as taken:
+        with lease_on(*folder, LONG_S, show_line=said.append) as taken:
             assert taken.term == 5 and time.monotonic() - began >= SHORT_S
     assert len(said) == 1 and said[0].startswith("waiting up to ")
 
@@ -176,7 +176,7 @@ def test_lease__elsewhere_a_renewal_tells_that_it_is_held(folder: Folder, elsewh
     with elsewhere():
         taken = lease_on(*folder, 4.0)
     with taken, pytest.raises(LeaseError, match=f"process {os.getpid()} on other-host"):
-        lease_on(*folder, say=lambda _: None)
+        lease_on(*folder, show_line=lambda _: None)
 
 
 def test_lease__elsewhere_it_is_free_as_soon_as_it_is_given_back(folder: Folder, elsewhere: Any) -> None:
@@ -185,7 +185,7 @@ def test_lease__elsewhere_it_is_free_as_soon_as_it_is_given_back(folder: Folder,
         taken = lease_on(*folder, LONG_S)
     waits = threading.Event()
     threading.Thread(target=lambda: (waits.wait(), taken.release()), daemon=True).start()
-    with lease_on(*folder, LONG_S, say=lambda _: waits.set()) as later:
+    with lease_on(*folder, LONG_S, show_line=lambda _: waits.set()) as later:
         assert later.term == 2
 
 
@@ -224,7 +224,7 @@ def test_lost__nothing_is_written_any_more(folder: Folder, elsewhere: Any) -> No
     stopped._ended.set()  # no thread renews it
     run = RunFolder(*folder, guard=stopped)
     run.write("log.txt", "mine\n")
-    with lease_on(*folder, LONG_S, say=lambda _: None) as successor:
+    with lease_on(*folder, LONG_S, show_line=lambda _: None) as successor:
         before = _content(*folder)
         store = GuardedStore(open_store(*folder), stopped).at("checkpoints")
         for write in (
@@ -275,7 +275,7 @@ def test_lease__files_of_terms_long_over_are_deleted(folder: Folder) -> None:
     store = open_store(*folder)
     store.replace("log.txt", b"")
     for _ in range(4):
-        lease_on(*folder, LONG_S, say=_silent).release()
+        lease_on(*folder, LONG_S, show_line=_silent).release()
     assert {entry.name[6:13] for entry in store.list("lease/")} == {"0000003", "0000004"}
 
 
@@ -288,7 +288,7 @@ def test_follower__writes_until_somebody_takes_over_and_the_successor_waits_for_
     with Follower(*folder, driver.ticket) as worker:
         worker.check()
         _killed(driver)
-        with lease_on(*folder, LONG_S, say=lambda _: None) as successor:
+        with lease_on(*folder, LONG_S, show_line=lambda _: None) as successor:
             successor.settle()
             assert boottime() >= successor.holder.claimed_s + lease.FOLLOWS * SHORT_S
             with pytest.raises(LeaseError, match="taken over"):
@@ -388,7 +388,7 @@ def test_killed__the_next_one_starts_at_once(tmp_path: Path) -> None:
     _until(lambda: (tmp_path / "run" / "state.txt").exists())
     process.kill()
     process.join(60)
-    with lease_on(url, HERE, say=_silent) as taken:
+    with lease_on(url, HERE, show_line=_silent) as taken:
         assert taken.term == 2
 
 
@@ -403,7 +403,7 @@ def _as_soon_as_free(url: str, storage: StorageConfig) -> Lease:
     deadline = time.monotonic() + 120
     while True:
         try:
-            return lease_on(url, storage, LONG_S, say=_silent)
+            return lease_on(url, storage, LONG_S, show_line=_silent)
         except LeaseError:
             assert time.monotonic() < deadline
             time.sleep(0.05)

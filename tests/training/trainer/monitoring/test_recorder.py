@@ -4,7 +4,7 @@ from pathlib import Path
 
 from datapipe.core.config import StorageConfig
 from training.core.run_folder.run_folder import RunFolder
-from training.methods.base import Progress as Place
+from training.methods.base import TrainingProgress as Place
 from training.trainer.monitoring.recorder import COLUMNS, LEGEND, Recorder, fitted
 from training.trainer.monitoring.throughput import Rates
 

@@ -16,7 +16,7 @@ from training.core.world import World
 from training.methods.pass_reid import Pass
 from training.trainer.monitoring import stragglers as pace
 from training.trainer.monitoring.observer import StepDone
-from training.trainer.monitoring.stragglers import SLOWER, WINDOW_STEPS, Pace, Share, stragglers
+from training.trainer.monitoring.stragglers import SLOWER, WINDOW_STEPS, Pace, RankTimes, stragglers
 from training.trainer.pretrain import pretrain
 
 STEPS = 3 * WINDOW_STEPS + 3
@@ -24,8 +24,8 @@ FORWARD_S, SLOW_S = 0.1, 0.2
 """By the clock of this test: how long a forward pass takes, and how much longer a slow one."""
 
 
-def _shares(*own: float, step: float = 1.0) -> list[Share]:
-    return [Share(forward, 0.0, step) for forward in own]
+def _shares(*own: float, step: float = 1.0) -> list[RankTimes]:
+    return [RankTimes(forward, 0.0, step) for forward in own]
 
 
 @pytest.mark.parametrize(("shares", "slow"), [
@@ -34,10 +34,10 @@ def _shares(*own: float, step: float = 1.0) -> list[Share]:
     (_shares(0.01, 0.03, 0.01), set()),  # three times as slow, and nobody cares
     (_shares(0.4, 0.9), {1}),
     (_shares(0.9), set()),
-    ([Share(0.3, 0.0, 1.0), Share(0.3, 0.4, 1.0)], {1}),  # waits for data, and the others for it
-    ([Share(0.3, 0.4, 1.0), Share(0.3, 0.4, 1.0)], set()),
+    ([RankTimes(0.3, 0.0, 1.0), RankTimes(0.3, 0.4, 1.0)], {1}),  # waits for data, and the others for it
+    ([RankTimes(0.3, 0.4, 1.0), RankTimes(0.3, 0.4, 1.0)], set()),
 ])  # fmt: skip
-def test_stragglers__by_their_own_time(shares: list[Share], slow: set[int]) -> None:
+def test_stragglers__by_their_own_time(shares: list[RankTimes], slow: set[int]) -> None:
     assert stragglers(shares) == slow
 
 
@@ -52,7 +52,7 @@ class NamedHost(LocalHost):
     def place(self) -> str:
         return f"machine-{self.rank}"
 
-    def say(self, line: str) -> None:
+    def show_line(self, line: str) -> None:
         self.said.append(line)
 
     def alive(self, step: int, doing: Any) -> None:

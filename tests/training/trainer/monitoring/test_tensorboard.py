@@ -9,7 +9,7 @@ from datapipe.core.config import StorageConfig
 from tests.conftest import S3Server
 from training.core.run_folder.run_folder import RunFolder
 from training.trainer.monitoring import tensorboard
-from training.trainer.monitoring.tensorboard import Board, tag_of
+from training.trainer.monitoring.tensorboard import EventWriter, tag_of
 
 LINE = {"loss": 2.5, "loss_cls": 1.5, "lr": 1e-3, "images_per_s": 812.0, "grad_norm": 3.0, "entropy": 0.5, "time": 1.0,
         "bottleneck": "views"}  # fmt: skip
@@ -17,7 +17,7 @@ TAGS = ["health/entropy", "health/grad_norm", "loss/cls", "loss/total", "schedul
 
 
 def written(folder: RunFolder, steps: int) -> None:
-    board = Board(folder, total_steps=steps)
+    board = EventWriter(folder, total_steps=steps)
     for step in range(1, steps + 1):
         board.step({**LINE, "step": step})
     board.add("score/people mAP", 0.25, steps)

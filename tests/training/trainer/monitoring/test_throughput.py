@@ -85,10 +85,10 @@ def _told(world: World) -> list[list[TimeSpent]]:
         (0, LoaderCounters()),
     )
     for step in steps:
-        exchange.hear()
+        exchange.receive()
         tally.note(*step)
         found.append(tally.latest)
-        exchange.tell()
+        exchange.send()
     return found
 
 

@@ -35,7 +35,7 @@ def submit(chosen: SubmitCommand, rest: Sequence[str]) -> int:
             job = client.submit_job(entrypoint=shlex.join(["python", "-m", "cluster", chosen.command, *words]),
                                     runtime_env={"working_dir": folder})  # fmt: skip
     address = ["--address", chosen.address] if chosen.address else []
-    print(_told(job, client.get_address(), [*address, chosen.command, *rest], with_token=with_token))
+    print(_in_words(job, client.get_address(), [*address, chosen.command, *rest], with_token=with_token))
     return 0
 
 
@@ -148,7 +148,7 @@ def _reached(address: str | None) -> Iterator[None]:
         ) from error  # fmt: skip
 
 
-def _told(job: str, address: str, arguments: Sequence[str], *, with_token: bool) -> str:
+def _in_words(job: str, address: str, arguments: Sequence[str], *, with_token: bool) -> str:
     """What to do with the job from now on. `with_token`: Ray's own commands have to be told to send it."""
     ray = f"{MODE}={WITH_TOKEN} ray" if with_token else "ray"
     again = shlex.join(["python", "-m", "cluster", "submit", *arguments])

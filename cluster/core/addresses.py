@@ -63,7 +63,7 @@ def dashboard_of(address: str | None) -> str:
     scheme, separator, _ = chosen.partition("://")
     url = chosen
     if not separator:
-        url = _told_by_head(head_of(chosen, hint=SUBMIT))
+        url = _dashboard_from_head(head_of(chosen, hint=SUBMIT))
     elif scheme not in PORTS:
         raise ClusterError(f"jobs are not handed in through {scheme}://", where=given, hint=SUBMIT)
     dashboard = _split_url(url, given)
@@ -101,7 +101,7 @@ def _of_this_machine(given: str, hint: str) -> str:
             os.environ[RAY_ADDRESS] = listed
 
 
-def _told_by_head(head: str) -> str:
+def _dashboard_from_head(head: str) -> str:
     from ray.dashboard.utils import ray_address_to_api_server_url
     from ray.exceptions import AuthenticationError
 

@@ -94,8 +94,8 @@ def _score(task: ScoringTask, kind: Kind, lines: Any) -> dict[str, Any]:
     import torch
 
     from datapipe.core.process_setup import numbers_in_environment
-    from datapipe.core.progress import telling
+    from datapipe.core.progress import lines_sent_to
 
     torch.set_num_threads(1)
-    with numbers_in_environment(), telling(lines.show_line.remote):
+    with numbers_in_environment(), lines_sent_to(lines.show_line.remote):
         return evaluation.score(task, threads=1, device=own_device(kind))

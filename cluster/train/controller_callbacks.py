@@ -18,7 +18,7 @@ from ray.train.v2._internal.execution.controller.state import (
     RestartingState,
 )
 
-from cluster.train.coordinator import Leaving, Situation, WorkerLocation, find_board
+from cluster.train.coordinator import Leaving, Situation, WorkerLocation, find_coordinator
 from cluster.train.restart_policy import Failure
 from datapipe.core.errors import StorageError
 from datapipe.core.progress import counted
@@ -46,22 +46,22 @@ _OWN_FAULT = re.compile(r"CUDA error|CUDA_ERROR|Xid|\bECC\b|Segmentation fault|o
 
 
 class Over(Exception):
-    """Ends Ray Train's run. What there is to say is on the board."""
+    """Ends Ray Train's run. What there is to say is on the coordinator."""
 
 
 class RestartPolicy(ControllerCallback, WorkerGroupCallback):
     """Ray Train restarts without end; this decides when it ends, and waits before it begins again."""
 
-    def __init__(self, board: str, config: RunConfig) -> None:
-        self._name, self._config, self._run = board, config.cluster, config
+    def __init__(self, coordinator: str, config: RunConfig) -> None:
+        self._name, self._config, self._run = coordinator, config.cluster, config
         self._actors: dict[int, Any] = {}
 
     @property
-    def _board(self) -> Any:
-        return find_board(self._name)
+    def _coordinator(self) -> Any:
+        return find_coordinator(self._name)
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
-        ray.get(self._board.open.remote(worker_group_context.num_workers))
+        ray.get(self._coordinator.open.remote(worker_group_context.num_workers))
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         places = [
@@ -70,15 +70,15 @@ class RestartPolicy(ControllerCallback, WorkerGroupCallback):
             for worker in worker_group.get_workers()
         ]  # fmt: skip
         self._actors = {worker.distributed_context.world_rank: worker.actor for worker in worker_group.get_workers()}
-        ray.get(self._board.place.remote(places))
+        ray.get(self._coordinator.place.remote(places))
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
-        ray.get(self._board.close.remote())
+        ray.get(self._coordinator.close.remote())
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         if isinstance(current_state, PreemptingState):
             nodes = ", ".join(node[:8] for node in current_state.preemption_info.preempted_node_ids)
-            ray.get(self._board.leave.remote(f"machine {nodes} is drained and will be taken away"))
+            ray.get(self._coordinator.leave.remote(f"machine {nodes} is drained and will be taken away"))
         elif isinstance(current_state, ResizingState):
             decided: Any = current_state.scaling_decision
             self._make_room(decided.num_workers)
@@ -87,12 +87,12 @@ class RestartPolicy(ControllerCallback, WorkerGroupCallback):
 
     def _make_room(self, workers: int) -> None:
         """Let the workers save before Ray ends them for a new size."""
-        before = len(ray.get(self._board.situation.remote()).places)
+        before = len(ray.get(self._coordinator.situation.remote()).places)
         reason = f"from {before} to {counted(workers, 'worker')}, as there is room" if workers > before else (
             f"from {before} to {counted(workers, 'worker')}, as there is no more room")  # fmt: skip
-        ray.get(self._board.leave.remote(reason))
+        ray.get(self._coordinator.leave.remote(reason))
         end = time.monotonic() + self._config.hang_timeout_s
-        while time.monotonic() < end and not ray.get(self._board.left.remote()):
+        while time.monotonic() < end and not ray.get(self._coordinator.left.remote()):
             time.sleep(POLL_S)
         self._follow(Failure("resize", reason))
 
@@ -122,7 +122,7 @@ class RestartPolicy(ControllerCallback, WorkerGroupCallback):
                     words = crash_log.of_process(log, situation.places[rank].pid)
                     if words is not None:
                         missing.discard(rank)
-                        words_of_rank[rank] = crash_log.telling(words)
+                        words_of_rank[rank] = crash_log.relevant_lines(words)
         return words_of_rank
 
     def _situation(self, cause: Exception) -> Situation:
@@ -131,13 +131,13 @@ class RestartPolicy(ControllerCallback, WorkerGroupCallback):
         left = any(isinstance(failure, Leaving) for failure in failures)
         end = time.monotonic() + ANSWER_S
         while True:
-            situation: Situation = ray.get(self._board.situation.remote())
+            situation: Situation = ray.get(self._coordinator.situation.remote())
             if situation.leaving or situation.stopping or not left or time.monotonic() > end:
                 return situation
             time.sleep(POLL_S)
 
     def _follow(self, failure: Failure) -> None:
-        decision = ray.get(self._board.follow.remote(failure))
+        decision = ray.get(self._coordinator.follow.remote(failure))
         if decision.give_up is not None:
             raise Over
         self._wait(decision.delay_s)
@@ -161,7 +161,7 @@ class RestartPolicy(ControllerCallback, WorkerGroupCallback):
     def _wait(self, delay_s: float) -> None:
         end = time.monotonic() + delay_s
         while time.monotonic() < end:
-            if ray.get(self._board.situation.remote()).stopping:
+            if ray.get(self._coordinator.situation.remote()).stopping:
                 raise Over
             time.sleep(POLL_S)
 

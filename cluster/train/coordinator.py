@@ -1,4 +1,4 @@
-"""The board on which driver, controller and workers leave each other notes: one actor beside the driver."""
+"""The coordinator: one actor beside the driver, through which driver, controller and workers pass notes."""
 
 import time
 import uuid
@@ -38,7 +38,7 @@ class WorkerLocation(NamedTuple):
 
 
 class Notes(NamedTuple):
-    """What the driver takes from the board."""
+    """What the driver takes from the coordinator."""
 
     lines: list[str]
     failure: UserError | None
@@ -73,7 +73,7 @@ class Situation(NamedTuple):
 
 
 class Coordinator:
-    """State of the board; runs as an actor that lives as long as the driver. A group is one start of all workers."""
+    """The notes; runs as an actor that lives as long as the driver. A group is one start of all workers."""
 
     def __init__(self, saved: int, restarts: Restarts) -> None:
         self._counted = restarts
@@ -207,14 +207,14 @@ class Coordinator:
                      self._wanted, self._stop_reason, self._stepping)  # fmt: skip
 
 
-def open_board(saved: int, restarts: Restarts) -> tuple[str, Any]:
-    """(name, actor handle) of a fresh board on this machine. `saved`: step of the newest checkpoint, 0 without one."""
-    name = f"board-{uuid.uuid4().hex[:12]}"
+def start_coordinator(saved: int, restarts: Restarts) -> tuple[str, Any]:
+    """(name, actor handle) of a new coordinator on this machine. `saved`: step of the newest checkpoint or 0."""
+    name = f"coordinator-{uuid.uuid4().hex[:12]}"
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(num_cpus=0)(Coordinator).options(name=name, namespace=NAMESPACE, scheduling_strategy=here)
     return name, actor.remote(saved, restarts)
 
 
-def find_board(name: str) -> Any:
-    """The handle of a board, anywhere in the cluster."""
+def find_coordinator(name: str) -> Any:
+    """The handle of a coordinator, anywhere in the cluster."""
     return ray.get_actor(name, namespace=NAMESPACE)

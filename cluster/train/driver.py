@@ -36,17 +36,17 @@ class Driver:
     """Starts the workers, passes on their lines and our stop word, ends those that hang, keeps the history."""
 
     def __init__(self, config: RunConfig, signals: LocalHost, scratch: str, lease: Lease, *, embedded: bool) -> None:
-        from cluster.train.coordinator import open_board
+        from cluster.train.coordinator import start_coordinator
 
         self.config, self.signals, self.scratch, self.embedded = config, signals, scratch, embedded
         self.lease = lease
         self.folder = RunFolder(config.out, config.storage, lease)
         self.choice = self._choose()
-        self._name, self._board = open_board(self._begin(), Restarts(config.cluster, config.out))
+        self._name, self._coordinator = start_coordinator(self._begin(), Restarts(config.cluster, config.out))
         self._trainer = self._make_trainer()
         self._error: BaseException | None = None
         self._leaving = threading.Event()
-        self._told, self._spoke = False, 0.0
+        self._stop_sent, self._printed_at = False, 0.0
         self._ended: set[int] = set()
 
     def _choose(self) -> DeviceChoice:
@@ -84,7 +84,7 @@ class Driver:
 
     def _train(self) -> bool:
         print("starts the workers", flush=True)
-        starting.tell(self.folder, "starts the workers")
+        starting.note(self.folder, "starts the workers")
         self._start_controller()
         try:
             return self._accompany()
@@ -107,17 +107,17 @@ class Driver:
                 raise self.lease.lost
             alive = self._fitting.is_alive()
             try:
-                notes = ray.get(self._board.take.remote())
+                notes = ray.get(self._coordinator.take.remote())
             except ray.exceptions.RayError as error:
                 raise self._lost(error) from error
-            self._tell(notes)
+            self._pass_on(notes)
             if notes.failure is not None:
                 raise notes.failure
             if not alive:
                 if not self._orphaned(notes):
                     return self._ending(notes)
                 self._replace_controller()
-            if self._told and notes.waiting_s > IDLE_S:
+            if self._stop_sent and notes.waiting_s > IDLE_S:
                 print("stopped while no workers were there; the last checkpoint stays", flush=True)
                 return False
             self._guard(notes)
@@ -136,7 +136,7 @@ class Driver:
         from ray.exceptions import RayActorError
 
         complete = notes.ending is not None and notes.ending[1]
-        return isinstance(self._error, RayActorError) and not complete and not self._told
+        return isinstance(self._error, RayActorError) and not complete and not self._stop_sent
 
     def _replace_controller(self) -> None:
         """Have the workers of the dead one end, if Ray has not yet seen to it, and start another one with its own."""
@@ -145,8 +145,8 @@ class Driver:
         from cluster.train.ray_trainer import give_back
 
         give_back()
-        ray.get(self._board.abandon.remote())
-        decision = ray.get(self._board.follow.remote(Failure("controller", "Ray Train's controller died")))
+        ray.get(self._coordinator.abandon.remote())
+        decision = ray.get(self._coordinator.follow.remote(Failure("controller", "Ray Train's controller died")))
         if decision.give_up is None:
             self._trainer = self._make_trainer()
             self._start_controller(decision.delay_s)
@@ -160,7 +160,7 @@ class Driver:
                           "step": saved, "saved": saved})  # fmt: skip
         return saved
 
-    def _tell(self, notes: Any) -> None:
+    def _pass_on(self, notes: Any) -> None:
         """Pass on what was noted: lines to the terminal, restarts to the history, the stop word to the workers."""
         self.signals.starting = not notes.stepping
         for line in notes.lines:
@@ -172,12 +172,12 @@ class Driver:
                 "delay_s"] else "again at once"  # fmt: skip
             print(f"workers ended after step {restart['step']:,} ({restart['kind']}): {restart['reason']}; {then} from "
                   f"step {restart['saved']:,}", flush=True)  # fmt: skip
-            starting.tell(self.folder, f"starts workers anew; the last ended: {restart['reason']}")
+            starting.note(self.folder, f"starts workers anew; the last ended: {restart['reason']}")
         if notes.stop and self.signals.received is None:
             self.signals.notice(notes.stop)
-        if self.signals.received is not None and not self._told:
-            self._told = True
-            self._board.stop.remote()
+        if self.signals.received is not None and not self._stop_sent:
+            self._stop_sent = True
+            self._coordinator.stop.remote()
 
     def _record(self, restart: dict[str, Any]) -> None:
         self.folder.append(HISTORY, json.dumps(restart))
@@ -194,16 +194,16 @@ class Driver:
         if notes.waiting_s > machine.start_timeout_s:
             raise ClusterError(f"no room for workers in {duration(notes.waiting_s)}: {self._shortage()}",
                                where=self.config.out, hint="start again when there is; the run goes on")  # fmt: skip
-        if notes.waiting_s > WAITING_S and time.monotonic() - self._spoke > WAITING_S:
-            self._spoke = time.monotonic()
+        if notes.waiting_s > WAITING_S and time.monotonic() - self._printed_at > WAITING_S:
+            self._printed_at = time.monotonic()
             print(f"workers are not up yet: {self._shortage()}", flush=True)
-            starting.tell(self.folder, self._shortage(), waits=True)
+            starting.note(self.folder, self._shortage(), waits=True)
 
     def _end(self, hanging: list[Hung], places: dict[int, Any]) -> None:
         import ray
 
         failure = accusation(hanging, places)
-        ray.get(self._board.blame.remote(failure))
+        ray.get(self._coordinator.blame.remote(failure))
         pids = [places[one.rank].pid for one in hanging]
         listed = f"process {pids[0]}" if len(pids) == 1 else f"processes {', '.join(map(str, pids))}"
         print(f"hung: {failure.reason}; SIGKILL to {listed}", flush=True)
@@ -221,9 +221,9 @@ class Driver:
                 f"on {counted(sum(node['Alive'] for node in ray.nodes()), 'machine')}")  # fmt: skip
 
     def _ending(self, notes: Any) -> bool:
-        if notes.ending is not None and (notes.ending[1] or self._told):
+        if notes.ending is not None and (notes.ending[1] or self._stop_sent):
             return bool(notes.ending[1])
-        if self._told:
+        if self._stop_sent:
             return False  # told to stop between two groups of workers
         raise self._lost(self._error) from self._error
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ray.train.torch import TorchConfig
 
 from cluster.core.devices import Kind, own_device
-from cluster.train.coordinator import find_board
+from cluster.train.coordinator import find_coordinator
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError
 from datapipe.core.process_setup import numbers_in_environment
@@ -64,8 +64,8 @@ class MeetingConfig(TorchConfig):
 
     kind: Kind = "cpu"
     """What workers compute on."""
-    board: str = ""
-    """Name of the board."""
+    coordinator: str = ""
+    """Name of the coordinator."""
     out: str = ""
     """Run folder."""
     storage: StorageConfig = StorageConfig()
@@ -95,8 +95,8 @@ def listen() -> tuple[str, int]:
 
 def meet(rank: int, size: int, host: str, port: int, config: MeetingConfig) -> None:
     """In every worker: join the process group, bound to its own GPU. Raises torch.distributed.DistError after the
-    timeout, ConfigError, also to the board, where torch cannot use the GPU that Ray has given, or reads a variable of
-    the environment as a number that it is not."""
+    timeout, ConfigError, also to the coordinator, where torch cannot use the GPU that Ray has given, or reads a
+    variable of the environment as a number that it is not."""
     global _listening
     forget_launchers()
     given: dict[str, Any] = {}
@@ -109,7 +109,7 @@ def meet(rank: int, size: int, host: str, port: int, config: MeetingConfig) -> N
         with numbers_in_environment():
             _join(rank, size, host, port, config, given)
     except ConfigError as error:
-        ray.get(find_board(config.board).fail.remote(error))
+        ray.get(find_coordinator(config.coordinator).fail.remote(error))
         raise
 
 

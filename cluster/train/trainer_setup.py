@@ -17,7 +17,7 @@ PLACEMENT_S = 20.0
 
 
 def make_trainer(
-    config: RunConfig, board: str, scratch: str, choice: DeviceChoice, ticket: Ticket, *, embedded: bool
+    config: RunConfig, coordinator: str, scratch: str, choice: DeviceChoice, ticket: Ticket, *, embedded: bool
 ) -> Any:
     """A run of Ray Train. Its name is new each time, as Ray Train goes by what it finds under a name it has had."""
     machine = config.cluster
@@ -37,12 +37,12 @@ def make_trainer(
     gpus = choice.kind == "cuda"
     variables = dict(variable.split("=", 1) for variable in machine.environment)
     workers: Any = (machine.least_workers, machine.max_workers) if is_elastic(config) else machine.max_workers
-    callbacks: list[Any] = [RestartPolicy(board, config), TakeSigterm()]
+    callbacks: list[Any] = [RestartPolicy(coordinator, config), TakeSigterm()]
     return Trainer(
         work,
         train_loop_config={
             "config": recipes.to_tree(config),
-            "board": board,
+            "coordinator": coordinator,
             "embedded": embedded,
             "in_job": IN_JOB in os.environ,
             "kind": choice.kind,
@@ -52,7 +52,7 @@ def make_trainer(
             backend="nccl" if gpus else "gloo",
             timeout_s=round(machine.start_timeout_s + machine.collective_timeout_s),
             kind=choice.kind,
-            board=board,
+            coordinator=coordinator,
             out=config.out,
             storage=config.storage,
         ),

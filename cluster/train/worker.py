@@ -20,12 +20,12 @@ def work(settings: dict[str, Any]) -> None:
     import ray
     from ray import train
 
-    from cluster.train.coordinator import Leaving, find_board
+    from cluster.train.coordinator import Leaving, find_coordinator
     from cluster.train.rendezvous import take_leave
     from cluster.train.worker_host import RayHost
 
-    board = find_board(settings["board"])
-    group, reason, wanted = ray.get(board.enter.remote())
+    coordinator = find_coordinator(settings["coordinator"])
+    group, reason, wanted = ray.get(coordinator.enter.remote())
     if not wanted:
         take_leave()
         return  # the group before met a mistake that a restart does not mend
@@ -38,22 +38,22 @@ def work(settings: dict[str, Any]) -> None:
         local_size=context.get_local_world_size(),
         device=own_device(settings["kind"]),
     )
-    host = RayHost(board, group, world, config.cluster, embedded=settings["embedded"])
+    host = RayHost(coordinator, group, world, config.cluster, embedded=settings["embedded"])
     try:
         with Follower(config.out, config.storage, settings["ticket"]) as guard:
             ending = pretrain(config, world=world, host=host, reason=reason, guard=guard)
         take_leave()
     except (ConfigError, DataError, LeaseError) as error:
         take_leave()
-        ray.get(board.fail.remote(error))
+        ray.get(coordinator.fail.remote(error))
         raise
     except Exception as error:
         what = f"rank {world.rank} on {host.place()}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        ray.get(board.blame.remote(Failure("crash", what, host.where.node, world.rank)))
+        ray.get(coordinator.blame.remote(Failure("crash", what, host.where.node, world.rank)))
         raise
     finally:
         word = host.close()
     if world.is_leader:
-        ray.get(board.end.remote(ending.step, ending.complete))
+        ray.get(coordinator.end.remote(ending.step, ending.complete))
     if not ending.complete and word != "stop":
         raise Leaving(f"saved after step {ending.step}")

@@ -46,13 +46,13 @@ def _receive(number: int, _: object) -> None:
 
 
 class RayHost:
-    """What `training` asks of a rank's place and tells it; a thread carries it to the board and back."""
+    """What `training` asks of a rank's place and tells it; a thread carries it to the coordinator and back."""
 
-    def __init__(self, board: Any, group: int, world: World, config: ClusterConfig, *, embedded: bool) -> None:
+    def __init__(self, coordinator: Any, group: int, world: World, config: ClusterConfig, *, embedded: bool) -> None:
         """`embedded`: Ray lives in the driver's process, so that no other machine could go on."""
         context = ray.get_runtime_context()
         self.where = WorkerLocation(world.rank, context.get_node_id(), ray.util.get_node_ip_address(), os.getpid())
-        self._board, self._group, self._world, self._embedded = board, group, world, embedded
+        self._coordinator, self._group, self._world, self._embedded = coordinator, group, world, embedded
         self._word: Word = "go"
         self._first: int | None = None
         """Steps that were done when this attempt began."""
@@ -60,13 +60,13 @@ class RayHost:
         self._stepping = False
         self._done = threading.Event()
         watched = config.notice if world.local_rank == 0 else ""
-        self._notice = Notice(watched, every_s=config.notice_every_s, heard=self._going)
+        self._notice = Notice(watched, every_s=config.notice_every_s, callback=self._going)
         threading.Thread(target=self._live, name="signs of life", daemon=True).start()
 
     def _live(self) -> None:
         while not self._done.is_set():
             try:
-                self._word = ray.get(self._board.beat.remote(self._group, self._pulse()))
+                self._word = ray.get(self._coordinator.beat.remote(self._group, self._pulse()))
             except (ray.exceptions.RayError, RuntimeError):
                 return  # the driver is gone, and this process will be ended with it
             if self._word == "end":
@@ -75,9 +75,11 @@ class RayHost:
             self._done.wait(POLL_S)
 
     def _pass_on(self) -> None:
-        """Tell why all must leave, if this process has been told to. The board keeps the first reason."""
+        """Tell why all must leave, if this process has been told to. The coordinator keeps the first reason."""
         if _terminated.is_set():
-            ray.get(self._board.leave.remote(f"rank {self._world.rank} on {self.place()} was told to end (SIGTERM)"))
+            ray.get(
+                self._coordinator.leave.remote(f"rank {self._world.rank} on {self.place()} was told to end (SIGTERM)")
+            )
 
     def _pulse(self) -> Pulse:
         where = self._whereabouts.now()
@@ -88,9 +90,9 @@ class RayHost:
         """This machine will be taken away: everybody saves, and Ray starts nothing here any more."""
         reason = f"{self.place()} will be taken away ({words})"
         if self._embedded:
-            self._board.ask_stop.remote(reason)
+            self._coordinator.ask_stop.remote(reason)
             return
-        self._board.leave.remote(reason)
+        self._coordinator.leave.remote(reason)
         deadline_ms = round((time.time() + GRACE_S) * 1_000)
         GcsClient(address=ray.get_runtime_context().gcs_address).drain_node(
             self.where.node, PREEMPTION, reason, deadline_ms
@@ -101,7 +103,7 @@ class RayHost:
         self._done.set()
         self._notice.close()
         self._pass_on()
-        word: Word = ray.get(self._board.gone.remote(self._group, self._world.rank))
+        word: Word = ray.get(self._coordinator.gone.remote(self._group, self._world.rank))
         return word
 
     def place(self) -> str:
@@ -122,14 +124,14 @@ class RayHost:
     def stepping(self) -> None:
         if not self._stepping:
             self._stepping = True
-            self._board.stepping.remote(self._group)
+            self._coordinator.stepping.remote(self._group)
 
     def preempted(self) -> bool:
         return self._word != "go" or _terminated.is_set()
 
     def saved(self, step: int) -> None:
         if self._world.is_leader:
-            self._board.saved.remote(step)
+            self._coordinator.saved.remote(step)
 
     def show_line(self, line: str) -> None:
-        self._board.show_line.remote(line)
+        self._coordinator.show_line.remote(line)

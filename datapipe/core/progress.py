@@ -26,7 +26,7 @@ _listener: ContextVar[Callable[[str], None] | None] = ContextVar("progress", def
 
 
 @contextlib.contextmanager
-def telling(listener: Callable[[str], None]) -> Iterator[None]:
+def lines_sent_to(listener: Callable[[str], None]) -> Iterator[None]:
     """Lines go to `listener`, of work in this thread; no bar."""
     token = _listener.set(listener)
     try:
@@ -47,11 +47,11 @@ class Progress:
         self.label, self.total, self.done, self.crops, self.note = label, max(total, 1e-9), 0.0, 0, ""
         self.unit, self.quiet_s = unit, quiet_s
         self.began = time.monotonic()
-        self.spoken = self.began + FIRST_S - INTERVAL_S
+        self.printed_at = self.began + FIRST_S - INTERVAL_S
         self._advances = 0
         self._first = (self.began, 0.0)
-        self._said = False
-        self._speaks = not Progress._shown or _listener.get() is not None
+        self._printed = False
+        self._prints = not Progress._shown or _listener.get() is not None
         self._bar: Bar | None = None
         self._task: Any = None
 
@@ -75,7 +75,7 @@ class Progress:
         self.note = ", ".join(filter(None, [note, self._rate()]))
         if self._bar:
             self._bar.update(self._task, advance=amount, note=f"{self.note}, {duration(self.left_s())} left")
-        elif self._speaks and time.monotonic() - self.spoken >= INTERVAL_S:
+        elif self._prints and time.monotonic() - self.printed_at >= INTERVAL_S:
             self._speak(f"{duration(self.left_s())} left")
 
     def over(self, parts: Iterable[T], size: Callable[[T], float]) -> Iterator[T]:
@@ -91,7 +91,7 @@ class Progress:
         if self._bar:
             self._bar.stop()
             Progress._shown = False
-        elif kind is None and self._speaks and (self._said or self._passed_s() >= self.quiet_s):
+        elif kind is None and self._prints and (self._printed or self._passed_s() >= self.quiet_s):
             self._speak(f"{self._passed_s():.1f} s")
 
     def left_s(self) -> float:
@@ -113,7 +113,7 @@ class Progress:
         return time.monotonic() - self.began
 
     def _speak(self, time_note: str) -> None:
-        self.spoken, self._said = time.monotonic(), True
+        self.printed_at, self._printed = time.monotonic(), True
         share = min(1.0, self.done / self.total)
         line = ", ".join(filter(None, [f"{self.label}: {share:4.0%}", self.note, time_note]))
         listener = _listener.get()

@@ -115,7 +115,7 @@ class Listener:
     def _handle(self, number: int, _: FrameType | None) -> None:
         """In the main thread, sooner or later."""
         if signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False) != self._writer:
-            self._told(number)  # somebody took the descriptor away, and the thread has not heard
+            self._receive(number)  # somebody took the descriptor away, and the thread has not heard
         if not self.receivers:
             self.end(number)  # before anything else is done here
         if self.raises:
@@ -133,10 +133,10 @@ class Listener:
         while numbers := os.read(reader, 64):
             for number in numbers:
                 if number in SIGNALS:
-                    self._told(number)
+                    self._receive(number)
         os.close(reader)
 
-    def _told(self, number: int) -> None:
+    def _receive(self, number: int) -> None:
         if number == signal.SIGHUP:
             leave_dead_terminal()
         if self.receivers:

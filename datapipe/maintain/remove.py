@@ -155,7 +155,7 @@ class _Removal:
 
 
 @dataclass
-class _Meant:
+class _Selected:
     """Which rows of a table are meant, and what the lists hold beside."""
 
     rows: np.ndarray
@@ -191,7 +191,7 @@ class _Request:
     def find(self, store: Store, storage: StorageConfig) -> _Removal:
         """The keys of these crops; none where all of them were removed before."""
         table = _crops(store, storage)
-        selected = self._meant(table, store)
+        selected = self._select(table, store)
         if not selected.rows.any() and not selected.lists.before:
             raise DataError(
                 "no crop of the data set is meant; one that was removed before is not there any more",
@@ -209,8 +209,8 @@ class _Request:
         lists = dataclasses.replace(selected.lists, missing=selected.lists.missing[:EXAMPLES], copies=int(copies.sum()))
         return _Removal(pyarrow.array(keys, pyarrow.string()), words, frozenset(selected.quarantined), lists)
 
-    def _meant(self, table: pyarrow.Table, store: Store) -> _Meant:
-        selected = _Meant(pyarrow.compute.equal(table["source"], self.config.source or table["source"]).to_numpy())
+    def _select(self, table: pyarrow.Table, store: Store) -> _Selected:
+        selected = _Selected(pyarrow.compute.equal(table["source"], self.config.source or table["source"]).to_numpy())
         looked = {by: _look_up(listed, table, by, selected.rows) for by, listed in self.lists.items()}
         for lookup in looked.values():
             selected.rows = selected.rows & (lookup.place >= 0)
@@ -226,7 +226,9 @@ class _Request:
             selected.lists.remarks += lookup.remarks
         return selected
 
-    def _but_gone(self, lookup: ListMatch, by: By, table: pyarrow.Table, store: Store, selected: _Meant) -> list[str]:
+    def _but_gone(
+        self, lookup: ListMatch, by: By, table: pyarrow.Table, store: Store, selected: _Selected
+    ) -> list[str]:
         """The listed crops that are not there, but for those that were removed before or quarantined: noted."""
         if not len(lookup.lost):
             return []

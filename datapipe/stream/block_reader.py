@@ -106,7 +106,7 @@ class BlockReader:
         self.store, self.places, self.cache, self._block = store, places, cache, block
         self.bytes_read = 0
         """Asked of the store."""
-        self.hits, self.asked = 0, 0
+        self.hits, self.reads = 0, 0
         """Crops that came from the cache, of so many."""
         self._lock = Lock()
         self._pool = ThreadPoolExecutor(in_flight, "datapipe-read") if in_flight else None
@@ -134,7 +134,7 @@ class BlockReader:
             else:
                 data_of_row.update(zip(wanted, parts, strict=True))
         with self._lock:
-            self.asked += len(rows)
+            self.reads += len(rows)
             self.hits += len(data_of_row)
         for part in self._in_parallel(self._load, missing, missing.values()):
             data_of_row.update(part)

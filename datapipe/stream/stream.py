@@ -77,7 +77,7 @@ class Stream:
     def cached(self) -> tuple[int, int]:
         """(crops that came from the cache, of so many that were asked of it) so far."""
         readers = [version.reader for version in self._versions]
-        return sum(reader.hits for reader in readers), sum(reader.asked for reader in readers)
+        return sum(reader.hits for reader in readers), sum(reader.reads for reader in readers)
 
     def fetch(self, samples: Ints) -> Fetched:
         """The checked crops of these samples. Raises DataError for a missing shard or too many broken crops."""

@@ -62,10 +62,10 @@ def test_status__of_runs_in_every_state(tmp_path: Path, capsys: pytest.CaptureFi
 def test_status__of_a_run_that_starts_or_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Before anything else of a run is there, and between two groups of workers."""
     folder = RunFolder(str(tmp_path / "runs" / "one"), HERE)
-    starting.tell(folder, "starts Ray")
+    starting.note(folder, "starts Ray")
     found = status(folder.url, HERE)
     assert (found.state, found.doing, found.step) == ("starting", "starts Ray", 0)
-    starting.tell(folder, "2 of 1 GPU each are needed; the cluster has 1 GPU", waits=True)
+    starting.note(folder, "2 of 1 GPU each are needed; the cluster has 1 GPU", waits=True)
     now = time.time()
     folder.write_json("ranks/rank_00.json", {"time": now - 60, "step": 3})
     _note(folder, kind="crash", reason="rank 1 died", time=now - 30)

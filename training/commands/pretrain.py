@@ -21,7 +21,7 @@ def run(config: RunConfig) -> int:
     machine = config.cluster
     with (
         LocalHost(starting=True) as host,
-        closing(Notice(machine.notice, every_s=machine.notice_every_s, heard=host.notice)),
+        closing(Notice(machine.notice, every_s=machine.notice_every_s, callback=host.notice)),
         crash_log.kept(config.out, config.storage, 0, log=True),
         alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world,
     ):

@@ -24,9 +24,9 @@ class Notice:
     where the server asks for one. A server that does not answer says nothing.
     """
 
-    def __init__(self, source: str, *, every_s: float, heard: Callable[[str], None]) -> None:
-        """`heard(words)` is called once, from the thread. An empty source is never looked at."""
-        self._source, self._every_s, self._heard = source, every_s, heard
+    def __init__(self, source: str, *, every_s: float, callback: Callable[[str], None]) -> None:
+        """`callback(words)` is called once, from the thread. An empty source is never looked at."""
+        self._source, self._every_s, self._callback = source, every_s, callback
         self._closed = threading.Event()
         if source:
             threading.Thread(target=self._watch, name="preemption notice", daemon=True).start()
@@ -39,7 +39,7 @@ class Notice:
         while not self._closed.is_set():
             words = look(self._source)
             if words is not None:
-                self._heard(words)
+                self._callback(words)
                 return
             self._closed.wait(self._every_s)
 
@@ -49,7 +49,7 @@ def look(source: str) -> str | None:
     if not source.startswith(("http://", "https://")):
         return _in_file(Path(source))
     try:
-        answer = _asked(source)
+        answer = _fetch(source)
     except OSError:  # no answer, 404, a proxy's trouble: none of them is a notice
         return None
     return None if answer.strip().lower() in NOTHING else answer.strip()
@@ -62,7 +62,7 @@ def _in_file(path: Path) -> str | None:
         return None
 
 
-def _asked(address: str) -> str:
+def _fetch(address: str) -> str:
     try:
         return _read(urllib.request.Request(address, headers=HEADERS))
     except urllib.error.HTTPError as refusal:

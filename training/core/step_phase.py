@@ -50,7 +50,7 @@ class Whereabouts:
 
     def now(self) -> Where:
         with self._lock:
-            while self._ahead and _said(self._ahead[0][2]):
+            while self._ahead and _is_reached(self._ahead[0][2]):
                 self._move(*self._ahead.popleft()[:2])
             return Where(self._step, self._doing, self._marks, time.monotonic() - self._since)
 
@@ -62,7 +62,7 @@ class Whereabouts:
         self._step, self._doing, self._since = step, doing, time.monotonic()
 
 
-def _said(reached: Callable[[], bool]) -> bool:
+def _is_reached(reached: Callable[[], bool]) -> bool:
     """A device in an error state answers with that error, which the training thread meets, too."""
     try:
         return reached()

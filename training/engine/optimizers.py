@@ -37,7 +37,7 @@ def state_tensors(optimizer: Optimizer) -> tuple[str, ...]:
     return STATE_TENSORS[type(optimizer)]
 
 
-def begun(optimizer: Optimizer, tensor: Tensor) -> bool:
+def has_state(optimizer: Optimizer, tensor: Tensor) -> bool:
     """Has the optimizer stepped this tensor since its state was last zeroed?"""
     state = optimizer.state.get(tensor, {})
     if any(state.get(name) is None for name in state_tensors(optimizer)):
@@ -66,8 +66,8 @@ def zero_state(optimizer: Optimizer, tensor: Tensor, step: float | None) -> None
 
 
 def whole_steps(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
-    """Step counts of the parameters, stepped as wholes, that the optimizer has begun with."""
-    return {name: step_count(optimizer, value) for name, value in parameters.items() if begun(optimizer, value)}
+    """Step counts of the parameters, stepped as wholes, that the optimizer has has_state with."""
+    return {name: step_count(optimizer, value) for name, value in parameters.items() if has_state(optimizer, value)}
 
 
 def whole_pieces(optimizer: Optimizer, parameters: Mapping[str, Tensor], names: Collection[str]) -> list[Piece]:

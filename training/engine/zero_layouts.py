@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from training.core.world import World
-from training.engine.optimizers import begun, state_tensors, step_count, whole_pieces, whole_steps, zero_state
+from training.engine.optimizers import has_state, state_tensors, step_count, whole_pieces, whole_steps, zero_state
 from training.engine.param_groups import ParameterGroup
 from training.engine.state_fragments import Piece, whole
 from training.methods.base import Method
@@ -67,11 +67,11 @@ class ZeroLayout(ABC):
             zero_state(self.optimizer, tensor, None)
 
     def counts(self) -> dict[str, float]:
-        """Step counts of the parameters that the optimizer has begun with."""
+        """Step counts of the parameters that the optimizer has has_state with."""
         counts = {}
         for index, group in enumerate(self.groups):
             first = self.tensors(index)[0]
-            if begun(self.optimizer, first):
+            if has_state(self.optimizer, first):
                 counts.update(dict.fromkeys(group.names, step_count(self.optimizer, first)))
         return counts
 

@@ -279,7 +279,7 @@ class PersonMae(Method[PersonMaeConfig]):
         region_b = views["region_b"][0] if self.config.regions == "pair" else region_a
         # visible patches first, both kinds in their order on the grid; padding has no mask, and its first are taken
         order_BN = views["mask"][0].flatten(1).to(torch.int8).argsort(dim=1, stable=True)
-        queries = self._asked(views, order_BN)
+        queries = self._queries(views, order_BN)
         with torch.no_grad():
             features_BNC = self.teacher(region_b, precision=self.precision)
         predicted = self.student(
@@ -316,7 +316,7 @@ class PersonMae(Method[PersonMaeConfig]):
             depth=encoder.depth_of(rest) if network == "backbone" else len(encoder.blocks) + 1,
         )
 
-    def _asked(self, views: Views, order_BN: Tensor) -> DecoderQueries:
+    def _queries(self, views: Views, order_BN: Tensor) -> DecoderQueries:
         """Two regions: all of B, at its places in A's frame. One region: its hidden patches, or all patches, where the
         visible ones are predicted from themselves."""
         rows, columns = self.student.backbone.config.grid

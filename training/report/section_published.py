@@ -54,14 +54,14 @@ def not_comparable(row: LiteratureRow, content: dict[str, Any]) -> list[str]:
         "our data set is not whole": row.data == data["name"] and bool(data["differences"]),
         "another size of images": list(row.size) != list(settings["size"]),
         "another backbone": bool(row.arch) and (row.arch, row.stem, row.parts) != backbone,
-        f"theirs is {_said(row.task)}, ours {_said(model['task'])}": row.task != model["task"],
+        f"theirs is {_task_in_words(row.task)}, ours {_task_in_words(model['task'])}": row.task != model["task"],
         f"ours is fine-tuned on {model['trained_on']}": model["trained_on"] not in ("", data["name"]),
         "ours has fewer labels": model["label_fraction"] < 1,
     }
     return [reason for reason, holds in reasons.items() if holds]
 
 
-def _said(task: Task) -> str:
+def _task_in_words(task: Task) -> str:
     return {"zero-shot": "not fine-tuned", "supervised": "fine-tuned"}.get(task, task)
 
 

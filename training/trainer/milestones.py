@@ -15,7 +15,7 @@ from typing import Any
 import safetensors.torch
 
 from datapipe.core.errors import NotFoundError
-from datapipe.core.progress import telling
+from datapipe.core.progress import lines_sent_to
 from training import checkpoint
 from training.config.run_config import RunConfig
 from training.core.host import Host, run_lines
@@ -65,7 +65,7 @@ class Milestones:
         task = ScoringTask(self.config.out, self.config.evaluation.data, weights, self.config.storage,
                     self.config.evaluation.scoring)  # fmt: skip
         self.host.show_line(f"scores {weights.name}")
-        with telling(self.host.show_line):
+        with lines_sent_to(self.host.show_line):
             metrics = evaluation.score(task, device=self.world.device, out=self.folder.store)
         ours = {checkpoint.name_of(end // self.clock.batch) for end in ends(self.config.evaluation, self.clock)}
         scores = scored(self.folder, metrics["set"], ours)
@@ -119,11 +119,11 @@ def _alive(host: Host, step: int) -> Iterator[None]:
     """Tell the host so now and then, for as long as the context lasts."""
     ended = threading.Event()
 
-    def tell() -> None:
+    def report() -> None:
         while not ended.wait(ALIVE_S):
             host.alive(step, "data")
 
-    thread = threading.Thread(target=tell, name="alive", daemon=True)
+    thread = threading.Thread(target=report, name="alive", daemon=True)
     thread.start()
     try:
         yield

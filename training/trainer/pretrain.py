@@ -90,7 +90,7 @@ def pretrain(
 
 def _noted(folder: RunFolder, startup: Startup) -> contextlib.AbstractContextManager[None]:
     """Lines of the start are noted in the run folder, until steps begin."""
-    return lines_to(lambda line: None if startup.over else starting.tell(folder, line))
+    return lines_to(lambda line: None if startup.over else starting.note(folder, line))
 
 
 def _plan(config: RunConfig, world: World) -> RunPlan:
@@ -194,7 +194,7 @@ def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason
             run_lines.info("reads the first batch")
             startup.over = True
             if world.is_leader:
-                starting.tell(folder, "")
+                starting.note(folder, "")
             position, done = _train(run, checkpoints, config, milestones, position)
             for line in _closing(config, position // clock.batch, clock, done):
                 run_lines.info(line)

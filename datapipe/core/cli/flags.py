@@ -304,7 +304,7 @@ def _built(kind: type[T], default: T | None, values: Mapping[tuple[str, ...], An
         try:
             return kind(**changes) if default is None else dataclasses.replace(default, **changes)
         except ValidationError as error:
-            wrong.extend(_told(item, path, names) for item in error.errors())
+            wrong.extend(_in_words(item, path, names) for item in error.errors())
             return default
 
     made: T = build(kind, default, ())
@@ -313,7 +313,7 @@ def _built(kind: type[T], default: T | None, values: Mapping[tuple[str, ...], An
     return made
 
 
-def _told(item: Any, path: tuple[str, ...], names: Mapping[tuple[str, ...], str]) -> str:
+def _in_words(item: Any, path: tuple[str, ...], names: Mapping[tuple[str, ...], str]) -> str:
     """A mistake that a settings class has found, with the flag that it is about."""
     message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     inner = [part for part in item["loc"] if isinstance(part, str)]

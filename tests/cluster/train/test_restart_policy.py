@@ -93,28 +93,31 @@ def test_restarts__a_bad_machine_is_named_soon(names: str, nodes: int, named: bo
     assert not named or "machine a" in str(last.give_up)
 
 
-def test_board__counts_failures_over_a_controllers_death() -> None:
-    board = Coordinator(20, Restarts(ClusterConfig(max_failures=2), "runs/one"))
-    board.open(2)
-    assert board.follow(CRASH).row == 1
-    board.abandon()
-    assert board.follow(Failure("controller", "it died")) == (2, 2.0, None)
-    assert board.enter()[1] == "restarted: it died"
-    assert board.follow(CRASH).give_up is not None and board.situation().over
-    assert board.enter()[2] is False
-    assert [(note["kind"], note["in_a_row"], note["gave_up"]) for note in board.take().restarts] == [
+def test_coordinator__counts_failures_over_a_controllers_death() -> None:
+    coordinator = Coordinator(20, Restarts(ClusterConfig(max_failures=2), "runs/one"))
+    coordinator.open(2)
+    assert coordinator.follow(CRASH).row == 1
+    coordinator.abandon()
+    assert coordinator.follow(Failure("controller", "it died")) == (2, 2.0, None)
+    assert coordinator.enter()[1] == "restarted: it died"
+    assert coordinator.follow(CRASH).give_up is not None and coordinator.situation().over
+    assert coordinator.enter()[2] is False
+    assert [(note["kind"], note["in_a_row"], note["gave_up"]) for note in coordinator.take().restarts] == [
         ("crash", 1, False), ("controller", 2, False), ("crash", 3, True)]  # fmt: skip
 
 
-def test_board__tells_a_group_that_was_given_up_to_end() -> None:
-    board = Coordinator(0, Restarts(ClusterConfig(), ""))
-    board.open(1)
-    group, *_ = board.enter()
-    assert board.beat(group, _pulse(0, 7)) == "go" and board.take().pulses
-    board.abandon()
-    assert board.beat(group, _pulse(0, 8)) == "end" and not board.take().pulses
-    board.open(1)
-    assert board.beat(group, _pulse(0, 9)) == "end" and board.beat(board.enter()[0], _pulse(0, 7)) == "go"
+def test_coordinator__tells_a_group_that_was_given_up_to_end() -> None:
+    coordinator = Coordinator(0, Restarts(ClusterConfig(), ""))
+    coordinator.open(1)
+    group, *_ = coordinator.enter()
+    assert coordinator.beat(group, _pulse(0, 7)) == "go" and coordinator.take().pulses
+    coordinator.abandon()
+    assert coordinator.beat(group, _pulse(0, 8)) == "end" and not coordinator.take().pulses
+    coordinator.open(1)
+    assert (
+        coordinator.beat(group, _pulse(0, 9)) == "end"
+        and coordinator.beat(coordinator.enter()[0], _pulse(0, 7)) == "go"
+    )
 
 
 def _situation(**known: Any) -> Situation:
@@ -167,18 +170,18 @@ def test_death__in_words(said: str, meant: str) -> None:
     assert death_in_words(RuntimeError(said)) == meant
 
 
-def test_board__who_lives_on_in_a_group_that_is_being_ended_never_counts_as_hung() -> None:
+def test_coordinator__who_lives_on_in_a_group_that_is_being_ended_never_counts_as_hung() -> None:
     """With NCCL those that waited for a dead rank wait on, and nobody else is left to compare them with."""
-    board = Coordinator(0, Restarts(ClusterConfig(), ""))
-    board.open(2)
-    group, _, _ = board.enter()
+    coordinator = Coordinator(0, Restarts(ClusterConfig(), ""))
+    coordinator.open(2)
+    group, _, _ = coordinator.enter()
     for rank in range(2):
-        board.beat(group, _pulse(rank, 3, stood=99))
-    assert len(board.take().pulses) == 2
-    board.close()
-    assert board.beat(group, _pulse(1, 3, stood=100)) == "go"
-    assert not board.take().pulses and board.left()
-    board.open(2)
-    group, _, _ = board.enter()
-    board.beat(group, _pulse(1, 3))
-    assert [pulse.rank for pulse in board.take().pulses] == [1]
+        coordinator.beat(group, _pulse(rank, 3, stood=99))
+    assert len(coordinator.take().pulses) == 2
+    coordinator.close()
+    assert coordinator.beat(group, _pulse(1, 3, stood=100)) == "go"
+    assert not coordinator.take().pulses and coordinator.left()
+    coordinator.open(2)
+    group, _, _ = coordinator.enter()
+    coordinator.beat(group, _pulse(1, 3))
+    assert [pulse.rank for pulse in coordinator.take().pulses] == [1]

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from datapipe.core import progress
-from datapipe.core.progress import Progress, counted, duration, telling
+from datapipe.core.progress import Progress, counted, duration, lines_sent_to
 
 
 class Clock:
@@ -27,7 +27,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_progress__tells_rate_and_time_left(clock: Clock) -> None:
     lines: list[str] = []
-    with telling(lines.append), Progress("embed", 100, unit="images", quiet_s=5) as work:
+    with lines_sent_to(lines.append), Progress("embed", 100, unit="images", quiet_s=5) as work:
         clock.now += 40  # the first batch: weights travel, kernels are chosen
         work.advance(10)
         assert math.isnan(work.left_s())
@@ -41,7 +41,7 @@ def test_progress__tells_rate_and_time_left(clock: Clock) -> None:
 
 def test_progress__speaks_after_two_seconds_and_then_every_ten(clock: Clock) -> None:
     lines: list[str] = []
-    with telling(lines.append), Progress("work", 30, unit="images") as work:
+    with lines_sent_to(lines.append), Progress("work", 30, unit="images") as work:
         for _ in range(30):
             clock.now += 1
             work.advance(1)
@@ -51,7 +51,7 @@ def test_progress__speaks_after_two_seconds_and_then_every_ten(clock: Clock) -> 
 
 def test_progress__of_short_work_leaves_no_line(clock: Clock) -> None:
     lines: list[str] = []
-    with telling(lines.append), Progress("rank", 10, unit="queries", quiet_s=5) as work:
+    with lines_sent_to(lines.append), Progress("rank", 10, unit="queries", quiet_s=5) as work:
         clock.now += 1
         assert list(work.over(iter([[1, 2], [3]]), len)) == [[1, 2], [3]]
     assert work.done == 3 and not lines

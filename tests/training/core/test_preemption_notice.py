@@ -74,7 +74,7 @@ def test_notice__is_heard_once_and_stops_a_run(tmp_path: Path, capsys: pytest.Ca
         host.notice(words)
         told.set()
 
-    notice = Notice(str(tmp_path / "going"), every_s=0.01, heard=heard)
+    notice = Notice(str(tmp_path / "going"), every_s=0.01, callback=heard)
     assert not host.preempted()
     (tmp_path / "going").write_text("at noon")
     assert told.wait(300)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from datapipe.core.errors import DataError
-from datapipe.core.progress import telling
+from datapipe.core.progress import lines_sent_to
 from tests.training.reid.people import crop
 from training.reid.embed import EmbedConfig, decode, embed, normalise, resize
 
@@ -132,7 +132,7 @@ def test_embed__tells_rate_and_time_left(images: dict[str, bytes], monkeypatch: 
     monkeypatch.setattr("datapipe.core.progress.INTERVAL_S", 0.0)
     monkeypatch.setattr("datapipe.core.progress.FIRST_S", 0.0)
     lines: list[str] = []
-    with telling(lines.append):
+    with lines_sent_to(lines.append):
         embed(Means(), list(images), reader(images), size=(32, 16), config=EmbedConfig(batch=2), label="random: query")
     assert len(lines) == 6  # each batch, and the end
     line = r"random: query: +(\d+)%, (\d+) of 10 images, [\d,]+ images/s, (\?|\d+ s) left"

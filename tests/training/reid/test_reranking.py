@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from datapipe.core.errors import DataError
-from datapipe.core.progress import telling
+from datapipe.core.progress import lines_sent_to
 from training.reid.reranking import memberships, neighbours, reranked
 from training.reid.retrieval import evaluate
 from training.reid.settings import RerankConfig
@@ -94,7 +94,7 @@ def test_evaluate__tells_of_every_stage(monkeypatch: pytest.MonkeyPatch) -> None
     pids, cameras = np.arange(60) % 12, np.arange(60) // 12
     parts = (features[:20], features[20:], pids[:20], pids[20:], cameras[:20], cameras[20:])
     lines: list[str] = []
-    with telling(lines.append):
+    with lines_sent_to(lines.append):
         evaluate(*parts, reranking=RerankConfig(k1=10, k2=3), chunk_mb=0.002, label="cls")
         evaluate(*parts, chunk_mb=0.002, label="plain")
     stages = ["cls, neighbours", "cls, neighbourhoods", "cls", "plain"]

@@ -53,14 +53,14 @@ _STACK = re.compile(
     r"^(\s+File \"|(Current )?[Tt]hread 0x|Extension modules:|\s*$|frame #\d+|\s*#\d+ |.*@ +0x[0-9a-f]+ )"
 )
 MOST_LINES, NEAR_LINES = 3, 40
-"""Of the telling ones, and of the end in which they are looked for."""
+"""Of the relevant lines, and of the end in which they are looked for."""
 HEAD = "last words of process"
 
 
 @contextlib.contextmanager
 def kept(url: str, storage: Any, rank: int, *, log: bool = False) -> Iterator[None]:
     """Keep the last words of this process for as long as the context lasts. `url`, `storage`: the run folder; `log`:
-    the most telling lines also go into log.txt, where nobody else would write them there.
+    the most relevant lines also go into log.txt, where nobody else would write them there.
 
     A process that leaves the context, with an exception too, is not dead: what it has to say it says itself.
     """
@@ -117,7 +117,7 @@ class LastWords:
             self._child.wait(PATIENCE_S)
 
 
-def telling(lines: Sequence[str]) -> list[str]:
+def relevant_lines(lines: Sequence[str]) -> list[str]:
     """The lines at the end that say why a process ended, at most MOST_LINES, in their order; none where none does."""
     spoken = [line.strip() for line in lines if not _STACK.match(line)][-NEAR_LINES:]
     return [line for line in spoken if TELLING.search(line)][-MOST_LINES:]
@@ -182,7 +182,7 @@ def _write(about: dict[str, Any], lines: Sequence[str]) -> None:
     for line in (f"{now} ERROR {HEAD} {about['pid']}:", *(f"| {line}" for line in lines)):
         folder.append(f"ranks/rank_{about['rank']:02d}.log", line)
     if about["log"]:
-        words = " / ".join(telling(lines) or lines[-MOST_LINES:]) or "none"
+        words = " / ".join(relevant_lines(lines) or lines[-MOST_LINES:]) or "none"
         folder.append("log.txt", f"{now} process {about['pid']} died; its last words: {words}")
     folder.flush()
 

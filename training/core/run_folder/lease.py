@@ -123,7 +123,7 @@ class Lease(_Kept):
         was not there before."""
         super().__init__(copy.copy(store), ticket, counts_s=HOLDS * holder.duration_s,
                          every_s=RENEWS * holder.duration_s)  # fmt: skip
-        self._asked = boottime()
+        self._requested_at = boottime()
         self._store.permit = self._still
         self.holder, self._settled_at, self._made, self._count = holder, settled_at, made, 0
         self._refresh()
@@ -137,19 +137,19 @@ class Lease(_Kept):
         if boottime() >= self._valid_until and self._count:
             self._look()  # it may have been taken over: then nothing is written
         self._write(released=False)
-        requested_at = self._asked
+        requested_at = self._requested_at
         if self.term not in self._look():
             self._store.put_if_absent(_claim_name(self.term), self.ticket.claim)  # somebody deleted it
         self._valid_until = requested_at + self._counts_s
 
     def _still(self) -> None:
         """Right before a renewal takes effect: a process that is stopped while it renews does not do so later."""
-        if boottime() >= self._asked + self._counts_s:
+        if boottime() >= self._requested_at + self._counts_s:
             self._look()
 
     def _write(self, *, released: bool) -> None:
         self._count += 1
-        self._asked = boottime()
+        self._requested_at = boottime()
         renewal = {"token": self.holder.token, "count": self._count, "at_s": boottime(), "released": released}
         self._store.replace(_renewal_name(self.term), json.dumps(renewal).encode())
 
@@ -198,8 +198,8 @@ def lease_on(
     """The lease on a run folder, in a context manager. Raises LeaseError where another process has it, at once where
     that can be told, else after `duration_s` of the other one at most.
 
-    `has_workers`: other processes write on behalf of this one. `show_line`: tells a person that there is something to wait
-    for.
+    `has_workers`: other processes write on behalf of this one. `show_line`: called where there is something to
+    wait for.
     """
     RunFolder(url, storage).refuse_unwritable()
     store = open_store(url, storage)
@@ -217,7 +217,7 @@ def lease_on(
             continue
         _delete_before(store, newest.term)
         settled_at = 0.0
-        if newest.holder is not None and not _said(seen).get("released"):
+        if newest.holder is not None and not _parsed(seen).get("released"):
             settled_at = boottime() + FOLLOWS * newest.holder.duration_s if newest.holder.has_workers else 0.0
             if _read(store, _renewal_name(newest.term)) != seen:  # it came back before it could know of this claim
                 settled_at = boottime() + newest.holder.duration_s
@@ -253,7 +253,7 @@ def _await_end(store: Store, newest: _NewestTerm, own: Holder, show_line: Callab
         now = _read(store, _renewal_name(newest.term))
         if max(_terms(store), default=0) != newest.term:
             return None
-        if _said(now).get("released"):
+        if _parsed(now).get("released"):
             return now
         if now != seen:
             raise _held(store, holder)
@@ -265,11 +265,11 @@ def _await_end(store: Store, newest: _NewestTerm, own: Holder, show_line: Callab
 def _ended_here(store: Store, newest: _NewestTerm, own: Holder, seen: bytes) -> bool:
     """Has the term ended, as far as that can be told at once? Raises LeaseError where it has certainly not."""
     holder = newest.holder
-    if _said(seen).get("released"):
+    if _parsed(seen).get("released"):
         return True
     if holder is None or not holder.is_beside(own):
         return False
-    if holder.lives() and boottime() - _said(seen).get("at_s", holder.claimed_s) <= holder.duration_s:
+    if holder.lives() and boottime() - _parsed(seen).get("at_s", holder.claimed_s) <= holder.duration_s:
         raise _held(store, holder)
     return True
 
@@ -330,7 +330,7 @@ def _read(store: Store, name: str) -> bytes:
         return b""
 
 
-def _said(renewal: bytes) -> dict[str, Any]:
+def _parsed(renewal: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(renewal)
     except ValueError:
@@ -358,7 +358,7 @@ def _make(url: str, store: Store) -> bool:
 
 
 def _named(holder: Holder | None) -> str:
-    return str(holder) if holder else "a process that cannot be told (its claim is damaged)"
+    return str(holder) if holder else "a process that cannot be identified (its claim is damaged)"
 
 
 def _held(store: Store, holder: Holder | None) -> LeaseError:

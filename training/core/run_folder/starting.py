@@ -22,7 +22,7 @@ class Starting(NamedTuple):
     """Unix time."""
 
 
-def tell(folder: RunFolder, doing: str, *, waits: bool = False) -> None:
+def note(folder: RunFolder, doing: str, *, waits: bool = False) -> None:
     """Note what the start is at; empty: it is over. Not from several processes at once: the driver until there are
     workers, then the leading rank. Where it cannot be written nothing is: a start does not fail for want of it."""
     with contextlib.suppress(StorageError, OSError):

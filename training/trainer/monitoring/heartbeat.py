@@ -43,12 +43,12 @@ class Heartbeat(Observer):
         self._steps += 1
         if self._steps == 1:
             self.world.expect_within(self.timeout_s)  # imports and compilation are behind all ranks
-        if time.monotonic() - self._said > HEARTBEAT_S:
+        if time.monotonic() - self._reported_at > HEARTBEAT_S:
             self.folder.write_soon(*self._life(step.done))
 
     def _life(self, step: int) -> tuple[str, str]:
         """The file that says that this rank lives, and what it says."""
-        self._said = time.monotonic()
+        self._reported_at = time.monotonic()
         life = {"pid": os.getpid(), "host": socket.gethostname(), "world": self.world.size, "step": step,
                 "time": time.time()}  # fmt: skip
         return f"ranks/rank_{self.world.rank:02d}.json", as_json(life)

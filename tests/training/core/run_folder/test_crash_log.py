@@ -12,7 +12,7 @@ import pytest
 from datapipe.core.config import StorageConfig
 from tests.conftest import S3Server
 from tests.support.golden import ROOT
-from training.core.run_folder.crash_log import of_process, telling
+from training.core.run_folder.crash_log import relevant_lines, of_process
 from training.core.run_folder.run_folder import RunFolder
 
 PATIENCE_S = 120
@@ -87,7 +87,12 @@ LOG = """2026-11-29 10:00:00 INFO training.trainer.monitoring.rank_log: rank 0 o
 @pytest.mark.parametrize(
     ("pid", "found"),
     [
-        (41, lambda words: len(words) == 4 and telling(words)[0].startswith("[rank1]") and len(telling(words)) == 2),
+        (
+            41,
+            lambda words: (
+                len(words) == 4 and relevant_lines(words)[0].startswith("[rank1]") and len(relevant_lines(words)) == 2
+            ),
+        ),
         (42, lambda words: words == []),
         (43, lambda words: words is None),
     ],
@@ -97,9 +102,9 @@ def test_words__are_found_in_a_ranks_log(pid: int, found: Callable[[list[str] | 
 
 
 def test_telling__what_matters() -> None:
-    assert telling(["one", "two", "three", "four"]) == []
-    assert telling(["CUDA error: misaligned address", *map(str, range(9))]) == ["CUDA error: misaligned address"]
-    assert telling([]) == []
+    assert relevant_lines(["one", "two", "three", "four"]) == []
+    assert relevant_lines(["CUDA error: misaligned address", *map(str, range(9))]) == ["CUDA error: misaligned address"]
+    assert relevant_lines([]) == []
     frame = "[2026-11-30 01:50:40,474 E 41 41] logging.cc:474:     @     0x7fa73ecc9c32  1232  ray::RunTask()"
-    assert telling([frame, "Fatal Python error: Aborted"]) == ["Fatal Python error: Aborted"]
-    assert telling(["at 0x7fa73ecc9c32"]) == []
+    assert relevant_lines([frame, "Fatal Python error: Aborted"]) == ["Fatal Python error: Aborted"]
+    assert relevant_lines(["at 0x7fa73ecc9c32"]) == []

@@ -17,11 +17,11 @@ TAGS = ["health/entropy", "health/grad_norm", "loss/cls", "loss/total", "schedul
 
 
 def written(folder: RunFolder, steps: int) -> None:
-    board = EventWriter(folder, total_steps=steps)
+    writer = EventWriter(folder, total_steps=steps)
     for step in range(1, steps + 1):
-        board.step({**LINE, "step": step})
-    board.add("score/people mAP", 0.25, steps)
-    board.close()
+        writer.step({**LINE, "step": step})
+    writer.add("score/people mAP", 0.25, steps)
+    writer.close()
     folder.flush()
 
 

@@ -1,5 +1,6 @@
-"""Sums and rows of all ranks, on every rank: for losses and statistics of a whole batch. With one process they are its
-own."""
+"""All collectives on tensors: sums and rows of all ranks, on every rank. With one process they are its own.
+
+Those on picklable values are methods of `training.core.world.World`."""
 
 from typing import Any
 
@@ -8,10 +9,16 @@ from torch import Tensor, distributed
 
 
 def all_reduce(values: Tensor, operation: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM) -> Tensor:
-    """Reduced over ranks, in place; without gradient."""
+    """Reduce over ranks, in place, without gradient. The order of additions is fixed for a number of ranks (rings
+    of gloo and NCCL)."""
     if _several():
         distributed.all_reduce(values, op=operation)
     return values
+
+
+def all_reduce_later(values: Tensor) -> distributed.Work | None:
+    """Begin to sum over ranks, in place; `wait` on what is returned. None: there is nothing to wait for."""
+    return distributed.all_reduce(values, async_op=True) if _several() else None
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -59,5 +66,5 @@ class _Gather(torch.autograd.Function):
 
 
 def _several() -> bool:
-    """Is there a process group?"""
-    return distributed.is_available() and distributed.is_initialized()
+    """Is there a process group of several?"""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from training.core.collectives import all_reduce_later
 from training.core.world import World
 
 Numbers = Sequence[float]
@@ -82,6 +83,6 @@ class Exchange:
             table[self._world.rank if participant.by_rank else 0] = [float(value) for value in row]
             flat += itertools.chain(*table)
         values = torch.tensor(flat, dtype=torch.float64, device=self._world.device)
-        self._pending = _Pending(values, shares, None if self.alone else dist.all_reduce(values, async_op=True))
+        self._pending = _Pending(values, shares, all_reduce_later(values))
         if self.alone:
             self.receive()

@@ -38,12 +38,6 @@ class World:
         """True on the one rank that writes what exists once."""
         return self.rank == 0
 
-    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over ranks, in place. The order of additions is fixed for a given size (gloo and NCCL rings)."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
     def broadcast(self, value: Any) -> Any:
         """Rank 0's picklable value on every rank."""
         if self.size == 1:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.core.collectives import all_reduce
 from training.core.world import World
 from training.engine.optimizers import make_optimizer
 from training.engine.param_groups import ParameterGroup, StepSettings
@@ -173,7 +174,7 @@ class DeepSpeedStepper(Stepper):
         squares = torch.zeros(len(self.names), dtype=torch.float64, device=self.world.device)
         for name, fragment in self._layout.gradients():
             squares[index[name]] = fragment.to(torch.float64).square().sum()
-        return (squares if self._whole_gradients else self.world.all_reduce(squares)).sqrt()
+        return (squares if self._whole_gradients else all_reduce(squares)).sqrt()
 
     def _multiply(self, factors: Mapping[str, float]) -> None:
         for name, fragment in self._layout.gradients():

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from training.core.collectives import all_reduce
 from training.core.world import World
 from training.engine.optimizers import make_optimizer, whole_pieces, whole_steps, zero_state
 from training.engine.param_groups import ParameterGroup
@@ -35,7 +36,7 @@ class PlainStepper(Stepper):
         if self.world.size == 1:
             return
         gradients = [self._gradient(value) for value in self.parameters.values()]
-        flat = self.world.all_reduce(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+        flat = all_reduce(torch.cat([gradient.reshape(-1) for gradient in gradients]))
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from training.core.collectives import all_reduce
 from training.core.world import World
 from training.engine import param_groups
 from training.engine.loss_scaling import first_scale
@@ -181,7 +182,7 @@ class Stepper(ABC):
     def _gather(self) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
         """Everything collected since the last step, summed over ranks by one all-reduce."""
         dtype = self._totals["loss"].dtype
-        flat = self.world.all_reduce(torch.cat([value.reshape(-1).to(dtype) for value in self._totals.values()]))
+        flat = all_reduce(torch.cat([value.reshape(-1).to(dtype) for value in self._totals.values()]))
         parts = flat.split([value.numel() for value in self._totals.values()])
         whole = {
             name: part.reshape(value.shape) for (name, value), part in zip(self._totals.items(), parts, strict=True)

@@ -14,6 +14,7 @@ from datapipe.core.errors import ConfigError
 from datapipe.views.masking import MaskConfig, draw_masks
 from tests.support.ranks import run_ranks
 from tests.training.methods.batches import gradients, rows, same_images, taken_apart
+from training.core.collectives import all_reduce
 from training.core.world import World
 from training.engine import ema
 from training.engine.param_groups import group_parameters
@@ -200,7 +201,7 @@ def _sinkhorn_loss(world: World) -> float:
     """In one rank of two: the second has padding alone, so no hidden patches either."""
     made, views = method("personvit", targets="sinkhorn"), batch()
     mine = views if world.rank == 0 else rows(views, 0, 0, padding=4)
-    return float(world.all_reduce(made(mine, START).loss.detach()))
+    return float(all_reduce(made(mine, START).loss.detach()))
 
 
 @pytest.mark.slow
@@ -389,11 +390,11 @@ def _ics_step(world: World) -> tuple[float, dict[str, Tensor], dict[str, Tensor]
     low, high = world.rank * per, min(3, (world.rank + 1) * per)
     outcome = made(rows(views, low, high, padding=per - (high - low)), START)
     outcome.loss.backward()
-    found = {name: world.all_reduce(value) for name, value in gradients(made).items()}
+    found = {name: all_reduce(value) for name, value in gradients(made).items()}
     return (
-        float(world.all_reduce(outcome.loss.detach())),
+        float(all_reduce(outcome.loss.detach())),
         found,
-        {n: world.all_reduce(v) for n, v in outcome.sums.items()},
+        {n: all_reduce(v) for n, v in outcome.sums.items()},
     )
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.ranks import run_ranks
+from training.core.collectives import all_reduce
 from training.core.world import World
 from training.nn.ics_stem import CHANNELS, ConvStem, PooledBatchNorm, pooled_statistics, settle, take_statistics
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer, parameter_count
@@ -108,11 +109,9 @@ def _share(world: World) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     mine = torch.cat([mine, torch.full((per - len(mine), 3, 16, 8), 7.0, dtype=torch.float64)])
     out = made(mine, real)
     (out[real].square() * torch.arange(1, 13)).sum().backward()
-    gradients = {
-        name: world.all_reduce(value.grad) for name, value in made.named_parameters() if value.grad is not None
-    }
+    gradients = {name: all_reduce(value.grad) for name, value in made.named_parameters() if value.grad is not None}
     sums = take_statistics(made, real.double().sum() / 5)
-    return out[real].detach(), gradients, {name: world.all_reduce(value) for name, value in sums.items()}
+    return out[real].detach(), gradients, {name: all_reduce(value) for name, value in sums.items()}
 
 
 @pytest.mark.slow

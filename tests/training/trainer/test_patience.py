@@ -11,6 +11,7 @@ import torch.distributed as dist
 from tests.end_to_end.tiny import generated, recipe
 from tests.support.ranks import run_ranks
 from training.config import recipe_toml as recipes
+from training.core.collectives import all_reduce
 from training.core.host import Doing, LocalHost
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World, process_groups
@@ -46,7 +47,7 @@ def _slow_scoring(world: World, folder: str) -> tuple[int, int]:
     clock: Any = type("Clock", (), {"batch": 6, "end": 18})
     world.expect_within(TIMEOUT_S)
     Milestones(config, clock, scored, world, host).score(18)
-    return host.signs, int(world.all_reduce(torch.ones(1)))
+    return host.signs, int(all_reduce(torch.ones(1)))
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 from datapipe.core.config import StorageConfig
 from tests.conftest import S3Server
 from tests.support.golden import ROOT
-from training.core.run_folder.crash_log import relevant_lines, of_process
+from training.core.run_folder.crash_log import of_process, relevant_lines
 from training.core.run_folder.run_folder import RunFolder
 
 PATIENCE_S = 120

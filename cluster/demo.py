@@ -55,7 +55,7 @@ class Demo:
     steps: int
     """Optimizer steps; 0: those of the recipe, or as many on crops of your own."""
     device: torch.device = CPU
-    """What it will be on, as far as can be seen from here."""
+    """Expected device, as far as can be seen before Ray starts."""
     asked: Device = "auto"
 
     @property

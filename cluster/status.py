@@ -34,18 +34,18 @@ class Status(NamedTuple):
     begun."""
     step: int
     steps: int
-    """Of the whole run; 0 where the size of the data set is not known yet."""
+    """Steps of the whole run; 0 where the size of the data set is not known yet."""
     age_s: float | None
     """Since its last sign of life; None without one."""
     workers: int
     restarts: int
     checkpoints: int
     reason: str
-    """Of the last restart."""
+    """Reason of the last restart."""
     doing: str
     """While it starts or waits: what it is at, or waits for."""
     waits: tuple[float, ...]
-    """Of each rank the part of the time that it waited for data, last told."""
+    """For each rank the part of its time that it waited for data, as last logged."""
 
 
 def statuses(place: str, storage: StorageConfig) -> list[Status]:

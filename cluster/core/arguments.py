@@ -54,7 +54,7 @@ class SubmitCommand:
     command: Annotated[Literal["pretrain", "shard", "evaluate"], POSITIONAL]
     """What is handed in; its own words follow, as for `python -m cluster COMMAND`."""
     address: Address = None
-    """Of the dashboard, such as http://127.0.0.1:8265, before COMMAND. None: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or
+    """Dashboard, such as http://127.0.0.1:8265, before COMMAND. None: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or
     that of a cluster on this machine."""
 
 
@@ -65,7 +65,7 @@ class DemoCommand:
     crops: Path | None = None
     """Your own crops: a Market-style folder (scored if it has query and bounding_box_test) or any folder of images."""
     seed: int = 1
-    """Of the sample order and of the initial weights."""
+    """Seed of the sample order and of the initial weights."""
     steps: int = 0
     """Optimizer steps; 0: those of the recipe. For a quick look at the path; it learns nothing in a few."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

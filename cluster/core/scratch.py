@@ -14,7 +14,7 @@ from datapipe.core.errors import StorageError
 from datapipe.core.stop_signals import at_end
 
 MOST_BYTES = 107
-"""Of the path of a Unix socket (108 with the zero at its end); macOS allows 103."""
+"""Longest path of a Unix socket (108 with the zero at its end); macOS allows 103."""
 BELOW = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 """The longest path of a socket that Ray makes below the folder it is given."""
 ROOM_BYTES = 32_000_000

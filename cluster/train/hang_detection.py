@@ -1,4 +1,4 @@
-"""Which workers hang: the decision, from what ranks tell of themselves, and the blow."""
+"""Decides from heartbeats which workers hang, and kills them."""
 
 import contextlib
 import os

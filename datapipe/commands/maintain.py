@@ -18,7 +18,7 @@ class SelectCommand:
     url: Annotated[str, POSITIONAL]
     """The data set: a folder (its newest version with all crops), or the manifest file of one version."""
     config: Annotated[SelectConfig, INLINE] = SelectConfig()
-    """Which crops."""
+    """The criteria that crops have to meet."""
     storage: StorageConfig = StorageConfig()
     """How object stores are reached."""
 
@@ -74,7 +74,7 @@ class RemoveCommand:
     url: Annotated[str, POSITIONAL]
     """The data set: a folder or s3://bucket/prefix. All its versions lose the crops."""
     config: Annotated[RemoveConfig, INLINE] = RemoveConfig()
-    """Which crops, and why."""
+    """The criteria of the crops that go, and the reason."""
     storage: StorageConfig = StorageConfig()
     """How object stores are reached."""
 

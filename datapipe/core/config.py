@@ -183,9 +183,9 @@ class JitterConfig:
     brightness: float = Field(default=0.4, ge=0)
     """Factor drawn from U(max(0, 1 - b), 1 + b), as torchvision's ColorJitter does."""
     contrast: float = Field(default=0.4, ge=0)
-    """Likewise, about the mean grey of the view."""
+    """Factor about the mean grey of the view, drawn as that of `brightness`."""
     saturation: float = Field(default=0.2, ge=0)
-    """Likewise, between the grey image and the view."""
+    """Factor between the grey image and the view, drawn as that of `brightness`."""
     hue: float = Field(default=0.1, ge=0, le=0.5)
     """Shift of the hue drawn from U(-h, h), in turns of the colour circle."""
     white_balance: float = Field(default=0.0, ge=0)

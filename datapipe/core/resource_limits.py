@@ -14,7 +14,7 @@ MEMORY_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-"""Of version 2 and 1: the files with a group's limit and with what it holds, and the line of memory.stat with the bytes
+"""cgroup 2 and 1: the files with a group's limit and with what it holds, and the line of memory.stat with the bytes
 of files that the kernel drops from memory when it needs them."""
 UNLIMITED = 1 << 62
 """Version 1 gives a number near 2^63 where there is no limit, version 2 the word "max"."""
@@ -71,7 +71,7 @@ class _Hierarchy(NamedTuple):
     """The group that the mount shows as its top."""
     place: Path
     controllers: frozenset[str] | None
-    """Of version 1; None: version 2."""
+    """Names of the controllers in cgroup version 1; None: version 2."""
 
 
 def _group_folders(proc: Path, controller: str) -> Iterator[Path]:

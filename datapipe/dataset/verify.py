@@ -37,7 +37,7 @@ class Verified(NamedTuple):
     findings: list[Finding]
     decoded: int
     crops: int
-    """Of all shards, selected or not; removed ones do not count."""
+    """Number of crops in all shards, selected or not; removed ones do not count."""
 
 
 class _Checked(NamedTuple):

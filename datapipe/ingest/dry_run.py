@@ -22,7 +22,7 @@ SAMPLE_S = 3.0
 PLACES = 16
 """Parts of the sources that are looked into, evenly spread."""
 SIDECAR_BYTES = 300
-"""Of JSON beside a crop, about."""
+"""Bytes of the JSON beside a crop, about."""
 OTHER_WORK = 1.4
 """Time of the whole run over that of reading and decoding."""
 
@@ -37,7 +37,7 @@ class Estimate:
     """Share that would be quarantined."""
     shards: int
     bytes: int
-    """Of all tars."""
+    """Bytes of all tars."""
     seconds: float
     """With the processes of the configuration."""
 

@@ -127,7 +127,7 @@ class Plan:
     near: Marks
     """Rows that look like another one of their group."""
     bytes: int
-    """Of all tars, but for their ends."""
+    """Bytes of all tars without their end blocks."""
     id: str
     """Hash (hex) of everything that is written: equal plans make equal shards."""
 

@@ -38,7 +38,7 @@ class Sheet(NamedTuple):
     """Object of the spool with the planned rows of this shard and some others."""
     first: int
     end: int
-    """Its places in the plan: [first, end)."""
+    """The shard's places in the plan: [first, end)."""
     sidecars: bool
 
 

@@ -29,7 +29,7 @@ class Diagnosis(NamedTuple):
     """What is wrong with one shard."""
 
     lost_index: bool = False
-    """Its index is missing or damaged."""
+    """The shard's index is missing or damaged."""
     damaged_tar: bool = False
     missing_tar: bool = False
     damaged: tuple[str, ...] = ()

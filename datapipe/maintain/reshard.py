@@ -49,7 +49,7 @@ class Resharded:
     repeated: int = 0
     """Crops that several of the data sets had, and that are in the new one once."""
     selections: tuple[Manifest, ...] = ()
-    """Those of the data sets that were selections: their other crops were not taken."""
+    """The data sets that were selections of rows: their other crops were not taken."""
 
 
 def reshard(

@@ -18,7 +18,7 @@ from datapipe.core.randomness import Ints
 from datapipe.sampling.epoch_order import SampleOrder
 
 LARGEST_TOTAL = 2**31 - 1
-"""Of the weights: squares of sums of weights must fit into 63 bits."""
+"""Largest sum of the whole weights: squares of sums of weights must fit into 63 bits."""
 
 
 def whole_weights(weights: Sequence[float], *, where: str = "") -> tuple[int, ...]:

@@ -46,7 +46,7 @@ class Value(NamedTuple):
 
     size: int
     page: int
-    """Its first overflow page; 0 where `inside` holds it."""
+    """The value's first overflow page; 0 where `inside` holds the value."""
     inside: bytes
     problem: str
     """Why it is no plain value; empty where it is one."""
@@ -57,9 +57,9 @@ class _Page(NamedTuple):
     """The keys as they are ordered."""
     keys: list[bytes]
     values: list[Value]
-    """Of a leaf."""
+    """The values of a leaf page, in the order of its keys."""
     children: list[int]
-    """Of a branch."""
+    """Page numbers of the children of a branch page."""
 
 
 class LmdbFile:
@@ -225,7 +225,7 @@ class LmdbFile:
         return key, value, size | flags << 32
 
     def _checked(self, value: Value) -> Value:
-        """Where it lies on pages of its own: are they in the file?"""
+        """Check a value's overflow pages: they must lie within the file."""
         if value.page:
             self._refuse_cut(value.page * self._page_size + HEAD.size + value.size)
         return value

@@ -36,7 +36,7 @@ class Member(NamedTuple):
 
     name: str
     data: bytes
-    """Of images and JSON; other members are passed over unread."""
+    """Content of an image or a JSON file; other members are passed over unread."""
     problem: str
     """A link (never followed), a device, too large; otherwise empty."""
 

@@ -45,12 +45,12 @@ class ZipEntry(NamedTuple):
     packed: int
     size: int
     place: int
-    """Of its local header, in the volumes put together."""
+    """Offset of the member's local header, in the volumes put together."""
     special: str
     """"a symbolic link", "a device" ...; empty for a file."""
     encrypted: bool
     end: int
-    """Of its entry in the directory."""
+    """Offset of the end of the member's entry in the directory."""
     facts: bytes
     """The entry itself, for the digest."""
 

@@ -36,7 +36,7 @@ ROOM_MADE = 0.05
 """Share of the limit that an eviction frees beyond what is needed, so that not every block causes one."""
 SERVICE = ("lock", "turns")
 DIGITS = 20
-"""Of the total."""
+"""Digits of the cache's total size in the file that counts it."""
 
 
 class DiskCache:

@@ -132,7 +132,7 @@ class RegionSpec:
     ratio: Range
     iou: Range
     share_flip: bool
-    """Both are mirrored or neither is; otherwise each by itself."""
+    """Mirror both regions or neither; otherwise each is drawn by itself."""
 
 
 def regions(

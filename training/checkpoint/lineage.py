@@ -34,7 +34,7 @@ class Head(NamedTuple):
 
     step: int
     term: int
-    """Of the lease under which it was written; 0: before there were leases."""
+    """Term of the lease under which the checkpoint was written; 0: before there were leases."""
 
 
 class Beginning(NamedTuple):
@@ -50,7 +50,7 @@ class Survey(NamedTuple):
     names: list[str]
     """The run's own, oldest first."""
     passed_over: dict[str, str]
-    """The others, and why."""
+    """Folders that look like checkpoints and are none of this run, with the reason."""
 
 
 @cache

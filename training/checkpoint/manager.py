@@ -63,7 +63,7 @@ class Saved(NamedTuple):
     took_s: float
     """Seconds from the request until it existed."""
     share: float
-    """Of the time since the save before (or the start), the part that the loop stood still."""
+    """Part of the time since the save before, or since the start, that the loop stood still for this save."""
 
 
 @dataclass

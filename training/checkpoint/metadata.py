@@ -33,8 +33,8 @@ class Fragment(NamedTuple):
     offset: int
     """Place of the first byte in the file."""
     xxh3: str
-    """Of its bytes, 128 bits: quick, against accidents. Another kind, where it has to be, has its name in front
-    (`digest.py`)."""
+    """Checksum of the file's bytes, 128 bits: quick, against accidents. Another kind has its name
+    in front (`digest.py`)."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Marker:
     """The pretrained weights that the run began with, where it did."""
     time: float = 0.0
     term: int = 0
-    """Of the run's lease, see `training/core/run_folder/lease.py`; 0: it was written without one."""
+    """Term of the run's lease (`training/core/run_folder/lease.py`); 0: written without one."""
     format: int = FORMAT
 
     @property

@@ -101,7 +101,7 @@ class _Copy(NamedTuple):
     file: str
     fragment: Fragment
     bytes: int
-    """Of the whole fragment: it is checked as a whole."""
+    """Size of the whole fragment, which is checked as a whole."""
     piece: Piece
 
 

@@ -18,4 +18,4 @@ class CheckpointConfig:
     keep_every_steps: int = Field(default=0, ge=0)
     """Checkpoints at multiples of this are made and stay for evaluation. 0: none besides the newest."""
     keep_every_epochs: float = Field(default=0.0, ge=0)
-    """The same by epochs: the first step at or after each multiple."""
+    """Checkpoints at the first step at or after each multiple of so many epochs are made and stay, too. 0: none."""

@@ -23,7 +23,7 @@ class EvaluateCommand:
     out: str = ""
     """Folder for the scores; for --task supervised the run folder. Empty: that of the weights."""
     recipe: str = ""
-    """Of fine-tuning: a TOML file, or supervised, supervised_384, supervised_pass, supervised_mae. Empty: the one that
+    """Fine-tuning: a TOML file, or supervised, supervised_384, supervised_pass, supervised_mae. Empty: the one that
     suits the weights."""
     label_fraction: float = 1.0
     """Share of the training identities that fine-tuning may use."""
@@ -58,7 +58,7 @@ class ExportCommand:
     run: Annotated[str, POSITIONAL]
     """Run folder, local or s3://bucket/prefix."""
     checkpoint: str = ""
-    """Which one, e.g. step_0012000. Empty: the newest that verifies."""
+    """Name of the checkpoint, e.g. step_0012000. Empty: the newest that verifies."""
     out: str = ""
     """Folder for backbone.safetensors and card.json. Empty: exports/ of the run."""
     storage: StorageConfig = StorageConfig()
@@ -123,7 +123,7 @@ class VerifyRunCommand:
     run: Annotated[str, POSITIONAL]
     """Run folder, local or s3://bucket/prefix."""
     names: Annotated[tuple[str, ...], POSITIONAL] = ()
-    """Which ones, e.g. step_0012000. None: all."""
+    """Names of checkpoints, e.g. step_0012000. None: all."""
     storage: StorageConfig = StorageConfig()
     """How object stores are reached."""
 
@@ -137,7 +137,7 @@ class CompareCommand:
     a: Annotated[str, POSITIONAL]
     """A checkpoint of the run (step_0012000), another run's folder (its newest), or the folder of a checkpoint."""
     b: Annotated[str, POSITIONAL]
-    """The same."""
+    """The checkpoint to compare with, likewise."""
     storage: StorageConfig = StorageConfig()
     """How object stores are reached."""
 
@@ -149,7 +149,7 @@ class PruneCommand:
     run: Annotated[str, POSITIONAL]
     """Run folder, local or s3://bucket/prefix."""
     keep_last: Annotated[int, Field(ge=1)]
-    """So many of the newest that verify stay."""
+    """How many of the newest checkpoints that verify stay."""
     keep_every_steps: Annotated[int, Field(ge=0)] = 0
     """Those at multiples of this stay too. 0: none."""
     dry_run: bool = False

@@ -27,7 +27,7 @@ class _Pending(NamedTuple):
 
     values: torch.Tensor
     shares: list[tuple[_Participant, int]]
-    """Each with the length of a row."""
+    """Each participant with the length of its row."""
     work: dist.Work | None
 
 

@@ -91,7 +91,7 @@ def _import(device: torch.device = CPU) -> Any:
 
 
 def _choose_accelerator(device: torch.device) -> None:
-    """It remembers the one of its first import, which may have been for a run on another device."""
+    """Make DeepSpeed choose its accelerator again: it remembers that of its first import, maybe for another device."""
     from deepspeed.accelerator import get_accelerator, set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator

@@ -10,9 +10,9 @@ class Piece(NamedTuple):
     """A run of consecutive numbers of a named tensor that this rank holds. Read to save it, written to restore it."""
 
     key: str
-    """What it is, a slash, and the name of the parameter or buffer: model/student.head.0.weight, exp_avg/student..."""
+    """Kind, a slash, and the name of the parameter or buffer: model/student.head.0.weight, exp_avg/student..."""
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     start: int
     """Place of the first number in the whole tensor, flattened."""
     values: Tensor  # [numbers], a view

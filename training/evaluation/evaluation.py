@@ -59,7 +59,7 @@ class Subject(NamedTuple):
     identity: str
     """What must be equal, beside data and settings, for old scores to stand."""
     pedigree: Pedigree | None
-    """None: no weights, the colour histogram."""
+    """Origin of the weights; None: the colour histogram, which has none."""
     embed: EmbedConfig
     headline: str
     load: Callable[[], VisionTransformer]

@@ -29,7 +29,7 @@ class Pedigree:
     stem: str
     parts: int
     sha256: str = ""
-    """Of the weights' file; empty: random ones."""
+    """SHA-256 of the weights' file; empty: random weights."""
     trained_on: str = ""
     """Where fine-tuning learnt from, if not from the data set that is scored."""
     label_fraction: float = 1.0

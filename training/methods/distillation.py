@@ -47,7 +47,7 @@ class DistillationConfig(MethodSettings):
     warmup_teacher_temp: float = Field(default=0.04, gt=0)
     """Temperature of the teacher's softmax in the first epoch."""
     teacher_temp: float = Field(default=0.04, gt=0)
-    """The same after the warm-up. Lower: sharper targets; under Sinkhorn 0.025 learns faster in short runs."""
+    """Temperature after the warm-up. Lower: sharper targets; under Sinkhorn 0.025 learns faster in short runs."""
     teacher_temp_warmup_epochs: int = Field(default=0, ge=0)
     """Epochs over which the teacher's temperature changes linearly from one to the other."""
     targets: Literal["centring", "sinkhorn"] = "centring"

@@ -101,7 +101,7 @@ class PersonMaeConfig(MethodSettings):
     pixel_memory: int = 0
     """Block of the encoder to whose output the pixel decoder attends; -1 is the last (BootMAE: the first)."""
     feature_memory: int = -1
-    """The same for the feature decoder (BootMAE: the last)."""
+    """Encoder block whose output the feature decoder attends to (BootMAE: the last)."""
 
     @model_validator(mode="after")
     def _fits(self) -> "PersonMaeConfig":

@@ -61,11 +61,11 @@ class PersonVitConfig(DistillationConfig):
     warmup_teacher_temp: float = Field(default=0.04, gt=0)
     """Temperature of the teacher's softmax for CLS in the first epoch (iBOT)."""
     teacher_temp: float = Field(default=0.07, gt=0)
-    """The same after the warm-up (iBOT)."""
+    """Teacher temperature after the warm-up (iBOT)."""
     warmup_teacher_patch_temp: float = Field(default=0.04, gt=0)
     """Temperature of the teacher's softmax for patches in the first epoch (iBOT)."""
     teacher_patch_temp: float = Field(default=0.07, gt=0)
-    """The same after the warm-up (iBOT)."""
+    """Teacher temperature of patches after the warm-up (iBOT)."""
     teacher_temp_warmup_epochs: int = Field(default=30, ge=0)
     """Epochs over which both temperatures change linearly (iBOT)."""
     patch_centre_momentum: float = Field(default=0.9, ge=0, le=1)

@@ -31,7 +31,7 @@ class _Registered(NamedTuple):
 
     kind: type[Method[Any]]
     point: EntryPoint | None
-    """None: a module of ours."""
+    """Entry point of another package; None: a module of ours."""
 
     @property
     def place(self) -> str:

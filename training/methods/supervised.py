@@ -65,7 +65,7 @@ class SupervisedConfig(MethodSettings):
     triplet_weight: float = Field(default=1.0, ge=0)
     """Factor of the triplet loss."""
     margin: float = Field(default=0.0, ge=0)
-    """Of the triplet loss. 0: the soft margin, as published."""
+    """Margin of the triplet loss. 0: the soft margin, as published."""
     smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Label smoothing of the classifier's loss."""
     pad: int = Field(default=10, ge=0)

@@ -40,9 +40,9 @@ class Decoding(NamedTuple):
 
     images: int
     tokens: int
-    """Of an image: those of the encoder and those of places asked for."""
+    """Tokens of an image in the decoder: those of the encoder and those of places to predict."""
     seen: int
-    """Of these, those of the encoder; as many come from it to be attended to."""
+    """Tokens of an image that come from the encoder; as many of its outputs are attended to."""
     predicted: int
     """Places of an image that are read out."""
     width: int

@@ -31,7 +31,7 @@ class Numerics(NamedTuple):
     softmax: int
     """Bytes kept of every attention weight; 0 with a fused kernel, which keeps one number per row instead."""
     decoder_softmax: int
-    """The same in decoders, which are fused on a GPU and only there."""
+    """Bytes kept of every attention weight in decoders, whose attention is fused on a GPU only."""
 
     @property
     def lowered(self) -> bool:

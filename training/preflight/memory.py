@@ -54,7 +54,7 @@ class Census:
     lowered_blocks: int
     """Numbers in the weights of the student's blocks, which autocast copies in lower precision."""
     lowered_rest: int
-    """The same in its patch embedding and decoders."""
+    """Numbers in the weights of its patch embedding and decoders, which autocast copies in lower precision."""
     couples: bool
     """Do targets or statistics couple the images of a batch, so that it must not be split?"""
 

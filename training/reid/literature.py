@@ -43,7 +43,7 @@ class LiteratureRow:
     rank1: float | None = Field(default=None, gt=0, le=100)
     """Percent; None: not reported."""
     source: str
-    """Where it is reported."""
+    """Paper and table that report the scores."""
     family: str = ""
     """`method` as the recipes here write it: dino, pass, personvit, personmae; empty: none of them."""
     task: Task = "supervised"
@@ -55,15 +55,15 @@ class LiteratureRow:
     parts: int = Field(default=0, ge=0)
     """Part tokens of the backbone."""
     size: Size = (256, 128)
-    """Of the images (height, width), pixels."""
+    """Size of the images (height, width), pixels."""
     tolerance: float = Field(default=ANEW, ge=0)
     """Points by which mAP and Rank-1 may differ, up or down."""
     again: tuple[float, float] | None = None
     """(mAP, Rank-1) that the authors' released code gave them."""
     origin: str = ""
-    """Of domain adaptation: the data set that is learnt first."""
+    """Source domain of domain adaptation: the data set that is trained on first."""
     recipe: str = "supervised"
-    """Of fine-tuning: one that comes along, or a TOML file."""
+    """Recipe of fine-tuning: one that comes along, or a TOML file."""
     flags: tuple[str, ...] = ()
     """Flags of that recipe, such as "--optimisation.epochs", "60"."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"

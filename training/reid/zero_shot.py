@@ -30,7 +30,7 @@ SHOWN = 10
 MISTAKES = 3
 """Queries whose nearest image is most surely taken for the same person, and is not."""
 BINS = 50
-"""Of the histograms of distances."""
+"""Bins of the histograms of distances."""
 
 RANDOM, COLOUR_HISTOGRAM = "random", "colour_histogram"
 """Names of the two baselines among the weights."""

@@ -14,7 +14,7 @@ MOST_ROWS = 200
 
 
 def restarts_section(files: RunFiles) -> str:
-    """Both tables; nothing for a run that Ray had no part in."""
+    """Tables of restarts and of slow ranks; nothing for a run without Ray."""
     return "\n".join(part for part in (_restarts(files), _ranks(files)) if part)
 
 

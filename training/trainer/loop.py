@@ -25,7 +25,7 @@ class BatchSource(Protocol):
 
     @property
     def intake(self) -> LoaderCounters:
-        """What it has done so far."""
+        """Counters of the loader so far."""
         ...
 
     def after(self, position: int, until: int) -> Iterator[Batch]:

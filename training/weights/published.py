@@ -121,7 +121,7 @@ class Stated:
     layout: str = ""
     """Name of one of LAYOUTS; another file is refused."""
     network: Network = "teacher"
-    """Which one of a training checkpoint. The published backbones are teachers."""
+    """Network of a training checkpoint to read. The published backbones are teachers."""
     heads: int = 0
     """Attention heads."""
     depth: int = 0
@@ -141,7 +141,7 @@ class PublishedWeights(NamedTuple):
     """For the card: file, checksum, layout, what was left out and why."""
     statistics: Statistics = "imagenet"
     centres: Mapping[str, Tensor] = {}
-    """Of the loss, by their names in the file, beside the networks of a training checkpoint."""
+    """Centres of the loss, by their names in the file, beside the networks of a training checkpoint."""
 
 
 def read_published(url: str, storage: StorageConfig, stated: Stated) -> PublishedWeights:

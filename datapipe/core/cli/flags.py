@@ -44,7 +44,7 @@ class Flag:
     name: str
     """As it is written: "--optimisation.lr"; RUN for a positional word."""
     kind: Any
-    """Its type, without metadata."""
+    """Type of the value, without metadata."""
     default: Any
     """dataclasses.MISSING: it must be given."""
     owner: type

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 from datapipe.core.cli.flags import HELP, HELP_ALL, Flag, bare
 
 COLUMNS, LEFT = 80, 28
-"""Of a page, and of its column of flags."""
+"""Widths in characters: of a help page, and of its column of flags."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,19 +31,19 @@ from typing import Any
 from datapipe.core.stop_signals import SIGNALS, at_end
 
 KEPT_BYTES = 64_000
-"""Of the end of what was written."""
+"""Bytes of the end of the output that are kept."""
 DONE = b"done"
 LOOK_S = 1.0
 PATIENCE_S = 5.0
-"""For the child to end after its process has taken leave."""
-OUTSPOKEN = {
+"""Seconds for the child to end after its process has ended in order."""
+NCCL_VARIABLES = {
     "NCCL_DEBUG": "WARN",
     "NCCL_DEBUG_FILE": "/dev/stderr",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
 }
-"""So that NCCL says what is wrong, there, and its watchdog ends a process whose collective failed. Set where the user
-has not."""
-TELLING = re.compile(
+"""Variables with which NCCL reports errors on stderr, and its watchdog ends a process whose collective failed. Set
+where the user has not."""
+RELEVANT = re.compile(
     r"terminate called|what\(\):|CUDA error|CUDA_ERROR|cuDNN|cuBLAS|NCCL (WARN|error)|ncclUnhandled|ncclSystem"
     r"|ncclRemote|watchdog|timed? ?out|timeout|\bXid\b|\bECC\b|out of memory|Fatal Python error|Segmentation fault"
     r"|Aborted|assert|symbol lookup error|free\(\)|double free|corrupt|Killed|error|exception",
@@ -53,7 +53,7 @@ _STACK = re.compile(
     r"^(\s+File \"|(Current )?[Tt]hread 0x|Extension modules:|\s*$|frame #\d+|\s*#\d+ |.*@ +0x[0-9a-f]+ )"
 )
 MOST_LINES, NEAR_LINES = 3, 40
-"""Of the relevant lines, and of the end in which they are looked for."""
+"""Most relevant lines that are kept, and number of lines at the end in which they are looked for."""
 HEAD = "last words of process"
 
 
@@ -74,7 +74,7 @@ def kept(url: str, storage: Any, rank: int, *, log: bool = False) -> Iterator[No
 
 def start(url: str, storage: Any, rank: int, *, log: bool = False) -> "LastWords":
     """Begin to keep what the process writes, without a context: until `end`, or the death of the process."""
-    for name, value in OUTSPOKEN.items():
+    for name, value in NCCL_VARIABLES.items():
         os.environ.setdefault(name, value)
     about = {"url": url, "storage": dataclasses.asdict(storage), "rank": rank, "pid": os.getpid(), "log": log}
     return LastWords(about)
@@ -120,7 +120,7 @@ class LastWords:
 def relevant_lines(lines: Sequence[str]) -> list[str]:
     """The lines at the end that say why a process ended, at most MOST_LINES, in their order; none where none does."""
     spoken = [line.strip() for line in lines if not _STACK.match(line)][-NEAR_LINES:]
-    return [line for line in spoken if TELLING.search(line)][-MOST_LINES:]
+    return [line for line in spoken if RELEVANT.search(line)][-MOST_LINES:]
 
 
 def of_process(log: str, pid: int) -> list[str] | None:

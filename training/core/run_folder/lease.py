@@ -38,7 +38,7 @@ DURATION_S = 12.0
 HOLDS, RENEWS = 0.75, 0.2
 """Parts of the duration: so long a holder counts on a renewal; so often it renews."""
 FOLLOWS, LOOKS = 0.25, 0.1
-"""The same for its workers, which only look: they may outlive it by so much."""
+"""Parts of the duration for the holder's workers: so long one counts on its last look, so often it looks."""
 LOOK_S = 0.25
 """Seconds between looks at a lease that may have ended."""
 SETTLE_S = 2.0
@@ -52,7 +52,7 @@ class _NewestTerm(NamedTuple):
     term: int
     """0: none."""
     holder: Holder | None
-    """None: its claim cannot be read."""
+    """Who holds the lease; None: the claim cannot be read."""
 
 
 class _Kept(WriteGuard):

@@ -23,11 +23,12 @@ class SplitFacts:
     """Where the images of one part are."""
 
     folders: tuple[str, ...]
-    """They lie below the first of these; one that is listed may lie in any of them, the first that has it counts."""
+    """Folders of the images, which lie below the first; one that is listed may lie in any of them, and the first
+    that has it counts."""
     lists: tuple[str, ...] = ()
     """Files that name the images, one a line, with or without an identity after it. None: all images of the folder."""
     column: str = ""
-    """Of a Matlab file as list: the variable that holds the rows (from 1) of this part."""
+    """Where the list is a Matlab file: the variable that holds the rows (from 1) of this part."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ SETTLED_STEPS = 200
 WARM_UP = 0.25
 """Share of a fine-tuning run in which its classifier may know nothing yet."""
 LEAST_IMAGES = 8
-"""Of a micro-batch, below which comparing its images tells nothing."""
+"""Images of a micro-batch below which comparing its images tells nothing."""
 
 
 @dataclass(frozen=True)

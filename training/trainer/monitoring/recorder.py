@@ -125,7 +125,7 @@ class Recorder(Observer):
 
 
 COLUMNS = 100
-"""Of a line that people read while it goes on."""
+"""Widest training line on a terminal, characters."""
 LEGEND = (
     "in the lines below: loss and its terms, |g| norm of the gradient before clipping, lr learning rate,",
     "  img/s images a second of all ranks, wait for data: time and for what, left: time to the end",

@@ -13,7 +13,7 @@ from typing import Any
 from training.core.run_folder.run_folder import RunFolder
 
 MOST_POINTS = 4_000
-"""Of a curve on object storage."""
+"""Most points of a curve on object storage."""
 COPY_S = 60.0
 """Seconds between copies to object storage, at least."""
 GROUPS = {

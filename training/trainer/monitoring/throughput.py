@@ -63,7 +63,7 @@ class Rates(NamedTuple):
     wait_share: float
     """Share of the time that the rank which waits most for data stood still: the others wait for it."""
     reading_share: float
-    """Of the time that the loaders' threads worked: on getting bytes, rather than on making views."""
+    """Part of the loader threads' working time that went into reading bytes, rather than into making views."""
     fetched_mb_per_s: float
     """Megabytes (10^6 bytes) asked of the storage."""
     cache_hits: float | None
@@ -76,7 +76,7 @@ class Rates(NamedTuple):
 
 
 def bottleneck(wait_share: float, reading_share: float) -> Bottleneck:
-    """See `Rates`. "training": the steps themselves; on a CPU also whatever else wants its cores."""
+    """As in `Rates`. "training": the steps themselves; on a CPU also whatever else wants its cores."""
     if wait_share < UNNOTICED:
         return "training"
     return "reading" if reading_share > 0.5 else "views"
@@ -155,7 +155,7 @@ class Speed:
 
 
 def faster_precision(device: torch.device, seconds: float = 0.3) -> Precision:
-    """Which one this device multiplies fastest. Of CPUs, which differ, fp32 or bf16, measured; of GPUs bf16 where they
+    """The precision that is fastest here. Of CPUs, which differ, fp32 or bf16, measured; of GPUs bf16 where they
     have units for it, else fp16."""
     if device.type == "cuda":
         return "fp16" if slow_precision("bf16", device) else "bf16"

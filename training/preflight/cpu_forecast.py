@@ -94,9 +94,9 @@ def _fitting(config: RunConfig, ranks: int, micro: int, available: int) -> int:
 
 def needed(config: RunConfig, ranks: int) -> int:
     """Bytes that one of so many ranks on CPUs takes at the very least: no library, loader or cache is among them."""
-    split = split_of(config.optimisation, ranks)
-    if workload(config, split.micro_batch).complete:
+    if workload(config, 1).complete:
         return memory.calculate(config, memory.census(config), world=ranks, cuda=False).peak
+    split = split_of(config.optimisation, ranks)
     kept = activation_memory.saved(config, split.micro_batch, activation_memory.numerics(config, cuda=False))
     weights = sum(value.numel() for value in _empty_method(config).parameters())
     return FULL * 2 * weights + sum(kept.values())  # weights and gradients; moments may be split over the ranks

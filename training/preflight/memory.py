@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from training.config.batch_split import split_of
+from training.config.batch_split import BatchSplit, split_of
 from training.config.build import build_method, deepspeed_json, view_spec, workload
 from training.config.run_config import RunConfig
 from training.core.world import World
@@ -154,7 +154,7 @@ def calculate(config: RunConfig, sizes: Census, *, world: int, cuda: bool) -> Me
     """The memory of one of `world` ranks, after the first step. `cuda`: with the kernels and AdamW of a GPU."""
     how = activation_memory.numerics(config, cuda=cuda)
     split = split_of(config.optimisation, world)
-    held = _Held(config, sizes, world, cuda)
+    held = _Held(config, sizes, split, world, cuda)
     state = held.state() | {"batch": batch_bytes(config, split.micro_batch)}
     kept = activation_memory.saved(config, split.micro_batch, how) | {
         "lowered weights": lowered_copies(config, sizes, how)
@@ -231,6 +231,7 @@ class _Held(NamedTuple):
 
     config: RunConfig
     sizes: Census
+    split: BatchSplit
     world: int
     cuda: bool
 
@@ -308,6 +309,5 @@ class _Held(NamedTuple):
         return max(adam, norms)
 
     def _zero(self) -> dict[str, Any]:
-        split = split_of(self.config.optimisation, self.world)
-        settings: dict[str, Any] = deepspeed_json(self.config, World(size=self.world), split)["zero_optimization"]
+        settings: dict[str, Any] = deepspeed_json(self.config, World(size=self.world), self.split)["zero_optimization"]
         return settings

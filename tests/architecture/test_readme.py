@@ -139,6 +139,8 @@ class Scene(NamedTuple):
         done = subprocess.run(["bash", "-e", "-o", "pipefail", "-x", "-c", script], cwd=self.folder, text=True,
                               env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
         assert done.returncode == 0, done.stdout
+        warnings = [line for line in done.stdout.splitlines() if line.lower().startswith("warning")]
+        assert len(warnings) == len(set(warnings)), "the same warning twice:\n" + "\n".join(warnings)
         return done.stdout
 
 

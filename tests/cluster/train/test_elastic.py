@@ -33,7 +33,7 @@ class Elastic:
         path = recipe(folder, manifest, str(self.folder), epochs=1e6)
         flags = ("--address", cluster.address, "--cluster.min-workers", "2", "--cluster.max-workers", "4",
                  "--cluster.resize-every-s", "4", "--cluster.hang-timeout-s", str(HANG_S), "--optimisation.batch",
-                 str(BATCH), "--checkpoints.every-steps", "40", "--cluster.notice", str(folder / "going"),
+                 str(BATCH), "--checkpoints.every-steps", "20", "--cluster.notice", str(folder / "going"),
                  "--cluster.notice-every-s", "0.2")  # fmt: skip
         self.run = Watched(command("cluster", "pretrain", str(path), *flags))
 
@@ -49,7 +49,7 @@ class Elastic:
     def worlds(self) -> list[int]:
         return [attempt[0]["world"] for attempt in self.attempts() if attempt]
 
-    def trained(self, *worlds: int, steps: int = 50) -> None:
+    def trained(self, *worlds: int, steps: int = 25) -> None:
         """Return once these worlds have been, and the last of them has made some steps."""
         self.run.until(lambda: self.worlds() == list(worlds) and len(self.attempts()[-1]) > steps)
 
@@ -105,7 +105,7 @@ def test_elastic__machines_go_and_come_back(tmp_path: Path, write_crops: Callabl
         cluster.remove_node(drained)
         for _ in range(2):
             cluster.add_node(num_cpus=1)
-        one.run.until(lambda: one.worlds()[5:] in ([4], [3, 4]) and len(one.attempts()[-1]) > 50)
+        one.run.until(lambda: one.worlds()[5:] in ([4], [3, 4]) and len(one.attempts()[-1]) > 25)
         one.run.process.send_signal(signal.SIGTERM)
         code, output, errors = one.run.end()
     assert code == 75, output + errors

@@ -198,7 +198,7 @@ def test_bootmae__tiny_model_outputs() -> None:
     about, tensors = golden("bootmae_losses")
     method, views = tiny(about, tensors, loss_on="all"), batch(about, tensors)
     order_BN = views["mask"][0].flatten(1).to(torch.int8).argsort(dim=1, stable=True)
-    asked = method._asked(views, order_BN)
+    asked = method._queries(views, order_BN)
     said = method.student(views["region_a"][0], order_BN[:, : method.kept], asked, precision="fp32", path_masks=None)
     assert asked.patches_BQ is not None
     wanted_pixels = reconstruction.patchify(tensors["pixel_pred"], about["hyper_parameters"]["patch"])
@@ -240,7 +240,7 @@ def test_bootmae__the_method_itself_with_one_region_and_the_loss_on_masked_patch
     for ours, theirs in (("loss_pixel", "pixel_loss"), ("loss_feature", "feature_loss")):
         assert difference(outcome.metrics[ours].mean()[None], tensors[f"{case}/{theirs}"][None]) < 1e-5
     order_BN = views["mask"][0].flatten(1).to(torch.int8).argsort(dim=1, stable=True)
-    asked = method._asked(views, order_BN)
+    asked = method._queries(views, order_BN)
     pixels = reconstruction.patchify(tensors[f"{case}/grad_pixel_pred"], about["hyper_parameters"]["patch"])
     for values, wanted in zip(said[0], (pixels, tensors[f"{case}/grad_feature_pred"]), strict=True):
         assert values.grad is not None

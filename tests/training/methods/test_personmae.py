@@ -137,9 +137,9 @@ def test_hidden_patches__do_not_reach_the_loss_unless_they_are_in_b() -> None:
 def test_two_equal_regions__are_told_the_plain_positions() -> None:
     made = method()
     views = batch(made) | {"boxes": torch.tensor([BOXES[0], BOXES[0]])}
-    asked = made._asked(views, views["mask"][0].flatten(1).to(torch.int8).argsort(dim=1, stable=True))
+    asked = made._queries(views, views["mask"][0].flatten(1).to(torch.int8).argsort(dim=1, stable=True))
     torch.testing.assert_close(asked.places_BQ2, grid(8, 4).expand(4, -1, -1))
-    moved = made._asked(batch(made), views["mask"][0].flatten(1).long()).places_BQ2
+    moved = made._queries(batch(made), views["mask"][0].flatten(1).long()).places_BQ2
     wanted = torch.tensor([naive_places(list(a), list(b)) for a, b in zip(*BOXES, strict=True)], dtype=torch.float64)
     torch.testing.assert_close(moved, wanted)
 

@@ -91,7 +91,7 @@ def test_wheel__the_three_commands_work_away_from_the_tree(python: str, tmp_path
     extensions = os.environ.get("TORCH_EXTENSIONS_DIR") or str(Path(sys.prefix) / "torch_extensions")
     said = _run(python, "-m", "cluster", "pretrain", "demo", "--stream.manifest", "shards", "--out", "run",
                 "--optimisation.batch", "8", "--optimisation.epochs", "1", "--optimisation.warmup-epochs", "0.5",
-                "--cluster.max-workers", "1",                 cwd=tmp_path, TORCH_EXTENSIONS_DIR=extensions, **bare)  # fmt: skip
+                "--cluster.max-workers", "1", cwd=tmp_path, TORCH_EXTENSIONS_DIR=extensions, **bare)  # fmt: skip
     assert "complete: 2 steps" in said
     told = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert told["git"] == "unknown" and told["versions"]["reid-pretraining"] != "absent"

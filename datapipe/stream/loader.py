@@ -76,7 +76,8 @@ class Loader:
         self.stream, self.order, self.spec, self.seed, self._labels = stream, order, spec, seed, labels
         self.global_batch, self.rank, self.world, self.micro_batch = global_batch, rank, world, micro_batch
         self.rows = -(-global_batch // (world * micro_batch)) * micro_batch
-        self._assignment = Assignment(self.rows, nodes or (0,) * world, order.together)
+        self._nodes = nodes or (0,) * world
+        self._assignment = Assignment(self.rows, self._nodes, order.together)
         self.threads = config.threads or max(1, available_cores() // ranks_here)
         self._prefetch, self._window = config.prefetch, config.window * config.block
         self._piece = min(micro_batch, rows_of_a_piece(self.rows, self.threads, config.prefetch))
@@ -105,6 +106,15 @@ class Loader:
             self._running.close()
         self._running = self._batches(range(position, until, self.global_batch), until)
         return self._running
+
+    def follow(self, order: SampleOrder, labels: Ints) -> None:
+        """Take another order and other labels of all rows, from the next call of `after` on."""
+        if order.rows != self.stream.rows or len(labels) != self.stream.rows:
+            raise ValueError(f"an order of {order.rows} and {len(labels)} labels for {self.stream.rows} rows")
+        if self._running is not None:
+            self._running.close()
+        self.order, self._labels = order, labels
+        self._assignment = Assignment(self.rows, self._nodes, order.together)
 
     def close(self) -> None:
         """Stop the threads, as soon as they have finished the pieces in their hands."""

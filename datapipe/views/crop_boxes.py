@@ -48,10 +48,19 @@ def intersection_over_union(one: Ints, other: Ints) -> Floats:
     return shared / whole
 
 
-def erasures(unit: Floats, size: tuple[int, int], area: tuple[float, float], ratio: tuple[float, float]) -> Ints:
-    """RandomErasing.get_params for n views of one size; unit [n, NUMBERS] -> int64 [n, 4], height 0 for none."""
+def erasures(
+    unit: Floats,
+    size: tuple[int, int],
+    area: tuple[float, float],
+    ratio: tuple[float, float],
+    *,
+    logarithmic: bool = True,
+) -> Ints:
+    """RandomErasing.get_params for n views of one size; unit [n, NUMBERS] -> int64 [n, 4], height 0 for none.
+
+    Height over width is log-uniform in `ratio`, or uniform without `logarithmic`."""
     height, width = (np.full(len(unit), side, dtype=np.int64) for side in size)
-    wide, tall, _ = _tries(unit, width, height, area, ratio)  # the ratio is the other way round here
+    wide, tall, _ = _tries(unit, width, height, area, ratio, logarithmic)  # the ratio is the other way round here
     fits = (tall < height[:, None]) & (wide < width[:, None])
     first = np.argmax(fits, axis=1)[:, None]
     tall, wide = np.take_along_axis(tall, first, axis=1)[:, 0], np.take_along_axis(wide, first, axis=1)[:, 0]
@@ -60,12 +69,15 @@ def erasures(unit: Floats, size: tuple[int, int], area: tuple[float, float], rat
 
 
 def _tries(
-    unit: Floats, height: Ints, width: Ints, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[Ints, Ints, NDArray[np.bool_]]:
+    unit: Floats, height: Ints, width: Ints, scale: tuple[float, float], ratio: tuple[float, float],
+    logarithmic: bool = True,
+) -> tuple[Ints, Ints, NDArray[np.bool_]]:  # fmt: skip
     """Heights and widths of all tries [n, TRIES], and which of them lie inside the image."""
     share = scale[0] + (scale[1] - scale[0]) * unit[:, 0 : 2 * TRIES : 2]
-    low, high = np.log(ratio[0]), np.log(ratio[1])
-    aspect = np.exp(low + (high - low) * unit[:, 1 : 2 * TRIES : 2])
+    low, high = np.log(ratio) if logarithmic else ratio
+    aspect = low + (high - low) * unit[:, 1 : 2 * TRIES : 2]
+    if logarithmic:
+        aspect = np.exp(aspect)
     target = share * (height * width)[:, None]
     tall = np.rint(np.sqrt(target / aspect)).astype(np.int64)
     wide = np.rint(np.sqrt(target * aspect)).astype(np.int64)

@@ -19,8 +19,8 @@ FORBIDDEN = {
 ROOMS = {
     "datapipe": ("core", "core/cli", "storage", "dataset", "sources", "ingest", "sampling", "views", "stream",
                  "maintain", "synth", "commands"),
-    "training": ("recipes", "core", "core/run_folder", "nn", "methods", "weights", "engine", "checkpoint",
-                 "reid/datasets", "reid", "config", "preflight", "evaluation", "trainer/monitoring", "trainer",
+    "training": ("recipes", "core", "core/run_folder", "clustering", "nn", "nn/identity", "methods", "weights",
+                 "engine", "checkpoint", "reid/datasets", "reid", "config", "preflight", "evaluation", "trainer/monitoring", "trainer",
                  "report", "commands"),
     "cluster": ("core", "train", "jobs"),
 }  # fmt: skip

@@ -11,12 +11,7 @@ _ANALYSIS = "analysis of what a backbone has learnt"
 WAITING = {
     "jaccard_dbscan": _UNSUPERVISED,
     "jaccard_unnormalised": _UNSUPERVISED,
-    "cluster_memory": _UNSUPERVISED,
-    "usl_necks": _UNSUPERVISED,
-    "usl_sampler": _UNSUPERVISED,
     "usl_retrieval": _UNSUPERVISED,
-    "train_usl": _UNSUPERVISED,
-    "train_usl_pass": _UNSUPERVISED,
     "cfs_scores": "selection of crops by catastrophic forgetting score",
     "attention_maps": _ANALYSIS,
     "pattern_layout": _ANALYSIS,

@@ -10,7 +10,7 @@ from tests.support.golden import difference, golden, tolerance
 from training.engine.clock import Clock
 from training.engine.param_groups import settings_at
 from training.engine.settings import OptimisationConfig
-from training.nn.reid_losses import distances, hardest, identity, triplet
+from training.nn.identity.reid_losses import distances, hardest, identity, triplet
 
 
 def triplet_of(features: Tensor, labels: Tensor, margin: float = 0.0) -> Tensor:

@@ -285,6 +285,7 @@ class Checkpoints:
             with torch.no_grad():
                 reader.fill(pieces)
 
+        stepper.method.adopt_shapes({name: form.shape for name, form in reader.forms("model").items()})
         shapes = {piece.key.removeprefix("model/"): piece.shape for piece in stepper.pieces({})}
         refuse_misfit(reader, shapes)
         stepper.restore(reader.marker.steps, fill)

@@ -18,7 +18,7 @@ from training.config.build import view_spec
 from training.config.run_config import RunConfig
 from training.core.world import World
 from training.engine.clock import Clock
-from training.methods.base import ByIdentity
+from training.methods.base import ByCluster, ByIdentity
 
 if TYPE_CHECKING:
     from datapipe.stream.loader import Loader
@@ -61,6 +61,9 @@ def plan_run(config: RunConfig, data: "Data", ranks: int) -> RunPlan:
     if (sampling := sampling_of(config)) is not None:
         identities = _identities(config, data, sampling)
         config = _for_identities(config, sampling, identities.labels)
+    if (clusters := clustered(config)) is not None:
+        method = methods.of(config.method).for_images(config.method, data.rows)
+        config = replace(config, method=method, samples_per_epoch=clusters.iterations * config.optimisation.batch)
     clock = clock_of(config, data.rows)
     return RunPlan(config, data, clock, view_spec(config), split_of(config.optimisation, ranks), identities)
 
@@ -107,6 +110,19 @@ def sampling_of(config: RunConfig) -> ByIdentity | None:
                           "images each", where="optimisation.batch, method.instances",
                           hint="a batch that is a multiple of method.instances")  # fmt: skip
     return sampling
+
+
+def clustered(config: RunConfig) -> ByCluster | None:
+    """How the recipe's pseudo labels are made, if they are. Raises ConfigError where the batch does not divide."""
+    clusters = methods.of(config.method).by_cluster(config.method)
+    if clusters is None:
+        return None
+    for number, what in ((clusters.instances, "method.instances"), (max(1, clusters.group), "method.norm_group")):
+        if config.optimisation.batch % number:
+            raise ConfigError(f"a batch of {config.optimisation.batch} is not a multiple of {number}",
+                              where=f"optimisation.batch, {what}",
+                              hint=f"a batch that is a multiple of {what}")  # fmt: skip
+    return clusters
 
 
 def _identities(config: RunConfig, data: "Data", sampling: ByIdentity) -> Identities:

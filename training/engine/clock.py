@@ -51,4 +51,5 @@ class Clock:
             total_steps=self.total_steps,
             epoch_steps=self.epoch_steps,
             seed=self.seed,
+            batch=self.batch,
         )

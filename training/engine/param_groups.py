@@ -71,9 +71,19 @@ def _lr(config: OptimisationConfig, progress: TrainingProgress) -> tuple[float, 
             progress.step, base=config.lr, final=config.final_lr, start=config.warmup_lr,
             total_steps=progress.total_steps, warmup_steps=config.warmup_epochs * progress.epoch_steps,
         ), 0.0  # fmt: skip
+    if config.schedule == "staircase":
+        steps = progress.epoch // config.staircase_epochs
+        return config.lr * config.staircase_factor**steps * _risen(config, progress), 0.0
     start, peak, final = schedules.epochwise(progress.epoch, epochs=config.epochs, warmup_epochs=config.warmup_epochs)
     common = start * config.warmup_lr + final * config.final_lr
     return common + peak * config.lr, common
+
+
+def _risen(config: OptimisationConfig, progress: TrainingProgress) -> float:
+    """Factor of the learning rate in a linear warm-up from `warmup_lr`; 1 after it."""
+    warmup = config.warmup_epochs * progress.epoch_steps
+    start = config.warmup_lr / config.lr
+    return start + (1 - start) * (progress.step + 1) / warmup if progress.step < warmup else 1.0
 
 
 def _ema(config: OptimisationConfig, progress: TrainingProgress) -> float:

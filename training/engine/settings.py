@@ -21,9 +21,14 @@ class OptimisationConfig:
     however many ranks there are, for methods that couple the images of a batch (Sinkhorn, batch norm in the stem)."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """"sgd": with momentum, for the published fine-tuning; its weight decay is not decoupled."""
-    schedule: Literal["step", "epoch"] = "step"
+    schedule: Literal["step", "epoch", "staircase"] = "step"
     """When the learning rate changes. "step": at every step, as in pre-training; "epoch": once an epoch, along the
-    cosine of timm as TransReID's fine-tuning has it, which the warm-up does not delay."""
+    cosine of timm as TransReID's fine-tuning has it, which the warm-up does not delay; "staircase": by a factor every
+    so many epochs (PyTorch's StepLR), as in unsupervised training."""
+    staircase_epochs: int = Field(default=20, ge=1)
+    """Epochs on one step of the staircase."""
+    staircase_factor: float = Field(default=0.1, gt=0, le=1)
+    """Factor of the learning rate from one step of the staircase to the next."""
     lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate, for this very batch. The published recipes use 5e-4 * batch / 256."""
     final_lr: float = Field(default=1e-6, ge=0)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from datapipe.core.config import ViewConfig
 from datapipe.core.settings import settings
 from datapipe.views.spec import ViewSpec
+from training.clustering.settings import ClusteringConfig
 from training.core.precision import Precision
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 from training.nn.workload import Stack, Workload
@@ -70,6 +71,8 @@ class TrainingProgress(NamedTuple):
     epoch_steps: float
     """Steps of one epoch; not whole when the batch does not divide the data set."""
     seed: int
+    batch: int = 0
+    """Images of a whole global batch."""
 
 
 class Outcome(NamedTuple):
@@ -102,6 +105,20 @@ class ByIdentity(NamedTuple):
     """Images of each identity, side by side."""
     fraction: float
     """Share of the identities that takes part."""
+
+
+class ByCluster(NamedTuple):
+    """How a method that learns from pseudo labels has them made at the start of every epoch, and wants its batches."""
+
+    clustering: ClusteringConfig
+    instances: int
+    """Images of each cluster, side by side."""
+    iterations: int
+    """Steps of an epoch."""
+    cameras: bool
+    """Does a batch show a cluster from several cameras?"""
+    group: int
+    """Neighbours in the global batch that one rank must take at once; 0: the whole batch."""
 
 
 class PublishedSetting(NamedTuple):
@@ -185,6 +202,19 @@ class Method(nn.Module, ABC, Generic[C]):
         del count
         return config
 
+    @staticmethod
+    def by_cluster(config: C) -> ByCluster | None:
+        """How pseudo labels are made of the data, for a method that learns from them; None: they are not."""
+        del config
+        return None
+
+    @staticmethod
+    def for_images(config: C, count: int) -> C:
+        """The settings for so many training images, where they are clustered. Raises ConfigError where they are for
+        another number."""
+        del count
+        return config
+
     # -- what it takes --------------------------------------------------------------------------------------------
 
     @staticmethod
@@ -247,6 +277,21 @@ class Method(nn.Module, ABC, Generic[C]):
     @abstractmethod
     def backbone(self) -> VisionTransformer:
         """The network that is evaluated and exported."""
+
+    def embedder(self) -> nn.Module:
+        """The network whose features are scored and clustered: the backbone, or one with a method
+        `named_features(images [B, 3, H, W]) -> dict of name -> [B, C]`."""
+        return self.backbone()
+
+    def adopt_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Buffers whose size the run decides take that of a checkpoint about to be restored: name in `state_dict` ->
+        shape."""
+        del shapes
+
+    def begin_epoch(self, labels_N: Tensor, features_NF: Tensor) -> None:
+        """Take over the pseudo labels of an epoch, and what is made of the features that were clustered. On every rank;
+        only where there is `by_cluster`."""
+        raise NotImplementedError
 
     def networks(self) -> dict[str, nn.Module]:
         """ "student", and "teacher" where there is one."""

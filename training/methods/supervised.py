@@ -36,8 +36,9 @@ from training.methods.base import (
     Views,
     by_source,
 )
-from training.nn import ics_stem, reid_losses
+from training.nn import ics_stem
 from training.nn.feature_diagnostics import of_features
+from training.nn.identity import reid_losses
 from training.nn.random_erasing import erase
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer, draw_path_masks, on_device
 

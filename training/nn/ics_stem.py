@@ -68,6 +68,8 @@ class PooledBatchNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+    group = 0
+    """Neighbours of the batch that are normalised together; 0: all images of all ranks."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -108,12 +110,15 @@ def pooled_statistics(values_BCHW: Tensor, real_B: Tensor | None) -> tuple[Tenso
     return count, mean_C, variance_C
 
 
-def take_statistics(module: nn.Module, share: Tensor) -> dict[str, Tensor]:
-    """What the norms of `module` saw since last asked, [V, 2, C] each, times this micro-batch's share of the batch."""
+def take_statistics(module: nn.Module, share: Tensor, *, first: bool = True) -> dict[str, Tensor]:
+    """What the norms of `module` saw since last asked, [V, 2, C] each, times this micro-batch's share of the batch.
+    Norms by groups of the batch (`group`) give what the first of them saw: all of it where that is in this micro-batch
+    (`first`), else zeros."""
     statistics = {}
     for name, layer in module.named_modules():
         if isinstance(layer, PooledBatchNorm) and layer.fresh:
-            statistics[f"{SUMS}{name}"] = torch.stack(layer.fresh) * share
+            part = float(first) if layer.group else share
+            statistics[f"{SUMS}{name}"] = torch.stack(layer.fresh) * part
             layer.fresh.clear()
     return statistics
 

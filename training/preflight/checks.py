@@ -3,6 +3,7 @@
 import torch
 
 from datapipe.core.errors import ConfigError
+from training import methods
 from training.config.batch_split import BatchSplit
 from training.config.continuation import refuse_changed_data, refuse_changed_settings
 from training.config.run_config import RunConfig
@@ -45,7 +46,16 @@ def refuse_unsuited(config: RunConfig, device: torch.device) -> None:
 
 
 def refuse_split(config: RunConfig, split: BatchSplit, *, couples: bool) -> None:
-    """Raises ConfigError where a batch must not be taken in micro-batches. `couples`: see `Method.couples_batch`."""
+    """Raises ConfigError where a batch must not be taken in micro-batches, or they cut groups of images that belong
+    together. `couples`: see `Method.couples_batch`."""
+    clusters = methods.of(config.method).by_cluster(config.method)
+    if clusters is not None and clusters.group and split.micro_batch % clusters.group:
+        raise ConfigError(
+            f"{split.micro_batch} images at once cut groups of {clusters.group} that batch norm takes together",
+            where="optimisation.micro_batch, method.norm_group",
+            hint=f"optimisation.micro_batch a multiple of {clusters.group}, and at most "
+            f"{config.optimisation.batch // clusters.group} workers; or another method.norm_group",
+        )
     if couples and split.per_rank > split.micro_batch:
         raise ConfigError(
             f"{config.method.name} couples the images of a batch (Sinkhorn targets, batch norm in the stem, mining), "

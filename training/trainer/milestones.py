@@ -8,8 +8,7 @@ own, so that a run that was stopped there makes up for what is missing.
 
 import contextlib
 import json
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import safetensors.torch
@@ -26,11 +25,10 @@ from training.evaluation import evaluation
 from training.evaluation.evaluation import ScoringTask
 from training.reid.settings import EvaluationConfig
 from training.reid.zero_shot import Weights
+from training.trainer.alive import alive
 from training.trainer.monitoring.observer import Observer
 from training.weights import export as exports
 
-ALIVE_S = 1.0
-"""Seconds between signs of life while one rank scores and the others wait for it."""
 SUMMARY = "evaluation/milestones.json"
 RULES = {
     "last": "the last weights, whatever their score",
@@ -44,16 +42,16 @@ class Milestones:
     def __init__(self, config: RunConfig, clock: Clock, folder: RunFolder, world: World, host: Host) -> None:
         self.config, self.clock, self.folder, self.world, self.host = config, clock, folder, world, host
 
-    def after(self, position: int) -> list[int]:
-        """The ends of segments from a place of the stream on, that place included."""
-        return [end for end in ends(self.config.evaluation, self.clock) if end >= position]
+    def ends(self) -> list[int]:
+        """Samples seen at each milestone."""
+        return ends(self.config.evaluation, self.clock)
 
     def score(self, position: int, observers: Sequence[Observer] = ()) -> None:
         """Score the checkpoint that was saved here, unless that was done before; return when all is written."""
         if not self.config.evaluation.data:
             return
         step = position // self.clock.batch
-        with _alive(self.host, step):
+        with alive(self.host, step):
             if self.world.is_leader:
                 where, scores = self._score(Weights(checkpoint.name_of(step), step, position))
                 for observer in observers:
@@ -112,21 +110,3 @@ def summary(scores: list[dict[str, Any]], quote: str) -> dict[str, Any]:
     chosen = {"last": scores[-1], "best": best}
     course = [{"step": score["step"], **evaluation.headline(score)} for score in scores]
     return {"quoted": quote, "rule": RULES[quote], "result": chosen[quote], **chosen, "milestones": course}
-
-
-@contextlib.contextmanager
-def _alive(host: Host, step: int) -> Iterator[None]:
-    """Tell the host so now and then, for as long as the context lasts."""
-    ended = threading.Event()
-
-    def report() -> None:
-        while not ended.wait(ALIVE_S):
-            host.alive(step, "data")
-
-    thread = threading.Thread(target=report, name="alive", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()

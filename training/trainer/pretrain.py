@@ -45,6 +45,7 @@ from training.trainer.monitoring.recorder import LEGEND, log_file
 from training.trainer.nonfinite import Faults, Rewind
 from training.trainer.observers import make_observers
 from training.trainer.provenance import about, describe, resume_command
+from training.trainer.pseudo_labels import PseudoLabels, make_pseudo_labels
 from training.weights.initialise import in_words
 
 
@@ -179,6 +180,7 @@ def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason
             faults=Faults(folder, world), exchange=exchange, observers=observers, flush=folder.flush,
         )  # fmt: skip
         milestones = Milestones(config, clock, folder, world, host)
+        labels = make_pseudo_labels(plan, method, loader, world=world, host=host, folder=folder)
         if position >= clock.end:
             milestones.score(position)
             run_lines.info(f"complete: {counted(clock.total_steps, 'step')}, done before; {config.out}")
@@ -195,7 +197,7 @@ def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason
             startup.over = True
             if world.is_leader:
                 starting.note(folder, "")
-            position, done = _train(run, checkpoints, config, milestones, position)
+            position, done = _train(run, checkpoints, config, milestones, labels, position)
             for line in _closing(config, position // clock.batch, clock, done):
                 run_lines.info(line)
     for observer in observers:
@@ -204,37 +206,45 @@ def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason
 
 
 def _train(
-    run: TrainingRun, checkpoints: Checkpoints, config: RunConfig, milestones: Milestones, position: int
-) -> tuple[int, bool]:
-    """Segment after segment, each scored at its end. (samples seen, whether all of the run is done)."""
-    for end in milestones.after(position):
-        position, done = _train_segment(run, checkpoints, config, Segment(end), position)
-        if not done or (run.stop.reached and config.evaluation.data):  # scoring can wait for the next start
-            return position, False
+    run: TrainingRun, checkpoints: Checkpoints, config: RunConfig, milestones: Milestones,
+    labels: PseudoLabels | None, position: int,
+) -> tuple[int, bool]:  # fmt: skip
+    """Segment after segment: each ends with a checkpoint, milestones are scored; an epoch of pseudo labels begins with
+    its labels. (samples seen, whether all of the run is done)."""
+    scored = milestones.ends()
+    ends = sorted({*scored, *(labels.ends() if labels else ())})
+    if position in scored:  # stopped before it was scored
         milestones.score(position, run.observers)
-        for observer in run.observers:
-            observer.began_anew()
-    return position, True
-
-
-def _train_segment(
-    run: TrainingRun, checkpoints: Checkpoints, config: RunConfig, segment: Segment, position: int
-) -> tuple[int, bool]:
-    """The loop, begun anew from the last checkpoint whenever a step asks for it."""
-    while True:
+    while position < ends[-1]:
+        end = next(end for end in ends if end > position)
         try:
-            return train(run, segment, position=position)
+            if labels is not None:
+                labels.begin(position)
+            position, done = train(run, Segment(end), position=position)
         except Rewind:
             position, name = checkpoints.restore(run.stepper)
             if name is None:
                 _begin_anew(run.stepper, config)
             for observer in run.observers:
                 observer.began_anew()
+            continue
+        last = position >= ends[-1]
+        if not done or (
+            run.stop.reached and (not last or config.evaluation.data)
+        ):  # the rest can wait for the next start
+            return position, False
+        if end in scored:
+            milestones.score(position, run.observers)
+        for observer in run.observers:
+            observer.began_anew()
+    return position, True
 
 
 def _begin_anew(stepper: Stepper, config: RunConfig) -> None:
     """The state before the first step: initial weights, no moments."""
-    initial = {f"model/{name}": value.view(-1) for name, value in initial_method(config)[0].state_dict().items()}
+    state = initial_method(config)[0].state_dict()
+    stepper.method.adopt_shapes({name: tuple(value.shape) for name, value in state.items()})
+    initial = {f"model/{name}": value.view(-1) for name, value in state.items()}
 
     def fill(pieces: Sequence[Piece]) -> None:
         for piece in pieces:

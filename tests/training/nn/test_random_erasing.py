@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy import stats
 
-from training.nn.random_erasing import AREA, RATIO, erase
+from training.nn.random_erasing import NOISE, RATIO, erase
 
 SIZE = (48, 24)
 
@@ -29,7 +29,7 @@ def test_erase__a_full_rectangle_of_standard_normal_noise_within_timm_s_bounds()
         assert (piece != 9).all() and int((image != 9).sum()) == piece.numel()
         share = height * width / (SIZE[0] * SIZE[1])
         rounding = (height + width) / (SIZE[0] * SIZE[1])
-        assert AREA[0] - rounding < share < AREA[1] + rounding
+        assert NOISE.area[0] - rounding < share < NOISE.area[1] + rounding
         assert RATIO[0] * (width - 1) < height + 1 and height - 1 < RATIO[1] * (width + 1)
         noise.append(piece.flatten().numpy())
     assert stats.kstest(np.concatenate(noise)[::17], "norm").pvalue > 1e-3

@@ -1,0 +1,79 @@
+"""Batch norm in front of the comparison of features ("necks") as unsupervised ReID has it: by groups of a batch.
+
+TransReID-SSL and PASS train on several GPUs with torch's DataParallel: every GPU normalises its contiguous slice of the
+batch with that slice's own statistics, and the running statistics are those of the first (PASS
+`PASS_cluster_contrast_reid/clustercontrast/models/vision_transformer.py` TransReID.forward).
+
+Shapes: B images of this process, C channels of a token, P part tokens, F channels of the feature.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.nn.ics_stem import EPS, PooledBatchNorm
+
+Fusion = Literal["cat", "mean"]
+
+
+class GroupedBatchNorm(PooledBatchNorm):
+    """Batch norm of features [B, C] whose bias stays 0, with the statistics of each group of `group` neighbours.
+
+    B must be whole groups. `group` 0: one group of all real images of all ranks. What moves the running statistics are
+    those of the first group of the global batch; see `PooledBatchNorm` for how they travel.
+    """
+
+    def __init__(self, channels: int, group: int) -> None:
+        super().__init__(channels)
+        self.group = group
+        self.bias.requires_grad_(False)
+
+    def forward(self, values_BC: Tensor, real_B: Tensor | None) -> Tensor:
+        if not self.group or not self.training:
+            return super().forward(values_BC[:, :, None, None], real_B)[:, :, 0, 0]
+        if len(values_BC) % self.group:
+            raise ValueError(f"{len(values_BC)} images are not whole groups of {self.group}")
+        groups_GSC = values_BC.unflatten(0, (-1, self.group))
+        variance_GC, mean_GC = torch.var_mean(groups_GSC, dim=1, correction=0)
+        unbiased_C = variance_GC[0] * self.group / max(self.group - 1, 1)
+        self.fresh.append(torch.stack([mean_GC[0], unbiased_C]).detach())
+        normal_GSC = (groups_GSC - mean_GC[:, None]) * torch.rsqrt(variance_GC + EPS)[:, None]
+        return (normal_GSC * self.weight + self.bias).flatten(0, 1)
+
+
+class TokenNecks(nn.Module):
+    """From CLS and part tokens to the feature that is clustered, remembered, trained and evaluated.
+
+    | neck   | fusion | feature                                          | F  | norm        |
+    |--------|--------|--------------------------------------------------|----|-------------|
+    | "one"  | "cat"  | L2(BN([CLS ; mean_i P_i]))                       | 2C | 1           |
+    | "one"  | "mean" | L2(BN((CLS + mean_i P_i) / 2))                   | C  | 1           |
+    | "each" | "cat"  | [L2(BN_0 CLS) ; mean_i L2(BN_i P_i)]             | 2C | 1 .. sqrt 2 |
+    | "each" | "mean" | (L2(BN_0 CLS) + mean_i L2(BN_i P_i)) / 2         | C  | at most 1   |
+
+    Without part tokens it is L2(BN(CLS)). Parameters have the names of the reference's state dicts.
+    """
+
+    def __init__(self, width: int, parts: int, *, fusion: Fusion, neck: Literal["one", "each"], group: int) -> None:
+        super().__init__()
+        self.parts, self.fusion, self.neck = parts, fusion, neck
+        self.channels = width * (2 if parts and fusion == "cat" else 1)
+        self.bottleneck = GroupedBatchNorm(self.channels if neck == "one" else width, group)
+        if neck == "each":
+            for part in range(1, parts + 1):
+                self.add_module(f"bottleneck_pt{part}", GroupedBatchNorm(width, group))
+
+    def forward(self, cls_BC: Tensor, parts_BPC: Tensor, real_B: Tensor | None = None) -> Tensor:
+        """[B, F]."""
+        if not self.parts or self.neck == "one":
+            fused_BF = cls_BC if not self.parts else self._fused(cls_BC, parts_BPC.mean(dim=1))
+            return F.normalize(self.bottleneck(fused_BF, real_B), dim=1)
+        necks = [self.get_submodule(f"bottleneck_pt{part}") for part in range(1, self.parts + 1)]
+        parts = [F.normalize(neck(part_BC, real_B), dim=1)
+                 for neck, part_BC in zip(necks, parts_BPC.unbind(dim=1), strict=True)]  # fmt: skip
+        return self._fused(F.normalize(self.bottleneck(cls_BC, real_B), dim=1), torch.stack(parts).mean(dim=0))
+
+    def _fused(self, cls_BC: Tensor, part_BC: Tensor) -> Tensor:
+        return torch.cat([cls_BC, part_BC], dim=1) if self.fusion == "cat" else (cls_BC + part_BC) / 2

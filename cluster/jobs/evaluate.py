@@ -29,7 +29,7 @@ def evaluate(chosen: EvaluateJob, flags: Sequence[str]) -> int:
     address = chosen_address(chosen.address or "")
     weights, data, out = (full_url(chosen.places.get(name, "")) for name in ("weights", "data", "out"))
     chosen = replace(chosen, weights=weights or chosen.weights, data=data, out=out)
-    if chosen.task == "supervised":
+    if chosen.task != "zero-shot":
         from cluster.jobs.pretrain import run as pretrain
 
         with writing(chosen, has_workers=True) as lease:

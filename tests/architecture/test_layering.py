@@ -20,8 +20,8 @@ ROOMS = {
     "datapipe": ("core", "core/cli", "storage", "dataset", "sources", "ingest", "sampling", "views", "stream",
                  "maintain", "synth", "commands"),
     "training": ("recipes", "core", "core/run_folder", "clustering", "nn", "nn/identity", "methods", "weights",
-                 "engine", "checkpoint", "reid/datasets", "reid", "config", "preflight", "evaluation", "trainer/monitoring", "trainer",
-                 "report", "commands"),
+                 "engine", "checkpoint", "reid/datasets", "reid", "config", "preflight", "evaluation",
+                 "trainer/monitoring", "trainer", "report", "commands"),
     "cluster": ("core", "train", "jobs"),
 }  # fmt: skip
 """Package -> its rooms, from the ground up. A room imports only rooms before it, be it inside a function or for types

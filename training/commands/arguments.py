@@ -17,14 +17,14 @@ class EvaluateCommand:
     "random" with --task supervised: none."""
     data: str
     """Labelled data set: a folder or s3://bucket/prefix with its files, or its shards."""
-    task: Literal["zero-shot", "supervised"] = "zero-shot"
-    """"zero-shot": retrieval with the features as they are. "supervised": fine-tune on the training part first; all
-    flags of a recipe may follow, such as --optimisation.epochs 60."""
+    task: Literal["zero-shot", "supervised", "usl"] = "zero-shot"
+    """"zero-shot": retrieval with the features as they are. "supervised": fine-tune on the training part first; "usl":
+    train on it without its labels; all flags of a recipe may follow, such as --optimisation.epochs 60."""
     out: str = ""
-    """Folder for the scores; for --task supervised the run folder. Empty: that of the weights."""
+    """Folder for the scores; for --task supervised and usl the run folder. Empty: that of the weights."""
     recipe: str = ""
-    """Fine-tuning: a TOML file, or supervised, supervised_384, supervised_pass, supervised_mae. Empty: the one that
-    suits the weights."""
+    """Training: a TOML file, or supervised, supervised_384, supervised_pass, supervised_mae, usl_market, usl_msmt17,
+    usl_pass_market, usl_pass_msmt17, uda_pass_market, uda_pass_msmt17. Empty: the one that suits weights and data."""
     label_fraction: float = 1.0
     """Share of the training identities that fine-tuning may use."""
     device: Annotated[Literal["auto", "cpu", "cuda"], Arg(aliases=("--engine.device",))] = "auto"

@@ -30,7 +30,7 @@ PROG = "python -m training evaluate"
 
 def run(chosen: EvaluateCommand, flags: Sequence[str]) -> int:
     """Score weights as they are, or after fine-tuning with these flags of a recipe."""
-    if chosen.task == "supervised":
+    if chosen.task != "zero-shot":
         with writing(chosen, has_workers=False) as guard:
             config = fine_tuning(chosen, flags, prog=PROG)
             with (
@@ -77,9 +77,12 @@ def writing(chosen: EvaluateCommand, *, has_workers: bool) -> contextlib.Abstrac
 
 def fine_tuning(chosen: EvaluateCommand, flags: Sequence[str], *, prog: str) -> RunConfig:
     """The run that fine-tunes and scores itself."""
+    if chosen.label_fraction < 1 and chosen.task != "supervised":
+        raise ConfigError("training without labels takes no share of them", where="--label-fraction",
+                          hint="leave it out, or --task supervised")  # fmt: skip
     fraction = ["--method.label-fraction", str(chosen.label_fraction)] if chosen.label_fraction < 1 else []
     device = ["--engine.device", chosen.device] if chosen.device != "auto" else []
-    return fine_tune.prepare(chosen.weights, chosen.data, chosen.out, recipe=chosen.recipe,
+    return fine_tune.prepare(chosen.weights, chosen.data, chosen.out, task=chosen.task, recipe=chosen.recipe,
                               flags=[*fraction, *device, *flags],
                               scoring=chosen.scoring, storage=chosen.storage, prog=prog)  # fmt: skip
 

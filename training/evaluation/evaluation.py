@@ -62,7 +62,8 @@ class Subject(NamedTuple):
     """Origin of the weights; None: the colour histogram, which has none."""
     embed: EmbedConfig
     headline: str
-    load: Callable[[], VisionTransformer]
+    load: Callable[[], Any]
+    """The network that is scored: a backbone, or what `Method.embedder` gives."""
 
 
 def open_data(url: str, storage: StorageConfig, scoring: ScoringConfig, *, images: bool = True) -> ReIDSet:
@@ -168,7 +169,7 @@ def _of_run(task: ScoringTask, threads: int) -> Subject:
         task.weights, identity, pedigree,
         EmbedConfig(threads=threads, mean=mean, std=std, interpolation=interpolation, batch=task.scoring.embed_batch),
         kind.quoted_feature(kind.parts(config.method)),
-        lambda: load_backbone(task.weights, folder, config),
+        lambda: load_method(task.weights, folder, config).embedder().eval(),
     )  # fmt: skip
 
 

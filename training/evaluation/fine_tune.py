@@ -1,4 +1,5 @@
-"""Supervised fine-tuning as an evaluation: weights, a labelled data set and a recipe -> a run that scores itself.
+"""Training on a labelled data set as an evaluation, with its labels or without: weights, data, recipe -> a run that
+scores itself.
 
 Everything it starts from comes to lie in the run folder, so that it goes on from there alone:
 
@@ -39,31 +40,48 @@ GIVEN = ("arch", "patch", "stem", "width", "depth", "heads", "mlp_ratio", "layer
 
 
 def prepare(
-    weights: str, data: str, out: str, *, recipe: str = "", flags: Sequence[str] = (),
+    weights: str, data: str, out: str, *, task: str = "supervised", recipe: str = "", flags: Sequence[str] = (),
     scoring: ScoringConfig = ScoringConfig(), storage: StorageConfig = StorageConfig(),  # noqa: B008  (frozen)
     prog: str = recipes.PRETRAIN,
 ) -> RunConfig:  # fmt: skip
     """The resolved recipe of fine-tuning `weights` on `data`, after what it starts from was put into `out`.
 
-    `recipe`: empty for the one that suits the weights. `flags`: dotted ones of the recipe, which come last; with
-    `--stream.manifest` training images are read from there. Raises ConfigError, DataError, StorageError.
+    `task`: "supervised" or "usl". `recipe`: empty for the one that suits it, the weights and the data. `flags`: dotted
+    ones of the recipe, which come last; with `--stream.manifest` training images are read from there. Raises
+    ConfigError, DataError, StorageError.
     """
     if not out:
         raise ConfigError("fine-tuning needs a run folder", where="--out", hint="--out runs/market1501")
     reid = evaluation.open_data(data, storage, scoring)
     start = "" if weights == RANDOM else as_export(weights, out, storage)
     card = exports.load_card(open_store(start, storage)) if start else {}
-    config = _suited(recipes.load(recipe or suited_recipe(card)), card)
+    suiting = suited_recipe(card) if task == "supervised" else without_labels(card, reid.name)
+    config = _suited(recipes.load(recipe or suiting), card)
     changed = replace(config, out=out, storage=storage, init=replace(config.init, weights=start),
                       evaluation=replace(config.evaluation, data=data, scoring=scoring))  # fmt: skip
     final = recipes.override(changed, flags, prog=prog)
-    if not methods.of(final.method).fine_tunes:
-        raise ConfigError(f"the recipe is of {final.method.name}, not of fine-tuning", where="--recipe",
-                          hint=f"one of {', '.join(_fine_tuning_recipes())}")  # fmt: skip
+    if task not in (kinds := tasks_of(final)):
+        raise ConfigError(f"the recipe is of {final.method.name}, which is not training for --task {task}",
+                          where="--recipe", hint=f"--task {kinds[0]}" if kinds else
+                          f"one of {', '.join(_fine_tuning_recipes())}")  # fmt: skip
     if final.stream.manifest or final.stream.mix:
         return final
     manifest = shard_training_part(reid, open_store(out, storage).address("shards"), storage)
     return replace(final, stream=replace(final.stream, manifest=manifest.url))
+
+
+def tasks_of(config: RunConfig) -> tuple[str, ...]:
+    """Tasks of `evaluate` that a recipe can carry out; none for pre-training."""
+    kind = methods.of(config.method)
+    if not kind.fine_tunes:
+        return ()
+    return ("usl",) if kind.by_cluster(config.method) is not None else ("supervised",)
+
+
+def without_labels(card: dict[str, Any], data: str) -> str:
+    """Name of the recipe that trains weights with this card on a data set without its labels: that for MSMT17 there,
+    that for Market-1501 anywhere else."""
+    return f"usl_{'pass_' if card.get('parts') else ''}{'msmt17' if data == 'msmt17' else 'market'}"
 
 
 def suited_recipe(card: dict[str, Any]) -> str:

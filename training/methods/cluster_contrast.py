@@ -78,7 +78,8 @@ class ClusterContrastConfig(MethodSettings):
     """With parts: "cat" the feature is [CLS ; mean of the parts] (PASS on Market-1501), "mean" (CLS + mean of the
     parts) / 2 (on MSMT17)."""
     neck: Literal["one", "each"] = "one"
-    """Batch norm in front of the memory. "one": of the feature (PASS's USL); "each": of CLS and every part (its UDA)."""
+    """Batch norm in front of the memory. "one": of the feature (PASS's USL); "each": CLS and every part have their own
+    (its UDA)."""
     norm_group: int = Field(default=64, ge=0)
     """Neighbouring images of the global batch that the necks normalise together: published is the share of one GPU,
     64 on Market-1501 (four of them), 128 on MSMT17 (two). The running statistics are the first group's. 0: all."""

@@ -9,7 +9,7 @@ import io
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import simplejpeg
@@ -74,6 +74,13 @@ class Backbone(Protocol):
     def parameters(self) -> Iterator[Tensor]: ...
 
     def train(self, mode: bool = True) -> object: ...
+
+
+@runtime_checkable
+class NamedFeatures(Protocol):
+    """A network that says itself which features it has, beside or in place of those of its tokens."""
+
+    def named_features(self, images: Tensor) -> dict[str, Tensor]: ...  # images [B, 3, H, W] -> [B, C] each
 
 
 def embed(
@@ -142,6 +149,9 @@ def resize(image: NDArray[np.uint8], size: Size, interpolation: Literal["bilinea
 def _embed_batch(backbone: Backbone, images: Tensor, config: EmbedConfig) -> Features:
     low = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
     with torch.autocast(images.device.type, dtype=low, enabled=low is not None):
+        if isinstance(backbone, NamedFeatures):
+            named = backbone.named_features(images)
+            return {name: values.to(torch.float32).cpu().numpy() for name, values in named.items()}
         tokens = backbone.features(images)
     features = {"cls": tokens.cls, "mean": tokens.patches.mean(dim=1)}
     if tokens.parts.shape[1]:

@@ -203,7 +203,7 @@ class PseudoLabels:
 
 
 def _metadata(data: bytes) -> dict[str, str]:
-    """That of a safetensors file."""
+    """The metadata of a safetensors file."""
     size = int.from_bytes(data[:8], "little")
     about: dict[str, str] = json.loads(data[8 : 8 + size]).get("__metadata__", {})
     return about

@@ -39,8 +39,8 @@ def test_load__a_misspelt_key_of_the_method_is_refused_with_the_nearest(tmp_path
     ('name = "personvit"\nhead.outdim = 3', "unknown key `method.head.outdim`; did you mean `out_dim`?"),
     ('name = "personvit"\nmask.ratio = [0.3]', "unknown key `method.mask.ratio`; did you mean `ratios`?"),
     ('name = "personvit"\nparts = 3', "unknown key `method.parts`"),
-    ('name = "dinno"', "`method.name` must be one of dino, pass, personmae, personvit, supervised"),
-    ("locals = 3", "`method.name` must be one of dino, pass, personmae, personvit, supervised"),
+    ('name = "dinno"', "`method.name` must be one of cluster_contrast, dino, pass, personmae, personvit, supervised"),
+    ("locals = 3", "`method.name` must be one of cluster_contrast, dino, pass, personmae, personvit, supervised"),
     ('name = "dino"\nteacher_temp = 0', "`method.teacher_temp` = 0: "),
     ('name = "personvit"\nmask.ratios = [0.3]', "`method.mask` = {'ratios': [0.3]}: "),
 ])  # fmt: skip

@@ -15,10 +15,12 @@ from training.recipes import SHIPPED
 PUBLISHED = {name: recipe for kind in known().values() for name, recipe in kind.published.items()}
 RECIPES = sorted(PUBLISHED)
 DEEPER = {"backbone.drop_path": (0.3, 0.1)}
-DEVIATIONS = {
-    name: {"optimisation.precision": ("bf16", "fp16")} | (DEEPER if name in ("dino_vitl", "pass_vitl") else {})
+LOWERED = {"optimisation.precision": ("bf16", "fp16")}
+DEVIATIONS: dict[str, dict[str, tuple[object, object]]] = {
+    name: {} if name.startswith(("usl_", "uda_"))
+    else LOWERED | (DEEPER if name in ("dino_vitl", "pass_vitl") else {})
     for name in RECIPES
-}
+}  # fmt: skip
 """All that may differ: our value, the published one."""
 
 
@@ -84,6 +86,11 @@ def test_nearest__another_architecture_is_compared_with_the_smallest() -> None:
 ])  # fmt: skip
 def test_nearest__fine_tuning_by_weights_and_size(flags: tuple[str, ...], expected: str) -> None:
     assert nearest(load("supervised", flags)) == expected
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(("usl_", "uda_"))])
+def test_nearest__unsupervised_by_weights_and_data_set(name: str) -> None:
+    assert nearest(load(name)) == name
 
 
 def test_comments__behind_a_value_or_on_the_line_above(tmp_path: Path) -> None:

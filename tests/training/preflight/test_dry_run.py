@@ -20,7 +20,9 @@ from training.preflight.dry_run import GB, LUPERSON, dry_run
 from training.preflight.dry_run_text import page, to_tree
 from training.recipes import SHIPPED
 
-RECIPES = sorted(path.stem for path in SHIPPED.glob("*.toml") if not path.stem.startswith("supervised"))
+RECIPES = sorted(
+    path.stem for path in SHIPPED.glob("*.toml") if not path.stem.startswith(("supervised", "usl_", "uda_"))
+)
 """Those of pre-training."""
 PUBLISHED = [name for name in RECIPES if name != "demo"]
 

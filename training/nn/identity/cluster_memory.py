@@ -53,7 +53,7 @@ def updated(memory_KF: Tensor, unit_NF: Tensor, label_N: Tensor, *, momentum: fl
 
 
 def _hardest(memory_KF: Tensor, unit_NF: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each cluster in the batch the image with the smallest dot product, of equals the first: rows, clusters."""
+    """(rows, clusters): of each cluster in the batch the image with the smallest dot product, of equals the first."""
     likeness_N = (unit_NF * memory_KF[label_N]).sum(dim=1)
     order = torch.argsort(likeness_N, stable=True)
     order = order[torch.argsort(label_N[order], stable=True)]

@@ -7,7 +7,7 @@ from itertools import chain, groupby
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.core.parallel import in_order
@@ -18,6 +18,7 @@ from training.checkpoint.lineage import complete
 from training.checkpoint.metadata import Form, Fragment, Marker, RankFile, read_marker
 from training.checkpoint.snapshot import TYPES
 from training.engine.state_fragments import Piece, whole
+from training.methods.base import Method
 from training.weights.counted_keys import check_counted
 
 BLOCK = 8 << 20
@@ -197,9 +198,10 @@ def _stretches(copies: Iterator[_Copy]) -> Iterator[list[_Copy]]:
         yield held
 
 
-def load_model(store: Store, name: str, method: nn.Module) -> Marker:
+def load_model(store: Store, name: str, method: Method) -> Marker:
     """Fill student, teacher and centres from a checkpoint by counted keys; its marker. Raises DataError."""
     reader = Reader(store, name)
+    method.adopt_shapes({key: form.shape for key, form in reader.forms("model").items()})
     state = method.state_dict()
     refuse_misfit(reader, {key: tuple(value.shape) for key, value in state.items()})
     reader.fill([whole(f"model/{key}", value) for key, value in state.items()])

@@ -36,7 +36,7 @@ from training.clustering.dbscan import cluster
 from training.clustering.settings import ClusteringConfig
 from training.config.run_plan import RunPlan, clustered
 from training.core.host import Host, run_lines
-from training.core.run_folder.run_folder import RunFolder, as_json
+from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
 from training.engine.clock import Clock
 from training.methods.base import ByCluster, Method
@@ -176,9 +176,9 @@ class PseudoLabels:
         tensors = {key: state[key].cpu().contiguous() for key in ("labels", "memory")}
         about = {"made_from": self._made_from(start), "position": str(start)}
         self._folder.write(f"{name}.safetensors", safetensors.torch.save(tensors, about))
-        self._folder.append(HISTORY, as_json({
+        self._folder.append(HISTORY, json.dumps({
             "epoch": epoch, "position": start, **quality(labels, self._images.identities), **seconds,
-        }).replace("\n", " ").strip())  # fmt: skip
+        }))  # fmt: skip
 
     def _kept(self, epoch: int, start: int) -> dict[str, torch.Tensor] | None:
         """On the leading rank: what was put down for this epoch from the very weights that the network has now."""

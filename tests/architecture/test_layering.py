@@ -19,7 +19,7 @@ FORBIDDEN = {
 ROOMS = {
     "datapipe": ("core", "core/cli", "storage", "dataset", "sources", "ingest", "sampling", "views", "stream",
                  "maintain", "synth", "commands"),
-    "training": ("recipes", "core", "core/run_folder", "nn", "methods", "weights", "engine", "checkpoint",
+    "training": ("recipes", "core", "core/run_folder", "nn", "clustering", "methods", "weights", "engine", "checkpoint",
                  "reid/datasets", "reid", "config", "preflight", "evaluation", "trainer/monitoring", "trainer",
                  "report", "commands"),
     "cluster": ("core", "train", "jobs"),

@@ -9,8 +9,6 @@ from tests.support.golden import ABSENT, ROOT, golden_folder
 _UNSUPERVISED = "unsupervised and domain-adaptive evaluation"
 _ANALYSIS = "analysis of what a backbone has learnt"
 WAITING = {
-    "jaccard_dbscan": _UNSUPERVISED,
-    "jaccard_unnormalised": _UNSUPERVISED,
     "cluster_memory": _UNSUPERVISED,
     "usl_necks": _UNSUPERVISED,
     "usl_sampler": _UNSUPERVISED,

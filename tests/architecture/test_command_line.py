@@ -21,7 +21,7 @@ OF_RECIPES = {("training", "pretrain"), ("training", "views"), ("cluster", "pret
 ALONE = {("training", "warm"), ("cluster", "demo"), ("cluster", "status"), ("training", "reproduce")}
 """They do something, or say what is missing, without a word."""
 LIBRARIES = {"torch", "timm", "torchvision", "ray", "deepspeed", "pyarrow", "cv2", "boto3", "botocore", "fsspec", "PIL",
-             "numpy", "webdataset", "matplotlib", "scipy", "sympy", "av"}  # fmt: skip
+             "numpy", "webdataset", "matplotlib", "scipy", "sklearn", "sympy", "av"}  # fmt: skip
 WITH_PYTORCH = {"torch", "numpy", "sympy"}
 """What `import torch` brings."""
 

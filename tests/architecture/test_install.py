@@ -12,7 +12,8 @@ from tests.datapipe.crop_set import jpegs
 from tests.support.golden import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-HEAVY = {"torch", "torchvision", "timm", "ray", "deepspeed", "scipy", "matplotlib", "tensorboard", "safetensors"}
+HEAVY = {"torch", "torchvision", "timm", "ray", "deepspeed", "scipy", "scikit-learn", "matplotlib", "tensorboard",
+         "safetensors"}  # fmt: skip
 SERVED = {"reid-data": "datapipe", "reid-train": "training", "reid-cluster": "cluster"}
 
 

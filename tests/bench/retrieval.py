@@ -11,8 +11,8 @@ from threadpoolctl import threadpool_limits
 from tests.bench.measure import Rates, Spread, Work, rates
 from tests.bench.scale import Scale, full
 from tests.bench.table import Row, Table, Target, compare
-from training.reid.ranking import distance_chunks
-from training.reid.retrieval import CHUNK_MB, evaluate, evaluate_distances
+from training.clustering.nearest import CHUNK_MB, distance_chunks
+from training.reid.retrieval import evaluate, evaluate_distances
 from training.reid.settings import RerankConfig
 
 IMAGES_PER_IDENTITY, CAMERAS = 27, 15

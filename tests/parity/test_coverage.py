@@ -9,8 +9,6 @@ from tests.support.golden import ABSENT, ROOT, golden_folder
 _UNSUPERVISED = "unsupervised and domain-adaptive evaluation"
 _ANALYSIS = "analysis of what a backbone has learnt"
 WAITING = {
-    "jaccard_dbscan": _UNSUPERVISED,
-    "jaccard_unnormalised": _UNSUPERVISED,
     "usl_retrieval": _UNSUPERVISED,
     "cfs_scores": "selection of crops by catastrophic forgetting score",
     "attention_maps": _ANALYSIS,

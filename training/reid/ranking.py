@@ -4,29 +4,20 @@ Nothing is sorted: the place of a match is one more than the number of gallery i
 gallery images.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from datapipe.core.errors import DataError
+from training.clustering.nearest import Chunk, Floats, Integers, in_slices, nearest
 from training.reid.datasets.reid_set import JUNK
 
-Floats = NDArray[np.floating]
-Integers = NDArray[np.integer]
 Flags = NDArray[np.bool_]
-T = TypeVar("T")
-Chunk = tuple[int, Floats]
-"""(first query, distances [queries, G]); overwritten while it is ranked."""
 
 SAMPLED = 32
 """Matching pairs, and others, whose distances are kept of each query."""
-GROUP = 64
-"""Neighbouring distances whose smallest one is looked at to find the nearest of all."""
 
 
 @dataclass(frozen=True)
@@ -66,46 +57,6 @@ class Ranking:
 def rank(chunks: Iterable[Chunk], labels: Labels, *, top_k: int, threads: int) -> list[Ranking]:
     """Every query's ranking, the first `top_k` places of it; equal distances keep the order of the gallery."""
     return list(in_slices(chunks, _Ranker(labels, top_k).rank, threads))
-
-
-def distance_chunks(these: Floats, those: Floats, chunk_mb: float) -> Iterator[Chunk]:
-    """Squared Euclidean distances of unit rows [Q, C] to [G, C], less 2; one buffer, overwritten by the next chunk."""
-    rows = max(1, min(len(these), int(chunk_mb * 1e6 / max(1, those.itemsize * len(those)))))
-    buffer = np.empty((rows, len(those)), those.dtype)
-    for start in range(0, len(these), rows):
-        part = these[start : start + rows]
-        yield start, np.matmul(-2 * part, those.T, out=buffer[: len(part)])
-
-
-def in_slices(chunks: Iterable[Chunk], work: Callable[[int, Floats], list[T]], threads: int) -> Iterator[T]:
-    """What `work(first query, distances)` makes of the chunks, in order; each is cut among the threads.
-
-    numpy compares and counts without the interpreter's lock.
-    """
-    with ThreadPoolExecutor(max_workers=threads) as pool:
-        for start, block in chunks:
-            cuts = np.linspace(0, len(block), threads + 1).astype(int).tolist()
-            parts = pool.map(work, [start + low for low in cuts[:-1]], np.split(block, cuts[1:-1]))
-            yield from chain.from_iterable(parts)
-
-
-def nearest(row: Floats, top_k: int) -> NDArray[np.int64]:
-    """[top_k]: places of the smallest finite numbers in ascending order, equal ones in theirs; -1 where there are no
-    more."""
-    first = np.full(top_k, -1, np.int64)
-    if top_k:
-        candidates = np.flatnonzero((row <= _border(row, top_k)) & (row < np.inf))
-        best = candidates[np.argsort(row[candidates], kind="stable")][:top_k]
-        first[: len(best)] = best
-    return first
-
-
-def _border(row: Floats, top_k: int) -> np.floating | float:
-    """At least `top_k` numbers are no larger, and not many more: the top_k-th smallest of the groups' smallest."""
-    groups = np.minimum.reduceat(row, np.arange(0, len(row), GROUP))
-    if top_k < len(groups):
-        return np.partition(groups, top_k - 1)[top_k - 1]
-    return np.partition(row, top_k - 1)[top_k - 1] if top_k < len(row) else np.inf
 
 
 class _Ranker:

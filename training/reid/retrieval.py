@@ -13,12 +13,10 @@ from numpy.typing import NDArray
 
 from datapipe.core.errors import DataError
 from datapipe.core.progress import QUIET_S, Progress
-from training.reid.ranking import Floats, Integers, Labels, Ranking, distance_chunks, rank
+from training.clustering.nearest import CHUNK_MB, Floats, Integers, distance_chunks, refuse_unfit
+from training.reid.ranking import Labels, Ranking, rank
 from training.reid.reranking import reranked
 from training.reid.settings import RerankConfig
-
-CHUNK_MB = 64.0
-"""Distances held at once, in megabytes (10^6 bytes)."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ def confident_mistakes(result: RetrievalResult, count: int) -> NDArray[np.int64]
 def _stacked(query: Floats, gallery: Floats, labels: Labels) -> Floats:
     """[Q + G, C]: the rows of both, divided by their L2 norm; what is lower than float32 is raised to it."""
     for part, features, pids in (("query", query, labels.query_pids), ("gallery", gallery, labels.gallery_pids)):
-        _refuse_unfit(features, part)
+        refuse_unfit(features, f"{part} features")
         if len(features) != len(pids):
             raise DataError(f"{part}: {len(features)} features for {len(pids)} labels")
     if query.shape[1] != gallery.shape[1]:
@@ -148,17 +146,6 @@ def _stacked(query: Floats, gallery: Floats, labels: Labels) -> Floats:
     norms = np.sqrt(np.einsum("nc,nc->n", features, features))
     features /= np.maximum(norms, np.finfo(dtype).tiny)[:, None]  # a row of zeros stays one
     return features
-
-
-def _refuse_unfit(features: Floats, part: str) -> None:
-    if features.ndim != 2:
-        raise DataError(f"{part} features have shape {features.shape}; expected (images, channels)")
-    bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
-    if len(bad):
-        raise DataError(
-            f"{len(bad)} of {len(features)} {part} features are not finite (the first: row {bad[0]})",
-            hint="the weights may be broken, or the precision too low: evaluate in fp32",
-        )
 
 
 def _summary(rankings: list[Ranking], ranks: int, *, offset: float = 0.0) -> RetrievalResult:

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 from datapipe.core.errors import DataError
 from datapipe.core.progress import lines_sent_to
-from training.reid.reranking import memberships, neighbours, reranked
+from training.reid.reranking import reranked
 from training.reid.retrieval import evaluate
 from training.reid.settings import RerankConfig
 
@@ -68,7 +68,7 @@ def test_reranked__equals_the_paper_read_aloud(k1: int, k2: int, weight: float, 
 def test_reranked__does_not_depend_on_chunks_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     features = unit(3)
     expected = whole(features, 15, RerankConfig())
-    monkeypatch.setattr("training.reid.reranking.ROWS", 7)
+    monkeypatch.setattr("training.clustering.k_reciprocal.ROWS", 7)
     for chunk_mb, threads in ((1e-6, 1), (0.003, 3)):
         np.testing.assert_allclose(whole(features, 15, RerankConfig(), chunk_mb, threads), expected, rtol=0, atol=1e-12)
 
@@ -77,14 +77,6 @@ def test_reranked__weight_of_one_keeps_the_order() -> None:
     features = unit(4)
     found = whole(features, 10, RerankConfig(weight=1.0))
     np.testing.assert_array_equal(np.argsort(found), np.argsort(-features[:10] @ features[10:].T))
-
-
-def test_memberships__are_sparse_rows_of_sum_one() -> None:
-    features = unit(5, images=400, people=60, spread=0.3)
-    config = RerankConfig(k1=8)
-    found = memberships(features, neighbours(features, 8, chunk_mb=0.1, threads=1), config)
-    np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-12)
-    assert found.nnz < 0.25 * 400 * 400
 
 
 def test_evaluate__tells_of_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:

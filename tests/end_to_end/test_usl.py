@@ -70,7 +70,7 @@ def test_run__leaves_the_labels_of_every_epoch(straight: Path) -> None:
         labels = table["label"].to_numpy()
         assert table["key"].is_unique and len(table) == one["outliers"] + (labels >= 0).sum()
         assert one["clusters"] == labels.max() + 1 >= 4
-        identities = table["name"].str.slice(0, 4).astype(int).to_numpy()
+        identities = table["name"].str.extract(r"(\d{4})_c")[0].astype(int).to_numpy()
         inside = labels >= 0
         assert one["ari"] == pytest.approx(adjusted_rand_score(identities[inside], labels[inside]))
     steps = tiny.audited(straight)
@@ -182,7 +182,7 @@ def test_command__trains_scores_and_reports(data: str, tmp_path: Path, capsys: p
 
 
 @pytest.mark.parametrize(("flags", "said"), [
-    (("--method.clustering.eps", "0.0001"), "all 48 images are noise"),
+    (("--method.clustering.min-samples", "40"), "all 48 images are noise"),
     (("--method.clustering.eps", "0.99", "--method.clustering.k1", "40"), "a batch takes 4 clusters, and clustering"),
     (("--method.clustering.k1", "49"), "48 images are fewer than the 49 neighbours"),
 ], ids=["noise", "giant", "few"])  # fmt: skip

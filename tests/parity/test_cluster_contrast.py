@@ -14,6 +14,7 @@ from training.core.world import World
 from training.nn.ics_stem import settle, take_statistics
 from training.nn.identity.cluster_memory import contrast, updated
 from training.nn.identity.necks import TokenNecks
+from training.reid.retrieval import _whole_distances, evaluate, evaluate_distances
 
 RUNS = [("train_usl", 1), ("train_usl", 2), ("train_usl_pass", 1), ("train_usl_pass", 2)]
 
@@ -150,3 +151,22 @@ def test_cluster_contrast__whole_runs_on_two_ranks(exact: bool) -> None:
         for ours, theirs in zip(first.ended, second.ended, strict=True):
             assert torch.equal(ours, theirs)
         _check(first, item, 2, exact=exact)
+
+
+@pytest.mark.parametrize("prefix", ["", "ties/"])
+def test_retrieval__as_unsupervised_code_scores(prefix: str) -> None:
+    """Features as they are, not of length 1; scikit-learn's average precision, which takes ties together."""
+    _, tensors = golden("usl_retrieval")
+    query, gallery = tensors["query_features"].numpy(), tensors[f"{prefix}gallery_features"].numpy()
+    labels = [tensors[f"{part}_{what}"].numpy() for what in ("identities", "cameras") for part in ("query", "gallery")]
+    distances = tensors[f"{prefix}distmat"].numpy()
+    blocks = _whole_distances(np.concatenate([query, gallery]), len(query), 64.0)
+    assert np.abs(np.concatenate([block.copy() for _, block in blocks]) - distances).max() < 1e-5
+    found = evaluate(query, gallery, *labels, normalise=False, ties="together", ranks=100)
+    assert abs(evaluate_distances(distances, *labels, ties="together").mAP - float(tensors[f"{prefix}mAP"])) < 1e-9
+    if not prefix:  # with ties the order that `eval_func` sorts them into is nobody's choice
+        assert abs(evaluate_distances(distances, *labels).mAP - float(tensors["eval_func_mAP"])) < 1e-9
+        assert abs(found.mAP - float(tensors["mAP"])) < 1e-9
+        assert np.abs(found.cmc[:100] - tensors["cmc"].numpy()).max() < 1e-6
+    else:
+        assert abs(found.mAP - evaluate(query, gallery, *labels, normalise=False).mAP) > 0.01

@@ -6,10 +6,8 @@ import pytest
 
 from tests.support.golden import ABSENT, ROOT, golden_folder
 
-_UNSUPERVISED = "unsupervised and domain-adaptive evaluation"
 _ANALYSIS = "analysis of what a backbone has learnt"
 WAITING = {
-    "usl_retrieval": _UNSUPERVISED,
     "cfs_scores": "selection of crops by catastrophic forgetting score",
     "attention_maps": _ANALYSIS,
     "pattern_layout": _ANALYSIS,

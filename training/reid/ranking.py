@@ -44,6 +44,8 @@ class Ranking:
 
     places: NDArray[np.int64]
     """[matches]: 1-based, ascending."""
+    through: NDArray[np.int64] | None
+    """[matches]: images that are as near as each match or nearer, itself among them, ascending; None: not asked for."""
     nearest: NDArray[np.int64]
     """[top_k]: gallery rows in order; -1 where there are no more."""
     nearest_distances: Floats
@@ -54,14 +56,15 @@ class Ranking:
     """Distances to other people, at most SAMPLED."""
 
 
-def rank(chunks: Iterable[Chunk], labels: Labels, *, top_k: int, threads: int) -> list[Ranking]:
-    """Every query's ranking, the first `top_k` places of it; equal distances keep the order of the gallery."""
-    return list(in_slices(chunks, _Ranker(labels, top_k).rank, threads))
+def rank(chunks: Iterable[Chunk], labels: Labels, *, top_k: int, threads: int, tied: bool = False) -> list[Ranking]:
+    """Every query's ranking, the first `top_k` places of it; equal distances keep the order of the gallery. `tied`:
+    count what is equally near, too."""
+    return list(in_slices(chunks, _Ranker(labels, top_k, tied).rank, threads))
 
 
 class _Ranker:
-    def __init__(self, labels: Labels, top_k: int) -> None:
-        self._labels, self._top_k = labels, top_k
+    def __init__(self, labels: Labels, top_k: int, tied: bool) -> None:
+        self._labels, self._top_k, self._tied = labels, top_k, tied
         self._by_identity = np.argsort(labels.gallery_pids, kind="stable")
         self._sorted_pids = labels.gallery_pids[self._by_identity]
         self._junk = np.flatnonzero(labels.gallery_pids == JUNK)
@@ -83,6 +86,9 @@ class _Ranker:
         first = nearest(row, self._top_k)
         return Ranking(
             places=_places(row, matches, scratch),
+            through=np.sort(np.array([np.count_nonzero(row <= row[at]) for at in matches], np.int64))
+            if self._tied
+            else None,
             nearest=first,
             nearest_distances=np.where(first >= 0, row[first], np.inf).astype(row.dtype),
             matching=row[matches[:: -(-len(matches) // SAMPLED) or 1]],

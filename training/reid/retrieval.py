@@ -6,17 +6,24 @@ Equal to `eval_func` of TransReID (PASS_transreid/utils/metrics.py:28) and, for 
 Shapes: Q queries, G gallery images, C channels.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from datapipe.core.errors import DataError
 from datapipe.core.progress import QUIET_S, Progress
-from training.clustering.nearest import CHUNK_MB, Floats, Integers, distance_chunks, refuse_unfit
+from training.clustering.nearest import CHUNK_MB, Chunk, Floats, Integers, distance_chunks, refuse_unfit
 from training.reid.ranking import Labels, Ranking, rank
 from training.reid.reranking import reranked
 from training.reid.settings import RerankConfig
+
+Ties = Literal["order", "together"]
+"""Average precision where distances are equal. "order": one after the other, as they stand in the gallery
+(`eval_func`); "together": at one threshold, as scikit-learn's `average_precision_score`, which unsupervised code uses
+(`clustercontrast/evaluation_metrics/ranking.py` mean_ap). Without ties both are the same."""
 
 
 @dataclass(frozen=True)
@@ -64,31 +71,37 @@ def evaluate(
     g_cams: Integers,
     *,
     reranking: RerankConfig | None = None,
+    normalise: bool = True,
+    ties: Ties = "order",
     ranks: int = 50,
     top_k: int = 0,
     chunk_mb: float = CHUNK_MB,
     threads: int = 2,
     label: str = "rank",
 ) -> RetrievalResult:
-    """Rank the gallery for every query by the squared Euclidean distance of the normalised features [Q, C] and [G, C].
+    """Rank the gallery for every query by the squared Euclidean distance of the features [Q, C] and [G, C], divided by
+    their length unless `normalise` is False.
 
     Gallery images of the query's identity and camera, and junk (pid -1), are left out. Equal distances keep the order
     of the gallery. `top_k` asks for the first places of every ranking, taken from the very numbers that are scored.
-    With `reranking` the k-reciprocal distances decide instead. `label`: what its progress is called.
+    `ties`: see `Ties`. With `reranking` the k-reciprocal distances of the normalised features decide instead. `label`:
+    what its progress is called.
     Errors: `DataError` for features that are not finite or do not fit, and when no query has a match.
     """
     labels = Labels(np.asarray(q_pids), np.asarray(g_pids), np.asarray(q_cams), np.asarray(g_cams))
-    features = _stacked(query_features, gallery_features, labels)
+    features = _stacked(query_features, gallery_features, labels, normalise=normalise or reranking is not None)
     queries = len(labels.query_pids)
     if reranking is not None:
         chunks = reranked(features, queries, reranking, chunk_mb=chunk_mb, threads=threads, label=label)
         offset = 0.0
+    elif normalise:
+        chunks, offset = distance_chunks(features[:queries], features[queries:], chunk_mb), 2.0
     else:
-        chunks = distance_chunks(features[:queries], features[queries:], chunk_mb)
-        offset = 2.0
+        chunks, offset = _whole_distances(features, queries, chunk_mb), 0.0
     with Progress(label, queries, unit="queries", quiet_s=QUIET_S) as progress:
         followed = progress.over(chunks, lambda chunk: len(chunk[1]))
-        return _summary(rank(followed, labels, top_k=top_k, threads=threads), ranks, offset=offset)
+        rankings = rank(followed, labels, top_k=top_k, threads=threads, tied=ties == "together")
+        return _summary(rankings, ranks, offset=offset)
 
 
 def evaluate_distances(
@@ -98,6 +111,7 @@ def evaluate_distances(
     q_cams: Integers,
     g_cams: Integers,
     *,
+    ties: Ties = "order",
     ranks: int = 50,
     top_k: int = 0,
     threads: int = 2,
@@ -115,7 +129,7 @@ def evaluate_distances(
         raise DataError("distances contain NaN")
     rows = max(1, int(CHUNK_MB * 1e6 / max(1, distances[:1].nbytes)))
     chunks = ((start, distances[start : start + rows].copy()) for start in range(0, len(distances), rows))
-    return _summary(rank(chunks, labels, top_k=top_k, threads=threads), ranks)
+    return _summary(rank(chunks, labels, top_k=top_k, threads=threads, tied=ties == "together"), ranks)
 
 
 def per_camera(result: RetrievalResult, query_cameras: Integers) -> dict[int, float]:
@@ -132,8 +146,17 @@ def confident_mistakes(result: RetrievalResult, count: int) -> NDArray[np.int64]
     return wrong[np.argsort(distances, kind="stable")][:count]
 
 
-def _stacked(query: Floats, gallery: Floats, labels: Labels) -> Floats:
-    """[Q + G, C]: the rows of both, divided by their L2 norm; what is lower than float32 is raised to it."""
+def _whole_distances(features: Floats, queries: int, chunk_mb: float) -> Iterator[Chunk]:
+    """Squared Euclidean distances of the first rows, the queries, to the others, as they are."""
+    squares = np.einsum("nc,nc->n", features, features)
+    for start, block in distance_chunks(features[:queries], features[queries:], chunk_mb):
+        block += squares[queries:]
+        block += squares[start : start + len(block), None]
+        yield start, block
+
+
+def _stacked(query: Floats, gallery: Floats, labels: Labels, *, normalise: bool) -> Floats:
+    """[Q + G, C]: the rows of both, maybe divided by their L2 norm; what is lower than float32 is raised to it."""
     for part, features, pids in (("query", query, labels.query_pids), ("gallery", gallery, labels.gallery_pids)):
         refuse_unfit(features, f"{part} features")
         if len(features) != len(pids):
@@ -143,6 +166,8 @@ def _stacked(query: Floats, gallery: Floats, labels: Labels) -> Floats:
     dtype = np.result_type(query, gallery, np.float32)
     features = np.empty((len(query) + len(gallery), query.shape[1]), dtype)
     features[: len(query)], features[len(query) :] = query, gallery
+    if not normalise:
+        return features
     norms = np.sqrt(np.einsum("nc,nc->n", features, features))
     features /= np.maximum(norms, np.finfo(dtype).tiny)[:, None]  # a row of zeros stays one
     return features
@@ -158,6 +183,9 @@ def _summary(rankings: list[Ranking], ranks: int, *, offset: float = 0.0) -> Ret
         )
     places = [rankings[row].places for row in queries]
     precision, trapezoid = (np.array([mean(at) for at in places]) for mean in (_precision, _trapezoid))
+    through = [rankings[row].through for row in queries]
+    if any(at is not None for at in through):
+        precision = np.array([_tied_precision(at) for at in through if at is not None])
     penalty = np.array([len(at) / at[-1] for at in places])
     first = np.array([at[0] for at in places], np.int64)
     return RetrievalResult(
@@ -180,6 +208,12 @@ def _summary(rankings: list[Ranking], ranks: int, *, offset: float = 0.0) -> Ret
 def _precision(places: NDArray[np.int64]) -> float:
     """Mean of the precision at each match."""
     return float(np.mean(np.arange(1, len(places) + 1) / places))
+
+
+def _tied_precision(through: NDArray[np.int64]) -> float:
+    """Mean over the matches of the precision among all images that are as near as the match or nearer."""
+    matches = np.searchsorted(through, through, side="right")
+    return float(np.mean(matches / through))
 
 
 def _trapezoid(places: NDArray[np.int64]) -> float:

@@ -44,12 +44,9 @@ from training.methods.base import (
 from training.nn import ics_stem
 from training.nn.feature_diagnostics import of_features
 from training.nn.identity.cluster_memory import UpdateRule, centroids, contrast, updated
-from training.nn.identity.necks import Fusion, TokenNecks
+from training.nn.identity.necks import FEATURE, Fusion, TokenNecks
 from training.nn.random_erasing import CONSTANT, erase
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer, draw_path_masks, on_device
-
-FEATURE = "neck"
-"""Name of the feature behind the necks among those that are scored."""
 
 
 @settings

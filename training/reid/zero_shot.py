@@ -18,6 +18,7 @@ from datapipe.core.config import Size
 from datapipe.core.errors import DataError
 from datapipe.core.progress import QUIET_S, Progress
 from datapipe.storage import Store
+from training.nn.identity.necks import FEATURE
 from training.reid.colour_histogram import colour_histogram
 from training.reid.datasets.open_dataset import Labelled, ReIDSet
 from training.reid.embed import Backbone, EmbedConfig, Features, decode, embed
@@ -120,7 +121,8 @@ def evaluate_features(
     headline: str = "",
     scoring: ScoringConfig | None = None,
 ) -> Evaluation:
-    """Score features [N, C] by name, re-ranked ones as "NAME re-ranked". The headline is the first or the named one."""
+    """Score features [N, C] by name, re-ranked ones as "NAME re-ranked". The headline is the first or the named one.
+    They are normalised before they are ranked, but for "neck", which unsupervised training ranks by as it is."""
     if not query or query.keys() != gallery.keys():
         raise DataError(f"query features are {sorted(query)}, gallery features {sorted(gallery)}: not the same")
     scoring = scoring or ScoringConfig()
@@ -132,6 +134,7 @@ def evaluate_features(
             query[name],
             gallery[name],
             *labels,
+            normalise=name != FEATURE,
             top_k=SHOWN,
             reranking=reranking,
             label=f"{weights.name}: rank by {name}{ending}",

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from training.nn.ics_stem import EPS, PooledBatchNorm
 
 Fusion = Literal["cat", "mean"]
+FEATURE = "neck"
+"""Name of the feature behind the necks among those that are scored; it is ranked as it is, not normalised again."""
 
 
 class GroupedBatchNorm(PooledBatchNorm):

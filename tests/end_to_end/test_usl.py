@@ -172,7 +172,8 @@ def test_command__trains_scores_and_reports(data: str, tmp_path: Path, capsys: p
     out = tmp_path / "run"
     assert main(["evaluate", "random", "--data", data, "--task", "usl", "--out", str(out), *TINY]) == 0
     said = capsys.readouterr().out
-    assert "epoch 3: " in said and "chosen on the test set" in said and (out / "report.html").is_file()
+    assert "epoch 3: " in said and "chosen on the test set" in said
+    assert "Agreement of clustered images" in (out / "report.html").read_text()
     summary = json.loads((out / milestones.SUMMARY).read_text())
     assert summary["last"]["headline"] == "neck" and summary["quoted"] == "best"
     assert {*summary["last"]["features"]} == {"neck", "cls"}

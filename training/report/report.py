@@ -18,6 +18,7 @@ from training.report.html_page import Pictures, TableRow, count, details, escape
 from training.report.run_files import Attempt, Record, RunFiles
 from training.report.section_faults import faults_section
 from training.report.section_health import health_section
+from training.report.section_pseudo_labels import pseudo_labels_section
 from training.report.section_published import published_section
 from training.report.section_restarts import restarts_section
 from training.report.section_retrieval import distances_section, ranked_section, scores_section, verdict
@@ -67,6 +68,7 @@ def _worth(files: RunFiles, pictures: Pictures) -> list[tuple[str, str]]:
 def _training(files: RunFiles, pictures: Pictures) -> list[tuple[str, str]]:
     return [
         ("Loss", _loss(files)),
+        *([("Pseudo labels", clusters)] if (clusters := pseudo_labels_section(files)) else ()),
         ("Speed", speed_section(files)),
         ("Attempts and restarts", _attempts(files) + restarts_section(files)),
         ("Steps that were not finite", faults_section(files, pictures)),

@@ -111,12 +111,23 @@ class RunFiles:
     def names(self) -> frozenset[str]:
         """Every file that the report may use."""
         parts = ("command.txt", "config.toml", "deepspeed.json", "environment.json", "first_batch.jpg", "checkpoints/")
-        prefixes = (*parts, "metrics/", "evaluation/", "exports/", "faults/", "restarts.jsonl", "ranks/pace.jsonl")
+        grown = ("restarts.jsonl", "ranks/pace.jsonl", "pseudo_labels/epochs.jsonl")
+        prefixes = (*parts, *grown, "metrics/", "evaluation/", "exports/", "faults/")
         return frozenset(name for prefix in prefixes for name in self.folder.names(prefix))
 
     def text(self, name: str) -> str | None:
         """A file's text."""
         return self.folder.read_text(name) if name in self.names else None
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """The records of a file of JSON lines, but for a line that a kill cut."""
+        records = []
+        for line in (self.text(name) or "").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return records
 
     def bytes(self, name: str) -> bytes | None:
         """A file's bytes."""

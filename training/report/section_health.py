@@ -13,7 +13,14 @@ from training.trainer.monitoring.collapse import Rule, Sign
 _ELSEWHERE = (
     frozenset(
         ("attempt", "step", "samples", "epoch", "done", "time", "lr", "weight_decay", "momentum")
-        + ("loss", "images_compared", "uniform_entropy", "uniform_entropy_patch", "uniform_entropy_identity")
+        + (
+            "loss",
+            "images_compared",
+            "uniform_entropy",
+            "uniform_entropy_patch",
+            "uniform_entropy_identity",
+            "uniform_entropy_cluster",
+        )
     )
     | SPEED_KEYS
 )

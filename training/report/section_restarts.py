@@ -1,6 +1,5 @@
 """The report's account of restarts, and of each rank's part in the time: who kept the others waiting, who for data."""
 
-import json
 import statistics
 from datetime import UTC, datetime
 from typing import Any
@@ -19,7 +18,7 @@ def restarts_section(files: RunFiles) -> str:
 
 
 def _restarts(files: RunFiles) -> str:
-    records = _lines(files, HISTORY)
+    records = files.lines(HISTORY)
     if not records:
         return ""
     head = ("when (UTC)", "what", "why", "workers", "after step", "from step", "in a row", "waited")
@@ -37,7 +36,7 @@ def _row(record: dict[str, Any]) -> TableRow:
 
 def _ranks(files: RunFiles) -> str:
     """Means over the whole of the last size of the group."""
-    windows = _lines(files, PACE)
+    windows = files.lines(PACE)
     windows = [window for window in windows if len(window["own_s"]) == len(windows[-1]["own_s"])]
     if not windows:
         return ""
@@ -49,14 +48,3 @@ def _ranks(files: RunFiles) -> str:
     ]
     note = "A step takes as long on all ranks; what a rank needs by itself is its forward pass and waiting for data."
     return soft(note) + table(("rank", "by itself, per step", "waits for data"), rows, numbers=(0, 1, 2))
-
-
-def _lines(files: RunFiles, name: str) -> list[dict[str, Any]]:
-    """The records of a file, but for a line that a kill cut."""
-    records = []
-    for line in (files.text(name) or "").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records

@@ -61,9 +61,7 @@ def plan_run(config: RunConfig, data: "Data", ranks: int) -> RunPlan:
     if (sampling := sampling_of(config)) is not None:
         identities = _identities(config, data, sampling)
         config = _for_identities(config, sampling, identities.labels)
-    if (clusters := clustered(config)) is not None:
-        method = methods.of(config.method).for_images(config.method, data.rows)
-        config = replace(config, method=method, samples_per_epoch=clusters.iterations * config.optimisation.batch)
+    config = for_clusters(config, data.rows)
     clock = clock_of(config, data.rows)
     return RunPlan(config, data, clock, view_spec(config), split_of(config.optimisation, ranks), identities)
 
@@ -110,6 +108,16 @@ def sampling_of(config: RunConfig) -> ByIdentity | None:
                           "images each", where="optimisation.batch, method.instances",
                           hint="a batch that is a multiple of method.instances")  # fmt: skip
     return sampling
+
+
+def for_clusters(config: RunConfig, rows: int) -> RunConfig:
+    """The recipe for so many training images where it makes pseudo labels, whose epochs are so many steps; others as
+    they are."""
+    clusters = clustered(config)
+    if clusters is None:
+        return config
+    method = methods.of(config.method).for_images(config.method, rows)
+    return replace(config, method=method, samples_per_epoch=clusters.iterations * config.optimisation.batch)
 
 
 def clustered(config: RunConfig) -> ByCluster | None:

@@ -11,7 +11,7 @@ from datapipe.core.errors import ConfigError, StorageError
 from datapipe.stream.training_data import load_data
 from training.config.batch_split import split_of
 from training.config.run_config import RunConfig
-from training.config.run_plan import clock_of, sampling_of
+from training.config.run_plan import clock_of, clustered, for_clusters, sampling_of
 from training.engine.clock import Clock
 from training.preflight import memory
 from training.preflight.checks import refuse_split, refuse_unsuited
@@ -20,6 +20,8 @@ from training.preflight.memory import Census, Memory
 
 LUPERSON = 4_180_243
 """Images of LUPerson, on which the published runs were trained."""
+MARKET = 12_936
+"""Training images of Market-1501, for unsupervised training."""
 GB = 10**9
 PATIENCE_S = 5.0
 """Seconds that a store of a data set has to answer: a dry run needs none, so it waits for none."""
@@ -87,6 +89,7 @@ def dry_run(config: RunConfig, *, rows: int = 0, gpu_memory_gb: float = 0.0) -> 
         raise ConfigError("a dry run is of pre-training: its memory is that of a student and a teacher",
                           where="method.name", hint="start it: the rehearsal tells whether it fits")  # fmt: skip
     rows, known_from = _rows(config, rows)
+    config = for_clusters(config, rows)
     sizes = memory.census(config)
     split = split_of(config.optimisation, config.cluster.max_workers)
     refuse_split(config, split, couples=sizes.couples)
@@ -113,7 +116,8 @@ def _rows(config: RunConfig, rows: int) -> tuple[int, str]:
             return data.rows, " + ".join(config.stream.mix or (config.stream.manifest,))
     if rows:
         return rows, f"--rows{absent}"
-    return LUPERSON, f"assumed: all of LUPerson{absent}; another with --rows N or --stream.manifest SHARDS"
+    assumed, name = (MARKET, "Market-1501's training part") if clustered(config) else (LUPERSON, "all of LUPerson")
+    return assumed, f"assumed: {name}{absent}; another with --rows N or --stream.manifest SHARDS"
 
 
 def _steps(config: RunConfig, clock: Clock, rows: int, known_from: str) -> Steps:

@@ -101,6 +101,12 @@ def test_dry_run__says_that_a_named_data_set_is_not_at_hand(manifest: str, tmp_p
     assert steps.rows == 5_000 and steps.known_from.startswith(f"--rows, as {manifest}")
 
 
+def test_dry_run__of_unsupervised_training_counts_its_iterations() -> None:
+    found = dry_run(load("usl_pass_market"))
+    assert (found.steps.per_epoch, found.steps.total, found.steps.rows) == (200, 10_000, 12_936)
+    assert found.comparison.recipe == "usl_pass_market" and not found.comparison.differences
+
+
 def test_dry_run__is_refused_of_fine_tuning() -> None:
     with pytest.raises(ConfigError, match="a dry run is of pre-training"):
         dry_run(load("supervised"))

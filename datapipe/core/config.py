@@ -196,6 +196,11 @@ class JitterConfig:
 class ViewConfig:
     """How views are cut and coloured. Which views there are is the method's business."""
 
+    version: Literal[1, 2] = 2
+    """Rule by which a band of the body (PASS) becomes rows of the image. 2: the reference's, each band has the same
+    number of rows, its share of the height truncated. 1: its first and its last row are truncated shares, which gives
+    some bands one row more at some heights; earlier versions of this project had it. A run goes on by the rule that it
+    began with, whatever is set."""
     global_scale: Range = (0.4, 1.0)
     """Area of a global crop as a share of the image."""
     global_ratio: Range = (0.75, 4 / 3)

@@ -1,7 +1,8 @@
 """Contact sheets: crops of a data set, and the very views that training will see of them."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -53,13 +54,17 @@ class TrainingViews:
 
     @staticmethod
     def from_json(text: str, *, where: str) -> "TrainingViews":
-        """Raises ConfigError for anything that `to_json` did not write."""
+        """Views without a version are of earlier versions of this project, which had the first rule (`ViewConfig`).
+        Raises ConfigError for anything that `to_json` did not write."""
         try:
-            return TypeAdapter(TrainingViews).validate_json(text)
+            views = TypeAdapter(TrainingViews).validate_json(text)
         except ValidationError as error:
             hint = "write the file with `python -m training views RECIPE > views.json`"
             what = f"not a description of views: {error.errors()[0]['msg']}"
             raise ConfigError(what, where=where, hint=hint) from None
+        if "version" in json.loads(text)["spec"]:
+            return views
+        return replace(views, spec=replace(views.spec, version=1))
 
 
 def contact_sheet(

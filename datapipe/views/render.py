@@ -83,7 +83,9 @@ def _fill(images: list[View], spec: ViewSpec, unit: dict[str, Floats], targets: 
         for view, (band, colours) in enumerate(zip(group.bands, group.photometric, strict=True)):
             purpose = f"views/{group.name}/{view}"
             numbers = unit[f"{purpose}/crop"]
-            crops = _crops(numbers, sizes, band, group, cut.get(group.near)) if group.pad is None else _whole(sizes)
+            tops, rows = band_rows(sizes[:, 0], band, spec.version)
+            areas = np.stack([tops, rows, sizes[:, 1]])
+            crops = _crops(numbers, areas, group, cut.get(group.near)) if group.pad is None else _whole(sizes)
             flips = unit[_flip_purpose(group, view)][:, 0] < group.flip
             cut.setdefault(group.name, crops)
             if group.boxed:
@@ -104,13 +106,26 @@ def _fill(images: list[View], spec: ViewSpec, unit: dict[str, Floats], targets: 
     return np.concatenate(view_boxes)
 
 
-def _crops(unit: Floats, sizes: Ints, band: Band, group: ViewGroup, other: Ints | None) -> Ints:
-    """Boxes in the image; the band's rows are cut as the reference does (PASS/main_pass.py:575-589)."""
-    height, width = sizes[:, 0], sizes[:, 1]
+def band_rows(height: Ints, band: Band, version: int) -> tuple[Ints, Ints]:
+    """First row, and number of rows, of a band of images [n] of these heights, pixels; at least one row. Version 2 is
+    the reference's rule (PASS `main_pass.py`, DataAugmentationDINO), 1 that of earlier versions of this project:
+
+        2:  top = floor(band[0] H)   rows = floor((band[1] - band[0]) H)
+        1:  top = floor(band[0] H)   rows = floor(band[1] H) - top
+    """
     top = np.minimum((height * band[0]).astype(np.int64), height - 1)
-    bottom = np.maximum((height * band[1]).astype(np.int64), top + 1)
+    if version == 1:
+        rows = (height * band[1]).astype(np.int64) - top
+    else:
+        rows = np.minimum((height * (band[1] - band[0])).astype(np.int64), height - top)
+    return top, np.maximum(rows, 1)
+
+
+def _crops(unit: Floats, areas: Ints, group: ViewGroup, other: Ints | None) -> Ints:
+    """Boxes in the image, cut from areas of it [3, n]: first row, rows, and columns from the first one on."""
+    top, height, width = areas
     tries = np.split(unit, _draws(group), axis=1)
-    tried = np.stack([cuts.crops(numbers, bottom - top, width, group.scale, group.ratio) for numbers in tries])
+    tried = np.stack([cuts.crops(numbers, height, width, group.scale, group.ratio) for numbers in tries])
     tried[..., 0] += top
     return tried[0] if other is None else cuts.nearest(tried, other, group.iou)
 

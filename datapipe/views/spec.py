@@ -77,6 +77,8 @@ class ViewSpec:
     interpolation: Literal["bicubic", "linear"] = "bicubic"
     masks: tuple[MaskSpec, ...] = ()
     """One for each masked view: which of its patches are hidden from the student."""
+    version: Literal[1, 2] = 2
+    """Rule by which bands become rows: see `ViewConfig`."""
 
     def shape(self, group: ViewGroup, batch: int) -> tuple[int, int, int, int, int]:
         """[views, batch, height, width, 3]."""
@@ -121,7 +123,8 @@ def multi_crop(config: ViewConfig, *, size: Size, local_size: Size, local_bands:
         bands=local_bands,
         photometric=(local,) * len(local_bands),
     )
-    return ViewSpec(groups=(pair, small) if local_bands else (pair,), interpolation=config.interpolation)
+    groups = (pair, small) if local_bands else (pair,)
+    return ViewSpec(groups, interpolation=config.interpolation, version=config.version)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ class PassRecipe:
         image = opened(data)
         views = [transform(image) for transform in self.globals]
         for top, bottom in BANDS:
-            band = image.crop((0, int(top * image.height), image.width, int(bottom * image.height)))
+            first, rows = int(top * image.height), int((bottom - top) * image.height)
+            band = image.crop((0, first, image.width, first + rows))
             views.append(self.local(band))
         return views
 

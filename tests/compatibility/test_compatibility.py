@@ -2,14 +2,21 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from datapipe.__main__ import main as data
+from datapipe.stream.preview import TrainingViews
 from tests.compatibility.make import STEPS, STOP
 from tests.end_to_end.tiny import audited, step_records
 from training.__main__ import main
+from training.config import recipe_toml as recipes
+from training.config.continuation import as_begun
+from training.preflight.checks import check
 
 WRITTEN = Path(__file__).parent / "written"
 
@@ -32,8 +39,28 @@ def test_run__goes_on_with_the_losses_that_it_would_have_had(written: Path) -> N
     found = {str(record["step"]): record["loss"] for record in (*before, *later)}
     assert found == pytest.approx(undisturbed, rel=1e-4, abs=1e-6)  # another processor rounds otherwise
     assert sorted(audited(run)) == [*range(1, STEPS + 1)]
+    assert json.loads((run / "views.json").read_text())["spec"]["version"] == 1
+    sheets = [np.asarray(Image.open(folder / "first_batch.jpg")).astype(int) for folder in (run, WRITTEN / "run")]
+    assert np.abs(sheets[0] - sheets[1]).max() <= 4  # by the later rule for bands 17
+    assert recipes.load(run / "config.toml").views.version == 1
+    assert "cut by version 1 of the rules" in (run / "log.txt").read_text()
     for words in (["checkpoints", str(run), "verify"], ["report", str(run)], ["export", str(run)]):
         assert main(words) == 0
+
+
+def test_run__goes_on_with_the_views_that_it_began_with(written: Path) -> None:
+    """Its crops have odd heights, at which bands of the body have other rows by the rule of later versions. A recipe
+    that says nothing, and one that says otherwise; a run that has not yet saved begins anew, by the later rule."""
+    run = written / "run"
+    saved = recipes.load(run / "config.toml")
+    config = replace(saved, out=str(run), stream=replace(saved.stream, manifest=str(written / "shards")))
+    assert config.views.version == 2
+    plan = check(config, 1)
+    assert (plan.config.views.version, plan.spec.version) == (1, 1)
+    assert as_begun(replace(config, views=replace(config.views, version=1))) == plan.config
+    assert TrainingViews.from_json((run / "views.json").read_text(), where="views.json").spec == plan.spec
+    shutil.rmtree(run / "checkpoints")
+    assert check(config, 1).spec.version == 2
 
 
 def test_data_set__is_whole_and_can_be_changed(written: Path, capsys: pytest.CaptureFixture[str]) -> None:

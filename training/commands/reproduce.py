@@ -219,7 +219,8 @@ def listing() -> str:
     for row in BY_NAME.values():
         rank1 = "-" if row.rank1 is None else f"{row.rank1:.1f}"
         again = "" if row.again is None else "{:.1f}/{:.1f}".format(*row.again)
-        note = f"   NOT HERE: {row.refusal}" if row.refusal else f"   note: {row.remark}" if row.remark else ""
+        notes = {"NOT HERE": row.refusal, "note": row.remark}
+        note = "".join(f"   {title}: {text}" for title, text in notes.items() if text)
         lines.append(f"{row.name:<50}{row.mAP:>6.1f}{rank1:>8}  {again:<12}{row.tolerance:>9.1f}  "
                      f"{_size(row.size):<15}{row.source}{note}")  # fmt: skip
     return "\n".join([head, *lines])

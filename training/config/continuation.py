@@ -1,6 +1,7 @@
 """Whether a run may go on in its folder: with which settings it began, which may differ now, and on what data."""
 
 import tomllib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from datapipe.core.errors import ConfigError, DataError
@@ -21,9 +22,23 @@ FREE_TO_CHANGE = ("out", "storage", "engine", "checkpoints", "cluster", "evaluat
 
 
 def saved_config(folder: RunFolder) -> RunConfig | None:
-    """The resolved recipe of a run folder; None where there is none."""
+    """The resolved recipe of a run folder; None where there is none. One without a version of views is of an earlier
+    version of this project, which had the first rule."""
     text = folder.read_text("config.toml")
-    return None if text is None else recipes.validate(tomllib.loads(text), where=folder.store.address("config.toml"))
+    if text is None:
+        return None
+    tree = tomllib.loads(text)
+    views = {"version": 1} | tree.get("views", {})
+    return recipes.validate(tree | {"views": views}, where=folder.store.address("config.toml"))
+
+
+def as_begun(config: RunConfig) -> RunConfig:
+    """The recipe with what a run with checkpoints goes on with whatever the recipe says: the rule by which its views
+    are cut."""
+    folder = RunFolder(config.out, config.storage)
+    if not checkpoint.complete(folder.at("checkpoints")) or (before := saved_config(folder)) is None:
+        return config
+    return replace(config, views=replace(config.views, version=before.views.version))
 
 
 def refuse_changed_settings(config: RunConfig, folder: RunFolder) -> None:

@@ -124,7 +124,8 @@ def checkpoint_of(address: str) -> tuple[str, str]:
 def score(
     task: ScoringTask, *, threads: int = 2, device: torch.device | str = "cpu", out: Store | None = None
 ) -> dict[str, Any]:
-    """Score one task and write its folder below `evaluation/`; what is there already and of the same weights stays.
+    """Score one task and write its folder below `evaluation/`; what is there already, of the same weights and with the
+    same feature quoted, stays.
     `out`: the store of the task's folder, where it is open."""
     with scoring_memory(task.scoring.embed_batch, device):
         return _score(task, threads, device, out or open_store(task.out or task.run, task.storage))
@@ -136,7 +137,7 @@ def _score(task: ScoringTask, threads: int, device: torch.device | str, out: Sto
     reid = open_data(task.data, task.storage, task.scoring, images=task.scoring.allow_partial)  # `tasks` has refused
     identity = _identity(task, subject, reid)
     before = _scored(out, reid, task.weights, identity)
-    if before is not None:
+    if before is not None and (subject.pedigree is None or before["headline"] == subject.headline):
         return before
     if subject.pedigree is None:
         evaluation = zero_shot.evaluate_histogram(reid, scoring=task.scoring)

@@ -8,7 +8,7 @@ from typing import Any
 from datapipe.storage import full_url
 from training import methods
 from training.config.run_config import RunConfig
-from training.methods.base import MethodSettings
+from training.methods.base import Method, MethodSettings
 from training.nn.vision_transformer import BackboneConfig
 
 FINE_TUNED = "fine_tuned"
@@ -80,12 +80,10 @@ def is_fine_tuned(card: Mapping[str, Any]) -> bool:
 
 
 def quoted_feature(card: Mapping[str, Any]) -> str:
-    """The feature whose scores are quoted: as the method says, or what others' fine-tuning ranks by. Raises ConfigError
-    for a method that is not here."""
-    parts = int(card["parts"])
-    if _by_others(card):
-        return "cls+parts" if parts else "cls"
-    return methods.named(card["method"], where=WHERE).quoted_feature(parts) if card.get("method") else "cls"
+    """The feature whose scores are quoted: as the method says, or as others rank by their files. Raises ConfigError for
+    a method that is not here."""
+    kind = methods.named(card["method"], where=WHERE) if card.get("method") else Method
+    return kind.quoted_feature(int(card["parts"]))
 
 
 def _by_others(card: Mapping[str, Any]) -> bool:

@@ -238,9 +238,9 @@ class Method(nn.Module, ABC, Generic[C]):
 
     @staticmethod
     def quoted_feature(parts: int) -> str:
-        """The feature whose scores are quoted, of a backbone with so many part tokens: see `training/reid/embed.py`."""
-        del parts
-        return "cls"
+        """The feature whose scores are quoted, of a backbone with so many part tokens (`training/reid/embed.py` has all
+        by name): [CLS ; mean of the parts], by which PASS's tables rank, where there are parts, else CLS."""
+        return "cls+parts" if parts else "cls"
 
     @staticmethod
     def fine_tuning_recipe(parts: int) -> str:

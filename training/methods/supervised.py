@@ -252,11 +252,6 @@ class Supervised(Method[SupervisedConfig]):
         return config.parts
 
     @staticmethod
-    def quoted_feature(parts: int) -> str:
-        """What is learnt and ranked by."""
-        return "cls+parts" if parts else "cls"
-
-    @staticmethod
     def for_weights(config: SupervisedConfig, parts: int) -> SupervisedConfig:
         return replace(config, parts=parts, neck=config.neck if parts or config.neck != "each" else "one")
 

@@ -20,8 +20,9 @@ class RerankConfig:
 @settings
 class ScoringConfig:
     data_name: str = ""
-    """What the data set is: market1501, dukemtmc, occluded_duke, msmt17, msmt17_v2, cuhk03_detected, cuhk03_labeled, or
-    "own" for images of one's own in the layout of Market-1501. Empty: it is recognised."""
+    """What the data set is: market1501, dukemtmc, occluded_duke, msmt17, msmt17_v2, cuhk03_detected, cuhk03_labeled,
+    occluded_reid, partial_reid, p_dukemtmc, or "own" for images of one's own in the layout of Market-1501. Empty: it is
+    recognised."""
     allow_partial: bool = False
     """Go on where images of a published data set are missing, or where train and test overlap. It is logged, and said
     beside the scores."""

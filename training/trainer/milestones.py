@@ -105,8 +105,11 @@ def scored(folder: RunFolder, name: str, milestones: set[str]) -> list[dict[str,
 
 
 def summary(scores: list[dict[str, Any]], quote: str) -> dict[str, Any]:
-    """The last and the best milestone, and which one is the run's result by the rule that was set beforehand."""
-    best = max(scores, key=lambda score: evaluation.headline(score)["mAP"])  # of equals the earliest
-    chosen = {"last": scores[-1], "best": best}
-    course = [{"step": score["step"], **evaluation.headline(score)} for score in scores]
+    """The last and the best milestone, and which one is the run's result by the rule that was set beforehand. All are
+    compared by the feature that is quoted of the last one, as earlier versions quoted another (of PASS, CLS)."""
+    quoted = scores[-1]["headline"]
+    by_feature = [score["features"].get(quoted) or evaluation.headline(score) for score in scores]
+    best = max(range(len(scores)), key=lambda place: by_feature[place]["mAP"])  # of equals the earliest
+    chosen = {"last": scores[-1], "best": scores[best]}
+    course = [{"step": score["step"], **values} for score, values in zip(scores, by_feature, strict=True)]
     return {"quoted": quote, "rule": RULES[quote], "result": chosen[quote], **chosen, "milestones": course}

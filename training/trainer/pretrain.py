@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from datapipe.core.config import ViewConfig
 from datapipe.core.errors import ConfigError, UserError
 from datapipe.core.process_setup import numbers_in_environment
 from datapipe.core.progress import counted
@@ -15,6 +16,7 @@ from datapipe.core.resource_limits import available_cores
 from datapipe.stream.training_data import load_data
 from training.checkpoint import Checkpoints
 from training.config.build import fake_batch, initial_method, make_stepper
+from training.config.continuation import as_begun
 from training.config.run_config import RunConfig
 from training.config.run_plan import RunPlan, make_loader, plan_run
 from training.core.devices import slow_precision, unused_gpus
@@ -98,7 +100,7 @@ def _plan(config: RunConfig, world: World) -> RunPlan:
     """One rank refuses what can be refused; the others only read the data set."""
     if world.is_leader:
         return check(config, world.size)
-    return plan_run(config, load_data(config.stream, config.storage), world.size)
+    return plan_run(as_begun(config), load_data(config.stream, config.storage), world.size)
 
 
 @contextlib.contextmanager
@@ -271,6 +273,8 @@ def _first_lines(
     yield _opening(plan, resumed, method)
     slow = slow_precision(config.optimisation.precision, world.device)
     yield from filter(None, (slow, unused_gpus(world.device, config.engine.device)))
+    if config.views.version != ViewConfig().version:
+        yield f"bands of the body are cut by version {config.views.version} of the rules (views.version)"
     yield f"stopped and resumed: {guarantee(config, world)}"
     if origin and resumed is None:
         yield in_words(origin)

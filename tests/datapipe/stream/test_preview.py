@@ -1,5 +1,6 @@
 """Contact sheets show the crops and the very views that training gets."""
 
+import json
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -11,7 +12,7 @@ from PIL import Image
 from datapipe.core.config import StreamConfig, ViewConfig
 from datapipe.core.errors import ConfigError, NotFoundError
 from datapipe.sampling.epoch_order import Order
-from datapipe.stream.preview import OUTLINES, contact_sheet, view_sheet
+from datapipe.stream.preview import OUTLINES, TrainingViews, contact_sheet, view_sheet
 from datapipe.views.masking import MaskConfig, MaskSpec, draw_masks
 from datapipe.views.render import make_views
 from datapipe.views.spec import RegionSpec, multi_crop, regions
@@ -89,6 +90,16 @@ def test_contact_sheet__shows_the_bands_of_the_body_on_the_crop(crops: CropSet, 
     tops, lengths = [int(line.argmax()) for line in lines], [int(line.sum()) for line in lines]
     assert max(lengths) - min(lengths) <= 2
     assert [round((top - tops[0]) / lengths[0], 1) for top in tops] == [0.0, 0.5, 1.0]
+
+
+def test_training_views__without_a_version_are_of_the_first_rule() -> None:
+    """As versions of this project wrote them that had no other rule."""
+    views = TrainingViews(SPEC, 3, 5, 2)
+    assert TrainingViews.from_json(views.to_json(), where="views.json") == views and views.spec.version == 2
+    tree = json.loads(views.to_json())
+    del tree["spec"]["version"]
+    earlier = TrainingViews.from_json(json.dumps(tree), where="views.json")
+    assert earlier == replace(views, spec=replace(SPEC, version=1))
 
 
 def contains(sheet: np.ndarray, picture: np.ndarray) -> bool:

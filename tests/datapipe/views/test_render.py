@@ -4,6 +4,7 @@ import pickle
 from dataclasses import replace
 from io import BytesIO
 from itertools import product
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -48,10 +49,10 @@ def chosen(crops: list[bytes], spec: ViewSpec, seed: int, positions: np.ndarray,
     group, found = spec.groups[0], []
     for data, position in zip(crops, positions, strict=True):
         height, width = decode(data).shape[:2]
-        top, bottom = int(height * group.bands[view][0]), int(height * group.bands[view][1])
+        top, rows = (int(height * share) for share in (group.bands[view][0], np.diff(group.bands[view])[0]))
         wanted = {f"views/plain/{view}/crop": crop_boxes.NUMBERS, f"views/plain/{view}/flip": 1}
         crop, flip = (unit for unit in draw(seed, wanted, np.array([position])).values())
-        box = crop_boxes.crops(crop, np.array([bottom - top]), np.array([width]), group.scale, group.ratio)[0]
+        box = crop_boxes.crops(crop, np.array([rows]), np.array([width]), group.scale, group.ratio)[0]
         found.append((int(box[0]) + top, *map(int, box[1:]), bool(flip[0, 0] < group.flip)))
     return found
 
@@ -68,6 +69,43 @@ def test_make_views__bicubic_equals_torchvisions_resized_crop(bands: tuple[tuple
             )
             expected = functional.hflip(expected) if flip else expected
             np.testing.assert_array_equal(views[view, row], np.asarray(expected))
+
+
+HEIGHTS = np.arange(20, 601)
+
+
+@pytest.fixture(scope="module")
+def every_height() -> list[bytes]:
+    """An image of each height of HEIGHTS, 9 pixels wide."""
+    files = []
+    for height in HEIGHTS.tolist():
+        buffer = BytesIO()
+        Image.new("RGB", (9, height), (height % 251, 90, 30)).save(buffer, "JPEG")
+        files.append(buffer.getvalue())
+    return files
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_make_views__bands_of_all_heights_are_the_rows_of_the_reference(
+    every_height: list[bytes], version: Literal[1, 2]
+) -> None:
+    """PASS `main_pass.py`, DataAugmentationDINO: every area has int(.5 H) rows, from row 0, int(.25 H) or int(.5 H) on.
+    Version 1 is what runs of earlier versions of this project go on with. Crops that never fit fall back to the whole of
+    their area, and their boxes tell where it lies."""
+    bands = ((0.0, 0.5), (0.25, 0.75), (0.5, 1.0))
+    area = ViewGroup("area", (8, 4), (2.0, 2.0), (1e-3, 1e3), 0.0, bands, (Photometric(),) * 3, boxed=True)
+    spec = ViewSpec((area,), "linear", version=version)
+    boxes = np.zeros((3, len(HEIGHTS), 5), np.int64)
+    out = {"area": np.zeros(spec.shape(area, len(HEIGHTS)), np.uint8)}
+    assert make_views(every_height, spec, 0, np.arange(len(HEIGHTS)), out, boxes) == []
+    tops = np.stack([0 * HEIGHTS, HEIGHTS // 4, HEIGHTS // 2])
+    rows = np.stack([HEIGHTS // 2] * 3)
+    if version == 1:
+        rows[1] += HEIGHTS % 4 == 3
+        rows[2] += HEIGHTS % 2
+    np.testing.assert_array_equal(boxes[:, :, 0], tops)
+    np.testing.assert_array_equal(boxes[:, :, 2], rows)
+    assert (boxes[:, :, 1] == 0).all() and (boxes[:, :, 3] == 9).all()
 
 
 @pytest.mark.parametrize("size", [(24, 12), (64, 32), (256, 128)])

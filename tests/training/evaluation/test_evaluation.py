@@ -15,9 +15,10 @@ from training import checkpoint
 from training.__main__ import main
 from training.config.run_config import RunConfig
 from training.evaluation import evaluation
-from training.evaluation.weights_origin import of_card, of_run
+from training.evaluation.weights_origin import of_card, of_run, quoted_feature
 from training.methods.supervised import SupervisedConfig
 from training.reid.settings import ScoringConfig
+from training.trainer.milestones import summary
 from training.weights.initialise import InitConfig
 
 STORAGE = StorageConfig()
@@ -59,6 +60,10 @@ def test_score__is_not_done_twice_unless_settings_differ(run: Path, people: str,
     written = path.stat().st_mtime_ns
     again = evaluation.score(task)
     assert again["features"] == first["features"] and path.stat().st_mtime_ns == written
+    assert first["headline"] == "cls+parts"
+    path.write_text(json.dumps({**first, "headline": "cls"}))  # as versions wrote that quoted CLS
+    assert evaluation.score(task)["headline"] == json.loads(path.read_text())["headline"] == "cls+parts"
+    written = path.stat().st_mtime_ns
     reranked = evaluation.score(replace(task, scoring=ScoringConfig(rerank=True)))
     assert "cls re-ranked" in reranked["features"] and path.stat().st_mtime_ns > written
     assert evaluation.score(replace(task, interpolation="bicubic"))["settings"]["interpolation"] == "bicubic"
@@ -106,6 +111,37 @@ TUNED = {"evaluation": {"data": "data/msmt17"}, "method": {"label_fraction": 0.1
 def test_pedigree__of_a_card(changes: dict[str, object], family: str, task: str) -> None:
     found = of_card(card(**changes), "data/market1501")
     assert (found.family, found.task, found.sha256, found.trained_on) == (family, task, "ab", "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "feature"),
+    [
+        ({"method": "pass", "parts": 3}, "cls+parts"),
+        ({"method": "personvit"}, "cls"),
+        ({"method": "supervised", "parts": 3}, "cls+parts"),
+        ({"method": "supervised"}, "cls"),
+        ({"origin": {"layout": "pass"}, "parts": 3}, "cls+parts"),
+        ({"origin": {"layout": "pass_fine_tuned"}, "parts": 3}, "cls+parts"),
+        ({"origin": {"layout": "ics"}}, "cls"),
+    ],
+)
+def test_quoted_feature__has_the_parts_where_a_backbone_has_some(changes: dict[str, object], feature: str) -> None:
+    assert quoted_feature(card(**changes)) == feature
+
+
+def test_summary__compares_milestones_by_the_feature_that_is_quoted_now() -> None:
+    """The first was scored by a version that quoted CLS."""
+    rows = [
+        {"step": step, "headline": headline, "features": {"cls": {"mAP": cls}, "cls+parts": {"mAP": both}}}
+        for step, headline, cls, both in (
+            (10, "cls", 0.9, 0.2),
+            (20, "cls+parts", 0.1, 0.6),
+            (30, "cls+parts", 0.8, 0.5),
+        )
+    ]
+    found = summary(rows, "last")
+    assert (found["best"]["step"], found["last"]["step"]) == (20, 30)
+    assert [row["mAP"] for row in found["milestones"]] == [0.2, 0.6, 0.5]
 
 
 def test_pedigree__of_weights_fine_tuned_elsewhere_with_fewer_labels() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import simplejpeg
+from PIL import Image
 from scipy.io import savemat
 
 
@@ -52,6 +53,49 @@ def msmt17(root: Path, *, train: str = "train", test: str = "test") -> Path:
                 (root / folder / name).write_bytes(crop(pid + (20 if folder == train else 0), camera, number))
     for part, lines in lists.items():
         (root / f"list_{part}.txt").write_text("".join(lines))
+    return root
+
+
+def tiff(data: bytes) -> bytes:
+    """The image as TIFF, which is what Occluded-REID is released as."""
+    out = io.BytesIO()
+    Image.open(io.BytesIO(data)).save(out, "TIFF")
+    return out.getvalue()
+
+
+def occluded_reid(root: Path) -> Path:
+    """Occluded-REID as released, for 3 people with 2 images of either kind: occluded_body_images/001/001_01.tif."""
+    for kind, folder in enumerate(("occluded_body_images", "whole_body_images"), start=1):
+        for pid in (1, 2, 3):
+            (root / folder / f"{pid:03d}").mkdir(parents=True)
+            for number in (1, 2):
+                name = f"{pid:03d}/{pid:03d}_{number:02d}.tif"
+                (root / folder / name).write_bytes(tiff(crop(pid, kind, number)))
+    (root / "Readme.txt").write_text("no image")
+    return root
+
+
+def partial_reid(root: Path) -> Path:
+    """Partial-REID as released, for 3 people with 2 images of each kind: partial_body_images/001_001.jpg."""
+    for kind, folder in enumerate(("partial_body_images", "whole_body_images", "occluded_body_images"), start=1):
+        (root / folder).mkdir(parents=True)
+        for pid in (1, 2, 3):
+            for number in (1, 2):
+                (root / folder / f"{pid:03d}_{number:03d}.jpg").write_bytes(crop(pid, kind, number))
+    return root
+
+
+def p_dukemtmc(root: Path) -> Path:
+    """P-DukeMTMC-reID as released: 2 people to train on, 2 others to test on who are numbered alike, each with an
+    occluded image and two whole ones. The name of one tells a camera, which must not count."""
+    for part, offset in (("train", 20), ("test", 0)):
+        for kind, (folder, images) in enumerate((("occluded_body_images", 1), ("whole_body_images", 2)), start=1):
+            for pid in (1, 2):
+                (root / part / folder / f"{pid:04d}").mkdir(parents=True)
+                for number in range(1, images + 1):
+                    name = f"{pid:04d}_c{number + 2}_f0046182.jpg" if pid == 2 else f"{pid:04d}_{number:02d}.jpg"
+                    data = crop(pid + offset, kind, number)
+                    (root / part / folder / f"{pid:04d}" / name).write_bytes(data)
     return root
 
 

@@ -23,12 +23,15 @@ class SplitFacts:
     """Where the images of one part are."""
 
     folders: tuple[str, ...]
-    """Folders of the images, which lie below the first; one that is listed may lie in any of them, and the first
-    that has it counts."""
+    """Folders of the images. Without lists, all that lies below any of them is of this part; an image that is listed
+    may lie in any, and the first that has it counts. None: the data set has no such part."""
     lists: tuple[str, ...] = ()
     """Files that name the images, one a line, with or without an identity after it. None: all images of the folder."""
     column: str = ""
     """Where the list is a Matlab file: the variable that holds the rows (from 1) of this part."""
+    cameras: tuple[int, ...] = ()
+    """For each folder: the camera (from 1) that all of its images count as, whatever their names say. None: names
+    tell."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,10 @@ class DiskLayout:
     gallery: SplitFacts
     train: SplitFacts
     name: str
-    """Regular expression for the beginning of a base name, with the groups `pid` and `camera` (counted from 1). Not
-    anchored at the end: Market-1501 has names like 1488_c3s3_015653_00.jpg.jpg."""
+    """Regular expression for the beginning of a base name, with the groups `pid` and, where names tell it, `camera`
+    (counted from 1). Not anchored at the end: Market-1501 has names like 1488_c3s3_015653_00.jpg.jpg."""
+    absent: tuple[str, ...] = ()
+    """Folders that it does not have, but another data set with the same ones does."""
 
     @property
     def parts(self) -> dict[str, SplitFacts]:
@@ -78,6 +83,52 @@ OCCLUDED_DUKE = DiskLayout(
     SplitFacts(("bounding_box_train",), ("train.list",)),
     MARKET_NAME,
 )
+
+
+IDENTITY_NAME = r"(?P<pid>\d+)_"
+"""001_01.tif: identity, image."""
+OCCLUDED, WHOLE = 1, 2
+"""Cameras that stand for kinds of images in the occluded and partial sets, whose protocol asks for whole bodies by
+occluded ones and knows no cameras. The readers named beside each set give queries one camera and the gallery another,
+so that the rule "same identity and same camera: not in the ranking" leaves out nothing."""
+NO_TRAINING = SplitFacts(())
+
+OCCLUDED_REID = DiskLayout(
+    SplitFacts(("occluded_body_images",), cameras=(OCCLUDED,)),
+    SplitFacts(("whole_body_images",), cameras=(WHOLE,)),
+    NO_TRAINING,
+    IDENTITY_NAME,
+    absent=("partial_body_images", "test/occluded_body_images"),  # in shards folders are found at any depth
+)
+"""As released: occluded_body_images/001/001_01.tif. Read so by VlSomers/bpbreid
+(`torchreid/data/datasets/image/occluded_reid.py`: *.tif) and hh23333/PVPM (`.../occlusion_reid.py`: *.jpg, of copies),
+and, identities by folder, by wangguanan/light-reid (`lightreid/data/datasets/occluded_reid.py`); all count queries as
+camera 0, the gallery as camera 1."""
+OCCLUDED_REID_FLAT = DiskLayout(
+    SplitFacts(("query",), cameras=(OCCLUDED,)), SplitFacts(("gallery",), cameras=(WHOLE,)), NO_TRAINING, IDENTITY_NAME
+)
+"""A copy in other hands: query/001_01.jpg and gallery/. JDAI-CV/fast-reid reads it
+(`projects/PartialReID/partialreid/partial_dataset.py`), with the image's number as its camera, which would leave an image
+of each identity out of a ranking; here it is not."""
+PARTIAL_REID = DiskLayout(
+    SplitFacts(("partial_body_images",), cameras=(OCCLUDED,)),
+    SplitFacts(("whole_body_images",), cameras=(WHOLE,)),
+    NO_TRAINING,
+    IDENTITY_NAME,
+)
+"""As released: partial_body_images/001_001.jpg, whole_body_images/, and occluded_body_images/, which takes no part. Read so
+by VlSomers/bpbreid (`torchreid/data/datasets/image/partial_reid.py`), huanghoujing/EANet
+(`package/data/datasets/partial_reid.py`) and JDAI-CV/fast-reid (as above, again with the image's number as its camera).
+hh23333/PVPM (`torchreid/data/datasets/image/partial_reid.py`) asks with occluded_body_images."""
+P_DUKEMTMC = DiskLayout(
+    SplitFacts(("test/occluded_body_images",), cameras=(OCCLUDED,)),
+    SplitFacts(("test/whole_body_images",), cameras=(WHOLE,)),
+    SplitFacts(("train/occluded_body_images", "train/whole_body_images"), cameras=(OCCLUDED, WHOLE)),
+    IDENTITY_NAME,
+)
+"""As released: test/occluded_body_images/<identity>/<identity>_*.jpg. Read so by hh23333/PVPM
+(`torchreid/data/datasets/image/pduke_reid.py`) and VlSomers/bpbreid (`.../p_dukemtmc_reid.py`), which differ in the name of
+the folder alone: P-DukeMTMC-reid, P-DukeMTMC-reID. Both train on occluded and whole images."""
 
 
 def _msmt17(train: str, test: str) -> DiskLayout:
@@ -142,6 +193,22 @@ PUBLISHED = {
         {"query": Count(1_400, 700), "gallery": Count(5_328, 700), "train": Count(7_368, 767)},
         (_cuhk03("labeled"), MARKET),
         ("cuhk03nplabeled",),
+    ),
+    "occluded_reid": Benchmark(  # README of tinajia2012/ICME2018_Occluded-Person-Reidentification_datasets
+        "Occluded-REID",
+        {"query": Count(1_000, 200), "gallery": Count(1_000, 200), "train": Count(0, 0)},
+        (OCCLUDED_REID, OCCLUDED_REID_FLAT),
+    ),
+    "partial_reid": Benchmark(  # CYFFF/PAAM_on_reid-strong-baseline, `data/datasets/partial_reid.py`: 60 x 5 each
+        "Partial-REID",
+        {"query": Count(300, 60), "gallery": Count(300, 60), "train": Count(0, 0)},
+        (PARTIAL_REID,),
+    ),
+    "p_dukemtmc": Benchmark(  # together the 24,143 images and 1,299 identities of that README, which has no split
+        "P-DukeMTMC-reID",
+        {"query": Count(2_163, 634), "gallery": Count(9_053, 634), "train": Count(12_927, 665)},
+        (P_DUKEMTMC,),
+        one_space=False,  # no reader takes them together
     ),
 }
 """By the name that commands and results use. MSMT17 V1 and V2 differ by about 4 mAP; published scores are V1's."""

@@ -20,7 +20,7 @@ from datapipe.sources.base import UNKNOWN
 from datapipe.storage import Store, open_store
 from datapipe.stream.open_manifest import Opened, open_manifest
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 READS = 16
 """Images read at once for their hashes."""
 PEEKED = 1_000

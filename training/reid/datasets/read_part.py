@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,16 @@ from training.reid.datasets.reid_set import JUNK, Labelled
 
 Row = tuple[str, int, int]
 """Path, identity, camera from 1."""
+
+
+class Found(NamedTuple):
+    """An image of a part, and what its list or its folder says."""
+
+    entry: ImageEntry
+    pid: int | None = None
+    """Identity beside it in a list; None: the name tells."""
+    camera: int | None = None
+    """Camera, from 1, that its folder counts as; None: the name tells."""
 
 
 @dataclass(frozen=True)
@@ -37,27 +48,30 @@ def lacks(source: ImageStore, layout: DiskLayout) -> list[str]:
 
 
 def read_part(source: ImageStore, part: SplitFacts, layout: DiskLayout) -> PartRead:
-    """Read the images of one part in the order of their paths, junk left out; none where folder or lists are not there.
+    """Read the images of one part in the order of their paths, junk left out; none where folders or lists are not there.
 
     Raises DataError for names without labels, empty files, and several files of one name.
     """
-    if part.lists:
-        listed, missing = _listed(source, part)
-    else:
-        listed, missing = [(entry, None) for entry in source.images(part.folders[0])], []
-    entries = [entry for entry, _ in listed]
-    _refuse_empty_files(source, entries)
-    _refuse_equal_names(source, entries)
-    rows = sorted(row for row in _rows(source, listed, layout) if row[1] != JUNK)
+    found, missing = _listed(source, part) if part.lists else (_in_folders(source, part), [])
+    _refuse_empty_files(source, [image.entry for image in found])
+    for camera in {image.camera for image in found}:  # 001_01.jpg may be an occluded image and a whole one
+        _refuse_equal_names(source, [image.entry for image in found if image.camera == camera])
+    rows = sorted(row for row in _rows(source, found, layout) if row[1] != JUNK)
     paths, pids, cameras = zip(*rows, strict=True) if rows else ((), (), ())
     images = Labelled(np.array(paths, np.str_), np.array(pids, np.int64), np.array(cameras, np.int64) - 1)
     return PartRead(images, tuple(missing))
 
 
-def _listed(source: ImageStore, part: SplitFacts) -> tuple[list[tuple[ImageEntry, int | None]], list[str]]:
+def _in_folders(source: ImageStore, part: SplitFacts) -> list[Found]:
+    cameras = part.cameras or (None,) * len(part.folders)
+    return [Found(entry, camera=camera) for folder, camera in zip(part.folders, cameras, strict=True)
+            for entry in source.images(folder)]  # fmt: skip
+
+
+def _listed(source: ImageStore, part: SplitFacts) -> tuple[list[Found], list[str]]:
     """(the images that the lists name, with the identities beside them; the names that no folder has)."""
     entries_of_folder = {folder: {entry.path: entry for entry in source.images(folder)} for folder in part.folders}
-    present: list[tuple[ImageEntry, int | None]] = []
+    present: list[Found] = []
     missing = []
     for name, pid in _read_lists(source, part):
         paths = ((folder, f"{folder}/{name}") for folder in part.folders)
@@ -67,7 +81,7 @@ def _listed(source: ImageStore, part: SplitFacts) -> tuple[list[tuple[ImageEntry
         if entry is None:
             missing.append(f"{part.folders[0]}/{name}")
         else:
-            present.append((entry, pid))
+            present.append(Found(entry, pid))
     return present, missing
 
 
@@ -106,27 +120,30 @@ def _matlab_rows(data: bytes, column: str) -> list[tuple[str, int | None]]:
     return [(str(content["filelist"][row]), int(content["labels"][row])) for row in rows]
 
 
-def _rows(source: ImageStore, present: Iterable[tuple[ImageEntry, int | None]], layout: DiskLayout) -> Iterator[Row]:
+def _rows(source: ImageStore, present: Iterable[Found], layout: DiskLayout) -> Iterator[Row]:
     name, unlabelled = re.compile(layout.name), []
-    for entry, listed in present:
-        label = entry.label or _label(name, entry.path)
+    for entry, listed, camera in present:
+        label = entry.label or _label(name, entry.path, camera)
         if label is None:
             unlabelled.append(entry.path)
         else:
-            yield entry.path, label[0] if listed is None else listed, label[1]
+            yield entry.path, label[0] if listed is None else listed, label[1] if camera is None else camera
     if unlabelled:
+        and_camera, hint = " and camera", "<identity>_c<camera>..., for example 0002_c1s1_000451_03.jpg"
+        if "camera" not in name.groupindex:
+            and_camera, hint = "", "<identity>_..., for example 001_01.jpg"
         raise DataError(
-            f"{len(unlabelled)} images carry no identity and camera in their name",
+            f"{len(unlabelled)} images carry no identity{and_camera} in their name",
             where=source.store.address(unlabelled[0]),
-            hint="name them <identity>_c<camera>..., for example 0002_c1s1_000451_03.jpg",
+            hint=f"name them {hint}",
         )
 
 
-def _label(name: re.Pattern[str], path: str) -> tuple[int, int] | None:
+def _label(name: re.Pattern[str], path: str, camera_of_folder: int | None) -> tuple[int, int] | None:
     match = name.match(PurePosixPath(path).name)
     if match is None:
         return None
-    pid, camera = int(match["pid"]), int(match["camera"])
+    pid, camera = int(match["pid"]), camera_of_folder or int(match["camera"])
     return (pid, camera) if fits("pid", pid) and fits("camera", camera) else None  # "0001_c20231231": a date
 
 

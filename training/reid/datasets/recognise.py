@@ -45,9 +45,15 @@ def by_counts(parts: dict[str, Labelled]) -> str:
 
 
 def _listed(source: ImageStore) -> dict[str, DiskLayout]:
-    """The data sets that are told by their lists."""
+    """The data sets that are told by their lists, or by folders that only they have."""
     layouts = {name: layout for name, published in PUBLISHED.items() for layout in published.layouts[:1]}
-    return {name: layout for name, layout in layouts.items() if layout.query.lists and not lacks(source, layout)}
+    return {
+        name: layout
+        for name, layout in layouts.items()
+        if (layout.query.lists or layout.query.folders != MARKET.query.folders)
+        and not lacks(source, layout)
+        and not any(source.has(folder) for folder in layout.absent)
+    }
 
 
 def _in_folders(name: str) -> DiskLayout:
@@ -66,7 +72,7 @@ def _nothing(source: ImageStore, name: str) -> DataError:
         hint = f"{source.store.address(below[0])} has one"
     else:
         hint = "expected query/ and bounding_box_test/ with names like 0002_c1s1_000451_03.jpg, or the lists and " \
-               "folders of MSMT17, Occluded-Duke or CUHK03"  # fmt: skip
+               "folders of MSMT17, Occluded-Duke, CUHK03, Occluded-REID, Partial-REID or P-DukeMTMC-reID"  # fmt: skip
     return DataError(f"no data set of people: {' and '.join(missing)} missing or without images", where=source.url,
                      hint=hint)  # fmt: skip
 

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,13 @@ from datapipe.core.errors import ConfigError, DataError
 from datapipe.ingest.pipeline import ingest
 from datapipe.storage import open_store
 from tests.conftest import S3Server
-from tests.training.reid.people import crop, cuhk03, market, msmt17
+from tests.training.reid.people import crop, cuhk03, market, msmt17, occluded_reid, p_dukemtmc, partial_reid, tiff
 from training.reid.datasets import benchmarks, open_dataset
 from training.reid.datasets.benchmarks import PARTS, PUBLISHED, Count
 from training.reid.datasets.open_dataset import check_images, open_reid
 from training.reid.datasets.reid_set import Labelled
+from training.reid.datasets.training_shards import shard_training_part
+from training.reid.zero_shot import evaluate_histogram
 
 
 def counts(**parts: tuple[int, int]) -> dict[str, Count]:
@@ -34,6 +37,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         "market1501": counts(query=(18, 6), gallery=(37, 7), train=(18, 6)),
         "dukemtmc": counts(query=(12, 4), gallery=(25, 5), train=(12, 4)),
         "occluded_duke": counts(query=(3, 3), gallery=(22, 5), train=(11, 4)),
+        "occluded_reid": counts(query=(6, 3), gallery=(6, 3), train=(0, 0)),
+        "partial_reid": counts(query=(6, 3), gallery=(6, 3), train=(0, 0)),
+        "p_dukemtmc": counts(query=(2, 2), gallery=(4, 2), train=(6, 2)),
     }
     for name, count in sizes.items():
         monkeypatch.setitem(PUBLISHED, name, dataclasses.replace(PUBLISHED[name], counts=count))
@@ -208,6 +214,87 @@ def test_cuhk03__is_read_by_its_matlab_file(tmp_path: Path, small: None) -> None
         open_reid(str(tmp_path), name="cuhk03_labeled")
 
 
+def test_occluded_reid__asks_for_whole_bodies_by_occluded_ones(tmp_path: Path, small: None) -> None:
+    found = check_images(open_reid(str(occluded_reid(tmp_path / "Occluded_REID"))))
+    assert (found.name, found.official, found.differences, found.warnings) == ("occluded_reid", "Occluded-REID", (), ())
+    assert found.train is None
+    assert found.query.paths[:2].tolist() == [f"occluded_body_images/001/001_0{number}.tif" for number in (1, 2)]
+    assert found.gallery.paths[-1] == "whole_body_images/003/003_02.tif"
+    assert found.query.pids.tolist() == found.gallery.pids.tolist() == [1, 1, 2, 2, 3, 3]
+    assert set(found.query.cameras) == {0} and set(found.gallery.cameras) == {1}
+    assert found.read(found.query.paths[0]) == tiff(crop(1, 1, 1))
+
+
+def test_occluded_reid__is_scored_with_no_camera_left_out(tmp_path: Path, small: None) -> None:
+    """Of three people with two whole images each, every occluded image has two matches among six."""
+    found = evaluate_histogram(open_reid(str(occluded_reid(tmp_path))))
+    assert (found.best.skipped, len(found.best.matching), len(found.best.others)) == (0, 6 * 2, 6 * 4)
+
+
+def test_occluded_reid__a_flat_copy_wants_its_name(tmp_path: Path, small: None) -> None:
+    for kind, folder in enumerate(("query", "gallery"), start=1):
+        (tmp_path / folder).mkdir()
+        for pid in (1, 2, 3):
+            for number in (1, 2):
+                (tmp_path / folder / f"{pid:03d}_{number:02d}.jpg").write_bytes(crop(pid, kind, number))
+    found = open_reid(str(tmp_path), name="occluded_reid")
+    assert found.differences == () and set(found.query.cameras) == {0} and set(found.gallery.cameras) == {1}
+    with pytest.raises(DataError, match="no data set of people"):
+        open_reid(str(tmp_path))
+
+
+def test_partial_reid__is_told_from_occluded_reid(tmp_path: Path, small: None) -> None:
+    """It has the folders of both; its own occluded images take no part."""
+    found = open_reid(str(partial_reid(tmp_path / "Partial-REID_Dataset")))
+    assert (found.name, found.differences, found.train) == ("partial_reid", (), None)
+    assert found.query.paths[0] == "partial_body_images/001_001.jpg"
+    assert found.gallery.paths[0] == "whole_body_images/001_001.jpg"
+    assert (found.query.cameras == 0).all() and (found.gallery.cameras == 1).all()
+
+
+def test_p_dukemtmc__counts_no_cameras_of_names(tmp_path: Path, small: None) -> None:
+    """Train and test may number their people alike, and occluded and whole images their files."""
+    found = check_images(open_reid(str(p_dukemtmc(tmp_path / "P-DukeMTMC-reid"))))
+    assert found.train is not None and (found.name, found.differences, found.warnings) == ("p_dukemtmc", (), ())
+    assert found.query.paths.tolist() == ["test/occluded_body_images/0001/0001_01.jpg",
+                                          "test/occluded_body_images/0002/0002_c3_f0046182.jpg"]  # fmt: skip
+    assert found.query.cameras.tolist() == [0, 0] and found.gallery.cameras.tolist() == [1] * 4
+    assert found.train.pids.tolist() == [1, 2, 1, 1, 2, 2] and found.train.cameras.tolist() == [0, 0, 1, 1, 1, 1]
+    shards = shard_training_part(found, str(tmp_path / "shards"), StorageConfig())
+    assert shards.rows == 6
+
+
+@pytest.mark.parametrize(("made", "gone", "expected"), [
+    (occluded_reid, "occluded_body_images/002", "query has 4 of 6 images and 2 of 3 identities"),
+    (partial_reid, "whole_body_images/003_002.jpg", "gallery has 5 of 6 images and 3 of 3 identities"),
+    (p_dukemtmc, "train/whole_body_images/0001", "train has 4 of 6 images and 2 of 2 identities"),
+])  # fmt: skip
+def test_occlusion_sets__half_unpacked_are_refused(
+    tmp_path: Path, small: None, made: Callable[[Path], Path], gone: str, expected: str
+) -> None:
+    path = made(tmp_path) / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(DataError, match=expected):
+        open_reid(str(tmp_path))
+    assert open_reid(str(tmp_path), allow_partial=True).differences == (expected,)
+
+
+def test_occlusion_sets__in_shards(tmp_path: Path, small: None) -> None:
+    local = open_reid(str(p_dukemtmc(tmp_path / "files")))
+    shard(str(tmp_path / "files"), str(tmp_path / "shards"))
+    found = open_reid(str(tmp_path / "shards"))
+    assert found.name == "p_dukemtmc"
+    for part in PARTS:
+        assert_equal(found.parts[part], local.parts[part])
+
+
+def test_occlusion_sets__names_without_an_identity_are_refused(tmp_path: Path) -> None:
+    (occluded_reid(tmp_path) / "whole_body_images" / "holiday.tif").write_bytes(tiff(crop(1, 1, 1)))
+    with pytest.raises(DataError, match="1 images carry no identity in their name") as caught:
+        open_reid(str(tmp_path))
+    assert "001_01.jpg" in caught.value.hint
+
+
 @pytest.mark.parametrize(("file", "name", "content"), [
     ("cuhk03_new_protocol_config_detected.mat", "cuhk03_detected", b"no Matlab file"),
     ("list_query.txt", "msmt17", b"0000/0000_000_01_0303morning_0015_0.jpg zero"),
@@ -232,6 +319,9 @@ def test_published__official_counts_are_those_of_the_literature() -> None:
         "msmt17_v2": (11_659, 82_161, 32_621, 3_060),
         "cuhk03_detected": (1_400, 5_332, 7_365, 700),
         "cuhk03_labeled": (1_400, 5_328, 7_368, 700),
+        "occluded_reid": (1_000, 1_000, 0, 200),
+        "partial_reid": (300, 300, 0, 60),
+        "p_dukemtmc": (2_163, 9_053, 12_927, 634),
     }
 
 

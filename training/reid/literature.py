@@ -128,8 +128,8 @@ def _family(model: str) -> str:
 def _unlabelled(model: str, title: str, **facts: Any) -> list[LiteratureRow]:
     """Rows of ViT-S without labels of the data set: `usl_*`, and `uda_*` for adaptation to it from the other one.
 
-    Each task, data set and kind of backbone has a recipe of its own, as the references have a script for each:
-    usl_market, usl_pass_msmt17, uda_pass_market, ... `sources` and `remarks` are by the same keys as the scores."""
+    Recipes are as the references' scripts: usl_market, usl_pass_msmt17, uda_pass_market, ...; TransReID-SSL adapts with
+    the settings it learns without labels with. `sources` and `remarks` are by the same keys as the scores."""
     rows = []
     sources, remarks = facts.get("sources", {}), facts.get("remarks", {})
     ways: list[tuple[Task, str]] = [("uda", "market"), ("uda", "msmt"), ("usl", "market"), ("usl", "msmt")]
@@ -137,7 +137,8 @@ def _unlabelled(model: str, title: str, **facts: Any) -> list[LiteratureRow]:
         mean, first, *again = facts[f"{task}_{key}"]
         origin = {"market": "msmt", "msmt": "market"}[key] if task == "uda" else ""
         way = f"{task}-{SETS[origin]}-to" if origin else task
-        recipe = "_".join([task, *(["pass"] if facts.get("parts") else []), RECIPE_NAMES[key]])
+        script = [task, "pass"] if facts.get("parts") else ["usl"]
+        recipe = "_".join([*script, RECIPE_NAMES[key]])
         rows.append(
             LiteratureRow(
                 name=f"{model}-vits-{way}-{SETS[key]}", method=title, family=_family(model), data=SETS[key],

@@ -101,8 +101,9 @@ def test_rows__without_labels_are_those_of_the_tables_and_have_recipes_of_their_
     found += ["{}/{}".format(*row.again) for row in rows.values() if row.again]
     assert " ".join(found) == published
     for way, row in rows.items():
-        middle = "pass_" if parts else ""
-        assert row.parts == parts and row.recipe == f"{way[:3]}_{middle}{ways[way]}" and way.startswith(row.task)
+        script = f"{way[:3]}_pass" if parts else "usl"
+        assert row.parts == parts and row.recipe == f"{script}_{ways[way]}" and way.startswith(row.task)
+        assert (SHIPPED / f"{row.recipe}.toml").is_file()
     if model == "pass":
         row = rows["usl-market1501"]
         assert "abstract" in row.source and "PASS README" in row.source and "88.7" in row.remark

@@ -90,8 +90,8 @@ def test_make_views__bands_of_all_heights_are_the_rows_of_the_reference(
     every_height: list[bytes], version: Literal[1, 2]
 ) -> None:
     """PASS `main_pass.py`, DataAugmentationDINO: every area has int(.5 H) rows, from row 0, int(.25 H) or int(.5 H) on.
-    Version 1 is what runs of earlier versions of this project go on with. Crops that never fit fall back to the whole of
-    their area, and their boxes tell where it lies."""
+    Version 1 is what runs of earlier versions of this project go on with. Crops that never fit fall back to the whole
+    of their area, and their boxes tell where it lies."""
     bands = ((0.0, 0.5), (0.25, 0.75), (0.5, 1.0))
     area = ViewGroup("area", (8, 4), (2.0, 2.0), (1e-3, 1e3), 0.0, bands, (Photometric(),) * 3, boxed=True)
     spec = ViewSpec((area,), "linear", version=version)

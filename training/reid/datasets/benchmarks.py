@@ -108,16 +108,16 @@ OCCLUDED_REID_FLAT = DiskLayout(
     SplitFacts(("query",), cameras=(OCCLUDED,)), SplitFacts(("gallery",), cameras=(WHOLE,)), NO_TRAINING, IDENTITY_NAME
 )
 """A copy in other hands: query/001_01.jpg and gallery/. JDAI-CV/fast-reid reads it
-(`projects/PartialReID/partialreid/partial_dataset.py`), with the image's number as its camera, which would leave an image
-of each identity out of a ranking; here it is not."""
+(`projects/PartialReID/partialreid/partial_dataset.py`), with the image's number as its camera, which would leave an
+image of each identity out of a ranking; here it is not."""
 PARTIAL_REID = DiskLayout(
     SplitFacts(("partial_body_images",), cameras=(OCCLUDED,)),
     SplitFacts(("whole_body_images",), cameras=(WHOLE,)),
     NO_TRAINING,
     IDENTITY_NAME,
 )
-"""As released: partial_body_images/001_001.jpg, whole_body_images/, and occluded_body_images/, which takes no part. Read so
-by VlSomers/bpbreid (`torchreid/data/datasets/image/partial_reid.py`), huanghoujing/EANet
+"""As released: partial_body_images/001_001.jpg, whole_body_images/, and occluded_body_images/, which takes no part.
+Read so by VlSomers/bpbreid (`torchreid/data/datasets/image/partial_reid.py`), huanghoujing/EANet
 (`package/data/datasets/partial_reid.py`) and JDAI-CV/fast-reid (as above, again with the image's number as its camera).
 hh23333/PVPM (`torchreid/data/datasets/image/partial_reid.py`) asks with occluded_body_images."""
 P_DUKEMTMC = DiskLayout(
@@ -127,8 +127,8 @@ P_DUKEMTMC = DiskLayout(
     IDENTITY_NAME,
 )
 """As released: test/occluded_body_images/<identity>/<identity>_*.jpg. Read so by hh23333/PVPM
-(`torchreid/data/datasets/image/pduke_reid.py`) and VlSomers/bpbreid (`.../p_dukemtmc_reid.py`), which differ in the name of
-the folder alone: P-DukeMTMC-reid, P-DukeMTMC-reID. Both train on occluded and whole images."""
+(`torchreid/data/datasets/image/pduke_reid.py`) and VlSomers/bpbreid (`.../p_dukemtmc_reid.py`), which differ in the
+name of the folder alone: P-DukeMTMC-reid, P-DukeMTMC-reID. Both train on occluded and whole images."""
 
 
 def _msmt17(train: str, test: str) -> DiskLayout:

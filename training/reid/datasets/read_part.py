@@ -48,7 +48,8 @@ def lacks(source: ImageStore, layout: DiskLayout) -> list[str]:
 
 
 def read_part(source: ImageStore, part: SplitFacts, layout: DiskLayout) -> PartRead:
-    """Read the images of one part in the order of their paths, junk left out; none where folders or lists are not there.
+    """Read the images of one part in the order of their paths, junk left out; none where folders or lists are not
+    there.
 
     Raises DataError for names without labels, empty files, and several files of one name.
     """

@@ -42,6 +42,9 @@ STEPS = "--optimisation.batch 8 --optimisation.epochs 0.5 --optimisation.warmup-
 TINY = "--backbone.arch vit_tiny --backbone.size 64 32 --method.local-size 32 16 --method.head.out-dim 64"
 FINE = ("--backbone.size 64 32 --optimisation.batch 8 --optimisation.micro-batch 8 --optimisation.epochs 1 "
         "--optimisation.warmup-epochs 0 --method.instances 2 --optimisation.precision fp32")  # fmt: skip
+CLUSTERS = ("--backbone.size 64 32 --optimisation.batch 4 --optimisation.micro-batch 4 --optimisation.epochs 1 "
+            "--method.iterations 1 --method.instances 2 --method.norm-group 4 --method.clustering.k1 4 "
+            "--method.clustering.k2 2 --method.clustering.min-samples 2")  # fmt: skip
 BLOCKS: dict[str, dict[str, str]] = {
     # Both are run whole elsewhere: the demo by tests/cluster/test_demo.py, the tests by whoever reads this.
     "make demo": {"make demo": "make -n demo", "make test": "make -n test"},
@@ -62,6 +65,7 @@ BLOCKS: dict[str, dict[str, str]] = {
     "python -m training evaluate": {
         "--data data/market1501   ": "--data data/market1501 --allow-partial ",
         "--out runs/ft ": f"--out runs/ft --allow-partial {FINE} ",
+        "--out runs/usl ": f"--out runs/usl --allow-partial {CLUSTERS} ",
         "--data data/duke": "--data data/duke --allow-partial",
         "reproduce pass-vits-market1501": "reproduce row.toml",  # of this test's people, with a wide tolerance
         "--weights pass_vit_small_full.pth --data data/market1501": "--weights pass_vit_small_full.pth --data data/own",

@@ -7,12 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from safetensors.torch import load_file
 from sklearn.metrics import adjusted_rand_score
 
+from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError, DataError
+from datapipe.storage import open_store
 from tests.end_to_end import tiny
 from tests.support.forked import call, forkserver
 from tests.support.ranks import run_ranks
@@ -21,9 +25,13 @@ from training.__main__ import main
 from training.config.run_config import RunConfig
 from training.core.host import LocalHost
 from training.core.world import World
+from training.evaluation.evaluation import score, tasks
 from training.evaluation.fine_tune import prepare
 from training.trainer import milestones, pseudo_labels
 from training.trainer.pretrain import Ending, pretrain
+from training.weights import export as exports
+from training.weights.export import Provenance
+from training.weights.published import Stated, read_published
 
 TINY = [
     "--backbone.arch", "custom", "--backbone.size", "32", "16", "--backbone.patch", "8", "--backbone.width", "24",
@@ -34,6 +42,7 @@ TINY = [
     "--method.clustering.k2", "2", "--method.clustering.min-samples", "2", "--checkpoints.every-steps", "2",
 ]  # fmt: skip
 STEPS = 12
+HALF = (0.5, 0.5, 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +189,30 @@ def test_command__trains_scores_and_reports(data: str, tmp_path: Path, capsys: p
     assert {*map(str, (out / "exports" / "last").iterdir())} >= {
         str(out / "exports" / "last" / "fine_tuned.safetensors")
     }
+
+
+@pytest.mark.parametrize("way", ["export", "safetensors", "pth.tar"])
+def test_weights__score_alike_as_run_export_and_file(data: str, straight: Path, tmp_path: Path, way: str) -> None:
+    """Behind their necks; a file as the reference saves it: names in `module.`, its best score a NumPy number."""
+    last = straight / "exports" / "last"
+    weights, file = str(last), tmp_path / "model_best.pth.tar"
+    if way == "safetensors":
+        weights = str(last / "fine_tuned.safetensors")
+    elif way == "pth.tar":
+        state = {f"module.{name}": tensor for name, tensor in load_file(last / "fine_tuned.safetensors").items()}
+        torch.save({"state_dict": state, "epoch": 3, "best_mAP": np.float64(0.5)}, file)
+        weights = str(file)
+    if way != "export":
+        published = read_published(weights, StorageConfig(), Stated(heads=2))
+        assert published.necks is not None and published.origin["layout"] == "usl"
+        weights = str(tmp_path / "import")
+        provenance = Provenance(origin=published.origin, mean=HALF, std=HALF)
+        exports.export(published.backbone, open_store(weights), provenance, published.necks)
+    (task,) = tasks(weights, data, StorageConfig(), out=str(tmp_path / "scores"), interpolation="bicubic")
+    scored = score(task)
+    summary = json.loads((straight / milestones.SUMMARY).read_text())
+    assert scored["headline"] == "neck" and scored["settings"]["model"]["task"] == "usl"
+    assert scored["features"] == summary["last"]["features"]
 
 
 @pytest.mark.parametrize(("flags", "said"), [

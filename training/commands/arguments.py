@@ -68,7 +68,8 @@ class ExportCommand:
 @settings
 class ImportCommand:
     file: Annotated[str, POSITIONAL]
-    """Published weights: .pth, .pt or .safetensors, local or s3://bucket/prefix/name. Nothing in it is run."""
+    """Published weights: .pth, .pt, .pth.tar or .safetensors, local or s3://bucket/prefix/name. Nothing in it is
+    run."""
     out: str
     """Folder for backbone.safetensors and card.json."""
     layout: Annotated[str, Arg(name="as")] = ""
@@ -91,6 +92,9 @@ class ImportCommand:
     """Attention heads. 0: those of the published transformer of that width."""
     depth: int = 0
     """Number of blocks. 0: those of the published transformer of that width."""
+    fusion: Literal["", "cat", "mean"] = ""
+    """How the outputs of several necks are put together, of weights trained without labels: "cat" (PASS on
+    Market-1501), "mean" (on MSMT17); the file does not say. Empty: "cat"."""
     licence: str = ""
     """Licence of the weights and their data, for the card."""
     storage: StorageConfig = StorageConfig()

@@ -146,7 +146,7 @@ def _carry_out(
     export = fine_tune.as_export(weights, out, storage)
     card = exports.load_card(open_store(export, storage))
     refuse_others(row, card, of_card(card, data), reid, weights)
-    if row.task == "supervised" and not is_fine_tuned(card):
+    if row.task != "zero-shot" and not is_fine_tuned(card):
         scores = _fine_tuned(row, export, data, out, scoring, storage, host, guard)
     else:
         scores = _scored(row, export, data, out, scoring, storage)
@@ -170,9 +170,12 @@ def refuse_others(row: LiteratureRow, card: dict[str, Any], pedigree: Pedigree, 
         f"{_backbone(row.arch, row.stem, row.parts)}": bool(row.arch)
         and (row.arch, row.stem, row.parts) != (pedigree.arch, pedigree.stem, pedigree.parts),
         "they are fine-tuned, the row is of features as pre-training leaves them": tuned and row.task == "zero-shot",
+        f"they are of the task {pedigree.task}, the row of {row.task}": row.task != "zero-shot"
+        and pedigree.task not in ("zero-shot", row.task),
         f"they were fine-tuned on {pedigree.trained_on}, not on {row.data}": tuned and bool(pedigree.trained_on),
-        f"they were fine-tuned on {trained_identities} identities, {row.data} has {identities} to train on": tuned
-        and trained_identities != identities,
+        f"they were fine-tuned on {trained_identities} identities, {row.data} has {identities} to train on": (
+            pedigree.task == "supervised" and trained_identities != identities
+        ),
         f"they are for images of {_size(card['input']['size'])}, the row of {_size(row.size)}": (
             tuned or row.task == "zero-shot"
         )
@@ -233,7 +236,8 @@ def _fine_tuned(
     """The scores that the recipe quotes of the weights it ends with; None: told to stop."""
     size = [str(side) for side in row.size]
     flags = ["--backbone.size", *size, "--evaluation.interpolation", row.interpolation, *row.flags]
-    config = fine_tune.prepare(export, data, out, recipe=row.recipe, flags=flags, scoring=scoring, storage=storage)
+    config = fine_tune.prepare(export, data, out, task=row.task, recipe=row.recipe, flags=flags, scoring=scoring,
+                               storage=storage)  # fmt: skip
     with (
         crash_log.kept(config.out, config.storage, 0, log=True),
         alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world,

@@ -21,9 +21,9 @@ def export(chosen: ExportCommand) -> int:
     store = folder.at("checkpoints")
     name = chosen.checkpoint or newest(store)
     weights = Weights(name)
-    backbone = evaluation.load_backbone(weights, folder, config)
+    method = evaluation.load_method(weights, folder, config).eval()
     out = open_store(chosen.out, chosen.storage) if chosen.out else folder.at("exports")
-    card = export_backbone(backbone, out, evaluation.provenance(weights, folder, config))
+    card = export_backbone(method.backbone(), out, evaluation.provenance(weights, folder, config), method.necks())
     print(f"exported {name} to {out.url}")
     print(create_model_call(card))
     return cli.COMPLETE
@@ -32,7 +32,7 @@ def export(chosen: ExportCommand) -> int:
 def import_published(chosen: ImportCommand) -> int:
     """Read weights published by others and write their backbone as an export."""
     stated = Stated(layout=chosen.layout, network=chosen.network, heads=chosen.heads, depth=chosen.depth,
-                    size=chosen.native or chosen.size)  # fmt: skip
+                    size=chosen.native or chosen.size, fusion=chosen.fusion)  # fmt: skip
     published = read_published(chosen.file, chosen.storage, stated)
     before = published.backbone.config.size
     after = chosen.size or before
@@ -40,7 +40,7 @@ def import_published(chosen: ImportCommand) -> int:
     mean, std = MEAN_STD[chosen.statistics or published.statistics]
     provenance = Provenance(origin=origin, licence=chosen.licence, mean=mean, std=std)
     out = open_store(chosen.out, chosen.storage)
-    card = export_backbone(resized(published.backbone, after, chosen.positions), out, provenance)
+    card = export_backbone(resized(published.backbone, after, chosen.positions), out, provenance, published.necks)
     print(f"imported {origin['tensors']} tensors of {origin['file']} ({origin['about']}) to {out.url}")
     for why, count in Counter(origin["left_out"].values()).items():
         print(f"left out: {count} of {why}")

@@ -184,7 +184,7 @@ def _of_export(task: ScoringTask, threads: int) -> Subject:
         EmbedConfig(threads=threads, mean=mean, std=std, interpolation=task.interpolation or "bilinear",
                     batch=task.scoring.embed_batch),
         pedigrees.quoted_feature(card),
-        lambda: exports.load_backbone(store),
+        lambda: exports.load_embedder(store),
     )  # fmt: skip
 
 

@@ -120,7 +120,8 @@ def _imported(file: str, out: str, storage: StorageConfig) -> str:
     mean, std = MEAN_STD[published.statistics]
     store = _below(out, published.origin["sha256"], storage)
     if not store.exists(CARD):
-        exports.export(published.backbone, store, Provenance(origin=published.origin, mean=mean, std=std))
+        provenance = Provenance(origin=published.origin, mean=mean, std=std)
+        exports.export(published.backbone, store, provenance, published.necks)
     return store.url
 
 

@@ -9,10 +9,12 @@ from datapipe.storage import full_url
 from training import methods
 from training.config.run_config import RunConfig
 from training.methods.base import Method, MethodSettings
+from training.nn.identity.necks import FEATURE as NECK
 from training.nn.vision_transformer import BackboneConfig
 
-FINE_TUNED = "fine_tuned"
-"""How the names of layouts of others' fine-tuned weights end."""
+BY_OTHERS = {"fine_tuned": "supervised", "usl": "usl"}
+"""How the names of layouts of weights end that others trained on a ReID data set, and what scores of them are
+called."""
 
 WHERE = "method, on the card of these weights"
 
@@ -24,7 +26,8 @@ class Pedigree:
     family: str
     """How they were pre-trained, as recipes write it; empty: unknown, or not at all."""
     task: str
-    """"supervised" where they were fine-tuned on identities, else "zero-shot"."""
+    """"zero-shot", as pre-training left them; "supervised", fine-tuned on identities; "usl", trained without labels;
+    "uda", likewise after fine-tuning on another data set."""
     arch: str
     stem: str
     parts: int
@@ -51,7 +54,7 @@ def of_run(
     tuned = kind.fine_tunes and bool(sha256)
     return Pedigree(
         family="" if not sha256 else _family(origin) if tuned else config.method.name,
-        task="supervised" if tuned else "zero-shot",
+        task=_adapted(kind.task, origin) if tuned else "zero-shot",
         arch=config.backbone.arch, stem=config.backbone.stem, parts=kind.parts(config.method),
         sha256=sha256,
         trained_on=_other(config.evaluation.data, data) if tuned else "",
@@ -66,7 +69,7 @@ def of_card(card: Mapping[str, Any], data: str) -> Pedigree:
     recipe = card.get("recipe", {}) if own else {}
     backbone = BackboneConfig(**card["backbone"])
     return Pedigree(
-        family=_family(card), task="supervised" if is_fine_tuned(card) else "zero-shot",
+        family=_family(card), task=task_of(card),
         arch=backbone.arch, stem=backbone.stem, parts=int(card["parts"]), sha256=card["file"]["sha256"],
         trained_on=_other(recipe.get("evaluation", {}).get("data", ""), data),
         label_fraction=_label_fraction(_settings(card)) if own else 1.0,
@@ -74,20 +77,40 @@ def of_card(card: Mapping[str, Any], data: str) -> Pedigree:
     )  # fmt: skip
 
 
+def task_of(card: Mapping[str, Any]) -> str:
+    """What scores of these weights are called, as `Pedigree.task`. Raises ConfigError for a method that is not here."""
+    origin = card.get("origin") or {}
+    if card.get("method"):
+        return _adapted(methods.named(card["method"], where=WHERE).task, origin)
+    return _of_layout(origin)
+
+
+def _of_layout(origin: Mapping[str, Any]) -> str:
+    """The task of weights of others, by the layout of their file."""
+    layout = str(origin.get("layout", ""))
+    return next((task for ending, task in BY_OTHERS.items() if layout.endswith(ending)), "zero-shot")
+
+
+def _adapted(task: str, origin: Mapping[str, Any]) -> str:
+    """Training without labels is adaptation where it began with weights that were fine-tuned on labels. `origin`: of
+    those: the method of an export, or the layout of a file."""
+    before = methods.named(origin["method"], where=WHERE).task if origin.get("method") else _of_layout(origin)
+    return "uda" if task == "usl" and before == "supervised" else task
+
+
 def is_fine_tuned(card: Mapping[str, Any]) -> bool:
-    """Was it fine-tuned on identities, here or by others? Raises ConfigError for a method that is not here."""
-    return _fine_tunes(card) or _by_others(card)
+    """Was it trained on a ReID data set, here or by others? Raises ConfigError for a method that is not here."""
+    return task_of(card) != "zero-shot"
 
 
 def quoted_feature(card: Mapping[str, Any]) -> str:
     """The feature whose scores are quoted: as the method says, or as others rank by their files. Raises ConfigError for
     a method that is not here."""
+    if card.get("necks"):
+        return NECK
     kind = methods.named(card["method"], where=WHERE) if card.get("method") else Method
-    return kind.quoted_feature(int(card["parts"]))
-
-
-def _by_others(card: Mapping[str, Any]) -> bool:
-    return str((card.get("origin") or {}).get("layout", "")).endswith(FINE_TUNED)
+    feature = kind.quoted_feature(int(card["parts"]))
+    return Method.quoted_feature(int(card["parts"])) if feature == NECK else feature  # an export without its necks
 
 
 def _fine_tunes(card: Mapping[str, Any]) -> bool:

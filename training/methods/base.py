@@ -16,6 +16,7 @@ from datapipe.core.settings import settings
 from datapipe.views.spec import ViewSpec
 from training.clustering.settings import ClusteringConfig
 from training.core.precision import Precision
+from training.nn.identity.necks import NeckedBackbone, TokenNecks
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 from training.nn.workload import Stack, Workload
 
@@ -159,8 +160,10 @@ class Method(nn.Module, ABC, Generic[C]):
     teacher: nn.Module
 
     fine_tunes: ClassVar[bool] = False
-    """Does it learn identities of labelled images, on top of what another method pre-trained? Its scores are called
-    supervised then, and its weights are of the method that they began with."""
+    """Does it train on the images of a ReID data set, on top of what another method pre-trained? Its weights are of the
+    method that they began with then."""
+    task: ClassVar[str] = "zero-shot"
+    """What scores of its weights are called: "zero-shot", "supervised", "usl"."""
     layouts: ClassVar[tuple[str, ...]] = ()
     """How the names of layouts of published files begin (`training/weights/published.py`) whose weights are of this
     method."""
@@ -278,10 +281,14 @@ class Method(nn.Module, ABC, Generic[C]):
     def backbone(self) -> VisionTransformer:
         """The network that is evaluated and exported."""
 
+    def necks(self) -> TokenNecks | None:
+        """The necks behind which features are scored; None: those of the backbone are scored."""
+        return None
+
     def embedder(self) -> nn.Module:
-        """The network whose features are scored and clustered: the backbone, or one with a method
-        `named_features(images [B, 3, H, W]) -> dict of name -> [B, C]`."""
-        return self.backbone()
+        """The network whose features are scored and clustered: the backbone, with the necks where there are any."""
+        necks = self.necks()
+        return self.backbone() if necks is None else NeckedBackbone(self.backbone(), necks)
 
     def adopt_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Buffers whose size the run decides take that of a checkpoint about to be restored: name in `state_dict` ->

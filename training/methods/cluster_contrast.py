@@ -178,27 +178,6 @@ class ContrastStudent(nn.Module):
             return ContrastOutput(self.head(cls_BC, parts_BPC, real_B), cls_BC, parts_BPC)
 
 
-class ContrastEmbedder(nn.Module):
-    """The network as it is scored and as its images are clustered: with the necks."""
-
-    def __init__(self, student: ContrastStudent) -> None:
-        super().__init__()
-        self.student = student
-
-    @property
-    def config(self) -> BackboneConfig:
-        """Settings of the backbone."""
-        return self.student.backbone.config
-
-    def named_features(self, images_BIHW: Tensor) -> dict[str, Tensor]:
-        """ "neck" [B, F], what was trained; "cls" [B, C]; with parts "cls+parts" [B, 2C]."""
-        output = self.student(images_BIHW, None, precision="fp32", path_masks=None)
-        features = {FEATURE: output.feature_BF, "cls": output.cls_BC}
-        if output.parts_BPC.shape[1]:
-            features["cls+parts"] = torch.cat([output.cls_BC, output.parts_BPC.mean(dim=1)], dim=1)
-        return features
-
-
 class ClusterContrast(Method[ClusterContrastConfig]):
     """Contrast of images with the centroids of their clusters."""
 
@@ -206,6 +185,7 @@ class ClusterContrast(Method[ClusterContrastConfig]):
     memory: Tensor
     labels: Tensor
     fine_tunes = True
+    task = "usl"
     published = PUBLISHED
 
     def __init__(self, config: ClusterContrastConfig, backbone: BackboneConfig) -> None:
@@ -312,8 +292,8 @@ class ClusterContrast(Method[ClusterContrastConfig]):
     def backbone(self) -> VisionTransformer:
         return self.student.backbone
 
-    def embedder(self) -> nn.Module:
-        return ContrastEmbedder(self.student)
+    def necks(self) -> TokenNecks:
+        return self.student.head
 
     def extra_exports(self) -> dict[str, dict[str, Tensor]]:
         """Backbone and necks under the names of the reference's state dict."""

@@ -226,6 +226,7 @@ class Supervised(Method[SupervisedConfig]):
 
     student: SupervisedStudent
     fine_tunes = True
+    task = "supervised"
     published = PUBLISHED
 
     def __init__(self, config: SupervisedConfig, backbone: BackboneConfig) -> None:

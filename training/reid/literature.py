@@ -19,7 +19,7 @@ TASKS: dict[Task, str] = {
     "uda": "domain adaptation: fine-tuned on another data set, then on this one's images without their labels",
     "usl": "fine-tuned on this data set's images without their labels",
 }
-BUILT: tuple[Task, ...] = ("zero-shot", "supervised")
+BUILT: tuple[Task, ...] = ("zero-shot", "supervised", "usl")
 """What can be carried out."""
 
 ANEW, CLUSTERED = 0.5, 1.0

@@ -81,7 +81,7 @@ class Milestones:
     def _export(self, weights: Weights, which: str) -> None:
         method = evaluation.load_method(weights, self.folder, self.config)
         out = self.folder.at("exports", which)
-        exports.export(method.backbone(), out, evaluation.provenance(weights, self.folder, self.config))
+        exports.export(method.backbone(), out, evaluation.provenance(weights, self.folder, self.config), method.necks())
         for name, tensors in method.extra_exports().items():
             out.replace(name, safetensors.torch.save(tensors))
 

@@ -18,10 +18,11 @@ from torch import Tensor
 from datapipe.core.errors import DataError
 from datapipe.storage import Store, open_store
 from datapipe.views.normalisation import IMAGENET_MEAN, IMAGENET_STD, Triple
+from training.nn.identity.necks import NeckedBackbone, TokenNecks
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 from training.weights.counted_keys import load_counted
 
-WEIGHTS, CARD = "backbone.safetensors", "card.json"
+WEIGHTS, NECKS, CARD = "backbone.safetensors", "necks.safetensors", "card.json"
 CARD_FORMAT = 1
 LOADING = {
     "patch": "timm.create_model(**timm) and its load_state_dict, or training.weights.load_backbone(folder)",
@@ -59,8 +60,11 @@ class Provenance:
     versions: dict[str, str] = dataclasses.field(default_factory=versions)
 
 
-def export(backbone: VisionTransformer, out: Store, provenance: Provenance) -> dict[str, Any]:
-    """Write `backbone.safetensors`, then `card.json`, and return the card.
+def export(
+    backbone: VisionTransformer, out: Store, provenance: Provenance, necks: TokenNecks | None = None
+) -> dict[str, Any]:
+    """Write `backbone.safetensors`, `necks.safetensors` where features are scored behind necks, then `card.json`, and
+    return the card.
 
     The weights are in timm's layout, float32. `timm.create_model(**card["timm"])` loads them with no key missing or
     left over and gives the same features (with the stored position table, the default). With the ICS stem, which timm
@@ -79,6 +83,12 @@ def export(backbone: VisionTransformer, out: Store, provenance: Provenance) -> d
         "file": {"name": WEIGHTS, "bytes": len(data), "sha256": digest(data), "tensors": len(state)},
     }
     card |= {key: value for key, value in dataclasses.asdict(provenance).items() if key not in ("mean", "std")}
+    if necks is not None:
+        behind = safetensors.torch.save(
+            {name: _stored(tensor).contiguous() for name, tensor in necks.state_dict().items()}
+        )
+        card["necks"] = {"fusion": necks.fusion, "neck": necks.neck, "file": NECKS, "sha256": digest(behind)}
+        out.replace(NECKS, behind)
     out.replace(WEIGHTS, data)
     out.replace(CARD, json.dumps(card, indent=2).encode())
     return card
@@ -99,6 +109,21 @@ def load_backbone(folder: Store | str) -> VisionTransformer:
     backbone = unfilled(config, parts)
     load_counted(backbone, from_timm(safetensors.torch.load(data), parts), where=where)
     return backbone.eval()
+
+
+def load_embedder(store: Store) -> VisionTransformer | NeckedBackbone:
+    """What an export is scored with, verified, in eval mode on the CPU: its backbone, with its necks where it has any.
+    DataError where anything does not fit."""
+    backbone, card = load_backbone(store), load_card(store)
+    if not (about := card.get("necks")):
+        return backbone
+    data = store.read(str(about["file"]))
+    if digest(data) != about["sha256"]:
+        raise DataError("the necks are not those the card describes", where=store.address(NECKS),
+                        hint="export them again")  # fmt: skip
+    necks = TokenNecks(backbone.width, backbone.parts, fusion=about["fusion"], neck=about["neck"], group=0)
+    load_counted(necks, safetensors.torch.load(data), where=store.address(NECKS))
+    return NeckedBackbone(backbone, necks).eval()
 
 
 def unfilled(config: BackboneConfig, parts: int, *, maskable: bool = False) -> VisionTransformer:

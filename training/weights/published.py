@@ -18,6 +18,7 @@ from torch import Tensor
 from datapipe.core.config import Size, Statistics, StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.storage import open_store, split_url
+from training.nn.identity.necks import Fusion, TokenNecks
 from training.nn.vision_transformer import ARCHITECTURES, BackboneConfig, Shape, VisionTransformer
 from training.weights.counted_keys import first_few, load_counted
 from training.weights.export import digest, unfilled
@@ -41,6 +42,9 @@ FINE_TUNED = {
 }
 
 
+WITHOUT_LABELS = {"bottleneck*": "batch norm in front of the cluster memory, kept beside the backbone", **UNUSED}
+
+
 class FileLayout(NamedTuple):
     """How a family of published files is laid out."""
 
@@ -57,6 +61,8 @@ class FileLayout(NamedTuple):
     """Do student and teacher lie side by side?"""
     beside: str = ""
     """An entry that must lie beside the two."""
+    necks: bool = False
+    """Are there necks, behind which others score these weights?"""
     statistics: Statistics = "imagenet"
     """What its images were normalised with."""
 
@@ -74,6 +80,12 @@ LAYOUTS = (
            FINE_TUNED, statistics="half"),
     FileLayout("fine_tuned", "TransReID-SSL or PersonViT, fine-tuned", "base.", "cls_token", FINE_TUNED,
            statistics="half"),
+    FileLayout("pass_usl", "PASS, trained without labels", "", "part_token1", WITHOUT_LABELS, statistics="half",
+               necks=True),
+    FileLayout("ics_usl", "TransReID-SSL with ICS stem, trained without labels", "", "patch_embed.conv.0.weight",
+               WITHOUT_LABELS, statistics="half", necks=True),
+    FileLayout("usl", "TransReID-SSL, trained without labels", "", "cls_token", WITHOUT_LABELS, statistics="half",
+               necks=True),
     FileLayout("pass", "PASS, backbone alone", "", "part_token1", {}),
     FileLayout("ics", "TransReID-SSL with ICS stem, backbone alone", "", "patch_embed.conv.0.weight", UNUSED),
     FileLayout("ibot", "iBOT's student, backbone alone", "", "masked_embed", {"masked_embed": MASK_TOKEN}),
@@ -96,6 +108,7 @@ ENTRIES = {
     "ibot_loss": "centres of the loss",
     "fp16_scaler": "loss scaling",
     "scaler": "loss scaling",
+    "best_mAP": "its best score on a test set",
 }
 """Entry beside the weights -> what it is."""
 
@@ -122,6 +135,8 @@ class Stated:
     """Name of one of LAYOUTS; another file is refused."""
     network: Network = "teacher"
     """Network of a training checkpoint to read. The published backbones are teachers."""
+    fusion: Literal["", "cat", "mean"] = ""
+    """How the outputs of several necks are put together (`TokenNecks`). Empty: "cat"."""
     heads: int = 0
     """Attention heads."""
     depth: int = 0
@@ -142,6 +157,8 @@ class PublishedWeights(NamedTuple):
     statistics: Statistics = "imagenet"
     centres: Mapping[str, Tensor] = {}
     """Centres of the loss, by their names in the file, beside the networks of a training checkpoint."""
+    necks: TokenNecks | None = None
+    """The necks behind which the weights are scored, in eval mode; None: they are scored without."""
 
 
 def read_published(url: str, storage: StorageConfig, stated: Stated) -> PublishedWeights:
@@ -165,7 +182,23 @@ def read_published(url: str, storage: StorageConfig, stated: Stated) -> Publishe
         "network": stated.network if layout.pair else "", "tensors": len(used), "left_out": left_out,
         "arguments": _arguments(content), **_identities(aside),
     }  # fmt: skip
-    return PublishedWeights(backbone.eval(), aside, origin, layout.statistics, _centres(entries) if layout.pair else {})
+    necks = _necks(aside, backbone, stated, url) if layout.necks else None
+    centres = _centres(entries) if layout.pair else {}
+    return PublishedWeights(backbone.eval(), aside, origin, layout.statistics, centres, necks)
+
+
+def _necks(aside: Mapping[str, Any], backbone: VisionTransformer, stated: Stated, where: str) -> TokenNecks:
+    """The necks that a file has beside its backbone. Whether their outputs were joined or averaged shows in the width
+    of a single one alone."""
+    state = {name: tensor for name, tensor in aside.items() if name.startswith("bottleneck")}
+    width = backbone.width
+    neck: Literal["one", "each"] = "each" if "bottleneck_pt1.weight" in state else "one"
+    fusion: Fusion = stated.fusion or "cat"
+    if neck == "one" and backbone.parts:
+        fusion = "cat" if len(state["bottleneck.weight"]) == 2 * width else "mean"
+    necks = TokenNecks(width, backbone.parts, fusion=fusion, neck=neck, group=0)
+    load_counted(necks, state, where=where)
+    return necks.eval()
 
 
 def _unwrapped(content: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -180,7 +213,9 @@ def _recognised(entries: Mapping[str, Any], stated: Stated, where: str) -> tuple
     """The file's layout, and the state of the network asked for, without `module.`."""
     for layout in LAYOUTS:
         state = _state(entries, layout, stated.network)
-        if f"{layout.prefix}{layout.mark}" in state and (not layout.beside or layout.beside in entries):
+        fits = not layout.beside or layout.beside in entries
+        fits = fits and (not layout.necks or "bottleneck.weight" in state)
+        if fits and f"{layout.prefix}{layout.mark}" in state:
             if stated.layout and stated.layout != layout.name:
                 raise DataError(f"this is laid out as {layout.name} ({layout.about}), not as {stated.layout}",
                                 where=where, hint=f"--as {layout.name}, or leave --as away")  # fmt: skip

@@ -20,7 +20,7 @@ from datapipe.core.errors import DataError
 
 PICKLES = (b"PK\x03\x04", b"\x80\x02")
 """How a .pth file begins: an archive, or (before torch 1.6) a bare pickle of protocol 2."""
-FILES = (".safetensors", ".pth", ".pt")
+FILES = (".safetensors", ".pth", ".pt", ".pth.tar")
 """How files of weights are called."""
 _DAMAGE = (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OverflowError,
            struct.error, pickle.UnpicklingError)  # fmt: skip

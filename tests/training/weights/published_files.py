@@ -71,6 +71,17 @@ def fine_tuned(state: State, *, necks: int = 1) -> State:
     return made | {"classifier.weight": torch.ones(11, width)}
 
 
+def without_labels(state: State, *, necks: int = 1, wide: bool = False) -> dict[str, Any]:
+    """What cluster contrast saves as model_best.pth.tar: backbone and necks behind `module.`, its best score a NumPy
+    number. `wide`: the only neck takes CLS and the mean of the parts."""
+    width = state["cls_token"].shape[-1] * (2 if wide else 1)
+    made = dict(state)
+    for neck in ("bottleneck", *(f"bottleneck_pt{number}" for number in range(1, necks))):
+        made |= {f"{neck}.{name}": torch.ones(width) for name in ("weight", "bias", "running_mean", "running_var")}
+        made[f"{neck}.num_batches_tracked"] = torch.tensor(5)
+    return {"state_dict": prefixed(made, "module."), "epoch": 50, "best_mAP": np.float64(0.88)}
+
+
 def mae(state: State) -> dict[str, Any]:
     """A training checkpoint of MAE: encoder and decoder under `model`."""
     width = state["cls_token"].shape[-1]

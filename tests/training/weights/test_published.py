@@ -60,6 +60,10 @@ PUBLISHED: list[tuple[str, str, Callable[[State], Any], set[str]]] = [
     ("ics_checkpoint", ICS,
      lambda state: files.training_checkpoint(state, head_state("ssl_norm_last_true"), wrapped=True), BESIDE),
     ("ics_fine_tuned", ICS, files.fine_tuned, {"bottleneck.num_batches_tracked"}),
+    ("pass_usl", PASS, lambda state: files.without_labels(state, necks=4), {"bottleneck_pt3.weight", "best_mAP"}),
+    ("pass_usl", PASS, lambda state: files.without_labels(state, wide=True), {"bottleneck.running_var", "epoch"}),
+    ("usl", SSL, files.without_labels, {"bottleneck.weight"}),
+    ("ics_usl", ICS, files.without_labels, {"bottleneck.weight"}),
 ]  # fmt: skip
 
 
@@ -81,7 +85,8 @@ def test_import__says_what_the_reference_says(
     origin = card["origin"]
     assert (origin["file"], origin["layout"], origin["tensors"]) == ("published.pth", layout, len(state))
     assert left_out <= origin["left_out"].keys() and all(origin["left_out"].values())
-    assert card["input"]["mean"][0] == (0.5 if "fine_tuned" in layout else 0.485)
+    assert card["input"]["mean"][0] == (0.5 if layout.endswith(("fine_tuned", "usl")) else 0.485)
+    assert ("necks" in card) == layout.endswith("usl")
     assert (card["timm"] is None) == (item == ICS)
 
 

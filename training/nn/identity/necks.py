@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.core.precision import at_least_float32
 from training.nn.ics_stem import EPS, PooledBatchNorm
+from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 
 Fusion = Literal["cat", "mean"]
 FEATURE = "neck"
@@ -43,6 +45,28 @@ class GroupedBatchNorm(PooledBatchNorm):
         self.fresh.append(torch.stack([mean_GC[0], unbiased_C]).detach())
         normal_GSC = (groups_GSC - mean_GC[:, None]) * torch.rsqrt(variance_GC + EPS)[:, None]
         return (normal_GSC * self.weight + self.bias).flatten(0, 1)
+
+
+class NeckedBackbone(nn.Module):
+    """A backbone with its necks, as it is scored and as its images are clustered."""
+
+    def __init__(self, backbone: VisionTransformer, necks: "TokenNecks") -> None:
+        super().__init__()
+        self.backbone, self.necks = backbone, necks
+
+    @property
+    def config(self) -> BackboneConfig:
+        """Settings of the backbone."""
+        return self.backbone.config
+
+    def named_features(self, images_BIHW: Tensor) -> dict[str, Tensor]:
+        """ "neck" [B, F], behind the necks; "cls" [B, C]; with parts "cls+parts" [B, 2C]."""
+        seen = self.backbone(images_BIHW)
+        cls_BC, parts_BPC = at_least_float32(seen.cls), at_least_float32(seen.parts)
+        features = {FEATURE: self.necks(cls_BC, parts_BPC), "cls": cls_BC}
+        if parts_BPC.shape[1]:
+            features["cls+parts"] = torch.cat([cls_BC, parts_BPC.mean(dim=1)], dim=1)
+        return features
 
 
 class TokenNecks(nn.Module):

@@ -192,18 +192,22 @@ class Manifest:
     def _reads(self, columns: Sequence[str], storage: StorageConfig) -> dict[int, Callable[[], pyarrow.Table]]:
         """For each shard that holds rows, what reads them."""
         store = open_store(self.url, storage)
+        return {
+            ordinal: partial(_part, store, self.shards[ordinal], ordinal, columns, rows)
+            for ordinal, rows in self.rows_of_shards(storage).items()
+        }
+
+    def rows_of_shards(
+        self,
+        storage: StorageConfig = StorageConfig(),  # noqa: B008  (frozen)
+    ) -> dict[int, np.ndarray | None]:
+        """For each shard that holds rows of this version, by its number: which of the shard's own rows they are, int64,
+        ascending; None: all of them."""
         starts = np.cumsum([0, *(shard.rows for shard in self.shards)])
         rows = self.selected(storage) if self.selection else None
         places = starts if rows is None else np.searchsorted(rows, starts)
         return {
-            ordinal: partial(
-                _part,
-                store,
-                self.shards[ordinal],
-                ordinal,
-                columns,
-                None if rows is None else rows[places[ordinal] : places[ordinal + 1]] - starts[ordinal],
-            )
+            ordinal: None if rows is None else rows[places[ordinal] : places[ordinal + 1]] - starts[ordinal]
             for ordinal in np.flatnonzero(np.diff(places)).tolist()
         }
 

@@ -51,6 +51,12 @@ class EmbedConfig:
     """Autocast of the forward pass; parameters stay as they are. bf16 or fp16 on a GPU with many images."""
 
 
+def feature_widths(width: int, parts: int) -> dict[str, int]:
+    """The features that `embed` gives of a backbone of this width with so many part tokens, and the length of each."""
+    widths = {"cls": width, "mean": width}
+    return widths | {"cls+parts": 2 * width, "parts": width, "each_part": parts * width} if parts else widths
+
+
 class TokenFeatures(Protocol):
     """What a backbone returns: after its final norm."""
 

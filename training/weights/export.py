@@ -66,9 +66,17 @@ def export(backbone: VisionTransformer, out: Store, provenance: Provenance) -> d
     left over and gives the same features (with the stored position table, the default). With the ICS stem, which timm
     does not have, `card["timm"]` is None.
     """
+    data, card = serialised(backbone, provenance)
+    out.replace(WEIGHTS, data)
+    out.replace(CARD, json.dumps(card, indent=2).encode())
+    return card
+
+
+def serialised(backbone: VisionTransformer, provenance: Provenance) -> tuple[bytes, dict[str, Any]]:
+    """(content of `backbone.safetensors`, its card) of an export."""
     state = to_timm(backbone)
     data = safetensors.torch.save(state, metadata={"format": "pt"})
-    card = {
+    card: dict[str, Any] = {
         "format": CARD_FORMAT,
         "timm": timm_arguments(backbone) if backbone.config.stem == "patch" else None,
         "load": LOADING[backbone.config.stem],
@@ -79,9 +87,7 @@ def export(backbone: VisionTransformer, out: Store, provenance: Provenance) -> d
         "file": {"name": WEIGHTS, "bytes": len(data), "sha256": digest(data), "tensors": len(state)},
     }
     card |= {key: value for key, value in dataclasses.asdict(provenance).items() if key not in ("mean", "std")}
-    out.replace(WEIGHTS, data)
-    out.replace(CARD, json.dumps(card, indent=2).encode())
-    return card
+    return data, card
 
 
 def load_backbone(folder: Store | str) -> VisionTransformer:

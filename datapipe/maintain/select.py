@@ -12,9 +12,9 @@ from datapipe.core.errors import ConfigError, DataError
 from datapipe.dataset.index import INDEX, whole_column
 from datapipe.dataset.manifest import Manifest, load_unselected
 from datapipe.dataset.selection import write_selection
+from datapipe.dataset.where_clause import Expression
 from datapipe.ingest.shard_plan import rank
 from datapipe.maintain.crop_lists import By, look_up, read_list, refuse_ambiguous, refuse_missing
-from datapipe.maintain.where_clause import Expression
 from datapipe.storage import open_store
 
 FILTERED = tuple(name for name in INDEX.names if name not in ("offset", "sha256", "removed"))

@@ -1,9 +1,10 @@
-"""What `python -m cluster` does: demo | shard | pretrain | evaluate | submit | status."""
+"""What `python -m cluster` does: demo | shard | pretrain | evaluate | embed | submit | status."""
 
 import json
 
 from cluster.core.arguments import (
     DemoCommand,
+    EmbedJob,
     EvaluateJob,
     PretrainJob,
     ShardJob,
@@ -57,6 +58,16 @@ def evaluate(arguments: list[str]) -> int:
     return run(chosen, flags)
 
 
+def embed(arguments: list[str]) -> int:
+    """Write the feature of every image of a data set into one parquet file, with all devices of a cluster; killed, it
+    goes on."""
+    page = page_of(embed, "s3://reid/first --data s3://reid/lup --out s3://reid/lup.parquet --address auto")
+    chosen = parse(EmbedJob, arguments, page)
+    from cluster.jobs.embed import embed as run
+
+    return run(chosen)
+
+
 def status(arguments: list[str]) -> int:
     """Show runs: state, last step, age, workers, restarts, checkpoints. Reads files alone."""
     chosen = parse(StatusCommand, arguments, page_of(status, "runs"))
@@ -68,7 +79,7 @@ def status(arguments: list[str]) -> int:
 
 
 def submit(arguments: list[str]) -> int:
-    """Hand in pretrain, shard or evaluate as a Ray job; prints how to follow, stop and resume it."""
+    """Hand in pretrain, shard, evaluate or embed as a Ray job; prints how to follow, stop and resume it."""
     page = page_of(submit, "pretrain pass_vits --stream.manifest s3://reid/lup --out s3://reid/first")
     own, rest = _until_command(arguments)
     show_help(cli.flags_of(SubmitCommand), own, page)

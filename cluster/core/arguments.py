@@ -38,8 +38,20 @@ class EvaluateJob(training.EvaluateCommand):
     @property
     def places(self) -> dict[str, str]:
         """Every place that is read from or written to, by its flag."""
-        given = {"weights": self.weights, "data": self.data, "out": self.out}
+        given = {"weights": self.weights, "features": self.features, "data": self.data, "out": self.out}
         return {name: place for name, place in given.items() if place and (name, place) != ("weights", RANDOM)}
+
+
+@settings
+class EmbedJob(training.EmbedCommand):
+    address: Address = None
+    """Address of a running cluster. None: the one that this process is a job of (RAY_ADDRESS), else a Ray inside this
+    process. "local": always the latter."""
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Every place that is read from or written to, by its flag."""
+        return {"weights": self.weights, "data": self.data, "out": self.out}
 
 
 @settings
@@ -51,7 +63,7 @@ class PretrainJob(training.PretrainCommand):
 
 @settings
 class SubmitCommand:
-    command: Annotated[Literal["pretrain", "shard", "evaluate"], POSITIONAL]
+    command: Annotated[Literal["pretrain", "shard", "evaluate", "embed"], POSITIONAL]
     """What is handed in; its own words follow, as for `python -m cluster COMMAND`."""
     address: Address = None
     """Dashboard, such as http://127.0.0.1:8265, before COMMAND. None: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or

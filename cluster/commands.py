@@ -1,4 +1,4 @@
-"""What `python -m cluster` does: demo | shard | pretrain | evaluate | embed | submit | status."""
+"""What `python -m cluster` does: demo | shard | pretrain | evaluate | embed | score-cfs | submit | status."""
 
 import json
 
@@ -7,6 +7,7 @@ from cluster.core.arguments import (
     EmbedJob,
     EvaluateJob,
     PretrainJob,
+    ScoreCfsJob,
     ShardJob,
     StatusCommand,
     SubmitCommand,
@@ -68,6 +69,17 @@ def embed(arguments: list[str]) -> int:
     return run(chosen)
 
 
+def score_cfs(arguments: list[str]) -> int:
+    """Score crops by how little of their features a network forgets when it is fine-tuned (CFS), and list them best
+    first for `python -m datapipe select --names`; killed, it goes on."""
+    page = page_of(score_cfs, "s3://reid/first s3://reid/tuned --data s3://reid/lup --out s3://reid/cfs --address auto",
+                   name="score-cfs")  # fmt: skip
+    chosen = parse(ScoreCfsJob, arguments, page)
+    from cluster.jobs.score_cfs import score_cfs as run
+
+    return run(chosen)
+
+
 def status(arguments: list[str]) -> int:
     """Show runs: state, last step, age, workers, restarts, checkpoints. Reads files alone."""
     chosen = parse(StatusCommand, arguments, page_of(status, "runs"))
@@ -79,7 +91,7 @@ def status(arguments: list[str]) -> int:
 
 
 def submit(arguments: list[str]) -> int:
-    """Hand in pretrain, shard, evaluate or embed as a Ray job; prints how to follow, stop and resume it."""
+    """Hand in pretrain, shard, evaluate, embed or score-cfs as a Ray job; prints how to follow, stop and resume it."""
     page = page_of(submit, "pretrain pass_vits --stream.manifest s3://reid/lup --out s3://reid/first")
     own, rest = _until_command(arguments)
     show_help(cli.flags_of(SubmitCommand), own, page)

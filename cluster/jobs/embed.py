@@ -28,7 +28,7 @@ def embed(chosen: EmbedJob) -> int:
     if planned is None:
         return cli.COMPLETE
     read = [chosen.data, planned.request.weights]
-    with devices_of(address, chosen.device, written=planned.beside.url, read=read) as (workers, kind):
+    with devices_of(address, chosen.device, written=planned.files.beside.url, read=read) as (workers, kind):
         rows = carry_out(planned, workers, _embed_piece, kind)
     return conclude(chosen, rows)
 

@@ -17,7 +17,6 @@ WAITING = {
     "usl_retrieval": _UNSUPERVISED,
     "train_usl": _UNSUPERVISED,
     "train_usl_pass": _UNSUPERVISED,
-    "cfs_scores": "selection of crops by catastrophic forgetting score",
     "attention_maps": _ANALYSIS,
     "pattern_layout": _ANALYSIS,
 }

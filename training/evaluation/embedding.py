@@ -9,7 +9,6 @@ which device, the caller says: processes of this machine, or those of a cluster.
 import hashlib
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -18,15 +17,15 @@ import numpy as np
 import torch
 
 from datapipe.core.config import StorageConfig
-from datapipe.core.errors import ConfigError, NotFoundError
+from datapipe.core.errors import ConfigError
 from datapipe.core.parallel import Executor
-from datapipe.core.progress import Progress
-from datapipe.storage import Store, open_store, split_url
+from datapipe.storage import open_store, split_url
 from datapipe.views.normalisation import MEAN_STD
 from training.evaluation import evaluation, feature_file
 from training.evaluation import weights_origin as pedigrees
 from training.evaluation.evaluation import ScoringTask, Subject
 from training.evaluation.image_pieces import CutDataSet, Piece, cut
+from training.evaluation.piece_files import PieceFiles
 from training.nn.vision_transformer import VisionTransformer
 from training.reid.embed import EmbedConfig, embed, feature_widths
 from training.reid.settings import ScoringConfig
@@ -61,9 +60,7 @@ class EmbedTask(NamedTuple):
 
     request: EmbedRequest
     header: dict[str, Any]
-    pieces: Store
-    name: str
-    """File of the piece in that store."""
+    files: PieceFiles
     piece: Piece
 
 
@@ -76,19 +73,11 @@ class EmbedPlan(NamedTuple):
     """What the file will say of itself."""
     data: CutDataSet
     out: str
-    beside: Store
-    """The folder that the file goes into."""
-    folder: str
-    """Where finished pieces are in it."""
+    files: PieceFiles
 
-    @property
-    def pieces(self) -> Store:
-        """The store of finished pieces."""
-        return self.beside.at(self.folder)
-
-    def name(self, piece: Piece) -> str:
-        """File of a piece."""
-        return f"piece-{piece.number:05d}.parquet"
+    def task(self, piece: Piece) -> EmbedTask:
+        """The work on one piece."""
+        return EmbedTask(self.request, self.header, self.files, piece)
 
 
 def plan(request: EmbedRequest, out: str, *, data_name: str = "", allow_partial: bool = False) -> EmbedPlan | None:
@@ -98,7 +87,7 @@ def plan(request: EmbedRequest, out: str, *, data_name: str = "", allow_partial:
     wrong with weights and data.
     """
     pinned = pinned_weights(request.weights, request.storage)
-    subject, backbone = _loaded(pinned, request.data, request.storage, request.batch, "cpu")
+    subject, backbone = loaded(pinned, request.data, request.storage, request.batch, "cpu")
     feature = request.feature or subject.headline
     widths = feature_widths(backbone.width, backbone.parts)
     if feature not in widths:
@@ -126,8 +115,8 @@ def plan(request: EmbedRequest, out: str, *, data_name: str = "", allow_partial:
     if feature_file.refuse_other(out, request.storage, header["identity"]):
         return None
     folder, name = split_url(out)
-    beside = open_store(folder, request.storage)
-    return EmbedPlan(request, header, data, out, beside, f"{name}{PIECES}{header['identity']}")
+    files = PieceFiles(open_store(folder, request.storage), f"{name}{PIECES}{header['identity']}")
+    return EmbedPlan(request, header, data, out, files)
 
 
 def digest(*facts: Any) -> str:
@@ -145,34 +134,17 @@ def origin_of(subject: Subject, address: str) -> dict[str, Any]:
 def carry_out(plan: EmbedPlan, executor: Executor, work: Callable[..., int], device: torch.device | str) -> int:
     """Embed what is missing by `work(task, device)`, which is `embed_piece` or calls it, and make the file; its
     rows."""
-    there = set(_present(plan.pieces))
-    missing = [piece for piece in plan.data.pieces if plan.name(piece) not in there]
-    if len(missing) < len(plan.data.pieces):
-        print(
-            f"{len(plan.data.pieces) - len(missing):,} of {len(plan.data.pieces):,} pieces are there already",
-            flush=True,
-        )
-    tasks = (EmbedTask(plan.request, plan.header, plan.pieces, plan.name(piece), piece) for piece in missing)
-    with Progress("embed", plan.data.images, unit="images") as progress:
-        for _ in progress.over(executor.run(work, ((task, device) for task in tasks), count=len(missing)), float):
-            pass
-    rows = feature_file.merge(plan.pieces, list(map(plan.name, plan.data.pieces)), plan.out, plan.request.storage,
-                              feature_file.schema(plan.header))  # fmt: skip
-    for name in (*_present(plan.pieces), *plan.pieces.unfinished()):
-        plan.beside.delete(f"{plan.folder}/{name}")
+    names = plan.files.carry_out(plan.data, executor, work, plan.task, device, label="embed")
+    columns = feature_file.schema(plan.header)
+    rows = feature_file.merge(plan.files.store, names, plan.out, plan.request.storage, columns)
+    plan.files.clear()
     return rows
-
-
-def _present(store: Store) -> list[str]:
-    with suppress(NotFoundError):
-        return [entry.name for entry in store.list()]
-    return []
 
 
 def embed_piece(task: EmbedTask, device: torch.device | str = "cpu") -> int:
     """Embed one piece and write its file; its images. The weights stay in the process for the next one."""
     request, header = task.request, task.header
-    _, backbone = _loaded(request.weights, request.data, request.storage, request.batch, str(device))
+    _, backbone = loaded(request.weights, request.data, request.storage, request.batch, str(device))
     config = EmbedConfig(
         interpolation=header["interpolation"], mean=tuple(header["mean"]), std=tuple(header["std"]),
         batch=request.batch, threads=request.threads, precision=request.precision,
@@ -183,7 +155,8 @@ def embed_piece(task: EmbedTask, device: torch.device | str = "cpu") -> int:
             found = embed(backbone, images.ids, images.read, size=backbone.config.size, device=device, config=config,
                           label=f"piece {task.piece.number + 1}")  # fmt: skip
             features = found[request.feature]
-        task.pieces.replace(task.name, feature_file.serialised(feature_file.table(images.labels, features, header)))
+        rows = feature_file.table(images.labels, features, header)
+        task.files.store.replace(task.files.name(task.piece), feature_file.serialised(rows))
     return len(images.ids)
 
 
@@ -223,7 +196,7 @@ def _published(file: str, data: str, storage: StorageConfig, batch: int) -> Subj
 
 
 @lru_cache(maxsize=2)
-def _loaded(
+def loaded(
     address: str, data: str, storage: StorageConfig, batch: int, device: str
 ) -> tuple[Subject, VisionTransformer]:
     """Weights at a pinned address, ready on a device: loaded once in a process."""

@@ -216,6 +216,7 @@ def provenance(weights: Weights, folder: RunFolder, config: RunConfig) -> Proven
     mean, std = MEAN_STD[config.views.statistics]
     return Provenance(
         method=config.method.name, recipe=recipes.to_tree(config), manifest=marker.manifest, licence=licence_of(folder),
+        notes=notes_of(folder),
         samples=marker.samples, step=marker.step, origin=marker.origin, mean=mean, std=std,
         versions=exports.versions() | methods.package_of(config.method.name),
     )  # fmt: skip
@@ -225,6 +226,13 @@ def licence_of(folder: RunFolder) -> str:
     """The licence of the data a run was trained on, as its environment.json has it; empty if unknown."""
     text = folder.read_text("environment.json")
     return json.loads(text)["manifest"]["licence"] if text else ""
+
+
+def notes_of(folder: RunFolder) -> list[str]:
+    """What binds whoever uses a run's weights, as the data set that it was trained on says: labelled data that chose
+    its crops, for one."""
+    text = folder.read_text("environment.json")
+    return list(json.loads(text)["manifest"].get("notes", [])) if text else []
 
 
 def _identity(task: ScoringTask, subject: Subject, reid: ReIDSet) -> str:

@@ -169,8 +169,15 @@ def _cut_shards(manifest: Manifest, storage: StorageConfig, images: int) -> CutD
         rows = range(shard.rows) if chosen is None else tuple(chosen.tolist())
         for start in range(0, len(rows), images):
             pieces.append(CropPiece(len(pieces), manifest.url, storage, shard, rows[start : start + images]))
-    about = {"address": manifest.url, "name": manifest.name, "manifest": manifest.id, "file": manifest.file,
-             "licence": manifest.licence, "images": manifest.rows - manifest.removed}  # fmt: skip
+    about = {
+        "address": manifest.url,
+        "name": manifest.name,
+        "manifest": manifest.id,
+        "file": manifest.file,
+        "licence": manifest.licence,
+        "notes": list(manifest.notes),
+        "crops": manifest.rows,
+    }
     return CutDataSet(pieces, manifest.rows, about, manifest.id)
 
 

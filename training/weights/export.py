@@ -46,6 +46,8 @@ class Provenance:
     """Id of the data set."""
     licence: str = ""
     """Licence of the data, as its manifest has it: it binds the weights too."""
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """What was used to choose the data, as its manifest notes it: labelled data, for one. It binds the weights too."""
     samples: int = 0
     """Images seen."""
     step: int = 0

@@ -1,4 +1,4 @@
-"""Embedding on real Ray: killed at once and started again, no piece is made twice; the file is that of one process."""
+"""Embedding on real Ray: what was killed goes on there, no piece is made twice, and the file is that of one process."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ def finished_pieces(folder: Path) -> dict[str, int]:
 def test_embed__killed_and_started_again_makes_the_pieces_that_are_missing(tmp_path: Path) -> None:
     people, file, out = str(market(tmp_path / "people")), weights(tmp_path), tmp_path / "out"
     words = ("embed", file, "--data", people, "--embed-batch", "4", "--out")
-    killed(("cluster", *words, str(out / "F.parquet")), lambda: finished_pieces(out))
+    killed(("training", *words, str(out / "F.parquet")), lambda: finished_pieces(out))
     before = finished_pieces(out)
     assert before and not (out / "F.parquet").exists()
     code, output, errors = finished(command("cluster", *words, str(out / "F.parquet")))

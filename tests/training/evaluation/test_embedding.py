@@ -151,7 +151,7 @@ def test_embed__interrupted_leaves_no_file_and_goes_on(
     def interrupted(task: Any, device: Any) -> int:
         if len(done) == 4:
             raise KeyboardInterrupt
-        done.append(task.name)
+        done.append(task.piece.number)
         return work(task, device)
 
     flags = ("--embed-batch", "4")
@@ -161,9 +161,9 @@ def test_embed__interrupted_leaves_no_file_and_goes_on(
             made(weights_folder, people, out, *flags)
     (pieces,) = tmp_path.iterdir()
     assert pieces.name.startswith("F.parquet.pieces-") and len(list(pieces.iterdir())) == 4
-    again: list[str] = []
+    again: list[int] = []
     monkeypatch.setattr("training.commands.embed.embed_piece",
-                        lambda task, device: again.append(task.name) or work(task, device))  # fmt: skip
+                        lambda task, device: again.append(task.piece.number) or work(task, device))  # fmt: skip
     table = made(weights_folder, people, out, *flags)
     assert len(again) == 7 and not {*again} & {*done}
     assert table.equals(made(weights_folder, people, tmp_path / "G.parquet", *flags))

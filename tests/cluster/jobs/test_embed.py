@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from cluster.commands import embed
+from cluster.commands import embed, evaluate
 from cluster.core.job_paths import IN_JOB
 from datapipe.core.errors import ConfigError
 from tests.end_to_end.tiny import command, finished
@@ -51,6 +51,8 @@ def test_embed__killed_elsewhere_goes_on_with_the_pieces_that_are_missing(tmp_pa
     near = zip(ours["feature"].to_pylist(), alone["feature"].to_pylist(), strict=True)
     assert all(one == pytest.approx(other, abs=1e-5) for one, other in near)  # threads of PyTorch add up differently
     assert [path.name for path in out.iterdir()] == ["F.parquet"]
+    scores = ["--features", str(out / "F.parquet"), "--data", people, "--out", str(tmp_path / "scores")]
+    assert evaluate(scores) == 0 and (tmp_path / "scores/evaluation/people/weights/metrics.json").is_file()
 
 
 def test_embed__relative_places_are_refused_in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""python -m cluster demo | shard | pretrain | evaluate | submit | status"""
+"""python -m cluster demo | shard | pretrain | evaluate | embed | score-cfs | submit | status"""
 
 import sys
 
@@ -16,8 +16,13 @@ COMMANDS = {
                         quiet=("--json", "--dry-run")),
     "evaluate": Command("cluster.commands:evaluate", "Score weights by retrieval, as they are or after fine-tuning; "
                         "killed and started again it goes on.", loads=LIBRARIES, log=True),
-    "submit": Command("cluster.commands:submit", "Hand in pretrain, shard or evaluate as a Ray job; prints how to "
-                      "follow, stop and resume it.", loads=LIBRARIES),
+    "embed": Command("cluster.commands:embed", "Write the feature of every image of a data set into one parquet file, "
+                     "with all devices of a cluster; killed, it goes on.", loads=LIBRARIES, log=True),
+    "score-cfs": Command("cluster.commands:score_cfs", "Score crops by how little of their features a network forgets "
+                         "when it is fine-tuned (CFS), and list them best first; killed, it goes on.", loads=LIBRARIES,
+                         log=True),
+    "submit": Command("cluster.commands:submit", "Hand in pretrain, shard, evaluate, embed or score-cfs as a Ray job; "
+                      "prints how to follow, stop and resume it.", loads=LIBRARIES),
     "status": Command("cluster.commands:status", "Show runs: state, last step, age, workers, restarts, checkpoints. "
                       "Reads files alone.", loads="PyTorch"),
 }  # fmt: skip

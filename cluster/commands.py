@@ -1,11 +1,13 @@
-"""What `python -m cluster` does: demo | shard | pretrain | evaluate | submit | status."""
+"""What `python -m cluster` does: demo | shard | pretrain | evaluate | embed | score-cfs | submit | status."""
 
 import json
 
 from cluster.core.arguments import (
     DemoCommand,
+    EmbedJob,
     EvaluateJob,
     PretrainJob,
+    ScoreCfsJob,
     ShardJob,
     StatusCommand,
     SubmitCommand,
@@ -57,6 +59,27 @@ def evaluate(arguments: list[str]) -> int:
     return run(chosen, flags)
 
 
+def embed(arguments: list[str]) -> int:
+    """Write the feature of every image of a data set into one parquet file, with all devices of a cluster; killed, it
+    goes on."""
+    page = page_of(embed, "s3://reid/first --data s3://reid/lup --out s3://reid/lup.parquet --address auto")
+    chosen = parse(EmbedJob, arguments, page)
+    from cluster.jobs.embed import embed as run
+
+    return run(chosen)
+
+
+def score_cfs(arguments: list[str]) -> int:
+    """Score crops by how little of their features a network forgets when it is fine-tuned (CFS), and list them best
+    first for `python -m datapipe select --names`; killed, it goes on."""
+    page = page_of(score_cfs, "s3://reid/first s3://reid/tuned --data s3://reid/lup --out s3://reid/cfs --address auto",
+                   name="score-cfs")  # fmt: skip
+    chosen = parse(ScoreCfsJob, arguments, page)
+    from cluster.jobs.score_cfs import score_cfs as run
+
+    return run(chosen)
+
+
 def status(arguments: list[str]) -> int:
     """Show runs: state, last step, age, workers, restarts, checkpoints. Reads files alone."""
     chosen = parse(StatusCommand, arguments, page_of(status, "runs"))
@@ -68,7 +91,7 @@ def status(arguments: list[str]) -> int:
 
 
 def submit(arguments: list[str]) -> int:
-    """Hand in pretrain, shard or evaluate as a Ray job; prints how to follow, stop and resume it."""
+    """Hand in pretrain, shard, evaluate, embed or score-cfs as a Ray job; prints how to follow, stop and resume it."""
     page = page_of(submit, "pretrain pass_vits --stream.manifest s3://reid/lup --out s3://reid/first")
     own, rest = _until_command(arguments)
     show_help(cli.flags_of(SubmitCommand), own, page)

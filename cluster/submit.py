@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.core.addresses import RAY_API_SERVER_ADDRESS, SUBMIT, dashboard_of
-from cluster.core.arguments import EvaluateJob, ShardJob, SubmitCommand
+from cluster.core.arguments import EmbedJob, EvaluateJob, ScoreCfsJob, ShardJob, SubmitCommand
 from cluster.core.job_paths import paths_of, refuse_relative
 from cluster.core.ray_token import MODE, WITH_TOKEN, refuse_mode_without_token, refused, show_token
 from datapipe.core import cli
@@ -66,8 +66,18 @@ def _evaluate(arguments: list[str], folder: Path) -> list[str]:
     return arguments
 
 
+def _embed(arguments: list[str], folder: Path) -> list[str]:
+    refuse_relative(cli.parse(EmbedJob, arguments, _page("embed")).places, job=True)
+    return arguments
+
+
+def _score_cfs(arguments: list[str], folder: Path) -> list[str]:
+    refuse_relative(cli.parse(ScoreCfsJob, arguments, _page("score-cfs")).places, job=True)
+    return arguments
+
+
 _PREPARE: dict[str, Callable[[list[str], Path], list[str]]] = {
-    "pretrain": _pretrain, "shard": _shard, "evaluate": _evaluate,
+    "pretrain": _pretrain, "shard": _shard, "evaluate": _evaluate, "embed": _embed, "score-cfs": _score_cfs,
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""python -m training pretrain | views | checkpoints | evaluate | reproduce | export | import | report | warm"""
+"""python -m training pretrain | views | checkpoints | evaluate | embed | reproduce | export | import | report | warm"""
 
 import sys
 
@@ -16,6 +16,8 @@ COMMANDS = {
                            "checkpoints.", loads=TORCH),
     "evaluate": Command(f"{HERE}:evaluate", "Score weights by retrieval: a run's checkpoints beside "
                         "baselines, an export, a file; or after fine-tuning.", loads=TORCH, log=True),
+    "embed": Command(f"{HERE}:embed", "Write the feature of every image of a data set into one parquet "
+                     "file for other tools; killed, it goes on.", loads=TORCH, log=True),
     "reproduce": Command(f"{HERE}:reproduce", "Carry out a published evaluation and hold ours "
                          "against it: exit code 0 within the tolerance, 1 outside.", loads=TORCH),
     "export": Command(f"{HERE}:export", "Write a checkpoint's backbone for timm, with a card that "

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from datapipe.commands import ingest
-from datapipe.core.cli import POSITIONAL
-from datapipe.core.config import StorageConfig
+from datapipe.core.cli import POSITIONAL, Arg
+from datapipe.core.config import Size, Statistics, StorageConfig
 from datapipe.core.settings import settings
 from training.commands import arguments as training
 
@@ -38,8 +38,65 @@ class EvaluateJob(training.EvaluateCommand):
     @property
     def places(self) -> dict[str, str]:
         """Every place that is read from or written to, by its flag."""
-        given = {"weights": self.weights, "data": self.data, "out": self.out}
+        given = {"weights": self.weights, "features": self.features, "data": self.data, "out": self.out}
         return {name: place for name, place in given.items() if place and (name, place) != ("weights", RANDOM)}
+
+
+@settings
+class EmbedJob(training.EmbedCommand):
+    address: Address = None
+    """Address of a running cluster. None: the one that this process is a job of (RAY_ADDRESS), else a Ray inside this
+    process. "local": always the latter."""
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Every place that is read from or written to, by its flag."""
+        return {"weights": self.weights, "data": self.data, "out": self.out}
+
+
+@settings
+class ScoreCfsJob:
+    source: Annotated[str, POSITIONAL]
+    """Weights as pre-training left them: run folder (its newest checkpoint), checkpoint, folder of an export or import,
+    or a file of published weights, local or s3://bucket/prefix."""
+    target: Annotated[str, POSITIONAL]
+    """The same network after fine-tuning on labelled images, likewise."""
+    data: str
+    """Shards to score: their folder or one manifest."""
+    out: str
+    """Folder for scores.cfs.parquet (key, name, score, best first) and names.txt."""
+    tuned_on: str = ""
+    """Labelled data that the target was fine-tuned on, for the note that the list carries. Empty: as its weights
+    say."""
+    feature: str = "cls"
+    """"cls", "mean" (of the patches); of weights with part tokens also "cls+parts", "parts" and "each_part". Which one
+    the authors of the score took is not published, nor are size, normalisation and target set."""
+    size: Size | None = None
+    """(height, width) that crops are resized to for both. None: each network's own."""
+    source_statistics: Statistics = "imagenet"
+    """What crops are normalised with for the source: "imagenet" or "half" (.5, .5)."""
+    target_statistics: Statistics = "half"
+    """What crops are normalised with for the target."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How crops are resized."""
+    embed_batch: int = Field(default=64, ge=1)
+    """Crops embedded at once. Lower it when memory runs out; scores stay the same up to rounding."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast of the forward passes."""
+    threads: int = Field(default=2, ge=1)
+    """Threads that read, decode and resize, for each device at work. More of them keep a fast GPU busy."""
+    device: Annotated[Literal["auto", "cpu", "cuda"], Arg(aliases=("--engine.device",))] = "auto"
+    """"auto": GPUs where there are any; "cuda": an error where there is none."""
+    address: Address = None
+    """Address of a running cluster. None: the one that this process is a job of (RAY_ADDRESS), else a Ray inside this
+    process. "local": always the latter."""
+    storage: StorageConfig = StorageConfig()
+    """How object stores are reached."""
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Every place that is read from or written to, by its flag."""
+        return {"source": self.source, "target": self.target, "data": self.data, "out": self.out}
 
 
 @settings
@@ -51,7 +108,7 @@ class PretrainJob(training.PretrainCommand):
 
 @settings
 class SubmitCommand:
-    command: Annotated[Literal["pretrain", "shard", "evaluate"], POSITIONAL]
+    command: Annotated[Literal["pretrain", "shard", "evaluate", "embed", "score-cfs"], POSITIONAL]
     """What is handed in; its own words follow, as for `python -m cluster COMMAND`."""
     address: Address = None
     """Dashboard, such as http://127.0.0.1:8265, before COMMAND. None: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or

@@ -13,7 +13,7 @@ from cluster.core.session import LOCAL, chosen_address, prepare, ray_session, re
 from datapipe.core import cli
 from datapipe.core.resource_limits import available_cores
 from datapipe.storage import full_url
-from training.commands.evaluate import conclude, fine_tuning, show, writing, zero_shot_tasks
+from training.commands.evaluate import conclude, fine_tuning, of_features, show, writing, zero_shot_tasks
 from training.core.devices import Device, choose_device
 from training.evaluation import evaluation
 from training.evaluation.evaluation import ScoringTask
@@ -27,8 +27,11 @@ def evaluate(chosen: EvaluateJob, flags: Sequence[str]) -> int:
     """Score weights as they are, or after fine-tuning with these flags of a recipe; the exit code."""
     refuse_relative(chosen.places)
     address = chosen_address(chosen.address or "")
-    weights, data, out = (full_url(chosen.places.get(name, "")) for name in ("weights", "data", "out"))
-    chosen = replace(chosen, weights=weights or chosen.weights, data=data, out=out)
+    names = ("weights", "features", "data", "out")
+    weights, features, data, out = (full_url(chosen.places.get(name, "")) for name in names)
+    chosen = replace(chosen, weights=weights or chosen.weights, features=features, data=data, out=out)
+    if chosen.features:
+        return show(chosen, [of_features(chosen)])  # ranking alone: no work for a cluster
     if chosen.task != "zero-shot":
         from cluster.jobs.pretrain import run as pretrain
 

@@ -1,34 +1,21 @@
 """Sharding as Ray tasks: the same code as on one machine, on as many machines as the cluster has.
 
-What is done is decided there; here the tasks are carried to other processes and their results back. A killed worker or
-node costs the tasks it was at, which start again elsewhere; a killed driver costs nothing that was complete.
+A killed worker or node costs the tasks it was at, which start again elsewhere; a killed driver costs nothing that was
+complete.
 """
 
 import dataclasses
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
-from typing import Any, TypeVar
 
 from cluster.core.arguments import ShardJob
 from cluster.core.job_paths import refuse_relative
-from cluster.core.session import LOCAL, chosen_address, ray_session, result
-from cluster.core.shared_paths import Witness, marked, unseen, witnesses
+from cluster.core.ray_workers import RayWorkers, check_nodes
+from cluster.core.session import LOCAL, chosen_address, ray_session
+from cluster.core.shared_paths import marked, witnesses
 from datapipe.commands.ingest import run_shard
-from datapipe.core.errors import DataError
-from datapipe.core.progress import counted
 from datapipe.core.resource_limits import available_cores
 from datapipe.core.stop_signals import GOES_ON, unwinding
 from datapipe.ingest.spool import FOLDER as SPOOL
 from datapipe.storage import full_url, is_remote
-
-T = TypeVar("T")
-TASKS_PER_CPU = 3
-"""Tasks given to Ray at a time: one at work, the next ones already there."""
-UNREAD_PER_CPU = 30
-"""Results that may wait for an earlier, slower task; each is a few hundred bytes."""
-LOST_WORKERS = 10
-"""Times that one task may lose its worker or node. Tasks are short, so machines that come and go need few."""
 
 
 def run(command: ShardJob) -> int:
@@ -49,7 +36,7 @@ def _run(command: ShardJob, *, joined: bool) -> int:
     places = [place for place in (command.out, command.config.spool) if place and not is_remote(place)]
     with marked(places) as marks:
         seen = (*marks, *witnesses(command.sources))
-        _check_nodes(seen)
+        check_nodes(seen)
         return run_shard(command, RayWorkers(command.config.workers, seen))
 
 
@@ -60,90 +47,3 @@ def _anywhere(command: ShardJob, *, joined: bool) -> ShardJob:
         spool = f"{out}/{SPOOL}"  # the default, this machine's temporary folder, no other machine sees
     return dataclasses.replace(command, sources=tuple(map(full_url, command.sources)), out=out,
                                config=dataclasses.replace(command.config, spool=spool))  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------- the executor
-
-
-class RayWorkers:
-    """Runs tasks anywhere in the cluster; what `datapipe.core.parallel.Workers` is on one machine."""
-
-    def __init__(self, limit: int = 0, seen: tuple[Witness, ...] = ()) -> None:
-        self.limit, self.seen = limit, seen
-
-    def run(self, function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], *, count: int) -> Iterator[T]:
-        """`function(*task)` for each task, in order; a few per CPU at a time, the cluster's size read again and again.
-
-        Raises what a task raises, DataError where a machine does not see the folders (`seen`), ClusterError where one
-        task has lost its worker LOST_WORKERS times.
-
-        Tasks at work when this ends early go with the session. They are not cancelled: Ray 2.60 aborts the whole driver
-        where a result arrives just after `ray.cancel` ("Tried to complete task that was not pending").
-        """
-        import ray
-
-        remote: Any = ray.remote(num_cpus=1, max_retries=LOST_WORKERS, scheduling_strategy="SPREAD")(_perform)
-        tasks = iter(tasks)
-        unread: deque[Any] = deque()
-        running: set[Any] = set()
-        while True:
-            for task in islice(tasks, self._room(len(running), len(unread))):
-                unread.append(remote.remote(self.seen, function, task))
-                running.add(unread[-1])
-            if not unread:
-                return
-            done, _ = ray.wait(list(running))
-            running.difference_update(done)
-            while unread and unread[0] not in running:
-                yield result(unread.popleft())
-
-    def _room(self, running: int, unread: int) -> int:
-        """Tasks that may be given to Ray now."""
-        import ray
-
-        cpus = max(1, int(ray.cluster_resources().get("CPU", 0)))
-        most = self.limit or TASKS_PER_CPU * cpus
-        return max(0, min(most - running, most + UNREAD_PER_CPU * cpus - unread))
-
-
-def _perform(seen: tuple[Witness, ...], function: Callable[..., T], task: tuple[Any, ...]) -> T:
-    """One task, in a worker process; its machine may have joined the cluster after the run began."""
-    missing = unseen(seen)
-    if missing:
-        raise _refusal({_node(): missing})
-    return function(*task)
-
-
-def _check_nodes(seen: tuple[Witness, ...]) -> None:
-    """Ask every machine of the cluster whether it sees what this one sees. Raises DataError where one does not."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    cpus = sum(node["Resources"]["CPU"] for node in nodes)
-    print(f"cluster: {counted(len(nodes), 'machine')}, {cpus:g} CPUs", flush=True)
-    ask = ray.remote(num_cpus=0)(_look)
-    checks = [ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(seen)
-             for node in nodes]  # fmt: skip
-    blind = {name: missing for name, missing in map(result, checks) if missing}
-    if blind:
-        raise _refusal(blind)
-
-
-def _look(seen: tuple[Witness, ...]) -> tuple[str, tuple[str, ...]]:
-    return _node(), unseen(seen)
-
-
-def _node() -> str:
-    import ray
-
-    return ray.util.get_node_ip_address()
-
-
-def _refusal(blind: dict[str, tuple[str, ...]]) -> DataError:
-    places = sorted({place for missing in blind.values() for place in missing})
-    return DataError(
-        f"not every machine of the cluster sees the same files as this one: {', '.join(sorted(blind))} does not",
-        where=", ".join(places),
-        hint="give s3://bucket/prefix, or a folder that all machines share under the same path (--spool, too)",
-    )

@@ -111,5 +111,7 @@ def remove(arguments: list[str]) -> int:
 
 def _say(manifest: "Manifest") -> None:
     print(f"{counted(manifest.rows, 'crop')} in {counted(len(manifest.shards), 'shard')}")
+    for note in manifest.notes:
+        print(f"note: {note}")
     print(f"id {manifest.id}")
     print(f"{manifest.url.rstrip('/')}/{manifest.file}")

@@ -103,9 +103,10 @@ class RemoveConfig:
     """Share of a list that may be absent from the data set; above it the command fails, and nothing is removed. What
     was removed before, and what was quarantined and so never was a part of it, is not absent."""
     runs: tuple[str, ...] = ()
-    """Where copies of the crops may be: run folders (or folders of them), local or s3://bucket/prefix, and folders of
-    blocks on nodes (stream.cache_dir). Pictures, reports, dumps of batches and blocks are deleted; what else names a
-    removed crop is listed."""
+    """Where copies of the crops may be: run folders (or folders of them), folders of features, local or
+    s3://bucket/prefix, and folders of blocks on nodes (stream.cache_dir). Pictures, reports, dumps of batches and
+    blocks are deleted, and rows of the crops in files of features, scores and pseudo labels; what else names a removed
+    crop is listed."""
     duplicates: bool = False
     """Take out as well what is equal to such a crop byte for byte, whatever its name and source."""
     reason: str = ""

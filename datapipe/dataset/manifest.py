@@ -59,6 +59,8 @@ class Manifest:
     """Rows of the shards whose crop was taken out."""
     licence: str = ""
     """What the images may be used for, as their owner put it."""
+    notes: tuple[str, ...] = ()
+    """What was used to choose the crops and binds what is trained on them, a sentence each: labelled data, for one."""
     quarantined: int = 0
     """Crops of the sources that were left out; see quarantine.parquet."""
     made_by: dict[str, str] = field(default_factory=dict)
@@ -192,18 +194,22 @@ class Manifest:
     def _reads(self, columns: Sequence[str], storage: StorageConfig) -> dict[int, Callable[[], pyarrow.Table]]:
         """For each shard that holds rows, what reads them."""
         store = open_store(self.url, storage)
+        return {
+            ordinal: partial(_part, store, self.shards[ordinal], ordinal, columns, rows)
+            for ordinal, rows in self.rows_of_shards(storage).items()
+        }
+
+    def rows_of_shards(
+        self,
+        storage: StorageConfig = StorageConfig(),  # noqa: B008  (frozen)
+    ) -> dict[int, np.ndarray | None]:
+        """For each shard that holds rows of this version, by its number: which of the shard's own rows they are, int64,
+        ascending; None: all of them."""
         starts = np.cumsum([0, *(shard.rows for shard in self.shards)])
         rows = self.selected(storage) if self.selection else None
         places = starts if rows is None else np.searchsorted(rows, starts)
         return {
-            ordinal: partial(
-                _part,
-                store,
-                self.shards[ordinal],
-                ordinal,
-                columns,
-                None if rows is None else rows[places[ordinal] : places[ordinal + 1]] - starts[ordinal],
-            )
+            ordinal: None if rows is None else rows[places[ordinal] : places[ordinal + 1]] - starts[ordinal]
             for ordinal in np.flatnonzero(np.diff(places)).tolist()
         }
 
@@ -217,6 +223,10 @@ class Manifest:
         content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "url"}
         selection = dataclasses.asdict(self.selection) if self.selection else None
         shards = [dataclasses.asdict(shard) for shard in self.shards]
+        if self.notes:
+            content["notes"] = list(self.notes)
+        else:
+            del content["notes"]  # as in manifests from before there were any: their ids stay
         return {**content, "format": FORMAT, "replaces": list(self.replaces), "selection": selection, "shards": shards}
 
 
@@ -319,6 +329,7 @@ def _parse(text: bytes, where: str, folder: str) -> Manifest:
             shards=tuple(Shard(**shard) for shard in record["shards"]),
             selection=selection,
             replaces=tuple(record["replaces"]),
+            notes=tuple(record.get("notes", ())),
             url=folder,
             **plain,
         )
@@ -375,4 +386,4 @@ def _checksums(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "selection.sha256", manifest.selection.sha256
 
 
-_PLAIN = {field.name for field in dataclasses.fields(Manifest)} - {"shards", "selection", "replaces", "url"}
+_PLAIN = {field.name for field in dataclasses.fields(Manifest)} - {"shards", "selection", "replaces", "notes", "url"}

@@ -32,6 +32,7 @@ def statistics(url: str, storage: StorageConfig) -> Facts:
     about = {name: getattr(manifest, name) for name in ("id", "file", "name", "version", "derived_by", "licence")}
     return {
         **about,
+        "notes": list(manifest.notes),
         "shards": len(manifest.shards),
         "tar_bytes": manifest.bytes,
         "removed": manifest.removed,
@@ -51,6 +52,7 @@ def as_text(facts: Facts) -> str:
         f"{facts['file']}  id {facts['id'][:12]}" + (f"  licence: {facts['licence']}" if facts["licence"] else ""),
         f"{facts['crops']:,} crops{selected}, {facts['bytes'] / 1e6:,.1f} MB of JPEG; {facts['shards']:,} shards, "
         f"{facts['tar_bytes'] / 1e6:,.1f} MB; {facts['removed']:,} removed",
+        *(f"note: {note}" for note in facts["notes"]),
         "",
         *_aligned(
             [

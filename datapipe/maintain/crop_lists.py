@@ -13,9 +13,9 @@ import pyarrow.compute
 
 from datapipe.core.errors import DataError
 from datapipe.dataset.index import whole_column
-from datapipe.maintain.read_list import By, is_remark, read_list
+from datapipe.maintain.read_list import By, is_remark, read_list, read_notes
 
-__all__ = ["By", "ListMatch", "look_up", "read_list", "refuse_ambiguous", "refuse_missing"]
+__all__ = ["By", "ListMatch", "look_up", "read_list", "read_notes", "refuse_ambiguous", "refuse_missing"]
 
 FOLDERS, ENDINGS = r"^.*/", r"(?i)(\.(jpe?g|png|webp|bmp|tiff?|gif|ppm|pgm))+$"
 FOLDER = r"^[^/]*/+"

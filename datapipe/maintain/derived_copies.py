@@ -3,9 +3,11 @@
     first_batch.jpg, report.html, faults/*.npz           pixels of training crops, in a run folder
     evaluation/<set>/<weights>/ranked_*.jpg              pixels of test images
     <sha256 of a shard>-<hash of the ranges>             blocks of a cache
+    *.parquet with features, scores or pseudo labels     rows about crops, see row_copies.py
 
 They are deleted, whoever is on them where that cannot be told; a report and the first batch are made anew when they are
-asked for. What else may hold a crop or its name is listed. Weights stay: what they were trained on cannot be taken out.
+asked for. Of rows about crops those of the removed ones go. What else may hold a crop or its name is listed. Weights
+stay: what they were trained on cannot be taken out.
 """
 
 import os
@@ -16,8 +18,12 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow
+
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, NotFoundError, StorageError
+from datapipe.core.progress import counted
+from datapipe.maintain.row_copies import ENDING, RemovedCrops, RowsFound, take_out
 from datapipe.storage import Store, is_remote, open_store
 from datapipe.storage.store import TEMPORARY
 
@@ -31,6 +37,8 @@ RUN = re.compile(
 """Files that make a folder one of a run, or of scores."""
 WEIGHTS = re.compile(r"(?P<root>(?:.*/)?)(?:checkpoints|exports)/.+\.safetensors")
 BLOCK = re.compile(r"(?:.*/)?(?P<shard>[0-9a-f]{64})-[0-9a-f]{16}(?:\.part)?")
+ROWS = re.compile(r"(?!(?:.*/)?(?:(?:shards|selections)/|quarantine\.parquet$)).+\.parquet")
+"""Tables that are no part of a data set in shards."""
 SERVICE = re.compile(r"(?:.*/)?(?:lock|turns/[^/]+)")
 """What a cache without blocks holds."""
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npz", ".npy", ".pkl", ".pdf", ".html",
@@ -48,7 +56,9 @@ class Cleared:
     """What became of the copies."""
 
     deleted: list[str] = field(default_factory=list)
-    """Addresses of pictures, dumps and reports that were deleted."""
+    """Addresses of pictures, dumps and reports that were deleted, and of tables of which no row was left."""
+    shortened: list[str] = field(default_factory=list)
+    """Tables that lost rows: how many, and address."""
     blocks: int = 0
     """Blocks that were dropped from caches."""
     remaining: list[str] = field(default_factory=list)
@@ -61,6 +71,7 @@ class Cleared:
     def lines(self) -> Iterator[str]:
         """For people."""
         yield from (f"deleted {address}" for address in self.deleted)
+        yield from (f"deleted {what}" for what in self.shortened)
         if self.blocks:
             yield f"dropped {self.blocks:,} blocks from caches"
         yield from (f"remains: {what}" for what in self.remaining)
@@ -85,12 +96,15 @@ def look(urls: Sequence[str], storage: StorageConfig) -> list[CopyLocation]:
     return [*places, *(_look(cache, storage) for cache in sorted(named - set(urls)))]
 
 
-def clear(places: Iterable[CopyLocation], shards: Collection[str], words: Collection[str]) -> Cleared:
-    """Delete the copies in these places. shards: sha256 of tars that lost crops; words: keys and names of the crops.
+def clear(
+    places: Iterable[CopyLocation], shards: Collection[str], words: Collection[str], keys_sha256: Collection[str] = ()
+) -> Cleared:
+    """Delete the copies in these places. shards: sha256 of tars that lost crops; words: keys and names of the crops;
+    keys_sha256: SHA-256 (hex) of the keys of crops that were removed before.
 
     Done again it does what is left; a file that cannot be deleted does not keep others from it.
     """
-    cleared, search = Cleared(), _Search(words)
+    cleared, search, removed = Cleared(), _Search(words), RemovedCrops(words, keys_sha256)
     for place in places:
         cleared.remaining += [
             f"{cache}: blocks on other machines, if the run had any; give the folder with --runs there"
@@ -99,7 +113,10 @@ def clear(places: Iterable[CopyLocation], shards: Collection[str], words: Collec
         ]
         roots = {"", *(match["root"] for match in map(RUN.fullmatch, place.names) if match)}
         for name in place.names:
-            _judge(place.store, name, roots, shards, search, cleared)
+            if name.lower().endswith(ENDING):
+                _shorten(place.store, name, removed, cleared)
+            else:
+                _judge(place.store, name, roots, shards, search, cleared)
     cleared.weights = sorted(set(cleared.weights))
     return cleared
 
@@ -117,10 +134,30 @@ def _judge(
             cleared.deleted.append(address)
     elif weights:
         cleared.weights.append(store.address(weights["root"].rstrip("/")))
+    elif name.endswith(TEMPORARY):
+        cleared.remaining.append(f"{address}: half-written by a command that was killed")
     elif name.lower().endswith(PICTURES):
         cleared.remaining.append(f"{address}: no command of this project is known to have made it; look into it")
     elif name.lower().endswith(TEXTS):
         _search(store, name, search, cleared)
+
+
+def _shorten(store: Store, name: str, removed: RemovedCrops, cleared: Cleared) -> None:
+    """Take rows of removed crops out of a table, or list it where that is not for us to do."""
+    address = store.address(name)
+    try:
+        found = take_out(store, name, removed) or RowsFound(0, 0, True)
+    except StorageError as error:
+        cleared.failed.append(f"{address}: rows of removed crops: {error.what}")
+    except (pyarrow.ArrowException, OSError) as error:
+        cleared.remaining.append(f"{address}: it cannot be read as parquet ({error}); look into it")
+    else:
+        if found.rows and not found.known:
+            cleared.remaining.append(f"{address}: {counted(found.rows, 'row')} of removed crops")
+        elif found.rows and not found.left:
+            cleared.deleted.append(address)
+        elif found.rows:
+            cleared.shortened.append(f"{counted(found.rows, 'row')} of {address}")
 
 
 def _deleted(store: Store, name: str, cleared: Cleared) -> bool:
@@ -192,7 +229,7 @@ def _caches(place: CopyLocation) -> set[str]:
 
 def _look(url: str, storage: StorageConfig) -> CopyLocation:
     store = open_store(url, storage)
-    hint = "--runs takes run folders, folders of runs, and folders of blocks (stream.cache_dir)"
+    hint = "--runs takes run folders, folders of runs or of features, and folders of blocks (stream.cache_dir)"
     try:
         names = [entry.name for entry in store.list()]
     except NotFoundError as error:
@@ -202,7 +239,7 @@ def _look(url: str, storage: StorageConfig) -> CopyLocation:
         names += [path.relative_to(root).as_posix() for path in sorted(root.rglob(f"*{TEMPORARY}"))]
     elif not names:
         raise DataError("there is nothing to clear: no object is there", where=url, hint=hint)
-    known = (COPY, RUN, BLOCK, SERVICE, WEIGHTS)
+    known = (COPY, RUN, BLOCK, SERVICE, WEIGHTS, ROWS)
     if names and not any(kind.fullmatch(name) for name in names for kind in known):
         raise DataError("this is no run folder, no folder of runs and no cache", where=url, hint=hint)
     return CopyLocation(store, tuple(names))

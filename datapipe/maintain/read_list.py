@@ -6,8 +6,10 @@ system. A table with a heading `key` or `name` gives that column. Compressed fil
 
 import bz2
 import codecs
+import contextlib
 import csv
 import gzip
+import json
 import lzma
 import re
 import zlib
@@ -18,12 +20,15 @@ import pyarrow
 import pyarrow.parquet
 
 from datapipe.core.config import StorageConfig
-from datapipe.core.errors import DataError
+from datapipe.core.errors import DataError, NotFoundError
 from datapipe.core.plain_pickle import load_plain
 from datapipe.sources.location import printable
-from datapipe.storage import open_store, split_url
+from datapipe.storage import open_object, open_store, split_url
 
 By = Literal["key", "name"]
+NOTES, SIDECAR = b"reid_notes", ".notes.json"
+"""Where a list says what binds whoever uses it, as a JSON list of sentences: in the metadata of a parquet file, or in a
+file beside it, called FILE.notes.json."""
 PICKLES = (".pkl", ".pickle")
 PACKED: dict[bytes, Callable[[bytes], bytes]] = {
     b"\x1f\x8b": gzip.decompress,
@@ -63,6 +68,26 @@ def read_list(url: str, by: By, storage: StorageConfig) -> pyarrow.Array:
     if not len(listed):
         raise DataError("the list is empty", where=url, hint=f"one {by} a line")
     return listed
+
+
+def read_notes(url: str, storage: StorageConfig) -> tuple[str, ...]:
+    """What a list says binds whoever uses it: see NOTES. None for most lists. Raises DataError for notes that cannot be
+    read."""
+    folder, file = split_url(url)
+    store = open_store(folder, storage)
+    found: list[bytes] = []
+    if url.lower().endswith(".parquet"):
+        with open_object(store, file) as source, contextlib.suppress(pyarrow.ArrowException):
+            metadata = pyarrow.parquet.ParquetFile(source).schema_arrow.metadata or {}
+            found += [metadata[NOTES]] if NOTES in metadata else []
+    with contextlib.suppress(NotFoundError):
+        found.append(store.read(file + SIDECAR))
+    try:
+        notes = [sentence for text in found for sentence in json.loads(text)]
+        return tuple(dict.fromkeys(_texts(notes)))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"the notes of a list cannot be read: {error}", where=url,
+                        hint=f"a JSON list of sentences, in the metadata or in {file}{SIDECAR}") from error  # fmt: skip
 
 
 def is_remark(line: str, by: By, *, first: bool) -> bool:

@@ -131,7 +131,7 @@ def _clear(store: Store, places: Sequence[CopyLocation], words: Collection[str])
     gone = {shard.sha256 for version in versions for shard in version.shards} - kept
     if os.path.isdir(default_folder()) and os.stat(default_folder()).st_uid == os.getuid():
         places = [*places, *look([default_folder()], StorageConfig())]
-    cleared = clear(places, gone, words)
+    cleared = clear(places, gone, words, removed_before(store))
     spool = open_store(spool_of(store.url), StorageConfig())
     with contextlib.suppress(NotFoundError):
         left = sum(1 for _ in spool.list())

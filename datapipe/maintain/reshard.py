@@ -84,6 +84,7 @@ def reshard(
             name="+".join(sorted({part.name for part in sets})),
             plan=plan.id,
             licence=licence or "; ".join(sorted({part.licence for part in sets} - {""})),
+            notes=tuple(dict.fromkeys(note for part in sets for note in part.notes)),
             quarantined=refused,
             made_by=libraries(),
         ).save(store)

@@ -12,9 +12,9 @@ from datapipe.core.errors import ConfigError, DataError
 from datapipe.dataset.index import INDEX, whole_column
 from datapipe.dataset.manifest import Manifest, load_unselected
 from datapipe.dataset.selection import write_selection
+from datapipe.dataset.where_clause import Expression
 from datapipe.ingest.shard_plan import rank
-from datapipe.maintain.crop_lists import By, look_up, read_list, refuse_ambiguous, refuse_missing
-from datapipe.maintain.where_clause import Expression
+from datapipe.maintain.crop_lists import By, look_up, read_list, read_notes, refuse_ambiguous, refuse_missing
 from datapipe.storage import open_store
 
 FILTERED = tuple(name for name in INDEX.names if name not in ("offset", "sha256", "removed"))
@@ -34,7 +34,8 @@ class Selected:
 
 
 def select(url: str, config: SelectConfig, storage: StorageConfig) -> Selected:
-    """Save the version of a data set with the crops that meet all criteria.
+    """Save the version of a data set with the crops that meet all criteria. What the lists say binds whoever uses them
+    is noted in it.
 
     A folder stands for its newest version with all crops, so that selections never narrow one another by accident;
     a manifest file for itself. Raises ConfigError without a criterion, DataError where no crop is left.
@@ -51,7 +52,10 @@ def select(url: str, config: SelectConfig, storage: StorageConfig) -> Selected:
         )
     store = open_store(base.url, storage)
     selection = write_selection(store, base.selected(storage)[choice.rows])
-    return Selected(base.derive(store, "select", selection=selection), tuple(choice.steps), choice.missing)
+    lists = [url for url in (config.keys, config.names) if url]
+    notes = tuple(dict.fromkeys([*base.notes, *(note for url in lists for note in read_notes(url, storage))]))
+    derived = base.derive(store, "select", selection=selection, notes=notes)
+    return Selected(derived, tuple(choice.steps), choice.missing)
 
 
 class _Choice:

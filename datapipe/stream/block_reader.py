@@ -146,6 +146,20 @@ class BlockReader:
             self.cache.forget(self._key(int(self.blocks.of(np.array([row]))[0])))
         return self._fetch(np.array([row]), map)[row]
 
+    def read_checked(self, row: int, name: str) -> bytes:
+        """The bytes of one row as the index promises them, asked for twice where they arrive broken. Raises DataError
+        with the `name` of the crop where they stay so."""
+        data = self.read(np.array([row]))[row]
+        if not self.places.matches(row, data):
+            data = self.read_anew(row)
+        if not self.places.matches(row, data):
+            raise DataError(
+                f"the crop {name} is damaged",
+                where=self.store.address(self.places.name(row)),
+                hint="`python -m datapipe verify` lists what is wrong; here every crop is wanted",
+            )
+        return data
+
     def prepare(self, rows: Ints, turn: int) -> None:
         """Bring the blocks of these rows into the cache, in the background: each once in a turn."""
         if self.ahead is None:

@@ -71,6 +71,10 @@ BLOCKS: dict[str, dict[str, str]] = {
         "--weights pass_vit_small_full.pth --data data/market1501": "--weights pass_vit_small_full.pth --data data/own",
         "cluster evaluate ...": "cluster evaluate weights/pass --data data/market1501 --allow-partial",
     },
+    "python -m training embed": {
+        "--data data/market1501": "--data data/market1501 --allow-partial",
+    },
+    "python -m cluster score-cfs": {"score-cfs runs/first runs/ft": "score-cfs weights/pass runs/ft"},
     "python -m datapipe shard data/people": {
         "--storage.endpoint-url http://127.0.0.1:9000\n": "--storage.endpoint-url $AWS_ENDPOINT_URL\n",
         "    --storage.endpoint-url $AWS_ENDPOINT_URL": f"    --storage.endpoint-url $AWS_ENDPOINT_URL {STEPS}",
@@ -88,6 +92,8 @@ SAID = {
     "python -m datapipe shard lup_lmdb": ["already complete", "1 crop removed"],
     "python -m training import": ["imported ", "complete: 2 steps"],
     "python -m training evaluate": ["result: ", "pass-vits-market1501: reproduced"],
+    "python -m training embed": ["features/market1501.parquet", "scores/theirs/report.html", "features/people.parquet"],
+    "python -m cluster score-cfs": ["note: selected with labelled data", "--names: "],
     "python -m datapipe shard data/people": ["complete: 2 steps"],
     "ray start --head": ["submitted ", "follow:", "complete"],
 }

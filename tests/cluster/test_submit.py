@@ -183,6 +183,8 @@ def test_submit__in_one_line_and_stopped_after_a_save(done: Done, head: Authoris
     ["pretrain", "demo", "--out", "runs/here", "--stream.manifest", "/data"],
     ["shard", "s3://bucket/crops", "--out", "here"],
     ["evaluate", "s3://bucket/run", "--data", "here"],
+    ["embed", "s3://bucket/run", "--data", "s3://bucket/set", "--out", "here.parquet"],
+    ["score-cfs", "s3://bucket/run", "runs/here", "--data", "s3://bucket/set", "--out", "s3://bucket/cfs"],
 ])  # fmt: skip
 def test_submit__refuses_relative_paths_before_anything_travels(words: list[str]) -> None:
     with pytest.raises(ConfigError, match="relative paths in a Ray job"):

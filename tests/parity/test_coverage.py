@@ -8,7 +8,6 @@ from tests.support.golden import ABSENT, ROOT, golden_folder
 
 _ANALYSIS = "analysis of what a backbone has learnt"
 WAITING = {
-    "cfs_scores": "selection of crops by catastrophic forgetting score",
     "attention_maps": _ANALYSIS,
     "pattern_layout": _ANALYSIS,
 }

@@ -12,11 +12,14 @@ from training.reid.settings import ScoringConfig
 
 @settings
 class EvaluateCommand:
-    weights: Annotated[str, POSITIONAL]
+    weights: Annotated[str, POSITIONAL] = ""
     """Run folder, folder of an export or import, or a file of published weights, local or s3://bucket/prefix;
     "random" with --task supervised: none."""
     data: str
     """Labelled data set: a folder or s3://bucket/prefix with its files, or its shards."""
+    features: str = ""
+    """In place of weights: a parquet file with a feature of every image of query and gallery, from `embed` or any other
+    tool: a row each with `key` or `name`, and `feature`, a list of numbers."""
     task: Literal["zero-shot", "supervised", "usl"] = "zero-shot"
     """"zero-shot": retrieval with the features as they are. "supervised": fine-tune on the training part first; "usl":
     train on it without its labels; all flags of a recipe may follow, such as --optimisation.epochs 60."""
@@ -31,6 +34,37 @@ class EvaluateCommand:
     """"auto": a GPU where there is one; "cuda": an error where there is none."""
     scoring: Annotated[ScoringConfig, INLINE] = ScoringConfig()
     """How the data set is taken and scored."""
+    storage: StorageConfig = StorageConfig()
+    """How object stores are reached."""
+
+
+@settings
+class EmbedCommand:
+    weights: Annotated[str, POSITIONAL]
+    """Run folder (its newest checkpoint), checkpoint, folder of an export or import, or a file of published weights,
+    local or s3://bucket/prefix."""
+    data: str
+    """Shards of any size: their folder or one manifest; or a labelled data set as `evaluate` takes it."""
+    out: str
+    """The parquet file, local or s3://bucket/name.parquet. Beside it, NAME.parquet.pieces-* holds what is finished of
+    one that is being made."""
+    feature: str = ""
+    """"cls", "mean" (of the patches); of weights with part tokens also "cls+parts", "parts" (their mean) and
+    "each_part". Empty: the one that the method quotes."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Numbers in the file."""
+    data_name: str = ""
+    """What a labelled data set is, as for `evaluate`. Empty: it is recognised."""
+    allow_partial: bool = False
+    """Go on where images of a published data set are missing, or where train and test overlap."""
+    embed_batch: int = Field(default=64, ge=1)
+    """Images embedded at once. Lower it when memory runs out; features stay the same up to rounding."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast of the forward pass: bf16 or fp16 on a GPU with many images."""
+    threads: int = Field(default=2, ge=1)
+    """Threads that read, decode and resize, for each device at work. More of them keep a fast GPU busy."""
+    device: Annotated[Literal["auto", "cpu", "cuda"], Arg(aliases=("--engine.device",))] = "auto"
+    """"auto": a GPU where there is one; "cuda": an error where there is none."""
     storage: StorageConfig = StorageConfig()
     """How object stores are reached."""
 

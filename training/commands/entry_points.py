@@ -10,6 +10,7 @@ from datapipe.core.cli import page_of, parse, read_some, show_help
 from datapipe.core.errors import UsageError
 from training.commands.arguments import (
     CompareCommand,
+    EmbedCommand,
     EvaluateCommand,
     ExportCommand,
     ImportCommand,
@@ -25,7 +26,8 @@ from training.commands.arguments import (
 
 
 def evaluate(arguments: list[str]) -> int:
-    """Score weights by retrieval: a run's checkpoints beside baselines, an export, a file; or after fine-tuning."""
+    """Score weights by retrieval: a run's checkpoints beside baselines, an export, a file; or after fine-tuning. Or
+    features that another tool has made."""
     page = page_of(evaluate, "runs/first --data data/market1501", more=(FINE_TUNING,))
     chosen, flags = read_evaluate(EvaluateCommand, arguments, page)
     from training.commands.evaluate import run
@@ -45,9 +47,25 @@ def read_evaluate(kind: type[E], words: list[str], page: cli.Page) -> tuple[E, l
     where there is none."""
     show_help(cli.flags_of(kind), words, page)
     chosen, flags = read_some(kind, words, prog=page.prog)
+    if not chosen.features and not chosen.weights:
+        raise UsageError("neither weights nor features are given", where=page.prog,
+                         hint="WEIGHTS --data FOLDER, or --features FILE.parquet --data FOLDER --out FOLDER"
+                         )  # fmt: skip
+    if chosen.features and (chosen.weights or chosen.task == "supervised"):
+        raise UsageError("--features is given in place of weights, and is scored as it is", where=page.prog,
+                         hint="leave out WEIGHTS and --task")  # fmt: skip
     if flags and chosen.task == "zero-shot":
         raise cli.unknown(flags, cli.flags_of(kind), page.prog)
     return chosen, flags
+
+
+def embed(arguments: list[str]) -> int:
+    """Write the feature of every image of a data set into one parquet file for other tools; killed, it goes on."""
+    page = page_of(embed, "weights/pass --data data/market1501 --out features/market1501.parquet")
+    chosen = parse(EmbedCommand, arguments, page)
+    from training.commands.embed import run
+
+    return run(chosen)
 
 
 def reproduce(arguments: list[str]) -> int:

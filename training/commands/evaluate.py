@@ -20,6 +20,7 @@ from training.core.run_folder.run_folder import RunFolder
 from training.core.world import alone
 from training.evaluation import evaluation, fine_tune
 from training.evaluation.evaluation import ScoringTask
+from training.evaluation.score_features import score_features
 from training.report.report import write_report
 from training.trainer.milestones import SUMMARY
 from training.trainer.pretrain import pretrain
@@ -41,6 +42,8 @@ def run(chosen: EvaluateCommand, flags: Sequence[str]) -> int:
                 ending = pretrain(config, world=world, host=host, guard=guard)
             return conclude(config) if ending.complete else exit_code(host.received)
     torch.set_num_threads(min(torch.get_num_threads(), available_cores()))  # of quotas PyTorch knows nothing
+    if chosen.features:
+        return show(chosen, [of_features(chosen)])
     device = choose_device(chosen.device)
     print(f"reads the data set {chosen.data}", flush=True)
     scores, tasks = [], zero_shot_tasks(chosen)
@@ -48,6 +51,17 @@ def run(chosen: EvaluateCommand, flags: Sequence[str]) -> int:
         print(f"scores {task.weights.name} ({number} of {len(tasks)})", flush=True)
         scores.append(evaluation.score(task, device=device))
     return show(chosen, scores)
+
+
+def of_features(chosen: EvaluateCommand) -> dict[str, Any]:
+    """Score a file of features; raises UserError for all that is wrong with it."""
+    if not chosen.out:
+        raise ConfigError("scores of a file need a folder", where="--out", hint="--out scores/market1501")
+    print(f"reads the data set {chosen.data} and the features {chosen.features}", flush=True)
+    scores, extra = score_features(chosen.features, chosen.data, chosen.out, chosen.storage, chosen.scoring)
+    if extra:
+        print(extra)
+    return scores
 
 
 def zero_shot_tasks(chosen: EvaluateCommand) -> list[ScoringTask]:

@@ -92,13 +92,14 @@ def tasks(
     (`.../checkpoints/step_0012000`), or of an export or import: that alone. The test set is checked first, its images
     too: see `check_images`.
     """
-    run, all_weights = _found(address, storage)
+    run, all_weights = weights_at(address, storage)
     open_data(data, storage, scoring)
     return [ScoringTask(run, data, weights, storage, scoring, out, interpolation) for weights in all_weights]
 
 
-def _found(address: str, storage: StorageConfig) -> tuple[str, list[Weights]]:
-    """(folder of the run or export, weights in it)."""
+def weights_at(address: str, storage: StorageConfig) -> tuple[str, list[Weights]]:
+    """(folder of the run or export, weights in it: baselines first, then checkpoints, oldest first). Raises DataError
+    where there are none."""
     if open_store(address, storage).exists(CARD):
         card = exports.load_card(open_store(address, storage))
         return address, [Weights(EXPORTED, card.get("step"), card.get("samples"))]
@@ -132,8 +133,7 @@ def score(
 
 
 def _score(task: ScoringTask, threads: int, device: torch.device | str, out: Store) -> dict[str, Any]:
-    exported = task.weights.name == EXPORTED
-    subject = _of_export(task, threads) if exported else _of_run(task, threads)
+    subject = subject_of(task, threads)
     reid = open_data(task.data, task.storage, task.scoring, images=task.scoring.allow_partial)  # `tasks` has refused
     identity = _identity(task, subject, reid)
     before = _scored(out, reid, task.weights, identity)
@@ -151,6 +151,11 @@ def _score(task: ScoringTask, threads: int, device: torch.device | str, out: Sto
     evaluation.settings["identity"] = identity
     zero_shot.save(evaluation, reid, out)
     return zero_shot.metrics(evaluation, reid)
+
+
+def subject_of(task: ScoringTask, threads: int) -> Subject:
+    """What a task is about; nothing heavy is read yet."""
+    return _of_export(task, threads) if task.weights.name == EXPORTED else _of_run(task, threads)
 
 
 def _of_run(task: ScoringTask, threads: int) -> Subject:
@@ -213,6 +218,7 @@ def provenance(weights: Weights, folder: RunFolder, config: RunConfig) -> Proven
     mean, std = MEAN_STD[config.views.statistics]
     return Provenance(
         method=config.method.name, recipe=recipes.to_tree(config), manifest=marker.manifest, licence=licence_of(folder),
+        notes=notes_of(folder),
         samples=marker.samples, step=marker.step, origin=marker.origin, mean=mean, std=std,
         versions=exports.versions() | methods.package_of(config.method.name),
     )  # fmt: skip
@@ -222,6 +228,13 @@ def licence_of(folder: RunFolder) -> str:
     """The licence of the data a run was trained on, as its environment.json has it; empty if unknown."""
     text = folder.read_text("environment.json")
     return json.loads(text)["manifest"]["licence"] if text else ""
+
+
+def notes_of(folder: RunFolder) -> list[str]:
+    """What binds whoever uses a run's weights, as the data set that it was trained on says: labelled data that chose
+    its crops, for one."""
+    text = folder.read_text("environment.json")
+    return list(json.loads(text)["manifest"].get("notes", [])) if text else []
 
 
 def _identity(task: ScoringTask, subject: Subject, reid: ReIDSet) -> str:

@@ -9,7 +9,8 @@ import io
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal, Protocol, runtime_checkable
+from contextlib import ExitStack
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import simplejpeg
@@ -49,6 +50,12 @@ class EmbedConfig:
     """Threads that read, decode and resize."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast of the forward pass; parameters stay as they are. bf16 or fp16 on a GPU with many images."""
+
+
+def feature_widths(width: int, parts: int) -> dict[str, int]:
+    """The features that `embed` gives of a backbone of this width with so many part tokens, and the length of each."""
+    widths = {"cls": width, "mean": width}
+    return widths | {"cls+parts": 2 * width, "parts": width, "each_part": parts * width} if parts else widths
 
 
 class TokenFeatures(Protocol):
@@ -102,24 +109,55 @@ def embed(
     mode it came in.
     Errors: `DataError` that names the image which cannot be decoded, `ConfigError` where memory runs out.
     """
-    config = config or EmbedConfig()
+    (features,) = embed_each(
+        [Network(backbone, size, config or EmbedConfig())], paths, read, device=device, label=label
+    )
+    return features
+
+
+class Network(NamedTuple):
+    """A backbone, and how images are prepared for it."""
+
+    backbone: Backbone
+    size: Size
+    """(height, width)."""
+    config: EmbedConfig
+
+
+def embed_each(
+    networks: Sequence[Network],
+    paths: Sequence[str],
+    read: Callable[[str], bytes],
+    *,
+    device: torch.device | str = "cpu",
+    label: str = "embed",
+) -> list[Features]:
+    """What `embed` gives of each network, in one pass: every image is read and decoded once. Batch and threads are
+    those of the first network's configuration; errors as there."""
     if not len(paths):
         raise DataError("no images to embed")
-    dtype = next(iter(backbone.parameters())).dtype
-    was_training = backbone.training
-    backbone.train(False)
-    try:
-        with (
-            scoring_memory(config.batch, device),
-            Progress(label, len(paths), unit="images", quiet_s=QUIET_S) as progress,
-        ):
-            collected = [
-                _embed_batch(backbone, normalise(pixels, dtype, device, config), config)
-                for pixels in progress.over(_batches(paths, read, size, config), len)
-            ]
-    finally:
-        backbone.train(was_training)
-    return {name: np.concatenate([batch[name] for batch in collected]) for name in collected[0]}
+    first = networks[0].config
+    forms = [(network.size, network.config.interpolation) for network in networks]
+    collected: list[list[Features]] = []
+    with ExitStack() as modes:
+        for network in networks:
+            modes.callback(network.backbone.train, network.backbone.training)
+            network.backbone.train(False)
+        modes.enter_context(scoring_memory(first.batch, device))
+        progress = modes.enter_context(Progress(label, len(paths), unit="images", quiet_s=QUIET_S))
+        for batch in progress.over(_batches(paths, read, forms, first), lambda batch: len(batch[forms[0]])):
+            collected.append([
+                _embed_batch(backbone, normalise(batch[form], _dtype(backbone), device, config), config)
+                for form, (backbone, _, config) in zip(forms, networks, strict=True)
+            ])  # fmt: skip
+    return [
+        {name: np.concatenate([features[name] for features in parts]) for name in parts[0]}
+        for parts in zip(*collected, strict=True)
+    ]
+
+
+def _dtype(backbone: Backbone) -> torch.dtype:
+    return next(iter(backbone.parameters())).dtype
 
 
 def normalise(pixels: NDArray[np.uint8], dtype: torch.dtype, device: torch.device | str, config: EmbedConfig) -> Tensor:
@@ -164,23 +202,32 @@ def _embed_batch(backbone: Backbone, images: Tensor, config: EmbedConfig) -> Fea
     return {name: values.to(torch.float32).cpu().numpy() for name, values in features.items()}
 
 
+Form = tuple[Size, Literal["bilinear", "bicubic"]]
+"""(height, width) that images are resized to, and how."""
+
+
 def _batches(
-    paths: Sequence[str], read: Callable[[str], bytes], size: Size, config: EmbedConfig
-) -> Iterator[NDArray[np.uint8]]:
-    """uint8 [B, H, W, 3], in order; a few batches are prepared ahead."""
+    paths: Sequence[str], read: Callable[[str], bytes], forms: Sequence[Form], config: EmbedConfig
+) -> Iterator[dict[Form, NDArray[np.uint8]]]:
+    """In every form uint8 [B, H, W, 3], in order; a few batches are prepared ahead."""
 
-    def prepare(path: str) -> NDArray[np.uint8]:
-        return resize(decode(read(path), path), size, config.interpolation)
+    def prepare(path: str) -> dict[Form, NDArray[np.uint8]]:
+        image = decode(read(path), path)
+        return {form: resize(image, *form) for form in dict.fromkeys(forms)}
 
-    waiting: deque[list[Future[NDArray[np.uint8]]]] = deque()
+    def stacked(images: list[Future[dict[Form, NDArray[np.uint8]]]]) -> dict[Form, NDArray[np.uint8]]:
+        prepared = [image.result() for image in images]
+        return {form: np.stack([image[form] for image in prepared]) for form in prepared[0]}
+
+    waiting: deque[list[Future[dict[Form, NDArray[np.uint8]]]]] = deque()
     with ThreadPoolExecutor(max_workers=config.threads) as pool:
         try:
             for start in range(0, len(paths), config.batch):
                 waiting.append([pool.submit(prepare, path) for path in paths[start : start + config.batch]])
                 if len(waiting) > AHEAD:
-                    yield np.stack([image.result() for image in waiting.popleft()])
+                    yield stacked(waiting.popleft())
             while waiting:
-                yield np.stack([image.result() for image in waiting.popleft()])
+                yield stacked(waiting.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
 

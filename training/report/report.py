@@ -107,6 +107,7 @@ def _key_facts(files: RunFiles) -> list[tuple[str, str]]:
         ("manifest", manifest.get("id")),
         ("crops", f"{manifest['rows']:,}" if "rows" in manifest else None),
         ("licence of the data", manifest.get("licence")),
+        ("notes on the data", "; ".join(manifest.get("notes") or ()) or None),
         ("global batch", optimisation.get("batch")),
         ("precision", optimisation.get("precision")),
         ("seed", recipe.get("seed")),

@@ -100,15 +100,17 @@ def _described(data: Data) -> dict[str, Any]:
     """The data set; of a mix what holds for all together, and each under `sets`."""
     sets: list[dict[str, Any]] = [
         {"id": manifest.id, "rows": manifest.rows, "shards": len(manifest.shards), "bytes": manifest.bytes,
-         "version": manifest.version, "url": manifest.url, "licence": manifest.licence}
+         "version": manifest.version, "url": manifest.url, "licence": manifest.licence,
+         "notes": list(manifest.notes)}
         for manifest in data.sets
     ]  # fmt: skip
     if len(sets) == 1:
         return sets[0]
     total = {key: sum(part[key] for part in sets) for key in ("rows", "shards", "bytes")}
     names = {key: "; ".join(dict.fromkeys(part[key] for part in sets if part[key])) for key in ("url", "licence")}
+    notes = list(dict.fromkeys(note for part in sets for note in part["notes"]))
     parts = [{**part, "weight": weight} for part, weight in zip(sets, data.weights, strict=True)]
-    return {"id": data.id, **total, **names, "sets": parts}
+    return {"id": data.id, **total, **names, "notes": notes, "sets": parts}
 
 
 def _git() -> str:

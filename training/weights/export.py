@@ -47,6 +47,8 @@ class Provenance:
     """Id of the data set."""
     licence: str = ""
     """Licence of the data, as its manifest has it: it binds the weights too."""
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """What was used to choose the data, as its manifest notes it: labelled data, for one. It binds the weights too."""
     samples: int = 0
     """Images seen."""
     step: int = 0
@@ -70,9 +72,21 @@ def export(
     left over and gives the same features (with the stored position table, the default). With the ICS stem, which timm
     does not have, `card["timm"]` is None.
     """
+    data, card = serialised(backbone, provenance)
+    if necks is not None:
+        behind = _serialised_necks(necks)
+        card["necks"] = {"fusion": necks.fusion, "neck": necks.neck, "file": NECKS, "sha256": digest(behind)}
+        out.replace(NECKS, behind)
+    out.replace(WEIGHTS, data)
+    out.replace(CARD, json.dumps(card, indent=2).encode())
+    return card
+
+
+def serialised(backbone: VisionTransformer, provenance: Provenance) -> tuple[bytes, dict[str, Any]]:
+    """(content of `backbone.safetensors`, its card) of an export."""
     state = to_timm(backbone)
     data = safetensors.torch.save(state, metadata={"format": "pt"})
-    card = {
+    card: dict[str, Any] = {
         "format": CARD_FORMAT,
         "timm": timm_arguments(backbone) if backbone.config.stem == "patch" else None,
         "load": LOADING[backbone.config.stem],
@@ -83,15 +97,12 @@ def export(
         "file": {"name": WEIGHTS, "bytes": len(data), "sha256": digest(data), "tensors": len(state)},
     }
     card |= {key: value for key, value in dataclasses.asdict(provenance).items() if key not in ("mean", "std")}
-    if necks is not None:
-        behind = safetensors.torch.save(
-            {name: _stored(tensor).contiguous() for name, tensor in necks.state_dict().items()}
-        )
-        card["necks"] = {"fusion": necks.fusion, "neck": necks.neck, "file": NECKS, "sha256": digest(behind)}
-        out.replace(NECKS, behind)
-    out.replace(WEIGHTS, data)
-    out.replace(CARD, json.dumps(card, indent=2).encode())
-    return card
+    return data, card
+
+
+def _serialised_necks(necks: TokenNecks) -> bytes:
+    """Content of `necks.safetensors`."""
+    return safetensors.torch.save({name: _stored(tensor).contiguous() for name, tensor in necks.state_dict().items()})
 
 
 def load_backbone(folder: Store | str) -> VisionTransformer:

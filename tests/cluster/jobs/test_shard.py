@@ -16,9 +16,10 @@ import psutil
 import pytest
 
 from cluster.core.arguments import ShardJob
+from cluster.core.ray_workers import RayWorkers
 from cluster.core.session import prepare
 from cluster.core.shared_paths import MARK, marked, unseen, witnesses
-from cluster.jobs.shard import RayWorkers, _anywhere
+from cluster.jobs.shard import _anywhere
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.ingest.work_units import PART_BYTES

@@ -36,12 +36,23 @@ def test_id__is_of_the_content_and_nothing_else() -> None:
             {"parent": "x"},
             {"licence": "x"},
             {"quarantined": 1},
+            {"notes": ("labelled data",)},
             {"version": 2},
             {"shards": (SHARD, SHARD)},
             {"shards": (dataclasses.replace(SHARD, sha256="2" * 64),)},
         )
     ]
-    assert len({base.id, *(other.id for other in others)}) == 9
+    assert len({base.id, *(other.id for other in others)}) == 10
+
+
+def test_notes__are_kept_and_absent_ones_leave_no_trace(tmp_path: Path) -> None:
+    """Manifests from before there were notes keep their ids."""
+    store = open_store(str(tmp_path))
+    plain = Manifest((SHARD,)).save(store)
+    assert "notes" not in json.loads((tmp_path / plain.file).read_text())
+    noted = plain.derive(store, "select", notes=("labelled data",))
+    assert Manifest.load(str(tmp_path)).notes == ("labelled data",) and Manifest.load(str(tmp_path)).id == noted.id
+    assert noted.derive(store, "remove", removed=1).notes == ("labelled data",)
 
 
 def test_save__is_once(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from datapipe.core.config import SelectConfig, ShardConfig, StorageConfig, Strea
 from datapipe.core.errors import ConfigError, DataError
 from datapipe.dataset.index import INDEX
 from datapipe.dataset.manifest import Manifest
+from datapipe.dataset.where_clause import Expression
 from datapipe.ingest.pipeline import ingest
 from datapipe.maintain.select import first_of_each, select
-from datapipe.maintain.where_clause import Expression
 from datapipe.storage import open_store
 from datapipe.stream.stream import Stream
 from tests.conftest import S3Server

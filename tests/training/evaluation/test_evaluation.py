@@ -15,6 +15,8 @@ from training import checkpoint
 from training.__main__ import main
 from training.config.run_config import RunConfig
 from training.evaluation import evaluation
+from training.evaluation.feature_file import header_of
+from training.evaluation.score_features import score_features
 from training.evaluation.weights_origin import of_card, of_run, quoted_feature
 from training.methods.supervised import SupervisedConfig
 from training.reid.settings import ScoringConfig
@@ -85,6 +87,25 @@ def test_evaluate__a_file_and_the_file_of_an_export(
     assert path.stat().st_mtime_ns == written  # the same weights on the same images
     report = (tmp_path / "scores" / "report.html").read_text()
     assert "Nothing is published for weights of this kind, nor on this data set." in report
+
+
+@pytest.mark.slow
+def test_embed__a_run_stands_for_its_newest_checkpoint_and_a_file_for_what_it_is_imported_as(
+    run: Path, people: str, tmp_path: Path
+) -> None:
+    task = evaluation.tasks(str(run), people, STORAGE, out=str(tmp_path))[-1]
+    name, file = task.weights.name, str(tmp_path / "F.parquet")
+    assert main(["embed", str(run), "--data", people, "--out", file]) == 0
+    expected, found = evaluation.score(task), score_features(file, people, str(tmp_path), STORAGE, ScoringConfig())[0]
+    quoted = expected["headline"]
+    assert found["features"] == {quoted: expected["features"][quoted]} and found["weights"] == name
+    assert found["settings"]["model"] == expected["settings"]["model"] and found["step"] == expected["step"]
+    said = header_of(file, STORAGE)
+    assert said is not None and said["weights"]["address"] == f"{run}/checkpoints/{name}"
+    assert main(["embed", weights(tmp_path), "--data", people, "--out", str(tmp_path / "P.parquet")]) == 0
+    published = header_of(str(tmp_path / "P.parquet"), STORAGE)
+    assert published is not None and published["weights"]["file"] == "weights.pth"
+    assert (published["weights"]["name"], published["weights"]["arch"]) == ("weights", "vit_tiny")
 
 
 def card(**changes: object) -> dict[str, object]:

@@ -13,7 +13,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from datapipe.core.config import StorageConfig, StreamConfig
-from datapipe.core.errors import DataError, NotFoundError
+from datapipe.core.errors import NotFoundError
 from datapipe.core.progress import QUIET_S, Progress
 from datapipe.dataset.manifest import Manifest, manifest_files
 from datapipe.sources.base import UNKNOWN
@@ -67,6 +67,10 @@ class ImageStore(ABC):
     @abstractmethod
     def hashes(self, paths: Sequence[str]) -> NDArray[np.uint64]:
         """xxh3 of the bytes of each."""
+
+    def keys(self, paths: Sequence[str]) -> list[str]:
+        """What each image is called in the data set's own terms: the key of a crop in shards, else its path."""
+        return list(paths)
 
     def sub_folders(self) -> list[str]:
         """Folders of the root that may hold a data set, as far as a short look finds them."""
@@ -134,6 +138,7 @@ class _Row(NamedTuple):
 
     manifest: int
     row: int
+    key: str
     entry: ImageEntry
 
 
@@ -150,13 +155,14 @@ class ShardImages(ImageStore):
         """By path: the folder of the part, if it was sharded by itself; the source, if there are several; the name."""
         rows: dict[str, _Row] = {}
         for number, (folder, opened) in enumerate(self._shards):
-            crops = opened.manifest.table(["source", "name", "size", "pid", "camera", "removed"], self._storage)
+            columns = ["key", "source", "name", "size", "pid", "camera", "removed"]
+            crops = opened.manifest.table(columns, self._storage)
             several = len(crops["source"].unique()) > 1
             for row, crop in enumerate(crops.to_pylist()):
                 if not crop["removed"]:
                     path = str(PurePosixPath(folder, crop["source"] if several else "", crop["name"]))
                     label = None if UNKNOWN in (crop["pid"], crop["camera"]) else (crop["pid"], crop["camera"])
-                    rows[path] = _Row(number, row, ImageEntry(path, crop["size"], label))
+                    rows[path] = _Row(number, row, crop["key"], ImageEntry(path, crop["size"], label))
         return rows
 
     def images(self, folder: str) -> list[ImageEntry]:
@@ -166,24 +172,17 @@ class ShardImages(ImageStore):
         return any(f"/{folder}/" in f"/{path}" for path in self._rows)
 
     def read(self, path: str) -> bytes:
-        manifest, row, _ = self._rows[path]
-        reader = self._shards[manifest][1].reader
-        data = reader.read(np.array([row]))[row]
-        if not reader.places.matches(row, data):
-            data = reader.read_anew(row)  # once more: it may have broken on the way
-        if not reader.places.matches(row, data):
-            raise DataError(
-                f"the crop {path} is damaged",
-                where=reader.store.address(reader.places.name(row)),
-                hint="`python -m datapipe verify` lists what is wrong; a test set wants every crop",
-            )
-        return data
+        found = self._rows[path]
+        return self._shards[found.manifest][1].reader.read_checked(found.row, path)
 
     def hashes(self, paths: Sequence[str]) -> NDArray[np.uint64]:
         """As the indexes have them: nothing is read."""
         rows = (self._rows[path] for path in paths)
-        digests = (self._shards[manifest][1].reader.places.xxh3[row] for manifest, row, _ in rows)
+        digests = (self._shards[found.manifest][1].reader.places.xxh3[found.row] for found in rows)
         return np.fromiter(digests, np.uint64, len(paths))
+
+    def keys(self, paths: Sequence[str]) -> list[str]:
+        return [self._rows[path].key for path in paths]
 
 
 def _opened(manifest: Manifest, storage: StorageConfig) -> Opened:

@@ -26,6 +26,9 @@ class Images(Protocol):
     def hashes(self, paths: Sequence[str]) -> NDArray[np.uint64]:
         """xxh3 of the bytes of each."""
 
+    def keys(self, paths: Sequence[str]) -> list[str]:
+        """The key of each in the shards it lies in, else its path."""
+
 
 @dataclass(frozen=True)
 class Labelled:

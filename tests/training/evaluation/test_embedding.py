@@ -225,7 +225,7 @@ def scored(file: object, data: object, out: Path, *flags: str) -> dict[str, Any]
 @pytest.fixture(scope="module")
 def features(weights_folder: str, people: Path, tmp_path_factory: pytest.TempPathFactory) -> pyarrow.Table:
     """Of all images."""
-    return made(weights_folder, people, tmp_path_factory.mktemp("features") / "F.parquet")
+    return made(weights_folder, people, tmp_path_factory.mktemp("features") / "F.parquet", "--feature", "cls")
 
 
 Write = Callable[[pyarrow.Table], Path]

@@ -225,7 +225,7 @@ def scored(file: object, data: object, out: Path, *flags: str) -> dict[str, Any]
 @pytest.fixture(scope="module")
 def features(weights_folder: str, people: Path, tmp_path_factory: pytest.TempPathFactory) -> pyarrow.Table:
     """Of all images."""
-    return made(weights_folder, people, tmp_path_factory.mktemp("features") / "F.parquet", "--feature", "cls")
+    return made(weights_folder, people, tmp_path_factory.mktemp("features") / "F.parquet")
 
 
 Write = Callable[[pyarrow.Table], Path]
@@ -254,15 +254,15 @@ def test_evaluate__scores_of_the_file_are_those_of_the_weights(
     assert main(["evaluate", weights_folder, "--data", str(people), "--out", str(tmp_path / "weights")]) == 0
     expected = json.loads(next((tmp_path / "weights").rglob("metrics.json")).read_text())
     ours = scored(write(features), people, tmp_path / "ours", "--rerank")
-    assert ours["features"]["cls"] == expected["features"]["cls"]
-    assert "cls re-ranked" in ours["features"] and ours["settings"]["model"] == expected["settings"]["model"]
+    assert ours["features"]["cls+parts"] == expected["features"]["cls+parts"]
+    assert "cls+parts re-ranked" in ours["features"] and ours["settings"]["model"] == expected["settings"]["model"]
     for key in ("weights", "step", "queries", "gallery", "skipped", "per_camera", "distances", "ranked", "data"):
         assert ours[key] == expected[key], key
     names = {path.relative_to(tmp_path / "ours") for path in (tmp_path / "ours").rglob("*.*")}
     assert names == {path.relative_to(tmp_path / "weights") for path in (tmp_path / "weights").rglob("*.*")}
     assert "18 rows of other images, not looked at" in capsys.readouterr().out
     in_shards = scored(tmp_path / "theirs.parquet", sharded, tmp_path / "shards")  # by names: their keys are others
-    assert in_shards["features"] == {"cls": expected["features"]["cls"]}
+    assert in_shards["features"] == {"cls+parts": expected["features"]["cls+parts"]}
 
 
 def test_evaluate__features_of_shards_are_found_by_key_and_by_name(
@@ -282,7 +282,7 @@ def test_evaluate__features_of_others_need_names_and_numbers_alone(
     theirs = scored(write(plain(features, name=names).take(order)), people, tmp_path / "theirs")
     ours = scored(write(features), people, tmp_path / "ours")
     assert theirs["weights"] == "theirs" and list(theirs["features"]) == ["feature"]
-    assert theirs["features"]["feature"] == pytest.approx(ours["features"]["cls"])
+    assert theirs["features"]["feature"] == pytest.approx(ours["features"]["cls+parts"])
     assert "model" not in theirs["settings"] and (tmp_path / "theirs" / "report.html").is_file()
 
 
@@ -291,10 +291,10 @@ def test_evaluate__features_of_others_need_names_and_numbers_alone(
     [
         (lambda t: t.slice(2), r"2 of the 55 images have no row: query/0001_c1s1_000000_00.jpg, query/0001_c2s1_0000"),
         (lambda t: pyarrow.concat_tables([t, t.slice(3, 1)]), "1 of the 55 images have several rows: query/0002_c1s1"),
-        (lambda t: changed(t, 5, [1.0] * 15), "1 of the 55 features have not 16 numbers as the others have: query"),
-        (lambda t: changed(t, 6, None), "1 of the 55 features have not 16 numbers"),
-        (lambda t: changed(t, 7, [float("nan")] * 16), "1 of the 55 features are not finite: query/0003_c2s1"),
-        (lambda t: changed(t, 8, [None] * 16), "1 of the 55 features are not finite: query/0003_c3s1"),
+        (lambda t: changed(t, 5, [1.0] * 31), "1 of the 55 features have not 32 numbers as the others have: query"),
+        (lambda t: changed(t, 6, None), "1 of the 55 features have not 32 numbers"),
+        (lambda t: changed(t, 7, [float("nan")] * 32), "1 of the 55 features are not finite: query/0003_c2s1"),
+        (lambda t: changed(t, 8, [None] * 32), "1 of the 55 features are not finite: query/0003_c3s1"),
         (lambda t: t.rename_columns(["file", "feature"]), "the file has the columns file, feature"),
         (lambda t: t.set_column(1, "feature", t["name"]), "the column `feature` is of type string"),
     ],

@@ -46,7 +46,9 @@ def _possible(benches: Sequence[str]) -> list[str]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("benches", nargs="*", metavar="BENCH", help=f"{', '.join(BENCHES)}; all if none is named")
-    parser.add_argument("--full", action="store_true", help="retrieval at MSMT17's size: minutes, 1.5 GB")
+    parser.add_argument(
+        "--full", action="store_true", help="retrieval and clustering at MSMT17's size: minutes, 1.5 GB"
+    )
     parser.add_argument("--rounds", type=int, default=Scale.rounds, help="counted rounds (default %(default)s)")
     parser.add_argument("--setup", action="store_true", help="only install the libraries to compare with")
     parser.add_argument("--record", action="store_true", help="append the tables to tests/bench/BENCHMARKS.md")

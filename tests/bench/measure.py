@@ -4,10 +4,12 @@ Wall time says little on a machine that others use too; CPU time moves by some p
 contenders that ran one after the other by less. So: medians, their spread, and ratios formed within each round.
 """
 
+import re
 import resource
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from time import process_time
 
@@ -71,6 +73,20 @@ def tree_cpu_s(root: int) -> float:
     """User and system time of another process and its descendants, living or waited for."""
     process = psutil.Process(root)
     return _used([process, *process.children(recursive=True)])
+
+
+def peak_mb() -> float:
+    """The most that this process has held since it began (`ru_maxrss` would count what its parent held)."""
+    return _status_mb("VmHWM")
+
+
+def held_mb() -> float:
+    """What this process holds in memory now."""
+    return _status_mb("VmRSS")
+
+
+def _status_mb(field: str) -> float:
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
 
 
 def _used(processes: list[psutil.Process]) -> float:

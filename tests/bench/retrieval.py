@@ -1,14 +1,12 @@
 """Scores of a retrieval, against the matrix product they need and against sorting the gallery for every query."""
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter, process_time
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from tests.bench.measure import Rates, Spread, Work, rates
+from tests.bench.measure import Rates, Spread, Work, peak_mb, rates
 from tests.bench.scale import Scale, full
 from tests.bench.table import Row, Table, Target, compare
 from training.clustering.nearest import CHUNK_MB, distance_chunks
@@ -43,7 +41,7 @@ def retrieval(scale: Scale) -> Table:
     """Random features; the loop's scores must equal ours."""
     task = _task(scale, noise=np.inf)
     ours = evaluate(task.query, task.gallery, *task.labels)
-    memory_mb = _peak_mb()
+    memory_mb = peak_mb()
     few = task.first(min(scale.looped, scale.queries))
     distances = -few.query @ few.gallery.T
     mine = ours.average_precision[ours.queries < len(few.query)]
@@ -89,15 +87,9 @@ def _sizes(memory_mb: float, scale: Scale) -> list[Row]:
     wall, cpu = perf_counter(), process_time()
     evaluate(task.query, task.gallery, *task.labels, top_k=10, reranking=RerankConfig())
     figures = {"re-ranking, s": perf_counter() - wall, "re-ranking, CPU s": process_time() - cpu,
-               "memory with re-ranking, MB": _peak_mb()}  # fmt: skip
+               "memory with re-ranking, MB": peak_mb()}  # fmt: skip
     memory = Row("memory, MB", Spread.of([memory_mb]), target=Target(2_000, at_least=False))
     return [memory, *(Row(what, Spread.of([figure])) for what, figure in figures.items())]
-
-
-def _peak_mb() -> float:
-    """Of this process since it began (`ru_maxrss` would count what its parent held)."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e6
 
 
 def _task(scale: Scale, *, noise: float) -> _Task:

@@ -33,6 +33,10 @@ class Scale:
     channels: int = 384
     looped: int = 300
     """Queries that the loop of argsorts gets: its time is proportional to them."""
+    clustered: int = 8_000
+    """Images whose clustering is measured once."""
+    clustered_looped: int = 1_500
+    """Images that are clustered by the loop, too: it holds three matrices of them."""
 
 
 TOY = Scale(
@@ -48,10 +52,12 @@ TOY = Scale(
     gallery=200,
     channels=8,
     looped=30,
+    clustered=80,
+    clustered_looped=60,
 )
 """For the test: every line runs, no figure means anything."""
 
 
 def full(scale: Scale) -> Scale:
-    """Retrieval at MSMT17's size."""
-    return replace(scale, queries=11_659, gallery=82_161, channels=768)
+    """Retrieval and clustering at MSMT17's size."""
+    return replace(scale, queries=11_659, gallery=82_161, channels=768, clustered=32_621, clustered_looped=6_000)

@@ -2,6 +2,7 @@
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 from sklearn.cluster import DBSCAN
 
 from training.clustering.jaccard import jaccard_neighbours
@@ -23,5 +24,11 @@ def cluster(
     reach belongs to the first of them. `label`: what its progress is called. Errors: see `jaccard_neighbours`.
     """
     graph = jaccard_neighbours(features, config, threads=threads, chunk_mb=chunk_mb, label=label)
+    return cluster_graph(graph, config)
+
+
+def cluster_graph(graph: csr_array, config: ClusteringConfig) -> NDArray[np.int64]:
+    """[N]: the cluster of each image, -1 for outliers, from the distances of near images [N, N], sparse and symmetric,
+    as `jaccard_neighbours` returns them. Numbers as of `cluster`."""
     found = DBSCAN(eps=config.eps, min_samples=config.min_samples, metric="precomputed").fit(graph)
     return np.asarray(found.labels_, np.int64)

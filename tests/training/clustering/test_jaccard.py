@@ -75,6 +75,18 @@ def test_jaccard_neighbours__equals_the_definition(k1: int, k2: int, spread: flo
     assert near.nnz == np.count_nonzero((expected <= 0.6) | np.eye(60, dtype=bool))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("spread", [0.3, 0.7, 2.0])
+def test_jaccard_neighbours__misses_no_near_pair(spread: float, dtype: type) -> None:
+    """Candidates are found by a part of each row's entries: by them all the same pairs are near."""
+    features = people(9, images=300, count=30, spread=spread).astype(dtype)
+    whole = filled(jaccard_neighbours(features, ClusteringConfig(k1=20, eps=ALL)))
+    for eps in (0.05, 0.4, 0.6, 0.7, 0.95):
+        near = filled(jaccard_neighbours(features, ClusteringConfig(k1=20, eps=eps)))
+        np.testing.assert_array_equal(near, np.where(whole <= dtype(eps), whole, 1))
+        assert spread < 1 or eps < 0.6 or (whole <= eps).sum() > 300
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data(), k2=st.integers(1, 4), images=st.integers(1, 12))
 def test_jaccard_neighbours__of_few_images_and_exact_duplicates(data: st.DataObject, k2: int, images: int) -> None:
@@ -110,6 +122,7 @@ def test_jaccard_neighbours__does_not_depend_on_chunks_and_threads(monkeypatch: 
     for rows, terms, chunk_mb, threads in ((7, 1, 1e-6, 1), (64, 500, 0.003, 3)):
         monkeypatch.setattr("training.clustering.k_reciprocal.ROWS", rows)
         monkeypatch.setattr("training.clustering.jaccard.TERMS", terms)
+        monkeypatch.setattr("training.clustering.jaccard.PAIRS", rows)
         found = jaccard_neighbours(features, config, threads=threads, chunk_mb=chunk_mb)
         np.testing.assert_allclose(filled(found), expected, rtol=0, atol=1e-12)
 

@@ -38,7 +38,7 @@ test: setup lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 -m "not soak"
 
 test-fast: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not soak"
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not soak"
 
 # what takes longer: whole runs on clusters that grow, and on GPUs that stand still
 soak: setup

@@ -12,7 +12,9 @@ from training.methods.base import Method, MethodSettings
 from training.nn.identity.necks import FEATURE as NECK
 from training.nn.vision_transformer import BackboneConfig
 
-BY_OTHERS = {"fine_tuned": "supervised", "usl": "usl"}
+WITH_LABELS, WITHOUT_LABELS = "supervised", "usl"
+"""Tasks of weights that were trained on a ReID data set."""
+BY_OTHERS = {"fine_tuned": WITH_LABELS, "usl": WITHOUT_LABELS}
 """How the names of layouts of weights end that others trained on a ReID data set, and what scores of them are
 called."""
 
@@ -95,7 +97,7 @@ def _adapted(task: str, origin: Mapping[str, Any]) -> str:
     """Training without labels is adaptation where it began with weights that were fine-tuned on labels. `origin`: of
     those: the method of an export, or the layout of a file."""
     before = methods.named(origin["method"], where=WHERE).task if origin.get("method") else _of_layout(origin)
-    return "uda" if task == "usl" and before == "supervised" else task
+    return "uda" if task == WITHOUT_LABELS and before == WITH_LABELS else task
 
 
 def is_fine_tuned(card: Mapping[str, Any]) -> bool:

@@ -257,7 +257,7 @@ class ClusterContrast(Method[ClusterContrastConfig]):
                 "identified": (logits_BK.argmax(dim=1) == label_B).to(loss_B.dtype),
                 **of_features(output.feature_BF.detach(), weight_B),
             }
-            first = bool(len(position_B)) and int(position_B[0]) == progress.samples
+            first = to_device(position_B[:1] == progress.samples, weight_B.device, loss_B.dtype)
             sums = ics_stem.take_statistics(self, weight_B.sum(), first=first)
             return Outcome(
                 (weight_B * loss_B).sum(), sums | self._of_batch(unit_BF, label_B, position_B, progress), metrics

@@ -110,15 +110,16 @@ def pooled_statistics(values_BCHW: Tensor, real_B: Tensor | None) -> tuple[Tenso
     return count, mean_C, variance_C
 
 
-def take_statistics(module: nn.Module, share: Tensor, *, first: bool = True) -> dict[str, Tensor]:
+def take_statistics(module: nn.Module, share: Tensor, *, first: Tensor | None = None) -> dict[str, Tensor]:
     """What the norms of `module` saw since last asked, [V, 2, C] each, times this micro-batch's share of the batch.
-    Norms by groups of the batch (`group`) give what the first of them saw: all of it where that is in this micro-batch
-    (`first`), else zeros."""
+    Norms by groups of the batch (`group`) give what the first of them saw, times `first` [1]: 1 where that is in this
+    micro-batch, else 0; None: it is."""
     statistics = {}
     for name, layer in module.named_modules():
         if isinstance(layer, PooledBatchNorm) and layer.fresh:
-            part = float(first) if layer.group else share
-            statistics[f"{SUMS}{name}"] = torch.stack(layer.fresh) * part
+            fresh = torch.stack(layer.fresh)
+            part = (fresh.new_ones(1) if first is None else first) if layer.group else share
+            statistics[f"{SUMS}{name}"] = fresh * part
             layer.fresh.clear()
     return statistics
 

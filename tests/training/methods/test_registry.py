@@ -10,6 +10,7 @@ from datapipe.core.errors import ConfigError
 from tests.training.methods.foreign_package import DOCUMENT, METHOD, package
 from training import methods
 from training.methods import registry
+from training.methods.cluster_contrast import ClusterContrast
 from training.methods.dino import Dino
 from training.methods.pass_reid import Pass, PassConfig
 from training.methods.personmae import PersonMae
@@ -39,7 +40,8 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Found]:
 
 
 def test_known__are_the_concrete_classes_of_our_modules() -> None:
-    ours = {"dino": Dino, "pass": Pass, "personvit": PersonVit, "personmae": PersonMae, "supervised": Supervised}
+    ours = {"dino": Dino, "pass": Pass, "personvit": PersonVit, "personmae": PersonMae, "supervised": Supervised,
+            "cluster_contrast": ClusterContrast}  # fmt: skip
     assert {name: kind for name, kind in methods.known().items() if not methods.package_of(name)} == ours
     assert methods.default_settings() == PassConfig() and methods.of(PassConfig()) is Pass
 
@@ -95,7 +97,7 @@ def test_named__a_method_that_is_not_here() -> None:
     with pytest.raises(ConfigError) as caught:
         methods.named("gone", where="method, on a card")
     error = str(caught.value)
-    assert "no method 'gone' here; known are dino, pass, personmae" in error and "method, on a card" in error
+    assert "no method 'gone' here; known are cluster_contrast, dino, pass" in error and "method, on a card" in error
     assert methods.GROUP in error
 
 

@@ -31,7 +31,7 @@ from training.core.world import World
 from training.engine import ema
 from training.engine.param_groups import group_parameters
 from training.engine.plain import PlainStepper
-from training.methods import distillation, personmae, supervised
+from training.methods import cluster_contrast, distillation, personmae, supervised
 from training.methods.base import Method, TrainingProgress
 from training.nn import random_erasing, vision_transformer
 from training.recipes import SHIPPED
@@ -46,7 +46,7 @@ RECIPES = [
     pytest.param(name, marks=[pytest.mark.slow] * name.endswith(LARGER))
     for name in sorted(path.stem for path in SHIPPED.glob("*.toml"))
 ]
-NOW = TrainingProgress(samples=0, step=0, epoch=0, fraction=0.0, total_steps=10, epoch_steps=5.0, seed=1)
+NOW = TrainingProgress(samples=0, step=0, epoch=0, fraction=0.0, total_steps=10, epoch_steps=5.0, seed=1, batch=IMAGES)
 ON_HOST = {"position", "sample"}
 
 
@@ -66,6 +66,8 @@ def small(name: str) -> RunConfig:
     method: Any = config.method
     if method.name == "supervised":
         method = dataclasses.replace(method, classes=7)
+    if method.name == "cluster_contrast":
+        method = dataclasses.replace(method, norm_group=IMAGES // 2, images=7)
     return dataclasses.replace(config, backbone=shallow, method=method)
 
 
@@ -94,9 +96,10 @@ def keep_host_numbers(monkeypatch: pytest.MonkeyPatch, mode: FakeTensorMode, pos
         assert positions.device.type == "cpu"
         return real_erase(images, HostPositions(position), **given)  # type: ignore[arg-type]
 
-    for module in (distillation, personmae, supervised):
+    for module in (distillation, personmae, supervised, cluster_contrast):
         monkeypatch.setattr(module, "draw_path_masks", draw_path_masks)
-    monkeypatch.setattr(supervised, "erase", erase)
+    for module in (supervised, cluster_contrast):
+        monkeypatch.setattr(module, "erase", erase)
 
 
 class NoWait(TorchDispatchMode):

@@ -41,23 +41,28 @@ def updated(memory_KF: Tensor, unit_NF: Tensor, label_N: Tensor, *, momentum: fl
     (`CM_Hard`). "each": all images do, one after the other (`CM`). Rows are normalised after each replacement; clusters
     without an image stay.
     """
-    real = label_N >= 0
-    unit, label, memory = unit_NF[real].to(memory_KF), label_N[real], memory_KF.clone()
+    unit_NF = unit_NF.to(memory_KF)
     if rule == "hardest":
-        unit, label = _hardest(memory, unit, label)
-        memory[label] = F.normalize(momentum * memory[label] + (1 - momentum) * unit, dim=1)
-        return memory
-    for row, cluster in zip(unit, label.tolist(), strict=True):
-        memory[cluster] = F.normalize(momentum * memory[cluster] + (1 - momentum) * row, dim=0)
+        hardest_KF, has_K = _hardest(memory_KF, unit_NF, label_N)
+        moved_KF = F.normalize(momentum * memory_KF + (1 - momentum) * hardest_KF, dim=1)
+        return torch.where(has_K[:, None], moved_KF, memory_KF)
+    memory = memory_KF.clone()
+    for row, cluster in zip(unit_NF, label_N.tolist(), strict=True):
+        if cluster >= 0:
+            memory[cluster] = F.normalize(momentum * memory[cluster] + (1 - momentum) * row, dim=0)
     return memory
 
 
 def _hardest(memory_KF: Tensor, unit_NF: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, clusters): of each cluster in the batch the image with the smallest dot product, of equals the first."""
-    likeness_N = (unit_NF * memory_KF[label_N]).sum(dim=1)
-    order = torch.argsort(likeness_N, stable=True)
-    order = order[torch.argsort(label_N[order], stable=True)]
-    label = label_N[order]
-    first = torch.ones_like(label, dtype=torch.bool)
-    first[1:] = label[1:] != label[:-1]
-    return unit_NF[order[first]], label[first]
+    """(rows [K, F], whether there is one [K]): of each cluster in the batch the image with the smallest dot product, of
+    equals the first. No size depends on the values, so that a GPU need not be waited for."""
+    clusters, images = len(memory_KF), len(unit_NF)
+    real_N, label_N = label_N >= 0, label_N.clamp(min=0)
+    likeness_N = (unit_NF * memory_KF[label_N]).sum(dim=1).masked_fill(~real_N, torch.inf)
+    least_K = likeness_N.new_full((clusters,), torch.inf).scatter_reduce(0, label_N, likeness_N, "amin")
+    is_least_N = real_N & (likeness_N == least_K[label_N])
+    place_N = torch.arange(images, device=label_N.device)
+    first_K = place_N.new_full((clusters,), images).scatter_reduce(
+        0, label_N, torch.where(is_least_N, place_N, images), "amin"
+    )
+    return unit_NF[first_K.clamp(max=images - 1)], first_K < images

@@ -26,7 +26,7 @@ from training.core.run_folder.lease import lease_on
 from training.core.run_folder.write_guard import GuardedStore, WriteGuard
 from training.core.world import alone
 from training.evaluation import evaluation, fine_tune
-from training.evaluation.weights_origin import Pedigree, is_fine_tuned, of_card
+from training.evaluation.weights_origin import WeightsOrigin, is_fine_tuned, of_card
 from training.reid.datasets.open_dataset import ReIDSet
 from training.reid.literature import BY_NAME, TASKS, LiteratureRow
 from training.reid.settings import ScoringConfig
@@ -158,23 +158,23 @@ def _carry_out(
     return done
 
 
-def refuse_others(row: LiteratureRow, card: dict[str, Any], pedigree: Pedigree, reid: ReIDSet, where: str) -> None:
+def refuse_others(row: LiteratureRow, card: dict[str, Any], origin: WeightsOrigin, reid: ReIDSet, where: str) -> None:
     """Raises DataError for weights that the row's score cannot be of."""
     tuned = is_fine_tuned(card)
     trained_identities = (card.get("origin") or {}).get("identities")
     identities = reid.train.identities if reid.train is not None else trained_identities
     wrong = {
-        f"they are {pedigree.family}, the row is {row.method}": bool(row.family and pedigree.family)
-        and row.family != pedigree.family,
-        f"they are {_backbone(pedigree.arch, pedigree.stem, pedigree.parts)}, the row is "
+        f"they are {origin.family}, the row is {row.method}": bool(row.family and origin.family)
+        and row.family != origin.family,
+        f"they are {_backbone(origin.arch, origin.stem, origin.parts)}, the row is "
         f"{_backbone(row.arch, row.stem, row.parts)}": bool(row.arch)
-        and (row.arch, row.stem, row.parts) != (pedigree.arch, pedigree.stem, pedigree.parts),
+        and (row.arch, row.stem, row.parts) != (origin.arch, origin.stem, origin.parts),
         "they are fine-tuned, the row is of features as pre-training leaves them": tuned and row.task == "zero-shot",
-        f"they are of the task {pedigree.task}, the row of {row.task}": row.task != "zero-shot"
-        and pedigree.task not in ("zero-shot", row.task),
-        f"they were fine-tuned on {pedigree.trained_on}, not on {row.data}": tuned and bool(pedigree.trained_on),
+        f"they are of the task {origin.task}, the row of {row.task}": row.task != "zero-shot"
+        and origin.task not in ("zero-shot", row.task),
+        f"they were fine-tuned on {origin.trained_on}, not on {row.data}": tuned and bool(origin.trained_on),
         f"they were fine-tuned on {trained_identities} identities, {row.data} has {identities} to train on": (
-            pedigree.task == "supervised" and trained_identities != identities
+            origin.task == "supervised" and trained_identities != identities
         ),
         f"they are for images of {_size(card['input']['size'])}, the row of {_size(row.size)}": (
             tuned or row.task == "zero-shot"

@@ -21,11 +21,11 @@ from datapipe.core.errors import ConfigError
 from datapipe.core.parallel import Executor
 from datapipe.storage import open_store, split_url
 from datapipe.views.normalisation import MEAN_STD
-from training.evaluation import evaluation, feature_file
-from training.evaluation import weights_origin as pedigrees
+from training.evaluation import evaluation, feature_file, weights_origin
 from training.evaluation.evaluation import ScoringTask, Subject
 from training.evaluation.image_pieces import CutDataSet, Piece, cut
 from training.evaluation.piece_files import PieceFiles
+from training.nn.identity.necks import FEATURE, NeckedBackbone
 from training.nn.vision_transformer import VisionTransformer
 from training.reid.embed import EmbedConfig, embed, feature_widths
 from training.reid.settings import ScoringConfig
@@ -125,10 +125,10 @@ def digest(*facts: Any) -> str:
 
 
 def origin_of(subject: Subject, address: str) -> dict[str, Any]:
-    """What a file says of the weights it was made with: name, address, how far they were trained, pedigree."""
-    assert subject.pedigree is not None
+    """What a file says of the weights it was made with: name, address, how far they were trained, origin."""
+    assert subject.origin is not None
     name, step, samples = subject.weights.name, subject.weights.step, subject.weights.samples
-    return {"name": name, "address": address, "step": step, "samples": samples, **subject.pedigree.to_tree()}
+    return {"name": name, "address": address, "step": step, "samples": samples, **subject.origin.to_tree()}
 
 
 def carry_out(plan: EmbedPlan, executor: Executor, work: Callable[..., int], device: torch.device | str) -> int:
@@ -189,9 +189,12 @@ def _published(file: str, data: str, storage: StorageConfig, batch: int) -> Subj
     published = read_published(file, storage, Stated())
     mean, std = MEAN_STD[published.statistics]
     _, card = exports.serialised(published.backbone, Provenance(origin=published.origin, mean=mean, std=std))
+    necks = published.necks
+    network = published.backbone if necks is None else NeckedBackbone(published.backbone, necks)
     return Subject(
-        Weights(split_url(file)[1].rpartition(".")[0]), card["file"]["sha256"], pedigrees.of_card(card, data),
-        EmbedConfig(mean=mean, std=std, batch=batch), pedigrees.quoted_feature(card), published.backbone.eval,
+        Weights(split_url(file)[1].rpartition(".")[0]), card["file"]["sha256"], weights_origin.of_card(card, data),
+        EmbedConfig(mean=mean, std=std, batch=batch),
+        weights_origin.quoted_feature(card) if necks is None else FEATURE, network.eval,
     )  # fmt: skip
 
 

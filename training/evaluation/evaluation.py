@@ -19,8 +19,8 @@ from training.config.continuation import saved_config
 from training.config.run_config import RunConfig
 from training.core.out_of_memory import scoring_memory
 from training.core.run_folder.run_folder import RunFolder
-from training.evaluation import weights_origin as pedigrees
-from training.evaluation.weights_origin import Pedigree
+from training.evaluation import weights_origin
+from training.evaluation.weights_origin import WeightsOrigin
 from training.methods.base import Method
 from training.nn.vision_transformer import VisionTransformer
 from training.reid import zero_shot
@@ -58,7 +58,7 @@ class Subject(NamedTuple):
     weights: Weights
     identity: str
     """What must be equal, beside data and settings, for old scores to stand."""
-    pedigree: Pedigree | None
+    origin: WeightsOrigin | None
     """Origin of the weights; None: the colour histogram, which has none."""
     embed: EmbedConfig
     headline: str
@@ -137,9 +137,9 @@ def _score(task: ScoringTask, threads: int, device: torch.device | str, out: Sto
     reid = open_data(task.data, task.storage, task.scoring, images=task.scoring.allow_partial)  # `tasks` has refused
     identity = _identity(task, subject, reid)
     before = _scored(out, reid, task.weights, identity)
-    if before is not None and (subject.pedigree is None or before["headline"] == subject.headline):
+    if before is not None and (subject.origin is None or before["headline"] == subject.headline):
         return before
-    if subject.pedigree is None:
+    if subject.origin is None:
         evaluation = zero_shot.evaluate_histogram(reid, scoring=task.scoring)
     else:
         backbone = subject.load().to(device)
@@ -147,7 +147,7 @@ def _score(task: ScoringTask, threads: int, device: torch.device | str, out: Sto
             backbone, reid, task.weights, size=backbone.config.size, device=device, config=subject.embed,
             headline=subject.headline, scoring=task.scoring,
         )  # fmt: skip
-        evaluation.settings["model"] = subject.pedigree.to_tree()
+        evaluation.settings["model"] = subject.origin.to_tree()
     evaluation.settings["identity"] = identity
     zero_shot.save(evaluation, reid, out)
     return zero_shot.metrics(evaluation, reid)
@@ -163,16 +163,16 @@ def _of_run(task: ScoringTask, threads: int) -> Subject:
     mean, std = MEAN_STD[config.views.statistics]
     interpolation = task.interpolation or config.evaluation.interpolation
     kind, name = methods.of(config.method), task.weights.name
-    pedigree, identity = None, ""
+    origin, identity = None, ""
     if name == RANDOM:
         identity = f"seed {config.seed} {config.backbone}"
-        pedigree = pedigrees.of_run(config, task.data)
+        origin = weights_origin.of_run(config, task.data)
     elif name != COLOUR_HISTOGRAM:
         marker = checkpoint.read_marker(folder.at("checkpoints"), name)
         identity = marker.sha256
-        pedigree = pedigrees.of_run(config, task.data, sha256=marker.sha256, origin=marker.origin)
+        origin = weights_origin.of_run(config, task.data, sha256=marker.sha256, origin=marker.origin)
     return Subject(
-        task.weights, identity, pedigree,
+        task.weights, identity, origin,
         EmbedConfig(threads=threads, mean=mean, std=std, interpolation=interpolation, batch=task.scoring.embed_batch),
         kind.quoted_feature(kind.parts(config.method)),
         lambda: load_method(task.weights, folder, config).embedder().eval(),
@@ -185,10 +185,10 @@ def _of_export(task: ScoringTask, threads: int) -> Subject:
     card = exports.load_card(store)
     mean, std = (tuple(card["input"][key]) for key in ("mean", "std"))
     return Subject(
-        task.weights, card["file"]["sha256"], pedigrees.of_card(card, task.data),
+        task.weights, card["file"]["sha256"], weights_origin.of_card(card, task.data),
         EmbedConfig(threads=threads, mean=mean, std=std, interpolation=task.interpolation or "bilinear",
                     batch=task.scoring.embed_batch),
-        pedigrees.quoted_feature(card),
+        weights_origin.quoted_feature(card),
         lambda: exports.load_embedder(store),
     )  # fmt: skip
 

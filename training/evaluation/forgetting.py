@@ -122,8 +122,8 @@ def plan(request: ForgettingRequest, out: str, *, tuned_on: str = "") -> Forgett
     if request.feature not in widths:
         raise ConfigError(f"these networks have no feature {request.feature}", where="--feature",
                           hint=f"they have {', '.join(widths)}")  # fmt: skip
-    assert second.pedigree is not None
-    tuned_on = tuned_on or second.pedigree.trained_on
+    assert second.origin is not None
+    tuned_on = tuned_on or second.origin.trained_on
     if not tuned_on:
         raise ConfigError("nothing says which labelled data the target was fine-tuned on", where=request.target,
                           hint="--tuned-on market1501: the list binds whoever trains on what it selects")  # fmt: skip

@@ -15,7 +15,7 @@ from training.reid.zero_shot import Weights
 SETTINGS = ("size", "interpolation", "mean", "std", "precision")
 """What of a file's own statement an evaluation of weights says, too."""
 ORIGIN = ("name", "address", "step", "samples")
-"""What a file says of weights beside their pedigree."""
+"""What a file says of weights beside their origin."""
 
 
 def score_features(
@@ -52,7 +52,7 @@ def _weights(found: FoundFeatures, file: str) -> Weights:
 
 
 def _settings(found: FoundFeatures, file: str) -> dict[str, Any]:
-    """What the file is, and what it says of the features; nothing of a pedigree where it says none."""
+    """What the file is, and what it says of the features; nothing of a origin where it says none."""
     said = {key: found.header[key] for key in SETTINGS if key in found.header}
     origin = {key: value for key, value in found.header.get("weights", {}).items() if key not in ORIGIN}
     about = {"features": file, "rows": found.rows, "dtype": found.header.get("dtype", "")}

@@ -22,7 +22,7 @@ WHERE = "method, on the card of these weights"
 
 
 @dataclass(frozen=True)
-class Pedigree:
+class WeightsOrigin:
     """Facts about one set of weights."""
 
     family: str
@@ -49,12 +49,12 @@ class Pedigree:
 
 def of_run(
     config: RunConfig, data: str, *, sha256: str = "", origin: Mapping[str, Any] = MappingProxyType({})
-) -> Pedigree:
+) -> WeightsOrigin:
     """The origin of a run's weights that are scored on `data`: of a checkpoint, whose marker has both its digest and
     what the run started from; without these, of the initial weights that the run's seed draws."""
     kind = methods.of(config.method)
     tuned = kind.fine_tunes and bool(sha256)
-    return Pedigree(
+    return WeightsOrigin(
         family="" if not sha256 else _family(origin) if tuned else config.method.name,
         task=_adapted(kind.task, origin) if tuned else "zero-shot",
         arch=config.backbone.arch, stem=config.backbone.stem, parts=kind.parts(config.method),
@@ -65,12 +65,12 @@ def of_run(
     )  # fmt: skip
 
 
-def of_card(card: Mapping[str, Any], data: str) -> Pedigree:
+def of_card(card: Mapping[str, Any], data: str) -> WeightsOrigin:
     """The origin of exported or imported weights that are scored on `data`."""
     own = _fine_tunes(card)
     recipe = card.get("recipe", {}) if own else {}
     backbone = BackboneConfig(**card["backbone"])
-    return Pedigree(
+    return WeightsOrigin(
         family=_family(card), task=task_of(card),
         arch=backbone.arch, stem=backbone.stem, parts=int(card["parts"]), sha256=card["file"]["sha256"],
         trained_on=_other(recipe.get("evaluation", {}).get("data", ""), data),
@@ -80,7 +80,8 @@ def of_card(card: Mapping[str, Any], data: str) -> Pedigree:
 
 
 def task_of(card: Mapping[str, Any]) -> str:
-    """What scores of these weights are called, as `Pedigree.task`. Raises ConfigError for a method that is not here."""
+    """What scores of these weights are called, as `WeightsOrigin.task`. Raises ConfigError for a method that is not
+    here."""
     origin = card.get("origin") or {}
     if card.get("method"):
         return _adapted(methods.named(card["method"], where=WHERE).task, origin)

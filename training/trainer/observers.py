@@ -16,7 +16,7 @@ from training.trainer.monitoring.heartbeat import Heartbeat
 from training.trainer.monitoring.observer import Observer
 from training.trainer.monitoring.recorder import Recorder
 from training.trainer.monitoring.sample_audit import Audit
-from training.trainer.monitoring.stragglers import Pace
+from training.trainer.monitoring.stragglers import StragglerMonitor
 
 
 def make_observers(
@@ -35,7 +35,7 @@ def make_observers(
     followers: list[Observer] = (
         [Recorder(folder, about=about, total_steps=plan.clock.total_steps)] if world.is_leader else []
     )
-    followers += [Heartbeat(folder, world, plan.config), Pace(method, host, world, folder, exchange)]
+    followers += [Heartbeat(folder, world, plan.config), StragglerMonitor(method, host, world, folder, exchange)]
     if plan.config.engine.audit:
         followers.append(Audit(method, folder, world))
     return [*followers, DatasetRenewal(loader, plan.data, checkpoints, folder, world)]

@@ -8,7 +8,7 @@ from training.core.host import Doing, LocalHost
 from training.core.run_folder.run_folder import RunFolder
 from training.core.step_phase import Whereabouts
 from training.core.world import World
-from training.trainer.monitoring.stragglers import Pace
+from training.trainer.monitoring.stragglers import StragglerMonitor
 
 
 class Event:
@@ -92,7 +92,7 @@ def test_pace__tells_events_on_a_gpu_and_places_on_a_cpu(monkeypatch, tmp_path) 
         Recorded.made.clear()
         method, host = torch.nn.Identity(), Told()
         world, folder = World(device=torch.device(device)), RunFolder(str(tmp_path), StorageConfig())
-        Pace(method, host, world, folder, Exchange(world))  # type: ignore[arg-type]
+        StragglerMonitor(method, host, world, folder, Exchange(world))  # type: ignore[arg-type]
         method(torch.zeros(1))
         if device == "cpu":
             assert host.found.now().doing == "backward" and not Recorded.made

@@ -55,7 +55,7 @@ def stragglers(shares: Sequence[RankTimes]) -> set[int]:
     return slow
 
 
-class Pace(Observer):
+class StragglerMonitor(Observer):
     """Measures this rank, compares all. On every rank."""
 
     def __init__(self, method: Method, host: Host, world: World, folder: RunFolder, exchange: Exchange) -> None:

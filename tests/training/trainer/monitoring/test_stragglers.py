@@ -16,7 +16,7 @@ from training.core.world import World
 from training.methods.pass_reid import Pass
 from training.trainer.monitoring import stragglers as pace
 from training.trainer.monitoring.observer import StepDone
-from training.trainer.monitoring.stragglers import SLOWER, WINDOW_STEPS, Pace, RankTimes, stragglers
+from training.trainer.monitoring.stragglers import SLOWER, WINDOW_STEPS, RankTimes, StragglerMonitor, stragglers
 from training.trainer.pretrain import pretrain
 
 STEPS = 3 * WINDOW_STEPS + 3
@@ -67,7 +67,7 @@ def _one_slow(world: World, path: str) -> tuple[list[str], list[tuple[int, str]]
     """Rank 1's forward pass takes longer until the middle of the run. Nothing else takes any time by the clock of this
     process, however busy the machine is."""
     host, now = NamedHost(world.rank), [0.0]
-    forward, note = Pass.forward, Pace.step
+    forward, note = Pass.forward, StragglerMonitor.step
 
     def slow(self: Pass, *arguments: Any) -> Any:
         step = host.steps[-1][0]
@@ -75,7 +75,7 @@ def _one_slow(world: World, path: str) -> tuple[list[str], list[tuple[int, str]]
         return forward(self, *arguments)
 
     pace.time = SimpleNamespace(perf_counter=lambda: now[0])  # type: ignore[attr-defined]
-    Pace.step = lambda self, step: note(self, _without_waiting(step))  # type: ignore[method-assign]
+    StragglerMonitor.step = lambda self, step: note(self, _without_waiting(step))  # type: ignore[method-assign]
     Pass.forward = slow  # type: ignore[method-assign]
     pretrain(recipes.load(path), world=world, host=host)
     return host.said, host.steps

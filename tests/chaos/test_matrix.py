@@ -31,9 +31,10 @@ FAULTS: Faults = (
 )
 """What happens, when, and what the storage does while the run recovers from it: each recovery takes long."""
 OFTEN: Faults = tuple(fault for fault in FAULTS if fault[0] in (
-    "worker killed", "checkpoint bit-flipped", "machine killed", "controller killed", "driver killed"))  # fmt: skip
-"""Those that `make test` inflicts: the death of each process, a damaged file; a NaN is in `test_disk.py`. `make soak`
-inflicts all."""
+    "worker killed", "NaN once", "checkpoint bit-flipped", "machine killed", "controller killed",
+    "driver killed"))  # fmt: skip
+"""Those that `make test` inflicts: the death of each process, a NaN, a damaged file; `make soak` inflicts all. The NaN
+is also what sees to it that there is a whole checkpoint to be damaged next."""
 MOST_FAILURES = 2
 """That the storm exceeds."""
 ELSEWHERE = {"straggler"}

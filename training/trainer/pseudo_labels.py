@@ -3,9 +3,9 @@
 Before the first step of an epoch all training images are embedded by all ranks, clustered by one, and put down:
 
     pseudo_labels/epoch_0007.parquet       key, name, label of every image; -1: outside all clusters
-    pseudo_labels/epoch_0007.safetensors   what training needs: labels and features' memory, and which checkpoint they
-                                           were made from; written last
     pseudo_labels/epochs.jsonl             a line an epoch: clusters, outliers, agreement with true identities, seconds
+    pseudo_labels/epoch_0007.safetensors   what training needs: labels and memory, and which checkpoint they were made
+                                           from; written last
 
 A run that is stopped before its next checkpoint takes them from there; later on they are part of the checkpoints.
 """
@@ -92,7 +92,6 @@ class PseudoLabels:
         self._clusters, self._method, self._images, self._work = clusters, method, images, work
         self._clock, self._world, self._host, self._folder = clock, world, host, folder
         self._made_from = made_from
-        self._begun: int | None = None
 
     def ends(self) -> list[int]:
         """Samples seen at the end of each epoch."""
@@ -106,7 +105,7 @@ class PseudoLabels:
         if position == start:
             with alive(self._host, position // self._clock.batch):
                 self._label(epoch, start)
-        labels = self._method.state_dict()["labels"].cpu().numpy()
+        labels = self._method.state_dict()["labels"].cpu().numpy().copy()  # the next epoch writes over them
         self._work.follow(labels, self._order(labels, start))
 
     def _label(self, epoch: int, start: int) -> None:
@@ -172,13 +171,13 @@ class PseudoLabels:
         buffer = io.BytesIO()
         pyarrow.parquet.write_table(table, buffer, compression="zstd")
         self._folder.write(f"{name}.parquet", buffer.getvalue())
+        self._folder.append(HISTORY, json.dumps({
+            "epoch": epoch, "position": start, **quality(labels, self._images.identities), **seconds,
+        }))  # fmt: skip
         state = self._method.state_dict()
         tensors = {key: state[key].cpu().contiguous() for key in ("labels", "memory")}
         about = {"made_from": self._made_from(start), "position": str(start)}
         self._folder.write(f"{name}.safetensors", safetensors.torch.save(tensors, about))
-        self._folder.append(HISTORY, json.dumps({
-            "epoch": epoch, "position": start, **quality(labels, self._images.identities), **seconds,
-        }))  # fmt: skip
 
     def _kept(self, epoch: int, start: int) -> dict[str, torch.Tensor] | None:
         """On the leading rank: what was put down for this epoch from the very weights that the network has now."""

@@ -238,8 +238,9 @@ def test_label_fraction__keeps_whole_identities(data: str, tmp_path: Path) -> No
 def test_refused__before_anything_starts(data: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run folder"):
         prepare("random", data, "")
-    with pytest.raises(ConfigError, match="not of fine-tuning"):
+    with pytest.raises(ConfigError, match="of dino, which is not training for --task supervised") as caught:
         fine_tuning(data, tmp_path / "a", recipe="dino_vits")
+    assert "one of supervised, " in str(caught.value.hint) and "usl_" not in str(caught.value.hint)
     with pytest.raises(ConfigError, match="whole identities of 3"):
         run(fine_tuning(data, tmp_path / "b", "--method.instances", "3"))
     with pytest.raises(ConfigError, match="the recipe is for 5 identities, the data has 6"):

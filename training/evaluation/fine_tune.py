@@ -63,7 +63,7 @@ def prepare(
     if task not in (kinds := tasks_of(final)):
         raise ConfigError(f"the recipe is of {final.method.name}, which is not training for --task {task}",
                           where="--recipe", hint=f"--task {kinds[0]}" if kinds else
-                          f"one of {', '.join(_fine_tuning_recipes())}")  # fmt: skip
+                          f"one of {', '.join(_recipes_of(task))}")  # fmt: skip
     if final.stream.manifest or final.stream.mix:
         return final
     manifest = shard_training_part(reid, open_store(out, storage).address("shards"), storage)
@@ -92,8 +92,10 @@ def suited_recipe(card: dict[str, Any]) -> str:
     return kind.fine_tuning_recipe(card.get("parts", 0))
 
 
-def _fine_tuning_recipes() -> list[str]:
-    return [name for kind in methods.known().values() if kind.fine_tunes for name in kind.published]
+def _recipes_of(task: str) -> list[str]:
+    """Names of the recipes that carry out a task."""
+    kinds = (kind for kind in methods.known().values() if kind.fine_tunes and kind.task == task)
+    return [name for kind in kinds for name in kind.published]
 
 
 def as_export(weights: str, out: str, storage: StorageConfig) -> str:

@@ -39,6 +39,7 @@ from training.methods.base import (
 from training.nn import ics_stem
 from training.nn.feature_diagnostics import of_features
 from training.nn.identity import reid_losses
+from training.nn.identity.necks import GroupedBatchNorm
 from training.nn.random_erasing import erase
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer, draw_path_masks, on_device
 
@@ -164,17 +165,6 @@ class FineTuningOutput(NamedTuple):
     logits_BK: Tensor
 
 
-class Neck(ics_stem.PooledBatchNorm):
-    """Batch norm of features [B, C] whose bias stays 0, so that identities are told by angles (BNNeck)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
-        self.bias.requires_grad_(False)
-
-    def forward(self, values_BC: Tensor, real_B: Tensor | None) -> Tensor:
-        return super().forward(values_BC[:, :, None, None], real_B)[:, :, 0, 0]
-
-
 class IdentityHead(nn.Module):
     """Necks and classifier, under the names of the reference's state dicts."""
 
@@ -183,10 +173,10 @@ class IdentityHead(nn.Module):
         self.neck = config.neck
         channels = width * (2 if config.parts else 1)
         if config.neck != "none":
-            self.bottleneck = Neck(channels if config.neck == "one" else width)
+            self.bottleneck = GroupedBatchNorm(channels if config.neck == "one" else width, group=0)
         if config.neck == "each":
             for part in range(1, config.parts + 1):
-                self.add_module(f"bottleneck_{part}", Neck(width))
+                self.add_module(f"bottleneck_{part}", GroupedBatchNorm(width, group=0))
         self.classifier = nn.Linear(channels, config.classes, bias=config.neck == "none")
         nn.init.normal_(self.classifier.weight, std=0.02 if config.neck == "none" else 0.001)
 

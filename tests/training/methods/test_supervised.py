@@ -22,7 +22,8 @@ from training.engine.param_groups import group_parameters, settings_at
 from training.engine.plain import PlainStepper
 from training.engine.settings import OptimisationConfig
 from training.methods.base import TrainingProgress, Views
-from training.methods.supervised import Neck, Supervised, SupervisedConfig, to_transreid
+from training.methods.supervised import Supervised, SupervisedConfig, to_transreid
+from training.nn.identity.necks import GroupedBatchNorm
 from training.nn.vision_transformer import BackboneConfig, draw_path_masks
 from training.trainer.loop import Segment, TrainingRun, train
 
@@ -194,7 +195,7 @@ def test_loss__an_image_of_unknown_identity_counts_for_nothing() -> None:
 
 
 def test_neck__bias_stays_zero_and_padding_stays_out() -> None:
-    neck = Neck(3).double()
+    neck = GroupedBatchNorm(3, group=0).double()
     values = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     real = torch.tensor([True, True, True, False])
     library = nn.BatchNorm1d(3).double()

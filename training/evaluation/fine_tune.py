@@ -73,9 +73,7 @@ def prepare(
 def tasks_of(config: RunConfig) -> tuple[str, ...]:
     """Tasks of `evaluate` that a recipe can carry out; none for pre-training."""
     kind = methods.of(config.method)
-    if not kind.fine_tunes:
-        return ()
-    return ("usl",) if kind.by_cluster(config.method) is not None else ("supervised",)
+    return (kind.task,) if kind.fine_tunes else ()
 
 
 def without_labels(card: dict[str, Any], data: str) -> str:

@@ -298,7 +298,7 @@ class Method(nn.Module, ABC, Generic[C]):
     def begin_epoch(self, labels_N: Tensor, features_NF: Tensor) -> None:
         """Take over the pseudo labels of an epoch, and what is made of the features that were clustered. On every rank;
         only where there is `by_cluster`."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} makes pseudo labels (by_cluster) and does not take them over")
 
     def networks(self) -> dict[str, nn.Module]:
         """ "student", and "teacher" where there is one."""

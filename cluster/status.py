@@ -11,7 +11,7 @@ from datapipe.core.progress import duration
 from training import checkpoint
 from training.config.continuation import saved_config
 from training.config.run_config import RunConfig
-from training.config.run_plan import clock_of
+from training.config.run_plan import steps_of
 from training.core.run_folder import starting
 from training.core.run_folder.append_files import FLUSH_S
 from training.core.run_folder.run_folder import RunFolder
@@ -68,7 +68,7 @@ def status(run: str, storage: StorageConfig, *, now: float | None = None) -> Sta
     """The status of one run folder; `now`: seconds since 1970."""
     folder = RunFolder(run, storage)
     files = RunFiles(folder)
-    step, steps = max((attempt.last or 0 for attempt in files.attempts), default=0), _steps(folder, files)
+    step, steps = max((attempt.last or 0 for attempt in files.attempts), default=0), steps_of(folder)
     lives = [life for name in folder.names("ranks/rank_") if name.endswith(".json") and (life := _json(folder, name))]
     last = max((life["time"] for life in lives), default=None)
     age_s = None if last is None else max(0.0, (now or time.time()) - last)
@@ -135,11 +135,6 @@ def _row(one: Status) -> tuple[str, ...]:
     of = f" of {one.steps:,}" if one.steps else ""
     age = "" if one.age_s is None else duration(one.age_s)
     return one.run, one.state, f"{one.step:,}{of}", age, *map(str, (one.workers, one.restarts, one.checkpoints))
-
-
-def _steps(folder: RunFolder, files: RunFiles) -> int:
-    config, manifest = saved_config(folder), files.environment.get("manifest", {})
-    return clock_of(config, manifest["rows"]).total_steps if config and "rows" in manifest else 0
 
 
 def _state(step: int, steps: int, age_s: float | None, history: list[dict[str, Any]], log: str) -> str:

@@ -38,8 +38,15 @@ class EvaluateJob(training.EvaluateCommand):
     @property
     def places(self) -> dict[str, str]:
         """Every place that is read from or written to, by its flag."""
-        given = {"weights": self.weights, "features": self.features, "data": self.data, "out": self.out}
-        return {name: place for name, place in given.items() if place and (name, place) != ("weights", RANDOM)}
+        weights = [one.address for one in self.named_weights if one.address != RANDOM]
+        given = {**_numbered("weights", weights), "features": self.features,
+                 **_numbered("data", [one.address for one in self.named_data]), "out": self.out}  # fmt: skip
+        return {name: place for name, place in given.items() if place}
+
+
+def _numbered(name: str, places: list[str]) -> dict[str, str]:
+    """Places of one flag; each with its number where there are several."""
+    return {name if len(places) == 1 else f"{name} {number}": place for number, place in enumerate(places, start=1)}
 
 
 @settings

@@ -69,10 +69,14 @@ class RayWorkers:
 
 def _perform(seen: tuple[Witness, ...], function: Callable[..., T], task: tuple[Any, ...]) -> T:
     """One task, in a worker process; its machine may have joined the cluster after the run began."""
-    missing = unseen(seen)
-    if missing:
-        raise _refusal({_node(): missing})
+    refuse_unseen(seen)
     return function(*task)
+
+
+def refuse_unseen(seen: tuple[Witness, ...]) -> None:
+    """In a worker process: raises DataError where this machine does not see what the driver sees."""
+    if missing := unseen(seen):
+        raise _refusal({_node(): missing})
 
 
 def check_nodes(seen: tuple[Witness, ...]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from cluster.core.arguments import EvaluateJob
+from cluster.core.arguments import RANDOM, EvaluateJob
 from cluster.core.devices import Kind, decide, hidden, offered, own_device
 from cluster.core.job_paths import refuse_relative
 from cluster.core.session import LOCAL, chosen_address, prepare, ray_session, result
@@ -17,6 +17,7 @@ from training.commands.evaluate import conclude, fine_tuning, of_features, show,
 from training.core.devices import Device, choose_device
 from training.evaluation import evaluation
 from training.evaluation.evaluation import ScoringTask
+from training.grid.request import read_address
 
 PROG = "python -m cluster evaluate"
 POLL_S = 1.0
@@ -27,11 +28,15 @@ def evaluate(chosen: EvaluateJob, flags: Sequence[str]) -> int:
     """Score weights as they are, or after fine-tuning with these flags of a recipe; the exit code."""
     refuse_relative(chosen.places)
     address = chosen_address(chosen.address or "")
-    names = ("weights", "features", "data", "out")
-    weights, features, data, out = (full_url(chosen.places.get(name, "")) for name in names)
-    chosen = replace(chosen, weights=weights or chosen.weights, features=features, data=data, out=out)
+    weights, data = (tuple(map(_absolute, words)) for words in (chosen.weights, chosen.data))
+    features, out = (full_url(place) if place else "" for place in (chosen.features, chosen.out))
+    chosen = replace(chosen, weights=weights, features=features, data=data, out=out)
     if chosen.features:
         return show(chosen, [of_features(chosen)])  # ranking alone: no work for a cluster
+    if chosen.is_grid or chosen.dry_run:
+        from cluster.jobs.evaluate_grid import evaluate_grid
+
+        return evaluate_grid(chosen, flags, address=address, prog=PROG)
     if chosen.task != "zero-shot":
         from cluster.jobs.pretrain import run as pretrain
 
@@ -41,8 +46,14 @@ def evaluate(chosen: EvaluateJob, flags: Sequence[str]) -> int:
             return conclude(config) if code == cli.COMPLETE else code
     if address == LOCAL:
         choose_device(chosen.device)  # refuses what cannot be before the data is looked through
-    print(f"reads the data set {chosen.data}", flush=True)
+    print(f"reads the data set {chosen.only_data}", flush=True)
     return show(chosen, score_all(zero_shot_tasks(chosen), address=address, device=chosen.device))
+
+
+def _absolute(word: str) -> str:
+    """`NAME=ADDRESS` or an address, where workers run in other folders."""
+    given = read_address(word)
+    return word if given.address == RANDOM else str(given._replace(address=full_url(given.address)))
 
 
 def score_all(tasks: Sequence[ScoringTask], *, address: str = LOCAL, device: Device = "auto") -> list[dict[str, Any]]:

@@ -4,30 +4,43 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from datapipe.core.cli import INLINE, POSITIONAL, Arg
+from datapipe.core.cli import INLINE, POSITIONAL, REPEATED, Arg
 from datapipe.core.config import Size, Statistics, StorageConfig
 from datapipe.core.settings import settings
+from training.grid.request import GridTask, NamedAddress, TaskKind, is_grid, read_address, read_tasks
 from training.reid.settings import ScoringConfig
 
 
 @settings
 class EvaluateCommand:
-    weights: Annotated[str, POSITIONAL] = ""
-    """Run folder, folder of an export or import, or a file of published weights, local or s3://bucket/prefix;
-    "random" with --task supervised: none."""
-    data: str
-    """Labelled data set: a folder or s3://bucket/prefix with its files, or its shards."""
+    weights: Annotated[tuple[str, ...], POSITIONAL] = ()
+    """Run folder, one of its checkpoints, folder of an export or import, or a file of published weights, local or
+    s3://bucket/prefix; "random" with tasks that train: none. Several, or NAME=ADDRESS, for a grid."""
+    data: Annotated[tuple[str, ...], REPEATED]
+    """Labelled data set: a folder or s3://bucket/prefix with its files, or its shards. In a grid several of them;
+    NAME=ADDRESS names one, and says what it is where the name is that of a published data set."""
     features: str = ""
     """In place of weights: a parquet file with a feature of every image of query and gallery, from `embed` or any other
     tool: a row each with `key` or `name`, and `feature`, a list of numbers."""
-    task: Literal["zero-shot", "supervised", "usl"] = "zero-shot"
-    """"zero-shot": retrieval with the features as they are. "supervised": fine-tune on the training part first; "usl":
-    train on it without its labels; all flags of a recipe may follow, such as --optimisation.epochs 60."""
+    tasks: str = "zero-shot"
+    """A list with commas. "zero-shot": retrieval with the features as they are. "supervised": fine-tune on the training
+    part first; "usl": train on it without its labels; "uda:SOURCE": the same after fine-tuning on the data set SOURCE;
+    "transfer:SOURCE": score what was fine-tuned there as it is. All flags of a recipe may follow those that train, such
+    as --optimisation.epochs 60; --usl.optimisation.epochs 60 is for that task alone."""
     out: str = ""
-    """Folder for the scores; for --task supervised and usl the run folder. Empty: that of the weights."""
-    recipe: str = ""
+    """Folder for the scores; of a task that trains its run folder, of a grid that of all cells. Empty: that of the
+    weights."""
+    recipe: Annotated[tuple[str, ...], REPEATED] = ()
     """Training: a TOML file, or supervised, supervised_384, supervised_pass, supervised_mae, usl_market, usl_msmt17,
-    usl_pass_market, usl_pass_msmt17, uda_pass_market, uda_pass_msmt17. Empty: the one that suits weights and data."""
+    usl_pass_market, usl_pass_msmt17, uda_pass_market, uda_pass_msmt17; with several tasks TASK=RECIPE. Empty: the one
+    that suits weights and data."""
+    every_checkpoint: bool = False
+    """A grid of every complete checkpoint of the runs, not of the newest alone: scores over pre-training."""
+    follow: bool = False
+    """With --every-checkpoint: go on with checkpoints as they appear, as long as somebody trains there."""
+    dry_run: bool = False
+    """Say which cells there are, and of those that train sizes, memory, time, and what differs from the publication;
+    train and score nothing."""
     label_fraction: float = 1.0
     """Share of the training identities that fine-tuning may use."""
     device: Annotated[Literal["auto", "cpu", "cuda"], Arg(aliases=("--engine.device",))] = "auto"
@@ -36,6 +49,41 @@ class EvaluateCommand:
     """How the data set is taken and scored."""
     storage: StorageConfig = StorageConfig()
     """How object stores are reached."""
+
+    @property
+    def chosen_tasks(self) -> tuple[GridTask, ...]:
+        """The tasks, read. Raises ConfigError for what is none."""
+        return read_tasks(self.tasks)
+
+    @property
+    def is_grid(self) -> bool:
+        """Is it more than one evaluation?"""
+        return self.every_checkpoint or is_grid(self.weights, self.data, self.chosen_tasks)
+
+    @property
+    def task(self) -> TaskKind:
+        """The task, where there is one."""
+        return self.chosen_tasks[0].kind
+
+    @property
+    def named_weights(self) -> tuple[NamedAddress, ...]:
+        """The weights, with the names that they were given."""
+        return tuple(map(read_address, self.weights))
+
+    @property
+    def named_data(self) -> tuple[NamedAddress, ...]:
+        """The data sets, with the names that they were given."""
+        return tuple(map(read_address, self.data))
+
+    @property
+    def only_weights(self) -> str:
+        """The address of the weights, where there is one set of them; empty: features are given."""
+        return self.named_weights[0].address if self.weights else ""
+
+    @property
+    def only_data(self) -> str:
+        """The address of the data set, where there is one."""
+        return self.named_data[0].address
 
 
 @settings

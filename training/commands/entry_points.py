@@ -23,6 +23,7 @@ from training.commands.arguments import (
     ReproduceCommand,
     VerifyRunCommand,
 )
+from training.grid.request import read_recipes, trained_kinds
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -35,8 +36,9 @@ def evaluate(arguments: list[str]) -> int:
     return run(chosen, flags)
 
 
-FINE_TUNING = ("With --task supervised, flags of a recipe may follow, such as --optimisation.epochs 60; "
-               "`python -m training pretrain supervised --help-all` has them.")  # fmt: skip
+FINE_TUNING = ("With tasks that train, flags of a recipe may follow, such as --optimisation.epochs 60; "
+               "`python -m training pretrain supervised --help-all` has them. Several weights, data sets or tasks make "
+               "a grid: one table of all, in --out.")  # fmt: skip
 
 
 E = TypeVar("E", bound=EvaluateCommand)
@@ -44,18 +46,27 @@ E = TypeVar("E", bound=EvaluateCommand)
 
 def read_evaluate(kind: type[E], words: list[str], page: cli.Page) -> tuple[E, list[str]]:
     """The settings of an evaluation, and the flags of a recipe that followed. Raises UsageError for flags of a recipe
-    where there is none."""
+    where nothing trains, and for what does not go together."""
     show_help(cli.flags_of(kind), words, page)
     chosen, flags = read_some(kind, words, prog=page.prog)
     if not chosen.features and not chosen.weights:
         raise UsageError("neither weights nor features are given", where=page.prog,
                          hint="WEIGHTS --data FOLDER, or --features FILE.parquet --data FOLDER --out FOLDER"
                          )  # fmt: skip
-    if chosen.features and (chosen.weights or chosen.task == "supervised"):
+    trained = trained_kinds(chosen.chosen_tasks)
+    if chosen.features and (chosen.weights or trained or chosen.is_grid):
         raise UsageError("--features is given in place of weights, and is scored as it is", where=page.prog,
-                         hint="leave out WEIGHTS and --task")  # fmt: skip
-    if flags and chosen.task == "zero-shot":
+                         hint="leave out WEIGHTS and --tasks, and give one data set")  # fmt: skip
+    if flags and not trained:
         raise cli.unknown(flags, cli.flags_of(kind), page.prog)
+    if chosen.follow and not chosen.every_checkpoint:
+        raise UsageError("--follow is for --every-checkpoint", where=page.prog, hint="--every-checkpoint --follow")
+    if chosen.is_grid and not chosen.out:
+        raise UsageError("several evaluations need a folder", where=page.prog, hint="--out grids/first")
+    if chosen.label_fraction < 1 and "supervised" not in trained:
+        raise UsageError("only fine-tuning with labels takes a share of them", where=f"{page.prog}, --label-fraction",
+                         hint="leave it out, or --tasks supervised")  # fmt: skip
+    read_recipes(chosen.recipe, chosen.chosen_tasks)
     return chosen, flags
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from training.core.world import alone
 from training.evaluation import evaluation, fine_tune
 from training.evaluation.evaluation import ScoringTask
 from training.evaluation.score_features import score_features
+from training.grid.request import TaskKind, read_recipes, split_flags
+from training.reid.datasets.benchmarks import PUBLISHED
+from training.reid.settings import ScoringConfig
 from training.report.report import write_report
 from training.trainer.milestones import SUMMARY
 from training.trainer.pretrain import pretrain
@@ -30,7 +34,11 @@ PROG = "python -m training evaluate"
 
 
 def run(chosen: EvaluateCommand, flags: Sequence[str]) -> int:
-    """Score weights as they are, or after fine-tuning with these flags of a recipe."""
+    """Score weights as they are, or after training with these flags of a recipe; or a grid of both."""
+    if chosen.is_grid or chosen.dry_run:
+        from training.commands.evaluate_grid import run as run_grid
+
+        return run_grid(chosen, flags, prog=PROG)
     if chosen.task != "zero-shot":
         with writing(chosen, has_workers=False) as guard:
             config = fine_tuning(chosen, flags, prog=PROG)
@@ -45,7 +53,7 @@ def run(chosen: EvaluateCommand, flags: Sequence[str]) -> int:
     if chosen.features:
         return show(chosen, [of_features(chosen)])
     device = choose_device(chosen.device)
-    print(f"reads the data set {chosen.data}", flush=True)
+    print(f"reads the data set {chosen.only_data}", flush=True)
     scores, tasks = [], zero_shot_tasks(chosen)
     for number, task in enumerate(tasks, start=1):
         print(f"scores {task.weights.name} ({number} of {len(tasks)})", flush=True)
@@ -57,8 +65,8 @@ def of_features(chosen: EvaluateCommand) -> dict[str, Any]:
     """Score a file of features; raises UserError for all that is wrong with it."""
     if not chosen.out:
         raise ConfigError("scores of a file need a folder", where="--out", hint="--out scores/market1501")
-    print(f"reads the data set {chosen.data} and the features {chosen.features}", flush=True)
-    scores, extra = score_features(chosen.features, chosen.data, chosen.out, chosen.storage, chosen.scoring)
+    print(f"reads the data set {chosen.only_data} and the features {chosen.features}", flush=True)
+    scores, extra = score_features(chosen.features, chosen.only_data, chosen.out, chosen.storage, scoring_of(chosen))
     if extra:
         print(extra)
     return scores
@@ -66,18 +74,18 @@ def of_features(chosen: EvaluateCommand) -> dict[str, Any]:
 
 def zero_shot_tasks(chosen: EvaluateCommand) -> list[ScoringTask]:
     """What there is to score; raises UserError for all that can be wrong before that."""
-    weights = chosen.weights
+    weights = chosen.only_weights
     if weights.endswith(FILES):
         if not chosen.out:
             raise ConfigError("scores of a file need a folder", where="--out", hint="--out scores/market1501")
         weights = fine_tune.as_export(weights, chosen.out, chosen.storage)
-    return evaluation.tasks(weights, chosen.data, chosen.storage, chosen.scoring, out=chosen.out)
+    return evaluation.tasks(weights, chosen.only_data, chosen.storage, scoring_of(chosen), out=chosen.out)
 
 
 def show(chosen: EvaluateCommand, scores: list[dict[str, Any]]) -> int:
     """Print the table of scores and write the report of the folder that holds them."""
     print(evaluation.table(scores))
-    print(write_report(chosen.out or evaluation.checkpoint_of(chosen.weights)[0], chosen.storage))
+    print(write_report(chosen.out or evaluation.checkpoint_of(chosen.only_weights)[0], chosen.storage))
     return cli.COMPLETE
 
 
@@ -91,14 +99,24 @@ def writing(chosen: EvaluateCommand, *, has_workers: bool) -> contextlib.Abstrac
 
 def fine_tuning(chosen: EvaluateCommand, flags: Sequence[str], *, prog: str) -> RunConfig:
     """The run that fine-tunes and scores itself."""
-    if chosen.label_fraction < 1 and chosen.task != "supervised":
-        raise ConfigError("training without labels takes no share of them", where="--label-fraction",
-                          hint="leave it out, or --task supervised")  # fmt: skip
+    (recipe,) = read_recipes(chosen.recipe, chosen.chosen_tasks).values() or ("",)
+    return fine_tune.prepare(chosen.only_weights, chosen.only_data, chosen.out, task=chosen.task, recipe=recipe,
+                             flags=flags_of(chosen, flags)[chosen.task], scoring=scoring_of(chosen),
+                             storage=chosen.storage, prog=prog)  # fmt: skip
+
+
+def flags_of(chosen: EvaluateCommand, flags: Sequence[str]) -> dict[TaskKind, list[str]]:
+    """Flags of the recipes, by kind of training, those first that other flags of the command stand for."""
     fraction = ["--method.label-fraction", str(chosen.label_fraction)] if chosen.label_fraction < 1 else []
     device = ["--engine.device", chosen.device] if chosen.device != "auto" else []
-    return fine_tune.prepare(chosen.weights, chosen.data, chosen.out, task=chosen.task, recipe=chosen.recipe,
-                              flags=[*fraction, *device, *flags],
-                              scoring=chosen.scoring, storage=chosen.storage, prog=prog)  # fmt: skip
+    return {kind: [*(fraction if kind == "supervised" else ()), *device, *own]
+            for kind, own in split_flags(flags).items()}  # fmt: skip
+
+
+def scoring_of(chosen: EvaluateCommand) -> ScoringConfig:
+    """How the one data set is taken: what its name says it is, where that is the name of a published one."""
+    name = chosen.named_data[0].name
+    return replace(chosen.scoring, data_name=name) if name in PUBLISHED else chosen.scoring
 
 
 def conclude(config: RunConfig) -> int:

@@ -1,5 +1,6 @@
 """A recipe on a data set: all that follows from the two, worked out once and passed on."""
 
+import json
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +16,9 @@ from datapipe.views.spec import ViewSpec
 from training import methods
 from training.config.batch_split import BatchSplit, split_of
 from training.config.build import view_spec
+from training.config.continuation import saved_config
 from training.config.run_config import RunConfig
+from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
 from training.engine.clock import Clock
 from training.methods.base import ByCluster, ByIdentity
@@ -74,6 +77,13 @@ def clock_of(config: RunConfig, rows: int) -> Clock:
         epochs=config.optimisation.epochs,
         seed=config.seed,
     )
+
+
+def steps_of(folder: RunFolder) -> int:
+    """Steps of the whole run in this folder; 0 where the size of its data set is not known yet."""
+    config, about = saved_config(folder), json.loads(folder.read_text("environment.json") or "{}")
+    manifest = about.get("manifest", {})
+    return clock_of(config, manifest["rows"]).total_steps if config and "rows" in manifest else 0
 
 
 def make_loader(plan: RunPlan, world: World) -> "Loader":

@@ -94,14 +94,14 @@ def process_groups() -> list[dist.ProcessGroup]:
 
 
 @contextlib.contextmanager
-def alone(device: Device = "auto", *, group: bool = False, timeout_s: float = 1_800) -> Iterator[World]:
-    """A world of one, whatever another launcher left in the environment. `group` also opens a process group, which
-    DeepSpeed insists on. Raises as `choose_device`."""
+def alone(device: Device = "auto", *, index: int = 0, group: bool = False, timeout_s: float = 1_800) -> Iterator[World]:
+    """A world of one, whatever another launcher left in the environment. `index`: of its GPU among those that this
+    process sees. `group` also opens a process group, which DeepSpeed insists on. Raises as `choose_device`."""
     with without_launchers() as processes:
         if processes > 1:
             log.warning("the environment speaks of %d processes (srun, mpirun, torchrun); each that runs this command "
                         "trains by itself. `python -m cluster pretrain` trains with several", processes)  # fmt: skip
-        world = World(device=choose_device(device))
+        world = World(device=choose_device(device, index))
         bind(world.device)
         if not group or dist.is_initialized():
             yield world

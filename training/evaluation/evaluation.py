@@ -82,6 +82,11 @@ def open_run(url: str, storage: StorageConfig) -> tuple[RunFolder, RunConfig]:
     return folder, config
 
 
+def is_run(address: str, storage: StorageConfig) -> bool:
+    """Is it a run folder, rather than one of its checkpoints, or an export?"""
+    return not open_store(address, storage).exists(CARD) and saved_config(RunFolder(address, storage)) is not None
+
+
 def tasks(
     address: str, data: str, storage: StorageConfig, scoring: ScoringConfig = ScoringConfig(), *,  # noqa: B008  (frozen)
     out: str = "", interpolation: Literal["", "bilinear", "bicubic"] = "",
@@ -218,7 +223,7 @@ def provenance(weights: Weights, folder: RunFolder, config: RunConfig) -> Proven
     mean, std = MEAN_STD[config.views.statistics]
     return Provenance(
         method=config.method.name, recipe=recipes.to_tree(config), manifest=marker.manifest, licence=licence_of(folder),
-        notes=notes_of(folder),
+        notes=notes_of(folder), trained_on=trained_on(folder) if methods.of(config.method).fine_tunes else "",
         samples=marker.samples, step=marker.step, origin=marker.origin, mean=mean, std=std,
         versions=exports.versions() | methods.package_of(config.method.name),
     )  # fmt: skip
@@ -235,6 +240,12 @@ def notes_of(folder: RunFolder) -> list[str]:
     its crops, for one."""
     text = folder.read_text("environment.json")
     return list(json.loads(text)["manifest"].get("notes", [])) if text else []
+
+
+def trained_on(folder: RunFolder) -> str:
+    """Name of the data set that a run was trained on; empty if unknown."""
+    text = folder.read_text("environment.json")
+    return str(json.loads(text)["manifest"].get("name", "")) if text else ""
 
 
 def _identity(task: ScoringTask, subject: Subject, reid: ReIDSet) -> str:

@@ -20,7 +20,7 @@ from training.config.continuation import saved_config
 from training.config.run_config import RunConfig
 from training.core.run_folder.run_folder import RunFolder
 from training.evaluation import evaluation
-from training.evaluation.weights_origin import WHERE
+from training.evaluation.weights_origin import WHERE, WITH_LABELS, task_of
 from training.methods.base import Method
 from training.nn.vision_transformer import BackboneConfig
 from training.reid.datasets.training_shards import shard_training_part
@@ -55,19 +55,35 @@ def prepare(
     reid = evaluation.open_data(data, storage, scoring)
     start = "" if weights == RANDOM else as_export(weights, out, storage)
     card = exports.load_card(open_store(start, storage)) if start else {}
-    suiting = suited_recipe(card) if task == "supervised" else without_labels(card, reid.name)
+    final = resolved(start, card, reid.name, data, out, task=task, recipe=recipe, flags=flags, scoring=scoring,
+                     storage=storage, prog=prog)  # fmt: skip
+    if final.stream.manifest or final.stream.mix:
+        return final
+    manifest = shard_training_part(reid, open_store(out, storage).address("shards"), storage)
+    return replace(final, stream=replace(final.stream, manifest=manifest.url))
+
+
+def resolved(
+    start: str, card: dict[str, Any], set_name: str, data: str, out: str, *, task: str, recipe: str = "",
+    flags: Sequence[str] = (), scoring: ScoringConfig, storage: StorageConfig, adapted: bool | None = None,
+    prog: str = recipes.PRETRAIN,
+) -> RunConfig:  # fmt: skip
+    """The recipe of fine-tuning weights, but for the shards it reads; nothing is read or written.
+
+    `start`: export of the weights, with this card; both empty: none. `set_name`: of the data set at `data`. `adapted`:
+    whether the weights will have been fine-tuned on another data set by then; None: as the card says. All else as
+    `prepare`, with the same errors.
+    """
+    suiting = suited_recipe(card) if task == "supervised" else without_labels(card, set_name, adapted=adapted)
     config = _suited(recipes.load(recipe or suiting), card)
     changed = replace(config, out=out, storage=storage, init=replace(config.init, weights=start),
                       evaluation=replace(config.evaluation, data=data, scoring=scoring))  # fmt: skip
     final = recipes.override(changed, flags, prog=prog)
     if task not in (kinds := tasks_of(final)):
-        raise ConfigError(f"the recipe is of {final.method.name}, which is not training for --task {task}",
-                          where="--recipe", hint=f"--task {kinds[0]}" if kinds else
+        raise ConfigError(f"the recipe is of {final.method.name}, which is not training for --tasks {task}",
+                          where="--recipe", hint=f"--tasks {kinds[0]}" if kinds else
                           f"one of {', '.join(_recipes_of(task))}")  # fmt: skip
-    if final.stream.manifest or final.stream.mix:
-        return final
-    manifest = shard_training_part(reid, open_store(out, storage).address("shards"), storage)
-    return replace(final, stream=replace(final.stream, manifest=manifest.url))
+    return final
 
 
 def tasks_of(config: RunConfig) -> tuple[str, ...]:
@@ -76,10 +92,13 @@ def tasks_of(config: RunConfig) -> tuple[str, ...]:
     return (kind.task,) if kind.fine_tunes else ()
 
 
-def without_labels(card: dict[str, Any], data: str) -> str:
+def without_labels(card: dict[str, Any], data: str, *, adapted: bool | None = None) -> str:
     """Name of the recipe that trains weights with this card on a data set without its labels: that for MSMT17 there,
-    that for Market-1501 anywhere else."""
-    return f"usl_{'pass_' if card.get('parts') else ''}{'msmt17' if data == 'msmt17' else 'market'}"
+    that for Market-1501 anywhere else; with part tokens another one where the weights were fine-tuned with labels
+    before (`adapted`; None: as the card says)."""
+    tuned = task_of(card) == WITH_LABELS if adapted is None and card else bool(adapted)
+    kind = ("uda_pass" if tuned else "usl_pass") if card.get("parts") else "usl"
+    return f"{kind}_{'msmt17' if data == 'msmt17' else 'market'}"
 
 
 def suited_recipe(card: dict[str, Any]) -> str:

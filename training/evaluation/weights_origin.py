@@ -41,6 +41,8 @@ class WeightsOrigin:
     """Share of the identities that fine-tuning learnt from."""
     file: str = ""
     """The file of others that they began as."""
+    source: str = ""
+    """Of domain adaptation: the data set that was trained on with labels before; empty: unknown, or none."""
 
     def to_tree(self) -> dict[str, Any]:
         """Plain values."""
@@ -61,7 +63,7 @@ def of_run(
         sha256=sha256,
         trained_on=_other(config.evaluation.data, data) if tuned else "",
         label_fraction=_label_fraction(config.method) if tuned else 1.0,
-        file=_file(origin),
+        file=_file(origin), source=_source(origin) if tuned else "",
     )  # fmt: skip
 
 
@@ -75,7 +77,7 @@ def of_card(card: Mapping[str, Any], data: str) -> WeightsOrigin:
         arch=backbone.arch, stem=backbone.stem, parts=int(card["parts"]), sha256=card["file"]["sha256"],
         trained_on=_other(recipe.get("evaluation", {}).get("data", ""), data),
         label_fraction=_label_fraction(_settings(card)) if own else 1.0,
-        file=_file(card.get("origin") or {}),
+        file=_file(card.get("origin") or {}), source=_source(card.get("origin") or {}) if own else "",
     )  # fmt: skip
 
 
@@ -99,6 +101,11 @@ def _adapted(task: str, origin: Mapping[str, Any]) -> str:
     those: the method of an export, or the layout of a file."""
     before = methods.named(origin["method"], where=WHERE).task if origin.get("method") else _of_layout(origin)
     return "uda" if task == WITHOUT_LABELS and before == WITH_LABELS else task
+
+
+def _source(origin: Mapping[str, Any]) -> str:
+    """Name of the data set that the weights a run began with were fine-tuned on with labels."""
+    return str(origin.get("trained_on", "")) if _adapted(WITHOUT_LABELS, origin) == "uda" else ""
 
 
 def is_fine_tuned(card: Mapping[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """What a run would be, without data and without starting anything: recipe, sizes, steps, memory, and what differs from
 the publication."""
 
+import contextlib
 import dataclasses
 import math
 from typing import NamedTuple
@@ -8,10 +9,11 @@ from typing import NamedTuple
 import torch
 
 from datapipe.core.errors import ConfigError, StorageError
-from datapipe.stream.training_data import load_data
+from datapipe.stream.training_data import Data, load_data
+from training import methods
 from training.config.batch_split import split_of
 from training.config.run_config import RunConfig
-from training.config.run_plan import clock_of, clustered, for_clusters, sampling_of
+from training.config.run_plan import clock_of, clustered, for_clusters, plan_run, sampling_of
 from training.engine.clock import Clock
 from training.preflight import memory
 from training.preflight.checks import refuse_split, refuse_unsuited
@@ -20,8 +22,8 @@ from training.preflight.memory import Census, Memory
 
 LUPERSON = 4_180_243
 """Images of LUPerson, on which the published runs were trained."""
-MARKET = 12_936
-"""Training images of Market-1501, for unsupervised training."""
+MARKET, MARKET_IDENTITIES = 12_936, 751
+"""Training images of Market-1501 and the identities on them, for training on a labelled data set."""
 GB = 10**9
 PATIENCE_S = 5.0
 """Seconds that a store of a data set has to answer: a dry run needs none, so it waits for none."""
@@ -82,14 +84,12 @@ class DryRun(NamedTuple):
 def dry_run(config: RunConfig, *, rows: int = 0, gpu_memory_gb: float = 0.0) -> DryRun:
     """Calculate all of it. `rows`: images of a data set that is not at hand; 0: as many as LUPerson has.
 
+    Training on a labelled data set that is not at hand is counted with the images and identities of Market-1501.
     Memory is that of a GPU unless the recipe asks for a CPU. Raises what starting the run would, but for want of data.
     """
     refuse_unsuited(config, torch.device("cpu" if config.engine.device == "cpu" else "cuda"))
-    if sampling_of(config) is not None:
-        raise ConfigError("a dry run is of pre-training: its memory is that of a student and a teacher",
-                          where="method.name", hint="start it: the rehearsal tells whether it fits")  # fmt: skip
-    rows, known_from = _rows(config, rows)
-    config = for_clusters(config, rows)
+    rows, known_from, data = _rows(config, rows)
+    config = _sized(config, rows, data)
     sizes = memory.census(config)
     split = split_of(config.optimisation, config.cluster.max_workers)
     refuse_split(config, split, couples=sizes.couples)
@@ -100,8 +100,23 @@ def dry_run(config: RunConfig, *, rows: int = 0, gpu_memory_gb: float = 0.0) -> 
     return DryRun(config, sizes, steps, need, gpu, remedies, compare(config))
 
 
-def _rows(config: RunConfig, rows: int) -> tuple[int, str]:
-    """(images of the data set, where that is known from). One that is named but not at hand is no reason to fail."""
+def _sized(config: RunConfig, rows: int, data: Data | None) -> RunConfig:
+    """The recipe with what only its data tells: images, identities, samples of an epoch."""
+    sampling = sampling_of(config)
+    if sampling is None:
+        return for_clusters(config, rows)
+    if data is not None:
+        return plan_run(config, data, config.cluster.max_workers).config
+    method = config.method
+    with contextlib.suppress(ConfigError):  # the recipe itself says how many identities there are
+        method = methods.of(method).for_identities(method, max(1, round(sampling.fraction * MARKET_IDENTITIES)))
+    epoch = config.samples_per_epoch or max(1, round(sampling.fraction * rows))
+    return dataclasses.replace(config, method=method, samples_per_epoch=epoch)
+
+
+def _rows(config: RunConfig, rows: int) -> tuple[int, str, Data | None]:
+    """(images of the data set, where that is known from, the data set if it is at hand). One that is named but not at
+    hand is no reason to fail."""
     absent = ""
     if config.stream.manifest or config.stream.mix:
         hasty = dataclasses.replace(config.storage, attempts=2, give_up_s=PATIENCE_S, timeout_s=PATIENCE_S)
@@ -113,11 +128,12 @@ def _rows(config: RunConfig, rows: int) -> tuple[int, str]:
             if rows:
                 raise ConfigError("rows are given, and a data set that has its own", where="--rows, stream.manifest",
                                   hint="leave one of them out")  # fmt: skip
-            return data.rows, " + ".join(config.stream.mix or (config.stream.manifest,))
+            return data.rows, " + ".join(config.stream.mix or (config.stream.manifest,)), data
     if rows:
-        return rows, f"--rows{absent}"
-    assumed, name = (MARKET, "Market-1501's training part") if clustered(config) else (LUPERSON, "all of LUPerson")
-    return assumed, f"assumed: {name}{absent}; another with --rows N or --stream.manifest SHARDS"
+        return rows, f"--rows{absent}", None
+    labelled = clustered(config) or sampling_of(config)
+    assumed, name = (MARKET, "Market-1501's training part") if labelled else (LUPERSON, "all of LUPerson")
+    return assumed, f"assumed: {name}{absent}; another with --rows N or --stream.manifest SHARDS", None
 
 
 def _steps(config: RunConfig, clock: Clock, rows: int, known_from: str) -> Steps:

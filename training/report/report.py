@@ -17,6 +17,7 @@ from training.report.curves import curve, grid, keys, restarts, wide
 from training.report.html_page import Pictures, TableRow, count, details, escape, facts, missing, page, soft, table
 from training.report.run_files import Attempt, Record, RunFiles
 from training.report.section_faults import faults_section
+from training.report.section_grid import grid_sections, grid_verdict
 from training.report.section_health import health_section
 from training.report.section_pseudo_labels import pseudo_labels_section
 from training.report.section_published import published_section
@@ -36,9 +37,9 @@ def write_report(run: str, storage: StorageConfig | None = None) -> str:
     """
     folder = RunFolder(run, storage or StorageConfig())
     files = RunFiles(folder)
-    if not files.trained and not files.test_sets:
+    if not files.trained and not files.test_sets and not files.grid:
         raise DataError("this is no run folder: no config.toml, no metrics and no scores", where=run,
-                        hint="give the --out of a run or of its scores")  # fmt: skip
+                        hint="give the --out of a run, of its scores, or of a grid of evaluations")  # fmt: skip
     folder.write(NAME, render(files))
     return folder.store.address(NAME)
 
@@ -46,14 +47,23 @@ def write_report(run: str, storage: StorageConfig | None = None) -> str:
 def render(files: RunFiles) -> str:
     """The whole page."""
     pictures = Pictures(files.bytes)
+    if files.grid and not files.trained:
+        sections = grid_sections(files)
+        return page(f"Evaluations: {_folder(files)}", _about(files), grid_verdict(files), sections)
     sections = [
         *([("What was run", _what_was_run(files))] if files.trained else ()),
         *_worth(files, pictures),
         *(_training(files, pictures) if files.trained else ()),
     ]
-    title = f"{_method(files) or 'Scores'}: {files.folder.url.rstrip('/').rpartition('/')[2]}"
-    about = f"{files.folder.url} · report of {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-    return page(title, about, verdict(files), sections)
+    return page(f"{_method(files) or 'Scores'}: {_folder(files)}", _about(files), verdict(files), sections)
+
+
+def _folder(files: RunFiles) -> str:
+    return files.folder.url.rstrip("/").rpartition("/")[2]
+
+
+def _about(files: RunFiles) -> str:
+    return f"{files.folder.url} · report of {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def _worth(files: RunFiles, pictures: Pictures) -> list[tuple[str, str]]:

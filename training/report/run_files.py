@@ -110,7 +110,8 @@ class RunFiles:
     @cached_property
     def names(self) -> frozenset[str]:
         """Every file that the report may use."""
-        parts = ("command.txt", "config.toml", "deepspeed.json", "environment.json", "first_batch.jpg", "checkpoints/")
+        parts = ("command.txt", "config.toml", "deepspeed.json", "environment.json", "first_batch.jpg", "checkpoints/",
+                 "table.json")  # fmt: skip
         grown = ("restarts.jsonl", "ranks/pace.jsonl", "pseudo_labels/epochs.jsonl")
         prefixes = (*parts, *grown, "metrics/", "evaluation/", "exports/", "faults/")
         return frozenset(name for prefix in prefixes for name in self.folder.names(prefix))
@@ -132,6 +133,12 @@ class RunFiles:
     def bytes(self, name: str) -> bytes | None:
         """A file's bytes."""
         return self.folder.store.read(name) if name in self.names else None
+
+    @cached_property
+    def grid(self) -> list[Record]:
+        """Rows of the table of a grid of evaluations; empty: it is none."""
+        rows: list[Record] = self._parsed("table.json", json.loads).get("rows", [])
+        return rows
 
     @property
     def trained(self) -> bool:

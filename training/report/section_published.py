@@ -55,6 +55,8 @@ def not_comparable(row: LiteratureRow, content: dict[str, Any]) -> list[str]:
         "another size of images": list(row.size) != list(settings["size"]),
         "another backbone": bool(row.arch) and (row.arch, row.stem, row.parts) != backbone,
         f"theirs is {_task_in_words(row.task)}, ours {_task_in_words(model['task'])}": row.task != model["task"],
+        f"theirs was fine-tuned on {row.origin} before": row.task == model["task"] == "uda"
+        and row.origin != model.get("source", ""),
         f"ours is fine-tuned on {model['trained_on']}": model["trained_on"] not in ("", data["name"]),
         "ours has fewer labels": model["label_fraction"] < 1,
     }

@@ -99,7 +99,8 @@ def environment(data: Data, world: World) -> dict[str, Any]:
 def _described(data: Data) -> dict[str, Any]:
     """The data set; of a mix what holds for all together, and each under `sets`."""
     sets: list[dict[str, Any]] = [
-        {"id": manifest.id, "rows": manifest.rows, "shards": len(manifest.shards), "bytes": manifest.bytes,
+        {"id": manifest.id, "name": manifest.name, "rows": manifest.rows, "shards": len(manifest.shards),
+         "bytes": manifest.bytes,
          "version": manifest.version, "url": manifest.url, "licence": manifest.licence,
          "notes": list(manifest.notes)}
         for manifest in data.sets

@@ -49,6 +49,8 @@ class Provenance:
     """Licence of the data, as its manifest has it: it binds the weights too."""
     notes: list[str] = dataclasses.field(default_factory=list)
     """What was used to choose the data, as its manifest notes it: labelled data, for one. It binds the weights too."""
+    trained_on: str = ""
+    """Name of the labelled data set, of weights that were trained on one, with its labels or without."""
     samples: int = 0
     """Images seen."""
     step: int = 0

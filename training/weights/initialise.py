@@ -145,7 +145,7 @@ def _read(init: InitConfig, network: Network, backbone: BackboneConfig, storage:
     card = load_card(store)
     origin = {"file": split_url(init.weights)[1], "sha256": card["file"]["sha256"], "layout": "export"}
     origin |= {key: card[key] for key in ("method", "manifest", "licence", "samples", "origin") if key in card}
-    origin |= {"notes": card["notes"]} if card.get("notes") else {}
+    origin |= {key: card[key] for key in ("notes", "trained_on") if card.get(key)}
     normalised = tuple(tuple(card["input"][key]) for key in ("mean", "std"))
     named: dict[Any, Statistics] = {value: name for name, value in MEAN_STD.items()}
     return PublishedWeights(load_backbone(store), {}, origin, named.get(normalised, "imagenet"))

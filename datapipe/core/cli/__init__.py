@@ -1,7 +1,7 @@
 """The command line: how commands begin and end, their flags, their help, their mistakes."""
 
 from datapipe.core.cli.dispatch import Command, dispatch, parse, run, show_help, version
-from datapipe.core.cli.flags import INLINE, POSITIONAL, Arg, Flag, flags_of, read, read_some, unknown
+from datapipe.core.cli.flags import INLINE, POSITIONAL, REPEATED, Arg, Flag, flags_of, read, read_some, unknown
 from datapipe.core.cli.usage import Page, page_of, wants_help
 from datapipe.core.stop_signals import COMPLETE, FAILED, INTERRUPTED, STOPPED, USAGE
 
@@ -11,6 +11,7 @@ __all__ = [
     "INLINE",
     "INTERRUPTED",
     "POSITIONAL",
+    "REPEATED",
     "STOPPED",
     "USAGE",
     "Arg",

@@ -1,7 +1,7 @@
 """Settings classes as flags of a command line: read from the words, checked, and every mistake told in one way.
 
 A field `lr` of a nested field `optimisation` is `--optimisation.lr`; underscores may be hyphens. The last of two equal
-flags counts.
+flags counts, unless the flag is there to be given repeatedly.
 """
 
 import dataclasses
@@ -30,9 +30,11 @@ class Arg(NamedTuple):
     """A word without a flag."""
     inline: bool = False
     """The fields of this nested class are flags without a prefix."""
+    repeated: bool = False
+    """A flag of one word that may be given repeatedly; its field is a tuple of all of them."""
 
 
-POSITIONAL, INLINE = Arg(positional=True), Arg(inline=True)
+POSITIONAL, INLINE, REPEATED = Arg(positional=True), Arg(inline=True), Arg(repeated=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +152,9 @@ def _lex(known: Sequence[Flag], words: Sequence[str], prog: str) -> Parsed:
             values[off[name].path] = False
         elif flag := by_name.get(name):
             try:
-                values[flag.path] = convert(flag.kind, _taken(flag.kind, [value] if equals else line, bool(equals)))
+                own = _taken(str if flag.arg.repeated else flag.kind, [value] if equals else line, bool(equals))
+                before = values.get(flag.path, ()) if flag.arg.repeated else ()
+                values[flag.path] = (*before, *convert(flag.kind, own)) if before else convert(flag.kind, own)
             except Unfit as error:
                 wrong.append(f"`{given}`: {error}")
         else:

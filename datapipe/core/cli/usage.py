@@ -88,13 +88,19 @@ def _command(line: str) -> list[str]:
 
 def _call(page: Page, known: Sequence[Flag]) -> str:
     words = [_positional(flag) for flag in known if flag.arg.positional]
-    words += [f"{flag.name} {_metavar(flag.kind)}" for flag in known if _required(flag) and not flag.arg.positional]
+    words += [_named(flag) for flag in known if _required(flag) and not flag.arg.positional]
     return " ".join([page.prog, *words, "[--flag value ...]"])
 
 
 def _positional(flag: Flag) -> str:
     name = f"{flag.name} ..." if get_origin(flag.kind) is tuple else flag.name
     return name if _required(flag) else f"[{name}]"
+
+
+def _named(flag: Flag) -> str:
+    """A flag with what follows it; one that may be repeated in brackets with dots."""
+    written = f"{flag.name} {_metavar(get_args(flag.kind)[0] if flag.arg.repeated else flag.kind)}".rstrip()
+    return f"{written} [{flag.name} ...]" if flag.arg.repeated else written
 
 
 def _required(flag: Flag) -> bool:
@@ -119,7 +125,7 @@ def _groups(known: Sequence[Flag], groups: Sequence[str]) -> list[str]:
 
 
 def _flag(flag: Flag) -> list[str]:
-    name = _positional(flag) if flag.arg.positional else f"{flag.name} {_metavar(flag.kind)}".rstrip()
+    name = _positional(flag) if flag.arg.positional else _named(flag)
     about = documentation(flag.owner).get(flag.path[-1], "")
     if not _required(flag) and not flag.arg.positional:
         about = f"{about} [{_shown(flag.default)}]"

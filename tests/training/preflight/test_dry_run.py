@@ -11,14 +11,18 @@ import pytest
 
 from cluster.__main__ import main as cluster_main
 from datapipe.core import cli
+from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError
 from tests.end_to_end import tiny as flow
+from tests.training.reid.people import market
 from training.__main__ import main
 from training.config import recipe_toml as recipes
 from training.config.recipe_toml import load
 from training.preflight.dry_run import GB, LUPERSON, dry_run
 from training.preflight.dry_run_text import page, to_tree
 from training.recipes import SHIPPED
+from training.reid.datasets.open_dataset import open_reid
+from training.reid.datasets.training_shards import shard_training_part
 
 RECIPES = sorted(
     path.stem for path in SHIPPED.glob("*.toml") if not path.stem.startswith(("supervised", "usl_", "uda_"))
@@ -107,9 +111,19 @@ def test_dry_run__of_unsupervised_training_counts_its_iterations() -> None:
     assert found.comparison.recipe == "usl_pass_market" and not found.comparison.differences
 
 
-def test_dry_run__is_refused_of_fine_tuning() -> None:
-    with pytest.raises(ConfigError, match="a dry run is of pre-training"):
-        dry_run(load("supervised"))
+@pytest.mark.parametrize("name", ["supervised", "supervised_384", "supervised_pass", "supervised_mae"])
+def test_dry_run__of_fine_tuning_counts_identities(name: str, tmp_path: Path) -> None:
+    """Without its data set as many as Market-1501 has; with it, its own. What is calculated is what it holds."""
+    calculated = dry_run(load(name))
+    assert calculated.steps.rows == 12_936 and calculated.config.method.classes == 751
+    assert calculated.comparison.recipe == name and not calculated.comparison.differences
+    assert calculated.sizes.student["head MLPs"] >= 751 * calculated.config.backbone.shape.width
+    reid = open_reid(str(market(tmp_path / "people", identities=4, images=3)), StorageConfig())
+    shards = shard_training_part(reid, str(tmp_path / "shards"), StorageConfig()).url
+    known = dry_run(load(name, ["--stream.manifest", shards, "--optimisation.batch", "16"]))
+    train = reid.train
+    assert train is not None
+    assert known.steps.rows == len(train) and known.config.method.classes == train.identities
 
 
 @pytest.mark.slow

@@ -232,6 +232,15 @@ def refuse_held(url: str, storage: StorageConfig) -> None:
         _ended_here(store, newest, own, _read(store, _renewal_name(newest.term)))
 
 
+def last_renewal(url: str, storage: StorageConfig) -> bytes:
+    """The last sign of life of whoever writes to a run folder: it changes every few seconds while one does. Empty: the
+    lease was given back, or there never was one."""
+    store = open_store(url, storage)
+    terms = _terms(store)
+    renewal = _read(store, _renewal_name(max(terms))) if terms else b""
+    return b"" if _parsed(renewal).get("released") else renewal
+
+
 def _newest(store: Store) -> _NewestTerm:
     newest = max(_terms(store), default=0)
     return _NewestTerm(newest, Holder.from_bytes(_read(store, _claim_name(newest))) if newest else None)

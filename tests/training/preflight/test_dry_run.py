@@ -116,7 +116,8 @@ def test_dry_run__of_fine_tuning_counts_identities(name: str, tmp_path: Path) ->
     """Without its data set as many as Market-1501 has; with it, its own. What is calculated is what it holds."""
     calculated = dry_run(load(name))
     assert calculated.steps.rows == 12_936 and calculated.config.method.classes == 751
-    assert calculated.comparison.recipe == name and not calculated.comparison.differences
+    assert calculated.comparison.recipe == name
+    assert {one.key for one in calculated.comparison.differences} <= {"optimisation.precision"}  # bf16 for fp16
     assert calculated.sizes.student["head MLPs"] >= 751 * calculated.config.backbone.shape.width
     reid = open_reid(str(market(tmp_path / "people", identities=4, images=3)), StorageConfig())
     shards = shard_training_part(reid, str(tmp_path / "shards"), StorageConfig()).url

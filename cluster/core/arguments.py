@@ -76,8 +76,9 @@ class ScoreCfsJob:
     """Labelled data that the target was fine-tuned on, for the note that the list carries. Empty: as its weights
     say."""
     feature: str = "cls"
-    """"cls", "mean" (of the patches); of weights with part tokens also "cls+parts", "parts" and "each_part". Which one
-    the authors of the score took is not published, nor are size, normalisation and target set."""
+    """"cls", "mean" (of the patches); of weights with part tokens also "cls+parts", "cls_parts_mean", "parts" and
+    "each_part". Which one the authors of the score took is not published, nor are size, normalisation and target
+    set."""
     size: Size | None = None
     """(height, width) that crops are resized to for both. None: each network's own."""
     source_statistics: Statistics = "imagenet"

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError, DataError, NotFoundError
+from datapipe.storage import open_store
 from datapipe.stream.training_data import load_data
 from tests.end_to_end import tiny
 from tests.support.ranks import run_ranks
@@ -25,11 +26,12 @@ from training.core.world import World
 from training.engine.clock import Clock
 from training.evaluation.evaluation import score, tasks
 from training.evaluation.fine_tune import prepare, suited_recipe
+from training.recipes import SHIPPED
 from training.reid.datasets.open_dataset import open_reid
 from training.reid.datasets.training_shards import shard_training_part
 from training.trainer import milestones
 from training.trainer.pretrain import Ending, pretrain
-from training.weights.export import load_backbone
+from training.weights.export import load_backbone, load_card
 from training.weights.published import Stated, read_published
 
 TINY = [
@@ -193,6 +195,48 @@ def test_command__a_fine_tuned_file_is_scored_by_its_feature(data: str, tmp_path
     content, before = json.loads(scores.read_text()), summary_of(out)["last"]
     assert content["headline"] == "cls+parts" == before["headline"]
     assert content["features"] == before["features"]
+
+
+@pytest.mark.slow
+def test_fusion__mean_is_followed_from_the_run_to_its_files(data: str, tmp_path: Path) -> None:
+    """Stopped and gone on with, exported, imported as the reference saves it: all are scored by one feature."""
+    out, storage = tmp_path / "run", StorageConfig()
+    flags = ["--method.parts", "2", "--method.fusion", "mean", "--method.neck", "each", "--optimisation.epochs", "2"]
+    assert not run(fine_tuning(data, out, *flags), tiny.StoppingHost(4)).complete
+    with pytest.raises(ConfigError, match=r"method\.fusion"):
+        run(fine_tuning(data, out, *flags, "--method.fusion", "cat"))
+    assert run(fine_tuning(data, out, *flags)).complete
+    found = summary_of(out)
+    scored = found["last"]["features"]
+    assert [one["mAP"] for one in found["milestones"]][-1] == scored["cls_parts_mean"]["mAP"]
+    assert found["last"]["headline"] == "cls_parts_mean" and scored["cls_parts_mean"] != scored["cls+parts"]
+    assert found["last"]["settings"]["model"]["fusion"] == "mean"
+    last, imported = out / "exports" / "last", tmp_path / "import"
+    assert load_card(open_store(str(last)))["fusion"] == "mean"
+    file = str(last / "fine_tuned.safetensors")
+    assert load_file(file)["classifier.weight"].shape == (6, 24)
+    words = ["import", file, "--out", str(imported), "--heads", "2", "--depth", "2"]
+    with pytest.raises(DataError, match="by 'mean', not by 'cat': what lies behind takes 24 channels"):
+        main([*words, "--fusion", "cat"])
+    assert main(words) == 0
+    assert load_card(open_store(str(imported)))["origin"]["fusion"] == "mean"
+    for weights in (last, imported):
+        (task,) = tasks(str(weights), data, storage, out=str(tmp_path / weights.name))
+        again = score(task)
+        assert (again["headline"], again["features"]) == ("cls_parts_mean", scored)
+        assert again["settings"]["model"]["fusion"] == "mean"
+
+
+@pytest.mark.slow
+def test_fusion__needs_part_tokens(data: str, straight: Path, tmp_path: Path) -> None:
+    """A recipe for them takes weights without any; what the user asks for by a flag is refused."""
+    export = str(straight / "exports" / "last")
+    recipe = tmp_path / "mean.toml"
+    recipe.write_text((SHIPPED / "supervised_pass.toml").read_text().replace('fusion = "cat"', 'fusion = "mean"'))
+    method = fine_tuning(data, tmp_path / "a", weights=export, recipe=str(recipe)).method
+    assert (method.parts, method.fusion, method.neck) == (0, "cat", "one")
+    with pytest.raises(ConfigError, match="needs part tokens, and there are none"):
+        fine_tuning(data, tmp_path / "b", "--method.fusion", "mean", weights=export)
 
 
 def test_prepare__weights_of_a_run_and_of_its_export_are_the_same(straight: Path, data: str, tmp_path: Path) -> None:

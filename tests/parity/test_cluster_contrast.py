@@ -11,6 +11,7 @@ from tests.support.cluster_trajectory import ClusterRun, run_clusters
 from tests.support.golden import golden, group
 from tests.support.ranks import run_ranks
 from training.core.world import World
+from training.methods.supervised import IdentityHead, SupervisedConfig
 from training.nn.ics_stem import settle, take_statistics
 from training.nn.identity.cluster_memory import contrast, updated
 from training.nn.identity.necks import TokenNecks
@@ -66,6 +67,22 @@ def test_necks__outputs_gradients_and_statistics(fusion: str, neck: str, prefix:
     tested = necks(tensors["test/cls"], torch.stack([tensors[f"test/{name}"] for name in names[1:]], dim=1))
     theirs = tensors[f"{prefix}eval_output"]
     assert difference(tested, theirs) < 1e-5 * float(theirs.abs().max())
+
+
+@pytest.mark.parametrize("fusion", ["cat", "mean"])
+def test_supervised_head__fuses_and_normalises_as_the_single_neck(fusion: str) -> None:
+    """With a classifier that changes nothing the logits of fine-tuning are what unsupervised training normalises."""
+    about, tensors = golden("usl_necks")
+    width, parts = about["hyper_parameters"]["width"], about["hyper_parameters"]["parts"]
+    channels = width * (2 if fusion == "cat" else 1)
+    config = SupervisedConfig(parts=parts, fusion=fusion, neck="one", classes=channels)  # type: ignore[arg-type]
+    head = IdentityHead(config, width)
+    state = group(tensors, f"{fusion}_single/state/")
+    head.load_state_dict(state | {"classifier.weight": torch.eye(channels)}, strict=False)
+    cls, *each = (tensors[f"train/{name}"] for name in ("cls", *(f"pt{part}" for part in range(1, parts + 1))))
+    logits = head(cls, torch.stack(each, dim=1), torch.ones(len(cls), dtype=torch.bool)).logits_BK
+    theirs = tensors[f"{fusion}_single/train_output"]
+    assert difference(torch.nn.functional.normalize(logits, dim=1), theirs) < 1e-5 * float(theirs.abs().max())
 
 
 def _statistics(draws: Ints, labels: Ints, cameras: Ints, instances: int) -> dict[str, float]:

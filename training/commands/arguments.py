@@ -97,8 +97,8 @@ class EmbedCommand:
     """The parquet file, local or s3://bucket/name.parquet. Beside it, NAME.parquet.pieces-* holds what is finished of
     one that is being made."""
     feature: str = ""
-    """"cls", "mean" (of the patches); of weights with part tokens also "cls+parts", "parts" (their mean) and
-    "each_part". Empty: the one that the method quotes."""
+    """"cls", "mean" (of the patches); of weights with part tokens also "cls+parts" (one after the other),
+    "cls_parts_mean", "parts" (their mean) and "each_part". Empty: the one that the method quotes."""
     dtype: Literal["float32", "float16"] = "float32"
     """Numbers in the file."""
     data_name: str = ""
@@ -175,8 +175,9 @@ class ImportCommand:
     depth: int = 0
     """Number of blocks. 0: those of the published transformer of that width."""
     fusion: Literal["", "cat", "mean"] = ""
-    """How the outputs of several necks are put together, of weights trained without labels: "cat" (PASS on
-    Market-1501), "mean" (on MSMT17); the file does not say. Empty: "cat"."""
+    """How CLS and part tokens are put together, of weights that were trained on a ReID data set: "cat" or "mean", as
+    `method.fusion`. A classifier or a single neck tells by its width; the file of several necks does not say (PASS,
+    without labels: "cat" on Market-1501, "mean" on MSMT17). Empty: as the file tells, else "cat"."""
     licence: str = ""
     """Licence of the weights and their data, for the card."""
     storage: StorageConfig = StorageConfig()

@@ -169,6 +169,9 @@ def refuse_others(row: LiteratureRow, card: dict[str, Any], origin: WeightsOrigi
         f"they are {_backbone(origin.arch, origin.stem, origin.parts)}, the row is "
         f"{_backbone(row.arch, row.stem, row.parts)}": bool(row.arch)
         and (row.arch, row.stem, row.parts) != (origin.arch, origin.stem, origin.parts),
+        f"their feature puts CLS and part tokens together by {origin.fusion!r}, the row's by {row.fusion!r}": tuned
+        and bool(row.fusion and origin.fusion)
+        and row.fusion != origin.fusion,
         "they are fine-tuned, the row is of features as pre-training leaves them": tuned and row.task == "zero-shot",
         f"they are of the task {origin.task}, the row of {row.task}": row.task != "zero-shot"
         and origin.task not in ("zero-shot", row.task),

@@ -167,7 +167,7 @@ def _of_run(task: ScoringTask, threads: int) -> Subject:
     folder, config = open_run(task.run, task.storage)
     mean, std = MEAN_STD[config.views.statistics]
     interpolation = task.interpolation or config.evaluation.interpolation
-    kind, name = methods.of(config.method), task.weights.name
+    name = task.weights.name
     origin, identity = None, ""
     if name == RANDOM:
         identity = f"seed {config.seed} {config.backbone}"
@@ -179,7 +179,7 @@ def _of_run(task: ScoringTask, threads: int) -> Subject:
     return Subject(
         task.weights, identity, origin,
         EmbedConfig(threads=threads, mean=mean, std=std, interpolation=interpolation, batch=task.scoring.embed_batch),
-        kind.quoted_feature(kind.parts(config.method)),
+        methods.quoted_feature(config.method),
         lambda: load_method(task.weights, folder, config).embedder().eval(),
     )  # fmt: skip
 
@@ -225,6 +225,7 @@ def provenance(weights: Weights, folder: RunFolder, config: RunConfig) -> Proven
         method=config.method.name, recipe=recipes.to_tree(config), manifest=marker.manifest, licence=licence_of(folder),
         notes=notes_of(folder), trained_on=trained_on(folder) if methods.of(config.method).fine_tunes else "",
         samples=marker.samples, step=marker.step, origin=marker.origin, mean=mean, std=std,
+        fusion=methods.fusion(config.method),
         versions=exports.versions() | methods.package_of(config.method.name),
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ from datapipe.storage import full_url
 from training import methods
 from training.config.run_config import RunConfig
 from training.methods.base import Method, MethodSettings
+from training.nn.identity.fusion import Fusion
 from training.nn.identity.necks import FEATURE as NECK
 from training.nn.vision_transformer import BackboneConfig
 
@@ -33,6 +34,8 @@ class WeightsOrigin:
     arch: str
     stem: str
     parts: int
+    fusion: str = ""
+    """How CLS and part tokens are put together in the feature that is quoted, "cat" or "mean"; empty: no parts."""
     sha256: str = ""
     """SHA-256 of the weights' file; empty: random weights."""
     trained_on: str = ""
@@ -60,7 +63,7 @@ def of_run(
         family="" if not sha256 else _family(origin) if tuned else config.method.name,
         task=_adapted(kind.task, origin) if tuned else "zero-shot",
         arch=config.backbone.arch, stem=config.backbone.stem, parts=kind.parts(config.method),
-        sha256=sha256,
+        fusion=methods.fusion(config.method), sha256=sha256,
         trained_on=_other(config.evaluation.data, data) if tuned else "",
         label_fraction=_label_fraction(config.method) if tuned else 1.0,
         file=_file(origin), source=_source(origin) if tuned else "",
@@ -74,7 +77,8 @@ def of_card(card: Mapping[str, Any], data: str) -> WeightsOrigin:
     backbone = BackboneConfig(**card["backbone"])
     return WeightsOrigin(
         family=_family(card), task=task_of(card),
-        arch=backbone.arch, stem=backbone.stem, parts=int(card["parts"]), sha256=card["file"]["sha256"],
+        arch=backbone.arch, stem=backbone.stem, parts=int(card["parts"]), fusion=fusion_of(card) or "",
+        sha256=card["file"]["sha256"],
         trained_on=_other(recipe.get("evaluation", {}).get("data", ""), data),
         label_fraction=_label_fraction(_settings(card)) if own else 1.0,
         file=_file(card.get("origin") or {}), source=_source(card.get("origin") or {}) if own else "",
@@ -113,14 +117,23 @@ def is_fine_tuned(card: Mapping[str, Any]) -> bool:
     return task_of(card) != "zero-shot"
 
 
+def fusion_of(card: Mapping[str, Any]) -> Fusion | None:
+    """How CLS and part tokens are put together in the feature that is quoted; None where there are no parts."""
+    if not card["parts"]:
+        return None
+    said = (about.get("fusion") for about in (card.get("necks") or {}, card, card.get("origin") or {}))
+    return next(filter(None, said), "cat")  # cards of versions that knew no other way do not say it
+
+
 def quoted_feature(card: Mapping[str, Any]) -> str:
     """The feature whose scores are quoted: as the method says, or as others rank by their files. Raises ConfigError for
     a method that is not here."""
     if card.get("necks"):
         return NECK
     kind = methods.named(card["method"], where=WHERE) if card.get("method") else Method
-    feature = kind.quoted_feature(int(card["parts"]))
-    return Method.quoted_feature(int(card["parts"])) if feature == NECK else feature  # an export without its necks
+    of_tokens = int(card["parts"]), fusion_of(card) or "cat"
+    feature = kind.quoted_feature(*of_tokens)
+    return Method.quoted_feature(*of_tokens) if feature == NECK else feature  # an export without its necks
 
 
 def _fine_tunes(card: Mapping[str, Any]) -> bool:

@@ -16,6 +16,7 @@ from datapipe.core.settings import settings
 from datapipe.views.spec import ViewSpec
 from training.clustering.settings import ClusteringConfig
 from training.core.precision import Precision
+from training.nn.identity.fusion import FEATURES, Fusion
 from training.nn.identity.necks import NeckedBackbone, TokenNecks
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 from training.nn.workload import Stack, Workload
@@ -240,10 +241,16 @@ class Method(nn.Module, ABC, Generic[C]):
     # -- what becomes of its weights ------------------------------------------------------------------------------
 
     @staticmethod
-    def quoted_feature(parts: int) -> str:
+    def fusion(config: C) -> Fusion:
+        """How CLS and part tokens, where there are any, are put together in the feature whose scores are quoted."""
+        del config
+        return "cat"
+
+    @staticmethod
+    def quoted_feature(parts: int, fusion: Fusion) -> str:
         """The feature whose scores are quoted, of a backbone with so many part tokens (`training/reid/embed.py` has all
-        by name): [CLS ; mean of the parts], by which PASS's tables rank, where there are parts, else CLS."""
-        return "cls+parts" if parts else "cls"
+        by name): where there are parts, CLS and their mean by `fusion` (PASS's tables rank by "cat"), else CLS."""
+        return FEATURES[fusion] if parts else "cls"
 
     @staticmethod
     def fine_tuning_recipe(parts: int) -> str:

@@ -44,7 +44,8 @@ from training.methods.base import (
 from training.nn import ics_stem
 from training.nn.feature_diagnostics import of_features
 from training.nn.identity.cluster_memory import UpdateRule, centroids, contrast, updated
-from training.nn.identity.necks import FEATURE, Fusion, TokenNecks
+from training.nn.identity.fusion import Fusion
+from training.nn.identity.necks import FEATURE, TokenNecks
 from training.nn.random_erasing import CONSTANT, erase
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer, draw_path_masks, on_device
 
@@ -215,9 +216,13 @@ class ClusterContrast(Method[ClusterContrastConfig]):
         return config.parts
 
     @staticmethod
-    def quoted_feature(parts: int) -> str:
+    def fusion(config: ClusterContrastConfig) -> Fusion:
+        return config.fusion
+
+    @staticmethod
+    def quoted_feature(parts: int, fusion: Fusion) -> str:
         """What is trained is what is ranked by."""
-        del parts
+        del parts, fusion
         return FEATURE
 
     @staticmethod

@@ -17,6 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from datapipe.core.errors import ConfigError
 from training.methods.base import Method, MethodSettings
+from training.nn.identity.fusion import Fusion
 from training.nn.vision_transformer import BackboneConfig
 
 GROUP = "reid_pretraining.methods"
@@ -138,6 +139,18 @@ def absent_hint() -> str:
 def of(config: MethodSettings) -> type[Method[Any]]:
     """The method that these settings are of."""
     return named(config.name)
+
+
+def fusion(config: MethodSettings) -> Fusion | Literal[""]:
+    """How CLS and part tokens are put together in the feature whose scores are quoted; empty: there are no parts."""
+    kind = of(config)
+    return kind.fusion(config) if kind.parts(config) else ""
+
+
+def quoted_feature(config: MethodSettings) -> str:
+    """The feature whose scores are quoted, of a network that is trained with these settings."""
+    kind = of(config)
+    return kind.quoted_feature(kind.parts(config), kind.fusion(config))
 
 
 def build(config: MethodSettings, backbone: BackboneConfig) -> Method[Any]:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from datapipe.core.config import ViewConfig
@@ -39,6 +39,7 @@ from training.methods.base import (
 from training.nn import ics_stem
 from training.nn.feature_diagnostics import of_features
 from training.nn.identity import reid_losses
+from training.nn.identity.fusion import Fusion, fused_tokens, fused_width
 from training.nn.identity.necks import GroupedBatchNorm
 from training.nn.random_erasing import erase
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer, draw_path_masks, on_device
@@ -58,7 +59,10 @@ class SupervisedConfig(MethodSettings):
     classes: int = Field(default=0, ge=0)
     """Training identities. 0: counted when the run starts."""
     parts: int = Field(default=0, ge=0)
-    """Part tokens of the backbone. With parts the feature is [CLS ; mean of the parts], as in PASS; without, CLS."""
+    """Part tokens of the backbone. With parts the feature is CLS and their mean, see `fusion`; without, CLS."""
+    fusion: Fusion = "cat"
+    """With parts: "cat" the feature is [CLS ; mean of the parts], as in PASS's tables; "mean" (CLS + mean of the
+    parts) / 2, as in the weights that its adaptation from Market-1501 to MSMT17 starts from."""
     neck: Literal["one", "each", "none"] = "one"
     """Batch norm in front of the classifier. "one": of the feature; "each": CLS and every part have their own (PASS's
     multi-neck); "none" (HAP)."""
@@ -79,6 +83,12 @@ class SupervisedConfig(MethodSettings):
     positions (HAP)."""
     bias_lr_factor: float = Field(default=2.0, gt=0)
     """Learning rate of biases over that of all else."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "SupervisedConfig":
+        if self.fusion == "mean" and not self.parts:
+            raise ValueError('fusion = "mean" needs part tokens, and there are none: parts = 0')
+        return self
 
 
 _CONFIGS = "TransReID-SSL, PASS, PersonViT transreid configs"
@@ -152,7 +162,8 @@ PUBLISHED = {
     "supervised": PublishedRecipe(_AT_256),
     "supervised_384": PublishedRecipe(_TRANSREID | by_source(_CONFIGS, {"backbone.size": [384, 128]})),
     "supervised_pass": PublishedRecipe(_AT_256 | by_source(
-        "PASS make_model.py, number of keys in its fine-tuned weights", {"method.parts": 3, "method.neck": "each"})),
+        "PASS make_model.py, number of keys in its fine-tuned weights",
+        {"method.parts": 3, "method.fusion": "cat", "method.neck": "each"})),
     "supervised_mae": PublishedRecipe(_MASKED),
 }  # fmt: skip
 
@@ -170,8 +181,8 @@ class IdentityHead(nn.Module):
 
     def __init__(self, config: SupervisedConfig, width: int) -> None:
         super().__init__()
-        self.neck = config.neck
-        channels = width * (2 if config.parts else 1)
+        self.neck, self.fusion = config.neck, config.fusion
+        channels = fused_width(width, config.parts, config.fusion)
         if config.neck != "none":
             self.bottleneck = GroupedBatchNorm(channels if config.neck == "one" else width, group=0)
         if config.neck == "each":
@@ -181,7 +192,7 @@ class IdentityHead(nn.Module):
         nn.init.normal_(self.classifier.weight, std=0.02 if config.neck == "none" else 0.001)
 
     def forward(self, cls_BC: Tensor, parts_BPC: Tensor, real_B: Tensor) -> FineTuningOutput:
-        feature_BF = _joined(cls_BC, parts_BPC)
+        feature_BF = fused_tokens(cls_BC, parts_BPC, self.fusion)
         return FineTuningOutput(feature_BF, self.classifier(self._normed(feature_BF, cls_BC, parts_BPC, real_B)))
 
     def _normed(self, feature_BF: Tensor, cls_BC: Tensor, parts_BPC: Tensor, real_B: Tensor) -> Tensor:
@@ -191,7 +202,8 @@ class IdentityHead(nn.Module):
             return self.bottleneck(feature_BF, real_B)
         necks = [self.get_submodule(f"bottleneck_{part}") for part in range(1, parts_BPC.shape[1] + 1)]
         parts = [neck(part_BC, real_B) for neck, part_BC in zip(necks, parts_BPC.unbind(dim=1), strict=True)]
-        return _joined(self.bottleneck(cls_BC, real_B), torch.stack(parts, dim=1) if parts else parts_BPC)
+        normal_BPC = torch.stack(parts, dim=1) if parts else parts_BPC
+        return fused_tokens(self.bottleneck(cls_BC, real_B), normal_BPC, self.fusion)
 
 
 class SupervisedStudent(nn.Module):
@@ -243,8 +255,16 @@ class Supervised(Method[SupervisedConfig]):
         return config.parts
 
     @staticmethod
+    def fusion(config: SupervisedConfig) -> Fusion:
+        return config.fusion
+
+    @staticmethod
     def for_weights(config: SupervisedConfig, parts: int) -> SupervisedConfig:
-        return replace(config, parts=parts, neck=config.neck if parts or config.neck != "each" else "one")
+        """Without part tokens there is nothing to put together: the recipe's `fusion` is dropped, as is a neck for
+        each."""
+        if parts:
+            return replace(config, parts=parts)
+        return replace(config, parts=0, fusion="cat", neck="one" if config.neck == "each" else config.neck)
 
     @classmethod
     def nearest_recipe(cls, run: Mapping[str, Any]) -> str:
@@ -315,13 +335,6 @@ class Supervised(Method[SupervisedConfig]):
             depth=backbone.depth_of(rest) if network == "backbone" else len(backbone.blocks) + 1,
             lr_factor=self.config.bias_lr_factor if name.endswith("bias") else 1.0,
         )
-
-
-def _joined(cls_BC: Tensor, parts_BPC: Tensor) -> Tensor:
-    """[CLS ; mean of the parts], or CLS where there are none."""
-    if not parts_BPC.shape[1]:
-        return cls_BC
-    return torch.cat([cls_BC, parts_BPC.mean(dim=1)], dim=1)
 
 
 def to_transreid(method: Supervised) -> dict[str, Tensor]:

@@ -28,6 +28,8 @@ from datapipe.core.settings import settings
 from datapipe.views.normalisation import IMAGENET_MEAN, IMAGENET_STD, Triple
 from training.core.device_copy import to_device
 from training.core.out_of_memory import scoring_memory
+from training.nn.identity.fusion import FEATURES as FUSED
+from training.nn.identity.fusion import fused, fused_width
 
 Features = dict[str, NDArray[np.float32]]
 """Name -> float32 [N, C]."""
@@ -55,7 +57,8 @@ class EmbedConfig:
 def feature_widths(width: int, parts: int) -> dict[str, int]:
     """The features that `embed` gives of a backbone of this width with so many part tokens, and the length of each."""
     widths = {"cls": width, "mean": width}
-    return widths | {"cls+parts": 2 * width, "parts": width, "each_part": parts * width} if parts else widths
+    fused = {name: fused_width(width, parts, fusion) for fusion, name in FUSED.items()}
+    return widths | fused | {"parts": width, "each_part": parts * width} if parts else widths
 
 
 class TokenFeatures(Protocol):
@@ -103,8 +106,8 @@ def embed(
     """Features of every image, in the order of `paths`, not normalised; no gradient, no drop path.
 
     "cls" and "mean" (of the patches); where the backbone has part tokens also "cls+parts" ([CLS ; mean of the parts],
-    what PASS fine-tunes and evaluates), "parts" (their mean) and "each_part" (all of them, one after the other). All
-    of one pass.
+    what PASS fine-tunes and evaluates), "cls_parts_mean" ((CLS + mean of the parts) / 2), "parts" (their mean) and
+    "each_part" (all of them, one after the other). All of one pass.
     `size` is (height, width). `label`: what its progress is called. The backbone must be on `device`; it is left in the
     mode it came in.
     Errors: `DataError` that names the image which cannot be decoded, `ConfigError` where memory runs out.
@@ -195,7 +198,7 @@ def _embed_batch(backbone: Backbone, images: Tensor, config: EmbedConfig) -> Fea
     if tokens.parts.shape[1]:
         mean = tokens.parts.mean(dim=1)
         features |= {
-            "cls+parts": torch.cat([tokens.cls, mean], dim=1),
+            **{name: fused(tokens.cls, mean, fusion) for fusion, name in FUSED.items()},
             "parts": mean,
             "each_part": tokens.parts.flatten(1),
         }

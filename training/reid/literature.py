@@ -54,6 +54,8 @@ class LiteratureRow:
     """What cuts images into patches."""
     parts: int = Field(default=0, ge=0)
     """Part tokens of the backbone."""
+    fusion: Literal["", "cat", "mean"] = ""
+    """How CLS and part tokens are put together in the feature that is scored, as `method.fusion`. Empty: either way."""
     size: Size = (256, 128)
     """Size of the images (height, width), pixels."""
     tolerance: float = Field(default=ANEW, ge=0)
@@ -87,6 +89,8 @@ class LiteratureRow:
 SETS = {"market": "market1501", "msmt": "msmt17", "duke": "dukemtmc", "occluded": "occluded_duke"}
 RECIPE_NAMES = {"market": "market", "msmt": "msmt17"}
 """How the names of recipes without labels end."""
+UNLABELLED_FUSION: dict[str, Literal["cat", "mean"]] = {"market": "cat", "msmt": "mean"}
+"""Data set -> how PASS puts CLS and part tokens together when it trains on it without labels."""
 SHORT = {"vit_small": "vits", "vit_base": "vitb", "swin_base": "swinb"}
 FAMILIES = ("dino", "pass", "personvit", "personmae")
 README = {
@@ -142,7 +146,8 @@ def _unlabelled(model: str, title: str, **facts: Any) -> list[LiteratureRow]:
         rows.append(
             LiteratureRow(
                 name=f"{model}-vits-{way}-{SETS[key]}", method=title, family=_family(model), data=SETS[key],
-                arch="vit_small", stem=facts.get("stem", "patch"), parts=facts.get("parts", 0), task=task,
+                arch="vit_small", stem=facts.get("stem", "patch"), parts=facts.get("parts", 0),
+                fusion=UNLABELLED_FUSION[key] if facts.get("parts") else "", task=task,
                 origin=SETS.get(origin, ""), mAP=mean, rank1=first, again=(again[0], again[1]) if again else None,
                 tolerance=CLUSTERED, interpolation="bicubic", recipe=recipe,
                 source=sources.get(f"{task}_{key}", README[model.partition("-ics")[0]]),
@@ -152,7 +157,7 @@ def _unlabelled(model: str, title: str, **facts: Any) -> list[LiteratureRow]:
     return rows
 
 
-PASS: dict[str, Any] = {"parts": 3, "recipe": "supervised_pass"}
+PASS: dict[str, Any] = {"parts": 3, "fusion": "cat", "recipe": "supervised_pass"}
 BY_OTHERS = {"dukemtmc": README["personvit"], "occluded_duke": README["personvit"]}
 """Scores of PASS that its own README does not have."""
 MAE: dict[str, Any] = {"recipe": "supervised_mae"}

@@ -54,6 +54,8 @@ def not_comparable(row: LiteratureRow, content: dict[str, Any]) -> list[str]:
         "our data set is not whole": row.data == data["name"] and bool(data["differences"]),
         "another size of images": list(row.size) != list(settings["size"]),
         "another backbone": bool(row.arch) and (row.arch, row.stem, row.parts) != backbone,
+        "another fusion of CLS and parts": row.task == model["task"]
+        and row.fusion not in ("", model.get("fusion") or row.fusion),
         f"theirs is {_task_in_words(row.task)}, ours {_task_in_words(model['task'])}": row.task != model["task"],
         f"theirs was fine-tuned on {row.origin} before": row.task == model["task"] == "uda"
         and row.origin != model.get("source", ""),

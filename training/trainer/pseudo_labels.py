@@ -276,8 +276,7 @@ def make_pseudo_labels(
         interpolation=config.evaluation.interpolation, mean=mean, std=std, batch=config.evaluation.scoring.embed_batch,
         threads=loader.threads,
     )  # fmt: skip
-    kind = methods.of(config.method)
-    feature = kind.quoted_feature(kind.parts(config.method))
+    feature = methods.quoted_feature(config.method)
 
     def embed() -> Features:
         return embed_stream(cast(Embedder, method.embedder()), stream, feature, size=config.backbone.size, world=world,

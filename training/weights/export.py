@@ -57,6 +57,9 @@ class Provenance:
     """Optimizer steps done."""
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The published weights that these are, or were continued from: file, checksum, layout, what was left out."""
+    fusion: str = ""
+    """How CLS and part tokens are put together in the feature that a run's weights are scored by, "cat" or "mean";
+    empty: there are no part tokens, or `origin` says it, of published weights."""
     mean: Triple = IMAGENET_MEAN
     """Subtracted from RGB values in 0..1 before the backbone."""
     std: Triple = IMAGENET_STD

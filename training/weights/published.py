@@ -18,7 +18,8 @@ from torch import Tensor
 from datapipe.core.config import Size, Statistics, StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.storage import open_store, split_url
-from training.nn.identity.necks import Fusion, TokenNecks
+from training.nn.identity.fusion import Fusion, fused_width
+from training.nn.identity.necks import TokenNecks
 from training.nn.vision_transformer import ARCHITECTURES, BackboneConfig, Shape, VisionTransformer
 from training.weights.counted_keys import first_few, load_counted
 from training.weights.export import digest, unfilled
@@ -136,7 +137,8 @@ class Stated:
     network: Network = "teacher"
     """Network of a training checkpoint to read. The published backbones are teachers."""
     fusion: Literal["", "cat", "mean"] = ""
-    """How the outputs of several necks are put together (`TokenNecks`). Empty: "cat"."""
+    """How CLS and part tokens are put together in the feature that the weights are scored by. Empty: as the width of a
+    classifier or of a single neck tells, else "cat"."""
     heads: int = 0
     """Attention heads."""
     depth: int = 0
@@ -182,21 +184,50 @@ def read_published(url: str, storage: StorageConfig, stated: Stated) -> Publishe
         "network": stated.network if layout.pair else "", "tensors": len(used), "left_out": left_out,
         "arguments": _arguments(content), **_identities(aside),
     }  # fmt: skip
-    necks = _necks(aside, backbone, stated, url) if layout.necks else None
+    if fusion := _fusion(aside, backbone, stated, url):
+        origin["fusion"] = fusion
+    necks = _necks(aside, backbone, fusion, url) if layout.necks else None
     centres = _centres(entries) if layout.pair else {}
     return PublishedWeights(backbone.eval(), aside, origin, layout.statistics, centres, necks)
 
 
-def _necks(aside: Mapping[str, Any], backbone: VisionTransformer, stated: Stated, where: str) -> TokenNecks:
-    """The necks that a file has beside its backbone. Whether their outputs were joined or averaged shows in the width
-    of a single one alone."""
+def _fusion(aside: Mapping[str, Any], backbone: VisionTransformer, stated: Stated, where: str) -> Fusion | None:
+    """How weights that were trained on a ReID data set put CLS and part tokens together: as the width of what lies
+    behind them tells, the classifier or a single neck, else as stated, else "cat". None where there are no parts, or
+    nothing lies behind them. Raises DataError where another way is stated than the file tells, or one where there is
+    none."""
+    behind = _behind_fusion(aside)
+    if not backbone.parts or behind is None:
+        if stated.fusion:
+            without = "no part tokens" if not backbone.parts else "no neck and no classifier"
+            raise DataError(f"these weights have {without}: nothing is put together", where=where,
+                            hint="leave --fusion away")  # fmt: skip
+        return None
+    ways: tuple[Fusion, ...] = ("cat", "mean")
+    told = [way for way in ways if behind == fused_width(backbone.width, backbone.parts, way)]
+    if told and stated.fusion not in ("", *told):
+        raise DataError(f"these weights put CLS and part tokens together by {told[0]!r}, not by {stated.fusion!r}: "
+                        f"what lies behind takes {behind} channels", where=where,
+                        hint=f"--fusion {told[0]}, or leave it away")  # fmt: skip
+    return told[0] if told else stated.fusion or "cat"
+
+
+def _behind_fusion(aside: Mapping[str, Any]) -> int | None:
+    """Channels of the fused feature, by a tensor that takes it in; 0: none tells, several necks take a token each;
+    None: nothing lies behind the tokens."""
+    several = any(re.match(r"bottleneck_(pt)?1\.", name) for name in aside)
+    takers = [
+        aside.get(name) for name in (("classifier.weight",) if several else ("classifier.weight", "bottleneck.weight"))
+    ]
+    found = [taker.shape[-1] for taker in takers if isinstance(taker, Tensor) and taker.ndim]
+    return next(iter(found), 0 if several else None)
+
+
+def _necks(aside: Mapping[str, Any], backbone: VisionTransformer, fusion: Fusion | None, where: str) -> TokenNecks:
+    """The necks that a file has beside its backbone."""
     state = {name: tensor for name, tensor in aside.items() if name.startswith("bottleneck")}
-    width = backbone.width
     neck: Literal["one", "each"] = "each" if "bottleneck_pt1.weight" in state else "one"
-    fusion: Fusion = stated.fusion or "cat"
-    if neck == "one" and backbone.parts:
-        fusion = "cat" if len(state["bottleneck.weight"]) == 2 * width else "mean"
-    necks = TokenNecks(width, backbone.parts, fusion=fusion, neck=neck, group=0)
+    necks = TokenNecks(backbone.width, backbone.parts, fusion=fusion or "cat", neck=neck, group=0)
     load_counted(necks, state, where=where)
     return necks.eval()
 

@@ -43,7 +43,7 @@ threads = 1
 """
 
 
-def weights(folder: Path, *, identities: int = 0, parts: int = 0) -> str:
+def weights(folder: Path, *, identities: int = 0, parts: int = 0, fusion: str = "cat") -> str:
     """A stand-in file in the layouts that are published: a backbone alone, or fine-tuned on so many identities."""
     with torch.random.fork_rng():
         torch.manual_seed(5)
@@ -51,7 +51,7 @@ def weights(folder: Path, *, identities: int = 0, parts: int = 0) -> str:
     state = backbone.state_dict()
     if identities:
         state = files.fine_tuned(state, necks=1 + parts)
-        state["classifier.weight"] = torch.ones(identities, 192 * (2 if parts else 1))
+        state["classifier.weight"] = torch.ones(identities, 192 * (2 if parts and fusion == "cat" else 1))
     return files.save(state, folder / "weights.pth")
 
 
@@ -221,6 +221,14 @@ def test_reproduce__refuses_weights_of_another_row(
     words = ["--weights", file, "--data", people, "--out", str(tmp_path / "out")]
     with pytest.raises(DataError, match=said):
         main(["reproduce", own_row(tmp_path / "row.toml", **changes), *words])
+
+
+@pytest.mark.slow
+def test_reproduce__refuses_weights_of_another_fusion(people: str, tmp_path: Path) -> None:
+    file = weights(tmp_path, identities=PEOPLE, parts=3, fusion="mean")
+    words = ["--weights", file, "--data", people, "--out", str(tmp_path / "out")]
+    with pytest.raises(DataError, match="together by 'mean', the row's by 'cat'"):
+        main(["reproduce", own_row(tmp_path / "row.toml", parts=3, fusion="cat"), *words])
 
 
 def test_reproduce__refuses_weights_and_data_of_another_data_set(people: str, tmp_path: Path) -> None:

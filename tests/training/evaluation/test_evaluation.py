@@ -143,6 +143,9 @@ def test_pedigree__of_a_card(changes: dict[str, object], family: str, task: str)
         ({"method": "supervised"}, "cls"),
         ({"origin": {"layout": "pass"}, "parts": 3}, "cls+parts"),
         ({"origin": {"layout": "pass_fine_tuned"}, "parts": 3}, "cls+parts"),
+        ({"origin": {"layout": "pass_fine_tuned", "fusion": "mean"}, "parts": 3}, "cls_parts_mean"),
+        ({"method": "supervised", "parts": 3, "fusion": "mean", "origin": {"fusion": "cat"}}, "cls_parts_mean"),
+        ({"method": "cluster_contrast", "parts": 3, "fusion": "mean"}, "cls_parts_mean"),  # its necks are not there
         ({"origin": {"layout": "ics"}}, "cls"),
     ],
 )

@@ -95,7 +95,8 @@ def naive_triplet(features: Tensor, label: Tensor) -> Tensor:
 def necks_of(method: Supervised, width: int) -> list[nn.BatchNorm1d]:
     """PyTorch's own, with a bias that does not train."""
     config = method.config
-    widths = [width * (2 if config.parts else 1)] if config.neck == "one" else [width] * (1 + config.parts)
+    fused = 2 * width if config.parts and config.fusion == "cat" else width
+    widths = [fused] if config.neck == "one" else [width] * (1 + config.parts)
     necks = [nn.BatchNorm1d(channels).double() for channels in widths]
     for neck in necks:
         neck.bias.requires_grad_(False)
@@ -119,18 +120,26 @@ def naive(settings: dict[str, Any]) -> tuple[list[float], dict[str, Tensor], lis
         path_masks = keep_of(progress, views)
         seen = backbone(views["image"][0], path_masks=path_masks)
         tokens = [seen.cls, *seen.parts.unbind(dim=1)]
-        feature = torch.cat([seen.cls, *([sum(tokens[1:]) / len(tokens[1:])] if tokens[1:] else [])], dim=1)
+        feature = naively_fused(tokens, method.config.fusion)
         if len(necks) == 1:
             normal = necks[0](feature)
         else:
             each = [neck(token) for neck, token in zip(necks, tokens, strict=True)]
-            normal = torch.cat([each[0], sum(each[1:]) / len(each[1:])], dim=1)
+            normal = naively_fused(each, method.config.fusion)
         loss = F.cross_entropy(classifier(normal), views["label"]) + naive_triplet(feature, views["label"])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
     return losses, trained, necks
+
+
+def naively_fused(tokens: list[Tensor], fusion: str) -> Tensor:
+    cls, *parts = tokens
+    if not parts:
+        return cls
+    mean = sum(parts) / len(parts)
+    return torch.cat([cls, mean], dim=1) if fusion == "cat" else (cls + mean) / 2
 
 
 def keep_of(progress: TrainingProgress, views: Views) -> Tensor | None:
@@ -140,7 +149,14 @@ def keep_of(progress: TrainingProgress, views: Views) -> Tensor | None:
     )
 
 
-@pytest.mark.parametrize("settings", [{}, {"parts": 2}, {"parts": 2, "neck": "each"}], ids=["cls", "one", "each"])
+MEAN = {"parts": 2, "fusion": "mean"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"parts": 2}, {"parts": 2, "neck": "each"}, MEAN, {**MEAN, "neck": "each"}],
+    ids=["cls", "one", "each", "mean-one", "mean-each"],
+)
 def test_training__equals_a_naive_one(settings: dict[str, Any]) -> None:
     ours, state = fine_tune(World(), settings)
     theirs, trained, necks = naive(settings)
@@ -183,6 +199,37 @@ def test_mining__sees_the_whole_batch_of_all_ranks() -> None:
                             for name, value in views.items()} for part in (slice(0, 4), slice(4, 8))]  # fmt: skip
     apart = sum(method(half, progress).loss for half in halves)
     assert abs(float(whole.detach()) - float(apart.detach())) > 1e-3
+
+
+@pytest.mark.parametrize("neck", ["one", "each", "none"])
+@torch.no_grad()
+def test_fusion__mean_is_that_of_the_tokens_by_numpy(neck: str) -> None:
+    """The feature in front of the necks, and the logits behind them, whose running statistics are not those of a fresh
+    batch norm."""
+    method = method_of(parts=3, fusion="mean", neck=neck)
+    head, images = method.student.head.eval(), torch.from_numpy(pictures()[0]["image"][0])
+    for name, value in head.named_buffers():
+        if name.endswith(("mean", "var")):
+            value.copy_(torch.rand(value.shape, dtype=value.dtype) + 0.5)
+    seen = method.student.backbone.eval().features(images)
+    cls, parts = seen.cls.numpy(), seen.parts.numpy()
+    output = head(seen.cls, seen.parts, torch.ones(BATCH, dtype=torch.bool))
+    feature = 0.5 * cls + (parts[:, 0] + parts[:, 1] + parts[:, 2]) / 6
+    np.testing.assert_allclose(output.feature_BF.numpy(), feature, rtol=1e-12)
+    state = {name: value.numpy() for name, value in head.state_dict().items()}
+
+    def normal(values: np.ndarray, name: str) -> np.ndarray:
+        scale = state[f"{name}.weight"] / np.sqrt(state[f"{name}.running_var"] + 1e-5)
+        return (values - state[f"{name}.running_mean"]) * scale
+
+    if neck == "one":
+        feature = normal(feature, "bottleneck")
+    elif neck == "each":
+        of_parts = sum(normal(parts[:, part], f"bottleneck_{part + 1}") for part in range(3))
+        feature = normal(cls, "bottleneck") / 2 + of_parts / 6
+    logits = feature @ state["classifier.weight"].T + state.get("classifier.bias", 0.0)
+    assert logits.shape == (BATCH, CLASSES) and state["classifier.weight"].shape == (CLASSES, BACKBONE.shape.width)
+    np.testing.assert_allclose(output.logits_BK.numpy(), logits, rtol=1e-10, atol=1e-12)
 
 
 def test_loss__an_image_of_unknown_identity_counts_for_nothing() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from datapipe.core.errors import DataError
 from datapipe.core.progress import lines_sent_to
 from tests.training.reid.people import crop
-from training.reid.embed import EmbedConfig, decode, embed, normalise, resize
+from training.reid.embed import EmbedConfig, decode, embed, feature_widths, normalise, resize
 
 
 class Tokens(NamedTuple):
@@ -53,7 +53,9 @@ def test_embed__names_shapes_and_order(images: dict[str, bytes]) -> None:
     backbone = Means()
     found = embed(backbone, list(images), reader(images), size=(32, 16), config=EmbedConfig(batch=4))
     shapes = {name: values.shape for name, values in found.items()}
-    assert shapes == {"cls": (10, 3), "mean": (10, 3), "cls+parts": (10, 6), "parts": (10, 3), "each_part": (10, 6)}
+    assert shapes == {"cls": (10, 3), "mean": (10, 3), "cls+parts": (10, 6), "cls_parts_mean": (10, 3),
+                      "parts": (10, 3), "each_part": (10, 6)}  # fmt: skip
+    assert shapes == {name: (10, width) for name, width in feature_widths(3, 2).items()}
     assert all(values.dtype == np.float32 for values in found.values())
     one = embed(backbone, ["7.jpg"], reader(images), size=(32, 16))
     np.testing.assert_allclose(found["cls"][7], one["cls"][0], atol=1e-6)
@@ -70,6 +72,8 @@ def test_embed__part_features_of_one_pass(images: dict[str, bytes]) -> None:
     np.testing.assert_allclose(found["each_part"], np.concatenate([halves[:, 0], halves[:, 1]], axis=1), atol=1e-5)
     np.testing.assert_allclose(found["parts"], halves.mean(axis=1), atol=1e-5)
     np.testing.assert_allclose(found["cls+parts"][:, 3:], found["parts"], atol=1e-6)
+    mean = (found["cls"] + (halves[:, 0] + halves[:, 1]) / 2) / 2
+    np.testing.assert_allclose(found["cls_parts_mean"], mean, atol=1e-6)
 
 
 def test_embed__without_parts(images: dict[str, bytes]) -> None:

@@ -165,6 +165,7 @@ def test_report__sets_the_same_row_beside_ours(tmp_path: Path) -> None:
         ({"trained_on": "msmt17"}, "ours is fine-tuned on msmt17"),
         ({"label_fraction": 0.1}, "ours has fewer labels"),
         ({"parts": 0}, "another backbone"),
+        ({"fusion": "mean"}, "another fusion of CLS and parts"),
     ],
 )
 def test_not_comparable__names_the_reason(change: dict[str, object], reason: str) -> None:

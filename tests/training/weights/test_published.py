@@ -224,6 +224,57 @@ def test_read__from_any_store() -> None:
     assert found.origin["file"] == "x.pth"
 
 
+FUSED: list[tuple[Callable[[State], Any], str, str | None]] = [
+    (lambda state: classified_by(state, 2), "", "cat"),
+    (lambda state: classified_by(state, 1), "", "mean"),
+    (lambda state: classified_by(state, 4), "mean", "mean"),  # a way that no one knows
+    (lambda state: files.fine_tuned(state, necks=1), "", "mean"),
+    (lambda state: without_classifier(files.fine_tuned(state, necks=1)), "", "mean"),
+    (lambda state: without_classifier(files.fine_tuned(state, necks=4)), "", "cat"),
+    (lambda state: without_classifier(files.fine_tuned(state, necks=4)), "mean", "mean"),
+    (lambda state: files.without_labels(state, wide=True), "", "cat"),
+    (files.without_labels, "", "mean"),
+    (lambda state: files.without_labels(state, necks=4), "", "cat"),
+    (lambda state: files.without_labels(state, necks=4), "mean", "mean"),
+    (lambda state: state, "", None),
+]
+
+
+def classified_by(state: State, tokens: int) -> State:
+    """Fine-tuned with a neck for each token, and a classifier of a feature as long as so many of them."""
+    width = state["cls_token"].shape[-1]
+    return files.fine_tuned(state, necks=4) | {"classifier.weight": torch.ones(11, tokens * width)}
+
+
+def without_classifier(state: State) -> State:
+    return {name: tensor for name, tensor in state.items() if name != "classifier.weight"}
+
+
+@pytest.mark.parametrize(("build", "stated", "fusion"), FUSED, ids=range(len(FUSED)))
+def test_read__how_cls_and_parts_are_put_together(
+    build: Callable[[State], Any], stated: Any, fusion: str | None, tmp_path: Path
+) -> None:
+    path = save(build(backbone_state(PASS)), tmp_path / "x.pth")
+    found = read_published(path, StorageConfig(), _stated(fusion=stated))
+    assert found.origin.get("fusion") == fusion
+    assert found.necks is None or found.necks.fusion == fusion
+
+
+@pytest.mark.parametrize(("item", "build", "stated", "said"), [
+    (PASS, lambda state: classified_by(state, 2), "mean", "by 'cat', not by 'mean'"),
+    (PASS, files.without_labels, "cat", "by 'mean', not by 'cat'"),
+    (PASS, lambda state: state, "cat", "no neck and no classifier: nothing is put together"),
+    (SSL, files.fine_tuned, "mean", "no part tokens: nothing is put together"),
+], ids=["classifier", "neck", "pre-trained", "no-parts"])  # fmt: skip
+def test_read__a_way_that_a_file_cannot_be_of_is_refused(
+    item: str, build: Callable[[State], Any], stated: Any, said: str, tmp_path: Path
+) -> None:
+    path = save(build(backbone_state(item)), tmp_path / "x.pth")
+    with pytest.raises(DataError, match=said) as caught:
+        read_published(path, StorageConfig(), _stated(item, fusion=stated))
+    assert "--fusion" in str(caught.value.hint)
+
+
 def test_import__refusals_of_the_command(tmp_path: Path) -> None:
     path = save(backbone_state(PASS), tmp_path / "x.pth")
     out, flags = ["--out", str(tmp_path / "out")], _flags(PASS)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from training.core.precision import at_least_float32
 from training.nn.ics_stem import EPS, PooledBatchNorm
+from training.nn.identity.fusion import FEATURES, Fusion, fused, fused_tokens, fused_width
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 
-Fusion = Literal["cat", "mean"]
 FEATURE = "neck"
 """Name of the feature behind the necks among those that are scored; it is ranked as it is, not normalised again."""
 
@@ -65,7 +65,7 @@ class NeckedBackbone(nn.Module):
         cls_BC, parts_BPC = at_least_float32(seen.cls), at_least_float32(seen.parts)
         features = {FEATURE: self.necks(cls_BC, parts_BPC), "cls": cls_BC}
         if parts_BPC.shape[1]:
-            features["cls+parts"] = torch.cat([cls_BC, parts_BPC.mean(dim=1)], dim=1)
+            features[FEATURES["cat"]] = fused_tokens(cls_BC, parts_BPC, "cat")
         return features
 
 
@@ -85,7 +85,7 @@ class TokenNecks(nn.Module):
     def __init__(self, width: int, parts: int, *, fusion: Fusion, neck: Literal["one", "each"], group: int) -> None:
         super().__init__()
         self.parts, self.fusion, self.neck = parts, fusion, neck
-        self.channels = width * (2 if parts and fusion == "cat" else 1)
+        self.channels = fused_width(width, parts, fusion)
         self.bottleneck = GroupedBatchNorm(self.channels if neck == "one" else width, group)
         if neck == "each":
             for part in range(1, parts + 1):
@@ -94,12 +94,9 @@ class TokenNecks(nn.Module):
     def forward(self, cls_BC: Tensor, parts_BPC: Tensor, real_B: Tensor | None = None) -> Tensor:
         """[B, F]."""
         if not self.parts or self.neck == "one":
-            fused_BF = cls_BC if not self.parts else self._fused(cls_BC, parts_BPC.mean(dim=1))
-            return F.normalize(self.bottleneck(fused_BF, real_B), dim=1)
+            return F.normalize(self.bottleneck(fused_tokens(cls_BC, parts_BPC, self.fusion), real_B), dim=1)
         necks = [self.get_submodule(f"bottleneck_pt{part}") for part in range(1, self.parts + 1)]
         parts = [F.normalize(neck(part_BC, real_B), dim=1)
                  for neck, part_BC in zip(necks, parts_BPC.unbind(dim=1), strict=True)]  # fmt: skip
-        return self._fused(F.normalize(self.bottleneck(cls_BC, real_B), dim=1), torch.stack(parts).mean(dim=0))
-
-    def _fused(self, cls_BC: Tensor, part_BC: Tensor) -> Tensor:
-        return torch.cat([cls_BC, part_BC], dim=1) if self.fusion == "cat" else (cls_BC + part_BC) / 2
+        unit_BC = F.normalize(self.bottleneck(cls_BC, real_B), dim=1)
+        return fused(unit_BC, torch.stack(parts).mean(dim=0), self.fusion)

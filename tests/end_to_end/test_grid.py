@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 
 from datapipe.core.errors import ConfigError, DataError, UsageError
 from tests.end_to_end import tiny
-from tests.end_to_end.test_usl import TINY
 from tests.support.forked import call, forkserver
 from tests.training.reid.people import market
 from training.__main__ import main
@@ -21,8 +19,8 @@ from training.__main__ import main
 BOTH = [
     "--backbone.arch", "custom", "--backbone.size", "32", "16", "--backbone.patch", "8", "--backbone.width", "24",
     "--backbone.depth", "2", "--backbone.heads", "2", "--engine.threads", "1", "--engine.stepper", "plain",
-    "--stream.threads", "1", "--optimisation.epochs", "2", "--optimisation.lr", "0.01", "--evaluation.every-epochs", "1",
-    "--checkpoints.every-steps", "2", "--optimisation.precision", "fp32",
+    "--stream.threads", "1", "--optimisation.epochs", "2", "--optimisation.lr", "0.01",
+    "--evaluation.every-epochs", "1", "--checkpoints.every-steps", "2", "--optimisation.precision", "fp32",
 ]  # fmt: skip
 LABELS = ["--supervised.optimisation.batch", "8", "--supervised.method.instances", "2",
           "--supervised.optimisation.warmup-epochs", "0"]  # fmt: skip
@@ -92,8 +90,108 @@ def test_grid__every_task_by_one_command(pretrained: str, sets: tuple[str, str],
     )
     assert source["metrics"]["settings"]["model"]["task"] == "supervised"
     report = (out / "report.html").read_text()
-    assert "transfer:day" in report and "complete" in report and "PASS README" in report
+    assert "transfer:day" in report and "14 of 20 cells complete, 6 left out" in report
     files = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*/*/cell.json")}
     assert main(words([pretrained, "drawn=random"], sets, tasks, out, *SETTINGS)) == 0
     assert f"{len(files)} of {len(files)} cells were complete before" in capsys.readouterr().out
     assert files == {path: path.stat().st_mtime_ns for path in files}
+
+
+def started(arguments: list[str]) -> Any:
+    """The command in a process of its own."""
+    process = forkserver().Process(target=call, args=(dict(os.environ), main, arguments))
+    process.start()
+    return process
+
+
+@pytest.mark.slow
+def test_grid__killed_goes_on_with_the_cell_it_was_at(sets: tuple[str, str], tmp_path: Path, capsys: Any) -> None:
+    """kill -9 while the second cell trains: the first stays as it is, the second goes on from its checkpoint, and all
+    scores are those of a grid that was left alone."""
+    arguments = [["drawn=random"], sets, "supervised,usl"]
+    assert main(words(*arguments, tmp_path / "alone", *SETTINGS)) == 0  # type: ignore[arg-type]
+    out = tmp_path / "killed"
+    process = started(words(*arguments, out, *SETTINGS))  # type: ignore[arg-type]
+    first, second = (out / "cells" / "drawn" / data / "supervised" for data in ("day", "night"))
+    end = time.monotonic() + 300
+    while not list((second / "checkpoints").glob("step_*/complete.json")) and process.is_alive():
+        assert time.monotonic() < end, "no checkpoint came"
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    before = (first / "cell.json").stat().st_mtime_ns
+    assert not (second / "cell.json").exists()
+    capsys.readouterr()
+    assert main(words(*arguments, out, *SETTINGS)) == 0  # type: ignore[arg-type]
+    said = capsys.readouterr().out
+    assert (first / "cell.json").stat().st_mtime_ns == before and "goes on from step_" in said
+    ours, theirs = rows(out), rows(tmp_path / "alone")
+    for row in (*ours.values(), *theirs.values()):
+        del row["seconds"]
+    assert ours == theirs
+
+
+@pytest.mark.slow
+def test_grid__follows_a_run_and_scores_every_checkpoint(sets: tuple[str, str], tmp_path: Path, capsys: Any) -> None:
+    run = tmp_path / "run"
+    toml = tiny.recipe(tmp_path, tiny.generated(tmp_path), str(run), epochs=4.0)
+    training = started(["pretrain", str(toml), "--checkpoints.keep-last", "2", "--checkpoints.every-steps", "4"])
+    end = time.monotonic() + 300
+    while not list(run.glob("checkpoints/step_*/complete.json")):
+        assert training.is_alive() and time.monotonic() < end
+        time.sleep(0.01)
+    out = tmp_path / "grid"
+    assert main(words([f"pass={run}"], sets, "zero-shot", out, "--every-checkpoint", "--follow")) == 0
+    training.join()
+    table = rows(out)
+    last = max(row["step"] for row in table.values())
+    assert last == 12 and f"{run} is complete" in capsys.readouterr().out
+    assert {row["series"] for row in table.values()} == {"pass"} and len({row["epochs"] for row in table.values()}) > 1
+    report = (out / "report.html").read_text()
+    assert "mAP of zero-shot on day" in report and "epochs of pre-training" in report
+
+
+def test_dry_run__says_what_there_is_to_do_and_writes_nothing(
+    pretrained: str, sets: tuple[str, str], tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "grid"
+    assert main(words([pretrained], sets, "zero-shot,uda:day", out, "--dry-run", *SETTINGS)) == 0
+    said = capsys.readouterr().out
+    assert "4 cells" in said and "/day/supervised: trains by supervised; may begin" in said
+    assert "/night/uda-from-day: trains by cluster_contrast; after cells/first@step_0000009/day/supervised" in said
+    assert said.count("steps of an epoch") == 2 and "differs from what is published (uda_pass_market)" in said
+    assert not out.exists()
+    assert main(["evaluate", "random", "--data", sets[0], "--tasks", "supervised", "--dry-run"]) == 0
+    assert "differs from what is published (supervised)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "what"), [
+    (("--tasks", "uda:noon"), "no data set is called noon"),
+    (("--tasks", "zero-shot,nonsense"), "no task is called 'nonsense'"),
+    (("--tasks", "zero-shot", "--usl.method.iterations", "3"), "no flag"),
+    (("--tasks", "usl", "--label-fraction", ".5"), "only fine-tuning with labels"),
+    (("--tasks", "zero-shot", "--follow"), "--follow is for --every-checkpoint"),
+    (("--tasks", "usl", "--method.no-such-key", "3"), "no flag `--method.no-such-key`"),
+    (("--tasks", "usl", "--usl.method.clustering.k1", "400"), "fewer than the 400 neighbours"),
+    (("--tasks", "zero-shot", "--data-name", "own"), "one name for several data sets"),
+])  # fmt: skip
+def test_grid__mistakes_are_met_before_any_work(
+    sets: tuple[str, str], tmp_path: Path, arguments: tuple[str, ...], what: str
+) -> None:
+    out = tmp_path / "grid"
+    with pytest.raises((ConfigError, DataError, UsageError), match=what):
+        main(words(["random"], sets, "usl", out, *(SETTINGS if "usl" in arguments else ()), *arguments))
+    assert not (out / "cells").exists()
+
+
+def test_grid__several_evaluations_need_a_folder_and_names(sets: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="several evaluations need a folder"):
+        main(["evaluate", "random", "--data", sets[0], "--data", sets[1], "--tasks", "usl"])
+    with pytest.raises(ConfigError, match="two data sets are called"):
+        main(["evaluate", "random", "--data", sets[0], "--data", sets[0], "--tasks", "usl", "--out", str(tmp_path)])
+    with pytest.raises(ConfigError, match="several weights are called random"):
+        main(words(["random", "random"], sets, "usl", tmp_path / "grid", *SETTINGS))
+    with pytest.raises(DataError, match="no data set of people"):
+        (tmp_path / "empty").mkdir()
+        main(["evaluate", "random", "--data", str(tmp_path / "empty"), "--data", sets[0], "--tasks", "usl", "--out",
+              str(tmp_path / "x")])  # fmt: skip

@@ -95,14 +95,14 @@ def _scores(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _published(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The published score nearest to ours: one that ours can be held against, else that with the fewest reasons why
-    not, of the same method of pre-training and the same data set."""
+    """The published score nearest to ours: of the same method of pre-training and the same data set, of the same task
+    where there is one, with the fewest reasons why ours cannot be held against it."""
     family, data = metrics["settings"]["model"]["family"], metrics["data"]["name"]
     rows = [(row, not_comparable(row, metrics)) for row in alike(metrics) if row.data == data and row.family == family]
     rows = rows if family else []
     if not rows:
         return {}
-    row, reasons = min(rows, key=lambda pair: (len(pair[1]), _other_task(pair[0], metrics)))
+    row, reasons = min(rows, key=lambda pair: (_other_task(pair[0], metrics), len(pair[1])))
     return {
         "published_mAP": row.mAP,
         "published_rank1": row.rank1,

@@ -30,11 +30,12 @@ from datapipe.maintain.read_list import NOTES, SIDECAR
 from datapipe.storage import Store, open_store
 from datapipe.views.normalisation import MEAN_STD
 from training.evaluation import feature_file
-from training.evaluation.embedding import digest, loaded, origin_of, pinned_weights
+from training.evaluation.embedding import ImageRequest, digest, loaded, origin_of, pinned_weights, widths_of
 from training.evaluation.image_pieces import LABELS, CutDataSet, Piece, cut_shards
 from training.evaluation.piece_files import PieceFiles
+from training.nn.identity.necks import NeckedBackbone
 from training.nn.vision_transformer import VisionTransformer
-from training.reid.embed import EmbedConfig, Network, embed_each, feature_widths
+from training.reid.embed import Network, embed_each
 from training.weights.counted_keys import first_few
 
 SCORES, NAMES = "scores.cfs.parquet", "names.txt"
@@ -45,25 +46,20 @@ GROUP_ROWS = 1 << 16
 """Rows of the sorted file that are written together."""
 
 
-@dataclass(frozen=True)
-class ForgettingRequest:
+@dataclass(frozen=True, kw_only=True)
+class ForgettingRequest(ImageRequest):
     """Two networks, the crops, and how both see them. Picklable, and hashable."""
 
     source: str
     """Weights as pre-training left them."""
     target: str
     """The same network after fine-tuning."""
-    data: str
-    storage: StorageConfig
     feature: str = "cls"
     size: Size | None = None
     """(height, width) for both; None: each network's own."""
     source_statistics: Statistics = "imagenet"
     target_statistics: Statistics = "half"
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    batch: int = 64
-    threads: int = 2
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
 
 class ForgettingTask(NamedTuple):
@@ -118,10 +114,10 @@ def plan(request: ForgettingRequest, out: str, *, tuned_on: str = "") -> Forgett
         for weights in (request.source, request.target)
     )
     _refuse_different(source, target, request)
-    widths = feature_widths(source.width, source.parts)
-    if request.feature not in widths:
+    features = [name for name in widths_of(source) if name in widths_of(target)]
+    if request.feature not in features:
         raise ConfigError(f"these networks have no feature {request.feature}", where="--feature",
-                          hint=f"they have {', '.join(widths)}")  # fmt: skip
+                          hint=f"they have {', '.join(features)}")  # fmt: skip
     assert second.origin is not None
     tuned_on = tuned_on or second.origin.trained_on
     if not tuned_on:
@@ -148,12 +144,16 @@ def plan(request: ForgettingRequest, out: str, *, tuned_on: str = "") -> Forgett
     return ForgettingPlan(request, header, data, store, PieceFiles(store, f"pieces-{header['identity']}"))
 
 
-def _seen(backbone: VisionTransformer, request: ForgettingRequest, statistics: Statistics) -> dict[str, Any]:
+def _seen(
+    network: VisionTransformer | NeckedBackbone, request: ForgettingRequest, statistics: Statistics
+) -> dict[str, Any]:
     mean, std = MEAN_STD[statistics]
-    return {"size": list(request.size or backbone.config.size), "mean": list(mean), "std": list(std)}
+    return {"size": list(request.size or network.config.size), "mean": list(mean), "std": list(std)}
 
 
-def _refuse_different(source: VisionTransformer, target: VisionTransformer, request: ForgettingRequest) -> None:
+def _refuse_different(
+    source: VisionTransformer | NeckedBackbone, target: VisionTransformer | NeckedBackbone, request: ForgettingRequest
+) -> None:
     """Raises ConfigError where the two cannot be one network at two times."""
     one, other = (
         {"stem": network.config.stem, "patch": network.config.patch, "part tokens": network.parts,
@@ -189,8 +189,7 @@ def score_piece(task: ForgettingTask, device: torch.device | str = "cpu") -> int
                                 (request.target, request.target_statistics)):  # fmt: skip
         _, backbone = loaded(weights, request.data, request.storage, request.batch, str(device))
         mean, std = MEAN_STD[statistics]
-        config = EmbedConfig(interpolation=request.interpolation, mean=mean, std=std, batch=request.batch,
-                             threads=request.threads, precision=request.precision)  # fmt: skip
+        config = request.embed_config(interpolation=request.interpolation, mean=mean, std=std)
         networks.append(Network(backbone, request.size or backbone.config.size, config))
     with task.piece.open() as images:
         scores = np.empty(0)

@@ -104,7 +104,7 @@ def test_foreign_method__dry_run_evaluation_export_and_report(place: Path, tmp_p
         ["evaluate", run, "--data", people],
         ["export", run, "--out", export],
         ["evaluate", export, "--data", people, "--out", str(tmp_path / "scores")],
-        ["evaluate", export, "--data", people, "--task", "supervised", "--out", str(tmp_path / "tuned"),
+        ["evaluate", export, "--data", people, "--tasks", "supervised", "--out", str(tmp_path / "tuned"),
          "--optimisation.epochs", "1", "--optimisation.warmup-epochs", "0", "--optimisation.precision", "fp32",
          "--optimisation.batch", "8", "--backbone.size", "64", "32"],
         ["report", run],

@@ -15,6 +15,7 @@ from tests.end_to_end import tiny
 from tests.support.forked import call, forkserver
 from tests.training.reid.people import market
 from training.__main__ import main
+from training.checkpoint import MARKER
 
 BOTH = [
     "--backbone.arch", "custom", "--backbone.size", "32", "16", "--backbone.patch", "8", "--backbone.width", "24",
@@ -114,7 +115,7 @@ def test_grid__killed_goes_on_with_the_cell_it_was_at(sets: tuple[str, str], tmp
     process = started(words(*arguments, out, *SETTINGS))  # type: ignore[arg-type]
     first, second = (out / "cells" / "drawn" / data / "supervised" for data in ("day", "night"))
     end = time.monotonic() + 300
-    while not list((second / "checkpoints").glob("step_*/complete.json")) and process.is_alive():
+    while not list((second / "checkpoints").glob(f"step_*/{MARKER}")) and process.is_alive():
         assert time.monotonic() < end, "no checkpoint came"
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
@@ -137,7 +138,7 @@ def test_grid__follows_a_run_and_scores_every_checkpoint(sets: tuple[str, str], 
     toml = tiny.recipe(tmp_path, tiny.generated(tmp_path), str(run), epochs=4.0)
     training = started(["pretrain", str(toml), "--checkpoints.keep-last", "2", "--checkpoints.every-steps", "4"])
     end = time.monotonic() + 300
-    while not list(run.glob("checkpoints/step_*/complete.json")):
+    while not list(run.glob(f"checkpoints/step_*/{MARKER}")):
         assert training.is_alive() and time.monotonic() < end
         time.sleep(0.01)
     out = tmp_path / "grid"

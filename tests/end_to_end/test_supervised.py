@@ -185,7 +185,7 @@ def test_command__a_fine_tuned_file_is_scored_by_its_feature(data: str, tmp_path
     flags = [*TINY, "--backbone.width", "192", "--backbone.heads", "3", "--backbone.depth", "12", "--method.parts", "3",
              "--optimisation.epochs", "0.4", "--optimisation.warmup-epochs", "0"]  # fmt: skip
     out = tmp_path / "run"
-    words = ["random", "--data", data, "--task", "supervised", "--recipe", "supervised_pass", "--out", str(out), *flags]
+    words = ["random", "--data", data, "--tasks", "supervised", "--recipe", "supervised_pass", "--out", str(out), *flags]
     assert main(["evaluate", *words]) == 0
     said = capsys.readouterr().out
     assert "the last weights, whatever their score" in said
@@ -282,7 +282,7 @@ def test_label_fraction__keeps_whole_identities(data: str, tmp_path: Path) -> No
 def test_refused__before_anything_starts(data: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run folder"):
         prepare("random", data, "")
-    with pytest.raises(ConfigError, match="of dino, which is not training for --task supervised") as caught:
+    with pytest.raises(ConfigError, match="of dino, which is not training for --tasks supervised") as caught:
         fine_tuning(data, tmp_path / "a", recipe="dino_vits")
     assert "one of supervised, " in str(caught.value.hint) and "usl_" not in str(caught.value.hint)
     with pytest.raises(ConfigError, match="whole identities of 3"):

@@ -179,7 +179,7 @@ def test_run__on_two_ranks_of_deepspeed_is_that_of_one(data: str, straight: Path
 @pytest.mark.slow
 def test_command__trains_scores_and_reports(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    assert main(["evaluate", "random", "--data", data, "--task", "usl", "--out", str(out), *TINY]) == 0
+    assert main(["evaluate", "random", "--data", data, "--tasks", "usl", "--out", str(out), *TINY]) == 0
     said = capsys.readouterr().out
     assert "epoch 3: " in said and "chosen on the test set" in said
     assert "Agreement of clustered images" in (out / "report.html").read_text()
@@ -235,6 +235,6 @@ def test_run__groups_that_micro_batches_cut_are_refused(data: str, tmp_path: Pat
 
 
 def test_prepare__a_recipe_of_another_task_is_refused(data: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="not training for --task usl") as caught:
+    with pytest.raises(ConfigError, match="not training for --tasks usl") as caught:
         prepare("random", data, str(tmp_path / "run"), task="usl", recipe="supervised")
-    assert "--task supervised" in str(caught.value.hint)
+    assert "--tasks supervised" in str(caught.value.hint)

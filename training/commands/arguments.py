@@ -128,6 +128,9 @@ class ReproduceCommand:
     that are fine-tuned already are scored as they are; others are fine-tuned first, as the row says."""
     data: str = ""
     """The row's data set: a folder or s3://bucket/prefix with its files, or its shards."""
+    source: str = ""
+    """Of a row of domain adaptation the data set that is trained on with labels first, for weights that are not
+    fine-tuned on it yet; likewise."""
     out: str = ""
     """Folder for scores, report and, where it takes one, the run. Started again with the same folder, it goes on.
     Empty: reproductions/ROW."""

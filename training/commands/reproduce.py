@@ -19,6 +19,7 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError, DataError
 from datapipe.storage import open_store
 from training.commands.arguments import ReproduceCommand
+from training.config.run_config import RunConfig
 from training.core.devices import choose_device
 from training.core.host import Host, LocalHost, exit_code
 from training.core.run_folder import crash_log
@@ -27,6 +28,7 @@ from training.core.run_folder.write_guard import GuardedStore, WriteGuard
 from training.core.world import alone
 from training.evaluation import evaluation, fine_tune
 from training.evaluation.weights_origin import WeightsOrigin, is_fine_tuned, of_card
+from training.reid.datasets.benchmarks import PUBLISHED
 from training.reid.datasets.open_dataset import ReIDSet
 from training.reid.literature import BY_NAME, TASKS, LiteratureRow
 from training.reid.settings import ScoringConfig
@@ -49,7 +51,7 @@ def run(chosen: ReproduceCommand) -> int:
     row = read_row(chosen.row)
     out = chosen.out or f"reproductions/{row.name}"
     with LocalHost(starting=True) as host:
-        done = carry_out(row, chosen.weights, chosen.data, out, chosen.storage, host)
+        done = carry_out(row, chosen.weights, chosen.data, out, chosen.storage, host, source=chosen.source)
         if done is None:
             return exit_code(host.received)
     print(page(done))
@@ -118,35 +120,45 @@ def read_row(name: str) -> LiteratureRow:
         keys = ", ".join(field.name for field in fields(LiteratureRow))
         mistakes = "\n".join(f"    {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise ConfigError(f"mistakes in the row:\n{mistakes}", where=name, hint=f"its keys are {keys}") from None
-    beside = path.parent / row.recipe
-    return replace(row, recipe=str(beside)) if beside.is_file() else row
+    beside: dict[str, Any] = {
+        name: str(path.parent / recipe)
+        for name in ("recipe", "origin_recipe")
+        if (recipe := getattr(row, name)) and (path.parent / recipe).is_file()
+    }
+    return replace(row, **beside)
 
 
 def carry_out(
-    row: LiteratureRow, weights: str, data: str, out: str, storage: StorageConfig, host: Host
+    row: LiteratureRow, weights: str, data: str, out: str, storage: StorageConfig, host: Host, *, source: str = ""
 ) -> Reproduction | None:
     """Score `weights` on `data` as the row's publication does, fine-tuned first unless they are; None where the host
-    was told to stop on the way.
+    was told to stop on the way. `source`: data set that domain adaptation trains on first, unless the weights were.
 
     Raises ConfigError or DataError, before any work, where task, data set or weights are not those of the row.
     """
-    if row.refusal:
-        raise ConfigError(f"{row.name} cannot be reproduced here: {row.refusal}", where="reproduce", hint=LIST)
+    if row.impossible:
+        raise ConfigError(f"{row.name} cannot be reproduced here: {row.impossible}", where="reproduce", hint=LIST)
     scoring = ScoringConfig(data_name=row.data, rerank=row.reranking)
     reid = evaluation.open_data(data, storage, scoring)
     with lease_on(out, storage, show_line=host.show_line) as lease:
-        return _carry_out(row, weights, data, out, storage, host, reid, scoring, lease)
+        return _carry_out(row, weights, data, source, out, storage, host, reid, scoring, lease)
 
 
 def _carry_out(
-    row: LiteratureRow, weights: str, data: str, out: str, storage: StorageConfig, host: Host, reid: ReIDSet,
-    scoring: ScoringConfig, guard: WriteGuard,
+    row: LiteratureRow, weights: str, data: str, source: str, out: str, storage: StorageConfig, host: Host,
+    reid: ReIDSet, scoring: ScoringConfig, guard: WriteGuard,
 ) -> Reproduction | None:  # fmt: skip
     """Reproduce the row while the lease on the folder is held."""
     export = fine_tune.as_export(weights, out, storage)
     card = exports.load_card(open_store(export, storage))
-    refuse_others(row, card, of_card(card, data), reid, weights)
-    if row.task != "zero-shot" and not is_fine_tuned(card):
+    origin = of_card(card, data)
+    refuse_others(row, card, origin, reid, weights)
+    if row.task == "uda" and not is_fine_tuned(card):
+        tuned = _source(row, export, card, source, out, storage, host)
+        if tuned is None:
+            return None
+        export = tuned
+    if row.task != "zero-shot" and (not is_fine_tuned(card) or _begins(row, origin)):
         scores = _fine_tuned(row, export, data, out, scoring, storage, host, guard)
     else:
         scores = _scored(row, export, data, out, scoring, storage)
@@ -161,6 +173,8 @@ def _carry_out(
 def refuse_others(row: LiteratureRow, card: dict[str, Any], origin: WeightsOrigin, reid: ReIDSet, where: str) -> None:
     """Raises DataError for weights that the row's score cannot be of."""
     tuned = is_fine_tuned(card)
+    begins = _begins(row, origin)
+    files_of_both = row.task == "uda" and origin.task == "usl" and not card.get("method")  # theirs do not tell
     trained_identities = (card.get("origin") or {}).get("identities")
     identities = reid.train.identities if reid.train is not None else trained_identities
     wrong = {
@@ -174,10 +188,16 @@ def refuse_others(row: LiteratureRow, card: dict[str, Any], origin: WeightsOrigi
         and row.fusion != origin.fusion,
         "they are fine-tuned, the row is of features as pre-training leaves them": tuned and row.task == "zero-shot",
         f"they are of the task {origin.task}, the row of {row.task}": row.task != "zero-shot"
-        and origin.task not in ("zero-shot", row.task),
-        f"they were fine-tuned on {origin.trained_on}, not on {row.data}": tuned and bool(origin.trained_on),
+        and origin.task not in ("zero-shot", row.task)
+        and not begins
+        and not files_of_both,
+        f"they were fine-tuned on {card.get('trained_on')}, the row's on {row.origin} first": begins
+        and card.get("trained_on", "") in PUBLISHED.keys() - {row.origin},
+        f"they were fine-tuned on {origin.trained_on}, not on {row.data}": tuned
+        and bool(origin.trained_on)
+        and not begins,
         f"they were fine-tuned on {trained_identities} identities, {row.data} has {identities} to train on": (
-            origin.task == "supervised" and trained_identities != identities
+            origin.task == "supervised" and not begins and trained_identities != identities
         ),
         f"they are for images of {_size(card['input']['size'])}, the row of {_size(row.size)}": (
             tuned or row.task == "zero-shot"
@@ -186,6 +206,11 @@ def refuse_others(row: LiteratureRow, card: dict[str, Any], origin: WeightsOrigi
     }
     if reasons := [reason for reason, holds in wrong.items() if holds]:
         raise DataError(f"these are not weights for {row.name}: {'; '.join(reasons)}", where=where, hint=LIST)
+
+
+def _begins(row: LiteratureRow, origin: WeightsOrigin) -> bool:
+    """Are these the weights that domain adaptation begins with?"""
+    return row.task == "uda" and origin.task == "supervised"
 
 
 def agreements(row: LiteratureRow, scores: dict[str, Any]) -> tuple[Agreement, ...]:
@@ -225,11 +250,41 @@ def listing() -> str:
     for row in BY_NAME.values():
         rank1 = "-" if row.rank1 is None else f"{row.rank1:.1f}"
         again = "" if row.again is None else "{:.1f}/{:.1f}".format(*row.again)
-        notes = {"NOT HERE": row.refusal, "note": row.remark}
+        notes = {"NOT HERE": row.impossible, "note": row.remark}
         note = "".join(f"   {title}: {text}" for title, text in notes.items() if text)
         lines.append(f"{row.name:<50}{row.mAP:>6.1f}{rank1:>8}  {again:<12}{row.tolerance:>9.1f}  "
                      f"{_size(row.size):<15}{row.source}{note}")  # fmt: skip
     return "\n".join([head, *lines])
+
+
+def _source(
+    row: LiteratureRow, export: str, card: dict[str, Any], source: str, out: str, storage: StorageConfig, host: Host
+) -> str | None:
+    """The export of these weights fine-tuned with labels on the data set that adaptation comes from, in a run of its
+    own below `out`; None: told to stop."""
+    if not source:
+        raise ConfigError(
+            f"{row.name} begins with weights fine-tuned on {row.origin}, and these are not", where="--source",
+            hint=f"--source FOLDER of {row.origin}, or --weights that were fine-tuned there",
+        )  # fmt: skip
+    size = [str(side) for side in row.size]
+    fusion = ["--method.fusion", row.fusion] if row.fusion else []
+    folder = open_store(out, storage).address("source")
+    flags = ["--backbone.size", *size, *fusion]
+    config = fine_tune.prepare(export, source, folder, recipe=row.origin_recipe, flags=flags, storage=storage,
+                               scoring=ScoringConfig(data_name=row.origin))  # fmt: skip
+    if not _trained(config, host, None):
+        return None
+    return open_store(folder, storage).address(f"exports/{config.evaluation.quote}")
+
+
+def _trained(config: RunConfig, host: Host, guard: WriteGuard | None) -> bool:
+    """Train to the end; False: told to stop."""
+    with (
+        crash_log.kept(config.out, config.storage, 0, log=True),
+        alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world,
+    ):
+        return pretrain(config, world=world, host=host, guard=guard).complete
 
 
 def _fine_tuned(
@@ -239,14 +294,11 @@ def _fine_tuned(
     """The scores that the recipe quotes of the weights it ends with; None: told to stop."""
     size = [str(side) for side in row.size]
     flags = ["--backbone.size", *size, "--evaluation.interpolation", row.interpolation, *row.flags]
-    config = fine_tune.prepare(export, data, out, task=row.task, recipe=row.recipe, flags=flags, scoring=scoring,
+    task = "usl" if row.task == "uda" else row.task
+    config = fine_tune.prepare(export, data, out, task=task, recipe=row.recipe, flags=flags, scoring=scoring,
                                storage=storage)  # fmt: skip
-    with (
-        crash_log.kept(config.out, config.storage, 0, log=True),
-        alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world,
-    ):
-        if not pretrain(config, world=world, host=host, guard=guard).complete:
-            return None
+    if not _trained(config, host, guard):
+        return None
     result: dict[str, Any] = json.loads(open_store(out, storage).read(SUMMARY))["result"]
     return result
 

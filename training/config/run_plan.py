@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from datapipe.core.errors import ConfigError
+from datapipe.core.errors import ConfigError, DataError
 from datapipe.core.randomness import Ints
 from datapipe.sampling.epoch_order import SampleOrder
 from datapipe.sampling.identity_sampler import IdentityOrder, numbered
@@ -64,6 +64,8 @@ def plan_run(config: RunConfig, data: "Data", ranks: int) -> RunPlan:
     if (sampling := sampling_of(config)) is not None:
         identities = _identities(config, data, sampling)
         config = _for_identities(config, sampling, identities.labels)
+    if (clusters := clustered(config)) is not None:
+        _refuse_unclustered(config, data, clusters)
     config = for_clusters(config, data.rows)
     clock = clock_of(config, data.rows)
     return RunPlan(config, data, clock, view_spec(config), split_of(config.optimisation, ranks), identities)
@@ -141,6 +143,22 @@ def clustered(config: RunConfig) -> ByCluster | None:
                               where=f"optimisation.batch, {what}",
                               hint=f"a batch that is a multiple of {what}")  # fmt: skip
     return clusters
+
+
+def _refuse_unclustered(config: RunConfig, data: "Data", clusters: ByCluster) -> None:
+    """Raises DataError where there are too few images to cluster, ConfigError where cameras are wanted and unknown."""
+    if data.rows < clusters.clustering.k1:
+        raise DataError(f"{data.rows} images are fewer than the {clusters.clustering.k1} neighbours of an image",
+                        where="method.clustering.k1", hint="a smaller k1, or a larger data set")  # fmt: skip
+    if not clusters.cameras:
+        return
+    with closing(data.stream(config.storage, config.stream)) as stream:
+        unknown = int((stream.camera < 0).sum())
+    if unknown:
+        raise ConfigError(
+            f"batches show a cluster from several cameras, and {unknown:,} of {data.rows:,} images have none",
+            where="method.cameras", hint="--method.cameras False draws from all images of a cluster",
+        )  # fmt: skip
 
 
 def _identities(config: RunConfig, data: "Data", sampling: ByIdentity) -> Identities:

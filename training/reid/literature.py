@@ -19,8 +19,6 @@ TASKS: dict[Task, str] = {
     "uda": "domain adaptation: fine-tuned on another data set, then on this one's images without their labels",
     "usl": "fine-tuned on this data set's images without their labels",
 }
-BUILT: tuple[Task, ...] = ("zero-shot", "supervised", "usl")
-"""What can be carried out."""
 
 ANEW, CLUSTERED = 0.5, 1.0
 """Tolerances in points, of mAP as of Rank-1. Fine-tuning the same weights again gave their authors up to .2 another
@@ -64,9 +62,10 @@ class LiteratureRow:
     """(mAP, Rank-1) that the authors' released code gave them."""
     origin: str = ""
     """Source domain of domain adaptation: the data set that is trained on first."""
+    origin_recipe: str = ""
+    """Recipe of fine-tuning there; empty: the one that suits the weights."""
     recipe: str = "supervised"
-    """Recipe of fine-tuning: one that comes along, or a TOML file. Of a task that is not built, the one that will be
-    its recipe."""
+    """Recipe of fine-tuning: one that comes along, or a TOML file."""
     flags: tuple[str, ...] = ()
     """Flags of that recipe, such as "--optimisation.epochs", "60"."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
@@ -76,14 +75,7 @@ class LiteratureRow:
     remark: str = ""
     """What is not certain about it."""
     impossible: str = ""
-    """Why it cannot be run here; empty: it can, if its task is built."""
-
-    @property
-    def refusal(self) -> str:
-        """Why `reproduce` cannot run it, empty where it can."""
-        if self.impossible:
-            return self.impossible
-        return "" if self.task in BUILT else f"the task {self.task} is not built yet ({TASKS[self.task]})"
+    """Why it cannot be run here; empty: it can."""
 
 
 SETS = {"market": "market1501", "msmt": "msmt17", "duke": "dukemtmc", "occluded": "occluded_duke"}

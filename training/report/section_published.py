@@ -39,7 +39,7 @@ def _beside(score: Score) -> str:
 def alike(content: dict[str, Any]) -> list[LiteratureRow]:
     """Rows for weights that were pre-trained by the same method; if none were, those on the same data set."""
     model, data = content["settings"]["model"], content["data"]["name"]
-    possible = [row for row in ROWS if not row.refusal]
+    possible = [row for row in ROWS if not row.impossible]
     family = [row for row in possible if row.family and row.family == model["family"]]
     return family or [row for row in possible if row.data == data]
 

@@ -26,7 +26,7 @@ import safetensors.torch
 import torch
 from numpy.typing import NDArray
 
-from datapipe.core.errors import ConfigError, DataError, NotFoundError, UserError
+from datapipe.core.errors import DataError, NotFoundError, UserError
 from datapipe.core.progress import counted
 from datapipe.core.randomness import Ints
 from datapipe.sampling.cluster_order import ClusterOrder
@@ -252,22 +252,12 @@ def quality(labels: Ints, identities: Ints) -> dict[str, Any]:
 def make_pseudo_labels(
     plan: RunPlan, method: Method, loader: "Loader", *, world: World, host: Host, folder: RunFolder
 ) -> PseudoLabels | None:
-    """The pseudo labels of a run, if its method learns from them. Raises ConfigError where cameras are needed and not
-    known, DataError where there are too few images."""
+    """The pseudo labels of a run, if its method learns from them."""
     config = plan.config
     clusters = clustered(config)
     if clusters is None:
         return None
     stream = loader.stream
-    unknown = int((stream.camera < 0).sum())
-    if clusters.cameras and unknown:
-        raise ConfigError(
-            f"batches show a cluster from several cameras, and {unknown:,} of {stream.rows:,} images have none",
-            where="method.cameras", hint="--method.cameras False draws from all images of a cluster",
-        )  # fmt: skip
-    if stream.rows < clusters.clustering.k1:
-        raise DataError(f"{stream.rows} images are fewer than the {clusters.clustering.k1} neighbours of an image",
-                        where="method.clustering.k1", hint="a smaller k1, or a larger data set")  # fmt: skip
     tables = [manifest.table(["key", "name"], config.storage) for manifest in stream.manifests]
     table = pyarrow.concat_tables(tables)
     images = TrainingImages(table["key"].combine_chunks(), table["name"].combine_chunks(), stream.camera, stream.pid)

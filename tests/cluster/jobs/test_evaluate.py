@@ -71,7 +71,7 @@ def test_evaluate__killed_and_started_again_scores_what_is_missing(tmp_path: Pat
 def test_evaluate_supervised__killed_and_started_again_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "short.toml").write_text(RECIPE + LINE)
     out, people = tmp_path / "out", str(market(tmp_path / "people"))
-    words = ("cluster", "evaluate", weights(tmp_path), "--data", people, "--task", "supervised", "--out", str(out),
+    words = ("cluster", "evaluate", weights(tmp_path), "--data", people, "--tasks", "supervised", "--out", str(out),
              "--recipe", str(tmp_path / "short.toml"), "--optimisation.epochs", "12")  # fmt: skip
     killed(words, lambda: written(out))
     before = written(out)
@@ -87,7 +87,7 @@ def test_evaluate_supervised__killed_and_started_again_goes_on_from_its_checkpoi
 
 
 def test_evaluate__takes_what_the_local_command_takes_and_flags_of_a_recipe() -> None:
-    chosen, flags = read_some(EvaluateJob, ["random", "--data", "people", "--task", "supervised", "--out",
+    chosen, flags = read_some(EvaluateJob, ["random", "--data", "people", "--tasks", "supervised", "--out",
                                "s3://b/x", "--address", "local", "--optimisation.epochs", "3"], prog="")  # fmt: skip
     assert (chosen.task, chosen.address, flags) == ("supervised", "local", ["--optimisation.epochs", "3"])
     assert chosen.places == {"data": "people", "out": "s3://b/x"}

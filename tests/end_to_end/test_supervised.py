@@ -185,7 +185,18 @@ def test_command__a_fine_tuned_file_is_scored_by_its_feature(data: str, tmp_path
     flags = [*TINY, "--backbone.width", "192", "--backbone.heads", "3", "--backbone.depth", "12", "--method.parts", "3",
              "--optimisation.epochs", "0.4", "--optimisation.warmup-epochs", "0"]  # fmt: skip
     out = tmp_path / "run"
-    words = ["random", "--data", data, "--tasks", "supervised", "--recipe", "supervised_pass", "--out", str(out), *flags]
+    words = [
+        "random",
+        "--data",
+        data,
+        "--tasks",
+        "supervised",
+        "--recipe",
+        "supervised_pass",
+        "--out",
+        str(out),
+        *flags,
+    ]
     assert main(["evaluate", *words]) == 0
     said = capsys.readouterr().out
     assert "the last weights, whatever their score" in said

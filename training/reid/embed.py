@@ -7,10 +7,10 @@ Shapes: B images of one batch, N images in all, C channels.
 
 import io
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import simplejpeg
@@ -28,11 +28,21 @@ from datapipe.core.settings import settings
 from datapipe.views.normalisation import IMAGENET_MEAN, IMAGENET_STD, Triple
 from training.core.device_copy import to_device
 from training.core.out_of_memory import scoring_memory
+from training.core.precision import at_least_float32
 from training.nn.identity.fusion import FEATURES as FUSED
 from training.nn.identity.fusion import fused, fused_width
 
 Features = dict[str, NDArray[np.float32]]
 """Name -> float32 [N, C]."""
+
+Form = tuple[Size, Literal["bilinear", "bicubic"]]
+"""(height, width) that images are resized to, and how."""
+Prepared = list[Future[list[dict[Form, NDArray[np.uint8]]]]]
+"""The images of a batch in every form, item by item, while threads prepare them."""
+Item = TypeVar("Item")
+"""What a thread reads at a time: one image, or several."""
+Kept = TypeVar("Kept")
+"""What is kept of the features of a batch."""
 
 AHEAD = 3
 """Batches being prepared while one is embedded."""
@@ -74,27 +84,35 @@ class TokenFeatures(Protocol):
     def patches(self) -> Tensor: ...  # [B, patches, C]
 
 
-class Backbone(Protocol):
-    """A `torch.nn.Module` with `features`."""
+class Module(Protocol):
+    """What both kinds of network have as `torch.nn.Module`s."""
 
     training: bool
-
-    def features(self, images: Tensor) -> TokenFeatures: ...  # images [B, 3, H, W], normalised
 
     def parameters(self) -> Iterator[Tensor]: ...
 
     def train(self, mode: bool = True) -> object: ...
 
 
+class Backbone(Module, Protocol):
+    """A network whose features are made of its tokens."""
+
+    def features(self, images: Tensor) -> TokenFeatures: ...  # images [B, 3, H, W], normalised
+
+
 @runtime_checkable
-class NamedFeatures(Protocol):
-    """A network that says itself which features it has, beside or in place of those of its tokens."""
+class NamedFeatures(Module, Protocol):
+    """A network that says itself which features it has, in place of those of its tokens."""
 
     def named_features(self, images: Tensor) -> dict[str, Tensor]: ...  # images [B, 3, H, W] -> [B, C] each
 
 
+Embedder = Backbone | NamedFeatures
+"""A `torch.nn.Module` that images are embedded by."""
+
+
 def embed(
-    backbone: Backbone,
+    backbone: Embedder,
     paths: Sequence[str],
     read: Callable[[str], bytes],
     *,
@@ -119,12 +137,17 @@ def embed(
 
 
 class Network(NamedTuple):
-    """A backbone, and how images are prepared for it."""
+    """A network, and how images are prepared for it."""
 
-    backbone: Backbone
+    backbone: Embedder
     size: Size
     """(height, width)."""
     config: EmbedConfig
+
+    @property
+    def form(self) -> "Form":
+        """What images are made into for it."""
+        return self.size, self.config.interpolation
 
 
 def embed_each(
@@ -139,28 +162,105 @@ def embed_each(
     those of the first network's configuration; errors as there."""
     if not len(paths):
         raise DataError("no images to embed")
-    first = networks[0].config
-    forms = [(network.size, network.config.interpolation) for network in networks]
-    collected: list[list[Features]] = []
-    with ExitStack() as modes:
-        for network in networks:
-            modes.callback(network.backbone.train, network.backbone.training)
-            network.backbone.train(False)
-        modes.enter_context(scoring_memory(first.batch, device))
-        progress = modes.enter_context(Progress(label, len(paths), unit="images", quiet_s=QUIET_S))
-        for batch in progress.over(_batches(paths, read, forms, first), lambda batch: len(batch[forms[0]])):
-            collected.append([
-                _embed_batch(backbone, normalise(batch[form], _dtype(backbone), device, config), config)
-                for form, (backbone, _, config) in zip(forms, networks, strict=True)
-            ])  # fmt: skip
+    batch = networks[0].config.batch
+    batches = [paths[start : start + batch] for start in range(0, len(paths), batch)]
+    collected = embed_batches(
+        networks, batches, lambda path: [(path, read(path))], _float32, images=len(paths), device=device, label=label
+    )
     return [
         {name: np.concatenate([features[name] for features in parts]) for name in parts[0]}
         for parts in zip(*collected, strict=True)
     ]
 
 
-def _dtype(backbone: Backbone) -> torch.dtype:
-    return next(iter(backbone.parameters())).dtype
+def _float32(features: dict[str, Tensor]) -> Features:
+    return {name: values.to(torch.float32).cpu().numpy() for name, values in features.items()}
+
+
+def embed_batches(
+    networks: Sequence[Network],
+    batches: Sequence[Sequence[Item]],
+    read: Callable[[Item], Iterable[tuple[str, bytes]]],
+    keep: Callable[[dict[str, Tensor]], Kept],
+    *,
+    images: int,
+    device: torch.device | str,
+    label: str,
+) -> list[list[Kept]]:
+    """What is kept of the features of each batch (of each network), as `features_of` gives them.
+
+    `read` gives the images of an item, each with its name for errors; threads of the first network's configuration read
+    and prepare items ahead. `images`: how many there are in all. Networks are left in the mode they came in. Errors:
+    those of `read`, `DataError` that names the image which cannot be decoded, `ConfigError` where memory runs out.
+    """
+    first = networks[0]
+    with ExitStack() as modes:
+        for network in networks:
+            modes.callback(network.backbone.train, network.backbone.training)
+            network.backbone.train(False)
+        modes.enter_context(scoring_memory(first.config.batch, device))
+        progress = modes.enter_context(Progress(label, images, unit="images", quiet_s=QUIET_S))
+        forms = [network.form for network in networks]
+        prepared = prepare(batches, read, forms, threads=first.config.threads)
+        return [
+            [keep(features_of(network, batch[network.form], device)) for network in networks]
+            for batch in progress.over(prepared, lambda batch: len(batch[first.form]))
+        ]
+
+
+@torch.inference_mode()
+def features_of(network: Network, pixels: NDArray[np.uint8], device: torch.device | str) -> dict[str, Tensor]:
+    """Every feature of prepared images [B, H, W, 3] by name, [B, C] each, on the device: float64 where the parameters
+    are, else float32. In the mode that the network is in."""
+    backbone, _, config = network
+    dtype = next(iter(backbone.parameters())).dtype
+    images = normalise(pixels, dtype, device, config)
+    low = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    with torch.autocast(images.device.type, dtype=low, enabled=low is not None):
+        if isinstance(backbone, NamedFeatures):
+            features = backbone.named_features(images)
+            return {name: at_least_float32(values) for name, values in features.items()}
+        tokens = backbone.features(images)
+    features = {"cls": tokens.cls, "mean": tokens.patches.mean(dim=1)}
+    if tokens.parts.shape[1]:
+        mean = tokens.parts.mean(dim=1)
+        features |= {
+            **{name: fused(tokens.cls, mean, fusion) for fusion, name in FUSED.items()},
+            "parts": mean,
+            "each_part": tokens.parts.flatten(1),
+        }
+    return {name: at_least_float32(values) for name, values in features.items()}
+
+
+def prepare(
+    batches: Iterable[Sequence[Item]], read: Callable[[Item], Iterable[tuple[str, bytes]]], forms: Sequence[Form], *,
+    threads: int,
+) -> Iterator[dict[Form, NDArray[np.uint8]]]:  # fmt: skip
+    """The images of each batch in every form, uint8 [B, H, W, 3], in order.
+
+    A thread takes an item at a time; ahead of the batch that is handed out are `AHEAD` more, and an item for every
+    thread.
+    """
+
+    def made(item: Item) -> list[dict[Form, NDArray[np.uint8]]]:
+        images = (decode(data, name) for name, data in read(item))
+        return [{form: resize(image, *form) for form in dict.fromkeys(forms)} for image in images]
+
+    def stacked(items: Prepared) -> dict[Form, NDArray[np.uint8]]:
+        images = [image for item in items for image in item.result()]
+        return {form: np.stack([image[form] for image in images]) for form in forms}
+
+    waiting: deque[Prepared] = deque()
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        try:
+            for batch in batches:
+                waiting.append([pool.submit(made, item) for item in batch])
+                if len(waiting) > AHEAD and sum(map(len, waiting)) > threads:
+                    yield stacked(waiting.popleft())
+            while waiting:
+                yield stacked(waiting.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def normalise(pixels: NDArray[np.uint8], dtype: torch.dtype, device: torch.device | str, config: EmbedConfig) -> Tensor:
@@ -184,55 +284,6 @@ def resize(image: NDArray[np.uint8], size: Size, interpolation: Literal["bilinea
     method = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
     height, width = size
     return np.asarray(Image.fromarray(image).resize((width, height), method))
-
-
-@torch.inference_mode()
-def _embed_batch(backbone: Backbone, images: Tensor, config: EmbedConfig) -> Features:
-    low = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-    with torch.autocast(images.device.type, dtype=low, enabled=low is not None):
-        if isinstance(backbone, NamedFeatures):
-            named = backbone.named_features(images)
-            return {name: values.to(torch.float32).cpu().numpy() for name, values in named.items()}
-        tokens = backbone.features(images)
-    features = {"cls": tokens.cls, "mean": tokens.patches.mean(dim=1)}
-    if tokens.parts.shape[1]:
-        mean = tokens.parts.mean(dim=1)
-        features |= {
-            **{name: fused(tokens.cls, mean, fusion) for fusion, name in FUSED.items()},
-            "parts": mean,
-            "each_part": tokens.parts.flatten(1),
-        }
-    return {name: values.to(torch.float32).cpu().numpy() for name, values in features.items()}
-
-
-Form = tuple[Size, Literal["bilinear", "bicubic"]]
-"""(height, width) that images are resized to, and how."""
-
-
-def _batches(
-    paths: Sequence[str], read: Callable[[str], bytes], forms: Sequence[Form], config: EmbedConfig
-) -> Iterator[dict[Form, NDArray[np.uint8]]]:
-    """In every form uint8 [B, H, W, 3], in order; a few batches are prepared ahead."""
-
-    def prepare(path: str) -> dict[Form, NDArray[np.uint8]]:
-        image = decode(read(path), path)
-        return {form: resize(image, *form) for form in dict.fromkeys(forms)}
-
-    def stacked(images: list[Future[dict[Form, NDArray[np.uint8]]]]) -> dict[Form, NDArray[np.uint8]]:
-        prepared = [image.result() for image in images]
-        return {form: np.stack([image[form] for image in prepared]) for form in prepared[0]}
-
-    waiting: deque[list[Future[dict[Form, NDArray[np.uint8]]]]] = deque()
-    with ThreadPoolExecutor(max_workers=config.threads) as pool:
-        try:
-            for start in range(0, len(paths), config.batch):
-                waiting.append([pool.submit(prepare, path) for path in paths[start : start + config.batch]])
-                if len(waiting) > AHEAD:
-                    yield stacked(waiting.popleft())
-            while waiting:
-                yield stacked(waiting.popleft())
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _decode_with_pil(data: bytes, name: str) -> NDArray[np.uint8]:

@@ -21,7 +21,7 @@ from datapipe.storage import Store
 from training.nn.identity.necks import FEATURE
 from training.reid.colour_histogram import colour_histogram
 from training.reid.datasets.open_dataset import Labelled, ReIDSet
-from training.reid.embed import Backbone, EmbedConfig, Features, decode, embed
+from training.reid.embed import EmbedConfig, Embedder, Features, decode, embed
 from training.reid.ranked_lists import Picture, Tile, ranked_list, to_jpeg
 from training.reid.retrieval import RetrievalResult, confident_mistakes, evaluate, per_camera
 from training.reid.settings import ScoringConfig
@@ -68,7 +68,7 @@ class Evaluation:
 
 
 def evaluate_backbone(
-    backbone: Backbone,
+    backbone: Embedder,
     reid: ReIDSet,
     weights: Weights,
     *,

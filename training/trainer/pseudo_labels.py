@@ -40,8 +40,8 @@ from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
 from training.engine.clock import Clock
 from training.methods.base import ByCluster, Method
-from training.reid.embed import EmbedConfig
-from training.reid.embed_stream import Embedder, embed_stream
+from training.reid.embed import EmbedConfig, Embedder
+from training.reid.embed_stream import embed_stream
 from training.trainer.alive import alive
 
 if TYPE_CHECKING:

@@ -89,7 +89,7 @@ def plan(request: EmbedRequest, out: str, *, data_name: str = "", allow_partial:
     pinned = pinned_weights(request.weights, request.storage)
     subject, backbone = loaded(pinned, request.data, request.storage, request.batch, "cpu")
     feature = request.feature or subject.headline
-    widths = feature_widths(backbone.width, backbone.parts)
+    widths = widths_of(backbone)
     if feature not in widths:
         raise ConfigError(f"these weights have no feature {feature}", where="--feature",
                           hint=f"they have {', '.join(widths)}")  # fmt: skip
@@ -117,6 +117,13 @@ def plan(request: EmbedRequest, out: str, *, data_name: str = "", allow_partial:
     folder, name = split_url(out)
     files = PieceFiles(open_store(folder, request.storage), f"{name}{PIECES}{header['identity']}")
     return EmbedPlan(request, header, data, out, files)
+
+
+def widths_of(network: VisionTransformer | NeckedBackbone) -> dict[str, int]:
+    """The features that `embed` gives of a network, and the length of each."""
+    if isinstance(network, NeckedBackbone):
+        return network.feature_widths()
+    return feature_widths(network.width, network.parts)
 
 
 def digest(*facts: Any) -> str:
@@ -201,7 +208,7 @@ def _published(file: str, data: str, storage: StorageConfig, batch: int) -> Subj
 @lru_cache(maxsize=2)
 def loaded(
     address: str, data: str, storage: StorageConfig, batch: int, device: str
-) -> tuple[Subject, VisionTransformer]:
+) -> tuple[Subject, VisionTransformer | NeckedBackbone]:
     """Weights at a pinned address, ready on a device: loaded once in a process."""
     subject = subject_at(address, data, storage, batch=batch)
     return subject, subject.load().to(device)

@@ -30,11 +30,12 @@ from datapipe.maintain.read_list import NOTES, SIDECAR
 from datapipe.storage import Store, open_store
 from datapipe.views.normalisation import MEAN_STD
 from training.evaluation import feature_file
-from training.evaluation.embedding import digest, loaded, origin_of, pinned_weights
+from training.evaluation.embedding import digest, loaded, origin_of, pinned_weights, widths_of
 from training.evaluation.image_pieces import LABELS, CutDataSet, Piece, cut_shards
 from training.evaluation.piece_files import PieceFiles
+from training.nn.identity.necks import NeckedBackbone
 from training.nn.vision_transformer import VisionTransformer
-from training.reid.embed import EmbedConfig, Network, embed_each, feature_widths
+from training.reid.embed import EmbedConfig, Network, embed_each
 from training.weights.counted_keys import first_few
 
 SCORES, NAMES = "scores.cfs.parquet", "names.txt"
@@ -118,10 +119,10 @@ def plan(request: ForgettingRequest, out: str, *, tuned_on: str = "") -> Forgett
         for weights in (request.source, request.target)
     )
     _refuse_different(source, target, request)
-    widths = feature_widths(source.width, source.parts)
-    if request.feature not in widths:
+    features = [name for name in widths_of(source) if name in widths_of(target)]
+    if request.feature not in features:
         raise ConfigError(f"these networks have no feature {request.feature}", where="--feature",
-                          hint=f"they have {', '.join(widths)}")  # fmt: skip
+                          hint=f"they have {', '.join(features)}")  # fmt: skip
     assert second.origin is not None
     tuned_on = tuned_on or second.origin.trained_on
     if not tuned_on:
@@ -148,12 +149,16 @@ def plan(request: ForgettingRequest, out: str, *, tuned_on: str = "") -> Forgett
     return ForgettingPlan(request, header, data, store, PieceFiles(store, f"pieces-{header['identity']}"))
 
 
-def _seen(backbone: VisionTransformer, request: ForgettingRequest, statistics: Statistics) -> dict[str, Any]:
+def _seen(
+    network: VisionTransformer | NeckedBackbone, request: ForgettingRequest, statistics: Statistics
+) -> dict[str, Any]:
     mean, std = MEAN_STD[statistics]
-    return {"size": list(request.size or backbone.config.size), "mean": list(mean), "std": list(std)}
+    return {"size": list(request.size or network.config.size), "mean": list(mean), "std": list(std)}
 
 
-def _refuse_different(source: VisionTransformer, target: VisionTransformer, request: ForgettingRequest) -> None:
+def _refuse_different(
+    source: VisionTransformer | NeckedBackbone, target: VisionTransformer | NeckedBackbone, request: ForgettingRequest
+) -> None:
     """Raises ConfigError where the two cannot be one network at two times."""
     one, other = (
         {"stem": network.config.stem, "patch": network.config.patch, "part tokens": network.parts,

@@ -23,6 +23,7 @@ from tests.training.reid.people import market
 from training.__main__ import main
 from training.evaluation import embedding, image_pieces
 from training.evaluation.feature_file import METADATA
+from training.nn.identity.necks import NeckedBackbone, TokenNecks
 from training.nn.vision_transformer import BackboneConfig
 from training.reid.datasets.open_dataset import open_reid
 from training.reid.embed import embed
@@ -112,6 +113,24 @@ def test_embed__the_file_says_what_its_features_are_of(weights_folder: str, peop
     origin = said["weights"]
     assert (origin["family"], origin["step"], origin["parts"], len(origin["sha256"])) == ("pass", 7, PARTS, 64)
     assert said["data"]["name"] == "people" and said["data"]["counts"]["query"]["images"] == 18
+
+
+@pytest.mark.parametrize(("feature", "channels"), [("", 16), ("neck", 16), ("cls", 16), ("cls+parts", 32)])
+def test_embed__weights_with_necks_have_the_features_behind_and_before_them(
+    weights_folder: str, people: Path, tmp_path: Path, feature: str, channels: int
+) -> None:
+    necks = TokenNecks(16, PARTS, fusion="mean", neck="each", group=0).eval()
+    backbone, folder = load_backbone(weights_folder), str(tmp_path / "weights")
+    export(backbone, open_store(folder), Provenance(method="cluster_contrast"), necks)
+    table = made(folder, people, tmp_path / "F.parquet", "--feature", feature)
+    assert (header(table)["feature"], header(table)["channels"]) == (feature or "neck", channels)
+    reid = open_reid(str(people), STORAGE)
+    expected = [embed(NeckedBackbone(backbone, necks), part.paths.tolist(), reid.read, size=(32, 16))
+                for part in reid.parts.values()]  # fmt: skip
+    assert np.array_equal(matrix(table), np.concatenate([one[feature or "neck"] for one in expected]))
+    with pytest.raises(ConfigError, match="no feature mean") as caught:
+        made(folder, people, tmp_path / "M.parquet", "--feature", "mean")
+    assert caught.value.hint == "they have neck, cls, cls+parts"
 
 
 def test_embed__half_precision_is_the_nearest_float16(weights_folder: str, people: Path, tmp_path: Path) -> None:

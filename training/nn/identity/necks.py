@@ -59,6 +59,16 @@ class NeckedBackbone(nn.Module):
         """Settings of the backbone."""
         return self.backbone.config
 
+    @property
+    def parts(self) -> int:
+        """Part tokens of the backbone."""
+        return self.backbone.parts
+
+    def feature_widths(self) -> dict[str, int]:
+        """Channels of each of `named_features`."""
+        widths = {FEATURE: self.necks.channels, "cls": self.backbone.width}
+        return widths | ({FEATURES["cat"]: 2 * self.backbone.width} if self.parts else {})
+
     def named_features(self, images_BIHW: Tensor) -> dict[str, Tensor]:
         """ "neck" [B, F], behind the necks; "cls" [B, C]; with parts "cls+parts" [B, 2C]."""
         seen = self.backbone(images_BIHW)

@@ -41,13 +41,14 @@ from training.methods.base import (
     Views,
     by_source,
 )
+from training.methods.identity_batch import identity_batch
 from training.nn import ics_stem
 from training.nn.feature_diagnostics import of_features
 from training.nn.identity.cluster_memory import UpdateRule, centroids, contrast, updated
 from training.nn.identity.fusion import Fusion
 from training.nn.identity.necks import FEATURE, TokenNecks
-from training.nn.random_erasing import CONSTANT, erase
-from training.nn.vision_transformer import BackboneConfig, VisionTransformer, draw_path_masks, on_device
+from training.nn.random_erasing import CONSTANT
+from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 
 
 @settings
@@ -241,13 +242,10 @@ class ClusterContrast(Method[ClusterContrastConfig]):
         """Recorded of each image: the loss, ln K as its value at chance, the cosine with its own centroid, whether that
         is the nearest one."""
         weight_B, position_B = views["weight"], views["position"]
-        real_B = weight_B > 0
-        label_B = views["label"].to(weight_B.device).masked_fill(~real_B, -1)
-        images_BIHW = erase(views["image"][0], position_B, probability=self.config.erase, seed=progress.seed,
-                            erasing=CONSTANT)  # fmt: skip
-        rates = self.student.backbone.config.drop_rates
-        drawn = draw_path_masks(rates, seed=progress.seed, purpose="drop_path/image", position=position_B, views=1)
-        (path_masks,) = on_device([drawn], images_BIHW.device)
+        images_BIHW, label_B, real_B, path_masks = identity_batch(
+            views, progress, drop_rates=self.student.backbone.config.drop_rates, erasing=CONSTANT,
+            probability=self.config.erase,
+        )  # fmt: skip
         output = self.student(images_BIHW, real_B, precision=self.precision, path_masks=path_masks)
         with full_precision(weight_B.device):
             unit_BF = F.normalize(output.feature_BF, dim=1)

@@ -36,13 +36,14 @@ from training.methods.base import (
     Views,
     by_source,
 )
+from training.methods.identity_batch import identity_batch
 from training.nn import ics_stem
 from training.nn.feature_diagnostics import of_features
 from training.nn.identity import reid_losses
 from training.nn.identity.fusion import Fusion, fused_tokens, fused_width
 from training.nn.identity.necks import GroupedBatchNorm
-from training.nn.random_erasing import erase
-from training.nn.vision_transformer import BackboneConfig, VisionTransformer, draw_path_masks, on_device
+from training.nn.random_erasing import NOISE
+from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 
 
 @settings
@@ -280,13 +281,11 @@ class Supervised(Method[SupervisedConfig]):
 
         Recorded of each image: both losses, ln K as the former's value at chance, whether the classifier is right.
         """
-        weight_B, position_B = views["weight"], views["position"]
-        real_B = weight_B > 0
-        label_B = views["label"].to(weight_B.device).masked_fill(~real_B, -1)
-        images_BIHW = erase(views["image"][0], position_B, probability=self.config.erase, seed=progress.seed)
-        rates = self.student.backbone.config.drop_rates
-        drawn = draw_path_masks(rates, seed=progress.seed, purpose="drop_path/image", position=position_B, views=1)
-        (path_masks,) = on_device([drawn], images_BIHW.device)
+        weight_B = views["weight"]
+        images_BIHW, label_B, real_B, path_masks = identity_batch(
+            views, progress, drop_rates=self.student.backbone.config.drop_rates, erasing=NOISE,
+            probability=self.config.erase,
+        )  # fmt: skip
         output = self.student(images_BIHW, real_B, precision=self.precision, path_masks=path_masks)
         with full_precision(weight_B.device):
             identity_B, triplet_B = self._losses(output, label_B)

@@ -31,7 +31,7 @@ from training.core.world import World
 from training.engine import ema
 from training.engine.param_groups import group_parameters
 from training.engine.plain import PlainStepper
-from training.methods import cluster_contrast, distillation, personmae, supervised
+from training.methods import distillation, identity_batch, personmae
 from training.methods.base import Method, TrainingProgress
 from training.nn import random_erasing, vision_transformer
 from training.recipes import SHIPPED
@@ -96,10 +96,9 @@ def keep_host_numbers(monkeypatch: pytest.MonkeyPatch, mode: FakeTensorMode, pos
         assert positions.device.type == "cpu"
         return real_erase(images, HostPositions(position), **given)  # type: ignore[arg-type]
 
-    for module in (distillation, personmae, supervised, cluster_contrast):
+    for module in (distillation, personmae, identity_batch):
         monkeypatch.setattr(module, "draw_path_masks", draw_path_masks)
-    for module in (supervised, cluster_contrast):
-        monkeypatch.setattr(module, "erase", erase)
+    monkeypatch.setattr(identity_batch, "erase", erase)
 
 
 class NoWait(TorchDispatchMode):

@@ -1,0 +1,39 @@
+"""A micro-batch as methods that learn identities or pseudo-identities take it: images erased, labels, drop path.
+
+Shapes: B images of this process, H x W pixels, D blocks of the backbone.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from training.methods.base import TrainingProgress, Views
+from training.nn.random_erasing import Erasing, erase
+from training.nn.vision_transformer import draw_path_masks, on_device
+
+
+class IdentityBatch(NamedTuple):
+    """What the network sees of a micro-batch, and what it should say; all on the device of the images."""
+
+    images_BIHW: Tensor
+    """Whole images, some with a rectangle erased."""
+    label_B: Tensor
+    """int64; -1: padding, or an image that has none."""
+    real_B: Tensor
+    """bool; False: padding."""
+    path_masks: Tensor | None
+    """Drop-path factors [2 * D, B] of the backbone; None: nothing is dropped."""
+
+
+def identity_batch(
+    views: Views, progress: TrainingProgress, *, drop_rates: Sequence[float], erasing: Erasing, probability: float
+) -> IdentityBatch:
+    """The batch of the views "image", a function of the run's seed and the images' positions. `drop_rates`: of every
+    block; `probability`: share of images that lose a rectangle."""
+    position_B, real_B = views["position"], views["weight"] > 0
+    label_B = views["label"].to(real_B.device).masked_fill(~real_B, -1)
+    images_BIHW = erase(views["image"][0], position_B, probability=probability, seed=progress.seed, erasing=erasing)
+    drawn = draw_path_masks(drop_rates, seed=progress.seed, purpose="drop_path/image", position=position_B, views=1)
+    (path_masks,) = on_device([drawn], images_BIHW.device)
+    return IdentityBatch(images_BIHW, label_B, real_B, path_masks)

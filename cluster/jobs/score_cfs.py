@@ -24,8 +24,10 @@ def score_cfs(chosen: ScoreCfsJob) -> int:
         choose_device(chosen.device)  # refuses what cannot be before weights and data are looked at
     print(f"reads the weights {source} and {target}, and the data set {data}", flush=True)
     request = ForgettingRequest(
-        source, target, data, chosen.storage, chosen.feature, chosen.size, chosen.source_statistics,
-        chosen.target_statistics, chosen.interpolation, chosen.embed_batch, chosen.threads, chosen.precision,
+        source=source, target=target, data=data, storage=chosen.storage, feature=chosen.feature, size=chosen.size,
+        source_statistics=chosen.source_statistics, target_statistics=chosen.target_statistics,
+        interpolation=chosen.interpolation, batch=chosen.embed_batch, threads=chosen.threads,
+        precision=chosen.precision,
     )  # fmt: skip
     planned = forgetting.plan(request, out, tuned_on=chosen.tuned_on)
     if planned is None:

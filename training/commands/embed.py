@@ -24,8 +24,10 @@ def run(chosen: EmbedCommand) -> int:
 def planning(chosen: EmbedCommand) -> EmbedPlan | None:
     """What there is to do, after all that can be wrong before that; None, and a line: nothing."""
     print(f"reads the weights {chosen.weights} and the data set {chosen.data}", flush=True)
-    request = EmbedRequest(chosen.weights, chosen.data, chosen.storage, chosen.feature, chosen.dtype,
-                           chosen.embed_batch, chosen.threads, chosen.precision)  # fmt: skip
+    request = EmbedRequest(
+        weights=chosen.weights, data=chosen.data, storage=chosen.storage, feature=chosen.feature, dtype=chosen.dtype,
+        batch=chosen.embed_batch, threads=chosen.threads, precision=chosen.precision,
+    )  # fmt: skip
     planned = plan(request, chosen.out, data_name=chosen.data_name, allow_partial=chosen.allow_partial)
     if planned is None:
         print(f"already complete: {chosen.out}")

@@ -9,7 +9,7 @@ which device, the caller says: processes of this machine, or those of a cluster.
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +20,7 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError
 from datapipe.core.parallel import Executor
 from datapipe.storage import open_store, split_url
-from datapipe.views.normalisation import MEAN_STD
+from datapipe.views.normalisation import MEAN_STD, Triple
 from training.evaluation import evaluation, feature_file, weights_origin
 from training.evaluation.evaluation import ScoringTask, Subject
 from training.evaluation.image_pieces import CutDataSet, Piece, cut
@@ -39,20 +39,32 @@ PIECES = ".pieces-"
 """Between the file's name and the identity of its content, in the name of the folder of finished pieces beside it."""
 
 
-@dataclass(frozen=True)
-class EmbedRequest:
-    """What is to be embedded, with what, and how. Picklable, and hashable."""
+@dataclass(frozen=True, kw_only=True)
+class ImageRequest:
+    """Which images are to be embedded, and how many at once. Picklable, and hashable."""
 
-    weights: str
-    """Run (its newest checkpoint), checkpoint, export or import, file of published weights."""
     data: str
+    """Shards, or a labelled data set."""
     storage: StorageConfig
-    feature: str = ""
-    """Empty: the one that the method quotes."""
-    dtype: Literal["float32", "float16"] = "float32"
     batch: int = 64
     threads: int = 2
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+    def embed_config(self, *, interpolation: Literal["bilinear", "bicubic"], mean: Triple, std: Triple) -> EmbedConfig:
+        """Settings of embedding images that are resized and normalised so."""
+        return EmbedConfig(interpolation=interpolation, mean=mean, std=std, batch=self.batch, threads=self.threads,
+                           precision=self.precision)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedRequest(ImageRequest):
+    """What is to be embedded, and with what. Picklable, and hashable."""
+
+    weights: str
+    """Run (its newest checkpoint), checkpoint, export or import, file of published weights."""
+    feature: str = ""
+    """Empty: the one that the method quotes."""
+    dtype: Literal["float32", "float16"] = "float32"
 
 
 class EmbedTask(NamedTuple):
@@ -93,8 +105,7 @@ def plan(request: EmbedRequest, out: str, *, data_name: str = "", allow_partial:
     if feature not in widths:
         raise ConfigError(f"these weights have no feature {feature}", where="--feature",
                           hint=f"they have {', '.join(widths)}")  # fmt: skip
-    request = EmbedRequest(pinned, request.data, request.storage, feature, request.dtype, request.batch,
-                           request.threads, request.precision)  # fmt: skip
+    request = replace(request, weights=pinned, feature=feature)
     data = cut(request.data, request.storage, batch=request.batch, data_name=data_name, allow_partial=allow_partial)
     header: dict[str, Any] = {
         "format": feature_file.FORMAT,
@@ -152,10 +163,8 @@ def embed_piece(task: EmbedTask, device: torch.device | str = "cpu") -> int:
     """Embed one piece and write its file; its images. The weights stay in the process for the next one."""
     request, header = task.request, task.header
     _, backbone = loaded(request.weights, request.data, request.storage, request.batch, str(device))
-    config = EmbedConfig(
-        interpolation=header["interpolation"], mean=tuple(header["mean"]), std=tuple(header["std"]),
-        batch=request.batch, threads=request.threads, precision=request.precision,
-    )  # fmt: skip
+    config = request.embed_config(interpolation=header["interpolation"], mean=tuple(header["mean"]),
+                                  std=tuple(header["std"]))  # fmt: skip
     with task.piece.open() as images:
         features = np.empty((0, header["channels"]), np.float32)
         if images.ids:

@@ -30,12 +30,12 @@ from datapipe.maintain.read_list import NOTES, SIDECAR
 from datapipe.storage import Store, open_store
 from datapipe.views.normalisation import MEAN_STD
 from training.evaluation import feature_file
-from training.evaluation.embedding import digest, loaded, origin_of, pinned_weights, widths_of
+from training.evaluation.embedding import ImageRequest, digest, loaded, origin_of, pinned_weights, widths_of
 from training.evaluation.image_pieces import LABELS, CutDataSet, Piece, cut_shards
 from training.evaluation.piece_files import PieceFiles
 from training.nn.identity.necks import NeckedBackbone
 from training.nn.vision_transformer import VisionTransformer
-from training.reid.embed import EmbedConfig, Network, embed_each
+from training.reid.embed import Network, embed_each
 from training.weights.counted_keys import first_few
 
 SCORES, NAMES = "scores.cfs.parquet", "names.txt"
@@ -46,25 +46,20 @@ GROUP_ROWS = 1 << 16
 """Rows of the sorted file that are written together."""
 
 
-@dataclass(frozen=True)
-class ForgettingRequest:
+@dataclass(frozen=True, kw_only=True)
+class ForgettingRequest(ImageRequest):
     """Two networks, the crops, and how both see them. Picklable, and hashable."""
 
     source: str
     """Weights as pre-training left them."""
     target: str
     """The same network after fine-tuning."""
-    data: str
-    storage: StorageConfig
     feature: str = "cls"
     size: Size | None = None
     """(height, width) for both; None: each network's own."""
     source_statistics: Statistics = "imagenet"
     target_statistics: Statistics = "half"
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    batch: int = 64
-    threads: int = 2
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
 
 class ForgettingTask(NamedTuple):
@@ -194,8 +189,7 @@ def score_piece(task: ForgettingTask, device: torch.device | str = "cpu") -> int
                                 (request.target, request.target_statistics)):  # fmt: skip
         _, backbone = loaded(weights, request.data, request.storage, request.batch, str(device))
         mean, std = MEAN_STD[statistics]
-        config = EmbedConfig(interpolation=request.interpolation, mean=mean, std=std, batch=request.batch,
-                             threads=request.threads, precision=request.precision)  # fmt: skip
+        config = request.embed_config(interpolation=request.interpolation, mean=mean, std=std)
         networks.append(Network(backbone, request.size or backbone.config.size, config))
     with task.piece.open() as images:
         scores = np.empty(0)

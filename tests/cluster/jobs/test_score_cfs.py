@@ -19,7 +19,7 @@ from training.evaluation.forgetting import ForgettingRequest
 @pytest.mark.slow
 def test_score_cfs__goes_on_with_what_is_there(tmp_path: Path) -> None:
     source, target, shards = network(tmp_path, "source", 0), network(tmp_path, "target", 1), generated(tmp_path)
-    request = ForgettingRequest(source, target, shards, StorageConfig())
+    request = ForgettingRequest(source=source, target=target, data=shards, storage=StorageConfig())
     alone, begun = (
         forgetting.plan(request, str(tmp_path / out), tuned_on="market1501") for out in ("alone", "out")
     )  # fmt: skip

@@ -48,7 +48,7 @@ def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ForgettingReque
     """Two networks and 18 crops in shards of 17, in pieces of four."""
     monkeypatch.setattr(image_pieces, "PIECE_IMAGES", 4)
     source, target = network(tmp_path, "source", 0), network(tmp_path, "target", 1)
-    return ForgettingRequest(source, target, generated(tmp_path), STORAGE, batch=4)
+    return ForgettingRequest(source=source, target=target, data=generated(tmp_path), storage=STORAGE, batch=4)
 
 
 def scored(request: ForgettingRequest, out: Path, work: Any = score_piece) -> pyarrow.Table:

@@ -25,7 +25,7 @@ class SelectCommand:
 
 def select(arguments: list[str]) -> int:
     """Make a new version of a data set with some of its crops; no tar is written."""
-    chosen = parse(SelectCommand, arguments, page_of(select, "data/shards --out data/tall --where 'height >= 128'"))
+    chosen = parse(SelectCommand, arguments, page_of(select, "data/shards --where 'height >= 128'"))
     from datapipe.maintain.select import select as choose
 
     with unwinding():

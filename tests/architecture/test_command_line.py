@@ -1,16 +1,24 @@
 """Every command: help at 80 columns, usage without words, one face of mistakes, and what may be imported for that."""
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 import cluster.__main__
+import cluster.commands
 import datapipe.__main__
 import training.__main__
 from datapipe.core import cli
+from datapipe.core.errors import UsageError
 from tests.support.golden import ROOT
+from training.commands import entry_points, recipe
 from training.config import recipe_toml as recipes
 from training.config.run_config import RunConfig
 
@@ -85,6 +93,54 @@ def test_usage__is_short_without_words(package: str, name: str, capsys: pytest.C
     assert called(package, name) == cli.USAGE
     output, errors = capsys.readouterr()
     assert not output and errors.startswith(f"usage: python -m {package} {name}") and len(errors.splitlines()) <= 5
+
+
+class Understood(Exception):
+    """A command has read its words, and would set to work."""
+
+
+def stop_when_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every command end by `Understood` once its own parser has taken all of its words."""
+
+    def ended(real: Callable[..., Any], *given: Any, **named: Any) -> None:
+        raise Understood(real(*given, **named))
+
+    for module, name in (
+        (sys.modules[cli.parse.__module__], "read"),
+        (cluster.commands, "read"),
+        (entry_points, "read_evaluate"),
+        (cluster.commands, "read_evaluate"),
+        (recipe, "read_with_recipe"),
+    ):
+        monkeypatch.setattr(module, name, partial(ended, getattr(module, name)))
+
+
+def in_a_shell(line: str, folder: Path) -> list[str]:
+    """The words that a shell hands to `python`, given this line in a folder."""
+    code = f'python() {{ printf "%s\\0" "$@" >&2; }}; {line}'
+    return subprocess.run(["sh", "-c", code], cwd=folder, check=True, stderr=subprocess.PIPE, text=True).stderr.split(
+        "\0"
+    )[:-1]
+
+
+@pytest.mark.parametrize(("package", "name"), [command for command in COMMANDS if command != ("training", "warm")])
+def test_example__is_read_by_the_command_s_own_parser(
+    package: str, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert called(package, name, "--help") == cli.COMPLETE
+    printed = capsys.readouterr().out.partition("\nexample: ")[2]
+    words = in_a_shell(printed[: re.search(r"(?<!\\)\n", printed).start()], tmp_path)  # type: ignore[union-attr]
+    assert words[:3] == ["-m", package, name] and not any("\n" in word for word in words)
+    words = words[3:]
+    stop_when_read(monkeypatch)
+    with pytest.raises(Understood):
+        PROGRAMS[package].main([name, *words])
+    if name == "submit":  # it hands in a command with its words, which that reads
+        name, *words = words
+        with pytest.raises(Understood):
+            PROGRAMS[package].main([name, *words])
+    with pytest.raises(UsageError, match="no flag `--no-such-flag`"):
+        PROGRAMS[package].main([name, *words, "--no-such-flag", "1"])
 
 
 LOOK = """

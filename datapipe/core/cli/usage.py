@@ -5,6 +5,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,9 +81,11 @@ def text(page: Page, known: Sequence[Flag], words: Sequence[str]) -> str:
 
 
 def _command(line: str) -> list[str]:
-    """A command over as many lines as it takes, which a shell would read as one."""
-    wrapped = textwrap.wrap(line, COLUMNS - 2, subsequent_indent=" " * 8, break_long_words=False,
+    """A command over as many lines as it takes, which a shell would read as one; none ends within quotes."""
+    whole = re.sub(r"'[^']*'", lambda quoted: quoted[0].replace(" ", "\0"), line)
+    wrapped = textwrap.wrap(whole, COLUMNS - 2, subsequent_indent=" " * 8, break_long_words=False,
                             break_on_hyphens=False)  # fmt: skip
+    wrapped = [one.replace("\0", " ") for one in wrapped]
     return [*(f"{one} \\" for one in wrapped[:-1]), wrapped[-1]]
 
 

@@ -185,8 +185,8 @@ class PseudoLabels:
             return None
         try:
             data = self._folder.store.read(f"{FOLDER}/epoch_{epoch + 1:04d}.safetensors")
-            about = _metadata(data)
             tensors = safetensors.torch.load(data)
+            about = _metadata(data)
         except (NotFoundError, safetensors.SafetensorError, ValueError):
             return None
         fitting = about == {"made_from": self._made_from(start), "position": str(start)}
@@ -202,7 +202,8 @@ class PseudoLabels:
 
 
 def _metadata(data: bytes) -> dict[str, str]:
-    """The metadata of a safetensors file."""
+    """The metadata of the content of a safetensors file that has been loaded, and so is whole. The library gives it of
+    files on disk alone (0.8: `safe_open`); the format is eight bytes with the size of a header in JSON, then that."""
     size = int.from_bytes(data[:8], "little")
     about: dict[str, str] = json.loads(data[8 : 8 + size]).get("__metadata__", {})
     return about

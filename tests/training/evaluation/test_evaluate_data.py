@@ -41,10 +41,10 @@ def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluate:
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if an image is embedded."""
 
-    def embed_batch(*_: object) -> None:
+    def features_of(*_: object) -> None:
         raise AssertionError("work has started")
 
-    monkeypatch.setattr(embed, "_embed_batch", embed_batch)
+    monkeypatch.setattr(embed, "features_of", features_of)
 
 
 def test_evaluate__scores_by_every_way_that_is_asked_for(

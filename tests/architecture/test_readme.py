@@ -71,6 +71,11 @@ BLOCKS: dict[str, dict[str, str]] = {
         "--weights pass_vit_small_full.pth --data data/market1501": "--weights pass_vit_small_full.pth --data data/own",
         "cluster evaluate ...": "cluster evaluate weights/pass --data data/market1501 --allow-partial",
     },
+    "python -m cluster evaluate weights/pass": {
+        "--tasks zero-shot,supervised,usl,uda:duke,transfer:duke": "--tasks zero-shot,transfer:duke --allow-partial "
+                                                                  f"{FINE}",
+        "--every-checkpoint": "--every-checkpoint --allow-partial",
+    },
     "python -m training embed": {
         "--data data/market1501": "--data data/market1501 --allow-partial",
     },
@@ -92,6 +97,7 @@ SAID = {
     "python -m datapipe shard lup_lmdb": ["already complete", "1 crop removed"],
     "python -m training import": ["imported ", "complete: 2 steps"],
     "python -m training evaluate": ["result: ", "pass-vits-market1501: reproduced"],
+    "python -m cluster evaluate weights/pass": ["grids/first/table.md", "transfer:duke", "first@step_0000002"],
     "python -m training embed": ["features/market1501.parquet", "scores/theirs/report.html", "features/people.parquet"],
     "python -m cluster score-cfs": ["note: selected with labelled data", "--names: "],
     "python -m datapipe shard data/people": ["complete: 2 steps"],

@@ -1,5 +1,6 @@
 """What follows the name of each command of `python -m training`, as settings; needs no PyTorch."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -7,7 +8,16 @@ from pydantic import Field
 from datapipe.core.cli import INLINE, POSITIONAL, REPEATED, Arg
 from datapipe.core.config import Size, Statistics, StorageConfig
 from datapipe.core.settings import settings
-from training.grid.request import GridTask, NamedAddress, TaskKind, is_grid, read_address, read_tasks
+from training.grid.request import (
+    WITH_LABELS,
+    GridTask,
+    NamedAddress,
+    TaskKind,
+    is_grid,
+    read_address,
+    read_tasks,
+    split_flags,
+)
 from training.reid.settings import ScoringConfig
 
 
@@ -64,6 +74,13 @@ class EvaluateCommand:
     def task(self) -> TaskKind:
         """The task, where there is one."""
         return self.chosen_tasks[0].kind
+
+    def recipe_flags(self, flags: Sequence[str]) -> dict[TaskKind, list[str]]:
+        """Flags of the recipes, by kind of training, those first that other flags of the command stand for."""
+        fraction = ["--method.label-fraction", str(self.label_fraction)] if self.label_fraction < 1 else []
+        device = ["--engine.device", self.device] if self.device != "auto" else []
+        return {kind: [*(fraction if kind == WITH_LABELS else ()), *device, *own]
+                for kind, own in split_flags(flags).items()}  # fmt: skip
 
     @property
     def named_weights(self) -> tuple[NamedAddress, ...]:

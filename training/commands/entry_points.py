@@ -23,7 +23,7 @@ from training.commands.arguments import (
     ReproduceCommand,
     VerifyRunCommand,
 )
-from training.grid.request import read_recipes, trained_kinds
+from training.grid.request import WITH_LABELS, read_recipes, trained_kinds
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -63,7 +63,7 @@ def read_evaluate(kind: type[E], words: list[str], page: cli.Page) -> tuple[E, l
         raise UsageError("--follow is for --every-checkpoint", where=page.prog, hint="--every-checkpoint --follow")
     if chosen.is_grid and not chosen.out:
         raise UsageError("several evaluations need a folder", where=page.prog, hint="--out grids/first")
-    if chosen.label_fraction < 1 and "supervised" not in trained:
+    if chosen.label_fraction < 1 and WITH_LABELS not in trained:
         raise UsageError("only fine-tuning with labels takes a share of them", where=f"{page.prog}, --label-fraction",
                          hint="leave it out, or --tasks supervised")  # fmt: skip
     read_recipes(chosen.recipe, chosen.chosen_tasks)

@@ -22,7 +22,7 @@ from training.core.world import alone
 from training.evaluation import evaluation, fine_tune
 from training.evaluation.evaluation import ScoringTask
 from training.evaluation.score_features import score_features
-from training.grid.request import TaskKind, read_recipes, split_flags
+from training.grid.request import read_recipes
 from training.reid.datasets.benchmarks import PUBLISHED
 from training.reid.settings import ScoringConfig
 from training.report.report import write_report
@@ -101,16 +101,8 @@ def fine_tuning(chosen: EvaluateCommand, flags: Sequence[str], *, prog: str) -> 
     """The run that fine-tunes and scores itself."""
     (recipe,) = read_recipes(chosen.recipe, chosen.chosen_tasks).values() or ("",)
     return fine_tune.prepare(chosen.only_weights, chosen.only_data, chosen.out, task=chosen.task, recipe=recipe,
-                             flags=flags_of(chosen, flags)[chosen.task], scoring=scoring_of(chosen),
+                             flags=chosen.recipe_flags(flags)[chosen.task], scoring=scoring_of(chosen),
                              storage=chosen.storage, prog=prog)  # fmt: skip
-
-
-def flags_of(chosen: EvaluateCommand, flags: Sequence[str]) -> dict[TaskKind, list[str]]:
-    """Flags of the recipes, by kind of training, those first that other flags of the command stand for."""
-    fraction = ["--method.label-fraction", str(chosen.label_fraction)] if chosen.label_fraction < 1 else []
-    device = ["--engine.device", chosen.device] if chosen.device != "auto" else []
-    return {kind: [*(fraction if kind == "supervised" else ()), *device, *own]
-            for kind, own in split_flags(flags).items()}  # fmt: skip
 
 
 def scoring_of(chosen: EvaluateCommand) -> ScoringConfig:

@@ -9,7 +9,6 @@ from datapipe.core import cli
 from datapipe.core.resource_limits import available_cores
 from datapipe.storage import full_url, open_store
 from training.commands.arguments import EvaluateCommand
-from training.commands.evaluate import flags_of
 from training.core.devices import choose_device
 from training.core.host import LocalHost, exit_code
 from training.core.run_folder.lease import lease_on
@@ -44,7 +43,7 @@ def request_of(chosen: EvaluateCommand, flags: Sequence[str], *, prog: str) -> G
         chosen.named_weights, chosen.named_data, chosen.chosen_tasks, full_url(chosen.out) if chosen.out else "",
         every_checkpoint=chosen.every_checkpoint,
         recipes=tuple(read_recipes(chosen.recipe, chosen.chosen_tasks).items()),
-        flags=tuple((kind, tuple(own)) for kind, own in flags_of(chosen, flags).items()),
+        flags=tuple((kind, tuple(own)) for kind, own in chosen.recipe_flags(flags).items()),
         scoring=chosen.scoring, storage=chosen.storage, prog=prog,
     )  # fmt: skip
 

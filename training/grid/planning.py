@@ -22,7 +22,7 @@ from training.core.run_folder.run_folder import RunFolder
 from training.evaluation import evaluation, fine_tune
 from training.evaluation.fine_tune import RANDOM
 from training.grid.cells import Cell, GridData, GridWeights, folder_of
-from training.grid.request import FROM_SOURCE, TRAINED, GridTask, NamedAddress, TaskKind
+from training.grid.request import FROM_SOURCE, TRAINED, WITH_LABELS, GridTask, NamedAddress, TaskKind
 from training.preflight.checks import check
 from training.reid.datasets.benchmarks import PUBLISHED
 from training.reid.datasets.training_shards import shard_training_part
@@ -32,7 +32,7 @@ from training.weights.export import CARD
 from training.weights.safe_load import FILES
 
 PLAN = "grid.json"
-SOURCE_TASK = GridTask("supervised")
+SOURCE_TASK = GridTask(WITH_LABELS)
 _UNFIT = re.compile(r"[^A-Za-z0-9_.@-]+")
 _ENDINGS = tuple(sorted(FILES, key=len, reverse=True))
 
@@ -201,8 +201,10 @@ class Planner:
         self._recipes, self._flags = dict(request.recipes), dict(request.flags)
 
     def cells(self, weights: GridWeights) -> tuple[list[Cell], list[LeftOut]]:
-        """Its cells, sources before what begins with them, and what is left out. Raises ConfigError or DataError where
-        one of them could not run."""
+        """The cells of these weights, sources before what begins with them, and what is left out.
+
+        Raises ConfigError or DataError where one of them could not run.
+        """
         cells: dict[str, Cell] = {}
         left_out: list[LeftOut] = []
         for task in self._request.tasks:

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, get_args
 from datapipe.core.errors import ConfigError
 
 TaskKind = Literal["zero-shot", "supervised", "usl", "uda", "transfer"]
+WITH_LABELS: TaskKind = "supervised"
 TRAINED: tuple[TaskKind, ...] = ("supervised", "usl", "uda")
 """Kinds of tasks that train before they score."""
 FROM_SOURCE: tuple[TaskKind, ...] = ("uda", "transfer")
@@ -95,7 +96,7 @@ def trained_kinds(tasks: Sequence[GridTask]) -> list[TaskKind]:
     """Kinds of training that tasks take; of those with a source, that of the source too."""
     kinds = {task.kind for task in tasks if task.kind in TRAINED}
     if any(task.kind in FROM_SOURCE for task in tasks):
-        kinds.add("supervised")
+        kinds.add(WITH_LABELS)
     return [kind for kind in TRAINED if kind in kinds]
 
 

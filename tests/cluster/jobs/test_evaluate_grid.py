@@ -44,7 +44,7 @@ def test_grid__a_killed_worker_costs_its_cell_a_checkpoint_interval(tmp_path: Pa
         str(market(tmp_path / "night", identities=8, images=2)),
     )
     asked: tuple[Any, ...] = (["drawn=random"], sets, "usl,transfer:day")
-    settings = [*SETTINGS, "--usl.method.iterations", "16"]
+    settings = [*SETTINGS, "--usl.method.iterations", "16", "--usl.optimisation.lr", "1e-4"]
     assert main(words(*asked, tmp_path / "alone", *settings)) == 0
     out = tmp_path / "grid"
     process = command("cluster", *words(*asked, out, *settings))

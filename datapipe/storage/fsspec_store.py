@@ -76,7 +76,8 @@ class FsspecStore(Store):
             found: list[dict[str, Any]] = self._system.ls(root, detail=True) if self._system.exists(root) else []
             return found
 
-        folders, files = set(), set()
+        folders: set[str] = set()
+        files: set[str] = set()
         for facts in self._try(look, ""):
             name = facts["name"].rstrip("/").rpartition("/")[2]
             (folders if facts["type"] == "directory" else files).add(name)

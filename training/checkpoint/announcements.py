@@ -30,7 +30,7 @@ class Announcement(NamedTuple):
 
 
 class Announcements:
-    """Those of the present save. Each rank's place is used again by the next one, so that they take no more room."""
+    """What ranks announce of the present save. The next save overwrites it, so that it takes no more room."""
 
     def __init__(self, world: World, store: distributed.Store | None = None) -> None:
         """`store`: other than the one in which the ranks met."""
@@ -63,7 +63,7 @@ class Announcements:
         return self._given if self._given is not None else self._world.rendezvous
 
     def _set(self, key: str, value: bytes) -> None:
-        """Its stub knows only text."""
+        """Store bytes under a key of the ranks' store, whose type stub knows only text."""
         self._store.set(key, value)  # type: ignore[arg-type]
 
     def _values(self, ranks: range) -> list[bytes]:

@@ -102,7 +102,7 @@ def look(store: Store, heads: dict[str, Head] | None = None, *, ahead: bool = Fa
 
 
 def survey(store: Store, files: Iterable[str]) -> Survey:
-    """As `look`, from the names of all files."""
+    """Find the run's checkpoints as `look` does, from the names of all files."""
     files = list(files)
     return _surveyed(store, completed(files), files, {}, ahead=False)
 
@@ -137,16 +137,19 @@ def _surveyed(store: Store, folders: list[str], files: Iterable[str], heads: dic
 
 def begin(store: Store, term: int, step: int, *, known: Survey | None = None, anew: bool = False) -> bool:
     """Note that a term begins with the checkpoint of this step, 0 for none; has it been noted? What it noted first
-    stays, unless it is noted `anew`. `known`: what there is of other terms."""
+    stays, unless it is noted `anew`. `known`: what there is of other terms, whose notes are of no use from now on."""
     known = known or look(store)
-    before = [one for one in known.beginnings if one.term < term and one.step < step]  # others do not matter
-    content = json.dumps({"terms": [*before, Beginning(term, step)]}).encode()
+    earlier = [one for one in known.beginnings if one.term < term and one.step < step]  # others do not matter
+    content = json.dumps({"terms": [*earlier, Beginning(term, step)]}).encode()
     if anew:
         store.replace(_name(term), content)
-    elif term in _terms(known.terms) or not store.put_if_absent(_name(term), content):
-        return False
-    store.delete_many(_name(old) for old in _terms(known.terms) if old < term)
-    return True
+        return True
+    return term not in _terms(known.terms) and store.put_if_absent(_name(term), content)
+
+
+def before(surveyed: Survey, term: int) -> list[str]:
+    """Files of the terms before this one: it has noted what matters of them."""
+    return [_name(old) for old in _terms(surveyed.terms) if old < term]
 
 
 def term_of(file: str, heads: dict[str, Head]) -> int:

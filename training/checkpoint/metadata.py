@@ -128,7 +128,7 @@ def completed(files: Iterable[str]) -> list[str]:
 
 
 def in_steps(names: Iterable[str]) -> list[str]:
-    """Those that are names of checkpoints, oldest first."""
+    """Names of checkpoints, oldest first; other names are left out."""
     return sorted((name for name in names if step_of(name) is not None), key=lambda name: step_of(name) or 0)
 
 
@@ -138,7 +138,7 @@ def read_marker(store: Store, name: str) -> Marker:
 
 
 def parsed_marker(data: bytes, store: Store, name: str) -> Marker:
-    """As `read_marker`, of what was read."""
+    """A marker from its bytes; raises as `read_marker` does."""
     try:
         content = json.loads(data)
         if content.get("format") != FORMAT:

@@ -9,7 +9,7 @@ from datapipe.core.errors import DataError, LeaseError, StorageError
 from datapipe.core.parallel import in_order
 from datapipe.storage import Store, is_remote
 from training.checkpoint.async_save import BackgroundTask
-from training.checkpoint.lineage import Head, look, term_of
+from training.checkpoint.lineage import Head, before, look, term_of
 from training.checkpoint.metadata import MARKER, Marker, name_of, step_of
 from training.checkpoint.retention import folder_of, strays, superseded
 from training.checkpoint.settings import CheckpointConfig
@@ -22,7 +22,7 @@ LISTS_IN_FLIGHT = 8
 
 
 class Pruner:
-    """Of the leading rank, for all saves of a run. All methods are called from the thread that trains."""
+    """Deletes for all saves of a run, on the leading rank. All methods are called from the thread that trains."""
 
     def __init__(self, store: Store, config: CheckpointConfig, epoch_steps: float, guard: WriteGuard) -> None:
         self._store, self._config, self._epoch_steps, self._guard = store, config, epoch_steps, guard
@@ -34,13 +34,12 @@ class Pruner:
 
     def begin(self, marker: Marker) -> None:
         """Delete what this new checkpoint supersedes, once the pruning before is over."""
-        before, stop = self._task, Event()
-        if before is not None and before.done:
-            before.failure  # raises what should not happen  # noqa: B018
+        last, stop = self._task, Event()
 
         def work() -> None:
-            if before is not None:
-                before.join()
+            if last is not None:
+                last.join()
+                assert not last.failure  # `tidy` tells of all that a user can act on
             tidy(lambda: self._prune(marker, stop), log.warning)
 
         self._stop, self._task = stop, BackgroundTask(work)
@@ -62,8 +61,8 @@ class Pruner:
         self._task.join(within_s)
         if not self._task.done:
             self._stop.set()
-        elif failure := self._task.failure:
-            raise AssertionError(failure)  # `tidy` tells of all that a user can act on
+        else:
+            assert not self._task.failure
 
     def _prune(self, marker: Marker, stop: Event) -> None:
         prune(self._store, self._config, marker, self._epoch_steps, self._heads, self._guard, stop.is_set)
@@ -78,8 +77,9 @@ def prune(
     guard: WriteGuard,
     stopped: Callable[[], bool],
 ) -> None:
-    """Delete what the new checkpoint supersedes, and what in its folder is not its own; nothing of a later term. It
-    takes a few requests, whatever the number of files; before each it asks whether it is `stopped`.
+    """Delete what the new checkpoint supersedes, what in its folder is not its own, and what terms before its own have
+    noted; nothing of a later term. It takes a few requests, whatever the number of files; before each it asks whether
+    it is `stopped`.
 
     `heads`: those of markers that are known, which it takes up. Raises LeaseError when another process has taken over.
     """
@@ -97,7 +97,7 @@ def prune(
     files = _files_in(store, [*folders, newest])
     own = [file.name for file in marker.files]
     going = [*(file for file in files if folder_of(file) in folders), *strays(files, newest, own)]
-    going = [file for file in going if term_of(file, heads) <= marker.term]
+    going = [*(file for file in going if term_of(file, heads) <= marker.term), *before(found, marker.term)]
     markers = [file for file in going if file.endswith(f"/{MARKER}")]
     for names in (markers, [file for file in going if file not in markers]):  # no half checkpoint looks whole
         if names and not stopped():

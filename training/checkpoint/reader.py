@@ -187,8 +187,8 @@ class Reader:
                 yield _Copy(file, fragment, self._bytes(fragment), piece)
 
     def _blocks(self, file: str, copies: list[_Copy]) -> Iterator[_Stretch]:
-        """The same for all ranks, whatever each wants of a file: parameters, which as a rule all want, and what else
-        there is, in blocks of their own."""
+        """What this rank wants of a file, in blocks that all ranks cut alike: parameters, which as a rule all want, and
+        what else there is, in blocks of their own."""
         wanted = defaultdict(list)
         for copy in copies:
             wanted[copy.fragment.offset].append(copy)

@@ -12,11 +12,12 @@ probe.py         what a store can do
 
 from datapipe.storage.file_objects import open_object, open_stream
 from datapipe.storage.probe import Capabilities, probe
-from datapipe.storage.store import Data, Entry, Store, unsafe
+from datapipe.storage.store import Children, Data, Entry, Store, unsafe
 from datapipe.storage.urls import full_url, is_remote, open_store, resolved_url, split_url
 
 __all__ = [
     "Capabilities",
+    "Children",
     "Data",
     "Entry",
     "Store",

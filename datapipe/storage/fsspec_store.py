@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import NotFoundError, RefusedError, StorageError, UserError
 from datapipe.storage.retry import PassingFault, keep_trying
-from datapipe.storage.store import TEMPORARY, Data, Entry, Store
+from datapipe.storage.store import TEMPORARY, Children, Data, Entry, Store
 
 T = TypeVar("T")
 
@@ -67,6 +67,21 @@ class FsspecStore(Store):
             name = path[path.index(root.strip("/")) + len(root.strip("/")) + 1 :]
             if name.startswith(prefix) and not name.endswith(TEMPORARY):
                 yield Entry(name, int(details[path]["size"]))
+
+    def children(self) -> Children:
+        root = self._path("").rstrip("/") + "/"
+
+        def look() -> list[dict[str, Any]]:
+            self._system.invalidate_cache()
+            found: list[dict[str, Any]] = self._system.ls(root, detail=True) if self._system.exists(root) else []
+            return found
+
+        folders: set[str] = set()
+        files: set[str] = set()
+        for facts in self._try(look, ""):
+            name = facts["name"].rstrip("/").rpartition("/")[2]
+            (folders if facts["type"] == "directory" else files).add(name)
+        return Children(sorted(folders), sorted(name for name in files if not name.endswith(TEMPORARY)))
 
     def put_if_absent(self, name: str, data: Data) -> bool:
         self.replace(name, data)

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from datapipe.core.errors import NotFoundError, RefusedError, StorageError
-from datapipe.storage.store import TEMPORARY, Data, Entry, Store
+from datapipe.storage.store import TEMPORARY, Children, Data, Entry, Store
 
 NAMES_AT_ONCE = 1 << 16
 MOST_OPEN = 512
@@ -49,13 +49,23 @@ class LocalStore(Store):
             return path.stat().st_size
 
     def list(self, prefix: str = "", *, enter: Callable[[str], bool] | None = None) -> Iterator[Entry]:
-        with self._faults(""):
-            if not os.path.isdir(self.url):
-                raise NotADirectoryError(self.url) if os.path.exists(self.url) else FileNotFoundError(self.url)
+        self._refuse_absent()
         folder = prefix.rpartition("/")[0]
         if os.path.isdir(self._path(folder)):
             start = folder + "/" if folder else ""
             yield from self._walk(start, prefix, enter, (os.path.realpath(self._path(folder)),))
+
+    def children(self) -> Children:
+        self._refuse_absent()
+        with self._faults(""):
+            names = [os.fsdecode(name) for name in _sorted_names(Path(self.url))]
+        folders = sorted(name.removesuffix("/") for name in names if name.endswith("/"))
+        return Children(folders, [name for name in names if not name.endswith(("/", TEMPORARY))])
+
+    def _refuse_absent(self) -> None:
+        with self._faults(""):
+            if not os.path.isdir(self.url):
+                raise NotADirectoryError(self.url) if os.path.exists(self.url) else FileNotFoundError(self.url)
 
     def _walk(
         self, folder: str, prefix: str, enter: Callable[[str], bool] | None, parents: tuple[str, ...]

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -12,11 +13,12 @@ from botocore.exceptions import ClientError
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import StorageError
+from datapipe.core.parallel import in_order
 from datapipe.storage.retry import keep_trying
 from datapipe.storage.s3_client import connection
-from datapipe.storage.s3_errors import ERRORS, S3Address, code_of, explained, status_of
+from datapipe.storage.s3_errors import ERRORS, S3Address, code_of, explained, refused_part, status_of
 from datapipe.storage.s3_obstore import ranges
-from datapipe.storage.store import Data, Entry, Store, WrongRangeError
+from datapipe.storage.store import Children, Data, Entry, Store, WrongRangeError
 
 T = TypeVar("T")
 Put = Callable[[str, Data, dict[str, str]], None]
@@ -26,6 +28,12 @@ PART_BYTES = 16 << 20
 """Size of the parts of a multipart upload; larger data than four of them is sent in parts."""
 MOST_PARTS = 9_000
 PARTS_IN_FLIGHT = 4
+MOST_DELETED = 1_000
+"""Objects that one request may delete."""
+DELETES_IN_FLIGHT = 8
+"""Where each takes a request of its own."""
+NO_BATCHES = {400, 405, 411, 501}
+"""How servers answer that do not know the deletion of many objects, or not the checksum that boto3 sends with it."""
 IF_ABSENT = {"IfNoneMatch": "*"}
 
 
@@ -77,16 +85,30 @@ class S3Store(Store):
         return self._try(lambda: self._client.head_object(**self._target(name)), name)["ContentLength"]
 
     def list(self, prefix: str = "", *, enter: Callable[[str], bool] | None = None) -> Iterator[Entry]:
-        skipped = len(self._key(""))
-        given = {"Bucket": self.bucket, "Prefix": self._key(prefix)}
+        for page in self._pages(prefix):
+            yield from self._entries(page)
+
+    def children(self) -> Children:
+        folders: set[str] = set()
+        files: set[str] = set()
+        for page in self._pages("", Delimiter="/"):
+            folders.update(item["Prefix"][len(self._key("")) : -1] for item in page.get("CommonPrefixes", ()))
+            files.update(entry.name for entry in self._entries(page))
+        return Children(sorted(folders), sorted(files))
+
+    def _pages(self, prefix: str, **given: str) -> Iterator[dict[str, Any]]:
+        given |= {"Bucket": self.bucket, "Prefix": self._key(prefix)}
         while True:
             page = self._try(lambda: self._client.list_objects_v2(**given), prefix)
-            for item in page.get("Contents", ()):
-                if not item["Key"].endswith("/"):  # a console's folder marker
-                    yield Entry(item["Key"][skipped:], item["Size"])
+            yield page
             if not page.get("IsTruncated"):
                 return
             given["ContinuationToken"] = page["NextContinuationToken"]
+
+    def _entries(self, page: dict[str, Any]) -> Iterator[Entry]:
+        for item in page.get("Contents", ()):
+            if not item["Key"].endswith("/"):  # a console's folder marker
+                yield Entry(item["Key"][len(self._key("")) :], item["Size"])
 
     def put_if_absent(self, name: str, data: Data) -> bool:
         self.refuse_outside(name)
@@ -109,6 +131,35 @@ class S3Store(Store):
             self._client.delete_object(**self._target(name))
 
         self._try(remove, name)
+
+    def delete_many(self, names: Iterable[str]) -> None:
+        names = tuple(names)
+        for name in names:
+            self.refuse_outside(name)
+        for start in range(0, len(names), MOST_DELETED):
+            batch = names[start : start + MOST_DELETED]
+            try:
+                self._delete_batch(batch)
+            except _Unsupported:
+                deque(in_order(self.delete, batch, threads=DELETES_IN_FLIGHT), maxlen=0)
+
+    def _delete_batch(self, names: Sequence[str]) -> None:
+        """One request. Raises _Unsupported where the store does not know it."""
+        objects = [{"Key": self._key(name)} for name in names]
+
+        def remove() -> None:
+            self.permit()
+            try:
+                answer = self._client.delete_objects(Bucket=self.bucket, Delete={"Objects": objects, "Quiet": True})
+            except ClientError as error:
+                if status_of(error) in NO_BATCHES:
+                    raise _Unsupported from error
+                raise
+            for fault in answer.get("Errors", ()):
+                if fault.get("Code") not in ("NoSuchKey", "NoSuchVersion"):
+                    raise refused_part(fault, "DeleteObjects")
+
+        self._try(remove, names[0])
 
     def at(self, *parts: str) -> Store:
         for part in parts:
@@ -211,7 +262,7 @@ class _Taken(Exception):
 
 
 class _Unsupported(Exception):
-    """The store knows no conditional puts."""
+    """The store knows no conditional puts, or no deletion of many objects by one request."""
 
 
 def _is_range(content_range: str, length: int, start: int, size: int | None) -> bool:

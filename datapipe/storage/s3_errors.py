@@ -68,6 +68,14 @@ def code_of(error: Any) -> str:
     return str(error.response.get("Error", {}).get("Code") or status_of(error))
 
 
+def refused_part(fault: dict[str, str], operation: str) -> exceptions.ClientError:
+    """What an answer says of one of several objects, as an answer about that one alone would have said it."""
+    code = fault.get("Code", "")
+    status = 403 if code == "AccessDenied" else 503 if code in PASSING_CODES else 400
+    about = {"Code": code, "Message": f"{fault.get('Message') or code} ({fault.get('Key', '')})"}
+    return exceptions.ClientError({"Error": about, "ResponseMetadata": {"HTTPStatusCode": status}}, operation)
+
+
 def explained(error: Exception, place: S3Address, answered: bool) -> Exception:
     """A PassingFault, or the StorageError that ends the request. `answered`: whether this endpoint ever did."""
     if isinstance(error, exceptions.ClientError):

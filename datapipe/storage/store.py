@@ -31,6 +31,13 @@ class Entry(NamedTuple):
     size: int
 
 
+class Children(NamedTuple):
+    """What lies right below a folder or prefix: names, sorted, without what is below its folders."""
+
+    folders: list[str]
+    files: list[str]
+
+
 class WrongRangeError(StorageError):
     """The store answered a request for a range with other bytes."""
 
@@ -84,6 +91,11 @@ class Store(ABC):
         """
 
     @abstractmethod
+    def children(self) -> Children:
+        """Folders and files right below, in one request for a thousand of them, however much there is in the folders.
+        Raises NotFoundError as `list`."""
+
+    @abstractmethod
     def put_if_absent(self, name: str, data: Data) -> bool:
         """Write an object unless the store itself finds the name in use; False, and nothing written, when it does.
 
@@ -97,6 +109,15 @@ class Store(ABC):
     @abstractmethod
     def delete(self, name: str) -> None:
         """Remove an object; one that is absent is fine."""
+
+    def delete_many(self, names: Iterable[str]) -> None:
+        """Remove objects, in no order, in as few requests as the store allows; those that are absent are fine. Raises
+        StorageError where one could not be removed; others may be gone by then."""
+        names = tuple(names)
+        for name in names:
+            self.refuse_outside(name)
+        for name in names:
+            self.delete(name)
 
     @abstractmethod
     def at(self, *parts: str) -> "Store":

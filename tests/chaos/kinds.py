@@ -224,10 +224,12 @@ def truncate(scene: Scene) -> str:
 
 
 def flip(scene: Scene) -> str:
+    """In the numbers: what a part's head says to other programs is in the marker, too, and not read there."""
     bit = scene.random.randrange(1 << 16)
 
     def flipped(content: bytes) -> bytes:
-        place = bit % len(content)
+        head = 8 + int.from_bytes(content[:8], "little")
+        place = head + bit % (len(content) - head)
         return content[:place] + bytes([content[place] ^ 1 << bit % 8]) + content[place + 1 :]
 
     return _damage(scene, flipped)

@@ -113,6 +113,24 @@ def test_resume__a_complete_run_ends_at_once(undisturbed: Callable[[str], Path],
     assert _same(before, final_state(folder / "run"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stepper", ["plain", "deepspeed"])
+def test_resume__where_every_checkpoint_is_damaged_it_begins_anew(
+    undisturbed: Callable[[str], Path], data: Manifest, tmp_path: Path, stepper: str
+) -> None:
+    """Whole parameters were loaded by then: the damage is in the moments, which come last."""
+    path, run = str(recipe(tmp_path, data.url, "unused", epochs=EPOCHS)), tmp_path / "run"
+    run_ranks(1, _until, path, str(run), stepper, 7)
+    parts = [*run.glob("checkpoints/step_*/*.safetensors")]
+    assert len(parts) > 1
+    for part in parts:
+        content = part.read_bytes()
+        part.write_bytes(content[:-4] + bytes([content[-4] ^ 1]) + content[-3:])
+    run_ranks(1, _until, path, str(run), stepper, 0)
+    assert _same(final_state(undisturbed(stepper) / "run"), final_state(run))
+    assert {step: sorted(samples) for step, samples in audited(run).items()} == _enumerated(data)
+
+
 def _losses(run: Path) -> dict[int, float]:
     records = RunFiles(RunFolder(str(run), StorageConfig())).records
     return {record["step"]: record["loss"] for record in records}

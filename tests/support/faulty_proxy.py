@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 KINDS = ("reset", "lost", "cut", "empty", "delay", "500", "503")
 """reset: the connection is reset before the server hears of the request. lost: after it has carried it out. cut: half
 of the body is missing. empty: all of it. delay: the answer comes late. 500, 503: answers, the latter with Retry-After.
-Also to be had: silence, no answer until the proxy ends."""
+Also to be had: silence, no answer until the proxy ends, and 501."""
 DELAY_S = 0.05
 FRAMING = {"connection", "content-length", "expect", "transfer-encoding"}
 """Headers that are about one connection, not about the message."""
@@ -128,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.proxy.fault(asked)
         if fault == "reset":
             return self._reset()
-        if fault in ("500", "503"):
+        if fault in ("500", "501", "503"):
             return self._refuse(int(fault))
         if fault == "silence":
             self.proxy.ended.wait()
@@ -190,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def _refuse(self, status: int) -> None:
-        code = {500: "InternalError", 503: "SlowDown"}[status]
+        code = {500: "InternalError", 501: "NotImplemented", 503: "SlowDown"}[status]
         data = f"<Error><Code>{code}</Code><Message>as ordered</Message></Error>".encode()
         headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(data)))]
         if status == 503:

@@ -8,10 +8,12 @@ checkpoint.json says which file has which numbers of which tensor, so that any w
 what it needs by range reads. Nothing is unpickled. `t7-5f2a9c01-2` is the term of the run's lease, the attempt and its
 save: files of an attempt that crashed, or is not quite dead, never mix with those of the next.
 
-lineage.py  which of them are the run's own
-metadata.py   what a checkpoint says of itself       reader.py     its tensors, and whether they are whole
-snapshot.py     one rank's file                        manager.py        saving and restoring as the loop does it
-retention.py  which checkpoints stay               compare.py    how two of them differ
+metadata.py       what a checkpoint says of itself       lineage.py         which of them are the run's own
+snapshot.py       one rank's file                        announcements.py   what ranks say of theirs to the leading one
+async_save.py     the thread of a save                   manager.py         saving and restoring as the loop does it
+reader.py         tensors, and whether they are whole    machine_blocks.py  read once for all ranks of a machine
+retention.py      which checkpoints stay                 pruning.py         deletes the others beside all this
+compare.py        how two of them differ
 """
 
 from training.checkpoint.lineage import complete

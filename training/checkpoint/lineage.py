@@ -7,22 +7,23 @@ that it had been taken over, is no part of the run. Such checkpoints, and copies
 with a warning, and left for a person to delete.
 """
 
+import contextlib
 import json
 import logging
 import re
 from collections.abc import Callable, Iterable
-from functools import cache
-from typing import NamedTuple
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 from datapipe.core.errors import NotFoundError
 from datapipe.core.parallel import in_order
 from datapipe.storage import Store, is_remote
-from training.checkpoint.metadata import MARKER, completed, step_of
+from training.checkpoint.metadata import MARKER, completed, in_steps, step_of
 
 log = logging.getLogger(__name__)
 
 HEAD_BYTES = 96
-IN_FLIGHT = 8
+IN_FLIGHT = 16
 """Heads read at a time from remote stores."""
 _HEAD = re.compile(rb'\{"step": ?(\d+),(?: ?"term": ?(\d+),)?')
 _TERM = re.compile(r"term_(\d{7,})\.json")
@@ -37,6 +38,10 @@ class Head(NamedTuple):
     """Term of the lease under which the checkpoint was written; 0: before there were leases."""
 
 
+DAMAGED = Head(-1, -1)
+"""Of a marker that cannot be read."""
+
+
 class Beginning(NamedTuple):
     """A term of the lease, and the step of the checkpoint that it began with."""
 
@@ -45,12 +50,25 @@ class Beginning(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """All checkpoints that have their marker."""
+    """What there is of checkpoints."""
 
     names: list[str]
-    """The run's own, oldest first."""
+    """The run's own that have their marker, oldest first."""
     passed_over: dict[str, str]
     """Folders that look like checkpoints and are none of this run, with the reason."""
+    folders: list[str]
+    """All that are called as checkpoints are, oldest first."""
+    beginnings: list[Beginning]
+    """Of the terms of the run's lease that matter."""
+    terms: list[str]
+    """Files that tell of terms."""
+    markers: dict[str, bytes]
+    """Of the last folder, where it was asked for."""
+
+    @property
+    def marked(self) -> list[str]:
+        """All that have their marker."""
+        return [*self.names, *self.passed_over]
 
 
 @cache
@@ -61,37 +79,77 @@ def _warn_once(line: str) -> None:
 def complete(store: Store, warn: Callable[[str], None] = _warn_once) -> list[str]:
     """Names of the run's checkpoints that have their marker, oldest first; `warn` tells of those that are passed over.
     `store`: the run's `checkpoints` folder."""
-    try:
-        surveyed = survey(store, [entry.name for entry in store.list()])
-    except NotFoundError:
-        return []
-    for name, why in surveyed.passed_over.items():
-        warn(f"warning: checkpoint {name} is passed over: {why} ({store.address(name)})")
+    surveyed = look(store)
+    tell(store, surveyed, warn)
     return surveyed.names
 
 
-def survey(store: Store, files: Iterable[str], heads: dict[str, Head] | None = None) -> Survey:
-    """Find the run's checkpoints from the names of all files. `heads`: those known already; it takes up the others."""
+def tell(store: Store, surveyed: Survey, warn: Callable[[str], None]) -> None:
+    """Warn of the checkpoints that are passed over."""
+    for name, why in surveyed.passed_over.items():
+        warn(f"warning: checkpoint {name} is passed over: {why} ({store.address(name)})")
+
+
+def look(store: Store, heads: dict[str, Head] | None = None, *, ahead: bool = False) -> Survey:
+    """Find the run's checkpoints: one request for the folders, and one, side by side, for the beginning of each marker
+    and for the terms. `heads`: those known already; it takes up the others. `ahead`: the newest marker is read whole,
+    as it is wanted next."""
+    try:
+        folders, files = store.children()
+    except NotFoundError:  # no checkpoint yet, nor their folder
+        folders, files = [], []
+    return _surveyed(store, in_steps(folders), files, {} if heads is None else heads, ahead=ahead)
+
+
+def survey(store: Store, files: Iterable[str]) -> Survey:
+    """Find the run's checkpoints as `look` does, from the names of all files."""
     files = list(files)
-    heads = {} if heads is None else heads
-    names = completed(files)
-    beginnings = _beginnings(store, files)
-    unread = [name for name in names if name not in heads]
-    read_heads = in_order(lambda name: _head(store, name), unread, threads=IN_FLIGHT if is_remote(store.url) else 0)
-    heads.update({name: head for name, head in zip(unread, read_heads, strict=True) if head is not None})
-    reasons = {name: _foreign(name, heads[name], beginnings) if name in heads else "" for name in names}
-    return Survey([name for name in names if not reasons[name]], {name: why for name, why in reasons.items() if why})
+    return _surveyed(store, completed(files), files, {}, ahead=False)
 
 
-def begin(store: Store, term: int, step: int) -> None:
-    """Note that a term begins with the checkpoint of this step, 0 for none. What it noted first stays."""
-    files = _term_files(store)
-    before = [one for one in _beginnings(store, files) if one.term < term and one.step < step]  # others do not matter
-    content = json.dumps({"terms": [*before, Beginning(term, step)]}).encode()
-    if term not in _terms(files) and store.put_if_absent(_name(term), content):
-        for old in _terms(files):
-            if old < term:
-                store.delete(_name(old))
+def _surveyed(store: Store, folders: list[str], files: Iterable[str], heads: dict[str, Head], *, ahead: bool) -> Survey:
+    terms, whole = [file for file in files if _TERM.fullmatch(file)], dict[str, bytes]()
+
+    def read_head(name: str) -> Head | None:
+        if not ahead or name != folders[-1]:
+            return _head(store, name)
+        with contextlib.suppress(NotFoundError):
+            whole[name] = store.read(f"{name}/{MARKER}")
+            return _of_beginning(whole[name]) or _parsed(whole[name])
+        return None
+
+    unread = [name for name in folders if name not in heads]
+    questions: list[Callable[[], Any]] = [
+        partial(_beginnings, store, terms),
+        *(partial(read_head, name) for name in unread),
+    ]
+    beginnings, *answers = in_order(lambda ask: ask(), questions, threads=IN_FLIGHT if is_remote(store.url) else 0)
+    found: dict[str, Head | None] = dict(zip(unread, answers, strict=True))
+    heads.update({name: head for name, head in found.items() if head is not None and head != DAMAGED})
+    marked = [name for name in folders if name in heads or found[name] is not None]
+    reasons = {name: _foreign(name, heads[name], beginnings) if name in heads else "" for name in marked}
+    names, passed_over = (
+        [name for name in marked if not reasons[name]],
+        {name: why for name, why in reasons.items() if why},
+    )
+    return Survey(names, passed_over, folders, beginnings, terms, whole)
+
+
+def begin(store: Store, term: int, step: int, *, known: Survey | None = None, anew: bool = False) -> bool:
+    """Note that a term begins with the checkpoint of this step, 0 for none; has it been noted? What it noted first
+    stays, unless it is noted `anew`. `known`: what there is of other terms, whose notes are of no use from now on."""
+    known = known or look(store)
+    earlier = [one for one in known.beginnings if one.term < term and one.step < step]  # others do not matter
+    content = json.dumps({"terms": [*earlier, Beginning(term, step)]}).encode()
+    if anew:
+        store.replace(_name(term), content)
+        return True
+    return term not in _terms(known.terms) and store.put_if_absent(_name(term), content)
+
+
+def before(surveyed: Survey, term: int) -> list[str]:
+    """Files of the terms before this one: it has noted what matters of them."""
+    return [_name(old) for old in _terms(surveyed.terms) if old < term]
 
 
 def term_of(file: str, heads: dict[str, Head]) -> int:
@@ -115,16 +173,26 @@ def _foreign(name: str, head: Head, beginnings: list[Beginning]) -> str:
 
 
 def _head(store: Store, name: str) -> Head | None:
-    """None for a marker that is damaged or just gone, which its reader tells."""
-    path = f"{name}/{MARKER}"
+    """None where there is no marker; DAMAGED for one that is, which its reader tells."""
     try:
-        match = _HEAD.match(store.read(path, start=0, size=HEAD_BYTES))
-        if match:
-            return Head(int(match[1]), int(match[2] or 0))
-        content = json.loads(store.read(path))
-        return Head(int(content["step"]), int(content.get("term", 0)))
-    except (NotFoundError, ValueError, TypeError, KeyError, AttributeError):
+        beginning = store.read(f"{name}/{MARKER}", start=0, size=HEAD_BYTES)
+        return _of_beginning(beginning) or _parsed(store.read(f"{name}/{MARKER}"))
+    except NotFoundError:
         return None
+
+
+def _of_beginning(data: bytes) -> Head | None:
+    match = _HEAD.match(data)
+    return Head(int(match[1]), int(match[2] or 0)) if match else None
+
+
+def _parsed(data: bytes) -> Head:
+    """The head of a whole marker."""
+    try:
+        content = json.loads(data)
+        return Head(int(content["step"]), int(content.get("term", 0)))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return DAMAGED
 
 
 def _beginnings(store: Store, files: list[str]) -> list[Beginning]:

@@ -5,6 +5,8 @@
     apply_global_status   when all parts are written the leading rank's thread writes the marker, and when that is
                           written the checkpoint exists, on all ranks in the same step
     finish                waits for a save; at the end, at a stop, before going back, and before another save
+    restore               the ranks read what they need of the newest checkpoint, all at the same time, and check each
+                          fragment; where one is damaged all of them go to the checkpoint before
 
 The ranks' view of a save changes in the same step on all of them, so they need no other agreement.
 """
@@ -14,7 +16,8 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,9 +26,12 @@ import torch
 from datapipe.core.errors import DataError, LeaseError, NotFoundError, StorageError
 from datapipe.storage import Store
 from training.checkpoint import async_save, lineage, retention
-from training.checkpoint.lineage import Head, complete
-from training.checkpoint.metadata import Marker, name_of, read_marker
-from training.checkpoint.reader import Reader, passed_over, refuse_misfit, verify
+from training.checkpoint.announcements import Announcements
+from training.checkpoint.lineage import Survey
+from training.checkpoint.machine_blocks import shared_blocks
+from training.checkpoint.metadata import MARKER, Marker, name_of, parsed_marker
+from training.checkpoint.pruning import Pruner, sweep, tidy
+from training.checkpoint.reader import DamageError, Reader, passed_over, refuse_misfit
 from training.checkpoint.settings import CheckpointConfig
 from training.checkpoint.snapshot import Snapshots
 from training.core.host import run_lines
@@ -37,6 +43,9 @@ from training.engine.stepper import Stepper
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+TIDY_S = 2.0
+"""Longest that a stop waits for the deletion of old checkpoints."""
 
 
 def _nothing() -> None:
@@ -81,12 +90,24 @@ class _Flight:
     """The marker's fields."""
     stood_s: float = 0.0
     parts_written: bool = False
-    took_s: list[float] = field(default_factory=list)
-    """On the leading rank, one number once the marker is there."""
+    marker: Marker | None = None
+    """On the leading rank, once it is there."""
+    took_s: float = math.nan
+    """Until then; on the leading rank."""
 
     @property
     def name(self) -> str:
         return name_of(self.step)
+
+
+@dataclass
+class _Noted:
+    """What a restore has noted of the beginning of its term."""
+
+    known: Survey | None
+    """What there was; None on ranks that do not note."""
+    here: bool = False
+    """By this restore: it may be noted anew where that checkpoint turns out to be damaged."""
 
 
 class Checkpoints:
@@ -108,16 +129,20 @@ class Checkpoints:
         `guard`: of the run folder."""
         self.store, self.config, self.world = store, config, world
         self.about, self.replaces, self.epoch_steps = dict(about), replaces, epoch_steps
-        self.guard, self._heads, self._noted = guard, dict[str, Head](), False
+        self.guard, self._noted = guard, False
+        self.spoiled = False
+        """Has the last restore overwritten some of the state before it found damage, and found no other checkpoint?"""
         attempt = world.broadcast(secrets.token_hex(4))
         self._attempt = f"t{guard.term}-{attempt}" if guard.term else attempt
         self._snapshots = Snapshots(world.device)
+        self._announcements = Announcements(world)
+        self._pruner = Pruner(store, config, epoch_steps, guard)
         self._flight: _Flight | None = None
         self._saved: list[Saved] = []
         self._saves, self._failures = 0, 0
         self._began = time.monotonic()
         self._time_is_up = False
-        self._tidying: async_save.BackgroundTask | None = None
+        self._sweeping: async_save.BackgroundTask | None = None
 
     # -- saving --------------------------------------------------------------------------------------------------
 
@@ -135,7 +160,8 @@ class Checkpoints:
             run_lines.info(
                 f"step {step:,}: the checkpoint of step {self._flight.step:,} is not written yet; waiting for it"
             )
-            self.finish()
+            self._land()
+        self._pruner.give_way()
         self._saves += 1
         token, name = f"{self._attempt}-{self._saves}", name_of(step)
         steps = stepper.steps()
@@ -146,7 +172,8 @@ class Checkpoints:
 
         def write() -> None:
             first()
-            async_save.write_part(self.store, name, self.world.rank, token, part)
+            written = async_save.write_part(self.store, name, self.world.rank, token, part)
+            self._announcements.announce(token, written)
 
         task = async_save.BackgroundTask(write)
         self._flight = _Flight(step, samples, token, now, now - self._began, task, about)
@@ -182,27 +209,36 @@ class Checkpoints:
                 flight.task = async_save.BackgroundTask(lambda: self._complete(flight))
         else:
             self._flight, self._failures = None, 0
-            took_s = flight.took_s[0] if flight.took_s else math.nan
-            self._saved.append(Saved(flight.step, flight.stood_s, took_s, flight.stood_s / max(flight.since_s, 1e-9)))
+            share = flight.stood_s / max(flight.since_s, 1e-9)
+            self._saved.append(Saved(flight.step, flight.stood_s, flight.took_s, share))
+            if flight.marker is not None:
+                self._pruner.begin(flight.marker)
 
-    def finish(self, *, needed: bool = False) -> None:
-        """Return when no save is in flight. `needed`: the last one must exist; raises StorageError if it does not."""
-        began, failures = time.monotonic(), self._failures
-        while (flight := self._flight) is not None:
-            flight.task.join()
-            self.world.meet()  # the leading rank writes the marker and deletes old checkpoints alone
-            statuses = self.world.all_gather(self.local_status())
-            flight.stood_s += time.monotonic() - began
-            began = time.monotonic()
-            self.apply_global_status(SaveStatus(*map(sum, zip(*statuses, strict=True))))
-        if self._tidying is not None:
-            self._tidying.join()
+    def finish(self, *, needed: bool = False, hurry: bool = False) -> None:
+        """Return when no save is in flight, and nothing is being deleted. `needed`: the last save must exist; raises
+        StorageError if it does not. `hurry`: the machine may be taken away, what is to be deleted may stay."""
+        failures = self._failures
+        self._land()
+        self._pruner.end(TIDY_S if hurry else None)
+        if self._sweeping is not None:
+            self._sweeping.join(TIDY_S if hurry else None)
         if needed and self._failures > failures:
             raise StorageError(
                 "the last checkpoint could not be saved",
                 where=self.store.url,
                 hint="make room or mend the store; started again, the run goes on from the one before",
             )
+
+    def _land(self) -> None:
+        """Return when no save is in flight."""
+        began = time.monotonic()
+        while (flight := self._flight) is not None:
+            flight.task.join()
+            self.world.meet()  # the leading rank writes the marker alone
+            statuses = self.world.all_gather(self.local_status())
+            flight.stood_s += time.monotonic() - began
+            began = time.monotonic()
+            self.apply_global_status(SaveStatus(*map(sum, zip(*statuses, strict=True))))
 
     def newly_saved(self) -> list[Saved]:
         """The checkpoints that have come into existence since the last call; the same on all ranks, but for times."""
@@ -211,10 +247,9 @@ class Checkpoints:
 
     def _complete(self, flight: _Flight) -> None:
         """In the leading rank's thread: all parts are written."""
-        marker = async_save.write_marker(self.store, flight.token, flight.about, self.guard)
-        flight.took_s.append(time.monotonic() - flight.began)
-        prune = partial(async_save.prune, self.store, self.config, marker, self.epoch_steps, self._heads, self.guard)
-        async_save.tidy(prune, log.warning)
+        parts = self._announcements.of_all(flight.token)
+        flight.marker = async_save.write_marker(self.store, parts, flight.about, self.guard)
+        flight.took_s = time.monotonic() - flight.began
 
     def _give_up(self, flight: _Flight) -> None:
         """The save failed somewhere: say why, take its files back, go on without. The checkpoints before stay."""
@@ -223,8 +258,8 @@ class Checkpoints:
             raise self.guard.lost
         self._flight = None
         self._failures += 1
-        sweep = partial(async_save.sweep, self.store, flight.name, self.world.rank, flight.token)
-        self._tidying = async_save.BackgroundTask(lambda: async_save.tidy(sweep, log.warning))
+        part = f"{flight.name}/{async_save.part_name(self.world.rank, flight.token)}"
+        self._sweeping = async_save.BackgroundTask(lambda: tidy(partial(sweep, self.store, part), log.warning))
         most = self.config.max_failed_saves
         if self._failures >= most:
             raise StorageError(
@@ -238,49 +273,93 @@ class Checkpoints:
     # -- restoring -----------------------------------------------------------------------------------------------
 
     def restore(self, stepper: Stepper) -> tuple[int, str | None]:
-        """(samples seen, name) of the newest good checkpoint after loading it; (0, None) where there is none."""
+        """(samples seen, name) of the newest good checkpoint after loading it; (0, None) where there is none.
+
+        A damaged one is passed over for the one before it. Its good fragments may have been loaded by then: without
+        another one the state is `spoiled`, and has to be made anew.
+        """
         self.finish()
-        chosen = self._newest_good()
-        self._began = time.monotonic()
-        self._together(lambda: self._note_beginning(chosen))
-        if chosen is None:
-            return 0, None
-        name, marker = chosen
-        where = self.store.address(name)
-        refuse_other_data(marker, self.about["manifest"], self.about["manifest_rows"], self.replaces, where=where)
-        self._together(lambda: self._load(Reader(self.store, name, marker), stepper))
-        stepper.scale = LossScale(**marker.loss_scale) if marker.loss_scale else first_scale(stepper.config.precision)
-        return marker.samples, name
-
-    def _note_beginning(self, chosen: tuple[str, Marker] | None) -> None:
-        """Once for each term: what the terms before save from now on is no part of the run."""
-        if self.world.is_leader and self.guard.term and not self._noted:
-            self.guard.confirm()
-            lineage.begin(self.store, self.guard.term, chosen[1].step if chosen else 0)
-            self._noted = True
-
-    def _newest_good(self) -> tuple[str, Marker] | None:
-        """The newest that verifies, each rank having read its share of the files; all pass over a damaged one."""
-        names = self._together(lambda: complete(self.store, run_lines.info) if self.world.is_leader else [])[0]
+        self.spoiled = False
+        surveys: list[Survey] = []
+        names = self._together(lambda: self._survey(surveys))[0]
+        noted = _Noted(surveys[0] if surveys else None)
         for name in reversed(names):
-            markers: list[Marker] = []
-            damage = self._together(lambda name=name, markers=markers: self._damage(name, markers))  # type: ignore[misc]
-            if not any(damage):
-                return name, markers[0]
-            run_lines.info(next(text for text in damage if text))
-        return None
+            marker = self._marker(name, surveys)
+            if marker is None:
+                continue
+            where = self.store.address(name)
+            refuse_other_data(marker, self.about["manifest"], self.about["manifest_rows"], self.replaces, where=where)
+            if not self._load(name, marker, stepper, noted):
+                self.spoiled = True
+                continue
+            scaled = LossScale(**marker.loss_scale) if marker.loss_scale else first_scale(stepper.config.precision)
+            stepper.scale, self.spoiled = scaled, False
+            self._began = time.monotonic()
+            return marker.samples, name
+        self._together(lambda: self._note_beginning(0, noted))
+        self._began = time.monotonic()
+        return 0, None
 
-    def _damage(self, name: str, markers: list[Marker]) -> str:
-        """The warning that this rank has about a checkpoint; without one its marker is `found`."""
+    def _survey(self, found: list[Survey]) -> list[str]:
+        """Names of the run's checkpoints, oldest first, as the leading rank finds them."""
+        if not self.world.is_leader:
+            return []
+        found.append(lineage.look(self.store, ahead=True))
+        lineage.tell(self.store, found[0], run_lines.info)
+        return found[0].names
+
+    def _marker(self, name: str, surveys: list[Survey]) -> Marker | None:
+        """What the leading rank has read, on all ranks; None where it is damaged, which is told."""
+        content: list[bytes] = []
+
+        def read() -> str:
+            if self.world.is_leader:
+                try:
+                    content.append(surveys[0].markers.get(name) or self.store.read(f"{name}/{MARKER}"))
+                    parsed_marker(content[0], self.store, name)
+                except (DataError, NotFoundError) as error:
+                    return passed_over(name, error)
+            return ""
+
+        if damage := self._together(read)[0]:
+            run_lines.info(damage)
+            return None
+        return parsed_marker(self.world.broadcast(content[0] if content else b""), self.store, name)
+
+    def _load(self, name: str, marker: Marker, stepper: Stepper, noted: "_Noted") -> bool:
+        """Load what each rank needs; False where any of it is damaged, which is told. Meanwhile the leading rank notes
+        the beginning of its term."""
+        blocks = shared_blocks(self.store, marker, self.world)
+
+        def load() -> str:
+            with ThreadPoolExecutor(1) as beside:
+                noting = beside.submit(self._note_beginning, marker.step, noted)
+                try:
+                    self._fill(Reader(self.store, name, marker, shared=blocks), stepper)
+                except (DamageError, NotFoundError) as error:
+                    return passed_over(name, error)
+                finally:
+                    noting.result()
+            return ""
+
         try:
-            marker = read_marker(self.store, name)
-            verify(self.store, name, marker.files[self.world.rank :: self.world.size])
-        except (DataError, NotFoundError) as error:
-            return passed_over(name, error)
-        markers.append(marker)
-        return ""
+            damage = self._together(load)
+        finally:
+            if blocks is not None and self.world.local_rank == 0:
+                blocks.drop()  # nobody reads them any more
+        if any(damage):
+            run_lines.info(next(text for text in damage if text))
+        return not any(damage)
 
-    def _load(self, reader: Reader, stepper: Stepper) -> None:
+    def _note_beginning(self, step: int, noted: "_Noted") -> None:
+        """Once for each term: what the terms before save from now on is no part of the run."""
+        if not self.world.is_leader or not self.guard.term or (self._noted and not noted.here):
+            return
+        self.guard.confirm()
+        made = lineage.begin(self.store, self.guard.term, step, known=noted.known, anew=noted.here)
+        self._noted, noted.here = True, made
+
+    def _fill(self, reader: Reader, stepper: Stepper) -> None:
         def fill(pieces: Sequence[Piece]) -> None:
             with torch.no_grad():
                 reader.fill(pieces)

@@ -124,14 +124,23 @@ def step_of(name: str) -> int | None:
 
 def completed(files: Iterable[str]) -> list[str]:
     """Names of the checkpoints that have their marker, oldest first, from the names of all files below the folder."""
-    folders = (folder for folder, _, file in (name.rpartition("/") for name in files) if file == MARKER)
-    return sorted((name for name in folders if step_of(name) is not None), key=lambda name: step_of(name) or 0)
+    return in_steps(folder for folder, _, file in (name.rpartition("/") for name in files) if file == MARKER)
+
+
+def in_steps(names: Iterable[str]) -> list[str]:
+    """Names of checkpoints, oldest first; other names are left out."""
+    return sorted((name for name in names if step_of(name) is not None), key=lambda name: step_of(name) or 0)
 
 
 def read_marker(store: Store, name: str) -> Marker:
     """Raises DataError for a marker that is damaged, of another format, or of another step than the name says."""
+    return parsed_marker(store.read(f"{name}/{MARKER}"), store, name)
+
+
+def parsed_marker(data: bytes, store: Store, name: str) -> Marker:
+    """A marker from its bytes; raises as `read_marker` does."""
     try:
-        content = json.loads(store.read(f"{name}/{MARKER}"))
+        content = json.loads(data)
         if content.get("format") != FORMAT:
             raise ValueError(f"format {content.get('format')}, this version reads {FORMAT}")
         stated = content.pop("sha256", None)

@@ -2,6 +2,7 @@
 
 import hashlib
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, groupby
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from datapipe.core.progress import QUIET_S, Progress
 from datapipe.storage import Store, is_remote
 from training.checkpoint.digest import matches
 from training.checkpoint.lineage import complete
+from training.checkpoint.machine_blocks import MachineBlocks
 from training.checkpoint.metadata import Form, Fragment, Marker, RankFile, read_marker
 from training.checkpoint.snapshot import TYPES
 from training.engine.state_fragments import Piece, whole
@@ -23,9 +25,13 @@ from training.weights.counted_keys import check_counted
 
 BLOCK = 8 << 20
 """Bytes read at a time: fragments that lie side by side are fetched together up to this many."""
-IN_FLIGHT = 4
-"""Reads at a time from remote stores; local disks are read one after the other."""
+IN_FLIGHT = 16
+"""Reads at a time from remote stores by each rank; local disks are read one after the other."""
 HINT = "use an older checkpoint, or delete this one"
+
+
+class DamageError(DataError):
+    """What was read of a checkpoint is not what was written."""
 
 
 def verify(store: Store, name: str, files: Sequence[RankFile]) -> None:
@@ -105,15 +111,35 @@ class _Copy(NamedTuple):
     """Size of the whole fragment, which is checked as a whole."""
     piece: Piece
 
+    @property
+    def end(self) -> int:
+        return self.fragment.offset + self.bytes
+
+
+_NOBODY = Piece("", (), 0, torch.empty(0), shared=False)
+
+
+class _Stretch(NamedTuple):
+    """Bytes of a file that are read together, and what is wanted of them."""
+
+    file: str
+    start: int
+    size: int
+    copies: list[_Copy]
+
 
 class Reader:
     """The tensors of one checkpoint, without reading more than is asked for, or holding more than about one of them,
     IN_FLIGHT from a remote store."""
 
-    def __init__(self, store: Store, name: str, marker: Marker | None = None) -> None:
-        """Raises DataError for a damaged marker."""
-        self.store, self.name = store, name
+    def __init__(
+        self, store: Store, name: str, marker: Marker | None = None, *, shared: MachineBlocks | None = None
+    ) -> None:
+        """`shared`: reads go by whole blocks, which the ranks of a machine share. Raises DataError for a damaged
+        marker."""
+        self.store, self.name, self._shared = store, name, shared
         self.marker = marker or read_marker(store, name)
+        self._files = {file.name: file for file in self.marker.files}
         self._fragments: dict[str, list[tuple[str, Fragment]]] = {key: [] for key in self.marker.tensors}
         for file in self.marker.files:
             for fragment in file.fragments:
@@ -133,10 +159,15 @@ class Reader:
         fragment is damaged."""
         copies = sorted((copy for piece in pieces for copy in self._wanted(piece)),
                         key=lambda copy: (copy.file, copy.fragment.offset))  # fmt: skip
-        stretches = [stretch for _, rows in groupby(copies, key=lambda copy: copy.file) for stretch in _stretches(rows)]
-        answers = _answers(self.store, map(self._ask, stretches))
+        files = [(file, list(rows)) for file, rows in groupby(copies, key=lambda copy: copy.file)]
+        if self._shared is None:
+            stretches = [stretch for _, rows in files for stretch in _stretches(rows)]
+        else:
+            stretches = self._shared.in_turn([block for file, rows in files for block in self._blocks(file, rows)])
+        threads = IN_FLIGHT if is_remote(self.store.url) else 0
+        answers = in_order(self._read, stretches, threads=threads)
         for stretch in stretches:
-            self._take(stretch, memoryview(next(answers)))
+            self._take(stretch, next(answers))
 
     def whole(self, key: str) -> Tensor:
         """One tensor, put together."""
@@ -151,25 +182,52 @@ class Reader:
             has = "nothing" if form is None else f"shape {form.shape}"
             raise DataError(f"the checkpoint does not fit: it has {has} for {piece.key} {piece.shape}",
                             where=self.where, hint="was it made with these settings?")  # fmt: skip
-        size = TYPES[form.dtype].itemsize
         for file, fragment in self._fragments[piece.key]:
             if fragment.start < piece.end and piece.start < fragment.start + fragment.numel:
-                yield _Copy(file, fragment, fragment.numel * size, piece)
+                yield _Copy(file, fragment, self._bytes(fragment), piece)
 
-    def _ask(self, stretch: Sequence[_Copy]) -> _Ask:
-        first, last = stretch[0], stretch[-1]
-        size = last.fragment.offset + last.bytes - first.fragment.offset
-        return _Ask(f"{self.name}/{first.file}", first.fragment.offset, size)
+    def _blocks(self, file: str, copies: list[_Copy]) -> Iterator[_Stretch]:
+        """What this rank wants of a file, in blocks that all ranks cut alike: parameters, which as a rule all want, and
+        what else there is, in blocks of their own."""
+        wanted = defaultdict(list)
+        for copy in copies:
+            wanted[copy.fragment.offset].append(copy)
+        every = [_Copy(file, fragment, self._bytes(fragment), _NOBODY) for fragment in self._files[file].fragments]
+        for _, kind in groupby(every, key=lambda copy: copy.fragment.key.startswith("model/")):
+            for block in _stretches(kind):
+                inside = [copy for held in block.copies for copy in wanted.get(held.fragment.offset, ())]
+                if inside:
+                    yield block._replace(copies=inside)
 
-    def _take(self, stretch: Sequence[_Copy], content: memoryview) -> None:
-        path, start = f"{self.name}/{stretch[0].file}", stretch[0].fragment.offset
-        for copy in stretch:
-            begin = copy.fragment.offset - start
+    def _read(self, stretch: _Stretch) -> bytes:
+        file, start, size, _ = stretch
+        if self._shared is None:
+            return self._read_store(stretch)
+        return self._shared.load(file, start, size, lambda: self._read_store(stretch))
+
+    def _read_store(self, stretch: _Stretch) -> bytes:
+        return self.store.read(f"{self.name}/{stretch.file}", start=stretch.start, size=stretch.size)
+
+    def _take(self, stretch: _Stretch, content: bytes) -> None:
+        try:
+            self._copy(stretch, memoryview(content))
+        except DamageError:
+            if self._shared is None:
+                raise
+            self._shared.forget(*stretch[:3])
+            self._copy(stretch, memoryview(self._read_store(stretch)))
+
+    def _copy(self, stretch: _Stretch, content: memoryview) -> None:
+        for copy in stretch.copies:
+            begin = copy.fragment.offset - stretch.start
             data = content[begin : begin + copy.bytes]
             if not matches(data, copy.fragment.xxh3):
-                raise DataError(f"the checksum of {copy.fragment.key} is wrong", where=self.store.address(path),
-                                hint=HINT)  # fmt: skip
+                raise DamageError(f"the checksum of {copy.fragment.key} is wrong",
+                                  where=self.store.address(f"{self.name}/{stretch.file}"), hint=HINT)  # fmt: skip
             self._place(copy, data)
+
+    def _bytes(self, fragment: Fragment) -> int:
+        return fragment.numel * TYPES[self.marker.tensors[fragment.key].dtype].itemsize
 
     def _place(self, copy: _Copy, data: memoryview) -> None:
         dtype = TYPES[self.marker.tensors[copy.fragment.key].dtype]
@@ -183,19 +241,20 @@ class Reader:
         )
 
 
-def _stretches(copies: Iterator[_Copy]) -> Iterator[list[_Copy]]:
-    """Fragments that lie side by side, together up to BLOCK bytes; a larger one by itself."""
+def _stretches(copies: Iterable[_Copy]) -> Iterator[_Stretch]:
+    """Fragments of a file that lie side by side, together up to BLOCK bytes; a larger one by itself."""
     held: list[_Copy] = []
+    start = end = 0
     for copy in copies:
-        if held:
-            last = held[-1].fragment.offset + held[-1].bytes
-            size = copy.fragment.offset + copy.bytes - held[0].fragment.offset
-            if copy.fragment.offset != last or size > BLOCK:
-                yield held
-                held = []
+        if held and (copy.fragment.offset > end or copy.end - start > max(BLOCK, end - start)):
+            yield _Stretch(held[0].file, start, end - start, held)
+            held = []
+        if not held:
+            start, end = copy.fragment.offset, copy.end
         held.append(copy)
+        end = max(end, copy.end)
     if held:
-        yield held
+        yield _Stretch(held[0].file, start, end - start, held)
 
 
 def load_model(store: Store, name: str, method: Method) -> Marker:

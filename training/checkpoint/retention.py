@@ -1,9 +1,9 @@
 """When a checkpoint is due, and which stay. Pure."""
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 
-from training.checkpoint.metadata import MARKER, completed, step_of
+from training.checkpoint.metadata import MARKER, step_of
 from training.checkpoint.settings import CheckpointConfig
 
 
@@ -25,26 +25,37 @@ def _multiple(step: int, every: int) -> bool:
 
 
 def superseded(
-    config: CheckpointConfig, files: Sequence[str], newest: str, epoch_steps: float, foreign: Collection[str] = ()
+    config: CheckpointConfig,
+    complete: Collection[str],
+    folders: Iterable[str],
+    newest: str,
+    epoch_steps: float,
+    foreign: Collection[str] = (),
 ) -> list[str]:
-    """Names of files that may go now that `newest` is complete. `files`: all below the folder; `foreign`: checkpoints
-    that are not the run's, which count for nothing and stay."""
-    old = [name for name in completed(files) if _step(name) <= _step(newest) and name not in foreign]
+    """Folders that may go now that `newest` is complete. `complete`: names of all that have their marker; `foreign`:
+    those that are not the run's, which count for nothing and stay."""
+    old = sorted((name for name in complete if _step(name) <= _step(newest) and name not in foreign), key=_step)
     staying = {*old[-config.keep_last :], *(name for name in old if kept(config, _step(name), epoch_steps))}
-    return old_files(files, newest, staying | {*foreign})
+    return old_folders(folders, newest, staying | {*foreign})
 
 
-def old_files(files: Iterable[str], newest: str, staying: Collection[str]) -> list[str]:
-    """Files of all checkpoints but those that stay, in the order to delete them: markers first, so that no half
-    checkpoint looks whole.
+def old_folders(folders: Iterable[str], newest: str, staying: Collection[str]) -> list[str]:
+    """All checkpoints but those that stay.
 
     Only what is not younger than `newest`, a complete one, is touched: younger files may be those of an attempt that
     still lives, or damaged checkpoints that this run will come to and replace. Of older steps, folders without a marker
     are partial for good: whoever still writes there is behind a complete checkpoint of the same run.
     """
-    going = [file for file in files if step_of(folder_of(file)) is not None and folder_of(file) not in staying]
-    going = [file for file in going if _step(folder_of(file)) <= _step(newest)]
-    return sorted(going, key=lambda file: (not file.endswith(f"/{MARKER}"), file))
+    going = [name for name in folders if step_of(name) is not None and name not in staying]
+    return [name for name in going if _step(name) <= _step(newest)]
+
+
+def old_files(files: Collection[str], newest: str, staying: Collection[str]) -> list[str]:
+    """Files of the `old_folders`, in the order to delete them: markers first, so that no half checkpoint looks
+    whole."""
+    going = {*old_folders(map(folder_of, files), newest, staying)}
+    return sorted((file for file in files if folder_of(file) in going),
+                  key=lambda file: (not file.endswith(f"/{MARKER}"), file))  # fmt: skip
 
 
 def strays(files: Iterable[str], name: str, known: Iterable[str]) -> list[str]:

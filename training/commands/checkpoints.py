@@ -11,7 +11,7 @@ from datapipe.core.progress import counted
 from datapipe.storage import Store, open_store, split_url
 from training.checkpoint import compare as comparing
 from training.checkpoint.lineage import complete, survey
-from training.checkpoint.metadata import Marker, completed, read_marker, step_of
+from training.checkpoint.metadata import MARKER, Marker, completed, read_marker, step_of
 from training.checkpoint.reader import Reader, newest_good
 from training.checkpoint.reader import verify as check
 from training.checkpoint.retention import folder_of, kept, old_files
@@ -112,8 +112,8 @@ def prune(chosen: PruneCommand) -> int:
     staying = {*good, *(name for name in surveyed.names if kept(every, step_of(name) or 0, math.inf))}
     going = old_files(entries, good[0], {*staying, *surveyed.passed_over})
     if not chosen.dry_run:
-        for file in going:
-            store.delete(file)
+        for last in (False, True):  # markers first, so that no half checkpoint looks whole
+            store.delete_many(file for file in going if file.endswith(f"/{MARKER}") != last)
     verb = "would delete" if chosen.dry_run else "deleted"
     for name in sorted({folder_of(file) for file in going}):
         print(f"{verb} {name}")

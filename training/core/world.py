@@ -59,6 +59,11 @@ class World:
         firsts = self.all_gather(self.rank - self.local_rank)
         return tuple(sorted(set(firsts)).index(first) for first in firsts)
 
+    @property
+    def rendezvous(self) -> dist.Store:
+        """The key-value store in which the ranks met when they began; there is one where they are several."""
+        return dist.distributed_c10d._get_default_store()
+
     def expect_within(self, seconds: float) -> None:
         """From now on a rank that waits longer for the others gives up with an error, in every process group that there
         is: DeepSpeed makes some of its own, with torch's default of 10 minutes (NCCL) or 30 (gloo)."""
@@ -78,7 +83,7 @@ class World:
         """
         if self.size == 1:
             return
-        store = dist.distributed_c10d._get_default_store()
+        store = self.rendezvous
         turn = store.add(f"meet/{self.rank}", 1)
         if store.add(f"meet/come/{turn}", 1) == self.size:
             store.set(f"meet/all/{turn}", "1")

@@ -145,7 +145,7 @@ def _keep(run: TrainingRun, checkpoints: Checkpoints, step: int, samples: int, *
     if checkpoints.due(step) or stops or ends:
         checkpoints.save(step, samples, run.stepper, first=run.flush)
         if stops or ends:
-            checkpoints.finish(needed=ends)
+            checkpoints.finish(needed=ends, hurry=stops)
         for observer in run.observers:
             observer.paused()
     for saved in checkpoints.newly_saved():

@@ -165,6 +165,8 @@ def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason
     startup.reached("engine")
     run_lines.info("looks for a checkpoint")
     position, resumed = checkpoints.restore(stepper)
+    if checkpoints.spoiled:
+        _begin_anew(stepper, config)
     startup.reached("restored")
     if resumed is not None:
         host.saved(position // clock.batch)  # whoever was to tell may have died before

@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from uuid import uuid4
@@ -9,7 +10,7 @@ from uuid import uuid4
 import pytest
 
 from datapipe.core.config import StorageConfig
-from datapipe.core.errors import NotFoundError, StorageError
+from datapipe.core.errors import NotFoundError, RefusedError, StorageError
 from datapipe.storage import Entry, Store, is_remote, open_store, open_stream, split_url
 from datapipe.storage import s3 as s3_store
 from tests.conftest import S3Server
@@ -65,6 +66,78 @@ def test_store__lists_sorted_by_full_name(store: Store) -> None:
     assert [entry.name for entry in store.list("a/")] == ["a/b.jpg", "a/c/d.jpg"]
     assert [entry.name for entry in store.list("a")] == sorted(names)[:-1]
     assert [entry.name for entry in store.list("a/c/x")] == []
+
+
+def test_children__are_what_lies_right_below(store: Store) -> None:
+    for name in ("b/deep/er", "b/file", "a.json", "z", "b-c/file"):
+        store.replace(name, b"x")
+    assert store.children() == (["b", "b-c"], ["a.json", "z"])
+    assert store.at("b").children() == (["deep"], ["file"])
+
+
+@pytest.mark.slow
+def test_children__of_more_than_one_answer(s3: S3Server) -> None:
+    store = open_store(f"s3://{s3.bucket()}/pre", s3.storage)
+    for number in range(5):
+        store.replace(f"{number}/file", b"x")
+        store.replace(f"file_{number}", b"x")
+    seen: list[str] = []
+    with FaultyProxy(s3.endpoint, before=lambda method, path: seen.append(path)) as proxy:
+        through = open_store(store.url, StorageConfig(endpoint_url=proxy.endpoint, attempts=1))
+        assert isinstance(through, s3_store.S3Store)
+        paged = list(through._pages("", Delimiter="/", MaxKeys=3))
+        assert len(paged) == len(seen) == 4
+        assert through.children() == ([*"01234"], [f"file_{number}" for number in range(5)])
+        assert len(seen) == 5
+
+
+def test_delete_many__removes_them_and_takes_absent_ones_for_removed(store: Store) -> None:
+    names = [f"{folder}/{number}" for folder in "ab" for number in range(3)]
+    for name in names:
+        store.replace(name, b"x")
+    store.delete_many([*names[1:], "a/absent"])
+    assert [entry.name for entry in store.list()] == ["a/0"]
+    store.delete_many([])
+    with pytest.raises(StorageError, match="leads out of the folder"):
+        store.delete_many(["a/0", "../other"])
+    assert store.exists("a/0")
+
+
+def test_delete_many__takes_one_request_for_a_thousand_objects(s3: S3Server) -> None:
+    store = open_store(f"s3://{s3.bucket()}/pre", s3.storage)
+    seen = Counter[str]()
+    with FaultyProxy(s3.endpoint, before=lambda method, path: seen.update([method])) as proxy:
+        through = open_store(store.url, StorageConfig(endpoint_url=proxy.endpoint, attempts=1))
+        for number in range(10):
+            store.replace(f"{number}", b"x")
+        through.delete_many(str(number) for number in range(1_500))
+    assert seen == {"POST": 2} and not list(store.list())
+
+
+def test_delete_many__one_by_one_where_the_store_knows_no_batches(s3: S3Server) -> None:
+    store = open_store(f"s3://{s3.bucket()}/pre", s3.storage)
+
+    class Unknowing(FaultyProxy):
+        def fault(self, request: str) -> str:
+            return "501" if request.startswith("POST") else super().fault(request)
+
+    for number in range(10):
+        store.replace(f"{number}", b"x")
+    with Unknowing(s3.endpoint) as proxy:
+        through = open_store(store.url, StorageConfig(endpoint_url=proxy.endpoint, attempts=1))
+        through.delete_many(str(number) for number in range(1, 10))
+        assert [entry.name for entry in store.list()] == ["0"]
+        assert proxy.met[""] == 9
+
+
+def test_delete_many__says_which_one_may_not_be_removed(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer as a whole is a success then."""
+    store = open_store(f"s3://{s3.bucket()}/pre", s3.storage)
+    assert isinstance(store, s3_store.S3Store)
+    answer = {"Errors": [{"Key": "pre/b", "Code": "AccessDenied", "Message": "Access Denied"}]}
+    monkeypatch.setattr(store._client, "delete_objects", lambda **_: answer)
+    with pytest.raises(RefusedError, match="refuses access"):
+        store.delete_many(["a", "b"])
 
 
 @pytest.mark.parametrize("kind", ["local", "s3"])

@@ -161,9 +161,10 @@ def test_begin__keeps_what_still_matters(store: Store) -> None:
     for term, step in ((1, 0), (2, 0), (4, 30), (5, 50), (6, 50), (9, 40)):
         lineage.begin(store, term, step)
         lineage.begin(store, term, step + 7)  # workers that were started anew under the same term
-    (name,) = (entry.name for entry in store.list())
-    assert name == "term_0000009.json"
-    assert json.loads(store.read(name)) == {"terms": [[2, 0], [4, 30], [9, 40]]}
+    assert json.loads(store.read("term_0000009.json")) == {"terms": [[2, 0], [4, 30], [9, 40]]}
+    made = make_checkpoints(store, guard=Term(9))
+    _save(made, 60)
+    assert [entry.name for entry in store.list("term_")] == ["term_0000009.json"]
 
 
 def test_marker__without_a_term_is_what_it_was(store: Store) -> None:

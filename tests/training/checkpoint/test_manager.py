@@ -100,16 +100,16 @@ def test_restore__asks_an_object_store_for_several_blocks_at_a_time(
     with FaultyProxy(s3.endpoint, before=before) as proxy:
         through = open_store(direct.url, StorageConfig(endpoint_url=proxy.endpoint, attempts=1))
         assert make_checkpoints(through).restore(make_stepper(method)) == (40, "step_0000010")
-        assert same(method.state_dict(), wanted.state_dict()) and asked["HEAD"] == 1
+        assert same(method.state_dict(), wanted.state_dict()) and asked["HEAD"] == 0
         before_small = asked["GET"]
         monkeypatch.undo()
         # its list, its marker's beginning, its marker, its file, and not its size
         assert newest_good(through, print) is not None
-        assert asked["GET"] == before_small + 4 and asked["HEAD"] == 1
+        assert asked["GET"] == before_small + 4 and asked["HEAD"] == 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", ["flip", "cut", "grown", "no marker", "broken marker", "changed marker", "no part"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "no marker", "broken marker", "changed marker", "no part"])
 def test_restore__a_damaged_checkpoint_is_passed_over_with_a_warning(store: Store, damage: str) -> None:
     methods = saved(store, 10, 20)
     part, marker = _part(store, "step_0000020"), f"step_0000020/{MARKER}"
@@ -118,8 +118,6 @@ def test_restore__a_damaged_checkpoint_is_passed_over_with_a_warning(store: Stor
         store.replace(part, content[:-100] + bytes([content[-100] ^ 1]) + content[-99:])
     elif damage == "cut":
         store.replace(part, content[: len(content) // 2])
-    elif damage == "grown":
-        store.replace(part, content + b" ")
     elif damage == "broken marker":
         store.replace(marker, b"{")
     elif damage == "changed marker":

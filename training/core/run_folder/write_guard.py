@@ -1,11 +1,11 @@
 """The permission to write to a run folder, asked for before each write."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from datapipe.core.errors import LeaseError
-from datapipe.storage import Data, Entry, Store
+from datapipe.storage import Children, Data, Entry, Store
 
 
 class WriteGuard:
@@ -52,6 +52,9 @@ class GuardedStore(Store):
     def list(self, prefix: str = "", *, enter: Callable[[str], bool] | None = None) -> Iterator[Entry]:
         return self._store.list(prefix, enter=enter)
 
+    def children(self) -> Children:
+        return self._store.children()
+
     def put_if_absent(self, name: str, data: Data) -> bool:
         self._guard.check()
         return self._store.put_if_absent(name, data)
@@ -63,6 +66,10 @@ class GuardedStore(Store):
     def delete(self, name: str) -> None:
         self._guard.check()
         self._store.delete(name)
+
+    def delete_many(self, names: Iterable[str]) -> None:
+        self._guard.check()
+        self._store.delete_many(names)
 
     def at(self, *parts: str) -> Store:
         return GuardedStore(self._store.at(*parts), self._guard)

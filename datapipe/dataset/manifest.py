@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version as library_version
 from typing import Any
 
@@ -84,7 +84,7 @@ class Manifest:
         """Bytes of all tars."""
         return sum({shard.name: shard.bytes for shard in self.shards}.values())
 
-    @property
+    @cached_property
     def id(self) -> str:
         """sha256 (hex) of everything but the place and the libraries' versions."""
         content = self._content()

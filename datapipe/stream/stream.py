@@ -34,7 +34,8 @@ class Fetched(NamedTuple):
 
 
 class Stream:
-    """The crops of a data set by sample id (row of the manifest). Fails at once if an index cannot be read.
+    """The crops of a data set by sample id (row of the manifest). Fails at once if the packed index, or where there is
+    none an index, cannot be read.
 
     A crop that fails its checksum or does not decode is replaced by the next row of its block (`StreamConfig.block`
     rows, cyclic), logged and counted in `replaced`. When a shard is missing because crops were removed meanwhile, the
@@ -67,6 +68,11 @@ class Stream:
     def camera(self) -> Ints:
         """Camera of every row, -1 where unknown."""
         return self._now.camera
+
+    def labels(self, rows: Ints) -> tuple[Ints, Ints]:
+        """Identity and camera of these rows, -1 where unknown."""
+        now = self._now
+        return now.pid[rows], now.camera[rows]
 
     @property
     def bytes_read(self) -> int:

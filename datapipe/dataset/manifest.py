@@ -6,6 +6,7 @@ selected ones, are the sample ids: 0, 1, 2 ...
 
     manifest-v0001.json            what `shard` or `reshard` wrote
     manifest-v0002-1a2b3c4d.json   derived from it by `select`, `remove` or `verify --repair`
+    packed-v1-...index             what streaming needs of a version's indexes, in one file; derived, may be deleted
 """
 
 import dataclasses

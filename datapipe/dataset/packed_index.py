@@ -1,6 +1,6 @@
 """The packed index: what streaming needs of all indexes of a version, in one file that is mapped into memory.
 
-    packed/v1-<manifest id, 16 hex>-<sha256 of the file>.index
+    packed-v1-<manifest id, 16 hex>-<sha256 of the file>.index
 
 It is derived: it may be deleted, and is written anew when the version is made again or next opened. Its bytes follow
 from the version alone, and its name says what they are, so that a damaged file is told from a whole one. 16 to 30 bytes
@@ -40,9 +40,8 @@ from datapipe.storage import Data, Entry, Store, open_store
 
 log = logging.getLogger(__name__)
 
-FOLDER = "packed/"
 FORMAT = 1
-NAME = re.compile(rf"(?:.*/)?v{FORMAT}-(?P<version>[0-9a-f]{{16}})-(?P<sha256>[0-9a-f]{{64}})\.index")
+NAME = re.compile(rf"(?:.*/)?packed-v{FORMAT}-(?P<version>[0-9a-f]{{16}})-(?P<sha256>[0-9a-f]{{64}})\.index")
 """A packed index, wherever it lies."""
 MAGIC = b"crops-i1"
 ALIGNMENT = 4096
@@ -83,7 +82,7 @@ class _Column(NamedTuple):
     kind: np.dtype[Any]
     first: int
     """Its first byte within the file."""
-    count: int
+    length: int
 
 
 class _ShardFacts(NamedTuple):
@@ -99,14 +98,14 @@ class _UnalignedError(Exception):
 
 
 def prefix(version: str) -> str:
-    """How names of packed indexes of a version begin, within their folder; `version`: id of its manifest."""
-    return f"v{FORMAT}-{version[:16]}-"
+    """How names of packed indexes of a version begin; `version`: id of its manifest."""
+    return f"packed-v{FORMAT}-{version[:16]}-"
 
 
 def packed_entries(store: Store, manifest: Manifest) -> list[Entry]:
     """The packed indexes of a version in the folder of the data set: one, as a rule, or none."""
     try:
-        return [entry for entry in store.list(FOLDER + prefix(manifest.id)) if NAME.fullmatch(entry.name)]
+        return [entry for entry in store.list(prefix(manifest.id)) if NAME.fullmatch(entry.name)]
     except NotFoundError:
         return []
 
@@ -119,7 +118,7 @@ def of_version(name: str, version: str) -> bool:
 
 def name_of(version: str, sha256: str) -> str:
     """The name of a version's packed index with this content, within the data set; `version`: id of its manifest."""
-    return f"{FOLDER}{prefix(version)}{sha256}.index"
+    return f"{prefix(version)}{sha256}.index"
 
 
 def stated_sha256(name: str) -> str:
@@ -190,7 +189,7 @@ def _pack(manifest: Manifest, file: IO[bytes], storage: StorageConfig, *, unit: 
         "manifest": manifest.id,
         "unit": unit,
         "jpeg_bytes": sum(shard.jpeg_bytes for shard in facts),
-        "columns": {name: [column.kind.str, column.first, column.count] for name, column in columns.items()},
+        "columns": {name: [column.kind.str, column.first, column.length] for name, column in columns.items()},
         "replaced": sorted(_replaced(manifest, store)),
     }
     text = json.dumps(footer, sort_keys=True, separators=(",", ":")).encode()
@@ -205,7 +204,7 @@ def _layout(starts: int, rows: int, unit: int) -> tuple[dict[str, _Column], int]
         kind = np.dtype(kinds[-1] if unit == 1 else kinds[0])
         first = -(-end // ALIGNMENT) * ALIGNMENT
         columns[name] = _Column(kind, first, starts if name == "starts" else rows)
-        end = first + columns[name].count * kind.itemsize
+        end = first + columns[name].length * kind.itemsize
     return columns, end
 
 
@@ -216,8 +215,8 @@ def _in_units(offset: NDArray[Any], unit: int) -> NDArray[Any]:
     return units
 
 
-def _write(number: int, data: "NDArray[Any] | bytes", place: int) -> None:
-    view = memoryview(data).cast("B") if len(data) else memoryview(b"")
+def _write(number: int, data: NDArray[Any] | bytes, place: int) -> None:
+    view = memoryview(data if isinstance(data, bytes) else data.tobytes())
     while len(view):
         done = os.pwrite(number, view, place)
         view, place = view[done:], place + done

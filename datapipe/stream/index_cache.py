@@ -1,8 +1,8 @@
 """The packed index of a version, fetched or made once on each machine and mapped by all its processes.
 
-    <cache>/indexes/v1-<manifest id, 16 hex>-<sha256>.index   as in the data set; renamed to this name when it is whole
-                                               ...  .seen     which file was found to have that sha256; its age: unused
-    <cache>/turns/                                            locks of whoever fetches or makes one
+    <cache>/indexes/packed-v1-...index     under the name that it has in the data set, once it is whole and compared
+    <cache>/indexes/packed-v1-...seen      which file had that sha256; as old as its last use
+    <cache>/turns/                         locks of whoever fetches or makes one
 
 A file is believed when its sha256 was that of its name, and its inode, size and times are since then what they were. A
 small one is read from the data set by each process by itself, with two requests. Where the cache cannot be used, each
@@ -167,7 +167,7 @@ class _Opening:
 
         def keep(sha256: str) -> Path:
             os.fsync(file.fileno())
-            final = path.rename(self.folder / Path(name_of(self.version, sha256)).name)
+            final = path.rename(self.folder / name_of(self.version, sha256))
             _note(final)
             return final
 

@@ -34,7 +34,7 @@ def open_manifest(manifest: Manifest, storage: StorageConfig, config: StreamConf
     store = open_store(manifest.url, storage) if remote else OpenFilesStore(manifest.url)
     index = open_index(manifest, store, storage, config.cache_dir or default_folder())
     places = Places(manifest.shards, index.starts, index.offset, index.size, index.xxh3, index.unit)
-    window = int(index.jpeg_bytes / manifest.rows * min(config.window * config.block, manifest.rows))
+    window = int(index.jpeg_bytes / max(1, manifest.rows) * min(config.window * config.block, manifest.rows))
     cache = _cache(manifest, index.replaced, config, window) if remote else _memory(config, window)
     ahead = isinstance(cache, DiskCache) and 2 * window <= cache.limit
     reader = BlockReader(

@@ -1,4 +1,4 @@
-"""A manifest opened for reading: its packed index with the labels, and the reader that suits where it lies and how much may be cached."""
+"""A manifest opened for reading: its packed index, and the reader that suits where it lies and what may be cached."""
 
 import logging
 from collections.abc import Collection

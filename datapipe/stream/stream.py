@@ -91,6 +91,11 @@ class Stream:
         self._count(len(samples), int((fetched.rows != samples).sum()))
         return fetched
 
+    def peek(self, samples: Ints) -> list[bytes]:
+        """The checked crops of these samples, which do not count as seen by training. Raises as `fetch` does, but never
+        for too many broken ones."""
+        return self._from_newest(lambda reader: self._fetch(reader, samples)).data
+
     def replace(self, sample: int, row: int, reason: str) -> Fetched:
         """Another crop for `sample`, because `row`, which was fetched for it, is of no use: it does not decode."""
         self._condemn(row, reason)

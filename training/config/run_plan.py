@@ -1,7 +1,7 @@
 """A recipe on a data set: all that follows from the two, worked out once and passed on."""
 
-from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,8 @@ from training.methods.base import ByCluster, ByIdentity
 
 if TYPE_CHECKING:
     from datapipe.stream.loader import Loader
+    from datapipe.stream.mixed_stream import MixedStream
+    from datapipe.stream.stream import Stream
     from datapipe.stream.training_data import Data
 
 
@@ -48,6 +50,13 @@ class RunPlan:
     """One rank's part of a global batch."""
     identities: Identities | None = field(default=None, compare=False)
     """None: batches are not made up of them."""
+    opened: "Stream | MixedStream | None" = field(default=None, compare=False, repr=False)
+    """The crops, where they had to be opened for that."""
+
+    @cached_property
+    def stream(self) -> "Stream | MixedStream":
+        """The crops, opened once in a process: what one reader has brought into the cache others find there."""
+        return self.opened or self.data.stream(self.config.storage, self.config.stream)
 
     def order(self) -> SampleOrder:
         """Which sample comes when."""
@@ -57,13 +66,14 @@ class RunPlan:
 def plan_run(config: RunConfig, data: "Data", ranks: int) -> RunPlan:
     """All that follows from a recipe, its data and so many ranks. Raises ConfigError or DataError where they do not go
     together."""
-    identities = None
+    identities, stream = None, None
     if (sampling := sampling_of(config)) is not None:
-        identities = _identities(config, data, sampling)
+        stream = data.stream(config.storage, config.stream)
+        identities = _identities(config, stream, sampling)
         config = _for_identities(config, sampling, identities.labels)
     config = for_clusters(config, data.rows)
     clock = clock_of(config, data.rows)
-    return RunPlan(config, data, clock, view_spec(config), split_of(config.optimisation, ranks), identities)
+    return RunPlan(config, data, clock, view_spec(config), split_of(config.optimisation, ranks), identities, stream)
 
 
 def clock_of(config: RunConfig, rows: int) -> Clock:
@@ -81,9 +91,8 @@ def make_loader(plan: RunPlan, world: World) -> "Loader":
     from datapipe.stream.loader import Loader
 
     config = plan.config
-    stream = plan.data.stream(config.storage, config.stream)
     return Loader(
-        stream,
+        plan.stream,
         plan.order(),
         plan.spec,
         seed=config.seed,
@@ -95,7 +104,7 @@ def make_loader(plan: RunPlan, world: World) -> "Loader":
         allocate=_pinned if world.device.type == "cuda" else np.empty,
         ranks_here=world.local_size,
         nodes=world.nodes() if config.stream.assignment == "node" else (),
-        labels=plan.identities.labels if plan.identities else stream.pid,
+        labels=plan.identities.labels if plan.identities else None,
     )
 
 
@@ -133,10 +142,9 @@ def clustered(config: RunConfig) -> ByCluster | None:
     return clusters
 
 
-def _identities(config: RunConfig, data: "Data", sampling: ByIdentity) -> Identities:
+def _identities(config: RunConfig, stream: "Stream | MixedStream", sampling: ByIdentity) -> Identities:
     """Raises DataError where there are too few for a batch."""
-    with closing(data.stream(config.storage, config.stream)) as stream:
-        labels = numbered(stream.pid, fraction=sampling.fraction, seed=config.seed)
+    labels = numbered(stream.pid, fraction=sampling.fraction, seed=config.seed)
     count = config.optimisation.batch // sampling.instances
     return Identities(labels, IdentityOrder(labels, seed=config.seed, identities=count, instances=sampling.instances))
 

@@ -46,8 +46,8 @@ NAME = re.compile(rf"(?:.*/)?packed-v{FORMAT}-(?P<version>[0-9a-f]{{16}})-(?P<sh
 MAGIC = b"crops-i1"
 ALIGNMENT = 4096
 MOST_FOOTER = 64 << 20
-LEAST_PART, MOST_PARTS = 32 << 20, 48
-"""A packed index is fetched in so many parts at most, of so many bytes at least (but for the last one)."""
+LEAST_PART, MOST_PART, PARTS = 32 << 20, 96 << 20, 24
+"""A packed index is fetched in so many parts, of so many bytes at least (but for the last one) and at most."""
 PARTS_IN_FLIGHT = 4
 LABELS = ("pid", "camera")
 UNKNOWN = -1
@@ -335,16 +335,21 @@ def wrong_entries(manifest: Manifest, storage: StorageConfig) -> list[str]:
 
 
 def fetch(store: Store, entry: Entry, file: IO[bytes]) -> None:
-    """Copy a packed index into an empty file, unchecked: MOST_PARTS requests at most, some at a time."""
-    step = max(LEAST_PART, -(-entry.size // MOST_PARTS))
+    """Copy a packed index into an empty file, unchecked: some requests at a time, each held in memory."""
+    step = min(max(LEAST_PART, -(-entry.size // PARTS)), MOST_PART)
     number = file.fileno()
 
-    def copy(start: int) -> None:
-        _write(number, store.read(entry.name, start=start, size=min(step, entry.size - start)), start)
+    def copy(start: int) -> int:
+        data = store.read(entry.name, start=start, size=min(step, entry.size - start))
+        _write(number, data, start)
+        return len(data)
 
-    with ThreadPoolExecutor(PARTS_IN_FLIGHT) as pool:
-        for _ in pool.map(copy, range(0, entry.size, step)):
-            pass
+    with (
+        Progress("fetch the packed index", entry.size, quiet_s=QUIET_S) as progress,
+        ThreadPoolExecutor(PARTS_IN_FLIGHT) as pool,
+    ):
+        for size in pool.map(copy, range(0, entry.size, step)):
+            progress.advance(size)
 
 
 def _wrong(store: Store, present: list[Entry], name: str) -> list[str]:

@@ -353,7 +353,7 @@ def fetch(store: Store, entry: Entry, file: IO[bytes]) -> None:
 
 
 def _wrong(store: Store, present: list[Entry], name: str) -> list[str]:
-    """Those of a version's packed indexes that are called otherwise than `name`, or do not hold what that says."""
+    """Packed indexes of a version that are called otherwise than `name`, or do not hold what that says."""
     wrong = []
     for entry in present:
         with tempfile.TemporaryFile(prefix="reid_packed_") as file:

@@ -3,7 +3,7 @@
     packed-v1-<manifest id, 16 hex>-<sha256 of the file>.index
 
 It is derived: it may be deleted, and is written anew when the version is made again or next opened. Its bytes follow
-from the version alone, and its name says what they are, so that a damaged file is told from a whole one. 16 to 30 bytes
+from the version alone, and its name says what they are, so that a damaged file is told from a whole one. 16 to 26 bytes
 a row, in columns of little-endian numbers, each from a multiple of ALIGNMENT on:
 
     starts  int64  [shards + 1]  the first row of each shard of the manifest, and the number of rows
@@ -41,8 +41,8 @@ from datapipe.storage import Data, Entry, Store, open_store
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-NAME = re.compile(rf"(?:.*/)?packed-v{FORMAT}-(?P<version>[0-9a-f]{{16}})-(?P<sha256>[0-9a-f]{{64}})\.index")
-"""A packed index, wherever it lies."""
+NAME = re.compile(r"(?:.*/)?packed-v\d+-(?P<version>[0-9a-f]{16})-(?P<sha256>[0-9a-f]{64})\.index")
+"""A packed index of any format, wherever it lies."""
 MAGIC = b"crops-i1"
 ALIGNMENT = 4096
 MOST_FOOTER = 64 << 20
@@ -98,7 +98,7 @@ class _UnalignedError(Exception):
 
 
 def prefix(version: str) -> str:
-    """How names of packed indexes of a version begin; `version`: id of its manifest."""
+    """How names of packed indexes of a version begin that can be read; `version`: id of its manifest."""
     return f"packed-v{FORMAT}-{version[:16]}-"
 
 

@@ -90,11 +90,10 @@ class _Opening:
             paths = sorted(path for path in self.folder.iterdir() if path.name.endswith(".index"))
         except OSError:
             return None
-        replaced = [prefix(version) for version in self.manifest.replaces]
         for path in paths:
-            if path.name.startswith(tuple(replaced)):
+            if any(of_version(path.name, version) for version in self.manifest.replaces):
                 _forget(path)
-        candidates = (self._believed(path) for path in paths if of_version(path.name, self.version))
+        candidates = (self._believed(path) for path in paths if path.name.startswith(prefix(self.version)))
         return next((index for index in candidates if index is not None), None)
 
     def of_data_set(self) -> PackedIndex | None:
@@ -115,15 +114,16 @@ class _Opening:
             try:
                 if alone:
                     self._tidy()
-                path = self._fetched()
-                made = None if path else self._made()
+                fetched = self._fetched()
+                path = fetched or self._made()
             except OSError as error:
                 raise _UnusableError(str(error)) from error
-            index = self._believed(path or made or self.folder)
+            index = self._believed(path)
         if index is None:
-            raise _UnusableError(f"a file in {self.folder} was changed right after it was written")
-        if made and self._publish(stated_sha256(made.name), made) and self.small:
-            _forget(made)  # the data set has it now
+            raise _UnusableError(f"{path} was changed right after it was written")
+        kept = f"this machine keeps its own, {path}"
+        if not fetched and self._publish(stated_sha256(path.name), path, kept) and self.small:
+            _forget(path)  # the data set has it now
         return index
 
     def for_itself(self) -> PackedIndex:
@@ -136,7 +136,7 @@ class _Opening:
         with _unnamed() as file:
             sha256 = pack(self.manifest, file, self.storage)
             data = _mapped(file)
-        self._publish(sha256, memoryview(data))
+        self._publish(sha256, memoryview(data), "it is made anew each time")
         return unpack(data, self.manifest, self.store.url)
 
     def _made(self) -> Path:
@@ -214,13 +214,13 @@ class _Opening:
             _forget(path)
             return None
 
-    def _publish(self, sha256: str, data: Data) -> bool:
-        """Write it into the data set, for other machines and later runs; says so where that cannot be done."""
+    def _publish(self, sha256: str, data: Data, kept: str) -> bool:
+        """Write it into the data set, for other machines and later runs. Says where that cannot be done, and what is
+        done in place of it (`kept`)."""
         try:
             publish(self.store, self.manifest, sha256, data, self.wrong)
         except (StorageError, OSError) as error:
-            log.warning("the packed index cannot be written into %s (%s): this machine keeps its own in %s",
-                        self.manifest.url, error, self.folder)  # fmt: skip
+            log.warning("the packed index cannot be written into %s (%s): %s", self.manifest.url, error, kept)
             return False
         return True
 

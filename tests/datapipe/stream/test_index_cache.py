@@ -481,7 +481,9 @@ def test_requests__of_a_machine_at_a_start_a_restart_and_a_resize(
 
         first = start(RANKS, tmp_path / "cache")
         assert packed_index.PARTS <= first <= 100
-        assert start(RANKS, tmp_path / "cache") == start(2 * RANKS, tmp_path / "cache") // 2 <= first - packed_index.PARTS
+        assert (
+            start(RANKS, tmp_path / "cache") == start(2 * RANKS, tmp_path / "cache") // 2 <= first - packed_index.PARTS
+        )
         assert not any("parquet" in request for request in proxy.seen)
         assert sum(file.name in request and "Range" not in request for request in proxy.seen) <= first
 

@@ -169,8 +169,8 @@ class StreamConfig:
     """Disk per machine for blocks from object storage, in gigabytes (10^9 bytes), where a window does not fit into
     cache_mb. Twice a window (window x block crops) lets the next one be fetched ahead. 0: none."""
     cache_dir: str = ""
-    """Folder for them on a fast local disk, shared by the ranks of a machine and by runs. Empty: one of this user's
-    among the temporary files."""
+    """Folder for them on a fast local disk, shared by the ranks of a machine and by runs. Packed indexes are there as
+    well, 22 bytes a crop, and do not count. Empty: one of this user's among the temporary files."""
     reads: int = Field(default=8, ge=1)
     """Requests in flight per rank to object storage; raise it where a single request is slow. Local disks: unused."""
     max_bad: float = Field(default=0.001, ge=0, le=1)

@@ -6,6 +6,7 @@ selected ones, are the sample ids: 0, 1, 2 ...
 
     manifest-v0001.json            what `shard` or `reshard` wrote
     manifest-v0002-1a2b3c4d.json   derived from it by `select`, `remove` or `verify --repair`
+    packed-v1-...index             what streaming needs of a version's indexes, in one file; derived, may be deleted
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version as library_version
 from typing import Any
 
@@ -84,7 +85,7 @@ class Manifest:
         """Bytes of all tars."""
         return sum({shard.name: shard.bytes for shard in self.shards}.values())
 
-    @property
+    @cached_property
     def id(self) -> str:
         """sha256 (hex) of everything but the place and the libraries' versions."""
         content = self._content()

@@ -12,6 +12,7 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import NotFoundError
 from datapipe.dataset.index import MARKS, whole_column
 from datapipe.dataset.manifest import Manifest
+from datapipe.dataset.packed_index import packed_entries
 from datapipe.dataset.quarantine import NAME as QUARANTINE
 from datapipe.storage import Store, open_store
 
@@ -35,6 +36,7 @@ def statistics(url: str, storage: StorageConfig) -> Facts:
         "notes": list(manifest.notes),
         "shards": len(manifest.shards),
         "tar_bytes": manifest.bytes,
+        "packed_bytes": sum(entry.size for entry in packed_entries(open_store(manifest.url, storage), manifest)),
         "removed": manifest.removed,
         "stored_crops": manifest.stored_rows - manifest.removed,
         **_facts(table),
@@ -51,7 +53,8 @@ def as_text(facts: Facts) -> str:
     lines = [
         f"{facts['file']}  id {facts['id'][:12]}" + (f"  licence: {facts['licence']}" if facts["licence"] else ""),
         f"{facts['crops']:,} crops{selected}, {facts['bytes'] / 1e6:,.1f} MB of JPEG; {facts['shards']:,} shards, "
-        f"{facts['tar_bytes'] / 1e6:,.1f} MB; {facts['removed']:,} removed",
+        f"{facts['tar_bytes'] / 1e6:,.1f} MB; {facts['removed']:,} removed; "
+        + (f"packed index {facts['packed_bytes'] / 1e6:,.1f} MB" if facts["packed_bytes"] else "no packed index yet"),
         *(f"note: {note}" for note in facts["notes"]),
         "",
         *_aligned(

@@ -1,5 +1,5 @@
 """Is a data set still what was written? Hashes of manifest, tars and indexes, tar headers, every crop's checksum, and
-what rows say of one another: keys, duplicates, removed crops, selections."""
+what rows say of one another: keys, duplicates, removed crops, selections; and the packed index."""
 
 import hashlib
 import tarfile
@@ -19,6 +19,7 @@ from datapipe.core.progress import Progress, counted
 from datapipe.dataset.consistency import Finding, relation_findings
 from datapipe.dataset.index import INDEX, MARKS, Shard, read_index
 from datapipe.dataset.manifest import Manifest
+from datapipe.dataset.packed_index import wrong_entries
 from datapipe.dataset.perceptual_hash import difference_hash
 from datapipe.dataset.selection import read_selection
 from datapipe.dataset.tar import BLOCK, END_BYTES, header
@@ -73,6 +74,7 @@ def verify(url: str, decode: Decode, storage: StorageConfig, *, workers: int = 0
             )
     findings += relation_findings(pyarrow.concat_tables([_NONE, *tables]), manifest.file)
     findings += _selection_findings(store, manifest)
+    findings += _packed_findings(manifest, storage)
     return Verified(manifest, findings, decoded, manifest.stored_rows - manifest.removed)
 
 
@@ -123,6 +125,16 @@ def _selection_findings(store: Store, manifest: Manifest) -> Iterator[Finding]:
     ascending = (np.diff(rows) > 0).all() and (not len(rows) or (rows[0] >= 0 and rows[-1] < manifest.stored_rows))
     if len(rows) != manifest.selection.rows or not ascending:
         yield Finding(manifest.selection.file, "its rows are not rows of the shards in ascending order")
+
+
+def _packed_findings(manifest: Manifest, storage: StorageConfig) -> list[Finding]:
+    """A packed index has to be what the indexes say; there need not be one."""
+    try:
+        wrong = wrong_entries(manifest, storage)
+    except DataError:
+        return []  # the index that it would be compared with is a finding by itself
+    what = "it is not what the indexes say: delete it, or `verify --repair` makes it anew"
+    return [Finding(name, what) for name in wrong]
 
 
 def check_tar(store: Store, shard: Shard) -> tuple[list[Finding], bytes | None]:

@@ -1,7 +1,7 @@
 """One run of `shard`: list, scan, plan, repartition, write, commit. Killed anywhere, the same command goes on.
 
     sources -> units -> scan (spool) -> plan -> rows of each shard -> shards (tar, then index)
-            -> quarantine.parquet -> manifest
+            -> quarantine.parquet -> manifest -> packed index
 
 What is done is decided here and in pure functions; the tasks, which read and write pixels, are carried out by workers,
 on this machine or on others.
@@ -20,6 +20,7 @@ from datapipe.core.parallel import Executor, Workers
 from datapipe.core.progress import Progress, counted
 from datapipe.dataset.index import Shard
 from datapipe.dataset.manifest import Manifest, libraries, load_unselected
+from datapipe.dataset.packed_index import ensure_packed
 from datapipe.dataset.quarantine import NAME as QUARANTINE
 from datapipe.dataset.quarantine import Reasons, excluded, listed, write_quarantine
 from datapipe.ingest.ownership import claim_output, is_written
@@ -86,7 +87,9 @@ def ingest_sources(
     ):
         request = listing.request(config, licence)
         if is_written(store, request, out):
-            return Ingested(load_unselected(store.url, storage), True, {})
+            whole = load_unselected(store.url, storage)
+            ensure_packed(whole, storage)
+            return Ingested(whole, True, {})
         run = _Ingestion(store, spool, local, config, storage, workers or own)
         parts = run.scan(listing)
         run.judge(parts)
@@ -105,6 +108,7 @@ def ingest_sources(
             quarantined=sum(reasons.values()),
             made_by=libraries(),
         ).save(store)
+        ensure_packed(manifest, storage)
         return Ingested(manifest, False, reasons)
 
 

@@ -3,6 +3,7 @@
     first_batch.jpg, report.html, faults/*.npz           pixels of training crops, in a run folder
     evaluation/<set>/<weights>/ranked_*.jpg              pixels of test images
     <sha256 of a shard>-<hash of the ranges>             blocks of a cache
+    indexes/packed-v1-<manifest id>-<sha256>.index       packed indexes of versions that were replaced, there too
     *.parquet with features, scores or pseudo labels     rows about crops, see row_copies.py
 
 They are deleted, whoever is on them where that cannot be told; a report and the first batch are made anew when they are
@@ -23,6 +24,7 @@ import pyarrow
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, NotFoundError, StorageError
 from datapipe.core.progress import counted
+from datapipe.dataset.packed_index import of_version
 from datapipe.maintain.row_copies import ENDING, RemovedCrops, RowsFound, take_out
 from datapipe.storage import Store, is_remote, open_store
 from datapipe.storage.store import TEMPORARY
@@ -39,7 +41,7 @@ WEIGHTS = re.compile(r"(?P<root>(?:.*/)?)(?:checkpoints|exports)/.+\.safetensors
 BLOCK = re.compile(r"(?:.*/)?(?P<shard>[0-9a-f]{64})-[0-9a-f]{16}(?:\.part)?")
 ROWS = re.compile(r"(?!(?:.*/)?(?:(?:shards|selections)/|quarantine\.parquet$)).+\.parquet")
 """Tables that are no part of a data set in shards."""
-SERVICE = re.compile(r"(?:.*/)?(?:lock|turns/[^/]+)")
+SERVICE = re.compile(r"(?:.*/)?(?:lock|(?:turns|indexes)/[^/]+)")
 """What a cache without blocks holds."""
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".npz", ".npy", ".pkl", ".pdf", ".html",
             ".mp4", ".tar", ".zip")  # fmt: skip
@@ -97,10 +99,12 @@ def look(urls: Sequence[str], storage: StorageConfig) -> list[CopyLocation]:
 
 
 def clear(
-    places: Iterable[CopyLocation], shards: Collection[str], words: Collection[str], keys_sha256: Collection[str] = ()
-) -> Cleared:
+    places: Iterable[CopyLocation], shards: Collection[str], words: Collection[str], keys_sha256: Collection[str] = (),
+    versions: Collection[str] = (),
+) -> Cleared:  # fmt: skip
     """Delete the copies in these places. shards: sha256 of tars that lost crops; words: keys and names of the crops;
-    keys_sha256: SHA-256 (hex) of the keys of crops that were removed before.
+    keys_sha256: SHA-256 (hex) of the keys of crops that were removed before; versions: ids of manifests that others
+    took the place of.
 
     Done again it does what is left; a file that cannot be deleted does not keep others from it.
     """
@@ -111,8 +115,10 @@ def clear(
             for cache in sorted(_caches(place))
             if not os.path.isdir(cache)
         ]
+        old = {name for name in place.names for version in versions if of_version(name, version)}
+        cleared.deleted += [place.store.address(name) for name in sorted(old) if _deleted(place.store, name, cleared)]
         roots = {"", *(match["root"] for match in map(RUN.fullmatch, place.names) if match)}
-        for name in place.names:
+        for name in (name for name in place.names if name not in old):
             if name.lower().endswith(ENDING):
                 _shorten(place.store, name, removed, cleared)
             else:

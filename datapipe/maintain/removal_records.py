@@ -15,6 +15,7 @@ import pyarrow
 
 from datapipe.core.errors import DataError, UserError
 from datapipe.dataset.manifest import Manifest
+from datapipe.dataset.packed_index import of_version
 from datapipe.maintain.replace_versions import in_use
 from datapipe.storage import Store, unsafe
 
@@ -86,10 +87,12 @@ class Finished(NamedTuple):
 
 
 def finish(store: Store, name: str) -> Finished:
-    """Delete what the record says. Raises NotFoundError where there is no record yet."""
+    """Delete what the record says, and packed indexes of the versions that were replaced. Raises NotFoundError where
+    there is no record yet."""
     record = _record(store, name)
     present = {entry.name for entry in store.list()}
     going = [old for old in record["deleted"] if old in present]
+    going += [old for old in sorted(present) if any(of_version(old, version) for version in record["replaced"])]
     for old in going:
         store.delete(old)
     return Finished(record["count"], tuple(sorted(set(record["replaced"].values()))), len(going))

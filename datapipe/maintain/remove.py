@@ -1,6 +1,7 @@
 """Take crops out of a data set: out of the stream at once, out of the stored bytes by the end of the command.
 
     claim -> new tars and indexes -> a new manifest for every version in use -> record -> old objects deleted
+          -> packed indexes of the new versions
 
 Killed at any moment, the same command goes on. Row numbers stay what they were (see `rewrite`), so that training that
 is under way and its checkpoints go on with the new versions. The manifests of old versions stay as lineage; the record
@@ -26,6 +27,7 @@ from datapipe.core.config import RemoveConfig, StorageConfig
 from datapipe.core.errors import ConfigError, DataError, NotFoundError
 from datapipe.core.parallel import Workers
 from datapipe.dataset.manifest import Manifest
+from datapipe.dataset.packed_index import ensure_packed
 from datapipe.dataset.quarantine import NAME as QUARANTINE
 from datapipe.dataset.quarantine import REFUSED, write_quarantine
 from datapipe.ingest.shard_plan import sample_key
@@ -111,6 +113,7 @@ def remove(url: str, config: RemoveConfig, storage: StorageConfig) -> Removed:
         name = f"{RECORDS}{request.id}.json"
         with contextlib.suppress(NotFoundError):
             done = finish(store, name)
+            _pack(store, done.versions, storage)
             return Removed(*done, found_complete=True, cleared=_clear(store, places, request.words))
         selected = request.find(store, storage)
         if not len(selected.keys):
@@ -121,17 +124,29 @@ def remove(url: str, config: RemoveConfig, storage: StorageConfig) -> Removed:
         _forget_quarantined(store, selected)
         cleared = _clear(store, places, request.words | selected.words)
         write_record(store, name, selected.keys, {"reason": config.reason, "date": config.date})
-        return Removed(*finish(store, name), cleared=cleared, lists=selected.lists)
+        done = finish(store, name)
+        _pack(store, done.versions, storage)
+        return Removed(*done, cleared=cleared, lists=selected.lists)
+
+
+def _pack(store: Store, files: Collection[str], storage: StorageConfig) -> None:
+    """Write the packed indexes of the versions with these files that are in use."""
+    for version in in_use(list(Manifest.versions(store))):
+        if version.file in files:
+            ensure_packed(version, storage)
 
 
 def _clear(store: Store, places: Sequence[CopyLocation], words: Collection[str]) -> Cleared:
-    """Clear copies elsewhere, and blocks of shards that are no more in the cache of this machine; list what is left."""
+    """Clear copies elsewhere, and blocks of shards and packed indexes of versions that are no more in the cache of this
+    machine; list what is left."""
     versions = list(Manifest.versions(store))
-    kept = {shard.sha256 for version in in_use(versions) for shard in version.shards}
+    using = in_use(versions)
+    kept = {shard.sha256 for version in using for shard in version.shards}
+    replaced = {version.id for version in versions} - {version.id for version in using}
     gone = {shard.sha256 for version in versions for shard in version.shards} - kept
     if os.path.isdir(default_folder()) and os.stat(default_folder()).st_uid == os.getuid():
         places = [*places, *look([default_folder()], StorageConfig())]
-    cleared = clear(places, gone, words, removed_before(store))
+    cleared = clear(places, gone, words, removed_before(store), replaced)
     spool = open_store(spool_of(store.url), StorageConfig())
     with contextlib.suppress(NotFoundError):
         left = sum(1 for _ in spool.list())

@@ -2,7 +2,8 @@
 
 A damaged or missing index whose tar is intact is rebuilt from the tar: byte for byte where the tar holds sidecars,
 otherwise in a new version in which names and labels are unknown. Damaged crops are taken out of all versions as
-`remove` does it, and what surrounds the sound ones in a tar is written anew.
+`remove` does it, and what surrounds the sound ones in a tar is written anew. Packed indexes that are missing or wrong
+are made anew.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from datapipe.core.errors import ConfigError, DataError, NotFoundError
 from datapipe.core.parallel import Workers
 from datapipe.dataset.index import Shard, read_index
 from datapipe.dataset.manifest import Manifest
+from datapipe.dataset.packed_index import ensure_packed
 from datapipe.maintain.rebuild_index import members, rebuild
 from datapipe.maintain.removal_records import RECORDS, exclusive_change, finish, refuse_links, unfinished, write_record
 from datapipe.maintain.replace_versions import in_use, replace_versions
@@ -89,6 +91,8 @@ def repair(url: str, storage: StorageConfig, *, workers: int = 0) -> Repaired:
             name = f"{RECORDS}repair-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.json"
             write_record(store, name, keys, {"reason": "damaged", "date": ""})
             finish(store, name)
+        for version in in_use(list(Manifest.versions(store))):
+            ensure_packed(version, storage, mend=True)
     return done
 
 

@@ -1,7 +1,7 @@
 """Data sets -> one new data set: merged, split anew, in shards of other sizes. No JPEG is decoded or encoded.
 
     manifests -> rows of their indexes -> plan -> rows of each shard -> shards (tar, then index)
-              -> quarantine.parquet -> manifest
+              -> quarantine.parquet -> manifest -> packed index
 
 The plan and the writer are those of `shard`; the crops come from the tars of the old data sets, checked as they are
 copied. Duplicates are marked anew, across what was merged. Killed anywhere, the same command goes on.
@@ -24,6 +24,7 @@ from datapipe.core.errors import DataError, NotFoundError
 from datapipe.core.parallel import Executor, Workers
 from datapipe.dataset.index import INDEX
 from datapipe.dataset.manifest import Manifest, libraries, load_unselected
+from datapipe.dataset.packed_index import ensure_packed
 from datapipe.dataset.quarantine import NAME as QUARANTINE
 from datapipe.dataset.quarantine import REFUSED, excluded, write_quarantine
 from datapipe.dataset.tar import member_bytes
@@ -72,7 +73,9 @@ def reshard(
     with opened_spool(config.spool, out, storage) as (spool, local), Workers(config.workers) as own:
         request = _request(sets, config, licence)
         if is_written(store, request, out):
-            return Resharded(load_unselected(out, storage), True)
+            whole = load_unselected(out, storage)
+            ensure_packed(whole, storage)
+            return Resharded(whole, True)
         run = _Resharding(sets, store, spool, local, config, storage, workers or own)
         crops, plan = run.plan()
         claim_output(store, request)
@@ -88,6 +91,7 @@ def reshard(
             quarantined=refused,
             made_by=libraries(),
         ).save(store)
+        ensure_packed(manifest, storage)
         return Resharded(manifest, False, repeated, tuple(part for part in sets if part.selection))
 
 

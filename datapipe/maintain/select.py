@@ -11,6 +11,7 @@ from datapipe.core.config import SelectConfig, StorageConfig
 from datapipe.core.errors import ConfigError, DataError
 from datapipe.dataset.index import INDEX, whole_column
 from datapipe.dataset.manifest import Manifest, load_unselected
+from datapipe.dataset.packed_index import ensure_packed
 from datapipe.dataset.selection import write_selection
 from datapipe.dataset.where_clause import Expression
 from datapipe.ingest.shard_plan import rank
@@ -55,6 +56,7 @@ def select(url: str, config: SelectConfig, storage: StorageConfig) -> Selected:
     lists = [url for url in (config.keys, config.names) if url]
     notes = tuple(dict.fromkeys([*base.notes, *(note for url in lists for note in read_notes(url, storage))]))
     derived = base.derive(store, "select", selection=selection, notes=notes)
+    ensure_packed(derived, storage)
     return Selected(derived, tuple(choice.steps), choice.missing)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
 from typing import Any, NamedTuple, Protocol
@@ -28,18 +29,33 @@ class MissingShardError(DataError):
     """A shard of the data set is not there."""
 
 
-class Places(NamedTuple):
-    """Where each row's bytes are: all shards; and for every row, number of the shard, offset, size, xxh3."""
+@dataclass(frozen=True)
+class Places:
+    """Where each row's bytes are. Rows of a shard are neighbours, in the order of the shards. The columns may lie in a
+    file that is mapped: nothing of their length is made of them."""
 
     shards: tuple[Shard, ...]
-    shard: Ints
-    offset: Ints
+    starts: Ints
+    """[shards + 1] The first row of each shard, and the number of rows."""
+    units: Ints | UInts
+    """[rows] Offset of each row's bytes in its tar, in units of `unit` bytes."""
     size: Ints
+    """[rows] Bytes."""
     xxh3: UInts
+    """[rows] Of the bytes."""
+    unit: int = 1
+
+    def shard(self, rows: Ints) -> Ints:
+        """The number of the shard that holds each of these rows."""
+        return np.searchsorted(self.starts, rows, side="right") - 1
+
+    def offset(self, rows: Ints | slice) -> Ints:
+        """Where the bytes of these rows begin in their tars."""
+        return self.units[rows].astype(np.int64) * self.unit
 
     def name(self, row: int) -> str:
         """The shard that holds the row."""
-        return self.shards[int(self.shard[row])].name
+        return self.shards[int(self.shard(np.array([row]))[0])].name
 
     def matches(self, row: int, data: bytes) -> bool:
         """Whether these are the bytes of the row."""
@@ -65,21 +81,30 @@ class Cache(Protocol):
 class Blocks:
     """Rows cut into blocks, each of one shard: `size` consecutive rows, fewer where a shard ends.
 
-    As bytes, a block is its crops one after the other, without headers and gaps.
+    As bytes, a block is its crops one after the other, without headers and gaps. Holds two numbers per block, none per
+    row.
     """
 
     def __init__(self, places: Places, size: int) -> None:
         self._places = places
         rows = len(places.size)
-        self.first: Ints = np.union1d(np.arange(0, rows, size), np.flatnonzero(np.diff(places.shard)) + 1)
+        self.first: Ints = np.union1d(np.arange(0, rows, size), places.starts[places.starts < rows])
         self.end: Ints = np.append(self.first[1:], rows)
-        before = np.cumsum(places.size, dtype=np.int64) - places.size
-        self.start = (before - np.repeat(before[self.first], self.end - self.first)).astype(np.int32)
-        """[rows] Where each crop begins within its block."""
 
     def of(self, rows: Ints) -> Ints:
         """The number of the block that holds each row."""
         return np.searchsorted(self.first, rows, side="right") - 1
+
+    def start(self, rows: Ints) -> Ints:
+        """Where the crops of these sorted rows begin within their blocks, in bytes."""
+        numbers, which = np.unique(self.of(rows), return_inverse=True)
+        first, end = self.first[numbers], self.end[numbers]
+        lengths = end - first
+        ahead = np.cumsum(lengths) - lengths  # rows of all these blocks before each
+        within = np.repeat(first - ahead, lengths) + np.arange(lengths.sum())
+        ends = np.cumsum(self._places.size[within], dtype=np.int64)
+        begins = np.append(0, ends)
+        return begins[(ahead - first)[which] + rows] - begins[ahead[which]]
 
     def rows(self, number: int) -> Ints:
         """All rows of a block."""
@@ -88,8 +113,8 @@ class Blocks:
     def key(self, number: int) -> str:
         """What the block is: the content of its shard and the ranges within."""
         mine = slice(int(self.first[number]), int(self.end[number]))
-        ranges = np.stack([self._places.offset[mine], self._places.size[mine]]).astype("<i8")
-        shard = self._places.shards[int(self._places.shard[mine.start])]
+        ranges = np.stack([self._places.offset(mine), self._places.size[mine]]).astype("<i8")
+        shard = self._places.shards[int(self._places.shard(self.first[[number]])[0])]
         return f"{shard.sha256}-{xxh3_hex(ranges.tobytes())}"
 
 
@@ -187,7 +212,7 @@ class BlockReader:
     def _by_block(self, rows: Ints) -> dict[int, dict[int, ByteRange]]:
         """Block -> row -> where it is within the block."""
         grouped: dict[int, dict[int, ByteRange]] = {}
-        columns = (self.blocks.of(rows), rows, self.blocks.start[rows], self.places.size[rows])
+        columns = (self.blocks.of(rows), rows, self.blocks.start(rows), self.places.size[rows])
         for number, row, start, size in zip(*(column.tolist() for column in columns), strict=True):
             grouped.setdefault(number, {})[row] = (start, size)
         return grouped
@@ -225,7 +250,7 @@ class BlockReader:
         loaded = list(run(self._read, spans.shard.tolist(), spans.start.tolist(), spans.size.tolist()))
         with self._lock:
             self.bytes_read += sum(map(len, loaded))
-        within = (self.places.offset[rows] - spans.start[spans.of]).tolist()
+        within = (self.places.offset(rows) - spans.start[spans.of]).tolist()
         sizes = self.places.size[rows].tolist()
         return {
             row: loaded[span][first : first + size]
@@ -234,7 +259,7 @@ class BlockReader:
 
     def _spans(self, rows: Ints) -> "_Spans":
         """Sorted rows, cut where the shard changes or the gap is too wide for one request."""
-        shard, start, size = self.places.shard[rows], self.places.offset[rows], self.places.size[rows]
+        shard, start, size = self.places.shard(rows), self.places.offset(rows), self.places.size[rows]
         gap = start[1:] - (start[:-1] + size[:-1])
         apart = (np.diff(shard) != 0) | (gap < 0) | (gap > GAP_BYTES)
         of = np.concatenate([[0], np.cumsum(apart)])

@@ -4,6 +4,7 @@
     lock                                         held by whoever adds or evicts; says how many bytes of blocks there
                                                  are, never less than that
     turns/                                       a lock for each block that is being fetched
+    indexes/                                     packed indexes, see index_cache.py; they do not count
 
 Nothing depends on it. Locks die with the process that holds them; a file that vanishes or comes up short counts as not
 there; who waits too long for another process goes on without it. What the blocks hold is checked by whoever reads them.
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import xxhash
 
@@ -34,7 +36,8 @@ POLL_S = 0.001
 TURNS = 1024
 ROOM_MADE = 0.05
 """Share of the limit that an eviction frees beyond what is needed, so that not every block causes one."""
-SERVICE = ("lock", "turns")
+INDEXES = "indexes"
+SERVICE = ("lock", "turns", INDEXES)
 DIGITS = 20
 """Digits of the cache's total size in the file that counts it."""
 
@@ -155,10 +158,10 @@ class DiskCache:
             yield from (Path(item.path) for item in entries if item.name not in SERVICE)
 
     def _alone(self) -> AbstractContextManager[int | None]:
-        return _locked(self.folder / "lock")
+        return locked(self.folder / "lock")
 
     def _turn(self, key: str) -> AbstractContextManager[int | None]:
-        return _locked(self.folder / "turns" / f"{xxhash.xxh3_64_intdigest(key.encode()) % TURNS:03x}")
+        return locked(turn_of(self.folder, key))
 
 
 def _note(lock: int, total: int) -> None:
@@ -166,15 +169,29 @@ def _note(lock: int, total: int) -> None:
     os.pwrite(lock, b"%0*d" % (DIGITS, total), 0)
 
 
+class Watch(NamedTuple):
+    """How long another process is waited for."""
+
+    patience_s: float
+    poll_s: float
+    progress: Callable[[], object] = lambda: None
+    """What changes as long as the other one gets on; the wait begins anew then."""
+
+
+def turn_of(folder: Path, key: str) -> Path:
+    """The lock of who fetches what has this key."""
+    return folder / "turns" / f"{xxhash.xxh3_64_intdigest(key.encode()) % TURNS:03x}"
+
+
 @contextmanager
-def _locked(path: Path) -> Iterator[int | None]:
+def locked(path: Path, watch: Watch | None = None) -> Iterator[int | None]:
     """Hold an exclusive lock on this open file, also against threads; None where it is not to be had (in time)."""
     file = _open(path)
     if file is None:
         yield None
         return
     try:
-        yield file if _lock(file, path) else None
+        yield file if _lock(file, path, watch or Watch(PATIENCE_S, POLL_S)) else None
     finally:
         os.close(file)
 
@@ -191,17 +208,19 @@ def _open(path: Path) -> int | None:
     return None
 
 
-def _lock(file: int, path: Path) -> bool:
-    end = time.monotonic() + PATIENCE_S
+def _lock(file: int, path: Path, watch: Watch) -> bool:
+    end, state = time.monotonic() + watch.patience_s, watch.progress()
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
             if time.monotonic() > end:
-                log.warning("another process has held %s for %.0f s: going on without it", path, PATIENCE_S)
-                return False
-        time.sleep(POLL_S)
+                if state == (now := watch.progress()):
+                    log.warning("another process has held %s for %.0f s: going on without it", path, watch.patience_s)
+                    return False
+                end, state = time.monotonic() + watch.patience_s, now
+        time.sleep(watch.poll_s)
 
 
 def default_folder() -> str:

@@ -206,8 +206,9 @@ class Loader:
             part.masks[:] = draw_masks(self.spec.masks, self.seed, part.position)
         for row in make_views(data, self.spec, self.seed, part.position, part.views, part.boxes):
             rows[row] = self._substitute(part._part(slice(row, row + 1)), int(rows[row]))
-        part.label[:] = (self.stream.pid if self._labels is None else self._labels)[rows]
-        part.camera[:] = self.stream.camera[rows]
+        pid, camera = self.stream.labels(rows)
+        part.label[:] = pid if self._labels is None else self._labels[rows]
+        part.camera[:] = camera
         with self._lock:
             self._reading_s += fetched - began
             self._making_s += perf_counter() - fetched

@@ -35,6 +35,15 @@ class MixedStream:
         """Camera of every row, int64."""
         return self._labels("camera")
 
+    def labels(self, rows: Ints) -> tuple[Ints, Ints]:
+        """Identity and camera of these rows, int64; unlike `pid` and `camera` it makes nothing for all rows."""
+        pid, camera = np.full(len(rows), -1, np.int64), np.full(len(rows), -1, np.int64)
+        for number, places in self._split(rows):
+            own = self.streams[number].labels(rows[places] - self._starts[number])
+            for whole, part in zip((pid, camera), own, strict=True):
+                whole[places] = _apart(part, number)
+        return pid, camera
+
     @property
     def replaced(self) -> int:
         """Broken crops that others took the place of, so far."""
@@ -82,6 +91,15 @@ class MixedStream:
                 data[place] = jpeg
         return Fetched(rows, data)
 
+    def peek(self, samples: Ints) -> list[bytes]:
+        """The checked crops of these samples, uncounted: see `Stream.peek`."""
+        data = [b""] * len(samples)
+        for number, places in self._split(samples):
+            jpegs = self.streams[number].peek(samples[places] - self._starts[number])
+            for place, jpeg in zip(places.tolist(), jpegs, strict=True):
+                data[place] = jpeg
+        return data
+
     def replace(self, sample: int, row: int, reason: str) -> Fetched:
         """Fetch another crop of the same data set in place of one that cannot be read: see `Stream.replace`."""
         number = int(np.searchsorted(self._starts, sample, side="right")) - 1
@@ -110,8 +128,11 @@ class MixedStream:
         parts = [getattr(stream, name) for stream in self.streams]
         known, joined = self._joined.get(name, ([], np.empty(0, np.int64)))
         if len(known) != len(parts) or any(part is not before for part, before in zip(parts, known, strict=True)):
-            joined = np.concatenate(
-                [np.where(part < 0, -1, part + np.int64(number * LABELS_APART)) for number, part in enumerate(parts)]
-            )
+            joined = np.concatenate([_apart(part, number) for number, part in enumerate(parts)])
             self._joined[name] = parts, joined
         return joined
+
+
+def _apart(labels: Ints, number: int) -> Ints:
+    """Labels of a data set as those of the mix, int64."""
+    return np.where(labels < 0, -1, labels + np.int64(number * LABELS_APART))

@@ -1,16 +1,18 @@
-"""A manifest opened for reading: its labels, and the reader that suits where it lies and how much may be cached."""
+"""A manifest opened for reading: its packed index, and the reader that suits where it lies and what may be cached."""
 
 import logging
+from collections.abc import Collection
 from typing import NamedTuple
 
 from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.core.errors import StorageError
 from datapipe.core.randomness import Ints
-from datapipe.dataset.manifest import ORDINAL, Manifest
-from datapipe.storage import Store, is_remote, open_store
+from datapipe.dataset.manifest import Manifest
+from datapipe.storage import is_remote, open_store
 from datapipe.storage.local import OpenFilesStore
 from datapipe.stream.block_reader import BlockReader, Cache, Places
 from datapipe.stream.disk_cache import DiskCache, default_folder
+from datapipe.stream.index_cache import open_index
 from datapipe.stream.memory_cache import MemoryCache
 
 log = logging.getLogger(__name__)
@@ -26,19 +28,19 @@ class Opened(NamedTuple):
 
 
 def open_manifest(manifest: Manifest, storage: StorageConfig, config: StreamConfig) -> Opened:
-    """Read the indexes, choose the cache. Raises DataError that names an index which is missing or damaged."""
-    table = manifest.table([ORDINAL, "offset", "size", "xxh3", "pid", "camera"], storage)
-    columns = {name: table.column(name).to_numpy() for name in table.column_names}
-    places = Places(manifest.shards, columns[ORDINAL], columns["offset"], columns["size"], columns["xxh3"])
+    """Open the packed index, choose the cache. Raises DataError that names an index which is missing or damaged, where
+    there is no packed one yet."""
     remote = is_remote(manifest.url)
     store = open_store(manifest.url, storage) if remote else OpenFilesStore(manifest.url)
-    window = int(places.size.mean() * min(config.window * config.block, manifest.rows))
-    cache = _cache(manifest, store, config, window) if remote else _memory(config, window)
+    index = open_index(manifest, store, storage, config.cache_dir or default_folder())
+    places = Places(manifest.shards, index.starts, index.offset, index.size, index.xxh3, index.unit)
+    window = int(index.jpeg_bytes / max(1, manifest.rows) * min(config.window * config.block, manifest.rows))
+    cache = _cache(manifest, index.replaced, config, window) if remote else _memory(config, window)
     ahead = isinstance(cache, DiskCache) and 2 * window <= cache.limit
     reader = BlockReader(
         store, places, block=config.block, cache=cache, in_flight=config.reads if remote else 0, ahead=ahead
     )
-    return Opened(manifest, reader, columns["pid"], columns["camera"])
+    return Opened(manifest, reader, index.pid, index.camera)
 
 
 def _memory(config: StreamConfig, window: int) -> Cache | None:
@@ -47,8 +49,9 @@ def _memory(config: StreamConfig, window: int) -> Cache | None:
     return MemoryCache(limit) if window <= limit else None
 
 
-def _cache(manifest: Manifest, store: Store, config: StreamConfig, window: int) -> Cache | None:
-    """For a store that wants to be read in blocks: memory, else the disk of this machine, else none, which is told."""
+def _cache(manifest: Manifest, replaced: Collection[str], config: StreamConfig, window: int) -> Cache | None:
+    """For a store that wants to be read in blocks: memory, else the disk of this machine, else none, which is told.
+    `replaced`: sha256 of tars of which nothing may stay on that disk."""
     memory = _memory(config, window)
     if memory is not None:
         return memory
@@ -66,12 +69,6 @@ def _cache(manifest: Manifest, store: Store, config: StreamConfig, window: int) 
             raise
         log.warning("crops are read one by one from %s: %s", manifest.url, error)
         return None
-    disk.drop(_replaced_shards(manifest, store))
+    if replaced:
+        disk.drop(replaced)
     return disk
-
-
-def _replaced_shards(manifest: Manifest, store: Store) -> set[str]:
-    """sha256 of shards that only versions hold which this one took the place of: crops were removed from them."""
-    kept = {shard.sha256 for shard in manifest.shards}
-    before = (version for version in Manifest.versions(store) if version.id in manifest.replaces)
-    return {shard.sha256 for version in before for shard in version.shards} - kept

@@ -34,7 +34,8 @@ class Fetched(NamedTuple):
 
 
 class Stream:
-    """The crops of a data set by sample id (row of the manifest). Fails at once if an index cannot be read.
+    """The crops of a data set by sample id (row of the manifest). Fails at once if the packed index, or where there is
+    none an index, cannot be read.
 
     A crop that fails its checksum or does not decode is replaced by the next row of its block (`StreamConfig.block`
     rows, cyclic), logged and counted in `replaced`. When a shard is missing because crops were removed meanwhile, the
@@ -68,6 +69,11 @@ class Stream:
         """Camera of every row, -1 where unknown."""
         return self._now.camera
 
+    def labels(self, rows: Ints) -> tuple[Ints, Ints]:
+        """Identity and camera of these rows, -1 where unknown."""
+        now = self._now
+        return now.pid[rows], now.camera[rows]
+
     @property
     def bytes_read(self) -> int:
         """Bytes asked of the storage so far."""
@@ -84,6 +90,11 @@ class Stream:
         fetched = self._from_newest(lambda reader: self._fetch(reader, samples))
         self._count(len(samples), int((fetched.rows != samples).sum()))
         return fetched
+
+    def peek(self, samples: Ints) -> list[bytes]:
+        """The checked crops of these samples, which do not count as seen by training. Raises as `fetch` does, but never
+        for too many broken ones."""
+        return self._from_newest(lambda reader: self._fetch(reader, samples)).data
 
     def replace(self, sample: int, row: int, reason: str) -> Fetched:
         """Another crop for `sample`, because `row`, which was fetched for it, is of no use: it does not decode."""

@@ -1,14 +1,17 @@
-"""What grows with the number of crops: time and memory of planning, and of a whole ingestion.
+"""What grows with the number of crops: time and memory of planning, of a whole ingestion, and of opening.
 
     python -m tests.bench.growth plan 100000000
     python -m tests.bench.growth ingest 100000 200000 400000
+    python -m tests.bench.growth open 100000000
 
 Each figure is of a process of its own. Ingestion gets a few real JPEGs under ever new names, many times over: every
-step does its full work, and duplicates are as frequent as can be.
+step does its full work, and duplicates are as frequent as can be. Of what is opened there are indexes alone, a few
+under very many names, on a disk of this machine; ranks open it together.
 """
 
 import argparse
 import multiprocessing
+import re
 import resource
 import shutil
 import tempfile
@@ -24,13 +27,17 @@ from typing import Any
 
 import numpy as np
 
-from datapipe.core.config import ShardConfig, StorageConfig
+from datapipe.core.config import ShardConfig, StorageConfig, StreamConfig
+from datapipe.dataset.manifest import Manifest
 from datapipe.dataset.tar import member_bytes
 from datapipe.ingest.pipeline import ingest_sources
 from datapipe.ingest.shard_plan import Candidates, plan_shards, repeated
+from datapipe.sampling.epoch_order import Order
 from datapipe.sources.base import Crop
+from datapipe.stream.stream import Stream
 from tests.bench.crops import crops
 from tests.bench.measure import cpu_s
+from tests.bench.opening import data_set
 from tests.bench.scale import Scale
 
 SOURCES = 20
@@ -38,6 +45,9 @@ SOURCES = 20
 COPIES = 0.1
 """Share of the planned crops whose bytes, and of as many again whose looks, are those of another one."""
 UNIT = 2_000
+KINDS_OF_SHARDS = 32
+RANKS, BATCH, LOCATED = 8, 4_096, 10
+"""Processes that open a data set together, and batches of which each locates its part."""
 _BLOCK = 1 << 20
 
 
@@ -86,6 +96,75 @@ def ingest(rows: int) -> Grown:
         return _measured(rows, work)
     finally:
         shutil.rmtree(folder)
+
+
+def opened(rows: int) -> Grown:
+    """Opening a data set: once to pack it, then again on a machine that has nothing yet, then by all ranks together."""
+    cache = Scale().cache
+    cache.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="opening-", dir=cache))
+    try:
+        data_set(folder / "set", rows, kinds=KINDS_OF_SHARDS)
+        address = f"local://{folder}/set"  # fetched, as from object storage
+        (packing,) = _together(1, address, str(folder / "one"))
+        (fetching,) = _together(1, address, str(folder / "other"))
+        ranks = _together(RANKS, address, str(folder / "other"))
+        size = sum(path.stat().st_size for path in (folder / "set").glob("packed-*"))
+    finally:
+        shutil.rmtree(folder)
+    what = (
+        f"that was packing into {size / 1e6:,.0f} MB; {fetching.seconds:.1f} s to fetch and open; then {RANKS} ranks "
+        f"together in at most {max(rank.seconds for rank in ranks):.1f} s, at most "
+        f"{max(rank.private_mb for rank in ranks):,.0f} MB of private memory more in each"
+    )
+    return Grown(rows, packing.seconds, packing.cpu_s, max(packing.peak_mb, fetching.peak_mb), what)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What opening took in a process that does nothing else."""
+
+    seconds: float
+    cpu_s: float
+    private_mb: float
+    """Private memory after some batches were located, over that before."""
+    peak_mb: float
+    """Resident memory at its highest until it was open, over that before."""
+
+
+def _together(ranks: int, address: str, cache: str) -> list[Opened]:
+    with ProcessPoolExecutor(ranks, mp_context=multiprocessing.get_context("fork")) as processes:
+        return list(processes.map(open_one, range(ranks), [ranks] * ranks, [address] * ranks, [cache] * ranks))
+
+
+def open_one(rank: int, ranks: int, address: str, cache: str) -> Opened:
+    """Open a data set, and find where the crops of this rank's part of some batches are."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    resident, before, begin, cpu = held("VmRSS"), private_mb(), monotonic(), cpu_s()
+    stream = Stream(Manifest.load(address), StorageConfig(), StreamConfig(cache_dir=cache, cache_mb=0))
+    seconds, used, reader = monotonic() - begin, cpu_s() - cpu, stream._now.reader
+    peak_mb = (held("VmHWM") - resident) / 1e6
+    order = Order(stream.rows, 0, stream.config.block, stream.config.window)
+    for batch in range(LOCATED):
+        places = np.arange(BATCH * rank // ranks, BATCH * (rank + 1) // ranks) + batch * BATCH
+        rows = np.sort(order.samples(places))
+        reader.blocks.start(rows)
+        reader.places.offset(rows)
+        stream.labels(rows)
+    return Opened(seconds, used, private_mb() - before, peak_mb)
+
+
+def held(name: str) -> int:
+    """A line of this process's status in bytes: VmRSS now, VmHWM at most."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def private_mb() -> float:
+    """Megabytes that only this process has, those aside that the system can drop as they are those of a file."""
+    lines = Path("/proc/self/smaps_rollup").read_text()
+    return sum(int(size) for size in re.findall(r"^Private_Dirty: +(\d+) kB", lines, re.MULTILINE)) / 1024
 
 
 @dataclass(frozen=True)
@@ -157,15 +236,18 @@ def _measured(rows: int, work: Callable[[], str]) -> Grown:
     return Grown(rows, monotonic() - begin, cpu_s() - cpu, peak / 1024, what)
 
 
+KINDS: dict[str, Callable[[int], Grown]] = {"plan": plan, "ingest": ingest, "open": opened}
+
+
 def main() -> None:
     """Print a line for each number of rows."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.growth", description=__doc__)
-    parser.add_argument("what", choices=("plan", "ingest"))
+    parser.add_argument("what", choices=tuple(KINDS))
     parser.add_argument("rows", nargs="+", type=int)
     arguments = parser.parse_args()
     for rows in arguments.rows:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            print(process.submit({"plan": plan, "ingest": ingest}[arguments.what], rows).result(), flush=True)
+            print(process.submit(KINDS[arguments.what], rows).result(), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,13 @@
 
 from pathlib import Path
 
+import pytest
+
 from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.ingest.pipeline import ingest_sources
-from tests.bench.growth import COPIES, RepeatedCrops, plan
+from tests.bench import growth
+from tests.bench.growth import COPIES, RepeatedCrops, opened, plan
+from tests.bench.scale import Scale
 from tests.datapipe.crop_set import jpegs
 
 
@@ -23,3 +27,12 @@ def test_growth__repeats_crops_under_new_names(tmp_path: Path) -> None:
     found = done.manifest.table(["key", "sha256", "duplicate_of"])
     assert len(set(found["key"].to_pylist())) == 10 and len(set(found["sha256"].to_pylist())) == 3
     assert found["duplicate_of"].null_count == 3
+
+
+@pytest.mark.slow
+def test_growth__opens_what_was_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scale, "cache", tmp_path)
+    monkeypatch.setattr(growth, "RANKS", 2)
+    grown = opened(210_000)
+    assert grown.rows == 210_000 and grown.cpu_s > 0 and grown.what.startswith("that was packing into 4 MB")
+    assert list(tmp_path.iterdir()) == []

@@ -1,8 +1,8 @@
 """A recipe on a data set: all that follows from the two, worked out once and passed on."""
 
 import json
-from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -25,6 +25,8 @@ from training.methods.base import ByCluster, ByIdentity
 
 if TYPE_CHECKING:
     from datapipe.stream.loader import Loader
+    from datapipe.stream.mixed_stream import MixedStream
+    from datapipe.stream.stream import Stream
     from datapipe.stream.training_data import Data
 
 
@@ -51,6 +53,13 @@ class RunPlan:
     """One rank's part of a global batch."""
     identities: Identities | None = field(default=None, compare=False)
     """None: batches are not made up of them."""
+    opened: "Stream | MixedStream | None" = field(default=None, compare=False, repr=False)
+    """The crops, where they had to be opened for that."""
+
+    @cached_property
+    def stream(self) -> "Stream | MixedStream":
+        """The crops, opened once in a process: what one reader has brought into the cache others find there."""
+        return self.opened or self.data.stream(self.config.storage, self.config.stream)
 
     def order(self) -> SampleOrder:
         """Which sample comes when."""
@@ -60,15 +69,17 @@ class RunPlan:
 def plan_run(config: RunConfig, data: "Data", ranks: int) -> RunPlan:
     """All that follows from a recipe, its data and so many ranks. Raises ConfigError or DataError where they do not go
     together."""
-    identities = None
+    identities, stream = None, None
     if (sampling := sampling_of(config)) is not None:
-        identities = _identities(config, data, sampling)
+        stream = data.stream(config.storage, config.stream)
+        identities = _identities(config, stream, sampling)
         config = _for_identities(config, sampling, identities.labels)
     if (clusters := clustered(config)) is not None:
-        _refuse_unclustered(config, data, clusters)
+        stream = data.stream(config.storage, config.stream)
+        _refuse_unclustered(stream, clusters)
     config = for_clusters(config, data.rows)
     clock = clock_of(config, data.rows)
-    return RunPlan(config, data, clock, view_spec(config), split_of(config.optimisation, ranks), identities)
+    return RunPlan(config, data, clock, view_spec(config), split_of(config.optimisation, ranks), identities, stream)
 
 
 def clock_of(config: RunConfig, rows: int) -> Clock:
@@ -93,9 +104,8 @@ def make_loader(plan: RunPlan, world: World) -> "Loader":
     from datapipe.stream.loader import Loader
 
     config = plan.config
-    stream = plan.data.stream(config.storage, config.stream)
     return Loader(
-        stream,
+        plan.stream,
         plan.order(),
         plan.spec,
         seed=config.seed,
@@ -107,7 +117,7 @@ def make_loader(plan: RunPlan, world: World) -> "Loader":
         allocate=_pinned if world.device.type == "cuda" else np.empty,
         ranks_here=world.local_size,
         nodes=world.nodes() if config.stream.assignment == "node" else (),
-        labels=plan.identities.labels if plan.identities else stream.pid,
+        labels=plan.identities.labels if plan.identities else None,
     )
 
 
@@ -145,26 +155,22 @@ def clustered(config: RunConfig) -> ByCluster | None:
     return clusters
 
 
-def _refuse_unclustered(config: RunConfig, data: "Data", clusters: ByCluster) -> None:
+def _refuse_unclustered(stream: "Stream | MixedStream", clusters: ByCluster) -> None:
     """Raises DataError where there are too few images to cluster, ConfigError where cameras are wanted and unknown."""
-    if data.rows < clusters.clustering.k1:
-        raise DataError(f"{data.rows} images are fewer than the {clusters.clustering.k1} neighbours of an image",
+    if stream.rows < clusters.clustering.k1:
+        raise DataError(f"{stream.rows} images are fewer than the {clusters.clustering.k1} neighbours of an image",
                         where="method.clustering.k1", hint="a smaller k1, or a larger data set")  # fmt: skip
-    if not clusters.cameras:
-        return
-    with closing(data.stream(config.storage, config.stream)) as stream:
-        unknown = int((stream.camera < 0).sum())
+    unknown = int((stream.camera < 0).sum()) if clusters.cameras else 0
     if unknown:
         raise ConfigError(
-            f"batches show a cluster from several cameras, and {unknown:,} of {data.rows:,} images have none",
+            f"batches show a cluster from several cameras, and {unknown:,} of {stream.rows:,} images have none",
             where="method.cameras", hint="--method.cameras False draws from all images of a cluster",
         )  # fmt: skip
 
 
-def _identities(config: RunConfig, data: "Data", sampling: ByIdentity) -> Identities:
+def _identities(config: RunConfig, stream: "Stream | MixedStream", sampling: ByIdentity) -> Identities:
     """Raises DataError where there are too few for a batch."""
-    with closing(data.stream(config.storage, config.stream)) as stream:
-        labels = numbered(stream.pid, fraction=sampling.fraction, seed=config.seed)
+    labels = numbered(stream.pid, fraction=sampling.fraction, seed=config.seed)
     count = config.optimisation.batch // sampling.instances
     return Identities(labels, IdentityOrder(labels, seed=config.seed, identities=count, instances=sampling.instances))
 

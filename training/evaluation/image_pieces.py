@@ -125,7 +125,7 @@ class CropPiece:
         table = read_index(store, self.shard, INDEXED).take(pyarrow.array(self.rows, pyarrow.int64()))
         table = table.filter(pyarrow.compute.invert(table["removed"]))
         offset, size, xxh3 = (table[name].to_numpy() for name in ("offset", "size", "xxh3"))
-        places = Places((self.shard,), np.zeros(len(table), np.int32), offset, size, xxh3)
+        places = Places((self.shard,), np.array([0, len(table)]), offset, size, xxh3)
         in_flight = READS if is_remote(self.url) else 0
         reader = BlockReader(store, places, block=BLOCK, cache=MemoryCache(CACHE_BYTES), in_flight=in_flight)
         keys = table["key"].to_pylist()

@@ -60,11 +60,9 @@ def first_views(plan: RunPlan, *, count: int) -> dict[str, np.ndarray]:
     patches that are hidden from the student in grey."""
     positions = np.arange(count, dtype=np.int64)
     config, spec = plan.config, plan.spec
-    stream = plan.data.stream(config.storage, config.stream)
     out = {group.name: np.zeros(spec.shape(group, count), np.uint8) for group in spec.groups}
-    make_views(stream.fetch(plan.order().samples(positions)).data, spec, config.seed, positions, out)
+    make_views(plan.stream.peek(plan.order().samples(positions)), spec, config.seed, positions, out)
     hide(out, spec, config.seed, positions)
-    stream.close()
     return out
 
 

@@ -58,7 +58,7 @@ def test_grid__a_killed_worker_costs_its_cell_a_checkpoint_interval(tmp_path: Pa
     code, output, errors = finished(process)
     assert code == 0, output + errors
     assert without_seconds(rows(out)) == without_seconds(rows(tmp_path / "alone"))
-    assert f"{cell.relative_to(out)}: goes on from step_" in errors, errors
+    assert f"{cell.relative_to(out)}: cluster_contrast goes on from step_" in errors, errors
     assert "transfer:day" in (out / "report.html").read_text()
 
 

@@ -14,6 +14,7 @@ from datapipe.core.config import SelectConfig, ShardConfig, StorageConfig, Strea
 from datapipe.core.errors import ConfigError, DataError
 from datapipe.dataset.index import INDEX
 from datapipe.dataset.manifest import Manifest
+from datapipe.dataset.packed_index import packed_entries
 from datapipe.dataset.where_clause import Expression
 from datapipe.ingest.pipeline import ingest
 from datapipe.maintain.select import first_of_each, select
@@ -67,7 +68,8 @@ def test_select__is_a_new_version_and_no_tar_changes(folder: Path) -> None:
     assert (made.rows, made.stored_rows, made.version, made.parent, made.derived_by) == (15, 60, 2, first.id, "select")
     assert made.shards == first.shards and made.replaces == () and made.id[:8] in made.file
     new = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path not in before)
-    assert new == sorted([made.file, made.selection.file])  # type: ignore[union-attr]
+    (packed,) = (entry.name for entry in packed_entries(open_store(str(folder)), made))
+    assert new == sorted([made.file, made.selection.file, packed])  # type: ignore[union-attr]
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert Manifest.load(str(folder)) == made and Manifest.load(f"{folder}/{first.file}") == first
 

@@ -33,7 +33,8 @@ LOST_WORKERS = 10
 def evaluate_grid(chosen: EvaluateJob, flags: Sequence[str], *, address: str, prog: str) -> int:
     """Carry out a grid with all devices of a cluster; the exit code.
 
-    The first signal lets every cell that trains save, and ends those that are scored; a second one ends all at once.
+    The first signal lets every cell that trains save, and those that are being scored come to their end; where none
+    trains yet, and at a second signal, everything ends at once.
     """
     request = request_of(chosen, flags, prog=prog)
     if chosen.dry_run:

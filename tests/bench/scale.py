@@ -37,6 +37,10 @@ class Scale:
     """Images whose clustering is measured once."""
     clustered_looped: int = 1_500
     """Images that are clustered by the loop, too: it holds three matrices of them."""
+    usl_images: int = 640
+    """Crops of an epoch of training without labels."""
+    usl_iterations: int = 10
+    usl_batch: int = 64
 
 
 TOY = Scale(
@@ -54,6 +58,9 @@ TOY = Scale(
     looped=30,
     clustered=80,
     clustered_looped=60,
+    usl_images=64,
+    usl_iterations=1,
+    usl_batch=8,
 )
 """For the test: every line runs, no figure means anything."""
 

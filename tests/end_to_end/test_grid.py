@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -150,6 +151,10 @@ def test_grid__follows_a_run_and_scores_every_checkpoint(sets: tuple[str, str], 
     assert {row["series"] for row in table.values()} == {"pass"} and len({row["epochs"] for row in table.values()}) > 1
     report = (out / "report.html").read_text()
     assert "mAP of zero-shot on day" in report and "epochs of pre-training" in report
+    for folder in sorted(run.glob("checkpoints/step_*"))[:-1]:  # as if pruned since
+        shutil.rmtree(folder)
+    assert main(words([f"pass={run}"], sets, "zero-shot", out, "--every-checkpoint")) == 0
+    assert rows(out).keys() == table.keys()
 
 
 def test_dry_run__says_what_there_is_to_do_and_writes_nothing(

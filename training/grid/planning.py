@@ -134,8 +134,11 @@ class WeightsList:
         names = self._checkpoints(run)
         if not names:
             raise DataError("the run has no complete checkpoint", where=run, hint="let it reach its first save")
-        wanted = [of_run] if of_run else names
-        if not self._request.every_checkpoint and not of_run:
+        if of_run:
+            wanted = [of_run]
+        elif self._request.every_checkpoint:  # those too that were pruned since they were copied
+            wanted = sorted({*names, *(one.checkpoint for one in self._copied(address))})
+        else:
             wanted = [self._newest(name, address, names)]
         made = []
         for one in wanted:
@@ -147,12 +150,16 @@ class WeightsList:
 
     def _newest(self, name: str, address: str, names: Sequence[str]) -> str:
         """The newest checkpoint when the grid began: a grid that goes on does so with the same weights."""
-        before = [one for one in self._known.values() if one.given == address and one.checkpoint]
+        before = self._copied(address)
         chosen = before[-1].checkpoint if before else names[-1]
         if chosen != names[-1]:
             self._show_line(f"{name or address}: {chosen}, the newest when this grid began; {names[-1]} is there by "
                             "now: name it, or --every-checkpoint")  # fmt: skip
         return chosen
+
+    def _copied(self, address: str) -> list[GridWeights]:
+        """Checkpoints of a run that are exports here."""
+        return [one for one in self._known.values() if one.given == address and one.checkpoint]
 
     def _checkpoints(self, run: str) -> list[str]:
         folder, _ = evaluation.open_run(run, self._request.storage)

@@ -12,11 +12,13 @@ import pytest
 from cluster.core.session import prepare
 from tests.cluster.local_nodes import Watched, local_nodes
 from tests.cluster.ray_head import Head, ray_head, without_ray
+from tests.end_to_end.test_grid import SETTINGS, words
 from tests.end_to_end.tiny import command, finished, generated, recipe, step_records
 from tests.null_gpu.build import environment, missing
 from tests.null_gpu.test_null_gpu import device_of, under_ray
 from tests.support.golden import ROOT
 from tests.support.ports import free_port
+from tests.training.reid.people import market
 
 Write = Callable[..., dict[str, bytes]]
 
@@ -151,3 +153,22 @@ def test_demo__on_a_machine_with_one_gpu_takes_one_worker(tmp_path: Path, write_
     assert output.count("device: cuda (Ray offers 1 GPUs)") == 2  # to train, and to score
     assert "demo complete" in output and (tmp_path / "demo" / "run" / "report.html").is_file()
     assert device_of(tmp_path / "demo" / "run") == "Null H100"
+
+
+@pytest.mark.soak
+def test_grid__gives_each_cell_a_gpu_of_its_own(tmp_path: Path) -> None:
+    """Two GPUs, cells that train and cells that are scored."""
+    sets = (
+        str(market(tmp_path / "day", identities=16, images=1)),
+        str(market(tmp_path / "night", identities=8, images=2)),
+    )
+    asked = [word for word in words(["drawn=random"], sets, "supervised,transfer:day", tmp_path / "grid", *SETTINGS)
+             if word not in ("--device", "cpu")]  # fmt: skip
+    code, output, errors = finished(
+        command("cluster", *asked, **under_ray(tmp_path / "nccl.log", devices=2)), timeout_s=600
+    )
+    assert code == 0, output + errors
+    assert "device: cuda (Ray offers 2 GPUs)" in output
+    cells = tmp_path / "grid" / "cells" / "drawn"
+    assert {device_of(cells / data / "supervised") for data in ("day", "night")} == {"Null H100"}
+    assert (cells / "night" / "transfer-from-day" / "cell.json").is_file()

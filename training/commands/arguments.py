@@ -42,8 +42,8 @@ class EvaluateCommand:
     weights."""
     recipe: Annotated[tuple[str, ...], REPEATED] = ()
     """Training: a TOML file, or supervised, supervised_384, supervised_pass, supervised_mae, usl_market, usl_msmt17,
-    usl_pass_market, usl_pass_msmt17, uda_pass_market, uda_pass_msmt17; with several tasks TASK=RECIPE. Empty: the one
-    that suits weights and data."""
+    usl_pass_market, usl_pass_msmt17, uda_pass_market, uda_pass_msmt17, demo_usl; with several tasks TASK=RECIPE.
+    Empty: the one that suits weights and data."""
     every_checkpoint: bool = False
     """A grid of every complete checkpoint of the runs, not of the newest alone: scores over pre-training."""
     follow: bool = False

@@ -25,7 +25,7 @@ from training.reid.datasets.open_dataset import open_reid
 from training.reid.datasets.training_shards import shard_training_part
 
 RECIPES = sorted(
-    path.stem for path in SHIPPED.glob("*.toml") if not path.stem.startswith(("supervised", "usl_", "uda_"))
+    path.stem for path in SHIPPED.glob("*.toml") if not path.stem.startswith(("supervised", "usl_", "uda_", "demo_usl"))
 )
 """Those of pre-training."""
 PUBLISHED = [name for name in RECIPES if name != "demo"]

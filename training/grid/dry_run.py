@@ -10,7 +10,7 @@ from training.preflight import dry_run_text
 from training.preflight.dry_run import dry_run
 
 
-def page(cells: Sequence[Cell], left_out: Sequence[LeftOut], *, gpu_memory_gb: float = 0.0, full: bool = False) -> str:
+def page(cells: Sequence[Cell], left_out: Sequence[LeftOut]) -> str:
     """Every cell in the order in which they may begin; then, of each kind of training, sizes, steps, memory, and how it
     differs from its publication."""
     lines = [counted(len(cells), "cell"), *(f"  {_line(cell)}" for cell in cells)]
@@ -20,8 +20,7 @@ def page(cells: Sequence[Cell], left_out: Sequence[LeftOut], *, gpu_memory_gb: f
         kind = f"{cell.task} on {cell.data.name}{f', {cell.remark}' if cell.remark else ''}"
         if cell.config is not None and kind not in shown:
             shown.add(kind)
-            lines += ["", f"== {kind} ({cell.weights.name})", dry_run_text.page(
-                dry_run(cell.config, gpu_memory_gb=gpu_memory_gb), full=full)]  # fmt: skip
+            lines += ["", f"== {kind} ({cell.weights.name})", dry_run_text.page(dry_run(cell.config))]
     return "\n".join(lines)
 
 

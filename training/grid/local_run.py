@@ -1,11 +1,9 @@
 """A grid carried out in this process, one cell after another."""
 
 import time
-from collections.abc import Callable
 
 import torch
 
-from datapipe.core.errors import UserError
 from training.core.host import LocalHost
 from training.grid.carry_out import carry_out
 from training.grid.following import EVERY_S, Following
@@ -16,9 +14,8 @@ LOOK_S = 0.5
 
 
 def run_here(
-    progress: GridProgress, following: Following, host: LocalHost, device: torch.device, *, follow: bool,
-    sleep: Callable[[float], None] = time.sleep,
-) -> None:  # fmt: skip
+    progress: GridProgress, following: Following, host: LocalHost, device: torch.device, *, follow: bool
+) -> None:
     """Carry out all cells, those of later checkpoints too where runs are followed; return when there are none left, or
     once the host was told to stop."""
     over = not follow
@@ -30,13 +27,13 @@ def run_here(
         if cell is None:
             if over:
                 return
-            _pause(host, sleep)
+            _pause(host)
             continue
         progress.begin(cell)
         host.starting = True  # until its first step there is nothing to save
         try:
             result = carry_out(cell, host, device=device)
-        except UserError as error:
+        except Exception as error:  # of any type: it costs its cell alone
             progress.failed(cell, error)
             continue
         if result is None:
@@ -45,8 +42,8 @@ def run_here(
         progress.complete(cell, result)
 
 
-def _pause(host: LocalHost, sleep: Callable[[float], None]) -> None:
+def _pause(host: LocalHost) -> None:
     for _ in range(max(1, int(EVERY_S / LOOK_S))):
         if host.preempted():
             return
-        sleep(LOOK_S)
+        time.sleep(LOOK_S)

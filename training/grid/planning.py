@@ -59,8 +59,15 @@ class GridRequest:
 class LeftOut:
     """A cell that there cannot be, and why."""
 
-    what: str
+    task: str
+    weights: str
+    data: str
     why: str
+
+    @property
+    def what(self) -> str:
+        """In words."""
+        return f"{self.task} of {self.weights} on {self.data}"
 
 
 def open_sets(request: GridRequest, *, shard: bool = True) -> list[GridData]:
@@ -221,9 +228,8 @@ class Planner:
         left_out: list[LeftOut] = []
         for task in self._request.tasks:
             for data in self._sets.values():
-                what = f"{task} of {weights.name} on {data.name}"
                 if why := self._refusal(weights, data, task):
-                    left_out.append(LeftOut(what, why))
+                    left_out.append(LeftOut(str(task), weights.name, data.name, why))
                     continue
                 for cell in self._cells(weights, data, task):
                     cells.setdefault(cell.folder, cell)

@@ -4,6 +4,7 @@ Who carries cells out, here or on a cluster, asks `next` and tells `begin`, `com
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import Any, Literal
 
 from datapipe.core.errors import ConfigError, DataError, LeaseError, UserError
@@ -108,7 +109,7 @@ class GridProgress:
         """The table."""
         rows = [table.row_of(cell, self._states[name], self._why.get(name, ""), self._results.get(name))
                 for name, cell in self._cells.items()]  # fmt: skip
-        return rows + [table.left_out_row(one.what, one.why) for one in self._left_out.values()]
+        return rows + [table.left_out_row(**asdict(one)) for one in self._left_out.values()]
 
     def _refuse_without_source(self) -> None:
         for name, cell in self._cells.items():

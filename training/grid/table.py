@@ -68,10 +68,8 @@ def row_of(cell: Cell, state: str, why: str, result: dict[str, Any] | None) -> d
     return row if result is None else row | _scores(result) | _published(result["metrics"])
 
 
-def left_out_row(what: str, why: str) -> dict[str, Any]:
-    """The row of a cell that there cannot be. `what`: "TASK of WEIGHTS on DATA"."""
-    task, _, rest = what.partition(" of ")
-    weights, _, data = rest.rpartition(" on ")
+def left_out_row(*, task: str, weights: str, data: str, why: str) -> dict[str, Any]:
+    """The row of a cell that there cannot be."""
     named = {"weights": weights, "series": weights, "task": task, "data": data, "state": "left out", "why": why}
     return dict.fromkeys(COLUMNS.names) | named
 

@@ -8,11 +8,11 @@ from datapipe.core.progress import counted
 from training.report.curves import wide
 from training.report.html_page import TableRow, escape, soft, table
 from training.report.run_files import RunFiles
+from training.report.section_retrieval import METRICS
 from training.report.svg_plots import Curve, Plot
 
 Row = dict[str, Any]
-_METRICS = (("mAP", "mAP"), ("rank1", "Rank-1"), ("rank5", "Rank-5"), ("rank10", "Rank-10"), ("mINP", "mINP"))
-_HEAD = ("weights", "task", *(label for _, label in _METRICS), "feature, or source", "remarks")
+_HEAD = ("weights", "task", *(label for _, label in METRICS), "feature, or source", "remarks")
 _NUMBERS = (2, 3, 4, 5, 6)
 _ABOUT = ("Scores in percent. Below ours the published score of the same method of pre-training on the same data set, "
           "grey where ours cannot be held against it, with the reason.")  # fmt: skip
@@ -46,7 +46,7 @@ def _table_of(data: str, rows: Sequence[Row]) -> str:
 
 
 def _ours(row: Row) -> TableRow:
-    scores = [_number(row[name]) for name, _ in _METRICS]
+    scores = [_number(row[name]) for name, _ in METRICS]
     if row["mAP"] is None:
         scores[0] = row["state"]
     best = (

@@ -9,7 +9,7 @@ from training.report.html_page import Pictures, TableRow, count, details, escape
 from training.report.run_files import BASELINES, RunFiles, Score, TestSet
 from training.report.svg_plots import Curve, Plot
 
-_METRICS = (("mAP", "mAP"), ("rank1", "Rank-1"), ("rank5", "Rank-5"), ("rank10", "Rank-10"), ("mINP", "mINP"))
+METRICS = (("mAP", "mAP"), ("rank1", "Rank-1"), ("rank5", "Rank-5"), ("rank10", "Rank-10"), ("mINP", "mINP"))
 _NAMES = {"random": "random weights", "colour_histogram": "colour histogram"}
 _NUMBERS = (1, 2, 4, 5, 6, 7, 8)
 """Columns of the tables of scores that are aligned to the right."""
@@ -64,7 +64,7 @@ def _scores_of(test_set: TestSet) -> str:
     baselines = [score for score in map(test_set.baseline, BASELINES) if score]
     scores = [*baselines, *test_set.checkpoints]
     about = scores[-1].content if scores else {}
-    head = ("weights", "steps", "images", "feature", *(label for _, label in _METRICS))
+    head = ("weights", "steps", "images", "feature", *(label for _, label in METRICS))
     rows = [_score_row(score, score.headline, main=score is test_set.last) for score in scores]
     others = [_score_row(score, name) for score in scores for name in score.features if name != score.headline]
     counted = " · ".join(f"{about[key]:,} {name}" for key, name in _COUNTS if about.get(key) is not None)
@@ -99,7 +99,7 @@ def _remarks(about: dict[str, Any]) -> list[str]:
 
 def _score_row(score: Score, feature: str, *, main: bool = False) -> TableRow:
     step, samples = score.step, score.content.get("samples") if score.step is not None else None
-    numbers = [score.features[feature].get(metric) for metric, _ in _METRICS]
+    numbers = [score.features[feature].get(metric) for metric, _ in METRICS]
     cells = [_NAMES.get(score.weights, score.weights), count(step), count(samples), feature]
     return TableRow([*cells, *("" if number is None else f"{100 * number:.1f}" for number in numbers)], main)
 

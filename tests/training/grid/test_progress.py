@@ -92,7 +92,7 @@ def test_table__has_the_published_row_that_is_nearest(tmp_path: Path, progress: 
     cells = {
         kind: cell(tmp_path, kind, source.folder if kind == "uda" else "") for kind in ("supervised", "usl", "uda")
     }
-    progress.add(cells.values(), [LeftOut("uda:market1501 of pass on market1501", "it is the source")])
+    progress.add(cells.values(), [LeftOut("uda:market1501", "pass", "market1501", "it is the source")])
     origins = {"supervised": "", "usl": "", "uda": "msmt17"}
     for kind, one in cells.items():
         progress.begin(one)

@@ -4,7 +4,7 @@ This is the one implementation: what `preview` shows is what training sees. Norm
 """
 
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import cv2
@@ -12,21 +12,23 @@ import numpy as np
 from PIL import Image
 
 from datapipe.core.randomness import Floats, Ints, draw
+from datapipe.views import bicubic, photometric
 from datapipe.views import crop_boxes as cuts
-from datapipe.views import photometric
+from datapipe.views.bicubic import Resize
 from datapipe.views.decode import decode_runs
-from datapipe.views.spec import REDRAWS, Band, View, ViewGroup, ViewSpec
+from datapipe.views.spec import REDRAWS, VERSION_OF_BICUBIC, Band, View, ViewGroup, ViewSpec
 
 cv2.setNumThreads(0)  # the loader's threads are the parallelism; cv2's own pool would fight them
 
 
 def make_views(
-    jpegs: list[bytes], spec: ViewSpec, seed: int, positions: Ints, out: dict[str, View], boxes: Ints | None = None
-) -> list[int]:
+    jpegs: list[bytes], spec: ViewSpec, seed: int, positions: Ints, out: dict[str, View], boxes: Ints | None = None, *,
+    resize: Resize = bicubic.resize,
+) -> list[int]:  # fmt: skip
     """Fill out[group][view, row] for every image; returns the rows whose bytes are no image (left as they were).
 
     `boxes` [spec.boxed, n, 5], if given, gets the boxed views' (top, left, height, width) in the image and whether they
-    are flipped.
+    are flipped. `resize` carries out bicubic resizing by version 3 of the rules: another way to the same bytes.
     Everything random is a function of (seed, position, group, view, operation). Views of a bad row can be made
     later from a substitute, with the position of the row.
     """
@@ -37,7 +39,7 @@ def make_views(
         images = [image for image in decoded if image is not None]
         if images:
             targets = {name: [[stack[row] for row in good] for stack in array] for name, array in out.items()}
-            view_boxes = _fill(images, spec, draw(seed, _numbers_needed(spec), positions[good]), targets)
+            view_boxes = _fill(images, spec, draw(seed, _numbers_needed(spec), positions[good]), targets, resize)
             if boxes is not None:
                 boxes[:, good] = view_boxes
     return bad
@@ -65,7 +67,9 @@ def _flip_purpose(group: ViewGroup, view: int) -> str:
     return f"views/flip/{group.flip_with}" if group.flip_with else f"views/{group.name}/{view}/flip"
 
 
-def _fill(images: list[View], spec: ViewSpec, unit: dict[str, Floats], targets: dict[str, list[list[View]]]) -> Ints:
+def _fill(
+    images: list[View], spec: ViewSpec, unit: dict[str, Floats], targets: dict[str, list[list[View]]], resize: Resize
+) -> Ints:
     """Make the views in place; returns the boxes of the boxed ones, [spec.boxed, n, 5].
 
     All that is random is planned first, for all images at once; then each image gets all of its views in turn, while it
@@ -73,9 +77,11 @@ def _fill(images: list[View], spec: ViewSpec, unit: dict[str, Floats], targets: 
     """
     sizes = np.array([image.shape[:2] for image in images], dtype=np.int64)
     sources: Iterable[Any] = images
-    resize: Callable[[Any, list[int], View], None] = _resize_linear
-    if spec.interpolation == "bicubic":
-        sources, resize = map(Image.fromarray, images), _resize_bicubic
+    resize_box: Callable[[Any, list[int], View], None] = _resize_linear
+    if spec.interpolation == "bicubic" and spec.version >= VERSION_OF_BICUBIC:
+        resize_box = partial(_resize_box, resize)
+    elif spec.interpolation == "bicubic":
+        sources, resize_box = map(Image.fromarray, images), _resize_by_pillow
     cut: dict[str, Ints] = {}
     plans = []
     view_boxes = [np.empty((0, len(images), 5), dtype=np.int64)]
@@ -98,7 +104,7 @@ def _fill(images: list[View], spec: ViewSpec, unit: dict[str, Floats], targets: 
             plans.append(zip(targets[group.name][view], crops.tolist(), flips.tolist(), steps, strict=True))
     for source, *views in zip(sources, *plans, strict=True):
         for target, box, flip, todo in views:
-            resize(source, box, target)
+            resize_box(source, box, target)
             if flip:
                 cv2.flip(target, 1, dst=target)
             for operation, argument in todo:
@@ -107,8 +113,8 @@ def _fill(images: list[View], spec: ViewSpec, unit: dict[str, Floats], targets: 
 
 
 def band_rows(height: Ints, band: Band, version: int) -> tuple[Ints, Ints]:
-    """First row, and number of rows, of a band of images [n] of these heights, pixels; at least one row. Version 2 is
-    the reference's rule (PASS `main_pass.py`, DataAugmentationDINO), 1 that of earlier versions of this project:
+    """First row, and number of rows, of a band of images [n] of these heights, pixels; at least one row. Version 2
+    and later have the reference's rule (PASS `main_pass.py`, DataAugmentationDINO), 1 has an earlier one:
 
         2:  top = floor(band[0] H)   rows = floor((band[1] - band[0]) H)
         1:  top = floor(band[0] H)   rows = floor(band[1] H) - top
@@ -149,7 +155,13 @@ def _resize_linear(image: View, box: list[int], target: View) -> None:
     cv2.resize(piece, (target.shape[1], target.shape[0]), dst=target, interpolation=method)
 
 
-def _resize_bicubic(image: Image.Image, box: list[int], target: View) -> None:
+def _resize_box(resize: Resize, image: View, box: list[int], target: View) -> None:
+    """Crop first, so that nothing beyond the box is seen."""
+    top, left, height, width = box
+    resize(image[top : top + height, left : left + width], target)
+
+
+def _resize_by_pillow(image: Image.Image, box: list[int], target: View) -> None:
     """Torchvision's resized_crop on a PIL image: crop first, so that nothing beyond the box is seen."""
     top, left, height, width = box
     piece = image.crop((left, top, left + width, top + height))

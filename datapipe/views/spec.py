@@ -14,6 +14,8 @@ from datapipe.views.masking import MaskSpec
 
 View = NDArray[np.uint8]
 """Pixels, [H, W, 3] or a stack of these."""
+VERSION_OF_BICUBIC = 3
+"""First version of the rules by which bicubic views are those of `datapipe.views.bicubic`; before, Pillow's."""
 REDRAWS = 8
 """Crops drawn for a view that must lie near another one."""
 
@@ -77,8 +79,8 @@ class ViewSpec:
     interpolation: Literal["bicubic", "linear"] = "bicubic"
     masks: tuple[MaskSpec, ...] = ()
     """One for each masked view: which of its patches are hidden from the student."""
-    version: Literal[1, 2] = 2
-    """Rule by which bands become rows: see `ViewConfig`."""
+    version: Literal[1, 2, 3] = 3
+    """Rules by which bands become rows, and bicubic resizing rounds: see `ViewConfig`."""
 
     def shape(self, group: ViewGroup, batch: int) -> tuple[int, int, int, int, int]:
         """[views, batch, height, width, 3]."""
@@ -155,7 +157,8 @@ def regions(
     )
     bounded = law.iou != (0.0, 1.0)
     second = replace(first, name="region_b", near="region_a" if bounded else "", iou=law.iou)
-    return ViewSpec((first, second) if pair else (first,), interpolation=config.interpolation, masks=masks)
+    return ViewSpec((first, second) if pair else (first,), interpolation=config.interpolation, masks=masks,
+                    version=config.version)  # fmt: skip
 
 
 def padded(config: ViewConfig, *, size: Size, pad: int) -> ViewSpec:
@@ -163,4 +166,4 @@ def padded(config: ViewConfig, *, size: Size, pad: int) -> ViewSpec:
     whole: Band = (0.0, 1.0)
     group = ViewGroup(name="image", size=size, scale=whole, ratio=whole, flip=config.flip, bands=(whole,),
                       photometric=(Photometric(),), pad=pad)  # fmt: skip
-    return ViewSpec((group,), interpolation=config.interpolation)
+    return ViewSpec((group,), interpolation=config.interpolation, version=config.version)

@@ -1,6 +1,8 @@
 """PASS's 11 views of one image, in one thread, against the reference recipe."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,10 +16,12 @@ from tests.bench.reference import PassRecipe
 from tests.bench.scale import Scale
 from tests.bench.specs import Interpolation, pass_views
 from tests.bench.table import Row, Table, Target, compare
+from training.config import bicubic
 
 REPEATS = 2
 """Ours gets the same images so many times, to take about as long as the reference."""
 GEOMETRY, GEOMETRY_TENSORS = "PIL + torchvision: geometry", "PIL + torchvision: geometry, ToTensor, Normalize"
+PILLOWS = "bicubic by Pillow (version 2)"
 WHOLE, WHOLE_TENSORS = "PIL + torchvision: whole", "PIL + torchvision: whole, ToTensor, Normalize"
 
 
@@ -40,10 +44,13 @@ def _measured(jpegs: list[bytes], scale: Scale) -> Rates:
         WHOLE: _reference(jpegs, colours=True, tensors=False),
         WHOLE_TENSORS: _reference(jpegs, colours=True, tensors=True),
     }
-    kinds: tuple[Interpolation, ...] = ("linear", "bicubic")
-    for interpolation in kinds:
-        works[f"geometry, {interpolation}"] = _ours(jpegs, pass_views(interpolation, colours=False))
-        works[f"whole, {interpolation}"] = _ours(jpegs, pass_views(interpolation, colours=True))
+    kinds: dict[str, tuple[Interpolation, Literal[2, 3]]] = {
+        "linear": ("linear", 3), "bicubic": ("bicubic", 3), PILLOWS: ("bicubic", 2),
+    }  # fmt: skip
+    for name, (interpolation, version) in kinds.items():
+        for colours, part in ((False, "geometry"), (True, "whole")):
+            spec = replace(pass_views(interpolation, colours=colours), version=version)
+            works[f"{part}, {name}"] = _ours(jpegs, spec)
     works["whole, linear, normalised"] = _ours(jpegs, pass_views("linear", colours=True), _normalise)
     return rates(works, scale.rounds)
 
@@ -55,12 +62,14 @@ def _rows(kind: str, found: Rates) -> list[Row]:
     return [
         row("geometry, linear", GEOMETRY, Target(5)),
         row("geometry, linear", GEOMETRY_TENSORS),
-        row("geometry, bicubic", GEOMETRY),
+        row("geometry, bicubic", GEOMETRY, Target(3)),
+        row("geometry, bicubic", f"geometry, {PILLOWS}"),
         row("whole, linear", WHOLE_TENSORS, Target(5)),
         row("whole, linear", WHOLE),
         row("whole, linear, normalised", WHOLE_TENSORS, Target(2)),
         row("whole, bicubic", WHOLE_TENSORS),
         row("whole, bicubic", WHOLE),
+        row("whole, bicubic", f"whole, {PILLOWS}", Target(1.7)),
     ]
 
 
@@ -80,7 +89,7 @@ def _ours(jpegs: list[bytes], spec: ViewSpec, then: Callable[[np.ndarray], objec
 
     def work() -> int:
         for repeat in range(REPEATS):
-            make_views(jpegs, spec, repeat, np.arange(len(jpegs)), out)
+            make_views(jpegs, spec, repeat, np.arange(len(jpegs)), out, resize=bicubic.fastest())
             if then is not None:
                 for stack in out.values():
                     then(stack)

@@ -43,7 +43,7 @@ def test_run__goes_on_with_the_losses_that_it_would_have_had(written: Path) -> N
     sheets = [np.asarray(Image.open(folder / "first_batch.jpg")).astype(int) for folder in (run, WRITTEN / "run")]
     assert np.abs(sheets[0] - sheets[1]).max() <= 4  # by the later rule for bands 17
     assert recipes.load(run / "config.toml").views.version == 1
-    assert "cut by version 1 of the rules" in (run / "log.txt").read_text()
+    assert "cut and resized by version 1 of the rules" in (run / "log.txt").read_text()
     for words in (["checkpoints", str(run), "verify"], ["report", str(run)], ["export", str(run)]):
         assert main(words) == 0
 
@@ -54,13 +54,13 @@ def test_run__goes_on_with_the_views_that_it_began_with(written: Path) -> None:
     run = written / "run"
     saved = recipes.load(run / "config.toml")
     config = replace(saved, out=str(run), stream=replace(saved.stream, manifest=str(written / "shards")))
-    assert config.views.version == 2
+    assert config.views.version == 3
     plan = check(config, 1)
     assert (plan.config.views.version, plan.spec.version) == (1, 1)
     assert as_begun(replace(config, views=replace(config.views, version=1))) == plan.config
     assert TrainingViews.from_json((run / "views.json").read_text(), where="views.json").spec == plan.spec
     shutil.rmtree(run / "checkpoints")
-    assert check(config, 1).spec.version == 2
+    assert check(config, 1).spec.version == 3
 
 
 def test_data_set__is_whole_and_can_be_changed(written: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from datapipe.sampling.epoch_order import SampleOrder
 from datapipe.sampling.identity_sampler import IdentityOrder, numbered
 from datapipe.views.spec import ViewSpec
 from training import methods
+from training.config import bicubic
 from training.config.batch_split import BatchSplit, split_of
 from training.config.build import view_spec
 from training.config.continuation import saved_config
@@ -118,6 +119,7 @@ def make_loader(plan: RunPlan, world: World) -> "Loader":
         ranks_here=world.local_size,
         nodes=world.nodes() if config.stream.assignment == "node" else (),
         labels=plan.identities.labels if plan.identities else None,
+        resize=bicubic.fastest(),
     )
 
 

@@ -276,7 +276,7 @@ def _first_lines(
     slow = slow_precision(config.optimisation.precision, world.device)
     yield from filter(None, (slow, unused_gpus(world.device, config.engine.device)))
     if config.views.version != ViewConfig().version:
-        yield f"bands of the body are cut by version {config.views.version} of the rules (views.version)"
+        yield f"views are cut and resized by version {config.views.version} of the rules (views.version)"
     yield f"stopped and resumed: {guarantee(config, world)}"
     if origin and resumed is None:
         yield in_words(origin)

@@ -17,6 +17,7 @@ from datapipe.stream.preview import hide, view_sheet
 from datapipe.stream.training_data import Data
 from datapipe.views.render import make_views
 from training import methods
+from training.config import bicubic
 from training.config import recipe_toml as recipes
 from training.config.build import deepspeed_json, training_views
 from training.config.run_config import RunConfig
@@ -61,7 +62,8 @@ def first_views(plan: RunPlan, *, count: int) -> dict[str, np.ndarray]:
     positions = np.arange(count, dtype=np.int64)
     config, spec = plan.config, plan.spec
     out = {group.name: np.zeros(spec.shape(group, count), np.uint8) for group in spec.groups}
-    make_views(plan.stream.peek(plan.order().samples(positions)), spec, config.seed, positions, out)
+    make_views(plan.stream.peek(plan.order().samples(positions)), spec, config.seed, positions, out,
+               resize=bicubic.fastest())  # fmt: skip
     hide(out, spec, config.seed, positions)
     return out
 

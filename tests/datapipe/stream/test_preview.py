@@ -95,7 +95,7 @@ def test_contact_sheet__shows_the_bands_of_the_body_on_the_crop(crops: CropSet, 
 def test_training_views__without_a_version_are_of_the_first_rule() -> None:
     """As versions of this project wrote them that had no other rule."""
     views = TrainingViews(SPEC, 3, 5, 2)
-    assert TrainingViews.from_json(views.to_json(), where="views.json") == views and views.spec.version == 2
+    assert TrainingViews.from_json(views.to_json(), where="views.json") == views and views.spec.version == 3
     tree = json.loads(views.to_json())
     del tree["spec"]["version"]
     earlier = TrainingViews.from_json(json.dumps(tree), where="views.json")

@@ -27,7 +27,7 @@ def made(crops: list[bytes], spec: ViewSpec, positions: np.ndarray, seed: int = 
 def test_regions__boxes_say_what_was_cut(share_flip: bool) -> None:
     crops = list(jpegs(30))
     law = RegionSpec(FREE.scale, FREE.ratio, FREE.iou, share_flip)
-    spec = regions(ViewConfig(flip=0.5, interpolation="bicubic"), law, size=SIZE, pair=True)
+    spec = regions(ViewConfig(version=2, flip=0.5, interpolation="bicubic"), law, size=SIZE, pair=True)
     out, boxes = made(crops, spec, np.arange(30))
     for view, name in enumerate(("region_a", "region_b")):
         for row, data in enumerate(crops):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchvision.transforms as transforms
 import torchvision.transforms.functional as functional
+import torchvision.transforms.v2.functional as functional_v2
 from PIL import Image
 from scipy import stats
 
@@ -21,6 +22,7 @@ from datapipe.views.decode import decode
 from datapipe.views.render import make_views
 from datapipe.views.spec import Photometric, ViewGroup, ViewSpec, multi_crop, padded
 from tests.datapipe.crop_set import jpegs
+from training.config.bicubic import resize as resize_by_torch
 
 BANDS = ((0.0, 0.5),) * 3 + ((0.25, 0.75),) * 3 + ((0.5, 1.0),) * 3
 PLAIN = ViewConfig(jitter=JitterConfig(probability=0), grey=0, blur=(0, 0, 0), solarise=(0, 0, 0))
@@ -58,17 +60,29 @@ def chosen(crops: list[bytes], spec: ViewSpec, seed: int, positions: np.ndarray,
 
 
 @pytest.mark.parametrize("bands", [((0.0, 1.0),), ((0.0, 0.5), (0.25, 0.75), (0.5, 1.0))])
-def test_make_views__bicubic_equals_torchvisions_resized_crop(bands: tuple[tuple[float, float], ...]) -> None:
-    crops, spec, positions = list(jpegs(12)), geometry("bicubic", bands=bands), np.arange(12) + 10**9
+@pytest.mark.parametrize("version", [2, 3])
+def test_make_views__bicubic_equals_torchvisions_resized_crop(
+    bands: tuple[tuple[float, float], ...], version: Literal[2, 3]
+) -> None:
+    """Of a PIL image by version 2, of a tensor by version 3."""
+    crops, positions = list(jpegs(12)), np.arange(12) + 10**9
+    spec = replace(geometry("bicubic", bands=bands), version=version)
     views = make(crops, spec, 3, positions)["plain"]
     for view in range(len(bands)):
-        for row, (top, left, height, width, flip) in enumerate(chosen(crops, spec, 3, positions, view)):
+        for row, (*box, flip) in enumerate(chosen(crops, spec, 3, positions, view)):
             image = Image.fromarray(decode(crops[row]))
-            expected = functional.resized_crop(
-                image, top, left, height, width, [64, 32], transforms.InterpolationMode.BICUBIC
-            )
-            expected = functional.hflip(expected) if flip else expected
-            np.testing.assert_array_equal(views[view, row], np.asarray(expected))
+            given = image if version == 2 else functional.pil_to_tensor(image).contiguous()
+            cut = functional_v2.resized_crop(given, *box, [64, 32], transforms.InterpolationMode.BICUBIC)
+            expected = np.asarray(cut) if version == 2 else cut.permute(1, 2, 0).numpy()
+            expected = expected[:, ::-1] if flip else expected
+            np.testing.assert_array_equal(views[view, row], expected)
+
+
+def test_make_views__another_way_of_resizing_gives_the_same_bytes() -> None:
+    crops, spec, positions = list(jpegs(12)), geometry("bicubic"), np.arange(12)
+    out = {"plain": np.zeros_like(make(crops, spec, 3, positions)["plain"])}
+    make_views(crops, spec, 3, positions, out, resize=resize_by_torch)
+    np.testing.assert_array_equal(out["plain"], make(crops, spec, 3, positions)["plain"])
 
 
 HEIGHTS = np.arange(20, 601)
@@ -224,7 +238,7 @@ def test_view_group__refuses_unequal_lists() -> None:
 @pytest.mark.parametrize("pad", [0, 5])
 def test_padded__equals_torchvisions_resize_flip_pad_and_crop(pad: int) -> None:
     crops, positions, size = list(jpegs(24)), np.arange(24), (64, 32)
-    spec = padded(replace(PLAIN, interpolation="bicubic"), size=size, pad=pad)
+    spec = padded(replace(PLAIN, version=2, interpolation="bicubic"), size=size, pad=pad)
     views = make(crops, spec, 3, positions)["image"][0]
     moves = set()
     for data, view in zip(crops, views, strict=True):

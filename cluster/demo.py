@@ -30,7 +30,8 @@ from training.config.run_plan import clock_of
 from training.core.devices import Device, choose_device
 from training.core.run_folder.lease import refuse_held
 from training.recipes import SHIPPED
-from training.reid.zero_shot import COLOUR_HISTOGRAM, RANDOM
+from training.reid.settings import RANDOM
+from training.reid.zero_shot import COLOUR_HISTOGRAM
 from training.trainer.monitoring.throughput import faster_precision
 
 RECIPE = SHIPPED / "demo.toml"

@@ -10,10 +10,9 @@ from datapipe.core.cli import POSITIONAL, Arg
 from datapipe.core.config import Size, Statistics, StorageConfig
 from datapipe.core.settings import settings
 from training.commands import arguments as training
+from training.reid.settings import RANDOM
 
 Address = Annotated[str, Field(min_length=1)] | None
-RANDOM = "random"
-"""Weights that are no place."""
 
 
 @settings

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from cluster.core.arguments import RANDOM, EvaluateJob
+from cluster.core.arguments import EvaluateJob
 from cluster.core.devices import Kind, decide, hidden, offered, own_device
 from cluster.core.job_paths import refuse_relative
 from cluster.core.session import LOCAL, chosen_address, prepare, ray_session, result
@@ -18,6 +18,7 @@ from training.core.devices import Device, choose_device
 from training.evaluation import evaluation
 from training.evaluation.evaluation import ScoringTask
 from training.grid.request import read_address
+from training.reid.settings import RANDOM
 
 PROG = "python -m cluster evaluate"
 POLL_S = 1.0

@@ -21,7 +21,8 @@ from training.clustering.settings import ClusteringConfig
 from training.core.host import LocalHost
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import alone
-from training.evaluation.fine_tune import RANDOM, prepare
+from training.evaluation.fine_tune import prepare
+from training.reid.settings import RANDOM
 from training.report.run_files import RunFiles
 from training.trainer.pretrain import pretrain
 from training.trainer.pseudo_labels import HISTORY

@@ -15,10 +15,8 @@ from training.commands.arguments import EvaluateCommand
 from training.config.run_config import RunConfig
 from training.core.devices import choose_device
 from training.core.host import LocalHost, exit_code
-from training.core.run_folder import crash_log
 from training.core.run_folder.lease import Lease, lease_on
 from training.core.run_folder.run_folder import RunFolder
-from training.core.world import alone
 from training.evaluation import evaluation, fine_tune
 from training.evaluation.evaluation import ScoringTask
 from training.evaluation.score_features import score_features
@@ -27,7 +25,7 @@ from training.reid.datasets.benchmarks import PUBLISHED
 from training.reid.settings import ScoringConfig
 from training.report.report import write_report
 from training.trainer.milestones import SUMMARY
-from training.trainer.pretrain import pretrain
+from training.trainer.pretrain import pretrain_alone
 from training.weights.safe_load import FILES
 
 PROG = "python -m training evaluate"
@@ -42,12 +40,8 @@ def run(chosen: EvaluateCommand, flags: Sequence[str]) -> int:
     if chosen.task != "zero-shot":
         with writing(chosen, has_workers=False) as guard:
             config = fine_tuning(chosen, flags, prog=PROG)
-            with (
-                LocalHost(starting=True) as host,
-                crash_log.kept(config.out, config.storage, 0, log=True),
-                alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world,
-            ):
-                ending = pretrain(config, world=world, host=host, guard=guard)
+            with LocalHost(starting=True) as host:
+                ending = pretrain_alone(config, host, guard=guard)
             return conclude(config) if ending.complete else exit_code(host.received)
     torch.set_num_threads(min(torch.get_num_threads(), available_cores()))  # of quotas PyTorch knows nothing
     if chosen.features:

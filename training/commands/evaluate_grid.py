@@ -13,13 +13,13 @@ from training.core.devices import choose_device
 from training.core.host import LocalHost, exit_code
 from training.core.run_folder.lease import lease_on
 from training.evaluation import evaluation
-from training.evaluation.fine_tune import RANDOM
 from training.grid import dry_run, table
 from training.grid.following import Following
 from training.grid.local_run import run_here
 from training.grid.planning import GridRequest, Planner, WeightsList, open_sets
 from training.grid.progress import GridProgress
 from training.grid.request import read_recipes
+from training.reid.settings import RANDOM
 from training.report.report import write_report
 from training.weights.safe_load import FILES
 

@@ -9,11 +9,10 @@ from training.commands.arguments import PretrainCommand
 from training.config.run_config import RunConfig
 from training.core.host import LocalHost, exit_code
 from training.core.preemption_notice import Notice
-from training.core.run_folder import crash_log
 from training.core.world import alone
 from training.preflight import dry_run_text
 from training.preflight.dry_run import dry_run as calculate
-from training.trainer.pretrain import pretrain as run_recipe
+from training.trainer.pretrain import pretrain_alone
 
 
 def run(config: RunConfig) -> int:
@@ -22,10 +21,8 @@ def run(config: RunConfig) -> int:
     with (
         LocalHost(starting=True) as host,
         closing(Notice(machine.notice, every_s=machine.notice_every_s, callback=host.notice)),
-        crash_log.kept(config.out, config.storage, 0, log=True),
-        alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world,
     ):
-        ending = run_recipe(config, world=world, host=host)
+        ending = pretrain_alone(config, host)
     return exit_code(None if ending.complete else host.received)
 
 

@@ -19,13 +19,10 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError, DataError
 from datapipe.storage import open_store
 from training.commands.arguments import ReproduceCommand
-from training.config.run_config import RunConfig
 from training.core.devices import choose_device
 from training.core.host import Host, LocalHost, exit_code
-from training.core.run_folder import crash_log
 from training.core.run_folder.lease import lease_on
 from training.core.run_folder.write_guard import GuardedStore, WriteGuard
-from training.core.world import alone
 from training.evaluation import evaluation, fine_tune
 from training.evaluation.weights_origin import WeightsOrigin, is_fine_tuned, of_card
 from training.reid.datasets.benchmarks import PUBLISHED
@@ -34,7 +31,7 @@ from training.reid.literature import BY_NAME, TASKS, LiteratureRow
 from training.reid.settings import ScoringConfig
 from training.report.report import write_report
 from training.trainer.milestones import SUMMARY
-from training.trainer.pretrain import pretrain
+from training.trainer.pretrain import pretrain_alone
 from training.weights import export as exports
 
 PROG = "python -m training reproduce"
@@ -273,18 +270,9 @@ def _source(
     flags = ["--backbone.size", *size, *fusion]
     config = fine_tune.prepare(export, source, folder, recipe=row.origin_recipe, flags=flags, storage=storage,
                                scoring=ScoringConfig(data_name=row.origin))  # fmt: skip
-    if not _trained(config, host, None):
+    if not pretrain_alone(config, host).complete:
         return None
     return open_store(folder, storage).address(f"exports/{config.evaluation.quote}")
-
-
-def _trained(config: RunConfig, host: Host, guard: WriteGuard | None) -> bool:
-    """Train to the end; False: told to stop."""
-    with (
-        crash_log.kept(config.out, config.storage, 0, log=True),
-        alone(config.engine.device, group=config.engine.stepper == "deepspeed") as world,
-    ):
-        return pretrain(config, world=world, host=host, guard=guard).complete
 
 
 def _fine_tuned(
@@ -297,7 +285,7 @@ def _fine_tuned(
     task = "usl" if row.task == "uda" else row.task
     config = fine_tune.prepare(export, data, out, task=task, recipe=row.recipe, flags=flags, scoring=scoring,
                                storage=storage)  # fmt: skip
-    if not _trained(config, host, guard):
+    if not pretrain_alone(config, host, guard=guard).complete:
         return None
     result: dict[str, Any] = json.loads(open_store(out, storage).read(SUMMARY))["result"]
     return result

@@ -26,8 +26,8 @@ from training.nn.vision_transformer import VisionTransformer
 from training.reid import zero_shot
 from training.reid.datasets.open_dataset import ReIDSet, check_images, open_reid
 from training.reid.embed import EmbedConfig
-from training.reid.settings import ScoringConfig
-from training.reid.zero_shot import COLOUR_HISTOGRAM, RANDOM, Weights
+from training.reid.settings import RANDOM, ScoringConfig
+from training.reid.zero_shot import COLOUR_HISTOGRAM, Weights
 from training.weights import export as exports
 from training.weights.counted_keys import first_few
 from training.weights.export import CARD, Provenance

@@ -24,15 +24,13 @@ from training.evaluation.weights_origin import WHERE, WITH_LABELS, task_of
 from training.methods.base import Method
 from training.nn.vision_transformer import BackboneConfig
 from training.reid.datasets.training_shards import shard_training_part
-from training.reid.settings import ScoringConfig
+from training.reid.settings import RANDOM, ScoringConfig
 from training.reid.zero_shot import Weights
 from training.weights import export as exports
 from training.weights.export import CARD, Provenance
 from training.weights.published import Stated, read_published
 from training.weights.safe_load import FILES
 
-RANDOM = "random"
-"""In place of weights: none; the recipe's backbone as it is drawn."""
 RECIPES = {"mae": "supervised_mae"}
 """Layout of a published file -> the recipe for its weights, where their part tokens alone do not tell."""
 GIVEN = ("arch", "patch", "stem", "width", "depth", "heads", "mlp_ratio", "layer_scale")

@@ -15,15 +15,13 @@ from datapipe.core.progress import lines_sent_to
 from datapipe.storage import open_store
 from training.core.devices import Device
 from training.core.host import Host
-from training.core.run_folder import crash_log
-from training.core.world import alone
 from training.evaluation import evaluation
 from training.evaluation.evaluation import EXPORTED, ScoringTask
 from training.grid.cells import Cell
 from training.reid.zero_shot import Weights
 from training.report.report import write_report
 from training.trainer.milestones import SUMMARY
-from training.trainer.pretrain import pretrain
+from training.trainer.pretrain import pretrain_alone
 
 RESULT = "cell.json"
 
@@ -67,12 +65,8 @@ def _trained(cell: Cell, host: Host, device: torch.device) -> dict[str, Any] | N
     config = cell.config
     assert config is not None
     kind: Device = "cuda" if device.type == "cuda" else "cpu"
-    with (
-        crash_log.kept(config.out, config.storage, 0, log=True),
-        alone(kind, index=device.index or 0, group=config.engine.stepper == "deepspeed") as world,
-    ):
-        if not pretrain(config, world=world, host=host).complete:
-            return None
+    if not pretrain_alone(config, host, device=kind, index=device.index or 0).complete:
+        return None
     summary = json.loads(open_store(config.out, config.storage).read(SUMMARY))
     best = evaluation.headline(summary["best"])
     return {

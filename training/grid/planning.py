@@ -20,13 +20,12 @@ from training.config.recipe_toml import PRETRAIN
 from training.config.run_config import RunConfig
 from training.core.run_folder.run_folder import RunFolder
 from training.evaluation import evaluation, fine_tune
-from training.evaluation.fine_tune import RANDOM
 from training.grid.cells import Cell, GridData, GridWeights, folder_of
 from training.grid.request import FROM_SOURCE, TRAINED, WITH_LABELS, GridTask, NamedAddress, TaskKind
 from training.preflight.checks import check
 from training.reid.datasets.benchmarks import PUBLISHED
 from training.reid.datasets.training_shards import shard_training_part
-from training.reid.settings import ScoringConfig
+from training.reid.settings import RANDOM, ScoringConfig
 from training.weights import export as exports
 from training.weights.export import CARD
 from training.weights.safe_load import FILES

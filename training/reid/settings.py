@@ -6,6 +6,9 @@ from pydantic import Field
 
 from datapipe.core.settings import settings
 
+RANDOM = "random"
+"""In place of weights: none; a backbone as it is drawn."""
+
 
 @settings
 class RerankConfig:

@@ -33,8 +33,8 @@ MISTAKES = 3
 BINS = 50
 """Bins of the histograms of distances."""
 
-RANDOM, COLOUR_HISTOGRAM = "random", "colour_histogram"
-"""Names of the two baselines among the weights."""
+COLOUR_HISTOGRAM = "colour_histogram"
+"""A baseline in place of weights: the colours of the image. The other is RANDOM."""
 
 
 @dataclass(frozen=True)

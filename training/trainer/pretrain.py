@@ -19,14 +19,14 @@ from training.config.build import fake_batch, initial_method, make_stepper
 from training.config.continuation import as_begun
 from training.config.run_config import RunConfig
 from training.config.run_plan import RunPlan, make_loader, plan_run
-from training.core.devices import slow_precision, unused_gpus
+from training.core.devices import Device, slow_precision, unused_gpus
 from training.core.exchange import Exchange
 from training.core.host import Host, lines_to, run_lines
-from training.core.run_folder import starting
+from training.core.run_folder import crash_log, starting
 from training.core.run_folder.lease import Follower, Lease, lease_on
 from training.core.run_folder.run_folder import RunFolder
 from training.core.run_folder.write_guard import Ticket, WriteGuard
-from training.core.world import World
+from training.core.world import World, alone
 from training.engine.clock import Clock
 from training.engine.loss_scaling import first_scale
 from training.engine.state_fragments import Piece
@@ -89,6 +89,21 @@ def pretrain(
             refuse_slower(config, folder, world)
         with rank_log(folder, world, host), _noted(folder, startup) if world.is_leader else contextlib.nullcontext():
             return _pretrain(plan, folder, world, host, reason, startup)
+
+
+def pretrain_alone(
+    config: RunConfig, host: Host, *, guard: WriteGuard | None = None, device: Device | None = None, index: int = 0
+) -> Ending:
+    """Run the recipe in this process as the only rank; an error is left in the run folder.
+
+    `device`: in place of the recipe's, with `index`, of its GPU among those that this process sees. `guard` as in
+    `pretrain`.
+    """
+    with (
+        crash_log.kept(config.out, config.storage, 0, log=True),
+        alone(device or config.engine.device, index=index, group=config.engine.stepper == "deepspeed") as world,
+    ):
+        return pretrain(config, world=world, host=host, guard=guard)
 
 
 def _noted(folder: RunFolder, startup: Startup) -> contextlib.AbstractContextManager[None]:

@@ -1,7 +1,7 @@
 """Drives the Method, loop and steppers that users run over the fixed batches of a golden training trajectory."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -251,9 +251,12 @@ def run_trajectory(
     zero_stage: int | None = None,
     micro_batch: int | None = None,
     rehearsal: bool = False,
+    bucket: int = EngineConfig().bucket,
+    **changes: Any,
 ) -> Trajectory:
-    """The whole trajectory through `training.trainer.loop.train`; `zero_stage` None: the plain stepper."""
-    config = optimisation_of(setting)
+    """The whole trajectory through `training.trainer.loop.train`; `zero_stage` None: the plain stepper. `changes`:
+    settings of the optimisation that are others."""
+    config = replace(optimisation_of(setting), **changes)
     method = make().to(dtype)
     split = split_batch(config.batch, micro_batch or config.batch, world.size)
     clock = Clock(config.batch, config.batch * setting["iterations_per_epoch"], config.epochs, seed=0)
@@ -270,11 +273,11 @@ def run_trajectory(
         found.losses.append(result.loss)
         found.norms.append(result.norms.double())
         found.metrics.append(result.metrics)
-        if isinstance(stepper, PlainStepper) and dtype == torch.float64:
+        if isinstance(stepper, PlainStepper) and dtype == torch.float64 and config.optimizer == "adamw":
             for name, value in wander_of_step(stepper).items():
                 found.wander[name] = found.wander.get(name, torch.zeros_like(value)) + value
 
-    stepper = _stepper(method, config, world, split, zero_stage)
+    stepper = _stepper(method, config, world, split, zero_stage, bucket)
     source = FixedBatches(batches, config.batch, split, world.rank)
     run = TrainingRun(
         method=method, stepper=stepper, loader=source, place=place, clock=clock, optimisation=config,
@@ -300,13 +303,14 @@ def model_state(stepper: Stepper, world: World) -> dict[str, Tensor]:
 
 
 def _stepper(
-    method: Method, config: OptimisationConfig, world: World, split: BatchSplit, zero_stage: int | None
+    method: Method, config: OptimisationConfig, world: World, split: BatchSplit, zero_stage: int | None, bucket: int
 ) -> Stepper:
     groups = group_parameters(method)
     if zero_stage is None:
         return PlainStepper(method, groups, config, world)
     from training.engine.deepspeed import DeepSpeedStepper, derive_json
 
-    engine = EngineConfig(zero_stage=zero_stage)
-    settings = derive_json(engine, rows=split.per_rank, micro=split.micro_batch, world=world.size)
+    engine = EngineConfig(zero_stage=zero_stage, bucket=bucket)
+    settings = derive_json(engine, rows=split.per_rank, micro=split.micro_batch, world=world.size,
+                           reduction=config.reduction)  # fmt: skip
     return DeepSpeedStepper(method, groups, config, world, settings=settings)

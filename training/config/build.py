@@ -79,7 +79,8 @@ def deepspeed_json(config: RunConfig, world: World, split: BatchSplit) -> dict[s
     """The complete DeepSpeed configuration that the recipe amounts to."""
     from training.engine.deepspeed import derive_json
 
-    return derive_json(config.engine, rows=split.per_rank, micro=split.micro_batch, world=world.size)
+    return derive_json(config.engine, rows=split.per_rank, micro=split.micro_batch, world=world.size,
+                       reduction=config.optimisation.reduction)  # fmt: skip
 
 
 def fake_batch(spec: ViewSpec, split: BatchSplit, config: RunConfig) -> Batch:

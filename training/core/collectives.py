@@ -16,6 +16,15 @@ def all_reduce(values: Tensor, operation: distributed.ReduceOp.RedOpType = distr
     return values
 
 
+def reduce_scatter(values: Tensor) -> Tensor:
+    """[ranks * N] of every rank -> [N]: the sum over ranks of this rank's part, the r-th for rank r."""
+    if not _several():
+        return values
+    part = values.new_empty(len(values) // distributed.get_world_size())
+    distributed.reduce_scatter_tensor(part, values)
+    return part
+
+
 def all_reduce_later(values: Tensor) -> distributed.Work | None:
     """Begin to sum over ranks, in place; `wait` on what is returned. None: there is nothing to wait for."""
     return distributed.all_reduce(values, async_op=True) if _several() else None

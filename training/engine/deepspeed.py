@@ -18,6 +18,7 @@ from training.core.collectives import all_reduce
 from training.core.world import World
 from training.engine.optimizers import make_optimizer
 from training.engine.param_groups import ParameterGroup, StepSettings
+from training.engine.reduction import OWNERS, Reduction, scatter_in
 from training.engine.settings import EngineConfig, OptimisationConfig
 from training.engine.state_fragments import Piece
 from training.engine.stepper import Stepper
@@ -27,7 +28,9 @@ from training.methods.base import Method, Outcome, TrainingProgress, Views
 CPU = torch.device("cpu")
 
 
-def derive_json(engine: EngineConfig, *, rows: int, micro: int, world: int) -> dict[str, Any]:
+def derive_json(
+    engine: EngineConfig, *, rows: int, micro: int, world: int, reduction: Reduction = "fp32"
+) -> dict[str, Any]:
     """DeepSpeed's configuration, complete.
 
     `rows`: images of one rank in a global batch, padding included; `micro`: images of one micro-batch.
@@ -37,11 +40,14 @@ def derive_json(engine: EngineConfig, *, rows: int, micro: int, world: int) -> d
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": rows // micro,
         "gradient_clipping": 0.0,
+        "communication_data_type": reduction,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": engine.zero_stage,
             "allgather_bucket_size": engine.bucket,
             "reduce_bucket_size": engine.bucket,
+            "reduce_scatter": True,
+            "use_multi_rank_bucket_allreduce": world > OWNERS,
             "overlap_comm": False,
             "stage3_param_persistence_threshold": 0,
             "stage3_prefetch_bucket_size": engine.bucket,
@@ -145,6 +151,9 @@ class DeepSpeedStepper(Stepper):
                 model=method, optimizer=optimizer, config=settings, dist_init_required=False
             )
         stage = int(settings["zero_optimization"]["stage"])
+        if stage == 1 and world.size > 1:
+            scatter_in(self.engine.optimizer, config.reduction, rank=world.rank, world=world.size,
+                       bucket=settings["zero_optimization"]["reduce_bucket_size"])  # fmt: skip
         self._layout = LAYOUTS[stage](self.engine, method, self.parameters, self.groups, world)
         self._whole_gradients = stage == 0
         self._released: set[int] = set()

@@ -5,8 +5,8 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from training.core.collectives import all_reduce
 from training.core.world import World
+from training.engine import reduction
 from training.engine.optimizers import make_optimizer, whole_pieces, whole_steps, zero_state
 from training.engine.param_groups import ParameterGroup
 from training.engine.settings import OptimisationConfig
@@ -22,6 +22,7 @@ class PlainStepper(Stepper):
         self, method: Method, groups: Sequence[ParameterGroup], config: OptimisationConfig, world: World
     ) -> None:
         super().__init__(method, groups, config, world)
+        reduction.refuse_unlowered(list(self.parameters.values()), config.reduction)
         self.optimizer = make_optimizer(config, self.grouped())
 
     def _call(self, views: Views, progress: TrainingProgress) -> Outcome:
@@ -36,9 +37,7 @@ class PlainStepper(Stepper):
         if self.world.size == 1:
             return
         gradients = [self._gradient(value) for value in self.parameters.values()]
-        flat = all_reduce(torch.cat([gradient.reshape(-1) for gradient in gradients]))
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        reduction.sum_over_ranks(gradients, self.config.reduction)
 
     @staticmethod
     def _gradient(parameter: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from pydantic import Field
 from datapipe.core.config import Range
 from datapipe.core.settings import settings
 from training.core.precision import Precision
+from training.engine.reduction import Reduction
 
 
 @settings
@@ -66,6 +67,10 @@ class OptimisationConfig:
     """Autocast of the backbone; parameters, heads and losses are fp32 always, the teacher's too. "fp16" is for GPUs
     without bf16 units (Turing: T4, RTX 20) and scales the loss so that small gradients survive. On CPUs measure bf16
     first."""
+    reduction: Reduction = "fp32"
+    """Format in which the gradients of several ranks are sent and added up. "bf16": half the bytes, for networks of 100
+    Gb/s and less between machines; a gradient then is off by some 2^-8 of itself, as with bf16 activations. Parameters,
+    moments and what is accumulated on a rank stay fp32. With one rank nothing is sent."""
 
 
 @settings
@@ -76,7 +81,7 @@ class EngineConfig:
     """DeepSpeed ZeRO stage: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters are split over the ranks
     (student and teacher). Results are the same; 1 is the fastest where the model fits."""
     bucket: int = Field(default=50_000_000, ge=1)
-    """Parameters reduced together by DeepSpeed. Smaller saves memory. Changes the last bits of sums."""
+    """Numbers reduced together under DeepSpeed. Smaller saves memory. Changes the last bits of sums."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"cuda": a GPU for each rank, an error where there is none. "auto": GPUs where Ray offers any or its autoscaler
     can bring some (without Ray: where torch finds one), else CPUs; a run that was on GPUs does not go on on CPUs.

@@ -73,7 +73,7 @@ def offered(*, embedded: bool) -> Offer:
     import ray
 
     now = float(ray.cluster_resources().get("GPU", 0))
-    return Offer(now, 0.0 if now or embedded else _later(), embedded)
+    return Offer(now, 0.0 if now or embedded else autoscaled("GPU"), embedded)
 
 
 def hidden(choice: DeviceChoice, wanted: Device) -> str:
@@ -112,26 +112,26 @@ def index_of(given: Sequence[str], visible: str | None) -> int:
     return listed.index(given[0])
 
 
-def _later() -> float | None:
-    """GPUs that the autoscaler of a cluster without any could start; see `Offer.later`."""
+def autoscaled(resource: str) -> float | None:
+    """GPUs (or CPUs) on the machines that the cluster's autoscaler may start, all in all; see `Offer.later`."""
     import ray
     from ray._private.state import state
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     known = state.get_max_resources_from_cluster_config()
     if known is not None:
-        return float(known.get("GPU", 0))
+        return float(known.get(resource, 0))
     context = ray.get_runtime_context()
     head = next((node["NodeID"] for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"]), None)
     if head is None or head == context.get_node_id():
-        return _of_autoscaler(context.gcs_address)
+        return _of_autoscaler(context.gcs_address, resource)
     on_head = NodeAffinitySchedulingStrategy(head, soft=False)
     look = ray.remote(num_cpus=0)(_of_autoscaler).options(scheduling_strategy=on_head)
-    gpus: float | None = ray.get(look.remote(context.gcs_address))
-    return gpus
+    most: float | None = ray.get(look.remote(context.gcs_address, resource))
+    return most
 
 
-def _of_autoscaler(address: str) -> float | None:
+def _of_autoscaler(address: str, resource: str) -> float | None:
     """On the head: what is in the file that the autoscaler of the cluster at `address` goes by."""
     port = address.rpartition(":")[2]
     for process in psutil.process_iter(["cmdline"]):
@@ -139,16 +139,17 @@ def _of_autoscaler(address: str) -> float | None:
         if any(word.endswith(MONITORS) for word in words) and _value(words, "--gcs-address").endswith(f":{port}"):
             path = _value(words, "--autoscaling-config")
             with contextlib.suppress(OSError, yaml.YAMLError):
-                return gpus_of(_read(path)) if path else 0.0
+                return most_of(_read(path), resource) if path else 0.0
     return None  # started without: KubeRay's autoscaler, for one, is in a container of its own
 
 
-def gpus_of(settings: Mapping[str, Any]) -> float:
-    """GPUs of all machines that an autoscaler's settings (`ray up`'s cluster YAML) allow at once."""
+def most_of(settings: Mapping[str, Any], resource: str = "GPU") -> float:
+    """GPUs (or CPUs) of all machines that an autoscaler's settings (`ray up`'s cluster YAML) allow at once, its head
+    aside."""
     total = 0.0
     for name, kind in (settings.get("available_node_types") or {}).items():
         most = 0 if name == settings.get("head_node_type") else kind.get("max_workers", settings.get("max_workers", 0))
-        total += float((kind.get("resources") or {}).get("GPU", 0)) * most
+        total += float((kind.get("resources") or {}).get(resource, 0)) * most
     return total
 
 

@@ -6,11 +6,11 @@ import math
 from cluster.core.job_paths import paths_of, refuse_relative
 from cluster.core.session import LOCAL, ray_session
 from cluster.train.driver import Driver
-from cluster.train.trainer_setup import is_elastic
 from datapipe.core.cli import COMPLETE, STOPPED
 from datapipe.core.progress import counted
 from datapipe.core.resource_limits import available_cores
 from datapipe.storage import full_url
+from training.config.batch_split import expected_workers, most_useful
 from training.config.run_config import RunConfig
 from training.core.devices import choose_device
 from training.core.host import LocalHost, exit_code
@@ -31,7 +31,7 @@ def run(config: RunConfig, *, address: str = LOCAL, lease: Lease | None = None) 
     if address == LOCAL:
         device = choose_device(config.engine.device)
         refuse_unsuited(config, device)
-        cpu_forecast.refuse_on_this_machine(config, config.cluster.least_workers, device)
+        cpu_forecast.refuse_on_this_machine(config, _local_workers(config), device)
     if lease is not None:
         return _run(config, address, lease)
     with lease_on(config.out, config.storage, config.cluster.lease_s, has_workers=True) as lease:
@@ -40,12 +40,9 @@ def run(config: RunConfig, *, address: str = LOCAL, lease: Lease | None = None) 
 
 def _run(config: RunConfig, address: str, lease: Lease) -> int:
     print(f"reads the data set {' + '.join(config.stream.mix) or config.stream.manifest}", flush=True)
-    plan = check(config, config.cluster.max_workers)
-    machine = config.cluster
-    least = f"{machine.least_workers} to " if is_elastic(config) else ""
-    workers = f"{least}{counted(machine.max_workers, 'worker')}"
+    plan = check(config, expected_workers(config))
     size = f"{counted(plan.data.rows, 'crop')}, {counted(plan.clock.total_steps, 'step')}"
-    print(f"pretrain: {config.method.name}, {size}, {workers}; run folder {config.out}", flush=True)
+    print(f"pretrain: {config.method.name}, {size}; run folder {config.out}", flush=True)
     with LocalHost(starting=True) as signals, ray_session(address, cpus=_cpus(config)) as scratch:
         lease.settle()  # as a rule Ray's start took longer
         driver = Driver(config, signals, scratch, lease, embedded=address == LOCAL)
@@ -55,9 +52,15 @@ def _run(config: RunConfig, address: str, lease: Lease) -> int:
     return STOPPED if signals.received is None else exit_code(signals.received)
 
 
+def _local_workers(config: RunConfig) -> int:
+    """Those of an embedded Ray on CPUs."""
+    return config.cluster.max_workers or min(most_useful(config), int(_cpus(config) // config.cluster.cpus_per_worker))
+
+
 def _cpus(config: RunConfig) -> int:
     """Cores that an embedded Ray may hand out: at least what its workers ask for."""
-    return max(available_cores(), math.ceil(config.cluster.max_workers * config.cluster.cpus_per_worker))
+    machine = config.cluster
+    return max(available_cores(), math.ceil(max(machine.least_workers, machine.max_workers) * machine.cpus_per_worker))
 
 
 def _absolute(config: RunConfig) -> RunConfig:

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 
 from cluster.core.devices import DeviceChoice, decide, hidden, offered
+from cluster.train.group_size import GroupSize, of_cluster
 from cluster.train.hang_detection import Hung, accusation, end_process, hung
 from cluster.train.restart_policy import END, HISTORY, Failure, Restarts
 from cluster.train.trainer_setup import make_trainer, worker_resources
-from datapipe.core.errors import ClusterError, ConfigError, UserError
+from datapipe.core.errors import ClusterError, UserError
 from datapipe.core.progress import counted, duration
 from datapipe.core.stop_signals import at_end
 from training import checkpoint
+from training.config.batch_split import most_useful
 from training.config.run_config import RunConfig
 from training.core.host import LocalHost
 from training.core.run_folder import starting
@@ -42,6 +44,7 @@ class Driver:
         self.lease = lease
         self.folder = RunFolder(config.out, config.storage, lease)
         self.choice = self._choose()
+        self.size = self._count()
         self._name, self._coordinator = start_coordinator(self._begin(), Restarts(config.cluster, config.out))
         self._trainer = self._make_trainer()
         self._error: BaseException | None = None
@@ -56,18 +59,19 @@ class Driver:
         print(f"device: {choice.kind} ({choice.why})", flush=True)
         if unused := hidden(choice, wanted):
             print(unused, flush=True)
-        least = self.config.cluster.least_workers
-        if self.embedded and choice.kind == "cuda" and offer.now < least:
-            raise ConfigError(f"{least} workers are asked for, a GPU each, and this machine has {offer.now:g}",
-                              where="cluster.max_workers, cluster.min_workers",
-                              hint=f"--cluster.max-workers {offer.now:g}, or --engine.device cpu")  # fmt: skip
         refuse_unsuited(self.config, torch.device(choice.kind))
         return choice
 
+    def _count(self) -> GroupSize:
+        """How many workers, for as long as this command lasts. Raises ConfigError."""
+        wanted = worker_resources(self.config, self.choice)
+        size = of_cluster(self.config.cluster, wanted, useful=most_useful(self.config), embedded=self.embedded)
+        print(f"workers: {size}", flush=True)
+        return size
+
     def _make_trainer(self) -> Any:
-        return make_trainer(
-            self.config, self._name, self.scratch, self.choice, self.lease.ticket, embedded=self.embedded
-        )
+        return make_trainer(self.config, self._name, self.scratch, self.choice, self.size, self.lease.ticket,
+                            embedded=self.embedded)  # fmt: skip
 
     def train(self) -> bool:
         """True: complete; False: stopped, and resumable. Raises UserError."""
@@ -214,10 +218,10 @@ class Driver:
     def _shortage(self) -> str:
         import ray
 
-        config, has, wanted = self.config, ray.cluster_resources(), worker_resources(self.config, self.choice)
+        has, wanted = ray.cluster_resources(), worker_resources(self.config, self.choice)
         each = ", ".join(f"{value:g} {name}" for name, value in wanted.items())
         present = ", ".join(f"{has.get(name, 0):g} {name}" for name in wanted)
-        return (f"at least {config.cluster.least_workers} of {each} each are needed; the cluster has {present} "
+        return (f"at least {self.size.least} of {each} each are needed; the cluster has {present} "
                 f"on {counted(sum(node['Alive'] for node in ray.nodes()), 'machine')}")  # fmt: skip
 
     def _ending(self, notes: Any) -> bool:

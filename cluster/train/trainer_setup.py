@@ -7,6 +7,7 @@ from typing import Any
 
 from cluster.core.devices import DeviceChoice
 from cluster.core.job_paths import IN_JOB
+from cluster.train.group_size import GroupSize
 from cluster.train.worker import work
 from training.config import recipe_toml as recipes
 from training.config.run_config import RunConfig
@@ -17,11 +18,18 @@ PLACEMENT_S = 20.0
 
 
 def make_trainer(
-    config: RunConfig, coordinator: str, scratch: str, choice: DeviceChoice, ticket: Ticket, *, embedded: bool
+    config: RunConfig,
+    coordinator: str,
+    scratch: str,
+    choice: DeviceChoice,
+    size: GroupSize,
+    ticket: Ticket,
+    *,
+    embedded: bool,
 ) -> Any:
     """A run of Ray Train. Its name is new each time, as Ray Train goes by what it finds under a name it has had."""
     machine = config.cluster
-    patience = PLACEMENT_S if is_elastic(config) else machine.start_timeout_s
+    patience = PLACEMENT_S if size.elastic else machine.start_timeout_s
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(patience)
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(machine.start_timeout_s + machine.hang_timeout_s)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
@@ -36,7 +44,7 @@ def make_trainer(
 
     gpus = choice.kind == "cuda"
     variables = dict(variable.split("=", 1) for variable in machine.environment)
-    workers: Any = (machine.least_workers, machine.max_workers) if is_elastic(config) else machine.max_workers
+    workers: Any = (size.least, size.most) if size.elastic else size.most
     callbacks: list[Any] = [RestartPolicy(coordinator, config), TakeSigterm()]
     return Trainer(
         work,
@@ -87,8 +95,3 @@ def worker_resources(config: RunConfig, choice: DeviceChoice) -> dict[str, float
         smallest = min(filter(None, cores), default=0)
         cpus = max(cpus, math.floor(100 * smallest / machine.workers_per_node) / 100)
     return {"CPU": cpus, **({"GPU": 1} if choice.kind == "cuda" else {})}
-
-
-def is_elastic(config: RunConfig) -> bool:
-    """May the number of workers change during the run?"""
-    return config.cluster.least_workers < config.cluster.max_workers

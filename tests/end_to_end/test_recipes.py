@@ -1,6 +1,7 @@
 """Each recipe of the DINO family runs in one process: its own settings, a tiny backbone, generated crops, three real
 steps."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from datapipe.core.errors import ConfigError
 from tests.end_to_end import tiny
 from training import methods
 from training.config.batch_split import split_of
-from training.config.recipe_toml import load
+from training.config.recipe_toml import differences, load
 from training.config.run_config import RunConfig
 from training.core.host import LocalHost
 from training.core.world import World
@@ -20,13 +21,16 @@ from training.methods.pass_reid import PassConfig
 from training.methods.personvit import PersonVitConfig
 from training.preflight import memory
 from training.preflight.checks import refuse_split
+from training.preflight.deviations import comments, compare
 from training.trainer.pretrain import pretrain
 
 FOLDER = Path(methods.__file__).parents[1] / "recipes"
 FAMILY = {"dino": DinoConfig, "pass": PassConfig, "personvit": PersonVitConfig}
 SIZES = {"vits": "vit_small", "vitb": "vit_base", "vitl": "vit_large"}
 DEMO = FOLDER / "demo.toml"
-RECIPES = sorted(path for name in FAMILY for path in FOLDER.glob(f"{name}_*.toml"))
+RECIPES = sorted(path for name in FAMILY for path in FOLDER.glob(f"{name}_*.toml") if "_4096" not in path.stem)
+LARGE = sorted(FOLDER.glob("*_4096.toml"))
+"""For 64 to 512 GPUs: others with another batch."""
 METRICS = {"dino": set(), "pass": {"loss_part"}, "personvit": {"loss_patch", "hidden"}}
 
 
@@ -82,8 +86,9 @@ def test_recipe__runs_three_real_steps(path: Path, manifest: str, tmp_path: Path
 def test_recipe__starts_with_any_number_of_workers(path: Path) -> None:
     config = load(path)
     couples = config.method.name == "supervised" or memory.census(config).couples
-    for workers in range(1, config.cluster.max_workers + 1):
-        split = split_of(config.optimisation, workers)
+    most = config.cluster.max_workers or 17
+    for workers in (*range(1, most + 1), 24, 56, 64, 504, 512):
+        split = split_of(config, workers)
         refuse_split(config, split, couples=couples)
         assert split.per_rank * workers >= config.optimisation.batch
         assert not couples or split.per_rank == split.micro_batch
@@ -96,10 +101,29 @@ def test_recipe__is_of_the_published_size_and_rate(path: Path) -> None:
     assert isinstance(config.method, FAMILY[name]) and config.backbone.arch == SIZES[size]
     assert config.out == f"runs/{path.stem}" and f"recipes/{path.name}" in said
     assert config.optimisation.lr == pytest.approx(5e-4 * config.optimisation.batch / 256)
-    per_gpu = config.optimisation.batch / config.cluster.max_workers
-    assert f"{config.cluster.max_workers} GPUs" in said and f"{per_gpu:g} images each" in said
+    gpus = re.search(r"# Hardware: +(\d+) GPUs of (\d+) GB", said)
+    assert gpus is not None and f"{config.optimisation.batch / int(gpus[1]):g} images each" in said
+    assert config.cluster.max_workers == 0 and config.cluster.least_workers <= int(gpus[1])
     for heading in ("# Hardware:", "# Length:", "# Expected:"):
         assert heading in said
+
+
+@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
+def test_large_recipe__is_another_one_but_for_what_it_declares(path: Path) -> None:
+    """By the published rule, with a least number of workers, each departure behind its value and in the header."""
+    config, before = load(path), load(FOLDER / f"{path.stem.removesuffix('_4096')}.toml")
+    changed = {line.partition(":")[0] for line in differences(before, config)}
+    assert changed == {"out", "optimisation.batch", "optimisation.lr", "checkpoints.keep_every_steps",
+                       "cluster.min_workers"}  # fmt: skip
+    assert config.optimisation.batch == 4096 and config.optimisation.lr == pytest.approx(5e-4 * 4096 / 256)
+    assert config.cluster.max_workers == 0 and 1 < config.cluster.min_workers < 64
+    said = comments(path)
+    assert all(said[key].startswith("ours: ") for key in ("optimisation.batch", "optimisation.lr"))
+    found = compare(config)
+    departures = {one.key for one in (*found.differences, *found.choices)}
+    assert {"optimisation.batch", "optimisation.lr"} <= departures
+    text = path.read_text()
+    assert f"recipes/{path.name}" in text and "# Hardware:  64 to 512 GPUs" in text and "but for what is ours" in text
 
 
 def test_recipe__accumulation_is_refused_with_a_stem_of_batch_norm(manifest: str, tmp_path: Path) -> None:

@@ -64,6 +64,8 @@ audit = true
 [checkpoints]
 every_steps = 3
 keep_last = 3
+[cluster]
+max_workers = 1
 """
 
 

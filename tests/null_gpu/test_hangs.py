@@ -21,8 +21,9 @@ Write = Callable[..., dict[str, bytes]]
 
 STUCK = "1"
 """The GPU that stands still, by its number on this machine."""
-FLAGS = (*TINY, *HEADS, *PLAIN, "--cluster.max-workers", "2", "--optimisation.micro-batch", "6",
-         "--checkpoints.every-steps", "1", "--cluster.hang-timeout-s", "20")  # fmt: skip
+FLAGS = (*TINY, *HEADS, *PLAIN, "--cluster.max-workers", "2", "--cluster.min-workers", "2",
+         "--optimisation.micro-batch", "6", "--checkpoints.every-steps", "1",
+         "--cluster.hang-timeout-s", "20")  # fmt: skip
 """Steps of two micro-batches on each rank."""
 REHEARSAL, STEP = 2, 4
 """Timed events: one as a micro-batch's forward pass begins, one as it ends."""

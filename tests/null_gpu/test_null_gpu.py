@@ -135,8 +135,8 @@ def test_run__on_machines_with_one_gpu_and_with_two_binds_each_worker_to_its_own
             for count, visible in ((1, "0"), (2, "1,2")):
                 cluster.add_node(num_cpus=count, num_gpus=count, env_vars={"CUDA_VISIBLE_DEVICES": visible})
             words = ["cluster", "pretrain", recipe, *TINY, "--stream.manifest", data, *flags, "--address",
-                     cluster.address, "--cluster.max-workers", "3", "--optimisation.micro-batch", "8", "--out",
-                     str(tmp_path / "gpu")]  # fmt: skip
+                     cluster.address, "--cluster.max-workers", "3", "--cluster.min-workers", "3",
+                     "--optimisation.micro-batch", "8", "--out", str(tmp_path / "gpu")]  # fmt: skip
             ended_well(started(words, variables))
     bound = set(re.findall(r"rank \d of 3, device index (\d) of CUDA_VISIBLE_DEVICES=(\S+)", log.read_text()))
     assert bound == {("0", "0"), ("0", "1,2"), ("1", "1,2")}

@@ -27,11 +27,12 @@ Variable = Annotated[str, AfterValidator(_variable)]
 
 @settings
 class ClusterConfig:
-    max_workers: int = Field(default=1, ge=1)
-    """Processes, one per GPU (or per CPU share): as many as there is room for, up to this."""
+    max_workers: int = Field(default=0, ge=0)
+    """Processes, one per GPU (or per CPU share): as many as there is room for, up to this. 0: as many as the cluster
+    has room for, or its autoscaler can bring, up to one for each image of the batch."""
     min_workers: int = Field(default=0, ge=0)
     """Fewest to run with. With machines gone the run goes on with fewer, with machines back with more; the global
-    batch stays. 0: always max_workers, as a fixed group waits until all have room."""
+    batch stays. 0: whatever is left. As many as max_workers: a fixed group, which waits until all have room."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
     """CPU cores that Ray sets aside for each."""
     workers_per_node: int = Field(default=0, ge=0)
@@ -74,11 +75,11 @@ class ClusterConfig:
 
     @model_validator(mode="after")
     def _ordered(self) -> "ClusterConfig":
-        if self.min_workers > self.max_workers:
+        if self.max_workers and self.min_workers > self.max_workers:
             raise ValueError(f"min_workers {self.min_workers} is more than max_workers {self.max_workers}")
         return self
 
     @property
     def least_workers(self) -> int:
         """Fewest workers that the run goes on with."""
-        return self.min_workers or self.max_workers
+        return self.min_workers or 1

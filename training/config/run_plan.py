@@ -80,7 +80,7 @@ def plan_run(config: RunConfig, data: "Data", ranks: int) -> RunPlan:
         _refuse_unclustered(stream, clusters)
     config = for_clusters(config, data.rows)
     clock = clock_of(config, data.rows)
-    return RunPlan(config, data, clock, view_spec(config), split_of(config.optimisation, ranks), identities, stream)
+    return RunPlan(config, data, clock, view_spec(config), split_of(config, ranks), identities, stream)
 
 
 def clock_of(config: RunConfig, rows: int) -> Clock:

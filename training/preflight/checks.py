@@ -49,12 +49,12 @@ def refuse_split(config: RunConfig, split: BatchSplit, *, couples: bool) -> None
     """Raises ConfigError where a batch must not be taken in micro-batches, or they cut groups of images that belong
     together. `couples`: see `Method.couples_batch`."""
     clusters = methods.of(config.method).by_cluster(config.method)
-    if clusters is not None and clusters.group and split.micro_batch % clusters.group:
+    asked = config.optimisation.micro_batch
+    if clusters is not None and 0 < asked < clusters.group:
         raise ConfigError(
-            f"{split.micro_batch} images at once cut groups of {clusters.group} that batch norm takes together",
+            f"{asked} images at once cut groups of {clusters.group} that batch norm takes together",
             where="optimisation.micro_batch, method.norm_group",
-            hint=f"optimisation.micro_batch a multiple of {clusters.group}, and at most "
-            f"{config.optimisation.batch // clusters.group} workers; or another method.norm_group",
+            hint=f"optimisation.micro_batch = {clusters.group} or more; or another method.norm_group",
         )
     if couples and split.per_rank > split.micro_batch:
         raise ConfigError(

@@ -72,7 +72,7 @@ def _refuse(config: RunConfig, ranks: int, need: int, workers: int, available: i
     if workers * need <= available:
         return
     each = f"{workers} workers need {need / GB:.1f} GB each" if workers > 1 else f"the run needs {need / GB:.1f} GB"
-    split = split_of(config.optimisation, ranks)
+    split = split_of(config, ranks)
     fitting = _fitting(config, ranks, split.micro_batch, available // workers)
     smaller = f"--optimisation.micro-batch {fitting} would fit" if fitting else "no micro-batch is small enough"
     raise ConfigError(
@@ -96,7 +96,7 @@ def needed(config: RunConfig, ranks: int) -> int:
     """Bytes that one of so many ranks on CPUs takes at the very least: no library, loader or cache is among them."""
     if workload(config, 1).complete:
         return memory.calculate(config, memory.census(config), world=ranks, cuda=False).peak
-    split = split_of(config.optimisation, ranks)
+    split = split_of(config, ranks)
     kept = activation_memory.saved(config, split.micro_batch, activation_memory.numerics(config, cuda=False))
     weights = sum(value.numel() for value in _empty_method(config).parameters())
     return FULL * 2 * weights + sum(kept.values())  # weights and gradients; moments may be split over the ranks

@@ -11,12 +11,13 @@ import torch
 from datapipe.core.errors import ConfigError, StorageError
 from datapipe.stream.training_data import Data, load_data
 from training import methods
-from training.config.batch_split import split_of
+from training.config.batch_split import MACHINE_GPUS, expected_workers, most_useful, split_of
 from training.config.run_config import RunConfig
 from training.config.run_plan import clock_of, clustered, for_clusters, plan_run, sampling_of
 from training.engine.clock import Clock
 from training.preflight import memory
 from training.preflight.checks import refuse_split, refuse_unsuited
+from training.preflight.communication import Traffic, traffic
 from training.preflight.deviations import Deviations, compare
 from training.preflight.memory import Census, Memory
 
@@ -25,6 +26,8 @@ LUPERSON = 4_180_243
 MARKET, MARKET_IDENTITIES = 12_936, 751
 """Training images of Market-1501 and the identities on them, for training on a labelled data set."""
 GB = 10**9
+MACHINES = (1, 2, 8, 16, 32, 64)
+"""Numbers of machines of 8 GPUs that a step is spread over in calculation."""
 PATIENCE_S = 5.0
 """Seconds that a store of a data set has to answer: a dry run needs none, so it waits for none."""
 
@@ -53,6 +56,30 @@ class Steps(NamedTuple):
     micro_batches: int
     padding: int
     """Rows of a batch, over all ranks, that are no images and have weight 0."""
+    least_workers: int
+    """Fewest that the run goes on with."""
+    most_workers: int
+    """Most that it takes; 0: as many as the cluster has."""
+
+
+class Spread(NamedTuple):
+    """The same step on another number of workers: batch, learning rate and result stay."""
+
+    workers: int
+    machines: int
+    """Of 8 GPUs."""
+    per_rank: int
+    micro_batch: int
+    micro_batches: int
+    padding: int
+    needed: int
+    """Bytes of a GPU."""
+    traffic: Traffic
+    """Between machines, as the recipe reduces gradients."""
+    lowered: Traffic
+    """The same with gradients reduced in bf16."""
+    whole: Traffic
+    """The same under ZeRO 0, which needs more memory and sends no parameters."""
 
 
 class Remedy(NamedTuple):
@@ -74,6 +101,8 @@ class DryRun(NamedTuple):
     remedies: list[Remedy]
     """Where it does not fit: changes of settings with which it does, the least first."""
     comparison: Deviations
+    spreads: list[Spread]
+    """On numbers of workers that the recipe allows, the expected one among them, and with a machine lost."""
 
     @property
     def fits(self) -> bool | None:
@@ -91,13 +120,14 @@ def dry_run(config: RunConfig, *, rows: int = 0, gpu_memory_gb: float = 0.0) -> 
     rows, known_from, data = _rows(config, rows)
     config = _sized(config, rows, data)
     sizes = memory.census(config)
-    split = split_of(config.optimisation, config.cluster.max_workers)
+    split = split_of(config, expected_workers(config))
     refuse_split(config, split, couples=sizes.couples)
     need = _needed(config, sizes)
     gpu = round(gpu_memory_gb * GB) or _present(config)
     remedies = _remedies(config, sizes, gpu) if gpu and need.needed > gpu else []
     steps = _steps(config, clock_of(config, rows), rows, known_from)
-    return DryRun(config, sizes, steps, need, gpu, remedies, compare(config))
+    spreads = [_spread(config, sizes, workers) for workers in _worlds(config)]
+    return DryRun(config, sizes, steps, need, gpu, remedies, compare(config), spreads)
 
 
 def _sized(config: RunConfig, rows: int, data: Data | None) -> RunConfig:
@@ -106,7 +136,7 @@ def _sized(config: RunConfig, rows: int, data: Data | None) -> RunConfig:
     if sampling is None:
         return for_clusters(config, rows)
     if data is not None:
-        return plan_run(config, data, config.cluster.max_workers).config
+        return plan_run(config, data, expected_workers(config)).config
     method = config.method
     with contextlib.suppress(ConfigError):  # the recipe itself says how many identities there are
         method = methods.of(method).for_identities(method, max(1, round(sampling.fraction * MARKET_IDENTITIES)))
@@ -137,8 +167,8 @@ def _rows(config: RunConfig, rows: int) -> tuple[int, str, Data | None]:
 
 
 def _steps(config: RunConfig, clock: Clock, rows: int, known_from: str) -> Steps:
-    optimisation, saves, workers = config.optimisation, config.checkpoints, config.cluster.max_workers
-    split = split_of(optimisation, workers)
+    optimisation, saves, workers = config.optimisation, config.checkpoints, expected_workers(config)
+    split = split_of(config, workers)
     milestones = _multiples(saves.keep_every_steps, clock.total_steps) if saves.keep_every_steps else set()
     saved = _multiples(saves.every_steps, clock.total_steps) | milestones | {clock.total_steps}
     return Steps(
@@ -154,17 +184,43 @@ def _steps(config: RunConfig, clock: Clock, rows: int, known_from: str) -> Steps
         workers=workers,
         per_rank=split.per_rank,
         micro_batch=split.micro_batch,
-        micro_batches=split.per_rank // split.micro_batch,
+        micro_batches=split.micro_batches,
         padding=split.per_rank * workers - optimisation.batch,
+        least_workers=config.cluster.least_workers,
+        most_workers=config.cluster.max_workers,
     )
+
+
+def _worlds(config: RunConfig) -> list[int]:
+    """Numbers of workers from the recipe's least to its most: the expected one, that with a machine lost, and whole
+    machines of 8 GPUs."""
+    expected = expected_workers(config)
+    wanted = {expected, expected - MACHINE_GPUS, *(MACHINE_GPUS * machines for machines in MACHINES)}
+    least, most = config.cluster.least_workers, config.cluster.max_workers or most_useful(config)
+    return sorted(workers for workers in wanted if max(1, least) <= workers <= most)
+
+
+def _spread(config: RunConfig, sizes: Census, workers: int) -> Spread:
+    split, machines = split_of(config, workers), math.ceil(workers / MACHINE_GPUS)
+    stage = config.engine.zero_stage if config.engine.stepper == "deepspeed" else None
+    sent = [
+        traffic(trained=sizes.trained, parameters=sizes.parameters, stage=stage_, reduction=reduction, ranks=workers,
+                machines=machines, micro_batches=split.micro_batches)
+        for stage_, reduction in ((stage, config.optimisation.reduction), (stage, "bf16"), (0, "bf16"))
+    ]  # fmt: skip
+    return Spread(workers, machines, split.per_rank, split.micro_batch, split.micro_batches,
+                  split.per_rank * workers - config.optimisation.batch, _needed(config, sizes, workers).needed,
+                  *sent)  # fmt: skip
 
 
 def _multiples(step: int, last: int) -> set[int]:
     return set(range(step, last + 1, step))
 
 
-def _needed(config: RunConfig, sizes: Census) -> Memory:
-    return memory.calculate(config, sizes, world=config.cluster.max_workers, cuda=config.engine.device != "cpu")
+def _needed(config: RunConfig, sizes: Census, workers: int = 0) -> Memory:
+    """`workers` 0: as many as are expected."""
+    ranks = workers or expected_workers(config)
+    return memory.calculate(config, sizes, world=ranks, cuda=config.engine.device != "cpu")
 
 
 def _present(config: RunConfig) -> int:
@@ -196,7 +252,7 @@ def _checkpointed(config: RunConfig) -> RunConfig:
 
 def _smaller(config: RunConfig, sizes: Census) -> list[RunConfig]:
     """The run with ever smaller micro-batches, down to one image; only itself where a batch must stay whole."""
-    split = split_of(config.optimisation, config.cluster.max_workers)
+    split = split_of(config, expected_workers(config))
     halvings = 0 if sizes.couples else split.micro_batch.bit_length() - 1
     micros = [math.ceil(split.micro_batch / 2**halving) for halving in range(halvings + 1)]
     return [
@@ -210,8 +266,7 @@ def _change(before: RunConfig, after: RunConfig) -> str:
     flags = []
     if after.backbone.checkpoint_blocks != before.backbone.checkpoint_blocks:
         flags.append("--backbone.checkpoint-blocks True")
-    workers = before.cluster.max_workers
-    micro = [split_of(one.optimisation, workers).micro_batch for one in (before, after)]
+    micro = [split_of(one, expected_workers(one)).micro_batch for one in (before, after)]
     if micro[0] != micro[1]:
         flags.append(f"--optimisation.micro-batch {micro[1]}")
     if after.engine.zero_stage != before.engine.zero_stage:

@@ -6,11 +6,15 @@ from typing import Any
 from datapipe.core.progress import counted, duration
 from training.config import recipe_toml as recipes
 from training.config.build import workload
+from training.engine.settings import OptimisationConfig
+from training.preflight.communication import GBIT_S, Traffic
 from training.preflight.cpu_forecast import flops_of_image
 from training.preflight.deviations import Deviations
 from training.preflight.dry_run import GB, DryRun, Steps
 from training.preflight.memory import FRAGMENTATION, RESERVED, Census, Memory
 
+RATE_IMAGES = 256
+"""Images for which published scaling rules state the learning rate."""
 GPU_FLOPS = 1e14
 """Floating-point operations in a second that a GPU is assumed to reach: about a third of an A100's peak in bf16."""
 MOST = 8
@@ -30,6 +34,11 @@ def to_tree(run: DryRun) -> dict[str, Any]:
             "frozen": run.sizes.parameters - run.sizes.trained,
         },
         "steps": run.steps._asdict(),
+        "learning_rate": run.config.optimisation.lr,
+        "spreads": [
+            {name: value._asdict() if isinstance(value, Traffic) else value for name, value in spread._asdict().items()}
+            for spread in run.spreads
+        ],
         "memory": {
             **run.memory._asdict(),
             "peak": run.memory.peak,
@@ -55,7 +64,7 @@ def page(run: DryRun, *, full: bool = False) -> str:
     machine = "process" if run.config.engine.device == "cpu" else "GPU"
     answer = [
         *_verdict(run),
-        *_steps(run.steps, run.config.optimisation.batch),
+        *_steps(run.steps, run.config.optimisation),
         *_time(run),
         *_differences(run.comparison),
     ]
@@ -63,6 +72,7 @@ def page(run: DryRun, *, full: bool = False) -> str:
     if full:
         sections |= {
             f"Memory of one {machine}, calculated": _memory(run),
+            "The same step on other workers": _spreads(run),
             "Parameters": _parameters(run.sizes),
             f"Beside what is published ({run.comparison.recipe or 'nothing is'})": _compared(run.comparison),
             "Recipe, resolved": recipes.to_toml(run.config).splitlines(),
@@ -93,18 +103,40 @@ def _parameters(sizes: Census) -> Iterator[str]:
     yield from _columns({name: f"{number:>13,}" for name, number in (parts | totals).items()})
 
 
-def _steps(steps: Steps, batch: int) -> Iterator[str]:
+def _steps(steps: Steps, optimisation: OptimisationConfig) -> Iterator[str]:
     split = (
         f"{counted(steps.per_rank, 'image')} on each of {counted(steps.workers, 'rank')}, {steps.micro_batch} at once"
+        f"{f' ({steps.micro_batches} times)' if steps.micro_batches > 1 else ''}"
     )
+    most = f"up to {steps.most_workers}" if steps.most_workers else "as many as the cluster has"
+    counted_with = "" if steps.most_workers == steps.workers else f"; {steps.workers} are counted with here"
+    rate = optimisation.lr * RATE_IMAGES / optimisation.batch
     yield from _columns({
         "images of the data set": f"{steps.rows:,} ({steps.known_from})",
         "steps of an epoch": f"{steps.per_epoch:,.1f}",
         "steps": f"{steps.total:,}, of them {steps.warmup:,.0f} of warm-up",
         "images seen": f"{steps.images:,}",
-        "batch": f"{batch}: {split}, {steps.padding} of them padding",
+        "workers": f"{most}, at least {steps.least_workers}{counted_with}",
+        "batch": f"{optimisation.batch}: {split}, {steps.padding} of them padding",
+        "learning rate": f"{optimisation.lr:g} ({rate:g} for each {RATE_IMAGES} images), on any number of ranks",
         "checkpoints": f"{steps.checkpoints:,} saved, {steps.kept} kept at the end",
     })  # fmt: skip
+
+
+def _spreads(run: DryRun) -> Iterator[str]:
+    """What changes with the number of workers, a line each; seconds of a step at assumed rates."""
+    flops = run.config.optimisation.batch * flops_of_image(run.config)
+    yield "  workers  images each   at once  padding       GPU  computes  network  in bf16  ZeRO 0, bf16"
+    for one in run.spreads:
+        once = f"{one.micro_batch} x {one.micro_batches}"
+        seconds = (one.traffic.seconds(), one.lowered.seconds(), one.whole.seconds())
+        spent = f"{flops / one.workers / GPU_FLOPS:8.3f}" + "".join(f"  {value:7.3f}" for value in seconds)
+        yield f"  {one.workers:>7}  {one.per_rank:>11}  {once:>8}  {one.padding:>7}  {_gb(one.needed):>8}  {spent}"
+    largest, reduction = run.spreads[-1].traffic, run.config.optimisation.reduction
+    yield (f"  seconds of a step: to compute at {GPU_FLOPS / 1e12:.0f} TFLOP/s a GPU, and then to send and receive on "
+           f"{GBIT_S:.0f} Gb/s")  # fmt: skip
+    yield (f"  between machines of 8 GPUs (here gradients of {_gb(largest.gradients)} in {reduction} and parameters of "
+           f"{_gb(largest.parameters)}); in bf16: --optimisation.reduction bf16")  # fmt: skip
 
 
 def _memory(run: DryRun) -> Iterator[str]:

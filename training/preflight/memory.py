@@ -153,7 +153,7 @@ class Memory(NamedTuple):
 def calculate(config: RunConfig, sizes: Census, *, world: int, cuda: bool) -> Memory:
     """The memory of one of `world` ranks, after the first step. `cuda`: with the kernels and AdamW of a GPU."""
     how = activation_memory.numerics(config, cuda=cuda)
-    split = split_of(config.optimisation, world)
+    split = split_of(config, world)
     held = _Held(config, sizes, split, world, cuda)
     state = held.state() | {"batch": batch_bytes(config, split.micro_batch)}
     kept = activation_memory.saved(config, split.micro_batch, how) | {
@@ -296,8 +296,13 @@ class _Held(NamedTuple):
         if self.stage == 0:
             return trained + min(bucket, trained)
         if self.stage == 1:  # all gradients wait for the end of the backward pass
-            return trained + bucket + self._own
+            return trained + bucket + (bucket // 2 if self._lowered else 0) + self._own
         return bucket + self.sizes.largest + (self._own if self.stage == 2 else 0)
+
+    @property
+    def _lowered(self) -> bool:
+        """Do gradients travel as copies of half the size?"""
+        return self.world > 1 and self.config.optimisation.reduction == "bf16"
 
     def step(self) -> int:
         """Bytes of norms in float64 or of AdamW's temporaries, whichever is more."""

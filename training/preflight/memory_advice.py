@@ -40,7 +40,7 @@ class _Rank:
     @property
     def micro(self) -> int:
         """Images of a micro-batch."""
-        return split_of(self.config.optimisation, self.world.size).micro_batch
+        return split_of(self.config, self.world.size).micro_batch
 
     def needed(self, config: RunConfig | None = None) -> int:
         """Bytes, as calculated, with the present settings or others that leave the model as it is."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from training.config.batch_split import split_of
+from training.config.batch_split import expected_workers, split_of
 from training.config.build import workload
 from training.config.recipe_toml import load
 from training.config.run_config import RunConfig
@@ -22,8 +22,8 @@ LUPERSON = 4_180_243
 
 
 def recipes() -> list[str]:
-    """All that come along."""
-    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
+    """All that come along, but for those that differ from others in the size of the batch alone."""
+    return sorted(path.stem for path in SHIPPED.glob("*.toml") if not path.stem.endswith("_4096"))
 
 
 def settled(name: str, *, tiny: bool = False) -> RunConfig:
@@ -57,7 +57,7 @@ def small(config: RunConfig) -> RunConfig:
 def full(name: str, config: RunConfig, sizes: Census, gpu: int) -> RunConfig:
     """One micro-batch a step, as one of the recipe's workers takes it; halved until it fits into `gpu` bytes."""
     before = load(SHIPPED / f"{name}.toml")
-    split = split_of(before.optimisation, before.cluster.max_workers)
+    split = split_of(before, expected_workers(before))
     micro = min(split.micro_batch, config.optimisation.micro_batch)
     while True:
         optimisation = replace(config.optimisation, batch=micro, micro_batch=micro)

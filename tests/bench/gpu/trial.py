@@ -50,7 +50,7 @@ class Noise:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.intake = LoaderCounters()
         self._config, self._pinned = config, device.type == "cuda"
-        self._split = split_of(config.optimisation, 1)
+        self._split = split_of(config, 1)
         self._made: Callable[[int], Batch] = lru_cache(maxsize=DISTINCT)(self._make)
 
     def after(self, position: int, until: int) -> Iterator[Batch]:
@@ -93,7 +93,7 @@ class Trial(Observer):
         self.batch, self.position = optimisation.batch, 0
         self.method = copy.deepcopy(initial).to(device)
         self.method.precision = precision
-        split = split_of(optimisation, 1)
+        split = split_of(config, 1)
         checkpoints = None if store is None else Checkpoints(
             store, config.checkpoints, world, about=_about(config)
         )  # fmt: skip

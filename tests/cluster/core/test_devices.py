@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster.core.devices import Offer, _of_autoscaler, decide, gpus_of, index_of
+from cluster.core.devices import Offer, _of_autoscaler, decide, index_of, most_of
 from datapipe.core.errors import ConfigError
 from tests.support.golden import ROOT
 
@@ -93,8 +93,8 @@ SETTINGS = {
 
 
 def test_autoscaler__the_gpus_that_its_settings_allow() -> None:
-    assert gpus_of(SETTINGS) == 2 * 4 + 3 * 1
-    assert gpus_of({}) == gpus_of({"available_node_types": {"cpus": {"resources": {"CPU": 4}, "max_workers": 9}}}) == 0
+    assert most_of(SETTINGS) == 2 * 4 + 3 * 1 and most_of(SETTINGS, "CPU") == 2 * 8 + 3 * 8 + 10 * 64
+    assert most_of({}) == most_of({"available_node_types": {"cpus": {"resources": {"CPU": 4}, "max_workers": 9}}}) == 0
 
 
 def test_autoscaler__is_found_by_its_process(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_autoscaler__is_found_by_its_process(tmp_path: Path) -> None:
     started = [subprocess.Popen([sys.executable, "-c", "input()", *words], stdin=subprocess.PIPE, cwd=ROOT)
                for words in (with_settings, (name, "--gcs-address=10.0.0.1:7002"))]  # fmt: skip
     try:
-        assert [_of_autoscaler(f"10.0.0.1:{port}") for port in (7001, 7002, 7003)] == [11.0, 0.0, None]
+        assert [_of_autoscaler(f"10.0.0.1:{port}", "GPU") for port in (7001, 7002, 7003)] == [11.0, 0.0, None]
     finally:
         for process in started:
             process.kill()

@@ -31,7 +31,7 @@ class Elastic:
     def __init__(self, folder: Path, manifest: str, cluster: Any) -> None:
         self.folder, self.cluster = folder / "run", cluster
         path = recipe(folder, manifest, str(self.folder), epochs=1e6)
-        flags = ("--address", cluster.address, "--cluster.min-workers", "2", "--cluster.max-workers", "4",
+        flags = ("--address", cluster.address, "--cluster.max-workers", "0",  # as many as the cluster has
                  "--cluster.resize-every-s", "4", "--cluster.hang-timeout-s", str(HANG_S), "--optimisation.batch",
                  str(BATCH), "--checkpoints.every-steps", "20", "--cluster.notice", str(folder / "going"),
                  "--cluster.notice-every-s", "0.2")  # fmt: skip

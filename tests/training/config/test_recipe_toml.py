@@ -123,8 +123,9 @@ def test_cluster__a_secret_is_refused_and_not_repeated(tmp_path: Path) -> None:
 
 
 def test_cluster__fewest_workers(tmp_path: Path) -> None:
-    elastic = load(_write(tmp_path, "[cluster]\nmax_workers = 4\nmin_workers = 2\n")).cluster
-    fixed = load(_write(tmp_path, "[cluster]\nmax_workers = 4\n")).cluster
-    assert (elastic.least_workers, fixed.least_workers) == (2, 4)
+    said = load(_write(tmp_path, "[cluster]\nmax_workers = 4\nmin_workers = 2\n")).cluster
+    silent = load(_write(tmp_path, "[cluster]\nmax_workers = 4\n")).cluster
+    assert (said.least_workers, silent.least_workers) == (2, 1)
+    assert load(_write(tmp_path, "[cluster]\nmin_workers = 64\n")).cluster.max_workers == 0, "as the cluster has"
     with pytest.raises(ConfigError, match="min_workers 5 is more than max_workers 4"):
         load(_write(tmp_path, "[cluster]\nmax_workers = 4\nmin_workers = 5\n"))

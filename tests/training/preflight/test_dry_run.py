@@ -28,7 +28,8 @@ RECIPES = sorted(
     path.stem for path in SHIPPED.glob("*.toml") if not path.stem.startswith(("supervised", "usl_", "uda_", "demo_usl"))
 )
 """Those of pre-training."""
-PUBLISHED = [name for name in RECIPES if name != "demo"]
+LARGE = [name for name in RECIPES if name.endswith("_4096")]
+PUBLISHED = [name for name in RECIPES if name != "demo" and name not in LARGE]
 
 
 def called(*words: str) -> int:
@@ -47,7 +48,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*PUBLISHED, "demo", LARGE[0]])
 def test_dry_run__recipe_reads_back(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
@@ -128,9 +129,9 @@ def test_dry_run__of_fine_tuning_counts_identities(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [*PUBLISHED, *LARGE])
 def test_dry_run__recipe_fits_the_gpu_of_its_header(name: str) -> None:
-    said = re.search(r"# Hardware:\s+\d+ GPUs of (\d+) GB", (SHIPPED / f"{name}.toml").read_text())
+    said = re.search(r"# Hardware: .*?\d+ GPUs of (\d+) GB", (SHIPPED / f"{name}.toml").read_text())
     assert said is not None
     assert dry_run(load(name), gpu_memory_gb=float(said[1])).fits
 
@@ -217,6 +218,38 @@ def test_dry_run__of_the_cluster_s_command_is_the_same(capsys: pytest.CaptureFix
     ours = capsys.readouterr().out
     assert cli.run(cluster_main, ["pretrain", *words]) == cli.COMPLETE
     assert capsys.readouterr().out == ours and ours.splitlines()[1].startswith("fits: needs ")
+
+
+def test_dry_run__shows_the_same_step_on_other_workers() -> None:
+    """World, accumulation and learning rate; what is left when a machine of 64 is lost; bytes between machines."""
+    config = load("pass_vitl_4096", ["--cluster.max-workers", "512"])
+    found = dry_run(config)
+    by_workers = {one.workers: one for one in found.spreads}
+    assert by_workers.keys() == {64, 128, 256, 504, 512}
+    assert [(one.per_rank, one.micro_batch, one.micro_batches, one.padding) for one in found.spreads] == [
+        (64, 32, 2, 0), (32, 32, 1, 0), (16, 16, 1, 0), (9, 9, 1, 9 * 504 - 4096), (8, 8, 1, 0)]  # fmt: skip
+    one, trained = by_workers[512], found.sizes.trained
+    assert one.machines == 64 and one.traffic.gradients == round(511 / 512 * 4 * trained) == one.traffic.parameters
+    assert one.lowered.gradients == round(511 / 512 * 2 * trained) and one.lowered.parameters == one.traffic.parameters
+    assert one.whole == (2 * one.lowered.gradients, 0)
+    bf16 = dry_run(load("pass_vitl_4096", ["--cluster.max-workers", "512", "--optimisation.reduction", "bf16"]))
+    assert bf16.spreads[-1].traffic == one.lowered
+    text = page(found, full=True)
+    assert "workers        " in text and "up to 512, at least 32\n" in text
+    assert "learning rate           0.008 (0.0005 for each 256 images), on any number of ranks" in text
+    row = next(line for line in text.splitlines() if line.split()[:1] == ["64"])
+    assert (
+        row.split()[1:6] == ["64", "32", "x", "2", "0"] and row.split()[-3] == f"{by_workers[64].traffic.seconds():.3f}"
+    )
+    assert "parameters" in to_tree(found)["spreads"][0]["traffic"] and to_tree(found)["learning_rate"] == 8e-3
+
+
+def test_dry_run__counts_with_one_machine_where_the_cluster_decides() -> None:
+    found = dry_run(load("pass_vitb"))
+    assert (found.steps.workers, found.steps.least_workers, found.steps.most_workers) == (8, 1, 0)
+    assert [one.workers for one in found.spreads] == [8, 16, 64, 128, 256, 512]
+    assert "as many as the cluster has, at least 1; 8 are counted with here" in page(found)
+    assert found.spreads[0].traffic.total == 0 < found.spreads[1].lowered.total < found.spreads[1].traffic.total
 
 
 def test_help__tells_of_dry_runs(capsys: pytest.CaptureFixture[str]) -> None:

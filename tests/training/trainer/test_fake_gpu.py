@@ -44,7 +44,7 @@ LARGER = ("pass_vitb", "vitl", "personvit_vitb", "personmae_vitb", "384")
 """The same operations as a smaller recipe."""
 RECIPES = [
     pytest.param(name, marks=[pytest.mark.slow] * name.endswith(LARGER))
-    for name in sorted(path.stem for path in SHIPPED.glob("*.toml"))
+    for name in sorted(path.stem for path in SHIPPED.glob("*.toml") if not path.stem.endswith("_4096"))
 ]
 NOW = TrainingProgress(samples=0, step=0, epoch=0, fraction=0.0, total_steps=10, epoch_steps=5.0, seed=1, batch=IMAGES)
 ON_HOST = {"position", "sample"}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
+from cluster.core.ray_internals import cluster_of_this_machine, dashboard_of_head
 from datapipe.core.errors import ClusterError
 from datapipe.core.process_setup import bypass_proxies
 
@@ -88,12 +89,9 @@ def _with_origin(address: str) -> str:
 def _of_this_machine(given: str, hint: str) -> str:
     """The address of the cluster that was started on this machine last, as far as the machine remembers, else of one
     that runs here."""
-    from ray._private import services
-
     listed = os.environ.pop(RAY_ADDRESS, None)  # Ray lets it win over "auto"
     try:
-        getattr(services.find_gcs_addresses, "cache_clear", int)()  # of an earlier look
-        return services.canonicalize_bootstrap_address_or_die("auto")
+        return cluster_of_this_machine()
     except (ConnectionError, ValueError) as error:
         raise ClusterError("there is no Ray cluster on this machine", where=given, hint=hint) from error
     finally:
@@ -102,11 +100,10 @@ def _of_this_machine(given: str, hint: str) -> str:
 
 
 def _dashboard_from_head(head: str) -> str:
-    from ray.dashboard.utils import ray_address_to_api_server_url
     from ray.exceptions import AuthenticationError
 
     try:
-        return _within(ANSWER_S, lambda: str(ray_address_to_api_server_url(head)))
+        return _within(ANSWER_S, lambda: dashboard_of_head(head))
     except AuthenticationError:
         raise
     except Exception as error:

@@ -9,14 +9,11 @@ import psutil
 import torch
 import yaml
 
+from cluster.core.ray_internals import HEAD, MONITORS, most_of_autoscaler
 from datapipe.core.errors import ConfigError
 from training.core.devices import Device, choose_device
 
 Kind = Literal["cpu", "cuda"]
-MONITORS = ("autoscaler/_private/monitor.py", "autoscaler/v2/monitor.py")
-"""Ray's autoscaler is one of these processes beside the head."""
-HEAD = "node:__internal_head__"
-"""A resource that only the head has."""
 BOTH = "--engine.device cuda to wait for GPUs, --engine.device cpu to train without"
 
 
@@ -115,10 +112,9 @@ def index_of(given: Sequence[str], visible: str | None) -> int:
 def autoscaled(resource: str) -> float | None:
     """GPUs (or CPUs) on the machines that the cluster's autoscaler may start, all in all; see `Offer.later`."""
     import ray
-    from ray._private.state import state
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    known = state.get_max_resources_from_cluster_config()
+    known = most_of_autoscaler()
     if known is not None:
         return float(known.get(resource, 0))
     context = ray.get_runtime_context()

@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+from cluster.core.ray_internals import has_token, read_token_again
 from datapipe.core.errors import ClusterError
 
 MODE, PATH, TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN"
@@ -45,7 +46,7 @@ def show_token() -> bool:
     Only for a cluster that has asked: this process then asks others for it, too, and workers of a cluster without a
     token could not answer.
     """
-    if os.environ.get(MODE) or not _has_token():
+    if os.environ.get(MODE) or not has_token():
         return False
     _set({MODE: WITH_TOKEN})
     return True
@@ -54,14 +55,14 @@ def show_token() -> bool:
 def refuse_mode_without_token() -> None:
     """Raises ClusterError where a token is to be sent and there is none: Ray would abort this process."""
     mode = os.environ.get(MODE, "")
-    if mode.lower() == WITH_TOKEN and not _has_token():
+    if mode.lower() == WITH_TOKEN and not has_token():
         raise ClusterError(f"{MODE}={mode}, and there is no token here", hint=HINT)
 
 
 def refused(where: str) -> ClusterError:
     """What to tell where a cluster has asked for a token and got none, or another one."""
     mode = os.environ.get(MODE, "")
-    if not _has_token():
+    if not has_token():
         return ClusterError("the cluster wants Ray's token, and there is none here", where=where, hint=HINT)
     if mode and mode.lower() != WITH_TOKEN:
         return ClusterError(f"the cluster wants Ray's token, and {MODE}={mode} sends none", where=where,
@@ -69,25 +70,11 @@ def refused(where: str) -> ClusterError:
     return ClusterError("the cluster refuses this token: it has another one", where=where, hint=HINT)
 
 
-def _has_token() -> bool:
-    """Whether there is a token where Ray looks for it."""
-    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
-    from ray.exceptions import AuthenticationError
-
-    try:
-        return bool(AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
-    except (AuthenticationError, RuntimeError, OSError):  # RAY_AUTH_TOKEN_PATH names no file
-        return False
-
-
 def _set(variables: dict[str, str | None]) -> None:
     """Change the environment of this process, and have Ray read it again."""
-    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
-
     for name, value in variables.items():
         if value is None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+    read_token_again()

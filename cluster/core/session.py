@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cluster.core.addresses import JOIN, head_of
+from cluster.core.ray_internals import embedded_options, keeping_address, leaving_sigterm, refuses_token
 from cluster.core.ray_token import private_token, refuse_mode_without_token, refused, show_token
 from cluster.core.scratch import scratch_folder
 from datapipe.core import stop_signals
@@ -18,6 +19,7 @@ from training.core.launchers import stay_on_loopback
 OBJECT_STORE_BYTES = 200_000_000
 """Shared memory of an embedded Ray. Samples never pass through it; Ray's default of 30 % of memory is not needed."""
 
+LOOPBACK = "127.0.0.1"
 LOCAL = "local"
 """The address of an embedded Ray, which lives as long as this process."""
 
@@ -66,16 +68,16 @@ def _embed(scratch: str, cpus: int) -> None:
     import ray
 
     try:
-        with _on_loopback() as host:
+        stay_on_loopback()
+        with keeping_address():
             ray.init(
                 address=LOCAL,
                 num_cpus=cpus,
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=scratch,
-                _node_ip_address=host,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
+                **embedded_options(scratch, LOOPBACK),
             )
     except Exception as error:  # of a dozen kinds, of its own and of Python's
         if names := misread(error):
@@ -87,31 +89,13 @@ def _embed(scratch: str, cpus: int) -> None:
 
 
 @contextlib.contextmanager
-def _on_loopback() -> Iterator[str]:
-    """The address for an embedded Ray. Ray puts the machine's own in its place, but on desktop systems: told so, all of
-    its ports and those of its workers are on loopback."""
-    import ray._private.ray_constants as constants
-
-    stay_on_loopback()
-    before, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
-    try:
-        yield "127.0.0.1"
-    finally:
-        constants.ENABLE_RAY_CLUSTER = before
-
-
-@contextlib.contextmanager
 def _own_signals() -> Iterator[None]:
-    """Ray does not take SIGTERM from us, in Python or in C++ (a handler of its own prints a trace), and signals for the
-    whole of a process group do not reach its processes, which a save still needs."""
-    import ray._private.utils as utils
-
-    before, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
+    """Ray does not take SIGTERM from us, and signals for the whole of a process group do not reach its processes, which
+    a save still needs."""
     try:
-        with stop_signals.sheltered():
+        with leaving_sigterm(), stop_signals.sheltered():
             yield
     finally:
-        utils.set_sigterm_handler = before
         stop_signals.take_again()
 
 
@@ -119,7 +103,7 @@ def _join(address: str) -> None:
     import ray
 
     refuse_mode_without_token()
-    if _refuses(address) and (not show_token() or _refuses(address)):
+    if refuses_token(address) and (not show_token() or refuses_token(address)):
         raise refused(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -129,20 +113,6 @@ def _join(address: str) -> None:
             where=address,
             hint=JOIN,
         ) from error
-
-
-def _refuses(address: str) -> bool:
-    """Whether a cluster answers at once that the token is missing or wrong; `ray.init` tries that for 20 s."""
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
-    from ray.exceptions import AuthenticationError, RayError
-
-    try:
-        GcsClient(address=address)
-    except AuthenticationError:
-        return True
-    except (OSError, ValueError, RuntimeError, RayError):
-        return False  # for `ray.init` to say
-    return False
 
 
 def result(reference: Any) -> Any:

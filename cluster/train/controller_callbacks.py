@@ -9,16 +9,11 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.controller.state import (
-    PreemptingState,
-    ReschedulingState,
-    ResizingState,
-    RestartingState,
-)
 
-from cluster.train.coordinator import Leaving, Situation, WorkerLocation, find_coordinator
+from cluster.core.ray_internals import train_internals
+from cluster.train.coordinator import Leaving, Situation, find_coordinator
+from cluster.train.held_room import give_back
+from cluster.train.rendezvous import ask_workers
 from cluster.train.restart_policy import Failure
 from datapipe.core.errors import StorageError
 from datapipe.core.progress import counted
@@ -32,6 +27,7 @@ ANSWER_S = 2.0
 WORDS_S = 10.0
 """Seconds for the last words of a dead process to arrive."""
 MOST_CHARACTERS = 400
+_Internals = train_internals()
 GONE, MUTE = "its machine is gone", "does not answer"
 _DEATHS = (
     (r"its node has died|node was terminated|node failure", GONE),
@@ -49,41 +45,23 @@ class Over(Exception):
     """Ends Ray Train's run. What there is to say is on the coordinator."""
 
 
-class RestartPolicy(ControllerCallback, WorkerGroupCallback):
+class RestartPolicy(_Internals.controller_callback):  # type: ignore[name-defined]
     """Ray Train restarts without end; this decides when it ends, and waits before it begins again."""
 
     def __init__(self, coordinator: str, config: RunConfig) -> None:
         self._name, self._config, self._run = coordinator, config.cluster, config
-        self._actors: dict[int, Any] = {}
 
     @property
     def _coordinator(self) -> Any:
         return find_coordinator(self._name)
 
-    def before_worker_group_start(self, worker_group_context: Any) -> None:
-        ray.get(self._coordinator.open.remote(worker_group_context.num_workers))
-
-    def after_worker_group_start(self, worker_group: Any) -> None:
-        places = [
-            WorkerLocation(worker.distributed_context.world_rank, worker.metadata.node_id, worker.metadata.node_ip,
-                  worker.metadata.pid)
-            for worker in worker_group.get_workers()
-        ]  # fmt: skip
-        self._actors = {worker.distributed_context.world_rank: worker.actor for worker in worker_group.get_workers()}
-        ray.get(self._coordinator.place.remote(places))
-
-    def before_worker_group_shutdown(self, worker_group: Any) -> None:
-        ray.get(self._coordinator.close.remote())
-
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        if isinstance(current_state, PreemptingState):
-            nodes = ", ".join(node[:8] for node in current_state.preemption_info.preempted_node_ids)
-            ray.get(self._coordinator.leave.remote(f"machine {nodes} is drained and will be taken away"))
-        elif isinstance(current_state, ResizingState):
-            decided: Any = current_state.scaling_decision
-            self._make_room(decided.num_workers)
-        elif isinstance(current_state, RestartingState | ReschedulingState):
+        if isinstance(current_state, _Internals.resizing):
+            self._make_room(current_state.scaling_decision.num_workers)
+        elif isinstance(current_state, _Internals.restarting):
             self._judge(current_state.training_failed_error)
+        elif isinstance(current_state, _Internals.rescheduling):
+            self._judge(current_state.training_failed_error, came_up=False)
 
     def _make_room(self, workers: int) -> None:
         """Let the workers save before Ray ends them for a new size."""
@@ -96,14 +74,18 @@ class RestartPolicy(ControllerCallback, WorkerGroupCallback):
             time.sleep(POLL_S)
         self._follow(Failure("resize", reason))
 
-    def _judge(self, error: Exception) -> None:
+    def _judge(self, error: Exception, *, came_up: bool = True) -> None:
         cause = getattr(error, "controller_failure", error)
         situation = self._situation(cause)
         if situation.stopping or situation.over:
             raise Over
-        if not isinstance(cause, WorkerGroupStartupTimeoutError):  # no room yet: the driver sees to how long
-            dead = self._dead()
-            self._follow(describe(cause, situation, dead, self._words(situation, dead)))
+        if isinstance(cause, _Internals.no_room):
+            return  # the driver sees to how long
+        dead = self._dead()
+        failure = describe(cause, situation, dead, self._words(situation, dead))
+        if not came_up:
+            give_back()  # Ray Train keeps the room of a group that it could not start
+        self._follow(failure)
 
     def _words(self, situation: Situation, dead: Mapping[int, str]) -> dict[int, list[str]]:
         """What the dead wrote on stderr before they died, as their children leave it in the run folder, which may take
@@ -145,8 +127,7 @@ class RestartPolicy(ControllerCallback, WorkerGroupCallback):
     def _dead(self) -> dict[int, str]:
         """The ranks whose processes are gone, and how they ended. Those that live fail for want of them, and often say
         so first."""
-        rank_of_answer = {actor.get_metadata.remote(): rank for rank, actor in self._actors.items()}
-        self._actors = {}
+        rank_of_answer = ask_workers()
         ray.wait(list(rank_of_answer), num_returns=len(rank_of_answer), timeout=ANSWER_S) if rank_of_answer else None
         dead = {}
         for answer, rank in rank_of_answer.items():

@@ -49,8 +49,6 @@ class Notes(NamedTuple):
     places: dict[int, WorkerLocation]
     waiting_s: float
     """Since when there are no workers; 0 while there are."""
-    wanted: int
-    """Workers that are, or are to be, started."""
     stop: str
     """Why a worker's machine wants the whole run to stop; empty: it does not."""
     stepping: bool
@@ -84,22 +82,21 @@ class Coordinator:
         self._stopping, self._stop_reason = False, ""
         self._group, self._step, self._saved = 0, saved, saved
         self._reason = "started"
-        self.open(0)
+        self.open()
         self._waiting_since: float | None = time.monotonic()
 
     # ------------------------------------------------------------------------------------------- by the controller
 
-    def open(self, workers: int) -> None:
-        """A group is about to be started."""
+    def open(self) -> None:
+        """A group's processes are there, and are about to meet."""
         self._group += 1
-        self._wanted = workers
         self._leaving, self._stepping, self._closed = "", False, False
         self._blame: Failure | None = None
         self._places: dict[int, WorkerLocation] = {}
         self._pulses: dict[int, tuple[Pulse, float]] = {}
 
     def place(self, places: list[WorkerLocation]) -> None:
-        """The group's processes are there."""
+        """Where the group's processes are."""
         self._places = {place.rank: place for place in places}
         self._waiting_since = None
 
@@ -112,7 +109,8 @@ class Coordinator:
 
     def situation(self) -> Situation:
         over = self._failure is not None or (self._ending is not None and self._ending[1])
-        return Situation(self._stopping, over, self._leaving, self._blame, dict(self._places), self._step, self._saved)
+        leaving, blame = ("", None) if self._closed else (self._leaving, self._blame)  # of a group that was judged
+        return Situation(self._stopping, over, leaving, blame, dict(self._places), self._step, self._saved)
 
     def follow(self, failure: Failure) -> Decision:
         """What follows a failure, which is why the next group is started; noted for the run's history."""
@@ -173,11 +171,13 @@ class Coordinator:
 
     def blame(self, failure: Failure) -> None:
         """Who ended the group; the first one stays, as others fail for want of the first."""
-        self._blame = self._blame or failure
+        if not self._closed:
+            self._blame = self._blame or failure
 
     def leave(self, reason: str) -> None:
         """All ranks are to save and make room. The first reason stays."""
-        self._leaving = self._leaving or reason
+        if not self._closed:
+            self._leaving = self._leaving or reason
 
     def ask_stop(self, reason: str) -> None:
         """The machine of the driver itself will be taken away."""
@@ -204,7 +204,7 @@ class Coordinator:
         ]
         waiting_s = 0.0 if self._waiting_since is None else now - self._waiting_since
         return Notes(lines, self._failure, self._ending, restarts, pulses, dict(self._places), waiting_s,
-                     self._wanted, self._stop_reason, self._stepping)  # fmt: skip
+                     self._stop_reason, self._stepping)  # fmt: skip
 
 
 def start_coordinator(saved: int, restarts: Restarts) -> tuple[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from cluster.core.devices import DeviceChoice, decide, hidden, offered
 from cluster.train.group_size import GroupSize, of_cluster
 from cluster.train.hang_detection import Hung, accusation, end_process, hung
+from cluster.train.hang_evidence import keep_evidence
 from cluster.train.restart_policy import END, HISTORY, Failure, Restarts
 from cluster.train.trainer_setup import make_trainer, worker_resources
 from datapipe.core.errors import ClusterError, UserError
@@ -146,7 +147,7 @@ class Driver:
         """Have the workers of the dead one end, if Ray has not yet seen to it, and start another one with its own."""
         import ray
 
-        from cluster.train.ray_trainer import give_back
+        from cluster.train.held_room import give_back
 
         give_back()
         ray.get(self._coordinator.abandon.remote())
@@ -177,6 +178,8 @@ class Driver:
             print(f"workers ended after step {restart['step']:,} ({restart['kind']}): {restart['reason']}; {then} from "
                   f"step {restart['saved']:,}", flush=True)  # fmt: skip
             starting.note(self.folder, f"starts workers anew; the last ended: {restart['reason']}")
+            if kept := keep_evidence(self.scratch, self.folder):
+                print(f"stacks of all ranks and NCCL's report are kept: {', '.join(kept)}", flush=True)
         if notes.stop and self.signals.received is None:
             self.signals.notice(notes.stop)
         if self.signals.received is not None and not self._stop_sent:

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from ray.train.torch import TorchConfig
 
 from cluster.core.devices import Kind, own_device
-from cluster.train.coordinator import find_coordinator
+from cluster.train.coordinator import WorkerLocation, find_coordinator
+from cluster.train.worker_host import hear_signals
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError
 from datapipe.core.process_setup import numbers_in_environment
@@ -38,22 +39,31 @@ _listening: socket.socket | None = None
 _words: list[crash_log.LastWords] = []
 """In a worker's process, between `meet` and `take_leave`."""
 
+_group: list[Any] = []
+"""In the controller's process: the group of workers that was started last."""
+
 
 class Meeting(_Theirs):
     """Ray Train's start of a group of PyTorch workers, but for where their store listens, and how they are bound to
     their GPUs."""
 
     def on_start(self, worker_group: Any, backend_config: "MeetingConfig") -> None:
-        """Returns when all workers have met. Raises what any of them raises."""
+        """In the controller. Returns when all workers have met. Raises what any of them raises."""
+        coordinator, size = find_coordinator(backend_config.coordinator), len(worker_group)
+        _group[:] = [worker_group]
+        ray.get(coordinator.open.remote())
+        places = [WorkerLocation(rank, *found) for rank, found in enumerate(worker_group.execute(locate))]
+        ray.get(coordinator.place.remote(places))
         host, port = worker_group.execute_single(0, listen)
-        size = len(worker_group)
         ray.get([
             worker_group.execute_single_async(rank, meet, rank, size, host, port, backend_config)
             for rank in range(size)
         ])  # fmt: skip
 
     def on_shutdown(self, worker_group: Any, backend_config: "MeetingConfig") -> None:
-        """In the controller. Returns when all workers have left, or after a while."""
+        """In the controller, before workers are ended, dead or alive. Returns when all workers have left, or after a
+        while."""
+        ray.get(find_coordinator(backend_config.coordinator).close.remote())
         os.environ.setdefault(FAREWELL, str(FAREWELL_S))
         super().on_shutdown(worker_group, backend_config)
 
@@ -82,6 +92,17 @@ def take_leave() -> None:
         _words.pop().end()
 
 
+def ask_workers() -> dict[Any, int]:
+    """In the controller: references to where each worker of the last group is, by which those that live are told from
+    the dead -> its rank."""
+    return {group.execute_single_async(rank, locate): rank for group in _group for rank in range(len(group))}
+
+
+def locate() -> tuple[str, str, int]:
+    """In a worker: (Ray's id of its machine, address, process id)."""
+    return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), os.getpid()
+
+
 def listen() -> tuple[str, int]:
     """In the first worker: open the port on this machine's address in the cluster. Returns (address, port)."""
     global _listening
@@ -94,10 +115,11 @@ def listen() -> tuple[str, int]:
 
 
 def meet(rank: int, size: int, host: str, port: int, config: MeetingConfig) -> None:
-    """In every worker: join the process group, bound to its own GPU. Raises torch.distributed.DistError after the
-    timeout, ConfigError, also to the coordinator, where torch cannot use the GPU that Ray has given, or reads a
-    variable of the environment as a number that it is not."""
+    """In every worker, in its main thread: join the process group, bound to its own GPU. Raises
+    torch.distributed.DistError after the timeout, ConfigError, also to the coordinator, where torch cannot use the GPU
+    that Ray has given, or reads a variable of the environment as a number that it is not."""
     global _listening
+    hear_signals()
     forget_launchers()
     given: dict[str, Any] = {}
     if rank == 0:

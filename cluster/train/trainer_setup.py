@@ -1,5 +1,6 @@
 """What Ray Train is told of a run: its workers, their resources and meeting place, callbacks, patience."""
 
+import dataclasses
 import math
 import os
 import uuid
@@ -7,6 +8,7 @@ from typing import Any
 
 from cluster.core.devices import DeviceChoice
 from cluster.core.job_paths import IN_JOB
+from cluster.core.ray_internals import trainer_without_cleaner, watch_nccl
 from cluster.train.group_size import GroupSize
 from cluster.train.worker import work
 from training.config import recipe_toml as recipes
@@ -15,6 +17,8 @@ from training.core.run_folder.write_guard import Ticket
 
 PLACEMENT_S = 20.0
 """Seconds after which room that was counted, but is not there, is counted again."""
+SURVIVORS_S = 20.0
+"""Seconds that workers may still save after the deadline of another one's machine."""
 
 
 def make_trainer(
@@ -34,19 +38,19 @@ def make_trainer(
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(machine.start_timeout_s + machine.hang_timeout_s)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
-    from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
+    from ray.train import ScalingConfig
 
     from cluster.train.controller_callbacks import RestartPolicy
-    from cluster.train.ray_trainer import Trainer
     from cluster.train.rendezvous import MeetingConfig
-    from cluster.train.worker_host import TakeSigterm
 
     gpus = choice.kind == "cuda"
+    if gpus:
+        watch_nccl(machine.hang_timeout_s / 2)
     variables = dict(variable.split("=", 1) for variable in machine.environment)
     workers: Any = (size.least, size.most) if size.elastic else size.most
-    callbacks: list[Any] = [RestartPolicy(coordinator, config), TakeSigterm()]
-    return Trainer(
+    callbacks: list[Any] = [RestartPolicy(coordinator, config)]
+    return trainer_without_cleaner()(
         work,
         train_loop_config={
             "config": recipes.to_tree(config),
@@ -75,13 +79,23 @@ def make_trainer(
             name=f"run-{uuid.uuid4().hex[:12]}",
             storage_path=scratch,
             callbacks=callbacks,
-            failure_config=FailureConfig(  # Guard counts; mypy sees the fields of Ray Train's first version
-                max_failures=-1,
-                controller_failure_limit=-1,  # type: ignore[call-arg]
-            ),
-            worker_runtime_env={"env_vars": variables} if variables else None,
+            failure_config=_without_end(),
+            worker_runtime_env={"env_vars": variables} if variables else None,  # type: ignore[call-arg]
         ),
     )
+
+
+def _without_end() -> Any:
+    """Ray Train starts workers again without end, as `RestartPolicy` counts; after the deadline of a machine that is
+    taken away the others have time to save."""
+    from ray.train import FailureConfig
+
+    # the grace is known from Ray 2.60 on
+    fields = {field.name for field in dataclasses.fields(FailureConfig)}
+    grace: dict[str, Any] = (
+        {"preemption_grace_s": SURVIVORS_S} if "preemption_grace_s" in fields else {}
+    )
+    return FailureConfig(max_failures=-1, controller_failure_limit=-1, **grace)  # type: ignore[call-arg]
 
 
 def worker_resources(config: RunConfig, choice: DeviceChoice) -> dict[str, float]:

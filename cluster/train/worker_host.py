@@ -8,9 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray._raylet import GcsClient  # type: ignore[attr-defined]
-from ray.train.v2._internal.execution.callback import WorkerCallback
 
+from cluster.core.ray_internals import drain
 from cluster.train.coordinator import Word, WorkerLocation
 from cluster.train.hang_detection import Pulse
 from training.config.cluster import ClusterConfig
@@ -21,22 +20,22 @@ from training.core.world import World
 
 POLL_S = 0.5
 """Seconds between signs of life, each of which brings back the driver's word."""
-PREEMPTION = 2
-"""Ray's number for "this machine will be taken away"."""
+FORESEE_S = 1.0
+"""Seconds between questions whether a machine is drained."""
+MOST_A_SECOND = 256
+"""Such questions that Ray Train's actor for them is asked by all ranks together."""
 GRACE_S = 120
 """Seconds that a machine has after a notice, as far as Ray is told; clouds give 30 to 120."""
 
 _terminated = threading.Event()
 
 
-class TakeSigterm(WorkerCallback):
-    """Lets a worker process live on after SIGTERM, SIGUSR1 or SIGHUP until its state is saved. Ray runs it in the main
-    thread, which training is not in; a second signal ends the process."""
-
-    def after_init_train_context(self) -> None:
-        _terminated.clear()
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            signal.signal(number, _receive)
+def hear_signals() -> None:
+    """In a worker's main thread, which training is not in: SIGTERM, SIGUSR1 and SIGHUP let the process live on until
+    its state is saved; a second one ends it."""
+    _terminated.clear()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, _receive)
 
 
 def _receive(number: int, _: object) -> None:
@@ -62,6 +61,7 @@ class RayHost:
         watched = config.notice if world.local_rank == 0 else ""
         self._notice = Notice(watched, every_s=config.notice_every_s, callback=self._going)
         threading.Thread(target=self._live, name="signs of life", daemon=True).start()
+        threading.Thread(target=self._foresee, name="drained machines", daemon=True).start()
 
     def _live(self) -> None:
         while not self._done.is_set():
@@ -73,6 +73,24 @@ class RayHost:
                 os._exit(1)  # its controller died, and another group works on the same run
             self._pass_on()
             self._done.wait(POLL_S)
+
+    def _foresee(self) -> None:
+        """Ask Ray Train whether a machine of the run is drained, until one is. All ranks are asked together, which
+        costs each of them a message; training does not wait for it."""
+        from ray import train
+
+        while not self._done.wait(max(FORESEE_S, self._world.size / MOST_A_SECOND)):
+            try:
+                info = train.get_preemption_info()
+            except (ray.exceptions.RayError, RuntimeError):
+                return  # the group is being ended
+            if info is None:
+                continue
+            if self._world.is_leader:
+                nodes = ", ".join(node[:8] for node in info.preempted_node_ids)
+                left = f" in {info.deadline_ms / 1_000 - time.time():.0f} s" if info.deadline_ms else ""
+                self._coordinator.leave.remote(f"machine {nodes} is drained and will be taken away{left}")
+            return
 
     def _pass_on(self) -> None:
         """Tell why all must leave, if this process has been told to. The coordinator keeps the first reason."""
@@ -94,9 +112,7 @@ class RayHost:
             return
         self._coordinator.leave.remote(reason)
         deadline_ms = round((time.time() + GRACE_S) * 1_000)
-        GcsClient(address=ray.get_runtime_context().gcs_address).drain_node(
-            self.where.node, PREEMPTION, reason, deadline_ms
-        )
+        drain(ray.get_runtime_context().gcs_address, self.where.node, reason, deadline_ms)
 
     def close(self) -> Word:
         """The work is over, well or not: no more signs of life. What is to follow."""

@@ -95,7 +95,7 @@ def test_restarts__a_bad_machine_is_named_soon(names: str, nodes: int, named: bo
 
 def test_coordinator__counts_failures_over_a_controllers_death() -> None:
     coordinator = Coordinator(20, Restarts(ClusterConfig(max_failures=2), "runs/one"))
-    coordinator.open(2)
+    coordinator.open()
     assert coordinator.follow(CRASH).row == 1
     coordinator.abandon()
     assert coordinator.follow(Failure("controller", "it died")) == (2, 2.0, None)
@@ -108,12 +108,12 @@ def test_coordinator__counts_failures_over_a_controllers_death() -> None:
 
 def test_coordinator__tells_a_group_that_was_given_up_to_end() -> None:
     coordinator = Coordinator(0, Restarts(ClusterConfig(), ""))
-    coordinator.open(1)
+    coordinator.open()
     group, *_ = coordinator.enter()
     assert coordinator.beat(group, _pulse(0, 7)) == "go" and coordinator.take().pulses
     coordinator.abandon()
     assert coordinator.beat(group, _pulse(0, 8)) == "end" and not coordinator.take().pulses
-    coordinator.open(1)
+    coordinator.open()
     assert (
         coordinator.beat(group, _pulse(0, 9)) == "end"
         and coordinator.beat(coordinator.enter()[0], _pulse(0, 7)) == "go"
@@ -173,7 +173,7 @@ def test_death__in_words(said: str, meant: str) -> None:
 def test_coordinator__who_lives_on_in_a_group_that_is_being_ended_never_counts_as_hung() -> None:
     """With NCCL those that waited for a dead rank wait on, and nobody else is left to compare them with."""
     coordinator = Coordinator(0, Restarts(ClusterConfig(), ""))
-    coordinator.open(2)
+    coordinator.open()
     group, _, _ = coordinator.enter()
     for rank in range(2):
         coordinator.beat(group, _pulse(rank, 3, stood=99))
@@ -181,7 +181,7 @@ def test_coordinator__who_lives_on_in_a_group_that_is_being_ended_never_counts_a
     coordinator.close()
     assert coordinator.beat(group, _pulse(1, 3, stood=100)) == "go"
     assert not coordinator.take().pulses and coordinator.left()
-    coordinator.open(2)
+    coordinator.open()
     group, _, _ = coordinator.enter()
     coordinator.beat(group, _pulse(1, 3))
     assert [pulse.rank for pulse in coordinator.take().pulses] == [1]

@@ -103,9 +103,10 @@ def submit(arguments: list[str]) -> int:
 
 def _until_command(arguments: list[str]) -> tuple[list[str], list[str]]:
     """(the words up to the command that is handed in, those after it)."""
+    with_value = {flag.name for flag in cli.flags_of(SubmitCommand) if flag.kind is not bool}
     words = iter(enumerate(arguments))
     for place, word in words:
-        if word == "--address":
+        if word in with_value:
             next(words, None)
         elif not word.startswith("-"):
             return arguments[: place + 1], arguments[place + 1 :]

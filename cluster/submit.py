@@ -1,19 +1,21 @@
-"""Handing in our commands as Ray jobs."""
+"""Handing in our commands as Ray jobs, each with room of its own, and again where their machine was lost."""
 
 import importlib.util
 import os
 import shlex
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster.core.addresses import RAY_API_SERVER_ADDRESS, SUBMIT, dashboard_of
+from cluster.core.addresses import ANSWER_S, RAY_API_SERVER_ADDRESS, SUBMIT, dashboard_of, within
 from cluster.core.arguments import EmbedJob, EvaluateJob, ScoreCfsJob, ShardJob, SubmitCommand
 from cluster.core.job_paths import paths_of, refuse_relative
 from cluster.core.ray_token import MODE, WITH_TOKEN, refuse_mode_without_token, refused, show_token
+from cluster.keep_alive import LASTED_S
 from datapipe.core import cli
 from datapipe.core.errors import ClusterError
 from training.commands.arguments import RecipeCommand
@@ -23,20 +25,109 @@ PACKAGES = ("cluster", "datapipe", "training")
 MOST_MB = 20.0
 """Megabytes (10^6 bytes) that a job may upload. Our code is one."""
 RECIPE = "recipe.toml"
+POLL_S = 3.0
+"""Seconds between looks at a job."""
+HEAD_S = 900.0
+"""Seconds that a head which does not answer is waited for."""
+ENDED = "JOB_ENTRYPOINT_COMMAND_ERROR"
+"""Ray's word for a job whose command ended by itself, with an exit code other than 0."""
+NEVER_RAN = ("RUNTIME_ENV_SETUP_FAILURE", "JOB_SUPERVISOR_ACTOR_UNSCHEDULABLE", "JOB_SUPERVISOR_ACTOR_START_TIMEOUT",
+             "JOB_ENTRYPOINT_COMMAND_START_ERROR")  # fmt: skip
+"""Ray's words for jobs that would not run the next time either."""
 
 
 def submit(chosen: SubmitCommand, rest: Sequence[str]) -> int:
-    """Hand in a command with the rest of its line as a Ray job. Raises UserError for what could not run there."""
+    """Hand in a command with the rest of its line as a Ray job; the exit code, the job's own where it is waited for.
+    Raises UserError for what could not run there."""
     with tempfile.TemporaryDirectory(prefix="reid_job_") as folder:
         words = _PREPARE[chosen.command](list(rest), Path(folder))
         _stage(Path(folder))
+        line = shlex.join(["python", "-m", "cluster.keep_alive", str(chosen.retries), chosen.command, *words])
         client, with_token = _client(chosen.address)
-        with _reached(chosen.address):
-            job = client.submit_job(entrypoint=shlex.join(["python", "-m", "cluster", chosen.command, *words]),
-                                    runtime_env={"working_dir": folder})  # fmt: skip
-    address = ["--address", chosen.address] if chosen.address else []
-    print(_in_words(job, client.get_address(), [*address, chosen.command, *rest], with_token=with_token))
-    return 0
+        job = _hand_in(client, chosen, line, folder)
+        own = [] if chosen.address is None else ["--address", chosen.address]
+        print(_in_words(job, client.get_address(), [*own, chosen.command, *rest], with_token=with_token), flush=True)
+        if lack := _lack(client.get_address(), chosen):
+            print(lack, flush=True)
+        return _until_over(client, job, chosen, line, folder) if chosen.wait else cli.COMPLETE
+
+
+def _hand_in(client: Any, chosen: SubmitCommand, line: str, folder: str) -> str:
+    """A new job; its id."""
+    with _reached(chosen.address):
+        return str(client.submit_job(
+            entrypoint=line, runtime_env={"working_dir": folder}, entrypoint_num_cpus=chosen.driver_cpus,
+            entrypoint_memory=round(1e9 * chosen.driver_memory_gb),
+        ))  # fmt: skip
+
+
+def _lack(address: str, chosen: SubmitCommand) -> str:
+    """A line where no machine of the cluster is large enough for the command itself; empty: one is, or nobody says."""
+    from ray.util.state import list_nodes
+
+    wanted = {"CPU": chosen.driver_cpus, "memory": 1e9 * chosen.driver_memory_gb}
+    try:
+        nodes = [node.resources_total for node in list_nodes(address, filters=[("state", "=", "ALIVE")])]
+    except Exception:  # of many kinds: what the cluster cannot say is no reason to hand nothing in
+        return ""
+    if not nodes or any(all(node.get(name, 0) >= least for name, least in wanted.items()) for node in nodes):
+        return ""
+    room = f"{chosen.driver_cpus:g} CPU and {chosen.driver_memory_gb:g} GB of memory"
+    return (f"no machine of the cluster has {room} for the command itself: the job waits until one joins "
+            "(--driver-cpus, --driver-memory-gb)")  # fmt: skip
+
+
+def _until_over(client: Any, job: str, chosen: SubmitCommand, line: str, folder: str) -> int:
+    """The exit code of a job, once it has ended. Where what carried it was lost it is handed in again, `retries` times
+    in a row; a head that does not answer is waited for. Raises ClusterError where it ended without having run."""
+    row, seen, begun = 0, "", time.monotonic()
+    while True:
+        info = _look(client, job)
+        state, why = ("LOST", "the cluster does not know it any more") if info is None else (
+            str(info.status), str(info.message or ""))  # fmt: skip
+        if state != seen:
+            print(f"{job}: {state.lower()}", flush=True)
+            row = 0 if seen == "RUNNING" and time.monotonic() - begun > LASTED_S else row
+            seen, begun = state, time.monotonic()
+        if state == "SUCCEEDED":
+            return cli.COMPLETE
+        if state == "STOPPED":
+            return cli.STOPPED
+        if state in ("FAILED", "LOST"):
+            kind = "" if info is None else str(getattr(info.error_type, "value", info.error_type))
+            if kind == ENDED:
+                return info.driver_exit_code or cli.FAILED
+            if kind in NEVER_RAN or row >= chosen.retries:
+                raise ClusterError(f"the job did not run to its end: {why.strip().partition(chr(10))[0]}", where=job,
+                                   hint="see `ray job logs`; handed in again, a run goes on")  # fmt: skip
+            row += 1
+            again = _hand_in(client, chosen, line, folder)
+            print(f"{job} was lost ({why.strip().partition(chr(10))[0][:200]}); handed in again as {again} ({row} of "
+                  f"{chosen.retries})", flush=True)  # fmt: skip
+            job = again
+        time.sleep(POLL_S)
+
+
+def _look(client: Any, job: str) -> Any:
+    """What the cluster knows of a job; None: nothing. Waits for a head that does not answer, HEAD_S at most. Raises
+    ClusterError then."""
+    end, told = time.monotonic() + HEAD_S, False
+    while True:
+        try:
+            return within(ANSWER_S, lambda: client.get_job_info(job))
+        except OSError as error:  # the requests library's errors are, too
+            problem: Exception = error
+        except RuntimeError as error:
+            if "404" in str(error) or "does not exist" in str(error):
+                return None
+            problem = error  # a head that is starting, or a proxy before one that is gone
+        if time.monotonic() > end:
+            raise ClusterError(f"the head does not answer any more: {problem}", where=client.get_address(),
+                               hint="once it is back, handed in again, a run goes on") from problem  # fmt: skip
+        if not told:
+            print(f"the head does not answer; it is waited for, {HEAD_S / 60:.0f} minutes at most", flush=True)
+            told = True
+        time.sleep(POLL_S)
 
 
 def _page(command: str) -> cli.Page:

@@ -103,7 +103,7 @@ def _dashboard_from_head(head: str) -> str:
     from ray.exceptions import AuthenticationError
 
     try:
-        return _within(ANSWER_S, lambda: dashboard_of_head(head))
+        return within(ANSWER_S, lambda: dashboard_of_head(head))
     except AuthenticationError:
         raise
     except Exception as error:
@@ -136,7 +136,7 @@ def _split_url(url: str, given: str) -> Address:
 def _connect(address: Address, hint: str) -> None:
     """Returns if somebody takes a TCP connection there, at any address of the host."""
     try:
-        resolved = _within(LOOK_UP_S, lambda: socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM))
+        resolved = within(LOOK_UP_S, lambda: socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM))
     except (OSError, TimeoutError, UnicodeError) as error:
         raise ClusterError(f"no Ray cluster is reached: the name of the host is not found ({_reason(error)})",
                            where=address.given, hint=hint) from error  # fmt: skip
@@ -200,7 +200,7 @@ def _reason(error: BaseException) -> str:
     return (error.strerror if isinstance(error, OSError) and error.strerror else str(error)) or type(error).__name__
 
 
-def _within(seconds: float, work: Callable[[], T]) -> T:
+def within(seconds: float, work: Callable[[], T]) -> T:
     """What `work` returns or raises; TimeoutError when it takes longer, and goes on in a thread of its own."""
     done: list[T] = []
     failed: list[BaseException] = []

@@ -92,9 +92,7 @@ def _without_end() -> Any:
 
     # the grace is known from Ray 2.60 on
     fields = {field.name for field in dataclasses.fields(FailureConfig)}
-    grace: dict[str, Any] = (
-        {"preemption_grace_s": SURVIVORS_S} if "preemption_grace_s" in fields else {}
-    )
+    grace: dict[str, Any] = {"preemption_grace_s": SURVIVORS_S} if "preemption_grace_s" in fields else {}
     return FailureConfig(max_failures=-1, controller_failure_limit=-1, **grace)  # type: ignore[call-arg]
 
 

@@ -108,7 +108,7 @@ SAID = {
 
 DOCS = ROOT / "cluster" / "docs"
 PAGES = (ROOT / "README.md", *(DOCS / f"{name}.md" for name in (
-    "data_sets", "pre_train", "evaluate", "object_storage", "run_on_a_cluster", "guarantees")))  # fmt: skip
+    "data_sets", "pre_train", "evaluate", "object_storage", "run_on_a_cluster", "machines", "guarantees")))  # fmt: skip
 """In the order in which their commands build upon each other."""
 
 

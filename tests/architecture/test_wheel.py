@@ -6,16 +6,20 @@ editable install of the working tree.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from datapipe.dataset.manifest import Manifest
+from tests.cluster.ray_head import ray_head, without_ray
 from tests.support.golden import ROOT
 
 PACKAGES = ("cluster", "datapipe", "training")
@@ -55,16 +59,48 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The interpreter of an environment with the wheel. A .pth of another environment's, as of our editable install, is
-    not heeded in a folder that is itself named by a .pth."""
-    home = tmp_path_factory.mktemp("installed")
+    """The interpreter of an environment with the wheel."""
+    return environment(tmp_path_factory.mktemp("installed"), wheel)
+
+
+def environment(home: Path, *wheels: Path) -> str:
+    """The interpreter of a new environment with our dependencies and these wheels. A .pth of another environment's, as
+    of our editable install, is not heeded in a folder that is itself named by a .pth."""
     _run(sys.executable, "-m", "venv", "--without-pip", str(home), cwd=home)
     made = str(home / "bin" / "python")
-    _run(sys.executable, "-m", "pip", "--python", made, "install", "--quiet", "--no-deps", "--no-index", str(wheel),
-         cwd=home)  # fmt: skip
+    for wheel in wheels:
+        _run(sys.executable, "-m", "pip", "--python", made, "install", "--quiet", "--no-deps", "--no-index", str(wheel),
+             cwd=home)  # fmt: skip
     (packages,) = home.glob("lib/python3*/site-packages")
     (packages / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     return made
+
+
+@pytest.mark.slow
+def test_wheel__is_brought_to_machines_without_it_by_a_runtime_environment(
+    wheel: Path, tmp_path: Path, write_crops: Callable[..., dict[str, bytes]]
+) -> None:
+    """A cluster whose machines have the dependencies alone, and a job with `pip` of the wheel: its command and its
+    tasks on workers run what was installed."""
+    (tmp_path / "machine").mkdir()
+    bare = environment(tmp_path / "machine")
+    write_crops(tmp_path / "crops", 6)
+    shell = without_ray(HOME=str(tmp_path), OMP_NUM_THREADS="1", PATH=f"{Path(bare).parent}:/usr/bin:/bin")
+    shell.pop("PYTHONPATH", None)
+    lacks = subprocess.run([bare, "-c", "import cluster"], cwd=tmp_path, env=shell, capture_output=True, text=True)
+    assert "No module named 'cluster'" in lacks.stderr
+    options = ["--no-deps", "--no-index", "--ignore-installed", "--disable-pip-version-check"]
+    environment_of_job = {"pip": {"packages": [str(wheel)], "pip_install_options": options}}
+    (tmp_path / "job.sh").write_text(f"python -c 'import cluster; print(cluster.__file__)' && reid-cluster shard "
+                                     f"{tmp_path}/crops --out {tmp_path}/shards\n")  # fmt: skip
+    with ray_head(shell, own_python=bare) as head:
+        words = ["ray.scripts.scripts", "job", "submit", "--address", head.dashboard, "--runtime-env-json",
+                 json.dumps(environment_of_job), "--", "sh", str(tmp_path / "job.sh")]  # fmt: skip
+        done = subprocess.run([bare, "-m", *words], cwd=tmp_path, env=shell, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert re.search(r"/runtime_resources/pip/\w+/virtualenv/lib/\S+/cluster/__init__.py", said), said
+    assert Manifest.load(str(tmp_path / "shards")).rows == 6
 
 
 @pytest.mark.slow

@@ -37,19 +37,21 @@ class Head(NamedTuple):
 
 @contextlib.contextmanager
 def ray_head(
-    environment: Mapping[str, str], *, cpus: int = 2, port: int = 0, more: Sequence[str] = ()
+    environment: Mapping[str, str], *, cpus: int = 2, port: int = 0, more: Sequence[str] = (), own_python: str = ""
 ) -> Iterator[Head]:
     """One with dashboard. `environment`: all of it, as the shell has it in which it is started; `port`: of the head,
-    0: a free one; `more`: flags of `ray start`."""
+    0: a free one; `more`: flags of `ray start`; `own_python`: the machine's interpreter, away from the working tree."""
     prepare()
     gcs, dashboard = port or free_port(), free_port()
     with TemporaryDirectory(prefix="ray_") as folder:
-        line = [*ray_words(), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
+        words = [own_python, "-m", "ray.scripts.scripts"] if own_python else ray_words()
+        line = [*words, "start", "--head", "--block", "--node-ip-address=127.0.0.1",
                 f"--port={gcs}", f"--num-cpus={cpus}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}/ray",
                 f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}",
                 "--disable-usage-stats", *more]  # fmt: skip
         nowhere = subprocess.DEVNULL
-        process = subprocess.Popen(line, env={**environment, **AT_ONCE}, cwd=ROOT, stdout=nowhere, stderr=nowhere)
+        process = subprocess.Popen(line, env={**environment, **AT_ONCE}, cwd=folder if own_python else ROOT,
+                                   stdout=nowhere, stderr=nowhere)  # fmt: skip
         try:
             _answers(f"http://127.0.0.1:{dashboard}/api/version", process)
             yield Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", Path(folder) / "ray")

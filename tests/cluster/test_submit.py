@@ -3,7 +3,9 @@
 One run on object storage with a secret of its own serves several tests.
 """
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -14,13 +16,15 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 from uuid import uuid4
 
+import psutil
 import pytest
 
 from cluster.commands import submit
 from cluster.status import status
-from cluster.submit import PACKAGES
+from cluster.submit import PACKAGES, RECIPE
 from datapipe.core.errors import ClusterError, ConfigError
 from datapipe.storage import open_store
+from tests.cluster.local_nodes import Watched
 from tests.cluster.ray_head import PATIENCE_S, ray_head, ray_words
 from tests.conftest import S3Server
 from tests.end_to_end.tiny import command, finished, recipe, shards
@@ -157,26 +161,71 @@ def test_job__relative_paths_are_refused(done: Done, head: Authorised, tree: Pat
 
 
 @pytest.mark.slow
-def test_submit__in_one_line_and_stopped_after_a_save(done: Done, head: Authorised, tree: Path, s3: S3Server) -> None:
-    url = f"s3://{done.bucket}/long"
-    flags = ("--out", url, "--optimisation.epochs", "1e6", "--checkpoints.every-steps", "1000000",
-             "--storage.endpoint-url", s3.endpoint)  # fmt: skip
-    line = ("submit", "--address", head.dashboard, "pretrain", str(tree / "tiny.toml"), *flags)
+def test_submit__goes_on_when_what_carries_it_is_killed_and_stops_after_a_save(
+    done: Done, head: Authorised, tree: Path, s3: S3Server
+) -> None:
+    """One job: its driver is killed, as for want of memory, then what Ray watches it with, as with its machine. Another
+    job finds no room meanwhile, and waits."""
+    url, away = f"s3://{done.bucket}/long", ("--storage.endpoint-url", s3.endpoint)
+    line = ("submit", "--address", head.dashboard, "--wait", "pretrain", str(tree / "tiny.toml"), "--out", url,
+            "--optimisation.epochs", "1e6", "--checkpoints.every-steps", "20", *away)  # fmt: skip
+    waiting = Watched(command("cluster", *line, **head.keys))
+    job = waiting.until(lambda: _words(waiting, "submitted "))[1]
+    logs = Watched(_ray(head, tree, "logs", "-f", job))
+    logs.until(lambda: _words(logs, "step "))
+    assert all(f"  {word}:" in "\n".join(waiting.lines) for word in ("follow", "state", "stop", "resume"))
+
+    other = ("submit", "--address", head.dashboard, "--driver-memory-gb", "0.1", "shard", str(tree / "crops" / "few"))
+    code, output, errors = finished(
+        command("cluster", *other, "--out", f"s3://{done.bucket}/other", *away, **head.keys)
+    )
+    assert code == 0 and "no machine of the cluster" not in output, errors
+    second = output.split()[1]
+
+    keeper, driver = _carried_by("cluster.keep_alive"), _carried_by("cluster", "pretrain")
+    driver.kill()
+    logs.until(lambda: _words(logs, "the driver was killed by SIGKILL; started again"))
+    logs.until(lambda: any(line.startswith("pass goes on from step_") for line in logs.lines))
+    assert "PENDING" in "".join(finished(_ray(head, tree, "status", second), timeout_s=PATIENCE_S)[:2])
+
+    next(one for one in keeper.parents() if one.cmdline()[0].startswith("ray::")).kill()
+    waiting.until(lambda: _words(waiting, f"{job} was lost ("))
+    (job,) = re.findall(r"handed in again as (\S+) \(1 of 3\)", "\n".join(waiting.lines))
+    logs = Watched(_ray(head, tree, "logs", "-f", job))
+    logs.until(lambda: _words(logs, "step "))
+    assert "was stopped" in "".join(finished(_ray(head, tree, "stop", job), timeout_s=PATIENCE_S)[1:])
+    assert f"go on with: python -m cluster submit pretrain {url}/config.toml" in logs.end()[1]
+    code, output, errors = waiting.end()
+    assert code == 75, output + errors
+    found = status(url, s3.storage)
+    assert found.state == "stopped" and found.checkpoints and found.step > 20
+    kinds = [json.loads(line)["kind"] for line in open_store(url, s3.storage).read("restarts.jsonl").splitlines()]
+    assert kinds.count("driver") == 2
+    finished(_ray(head, tree, "logs", "-f", second), timeout_s=PATIENCE_S)
+    assert "SUCCEEDED" in "".join(finished(_ray(head, tree, "status", second), timeout_s=PATIENCE_S)[:2])
+
+
+def _words(process: Watched, beginning: str) -> list[str]:
+    """The first line that begins so, in words; none yet."""
+    return next((line.split() for line in process.lines if line.startswith(beginning)), [])
+
+
+def _carried_by(*words: str) -> psutil.Process:
+    """The process of a job that runs `python -m` with these words."""
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if line[1:3] == ["-m", words[0]] and all(word in line for word in words) and RECIPE in line:
+            return process
+    raise AssertionError(f"no process of {words}")
+
+
+@pytest.mark.slow
+def test_submit__says_where_no_machine_has_room_for_the_command(head: Authorised, tree: Path) -> None:
+    line = ("submit", "--address", head.dashboard, "--driver-cpus", "64", "shard", str(tree), "--out", str(tree / "x"))
     code, output, errors = finished(command("cluster", *line, **head.keys))
     assert code == 0, errors
-    job = output.split()[1]
-    for word in ("follow:", "state:", "stop:", "resume:"):
-        assert word in output
-    logs = _ray(head, tree, "logs", "-f", job)
-    assert logs.stdout is not None
-    for said in logs.stdout:
-        if said.startswith("step "):
-            break
-    assert "was stopped" in "".join(finished(_ray(head, tree, "stop", job), timeout_s=PATIENCE_S)[1:])
-    _, said, _ = finished(logs, timeout_s=PATIENCE_S)
-    assert f"go on with: python -m cluster submit pretrain {url}/config.toml" in said
-    found = status(url, s3.storage)
-    assert (found.state, found.checkpoints) == ("stopped", 1) and found.step > 0
+    assert "no machine of the cluster has 64 CPU and 2 GB of memory for the command itself" in output
+    finished(_ray(head, tree, "stop", "--no-wait", output.split()[1]), timeout_s=PATIENCE_S)
 
 
 @pytest.mark.parametrize("words", [

@@ -7,6 +7,7 @@ always from the same few blocks, so that few blocks are read twice.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ class Assignment:
         """Number of ranks."""
         return len(self.nodes)
 
-    @property
+    @cached_property
     def by_node(self) -> bool:
         """Is there anything to share by nodes? Else slicing is all there is."""
         return len(set(self.nodes)) > 1 and self.together == 1
@@ -50,18 +51,16 @@ class Assignment:
     def ranks(self, blocks: Ints) -> Ints:
         """The rank of each place of a global batch, by the homes of its samples' blocks; int64 [count]."""
         nodes = self.moved_to(blocks)
-        slices = [len(self.slice(rank, len(blocks))) for rank in range(self.world)]
-        by_node = np.argsort(self.nodes, kind="stable")
         ranks = np.empty(len(blocks), dtype=np.int64)
-        ranks[np.argsort(nodes, kind="stable")] = np.repeat(by_node, np.array(slices)[by_node])
+        ranks[np.argsort(nodes, kind="stable")] = np.repeat(self._by_node, self._lengths(len(blocks))[self._by_node])
         return ranks
 
     def moved_to(self, blocks: Ints) -> Ints:
         """The node of each place: its block's home, as long as there is room, else the first one with room."""
         home, number = self.homes(blocks), _number(blocks)
         count = np.arange(max(self.nodes) + 1)
-        slices = np.array([len(self.slice(rank, len(blocks))) for rank in range(self.world)])
-        room = np.array([slices[np.array(self.nodes) == node].sum() for node in count])
+        room = np.zeros(len(count), dtype=np.int64)
+        np.add.at(room, self._nodes, self._lengths(len(blocks)))
         at_home = np.lexsort((number, home))  # by home; there by block, in an order that is the same in every batch
         before = np.searchsorted(home[at_home], count)
         within = np.arange(len(blocks)) - before[home[at_home]]
@@ -72,7 +71,20 @@ class Assignment:
 
     def homes(self, blocks: Ints) -> Ints:
         """The node that each block is at home on, in proportion to the nodes' ranks; the same in every epoch."""
-        return np.array(self.nodes)[scramble(blocks, _HOME, np.array([self.world]))]
+        return self._nodes[scramble(blocks, _HOME, np.array([self.world]))]
+
+    @cached_property
+    def _nodes(self) -> Ints:
+        return np.array(self.nodes)
+
+    @cached_property
+    def _by_node(self) -> Ints:
+        """The ranks, those of a node together."""
+        return np.argsort(self._nodes, kind="stable")
+
+    def _lengths(self, count: int) -> Ints:
+        """How many places of a global batch slicing gives each rank."""
+        return np.diff(np.minimum(np.arange(self.world + 1) * self._per_rank(count), count))
 
     def _per_rank(self, count: int) -> int:
         whole = self.rows - self.rows % self.together

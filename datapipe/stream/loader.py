@@ -1,13 +1,14 @@
 """Threads fill preallocated slots with whole batches of views, ahead of the training step; waiting is measured.
 
 Which samples, which rank and which pixels are pure functions of (seed, position): threads, prefetch and world size
-change only who makes them and when.
+change only who makes them and when. Order and shares are worked out by a thread of their own, each once; the thread that
+asks for batches only waits for them.
 """
 
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from itertools import chain, cycle
 from threading import Lock
 from time import perf_counter
 from typing import Any
@@ -20,6 +21,7 @@ from datapipe.core.resource_limits import available_cores
 from datapipe.sampling.epoch_order import SampleOrder
 from datapipe.sampling.rank_assignment import Assignment, RankBatch, shares
 from datapipe.stream.batch import Batch, LoaderCounters
+from datapipe.stream.batch_feed import BatchFeed
 from datapipe.stream.mixed_stream import MixedStream
 from datapipe.stream.stream import Stream
 from datapipe.views import bicubic
@@ -137,41 +139,42 @@ class Loader:
         return {name: allocate(shape, np.uint8) for name, shape in shapes.items()}
 
     def _batches(self, starts: range, until: int) -> Generator[Batch, None, None]:
-        coming: deque[tuple[Batch, list[Future[None]]]] = deque()
-        empty, ahead = self._empty(starts, until), self._ahead(starts)
-        begun = 0
+        distance = -(-self._window // self.global_batch) if self.stream.reads_ahead else 0
+        slots = cycle(self._slots)
+        feed = BatchFeed(
+            self._shares(starts, until, later=distance),
+            lambda share: self._begin(replace(self._without_views(share), views=next(slots))),
+            count=len(starts),
+            room=self._prefetch + 1,  # and the slot of the batch before is still the consumer's: prefetch + 2 in all
+            ahead=self._prepare if distance else None,
+            distance=distance,
+        )
+        pieces: list[Future[None]] = []
         try:
             for number in range(len(starts)):
-                # the slot of the batch before this one is still the consumer's: prefetch + 2 slots in all
-                while begun < min(number + self._prefetch + 1, len(starts)):
-                    batch = replace(next(empty), views=self._slots[begun % len(self._slots)])
-                    coming.append((batch, self._begin(batch)))
-                    next(ahead, None)
-                    begun += 1
-                batch, pieces = coming[0]
+                if number:
+                    feed.make_room()
                 before = perf_counter()
+                batch, pieces = feed.take()
                 for piece in pieces:
                     piece.result()
                 batch.waited_s = perf_counter() - before
-                coming.popleft()
                 yield batch
         finally:
-            pending = [piece for _, pieces in coming for piece in pieces if not piece.cancel()]
-            wait(pending)  # nothing may still write into a slot that somebody else gets
+            begun = [pieces, *(left for _, left in feed.close())]
+            wait([piece for some in begun for piece in some if not piece.cancel()])  # nothing may still write into a
+            # slot that somebody else gets
 
-    def _empty(self, starts: range, until: int) -> Iterator[Batch]:
-        """The batches that start there, all but their pixels and labels."""
+    def _shares(self, starts: range, until: int, *, later: int = 0) -> Iterator[RankBatch]:
+        """This rank's share of the batches that start there, and of so many that would follow."""
         batches = (range(start, min(start + self.global_batch, until)) for start in starts)
-        return map(self._without_views, shares(self.order, self._assignment, self.rank, batches))
+        following = (range(start, start + self.global_batch)
+                     for start in range(until, until + later * self.global_batch, self.global_batch))  # fmt: skip
+        return shares(self.order, self._assignment, self.rank, chain(batches, following))
 
-    def _ahead(self, starts: range) -> Iterator[None]:
-        """Batch by batch, have what this rank needs a window later brought into the cache, if that is one on disk."""
-        if not self.stream.reads_ahead:
-            return
-        later = (range(start + self._window, start + self._window + self.global_batch) for start in starts)
-        for share in shares(self.order, self._assignment, self.rank, later):
-            self.stream.prepare(share.samples[share.samples >= 0], share.batch.start // self._window)
-            yield
+    def _prepare(self, share: RankBatch) -> None:
+        """Have what a later batch needs brought into the cache."""
+        self.stream.prepare(share.samples[share.samples >= 0], share.batch.start // self._window)
 
     def _without_views(self, share: RankBatch) -> Batch:
         masks = self.spec.masks
@@ -188,8 +191,9 @@ class Loader:
             boxes=np.zeros((self.spec.boxed, self.rows, 5), dtype=np.int64) if self.spec.boxed else None,
         )
 
-    def _begin(self, batch: Batch) -> list[Future[None]]:
-        return [
+    def _begin(self, batch: Batch) -> tuple[Batch, list[Future[None]]]:
+        """The batch, and what fills it."""
+        return batch, [
             self._pool.submit(self._make, part)
             for micro_batch in batch.micro_batches(self.micro_batch)
             for part in micro_batch.micro_batches(self._piece)

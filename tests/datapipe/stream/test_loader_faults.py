@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.dataset.manifest import Manifest
 from datapipe.sampling.epoch_order import Order
 from datapipe.stream.batch import Batch
+from datapipe.stream.block_reader import BlockReader
 from datapipe.stream.loader import Loader
 from datapipe.stream.stream import Stream
 from tests.bench.specs import one_view
@@ -95,15 +98,28 @@ def test_after__reading_threads_that_are_gone_end_the_iteration(crops: CropSet, 
             soon(lambda: list(batches))
 
 
-def test_after__the_next_window_is_fetched_ahead(crops: CropSet, tmp_path: Path) -> None:
+def test_after__the_next_window_is_fetched_ahead(
+    crops: CropSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = StreamConfig(block=5, window=2, threads=2, cache_mb=0, cache_dir=str(tmp_path / "cache"), reads=2)
+    prepared = SimpleQueue[int]()
+    prepare = BlockReader.prepare
+
+    def note(reader: BlockReader, rows: np.ndarray, turn: int) -> None:
+        prepare(reader, rows, turn)
+        prepared.put(turn)
+
+    monkeypatch.setattr(BlockReader, "prepare", note)
     with loader(f"local://{crops.folder}", config, batch=5) as running:
-        found = soon(lambda: pixels(running.after(0, 10)))
+        batches = running.after(0, 40)
+        found = soon(lambda: pixels(islice(batches, 2)))
+        soon(lambda: [prepared.get() for _ in range(2)])
         reader = running.stream._now.reader  # type: ignore[union-attr]
         assert reader.ahead is not None
         reader.ahead.shutdown()  # waits for what was asked for
         later = np.unique(reader.blocks.of(running.order.samples(np.arange(10, 20))))
         assert all(reader.cache.has(reader.blocks.key(number)) for number in later.tolist())
+        batches.close()  # type: ignore[attr-defined]
     with loader(str(crops.folder), batch=5) as plain:
         expected = pixels(plain.after(0, 10))
     assert all(np.array_equal(found[position], expected[position]) for position in range(10))

@@ -1,0 +1,115 @@
+"""Order, shares and hand-over in a thread of their own: each worked out once, ahead, and no error or close lost."""
+
+from collections.abc import Iterator
+from threading import get_ident
+from typing import Any
+
+import numpy as np
+import pytest
+
+from datapipe.core.config import StreamConfig
+from datapipe.sampling.epoch_order import Order
+from datapipe.sampling.rank_assignment import RankBatch
+from datapipe.stream.batch_feed import BatchFeed
+from datapipe.stream.loader import Loader
+from tests.bench.training_thread import MadeUpStream
+from tests.bench.specs import one_view
+
+ROWS, BATCH, COUNT = 5_000, 40, 20
+CONFIG = StreamConfig(block=8, window=25, threads=2, prefetch=2)
+DISTANCE = 8 * 25 // BATCH
+
+
+class WatchedOrder(Order):
+    """Notes who asks for which places."""
+
+    asked: list[tuple[int, np.ndarray]]
+
+    def samples(self, positions: np.ndarray) -> np.ndarray:
+        self.asked.append((get_ident(), positions))
+        return super().samples(positions)
+
+
+def watched() -> WatchedOrder:
+    order = WatchedOrder(ROWS, 3, CONFIG.block, CONFIG.window)
+    object.__setattr__(order, "asked", [])
+    return order
+
+
+def loader(order: Order, nodes: tuple[int, ...] = (0, 0, 1, 1)) -> Loader:
+    stream: Any = MadeUpStream(ROWS, CONFIG)
+    return Loader(stream, order, one_view(), seed=0, global_batch=BATCH, rank=1, world=4, micro_batch=10, config=CONFIG,
+                  nodes=nodes)  # fmt: skip
+
+
+@pytest.mark.parametrize("nodes", [(0, 0, 1, 1), ()], ids=["by node", "in slices"])
+def test_after__the_thread_that_asks_works_out_no_order_and_each_place_is_worked_out_once(
+    nodes: tuple[int, ...]
+) -> None:
+    order = watched()
+    with loader(order, nodes) as running:
+        seen = [batch.start for batch in running.after(0, BATCH * COUNT)]
+        prepared_by = running.stream.prepared_by  # type: ignore[union-attr]
+    assert seen == list(range(0, BATCH * COUNT, BATCH))
+    threads, places = {thread for thread, _ in order.asked}, np.concatenate([some for _, some in order.asked])
+    assert threads == prepared_by and len(threads) == 1 and get_ident() not in threads
+    assert len(np.unique(places)) == len(places)
+
+
+def test_after__blocks_are_prepared_for_batches_a_window_later() -> None:
+    """Those of the window that is under way are read when they are asked for; the last ones are of the next stretch."""
+    prepared: list[tuple[list[int], int]] = []
+    with loader(watched()) as running:
+        running.stream.prepare = lambda samples, turn: prepared.append((samples.tolist(), turn))  # type: ignore
+        shares = list(running._shares(range(0, BATCH * COUNT, BATCH), BATCH * COUNT, later=DISTANCE))
+        batches = running.after(0, BATCH * COUNT)
+        for number in range(COUNT):
+            next(batches)
+            begun = min(number + CONFIG.prefetch + 1, COUNT)
+            assert len(prepared) <= begun + 1
+        batches.close()  # type: ignore[attr-defined]
+    later = [(share.samples[share.samples >= 0].tolist(), share.batch.start // (CONFIG.block * CONFIG.window))
+             for share in shares[DISTANCE:]]  # fmt: skip
+    assert COUNT - CONFIG.prefetch - 1 <= len(prepared) <= COUNT and prepared == later[: len(prepared)]
+
+
+def shares(count: int) -> Iterator[RankBatch]:
+    for number in range(count):
+        yield RankBatch(range(number, number + 1), np.array([number]), np.array([number]))
+
+
+def test_take__gives_what_was_begun_in_order_and_no_more_than_there_is_room_for() -> None:
+    begun: list[int] = []
+    ahead: list[int] = []
+
+    def begin(share: RankBatch) -> int:
+        begun.append(share.batch.start)
+        return share.batch.start
+
+    feed = BatchFeed(shares(9), begin, count=6, room=2, ahead=lambda share: ahead.append(share.batch.start), distance=3)
+    assert [feed.take(), feed.take()] == [0, 1] and begun == [0, 1]
+    feed.make_room()
+    assert feed.take() == 2
+    assert feed.close() == [] and begun == [0, 1, 2]
+    assert ahead == list(range(3, 3 + len(ahead)))
+
+
+def test_take__raises_what_ended_the_thread_after_what_was_begun_before() -> None:
+    def begin(share: RankBatch) -> int:
+        if share.batch.start == 1:
+            raise ValueError("of the thread")
+        return share.batch.start
+
+    feed = BatchFeed(shares(9), begin, count=9, room=9)
+    assert feed.take() == 0
+    with pytest.raises(ValueError, match="of the thread"):
+        feed.take()
+    assert feed.close() == []
+
+
+def test_close__ends_a_thread_that_waits_for_room_and_returns_what_nobody_took() -> None:
+    feed = BatchFeed(shares(9), lambda share: share.batch.start, count=9, room=4)
+    assert [feed.take(), feed.take()] == [0, 1]
+    left = feed.close()
+    assert left == list(range(2, 2 + len(left))) and len(left) <= 2
+    assert not feed._thread.is_alive()

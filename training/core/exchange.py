@@ -1,33 +1,43 @@
 """One asynchronous all-reduce a step for small numbers: sent in one step, received in the next; no rank waits."""
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from training.core.collectives import all_reduce_later
 from training.core.world import World
 
 Numbers = Sequence[float]
+Table = NDArray[np.float64]
 
 
 class _Participant(NamedTuple):
     """Who contributes numbers, and what takes the result."""
 
     contribute: Callable[[], Numbers | None]
-    apply: Callable[[list[list[float]]], None]
-    """Given the rows of all ranks, or one row, their sum."""
+    apply: Callable[[Table], None]
+    """Given [ranks, numbers], or [1, numbers], their sum."""
     by_rank: bool
+
+
+class _Share(NamedTuple):
+    """The part of an all-reduce that is one participant's: [first, end), in rows of equal length."""
+
+    participant: _Participant
+    first: int
+    end: int
+    rows: int
 
 
 class _Pending(NamedTuple):
     """An all-reduce that is under way, and which numbers in it are whose."""
 
     values: torch.Tensor
-    shares: list[tuple[_Participant, int]]
-    """Each participant with the length of its row."""
+    shares: list[_Share]
     work: dist.Work | None
 
 
@@ -35,7 +45,8 @@ class Exchange:
     """One all-reduce of a small float64 tensor a step, shared by all that exchange numbers among ranks.
 
     Every rank has the same participants, added in the same order, and calls `receive` and `send` in the same steps:
-    `receive` once the step is done, `send` at its very end. With one rank `send` receives at once.
+    `receive` once the step is done, `send` at its very end. With one rank `send` receives at once. What it does in
+    Python does not grow with the ranks.
     """
 
     def __init__(self, world: World) -> None:
@@ -50,11 +61,11 @@ class Exchange:
 
     def add_sum(self, contribute: Callable[[], Numbers], apply: Callable[[list[float]], None]) -> None:
         """Add a participant: `apply` gets the element-wise sum over the ranks of what `contribute` returned on each."""
-        self._participants.append(_Participant(contribute, lambda rows: apply(rows[0]), by_rank=False))
+        self._participants.append(_Participant(contribute, lambda rows: apply(rows[0].tolist()), by_rank=False))
 
-    def add_rows(self, contribute: Callable[[], Numbers | None], apply: Callable[[list[list[float]]], None]) -> None:
-        """Add a participant: `apply` gets one row a rank. Where `contribute` returns None, on all ranks alike, nothing
-        is exchanged and `apply` is not called."""
+    def add_rows(self, contribute: Callable[[], Numbers | None], apply: Callable[[Table], None]) -> None:
+        """Add a participant: `apply` gets [ranks, numbers], a row a rank. Where `contribute` returns None, on all ranks
+        alike, nothing is exchanged and `apply` is not called."""
         self._participants.append(_Participant(contribute, apply, by_rank=True))
 
     def receive(self) -> None:
@@ -64,25 +75,26 @@ class Exchange:
         pending, self._pending = self._pending, None
         if pending.work is not None:
             pending.work.wait()
-        numbers = pending.values.tolist()
-        for participant, length in pending.shares:
-            count = self._world.size if participant.by_rank else 1
-            rows = [numbers[row * length : (row + 1) * length] for row in range(count)]
-            numbers = numbers[count * length :]
-            participant.apply(rows)
+        numbers = pending.values.cpu().numpy()
+        for share in pending.shares:
+            share.participant.apply(numbers[share.first : share.end].reshape(share.rows, -1))
 
     def send(self) -> None:
         """Start the all-reduce of what the participants contribute now."""
-        flat: list[float] = []
-        shares = []
+        contributed = []
+        shares: list[_Share] = []
+        end = 0
         for participant in self._participants:
             if (row := participant.contribute()) is None:
                 continue
-            shares.append((participant, len(row)))
-            table = [[0.0] * len(row)] * (self._world.size if participant.by_rank else 1)
-            table[self._world.rank if participant.by_rank else 0] = [float(value) for value in row]
-            flat += itertools.chain(*table)
-        values = torch.tensor(flat, dtype=torch.float64, device=self._world.device)
+            rows = self._world.size if participant.by_rank else 1
+            shares.append(_Share(participant, end, end := end + rows * len(row), rows))
+            contributed.append(row)
+        flat = np.zeros(end)
+        for share, row in zip(shares, contributed, strict=True):
+            table = flat[share.first : share.end].reshape(share.rows, -1)
+            table[self._world.rank if share.participant.by_rank else 0] = row
+        values = torch.from_numpy(flat).to(self._world.device)
         self._pending = _Pending(values, shares, all_reduce_later(values))
         if self.alone:
             self.receive()

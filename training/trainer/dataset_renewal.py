@@ -24,7 +24,7 @@ class DatasetRenewal(Observer):
 
     def step(self, step: StepDone) -> None:
         stream = self.loader.stream
-        newest = max((int(rank.intake.renewed) for rank in step.spent), default=0)
+        newest = step.spent.intake.renewed
         if newest > max(stream.renewed, self._sought):
             self._sought = newest  # once: where this rank began later it has nothing to go over to
             stream.renew()

@@ -15,7 +15,7 @@ def _everything(world: World) -> list[Any]:
     exchange, heard, now = Exchange(world), list[Any](), [0]
 
     def hear(name: str, told: Any) -> None:
-        heard.append((now[0], name, told))
+        heard.append((now[0], name, told if isinstance(told, list) else told.tolist()))
 
     exchange.add_sum(lambda: [1.0, now[0]], partial(hear, "sum"))
     exchange.add_rows(lambda: [0.1 + world.rank], partial(hear, "rows"))

@@ -23,7 +23,7 @@ from training.core.world import World
 from training.methods.base import TrainingProgress
 from training.trainer.dataset_renewal import DatasetRenewal
 from training.trainer.monitoring.observer import StepDone
-from training.trainer.monitoring.throughput import TimeSpent
+from training.trainer.monitoring.throughput import SpentByRank, TimeSpent
 
 CROPS = 12
 NOT_SEEN: Any = None
@@ -51,7 +51,8 @@ def test_renewal__a_rank_follows_another(
 
         def step(renewed: int) -> str:
             spent = [TimeSpent(0.0, loader.intake), TimeSpent(0.0, LoaderCounters(renewed=renewed))]
-            renewal.step(StepDone(TrainingProgress(0, 0, 0, 0.0, 1, 1.0, 0), NOT_SEEN, batch, NOT_SEEN, spent))
+            told = SpentByRank.of(spent)
+            renewal.step(StepDone(TrainingProgress(0, 0, 0, 0.0, 1, 1.0, 0), NOT_SEEN, batch, NOT_SEEN, told))
             return str(checkpoints.about["manifest"])
 
         assert step(0) == data.id and step(1) == data.id  # there is no other version

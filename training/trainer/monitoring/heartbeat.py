@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import psutil
 
@@ -37,14 +38,26 @@ class Heartbeat(Observer):
         self.folder, self.world = folder, world
         self.timeout_s = config.cluster.collective_timeout_s
         self._steps = 0
+        self._writer = ThreadPoolExecutor(1, "heartbeat")  # a disk takes milliseconds to keep a file
+        self._written: Future[None] | None = None
         self.folder.write_soon(*self._life(0), hurry=True)
 
     def step(self, step: StepDone) -> None:
         self._steps += 1
         if self._steps == 1:
             self.world.expect_within(self.timeout_s)  # imports and compilation are behind all ranks
-        if time.monotonic() - self._reported_at > HEARTBEAT_S:
-            self.folder.write_soon(*self._life(step.done))
+        if time.monotonic() - self._reported_at > HEARTBEAT_S and (self._written is None or self._written.done()):
+            self._raise()
+            self._written = self._writer.submit(self.folder.write_soon, *self._life(step.done))
+
+    def close(self) -> None:
+        self._raise()
+        self._writer.shutdown()
+
+    def _raise(self) -> None:
+        """What went wrong when the last sign was written."""
+        if self._written is not None:
+            self._written.result()
 
     def _life(self, step: int) -> tuple[str, str]:
         """The file that says that this rank lives, and what it says."""

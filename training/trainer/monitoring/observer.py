@@ -1,6 +1,6 @@
 """Who follows a run step by step: what an observer is told, and when."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from datapipe.stream.batch import Batch
@@ -8,7 +8,7 @@ from training.checkpoint import Saved
 from training.engine.param_groups import StepSettings
 from training.engine.stepper import Result
 from training.methods.base import TrainingProgress
-from training.trainer.monitoring.throughput import TimeSpent
+from training.trainer.monitoring.throughput import SpentByRank
 
 
 class StepDone(NamedTuple):
@@ -19,8 +19,8 @@ class StepDone(NamedTuple):
     settings: StepSettings
     batch: Batch
     result: Result
-    spent: Sequence[TimeSpent]
-    """What each rank's steps took so far; empty until the others have told."""
+    spent: SpentByRank
+    """What each rank's steps took so far; of nobody until the others have told."""
 
     @property
     def done(self) -> int:

@@ -66,8 +66,8 @@ class Recorder(Observer):
             "momentum": now.ema,
             "grad_norm": float(result.norms.square().sum().sqrt()),
             **{name: value for name, value in rates._asdict().items() if value is not None},
-            "bytes_fetched": int(sum(rank.intake.fetched for rank in spent)),
-            "replaced_samples": int(sum(rank.intake.replaced for rank in spent)),
+            "bytes_fetched": int(spent.intake.fetched),
+            "replaced_samples": int(spent.intake.replaced),
             "bottleneck": rates.bottleneck,
             "time": time.time(),
         }

@@ -6,14 +6,14 @@ for data, and the forward pass. With ZeRO-3 ranks meet in the forward pass alrea
 
 import json
 import logging
-import statistics
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from training.core.exchange import Exchange
+from training.core.exchange import Exchange, Table
 from training.core.host import Doing, Host, run_lines
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
@@ -44,15 +44,28 @@ class RankTimes(NamedTuple):
         return self.forward_s + self.waited_s
 
 
-def stragglers(shares: Sequence[RankTimes]) -> set[int]:
-    """The ranks that keep the others waiting."""
-    slow = set()
-    for rank, share in enumerate(shares):
-        others = [other.own_s for place, other in enumerate(shares) if place != rank]
-        usual = statistics.median(others) if others else share.own_s
-        if share.own_s > SLOWER * usual and share.own_s - usual > SHARE * share.step_s:
-            slow.add(rank)
-    return slow
+def stragglers(shares: Sequence[RankTimes] | Table) -> set[int]:
+    """The ranks that keep the others waiting. `shares`: [ranks, fields of RankTimes]."""
+    table = np.asarray(shares, dtype=np.float64)
+    own, step = _own(table), table[:, RankTimes._fields.index("step_s")]
+    usual = _usual_of_others(own)
+    return set(np.flatnonzero((own > SLOWER * usual) & (own - usual > SHARE * step)).tolist())
+
+
+def _own(shares: Table) -> Table:
+    """Each rank's `RankTimes.own_s`."""
+    return shares[:, 0] + shares[:, 1]
+
+
+def _usual_of_others(own: Table) -> Table:
+    """For each rank the median of the others' times, [ranks]; of one rank its own."""
+    if len(own) == 1:
+        return own
+    order = np.argsort(own, kind="stable")
+    place = np.argsort(order, kind="stable")  # of each rank among the sorted
+    times, others = own[order], len(own) - 1
+    low, high = (others - 1) // 2, others // 2  # the middle of the others, where it is between two: both
+    return (times[low + (place <= low)] + times[high + (place <= high)]) / 2
 
 
 class StragglerMonitor(Observer):
@@ -114,25 +127,27 @@ class StragglerMonitor(Observer):
                  mine.step_s, mine.forward_s, mine.waited_s)  # fmt: skip
         return None if self._alone else mine
 
-    def _apply(self, rows: list[list[float]]) -> None:
-        """The shares of all ranks: seconds per step by itself, and the part of the step that each waited for data."""
-        shares = [RankTimes(*row) for row in rows]
-        if self._world.is_leader:
-            waits = [share.waited_s / share.step_s for share in shares]
-            line = {"step": self._done, "own_s": [share.own_s for share in shares], "wait_share": waits}
-            self._folder.append("ranks/pace.jsonl", json.dumps(line))
-        self._judge(shares)
+    def _apply(self, rows: Table) -> None:
+        """The shares of all ranks: seconds per step by itself, and the part of the step that each waited for data. The
+        leading rank tells for all."""
+        if not self._world.is_leader:
+            return
+        waits = rows[:, RankTimes._fields.index("waited_s")] / rows[:, RankTimes._fields.index("step_s")]
+        line = {"step": self._done, "own_s": _own(rows).tolist(), "wait_share": waits.tolist()}
+        self._folder.append("ranks/pace.jsonl", json.dumps(line))
+        self._judge(rows)
 
-    def _judge(self, shares: Sequence[RankTimes]) -> None:
+    def _judge(self, shares: Table) -> None:
         """Tell who has begun or ceased to lag, in two windows in a row: one slow moment is none."""
         straggling = stragglers(shares)
         certain = straggling & (self._suspected | self._slow)
+        if certain - self._slow:
+            usual = _usual_of_others(_own(shares)).tolist()
         for rank in sorted(certain - self._slow):
-            own = shares[rank]
-            usual = statistics.median(share.own_s for place, share in enumerate(shares) if place != rank)
+            own = RankTimes(*shares[rank].tolist())
             run_lines.info(f"straggler: rank {rank} on {self._places[rank]} needs {own.own_s:.3f} s a step by itself "
                       f"({own.forward_s:.3f} s forward, {own.waited_s:.3f} s waiting for data), "
-                      f"the others {usual:.3f} s")  # fmt: skip
+                      f"the others {usual[rank]:.3f} s")  # fmt: skip
         for rank in sorted(self._slow - straggling):
             run_lines.info(f"rank {rank} on {self._places[rank]} keeps up again")
         self._slow, self._suspected = certain, straggling

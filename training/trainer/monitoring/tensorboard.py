@@ -7,6 +7,7 @@ copied there as a whole now and then; so that it stays small, only MOST_POINTS s
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ GROUPS = {
 NO_CURVES = {"step", "time", "bottleneck"}
 
 
+@cache
 def tag_of(name: str) -> str:
     """The tag of a number that is recorded: `loss/total`, `loss/cls`, `speed/images_per_s`, `health/grad_norm`."""
     if name == "loss" or name.startswith("loss_"):
@@ -35,34 +37,40 @@ class EventWriter:
     """Writes the event file of one attempt."""
 
     def __init__(self, folder: RunFolder, *, total_steps: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.writer import FileWriter
 
         self.folder = folder
         self._scratch = tempfile.TemporaryDirectory(prefix="board_") if folder.local is None else None
         self._place = Path(self._scratch.name) if self._scratch else folder.local / "tensorboard"  # type: ignore
         self._every = max(1, total_steps // MOST_POINTS) if self._scratch else 1
-        self._writer = SummaryWriter(str(self._place))
+        self._writer = FileWriter(str(self._place))
         self._copied = time.monotonic()
 
     def step(self, line: Mapping[str, Any]) -> None:
         """The record of a step."""
         if line["step"] % self._every == 0:
-            for name, value in line.items():
-                if name not in NO_CURVES:
-                    self._writer.add_scalar(tag_of(name), value, line["step"])
+            self._add({tag_of(name): value for name, value in line.items() if name not in NO_CURVES}, line["step"])
         if self._scratch and time.monotonic() - self._copied > COPY_S:
             self._copy()
 
     def add(self, tag: str, value: float, step: int) -> None:
         """A number that is not of a step's record: a score, a checkpoint."""
-        self._writer.add_scalar(tag, value, step)
+        self._add({tag: value}, step)
 
     def close(self) -> None:
         """Write what is buffered."""
-        self._writer.close()
         if self._scratch:
             self._copy()
+        self._writer.close()
+        if self._scratch:
             self._scratch.cleanup()
+
+    def _add(self, values: Mapping[str, float], step: int) -> None:
+        """As one event: the writer takes few at a time, and who has more of them waits for the disk."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        points = [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in values.items()]
+        self._writer.add_summary(Summary(value=points), step)
 
     def _copy(self) -> None:
         self._writer.flush()

@@ -4,13 +4,14 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from datapipe.stream.batch import LoaderCounters
 from training.core.devices import slow_precision
-from training.core.exchange import Exchange
+from training.core.exchange import Exchange, Table
 from training.core.precision import Precision
 
 WARM_UP = 2
@@ -33,27 +34,73 @@ class TimeSpent(NamedTuple):
     intake: LoaderCounters
 
 
+class SpentByRank:
+    """What the steps of every rank took so far, in all; as arrays, so that hundreds of ranks cost what one does."""
+
+    def __init__(self, table: Table) -> None:
+        """[ranks, 1 + fields of LoaderCounters]: a row is `waited_s`, then the counters."""
+        self._table = table
+
+    @staticmethod
+    def of(ranks: Sequence[TimeSpent]) -> "SpentByRank":
+        """Rank by rank."""
+        rows = [[rank.waited_s, *rank.intake] for rank in ranks]
+        return SpentByRank(np.array(rows, dtype=np.float64).reshape(-1, COLUMNS))
+
+    @property
+    def ranks(self) -> list[TimeSpent]:
+        """Rank by rank."""
+        return [TimeSpent(waited, LoaderCounters(*rest)) for waited, *rest in self._table.tolist()]
+
+    @property
+    def longest_wait_s(self) -> float:
+        """Of the rank that stood still for data the longest; 0 where nobody has told yet."""
+        return float(self._table[:, 0].max(initial=0.0))
+
+    @property
+    def intake(self) -> LoaderCounters:
+        """Of all ranks together; `renewed` is that of the rank which has gone over to newer data most often."""
+        sums, renewed = self._table[:, 1:].sum(axis=0), self._table[:, _RENEWED].max(initial=0.0)
+        return LoaderCounters(*sums.tolist())._replace(renewed=int(renewed))
+
+    def since(self, before: "SpentByRank") -> "SpentByRank":
+        """What was added to that. One of no ranks is that of the beginning."""
+        return SpentByRank(self._table - before._table) if len(before) else self
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SpentByRank) and np.array_equal(self._table, other._table)
+
+
+COLUMNS = 1 + len(LoaderCounters._fields)
+_RENEWED = 1 + LoaderCounters._fields.index("renewed")
+NOBODY = SpentByRank(np.empty((0, COLUMNS)))
+"""Nobody has told yet."""
+
+
 class RankCounters:
     """What every rank spent so far; of other ranks as it was a step before, so that nobody waits for them."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._alone = exchange.alone
-        self._own = TimeSpent(0.0, LoaderCounters())
-        self.latest: list[TimeSpent] = []
-        """Rank by rank; nothing in the first step of several."""
+        self._waited_s, self._intake = 0.0, LoaderCounters()
+        self.latest = NOBODY
+        """Of nobody in the first step of several ranks."""
         exchange.add_rows(self._contribute, self._apply)
 
     def note(self, waited_s: float, intake: LoaderCounters) -> None:
         """Once per step on every rank, `waited_s` in this step."""
-        self._own = TimeSpent(self._own.waited_s + waited_s, intake)
+        self._waited_s, self._intake = self._waited_s + waited_s, intake
         if self._alone:
-            self.latest = [self._own]
+            self.latest = SpentByRank.of([TimeSpent(self._waited_s, intake)])
 
     def _contribute(self) -> list[float] | None:
-        return None if self._alone else [self._own.waited_s, *self._own.intake]
+        return None if self._alone else [self._waited_s, *self._intake]
 
-    def _apply(self, rows: list[list[Any]]) -> None:
-        self.latest = [TimeSpent(waited, LoaderCounters(*rest)) for waited, *rest in rows]
+    def _apply(self, rows: Table) -> None:
+        self.latest = SpentByRank(rows)
 
 
 class Rates(NamedTuple):
@@ -95,12 +142,12 @@ class Speed:
 
     def __init__(self, window: int = 50) -> None:
         self._steps: deque[tuple[float, int]] = deque(maxlen=window)
-        self._spent: deque[list[TimeSpent]] = deque(maxlen=window + 1)
+        self._spent: deque[SpentByRank] = deque(maxlen=window + 1)
         self._steady: deque[tuple[float, int]] = deque(maxlen=window)
         self._warming = WARM_UP
         self._last = time.perf_counter()
 
-    def step(self, images: int, spent: Sequence[TimeSpent]) -> Rates:
+    def step(self, images: int, spent: SpentByRank) -> Rates:
         """Note one step of the whole run; `spent`: what `RankCounters` gave."""
         now = time.perf_counter()
         self._steps.append((now - self._last, images))
@@ -109,12 +156,13 @@ class Speed:
         else:
             self._steady.append(self._steps[-1])
         self._last = now
-        if spent:
+        if len(spent):
             if not self._spent:
-                self._spent.append([TimeSpent(0.0, LoaderCounters())] * len(spent))
-            self._spent.append(list(spent))
+                self._spent.append(NOBODY)
+            self._spent.append(spent)
         seconds = sum(step[0] for step in self._steps)
-        waited, intake = self._lately()
+        lately = self._spent[-1].since(self._spent[0]) if self._spent else NOBODY
+        waited, intake = lately.longest_wait_s, lately.intake
         worked = intake.reading_s + intake.making_s
         return Rates(
             images_per_s=sum(step[1] for step in self._steps) / seconds,
@@ -123,16 +171,6 @@ class Speed:
             fetched_mb_per_s=intake.fetched / seconds / 1e6,
             cache_hits=intake.cached / intake.sought if intake.sought else None,
         )
-
-    def _lately(self) -> tuple[float, LoaderCounters]:
-        """(seconds that the rank which waited most waited, all ranks' intake) in these steps."""
-        if not self._spent:
-            return 0.0, LoaderCounters()
-        first, last = self._spent[0], self._spent[-1]
-        waited = max(now.waited_s - before.waited_s for now, before in zip(last, first, strict=True))
-        gained = ([a - b for a, b in zip(now.intake, before.intake, strict=True)]
-                  for now, before in zip(last, first, strict=True))  # fmt: skip
-        return waited, LoaderCounters(*map(sum, zip(*gained, strict=True)))
 
     def pause(self) -> None:
         """Forget the time since the last step: a save or a rehearsal is not training speed."""

@@ -10,7 +10,15 @@ from tests.support.ranks import run_ranks
 from training.core.exchange import Exchange
 from training.core.world import World
 from training.trainer.monitoring import throughput
-from training.trainer.monitoring.throughput import RankCounters, Speed, TimeSpent, bottleneck, in_words
+from training.trainer.monitoring.throughput import (
+    NOBODY,
+    RankCounters,
+    SpentByRank,
+    Speed,
+    TimeSpent,
+    bottleneck,
+    in_words,
+)
 
 
 class Clock:
@@ -29,6 +37,10 @@ def second_by_second(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput.time, "perf_counter", Clock())
 
 
+def told(*ranks: TimeSpent) -> SpentByRank:
+    return SpentByRank.of(ranks)
+
+
 def rank(waited_s: float, **intake: float) -> TimeSpent:
     return TimeSpent(waited_s, LoaderCounters(**intake))  # type: ignore[arg-type]
 
@@ -36,13 +48,13 @@ def rank(waited_s: float, **intake: float) -> TimeSpent:
 @pytest.mark.usefixtures("second_by_second")
 def test_step__rates_are_of_the_last_steps_and_all_ranks() -> None:
     meter = Speed(window=2)
-    meter.step(10, [rank(0.9, fetched=9_000_000), rank(0.0)])
-    first = [rank(1.0, fetched=10_000_000, cached=4, sought=8, reading_s=3.0, making_s=1.0), rank(0.0, sought=2)]
+    meter.step(10, told(rank(0.9, fetched=9_000_000), rank(0.0)))
+    first = told(rank(1.0, fetched=10_000_000, cached=4, sought=8, reading_s=3.0, making_s=1.0), rank(0.0, sought=2))
     meter.step(20, first)
-    meter.step(30, [rank(1.1, fetched=10_000_000, cached=4, sought=8, reading_s=3.5, making_s=1.0),
-                    rank(0.3, fetched=4_000_000, cached=1, sought=4, making_s=1.0)])  # fmt: skip
-    after = [rank(1.2, fetched=11_000_000, cached=9, sought=18, reading_s=4.0, making_s=2.0),
-             rank(0.6, fetched=5_000_000, cached=3, sought=6, making_s=4.5)]  # fmt: skip
+    meter.step(30, told(rank(1.1, fetched=10_000_000, cached=4, sought=8, reading_s=3.5, making_s=1.0),
+                        rank(0.3, fetched=4_000_000, cached=1, sought=4, making_s=1.0)))  # fmt: skip
+    after = told(rank(1.2, fetched=11_000_000, cached=9, sought=18, reading_s=4.0, making_s=2.0),
+                 rank(0.6, fetched=5_000_000, cached=3, sought=6, making_s=4.5))  # fmt: skip
     found = meter.step(40, after)
     assert found.images_per_s == 35 and found.fetched_mb_per_s == pytest.approx(3.0)
     assert found.wait_share == pytest.approx(0.3)  # of the second rank: .6 of 2 s
@@ -55,10 +67,10 @@ def test_step__rates_are_of_the_last_steps_and_all_ranks() -> None:
 @pytest.mark.usefixtures("second_by_second")
 def test_step__counts_from_the_first_one() -> None:
     meter = Speed()
-    found = meter.step(10, [rank(0.5, fetched=2_000_000, reading_s=1.0)])
+    found = meter.step(10, told(rank(0.5, fetched=2_000_000, reading_s=1.0)))
     assert found == (10, 0.5, 1.0, 2.0, None) and found.bottleneck == "reading"
     assert "cache" not in in_words(found)
-    assert Speed().step(10, []) == (10, 0.0, 0.0, 0.0, None)  # of several ranks, nobody knows yet
+    assert Speed().step(10, NOBODY) == (10, 0.0, 0.0, 0.0, None)  # of several ranks, nobody knows yet
 
 
 @pytest.mark.parametrize(
@@ -73,7 +85,7 @@ def test_tally__of_one_rank_is_its_own() -> None:
     tally = RankCounters(Exchange(World()))
     tally.note(0.25, LoaderCounters(fetched=3))
     tally.note(0.5, LoaderCounters(fetched=7))
-    assert tally.latest == [TimeSpent(0.75, LoaderCounters(fetched=7))]
+    assert tally.latest.ranks == [TimeSpent(0.75, LoaderCounters(fetched=7))]
 
 
 def _told(world: World) -> list[list[TimeSpent]]:
@@ -87,7 +99,7 @@ def _told(world: World) -> list[list[TimeSpent]]:
     for step in steps:
         exchange.receive()
         tally.note(*step)
-        found.append(tally.latest)
+        found.append(tally.latest.ranks)
         exchange.send()
     return found
 
@@ -113,7 +125,7 @@ class Steps:
     def make(self, *seconds: float) -> None:
         for taken in seconds:
             self.now += taken
-            self.meter.step(10, [])
+            self.meter.step(10, NOBODY)
 
 
 def test_remaining__is_not_told_from_the_first_steps(monkeypatch: pytest.MonkeyPatch) -> None:

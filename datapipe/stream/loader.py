@@ -1,8 +1,8 @@
 """Threads fill preallocated slots with whole batches of views, ahead of the training step; waiting is measured.
 
 Which samples, which rank and which pixels are pure functions of (seed, position): threads, prefetch and world size
-change only who makes them and when. Order and shares are worked out by a thread of their own, each once; the thread that
-asks for batches only waits for them.
+change only who makes them and when. Order and shares are worked out by a thread of their own, each once; the thread
+that asks for batches only waits for them.
 """
 
 from collections.abc import Callable, Generator, Iterator

@@ -11,9 +11,8 @@ what other threads do: the figures are CPU milliseconds of this one thread.
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from threading import get_ident
 from time import thread_time
 from types import SimpleNamespace
@@ -246,7 +245,9 @@ def main() -> None:
         over = hand_over(ranks, arguments.steps, rows=arguments.rows, batch=arguments.batch)
         leads, follows = (bookkeeping(ranks, arguments.steps, leader=leader) for leader in (True, False))
         parts = ", ".join(f"{name} {spent:.2f}" for name, spent in leads.items())
-        print(f"| {ranks} | {over:.2f} | {sum(leads.values()):.2f} | {sum(follows.values()):.2f} | {parts} |", flush=True)
+        print(
+            f"| {ranks} | {over:.2f} | {sum(leads.values()):.2f} | {sum(follows.values()):.2f} | {parts} |", flush=True
+        )
 
 
 if __name__ == "__main__":

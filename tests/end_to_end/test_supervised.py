@@ -20,7 +20,7 @@ from tests.training.reid.people import market
 from training.__main__ import main
 from training.config.recipe_toml import load
 from training.config.run_config import RunConfig
-from training.config.run_plan import plan_run
+from training.config.run_plan import milestone_ends, plan_run
 from training.core.host import LocalHost
 from training.core.world import World
 from training.engine.clock import Clock
@@ -322,7 +322,7 @@ def test_training_part__all_images_with_the_reader_s_labels(data: str, tmp_path:
 def test_ends__whole_steps_nearest_to_every_so_many_epochs() -> None:
     clock = Clock(batch=8, epoch_samples=20, epochs=5, seed=0)  # 12 steps, 2.5 an epoch
     config = load("supervised").evaluation
-    assert milestones.ends(config, clock) == [96]
-    assert milestones.ends(replace(config, data="x", every_epochs=0), clock) == [96]
-    assert milestones.ends(replace(config, data="x", every_epochs=2), clock) == [40, 80, 96]
-    assert milestones.ends(replace(config, data="x", every_epochs=5), clock) == [96]
+    assert milestone_ends(config, clock) == [96]
+    assert milestone_ends(replace(config, data="x", every_epochs=0), clock) == [96]
+    assert milestone_ends(replace(config, data="x", every_epochs=2), clock) == [40, 80, 96]
+    assert milestone_ends(replace(config, data="x", every_epochs=5), clock) == [96]

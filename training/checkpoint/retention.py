@@ -3,6 +3,9 @@
 import math
 from collections.abc import Collection, Iterable
 
+import numpy as np
+
+from datapipe.core.randomness import Ints
 from training.checkpoint.metadata import MARKER, step_of
 from training.checkpoint.settings import CheckpointConfig
 
@@ -18,6 +21,24 @@ def kept(config: CheckpointConfig, step: int, epoch_steps: float) -> bool:
         return True
     stretch = config.keep_every_epochs * epoch_steps
     return stretch > 0 and math.floor(step / stretch + 1e-9) > math.floor((step - 1) / stretch + 1e-9)
+
+
+def due_steps(config: CheckpointConfig, total: int, epoch_steps: float) -> Ints:
+    """All steps of a run of so many at which `due` says yes, in order: [due]."""
+    return np.union1d(_multiples(config.every_steps, total), kept_steps(config, total, epoch_steps))
+
+
+def kept_steps(config: CheckpointConfig, total: int, epoch_steps: float) -> Ints:
+    """All steps of a run of so many at which `kept` says yes, in order: [kept]."""
+    stretch, by_epoch = config.keep_every_epochs * epoch_steps, _multiples(0, total)
+    if 0 < stretch < math.inf:
+        turns = np.arange(1, math.floor(total / stretch + 1e-9) + 1)
+        by_epoch = np.ceil((turns - 1e-9) * stretch).astype(np.int64)
+    return np.union1d(_multiples(config.keep_every_steps, total), by_epoch)
+
+
+def _multiples(every: int, total: int) -> Ints:
+    return np.arange(every, total + 1, every, dtype=np.int64) if every else np.zeros(0, np.int64)
 
 
 def _multiple(step: int, every: int) -> bool:

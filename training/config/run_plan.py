@@ -23,6 +23,7 @@ from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
 from training.engine.clock import Clock
 from training.methods.base import ByCluster, ByIdentity
+from training.reid.settings import EvaluationConfig
 
 if TYPE_CHECKING:
     from datapipe.stream.loader import Loader
@@ -98,6 +99,15 @@ def steps_of(folder: RunFolder) -> int:
     config, about = saved_config(folder), json.loads(folder.read_text("environment.json") or "{}")
     manifest = about.get("manifest", {})
     return clock_of(config, manifest["rows"]).total_steps if config and "rows" in manifest else 0
+
+
+def milestone_ends(config: EvaluationConfig, clock: Clock) -> list[int]:
+    """Samples seen at the end of each segment: whole steps, the nearest to every so many epochs, and the last one."""
+    if not config.data or not config.every_epochs:
+        return [clock.end]
+    count = int(clock.total_steps / (config.every_epochs * clock.epoch_steps))
+    steps = (round(number * config.every_epochs * clock.epoch_steps) for number in range(1, count + 1))
+    return sorted({clock.end, *(step * clock.batch for step in steps if 0 < step < clock.total_steps)})
 
 
 def make_loader(plan: RunPlan, world: World) -> "Loader":

@@ -236,7 +236,7 @@ class Method(nn.Module, ABC, Generic[C]):
         for group in spec.groups:
             patches = math.prod(side // backbone.patch for side in group.size)
             stacks.append(Stack(len(group.bands) * images, group.size, patches, 1 + cls.parts(config) + patches))
-        return Workload(student=tuple(stacks), complete=False)
+        return Workload(student=tuple(stacks), complete=False, products_complete=False)
 
     # -- what becomes of its weights ------------------------------------------------------------------------------
 

@@ -49,6 +49,7 @@ from training.nn.identity.fusion import Fusion
 from training.nn.identity.necks import FEATURE, TokenNecks
 from training.nn.random_erasing import CONSTANT
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer
+from training.nn.workload import Workload
 
 
 @settings
@@ -229,6 +230,13 @@ class ClusterContrast(Method[ClusterContrastConfig]):
     @staticmethod
     def for_weights(config: ClusterContrastConfig, parts: int) -> ClusterContrastConfig:
         return replace(config, parts=parts, neck=config.neck if parts else "one")
+
+    @classmethod
+    def workload(
+        cls, config: ClusterContrastConfig, views: ViewConfig, backbone: BackboneConfig, images: int
+    ) -> Workload:
+        """There is no teacher; products with the memory are less than 1e-3 of all."""
+        return super().workload(config, views, backbone, images)._replace(products_complete=True)
 
     @classmethod
     def nearest_recipe(cls, run: Mapping[str, Any]) -> str:

@@ -258,8 +258,8 @@ class PersonMae(Method[PersonMaeConfig]):
             student=(Stack(images, backbone.size, patches, seen),),
             teacher=(Stack(images, backbone.size, patches, 1 + patches),),
             decoded=tuple(
-                Decoding(images, seen + queries, seen, predicted, *shape, depth=config.decoder_depth)
-                for shape in _decoder_shapes(config, backbone)
+                Decoding(images, seen + queries, seen, predicted, *shape, depth=config.decoder_depth, out=out)
+                for shape, out in zip(_decoder_shapes(config, backbone), (values, width), strict=True)
             ),
             loss_kept=images * predicted * (values + 2 * width),
             loss_alive=images * patches * (2 * values + 5 * width),

@@ -44,6 +44,7 @@ from training.nn.identity.fusion import Fusion, fused_tokens, fused_width
 from training.nn.identity.necks import GroupedBatchNorm
 from training.nn.random_erasing import NOISE
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer
+from training.nn.workload import Workload
 
 
 @settings
@@ -266,6 +267,11 @@ class Supervised(Method[SupervisedConfig]):
         if parts:
             return replace(config, parts=parts)
         return replace(config, parts=0, fusion="cat", neck="one" if config.neck == "each" else config.neck)
+
+    @classmethod
+    def workload(cls, config: SupervisedConfig, views: ViewConfig, backbone: BackboneConfig, images: int) -> Workload:
+        """There is no teacher; classifier and distances are less than 1e-3 of the products."""
+        return super().workload(config, views, backbone, images)._replace(products_complete=True)
 
     @classmethod
     def nearest_recipe(cls, run: Mapping[str, Any]) -> str:

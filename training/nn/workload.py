@@ -53,6 +53,8 @@ class Decoding(NamedTuple):
     hidden: int
     """Width of its MLPs."""
     depth: int
+    out: int
+    """Numbers that are read out of each place."""
 
 
 class Workload(NamedTuple):
@@ -73,3 +75,5 @@ class Workload(NamedTuple):
     """Numbers in float32 that are alive while it is formed and go then, beside those of `scored`."""
     complete: bool = True
     """False: what heads and loss take is not said, and memory is known from below alone."""
+    products_complete: bool = True
+    """False: matrix products of teacher or heads are not said, and operations are known from below alone."""

@@ -17,9 +17,9 @@ from training.config.build import build_method, workload
 from training.config.run_config import RunConfig
 from training.core.world import World
 from training.engine.clock import Clock
-from training.nn.workload import Stack, Workload
 from training.preflight import activation_memory, memory
 from training.preflight.activation_memory import FULL
+from training.preflight.operations import block_flops, computed_of_image
 
 GB = 10**9
 DAY_S = 86_400.0
@@ -39,7 +39,7 @@ def warning(config: RunConfig, clock: Clock, world: World) -> str:
     """One line about a run on CPUs that takes longer than LONG_S; empty: it is short, or it has GPUs."""
     if world.device.type != "cpu":
         return ""
-    work = flops_of_image(config) * clock.end / world.size
+    work = computed_of_image(config) * clock.end / world.size
     if work / FAST < LONG_S:
         return ""
     rate = measured_rate(config)
@@ -48,7 +48,7 @@ def warning(config: RunConfig, clock: Clock, world: World) -> str:
         return ""
     return (
         f"warning: no GPU: this run takes about {in_days(seconds)} on {world.size} CPU worker{'s'[: world.size > 1]} "
-        f"(estimated: {clock.end:,} images, {flops_of_image(config) / 1e9:,.0f} GFLOP each, "
+        f"(estimated: {clock.end:,} images, {computed_of_image(config) / 1e9:,.0f} GFLOP each, "
         f"{world.size * rate / 1e9:,.0f} GFLOP/s here); it is a recipe for GPUs"
     )
 
@@ -102,41 +102,6 @@ def needed(config: RunConfig, ranks: int) -> int:
     return FULL * 2 * weights + sum(kept.values())  # weights and gradients; moments may be split over the ranks
 
 
-def flops_of_image(config: RunConfig) -> float:
-    """Floating-point operations that a step takes for each image of the batch: matrix products of transformers,
-    decoders and heads, a multiplication and an addition each; the teacher's forward pass included."""
-    work = workload(config, 1)
-    student, teacher = (sum(_stack_flops(config, stack) for stack in seen) for seen in (work.student, work.teacher))
-    again = 1 if config.backbone.checkpoint_blocks else 0
-    return (BACKWARD + again) * student + teacher + _head_flops(config, work)
-
-
-def _stack_flops(config: RunConfig, stack: Stack) -> float:
-    """Forward pass of the backbone over one image's views of one size."""
-    width, depth, *_ = config.backbone.shape
-    embedding = stack.patches * 3 * config.backbone.patch**2 * width
-    return stack.rows * (depth * _block_flops(config, stack) + 2.0 * embedding)
-
-
-def _block_flops(config: RunConfig, stack: Stack) -> float:
-    """Forward pass of one block over one row of tokens."""
-    width, _, _, mlp_ratio = config.backbone.shape
-    products = stack.tokens * (4 * width**2 + 2 * int(mlp_ratio * width) * width)
-    return 2.0 * (products + 2 * stack.tokens**2 * width)
-
-
-def _head_flops(config: RunConfig, work: Workload) -> float:
-    """Rows through heads, student's and teacher's, and the places of a grid through decoders."""
-    if not work.scored and not work.decoded:
-        return 0.0
-    rows = sum(BACKWARD * part.student + part.teacher for part in work.scored)
-    parts = memory.census(config).student
-    heads = parts.get("head MLPs", 0) + parts.get("prototypes", 0)
-    decoders = sum(count for name, count in parts.items() if name.endswith(memory.DECODER))
-    places = work.student[0].patches
-    return 2.0 * (rows * heads / max(1, len(work.scored)) + BACKWARD * decoders * places)
-
-
 def _empty_method(config: RunConfig) -> nn.Module:
     with torch.device("meta"):
         return build_method(config)
@@ -167,7 +132,7 @@ def measured_rate(config: RunConfig, seconds: float = MEASURED_S) -> float:
         while (passed := time.perf_counter() - began) < seconds or not count:
             step()
             count += 1
-    return BACKWARD * rows * _block_flops(config, stack) * count / passed
+    return BACKWARD * rows * block_flops(config.backbone, stack.tokens) * count / passed
 
 
 def in_days(seconds: float) -> str:

@@ -11,9 +11,10 @@ import torch
 from datapipe.core.errors import ConfigError, StorageError
 from datapipe.stream.training_data import Data, load_data
 from training import methods
+from training.checkpoint import retention
 from training.config.batch_split import MACHINE_GPUS, expected_workers, most_useful, split_of
 from training.config.run_config import RunConfig
-from training.config.run_plan import clock_of, clustered, for_clusters, plan_run, sampling_of
+from training.config.run_plan import clock_of, clustered, for_clusters, milestone_ends, plan_run, sampling_of
 from training.engine.clock import Clock
 from training.preflight import memory
 from training.preflight.checks import refuse_split, refuse_unsuited
@@ -169,8 +170,10 @@ def _rows(config: RunConfig, rows: int) -> tuple[int, str, Data | None]:
 def _steps(config: RunConfig, clock: Clock, rows: int, known_from: str) -> Steps:
     optimisation, saves, workers = config.optimisation, config.checkpoints, expected_workers(config)
     split = split_of(config, workers)
-    milestones = _multiples(saves.keep_every_steps, clock.total_steps) if saves.keep_every_steps else set()
-    saved = _multiples(saves.every_steps, clock.total_steps) | milestones | {clock.total_steps}
+    kept = retention.kept_steps(saves, clock.total_steps, clock.epoch_steps)
+    due = retention.due_steps(saves, clock.total_steps, clock.epoch_steps)
+    ends = {end // clock.batch for end in milestone_ends(config.evaluation, clock)}
+    saved = {*due.tolist(), *ends}
     return Steps(
         rows=rows,
         known_from=known_from,
@@ -180,7 +183,7 @@ def _steps(config: RunConfig, clock: Clock, rows: int, known_from: str) -> Steps
         warmup=optimisation.warmup_epochs * clock.epoch_steps,
         images=clock.end,
         checkpoints=len(saved),
-        kept=len(milestones | set(sorted(saved)[-saves.keep_last :])),
+        kept=len({*kept.tolist(), *sorted(saved)[-saves.keep_last :]}),
         workers=workers,
         per_rank=split.per_rank,
         micro_batch=split.micro_batch,
@@ -211,10 +214,6 @@ def _spread(config: RunConfig, sizes: Census, workers: int) -> Spread:
     return Spread(workers, machines, split.per_rank, split.micro_batch, split.micro_batches,
                   split.per_rank * workers - config.optimisation.batch, _needed(config, sizes, workers).needed,
                   *sent)  # fmt: skip
-
-
-def _multiples(step: int, last: int) -> set[int]:
-    return set(range(step, last + 1, step))
 
 
 def _needed(config: RunConfig, sizes: Census, workers: int = 0) -> Memory:

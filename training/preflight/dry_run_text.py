@@ -8,10 +8,10 @@ from training.config import recipe_toml as recipes
 from training.config.build import workload
 from training.engine.settings import OptimisationConfig
 from training.preflight.communication import GBIT_S, Traffic
-from training.preflight.cpu_forecast import flops_of_image
 from training.preflight.deviations import Deviations
 from training.preflight.dry_run import GB, DryRun, Steps
 from training.preflight.memory import FRAGMENTATION, RESERVED, Census, Memory
+from training.preflight.operations import computed_of_image
 
 RATE_IMAGES = 256
 """Images for which published scaling rules state the learning rate."""
@@ -125,7 +125,7 @@ def _steps(steps: Steps, optimisation: OptimisationConfig) -> Iterator[str]:
 
 def _spreads(run: DryRun) -> Iterator[str]:
     """What changes with the number of workers, a line each; seconds of a step at assumed rates."""
-    flops = run.config.optimisation.batch * flops_of_image(run.config)
+    flops = run.config.optimisation.batch * computed_of_image(run.config)
     yield "  workers  images each   at once  padding       GPU  computes  network  in bf16  ZeRO 0, bf16"
     for one in run.spreads:
         once = f"{one.micro_batch} x {one.micro_batches}"
@@ -164,7 +164,7 @@ def _is_complete(run: DryRun) -> bool:
 def _time(run: DryRun) -> Iterator[str]:
     """How long GPUs take at a rate that they are assumed to reach."""
     if run.config.engine.device != "cpu":
-        hours = run.steps.images * flops_of_image(run.config) / GPU_FLOPS / 3600
+        hours = run.steps.images * computed_of_image(run.config) / GPU_FLOPS / 3600
         took = duration(3600 * hours / run.steps.workers)
         yield (f"  time: about {took} on {counted(run.steps.workers, 'GPU')} at an assumed "
                f"{GPU_FLOPS / 1e12:.0f} TFLOP/s each ({hours:,.0f} GPU hours)")  # fmt: skip

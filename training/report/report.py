@@ -146,14 +146,15 @@ def _loss(files: RunFiles) -> str:
 def _attempts(files: RunFiles) -> str:
     if not files.attempts:
         return missing("metrics/attempt_001.jsonl")
-    head = ("attempt", "began (UTC)", "workers", "went on from", "steps", "redone", "time", "images/s", "waits", "why")
+    head = ("attempt", "began (UTC)", "workers", "went on from", "steps", "redone", "time", "images/s", "MFU", "waits",
+            "why")  # fmt: skip
     rows, done = [], 0
     for attempt in files.attempts:
         rows.append(_attempt_row(attempt, done))
         done = max(done, attempt.last or 0)
     cut = sum(attempt.cut_lines for attempt in files.attempts)
     note = soft(f"{cut} unfinished line{'s' if cut > 1 else ''} of metrics, left by a kill.") if cut else ""
-    return table(head, rows, numbers=(0, 2, 5, 6, 7, 8)) + note
+    return table(head, rows, numbers=(0, 2, 5, 6, 7, 8, 9)) + note
 
 
 def _attempt_row(attempt: Attempt, done: int) -> TableRow:
@@ -170,6 +171,7 @@ def _attempt_row(attempt: Attempt, done: int) -> TableRow:
             f"{redone:,}",
             duration(attempt.seconds),
             _middle(records, "images_per_s", "{:,.0f}", 1),
+            _middle(records, "mfu", "{:.1f} %", 100),
             _middle(records, "wait_share", "{:.1f} %", 100),
             str(header.get("reason") or ""),
         ]

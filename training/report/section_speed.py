@@ -11,6 +11,8 @@ from training.report.svg_plots import Plot
 
 _PLOTS = (
     ("images_per_s", "Images per second", 1),
+    ("mfu", "Model FLOPs utilisation (MFU), % of what the GPUs have by datasheet", 100),
+    ("model_tflops", "Model TFLOP/s of a rank", 1),
     ("wait_share", "Waiting for data, % of the time of the rank that waits most", 100),
     ("fetched_mb_per_s", "Fetched from the storage, MB/s", 1),
     ("cache_hits", "Crops from the cache, %", 100),
@@ -36,7 +38,22 @@ def speed_section(files: RunFiles) -> str:
     ]
     if not plots:
         return missing("metrics/attempt_001.jsonl")
-    return _limits(files) + soft(f"Vertical lines: restarts. {_fetched(files)}{_saves(files)}") + grid(plots)
+    notes = soft(f"Vertical lines: restarts. {_fetched(files)}{_saves(files)}")
+    return _limits(files) + _measured(files) + notes + grid(plots)
+
+
+def _measured(files: RunFiles) -> str:
+    """Operations of an image, and the median utilisation of each kind of machine that attempts ran on."""
+    lines: dict[str, list[float]] = {}
+    for attempt in files.attempts:
+        about = attempt.header.get("utilisation")
+        if isinstance(about, dict) and about.get("flops_of_image"):
+            words = f"{about['flops_of_image'] / 1e9:,.1f} GFLOP an image"
+            key = "; ".join(filter(None, (words, str(about.get("about") or ""))))
+            lines.setdefault(key, []).extend(record["mfu"] for record in attempt.records if "mfu" in record)
+    parts = (f"{words}{f': {percent(median(shares))} at the median' if shares else ''}."
+             for words, shares in lines.items())  # fmt: skip
+    return soft(" ".join(parts)) if lines else ""
 
 
 def _saves(files: RunFiles) -> str:

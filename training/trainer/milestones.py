@@ -17,13 +17,13 @@ from datapipe.core.errors import NotFoundError
 from datapipe.core.progress import lines_sent_to
 from training import checkpoint
 from training.config.run_config import RunConfig
+from training.config.run_plan import milestone_ends
 from training.core.host import Host, run_lines
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
 from training.engine.clock import Clock
 from training.evaluation import evaluation
 from training.evaluation.evaluation import ScoringTask
-from training.reid.settings import EvaluationConfig
 from training.reid.zero_shot import Weights
 from training.trainer.alive import alive
 from training.trainer.monitoring.observer import Observer
@@ -44,7 +44,7 @@ class Milestones:
 
     def ends(self) -> list[int]:
         """Samples seen at each milestone."""
-        return ends(self.config.evaluation, self.clock)
+        return milestone_ends(self.config.evaluation, self.clock)
 
     def score(self, position: int, observers: Sequence[Observer] = ()) -> None:
         """Score the checkpoint that was saved here, unless that was done before; return when all is written."""
@@ -65,7 +65,7 @@ class Milestones:
         self.host.show_line(f"scores {weights.name}")
         with lines_sent_to(self.host.show_line):
             metrics = evaluation.score(task, device=self.world.device, out=self.folder.store)
-        ours = {checkpoint.name_of(end // self.clock.batch) for end in ends(self.config.evaluation, self.clock)}
+        ours = {checkpoint.name_of(end // self.clock.batch) for end in self.ends()}
         scores = scored(self.folder, metrics["set"], ours)
         chosen = summary(scores, self.config.evaluation.quote)
         for which in ("last", "best"):
@@ -84,15 +84,6 @@ class Milestones:
         exports.export(method.backbone(), out, evaluation.provenance(weights, self.folder, self.config), method.necks())
         for name, tensors in method.extra_exports().items():
             out.replace(name, safetensors.torch.save(tensors))
-
-
-def ends(config: EvaluationConfig, clock: Clock) -> list[int]:
-    """Samples seen at the end of each segment: whole steps, the nearest to every so many epochs, and the last one."""
-    if not config.data or not config.every_epochs:
-        return [clock.end]
-    count = int(clock.total_steps / (config.every_epochs * clock.epoch_steps))
-    steps = (round(number * config.every_epochs * clock.epoch_steps) for number in range(1, count + 1))
-    return sorted({clock.end, *(step * clock.batch for step in steps if 0 < step < clock.total_steps)})
 
 
 def scored(folder: RunFolder, name: str, milestones: set[str]) -> list[dict[str, Any]]:

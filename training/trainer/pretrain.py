@@ -44,6 +44,7 @@ from training.trainer.milestones import Milestones
 from training.trainer.monitoring.heartbeat import Startup
 from training.trainer.monitoring.rank_log import rank_log
 from training.trainer.monitoring.recorder import LEGEND, log_file
+from training.trainer.monitoring.utilisation import yardstick
 from training.trainer.nonfinite import Faults, Rewind
 from training.trainer.observers import make_observers
 from training.trainer.provenance import about, describe, resume_command
@@ -185,13 +186,13 @@ def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason
     startup.reached("restored")
     if resumed is not None:
         host.saved(position // clock.batch)  # whoever was to tell may have died before
-    exchange = Exchange(world)
+    exchange, measure = Exchange(world), yardstick(config, world)
     with make_loader(plan, world) as loader:
         observers = make_observers(
             plan, method, folder, world, host, exchange=exchange, loader=loader, checkpoints=checkpoints, about={
                 "world": world.size, "resumed_from": resumed, "step": position // clock.batch, "reason": reason,
                 "startup": startup.times,
-            })  # fmt: skip
+            }, measure=measure)  # fmt: skip
         run = TrainingRun(
             method=method, stepper=stepper, loader=loader, clock=clock,
             place=BatchToDevice(world.device, config.views.statistics),
@@ -210,7 +211,7 @@ def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason
         for observer in observers:
             observer.begin()
         with log_file(folder) if world.is_leader else contextlib.nullcontext():
-            for line in _first_lines(plan, world, method, origin, resumed, reason):
+            for line in (*_first_lines(plan, world, method, origin, resumed, reason), measure.in_words(), *LEGEND):
                 run_lines.info(line)
             run_lines.info("reads the first batch")
             startup.over = True
@@ -237,8 +238,9 @@ def _train(
     while position < ends[-1]:
         end = next(end for end in ends if end > position)
         try:
-            if labels is not None:
-                labels.begin(position)
+            if labels is not None and labels.begin(position):
+                for observer in run.observers:
+                    observer.labelled()
             position, done = train(run, Segment(end), position=position)
         except Rewind:
             position, name = checkpoints.restore(run.stepper)
@@ -295,7 +297,6 @@ def _first_lines(
     yield f"stopped and resumed: {guarantee(config, world)}"
     if origin and resumed is None:
         yield in_words(origin)
-    yield from LEGEND
 
 
 def _opening(plan: RunPlan, resumed: str | None, method: Method) -> str:

@@ -80,6 +80,11 @@ class Work:
     """Has the batches of the coming steps made by these labels, in this order."""
 
 
+def epoch_ends(clock: Clock) -> list[int]:
+    """Samples seen at the end of each epoch of a run."""
+    return [*range(clock.epoch_samples, clock.end, clock.epoch_samples), clock.end]
+
+
 class PseudoLabels:
     """The pseudo labels of a run. Every rank calls every method, in the same steps."""
 
@@ -95,20 +100,24 @@ class PseudoLabels:
 
     def ends(self) -> list[int]:
         """Samples seen at the end of each epoch."""
-        return [*range(self._clock.epoch_samples, self._clock.end, self._clock.epoch_samples), self._clock.end]
+        return epoch_ends(self._clock)
 
-    def begin(self, position: int) -> None:
-        """Return once the epoch of this position has its labels, memory and order. What a restored checkpoint has of an
-        epoch under way is taken over. Raises DataError where clustering gives nothing that can be trained on."""
+    def begin(self, position: int) -> bool:
+        """Return once the epoch of this position has its labels, memory and order: True where they were made now. What
+        a restored checkpoint has of an epoch under way is taken over. Raises DataError where clustering gives nothing
+        that can be trained on."""
+        made = False
         epoch = position // self._clock.epoch_samples
         start = epoch * self._clock.epoch_samples
         if position == start:
             with alive(self._host, position // self._clock.batch):
-                self._label(epoch, start)
+                made = self._label(epoch, start)
         labels = self._method.state_dict()["labels"].cpu().numpy().copy()  # the next epoch writes over them
         self._work.follow(labels, self._order(labels, start))
+        return made
 
-    def _label(self, epoch: int, start: int) -> None:
+    def _label(self, epoch: int, start: int) -> bool:
+        """True: by clustering; False: they were kept from before."""
         kept = self._together(lambda: self._kept(epoch, start))
         if kept is None:
             began = time.monotonic()
@@ -121,6 +130,7 @@ class PseudoLabels:
         else:
             run_lines.info(f"epoch {epoch + 1:,}: labels as they were made before")
             self._adopt(kept)
+        return kept is None
 
     def _together(self, work: Callable[[], Any]) -> Any:
         """The leading rank's result of `work`, on all ranks; where it fails all raise."""

@@ -12,8 +12,8 @@ from datapipe.sampling.epoch_order import Order
 from datapipe.sampling.rank_assignment import RankBatch
 from datapipe.stream.batch_feed import BatchFeed
 from datapipe.stream.loader import Loader
-from tests.bench.training_thread import MadeUpStream
 from tests.bench.specs import one_view
+from tests.bench.training_thread import MadeUpStream
 
 ROWS, BATCH, COUNT = 5_000, 40, 20
 CONFIG = StreamConfig(block=8, window=25, threads=2, prefetch=2)
@@ -44,7 +44,7 @@ def loader(order: Order, nodes: tuple[int, ...] = (0, 0, 1, 1)) -> Loader:
 
 @pytest.mark.parametrize("nodes", [(0, 0, 1, 1), ()], ids=["by node", "in slices"])
 def test_after__the_thread_that_asks_works_out_no_order_and_each_place_is_worked_out_once(
-    nodes: tuple[int, ...]
+    nodes: tuple[int, ...],
 ) -> None:
     order = watched()
     with loader(order, nodes) as running:

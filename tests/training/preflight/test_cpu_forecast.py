@@ -17,6 +17,7 @@ from training.config.recipe_toml import load
 from training.config.run_plan import clock_of
 from training.core.world import World
 from training.preflight import cpu_forecast
+from training.preflight.operations import flops_of_image
 from training.recipes import SHIPPED
 
 METHODS = ("dino_vits", "pass_vits", "personvit_vits", "personmae_vits")
@@ -24,12 +25,13 @@ METHODS = ("dino_vits", "pass_vits", "personvit_vits", "personmae_vits")
 
 @pytest.mark.parametrize("name", METHODS)
 def test_flops__are_those_of_a_real_step(name: str) -> None:
+    """On real tensors; losses weigh some percent in so narrow a network (`test_operations.py` has the real ones)."""
     images = 4
     config = tiny(name, images=images)
     method, views = with_views(config)
     with FlopCounterMode(display=False) as counter:
         method(views, clock_of(config, 200).at(0)).loss.backward()
-    assert cpu_forecast.flops_of_image(config) == pytest.approx(counter.get_total_flops() / images, rel=0.2)
+    assert flops_of_image(config) == pytest.approx(counter.get_total_flops() / images, rel=0.1)
 
 
 def test_warning__of_a_recipe_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +39,7 @@ def test_warning__of_a_recipe_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load(SHIPPED / "pass_vitb.toml")
     clock = clock_of(config, 100_000)
     said = cpu_forecast.warning(config, clock, World())
-    seconds = cpu_forecast.flops_of_image(config) * clock.end / 100e9
+    seconds = flops_of_image(config) * clock.end / 100e9
     assert f"takes about {cpu_forecast.in_days(seconds)} on 1 CPU worker" in said and "no GPU" in said
     half = cpu_forecast.warning(config, clock, World(size=2, local_size=2))
     assert f"takes about {cpu_forecast.in_days(seconds / 2)} on 2 CPU workers" in half

@@ -201,6 +201,11 @@ def test_report__marks_restarts_and_counts_what_was_redone(report: str) -> None:
     ]
 
 
+def test_report__tells_utilisation(report: str) -> None:
+    assert "91.6 GFLOP an image; MFU by &lt;b&gt; datasheet: 32.0 % at the median." in report
+    assert "Model FLOPs utilisation (MFU)" in report and ">MFU</th>" in report
+
+
 def test_records__keep_the_last_attempt_of_a_step(tmp_path: Path) -> None:
     write_metrics(tmp_path)
     records = files_of(tmp_path).records

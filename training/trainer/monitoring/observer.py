@@ -47,6 +47,9 @@ class Observer:
     def scored(self, step: int, where: str, scores: Mapping[str, float]) -> None:
         """Weights after this step have been scored on a test set: mAP and rank1, 0 to 1. On the leading rank only."""
 
+    def labelled(self) -> None:
+        """The pseudo labels of an epoch have been made; its steps come now."""
+
     def began_anew(self) -> None:
         """The next step is a first one again: after scores, or from an earlier checkpoint."""
 

@@ -21,8 +21,10 @@ from training.core.run_folder.run_folder import RunFolder
 from training.methods.base import TrainingProgress
 from training.trainer.monitoring.collapse import CollapseMonitor
 from training.trainer.monitoring.observer import Observer, StepDone
+from training.trainer.monitoring.pauses import Pauses
 from training.trainer.monitoring.tensorboard import EventWriter
 from training.trainer.monitoring.throughput import Rates, Speed, in_words
+from training.trainer.monitoring.utilisation import Yardstick
 
 STATUS_S = 5.0
 """Seconds between status lines."""
@@ -32,10 +34,20 @@ _ATTEMPT = re.compile(r"metrics/attempt_(\d+)\.jsonl")
 class Recorder(Observer):
     """Writes the metrics of one attempt. Made on the leading rank only."""
 
-    def __init__(self, folder: RunFolder, *, about: Mapping[str, Any], total_steps: int) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        about: Mapping[str, Any],
+        total_steps: int,
+        measure: Yardstick | None = None,
+        pauses: Pauses | None = None,
+    ) -> None:
         """`about` goes into the attempt's first line: world, resumed_from, step, reason, and when which stage of the
-        start was over (`Startup`). `total_steps`: of the whole run."""
+        start was over (`Startup`). `total_steps`: of the whole run. `measure`: what rates come to; `pauses`: what the
+        time left includes beside steps."""
         self.folder, self._about, self._total_steps = folder, about, total_steps
+        self.measure, self.pauses = measure, pauses
         self.speed = Speed()
         self.course = CollapseMonitor()
         self._spoke = 0.0
@@ -66,6 +78,7 @@ class Recorder(Observer):
             "momentum": now.ema,
             "grad_norm": float(result.norms.square().sum().sqrt()),
             **{name: value for name, value in rates._asdict().items() if value is not None},
+            **(self.measure.of(rates.images_per_s) if self.measure else {}),
             "bytes_fetched": int(spent.intake.fetched),
             "replaced_samples": int(spent.intake.replaced),
             "bottleneck": rates.bottleneck,
@@ -94,9 +107,13 @@ class Recorder(Observer):
     def scored(self, step: int, where: str, scores: Mapping[str, float]) -> None:
         for name in ("mAP", "rank1"):
             self._board.add(f"score/{where} {name}", scores[name], step)
+        self.speed.pause("scores")
 
     def paused(self) -> None:
-        self.speed.pause()
+        self.speed.pause("saves")
+
+    def labelled(self) -> None:
+        self.speed.pause("labels")
 
     def began_anew(self) -> None:
         self.speed.begin_anew()
@@ -107,8 +124,7 @@ class Recorder(Observer):
         self.folder.flush()
 
     def _status(self, progress: TrainingProgress, line: Mapping[str, float], images: int, rates: Rates) -> str:
-        left = (progress.total_steps - progress.step - 1) * images
-        seconds = self.speed.remaining_s(left)
+        seconds = self._left_s(progress, images)
         end = f" ({datetime.fromtimestamp(time.time() + seconds):%a %H:%M})" if seconds == seconds else ""
         terms = " ".join(f"{key.removeprefix('loss_')} {line[key]:.3f}" for key in line if key.startswith("loss_"))
         return fitted(
@@ -119,16 +135,24 @@ class Recorder(Observer):
             (f"  |g| {line['grad_norm']:.3g}", False),
             (f"  lr {line['lr']:.1e}", False),
             (f"  {in_words(rates)}", True),
+            (f"  MFU {100 * line['mfu']:.0f} %" if "mfu" in line else "", True),
             (f"  left {duration(seconds)}", True),
             (end, False),
         )
+
+    def _left_s(self, progress: TrainingProgress, images: int) -> float:
+        """Seconds to the end: training at the present rate, and what it pauses for."""
+        training_s = self.speed.training_s((progress.total_steps - progress.step - 1) * images)
+        left = self.pauses.left(progress.step + 1, training_s) if self.pauses else {}
+        return training_s + self.speed.pauses_s(left)
 
 
 COLUMNS = 100
 """Widest training line on a terminal, characters."""
 LEGEND = (
     "in the lines below: loss and its terms, |g| norm of the gradient before clipping, lr learning rate,",
-    "  img/s images a second of all ranks, wait for data: time and for what, left: time to the end",
+    "  img/s images a second of all ranks, wait for data: time and for what, left: time to the end,",
+    "  saves and scores included",
 )
 """Abbreviations of the status line."""
 

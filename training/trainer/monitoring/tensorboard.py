@@ -18,9 +18,10 @@ MOST_POINTS = 4_000
 COPY_S = 60.0
 """Seconds between copies to object storage, at least."""
 GROUPS = {
-    "speed": {"images_per_s", "wait_share", "reading_share", "fetched_mb_per_s", "cache_hits", "bytes_fetched"},
+    "speed": {"images_per_s", "mfu", "model_tflops", "wait_share", "reading_share", "fetched_mb_per_s", "cache_hits",
+              "bytes_fetched"},
     "schedule": {"lr", "weight_decay", "momentum", "epoch", "done", "samples", "teacher_temp"},
-}
+}  # fmt: skip
 NO_CURVES = {"step", "time", "bottleneck"}
 
 

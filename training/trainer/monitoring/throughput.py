@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -23,7 +23,14 @@ STRAY = 20.0
 UNNOTICED = 0.05
 """Share of the time spent waiting for data below which data is not what limits a run."""
 
+REMEMBERED = 20
+"""Last pauses of a kind whose mean is what the next ones will take."""
+
 Bottleneck = Literal["training", "reading", "views"]
+
+
+Pause = Literal["saves", "scores", "labels"]
+"""What the loop stands still for again and again: checkpoints, scores at milestones, pseudo labels of an epoch."""
 
 
 class TimeSpent(NamedTuple):
@@ -144,6 +151,7 @@ class Speed:
         self._steps: deque[tuple[float, int]] = deque(maxlen=window)
         self._spent: deque[SpentByRank] = deque(maxlen=window + 1)
         self._steady: deque[tuple[float, int]] = deque(maxlen=window)
+        self._pauses: dict[Pause, deque[float]] = {}
         self._warming = WARM_UP
         self._last = time.perf_counter()
 
@@ -172,17 +180,21 @@ class Speed:
             cache_hits=intake.cached / intake.sought if intake.sought else None,
         )
 
-    def pause(self) -> None:
-        """Forget the time since the last step: a save or a rehearsal is not training speed."""
-        self._last = time.perf_counter()
+    def pause(self, kind: Pause | None = None) -> None:
+        """Forget the time since the last step or pause: a save or a rehearsal is not training speed. `kind`: what the
+        loop stood still for, where that comes again."""
+        now = time.perf_counter()
+        if kind is not None:
+            self._pauses.setdefault(kind, deque(maxlen=REMEMBERED)).append(now - self._last)
+        self._last = now
 
     def begin_anew(self) -> None:
         """After scores, or from an earlier checkpoint: the next steps are first ones again."""
         self.pause()
         self._warming = WARM_UP
 
-    def remaining_s(self, images_left: int) -> float:
-        """Seconds until the end at the present rate, saves and scores not counted; not a number until it is known."""
+    def training_s(self, images_left: int) -> float:
+        """Seconds that so many images take at the present rate; not a number until that is known."""
         if not images_left:
             return 0.0
         if len(self._steady) < STEADY:
@@ -190,6 +202,12 @@ class Speed:
         usual = statistics.median(step[0] for step in self._steady)
         counted = [step for step in self._steady if step[0] <= STRAY * usual]
         return images_left * sum(step[0] for step in counted) / sum(step[1] for step in counted)
+
+    def pauses_s(self, left: Mapping[Pause, float]) -> float:
+        """Seconds that so many pauses of each kind take, each as long as the last ones; a kind that was not seen yet is
+        not counted."""
+        seen = {kind: statistics.fmean(self._pauses[kind]) for kind in left if kind in self._pauses}
+        return sum(left[kind] * seconds for kind, seconds in seen.items())
 
 
 def faster_precision(device: torch.device, seconds: float = 0.3) -> Precision:

@@ -12,8 +12,9 @@ from training.trainer.monitoring import tensorboard
 from training.trainer.monitoring.tensorboard import EventWriter, tag_of
 
 LINE = {"loss": 2.5, "loss_cls": 1.5, "lr": 1e-3, "images_per_s": 812.0, "grad_norm": 3.0, "entropy": 0.5, "time": 1.0,
-        "bottleneck": "views"}  # fmt: skip
-TAGS = ["health/entropy", "health/grad_norm", "loss/cls", "loss/total", "schedule/lr", "speed/images_per_s"]
+        "bottleneck": "views", "mfu": 0.3}  # fmt: skip
+TAGS = ["health/entropy", "health/grad_norm", "loss/cls", "loss/total", "schedule/lr", "speed/images_per_s",
+        "speed/mfu"]  # fmt: skip
 
 
 def written(folder: RunFolder, steps: int) -> None:

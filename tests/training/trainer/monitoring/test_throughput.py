@@ -13,8 +13,8 @@ from training.trainer.monitoring import throughput
 from training.trainer.monitoring.throughput import (
     NOBODY,
     RankCounters,
-    SpentByRank,
     Speed,
+    SpentByRank,
     TimeSpent,
     bottleneck,
     in_words,
@@ -131,20 +131,25 @@ class Steps:
 def test_remaining__is_not_told_from_the_first_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = Steps(monkeypatch)
     steps.make(60.0, 10.0, 1.0, 1.0)  # compilation, caches
-    assert math.isnan(steps.meter.remaining_s(100)) and duration(steps.meter.remaining_s(100)) == "?"
+    assert math.isnan(steps.meter.training_s(100)) and duration(steps.meter.training_s(100)) == "?"
     steps.make(1.0)
-    assert steps.meter.remaining_s(100) == pytest.approx(10.0)
-    assert steps.meter.remaining_s(0) == 0.0
+    assert steps.meter.training_s(100) == pytest.approx(10.0)
+    assert steps.meter.training_s(0) == 0.0
 
 
-def test_remaining__counts_no_saves_scores_and_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remaining__knows_training_and_pauses_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = Steps(monkeypatch)
     steps.make(*[1.0] * 8)
     steps.now += 600  # a save
-    steps.meter.pause()
+    steps.meter.pause("saves")
     steps.make(1.0)
-    steps.now += 600  # scores
+    steps.now += 200  # another
+    steps.meter.pause("saves")
+    steps.now += 900
+    steps.meter.pause("scores")
+    steps.now += 7  # a rewind, say
     steps.meter.begin_anew()
     steps.make(30.0, 5.0, 1.0)  # the loader begins anew
     steps.make(3_600.0)  # the process was stopped
-    assert steps.meter.remaining_s(100) == pytest.approx(10.0)
+    assert steps.meter.training_s(100) == pytest.approx(10.0)
+    assert steps.meter.pauses_s({"saves": 3, "scores": 2, "labels": 5}) == 3 * 400 + 2 * 900

@@ -18,13 +18,13 @@ from datapipe.core.progress import counted, duration
 from datapipe.core.stop_signals import at_end
 from training import checkpoint
 from training.config.batch_split import most_useful
+from training.config.continuation import ran_on
 from training.config.run_config import RunConfig
 from training.core.host import LocalHost
 from training.core.run_folder import starting
 from training.core.run_folder.lease import Lease
 from training.core.run_folder.run_folder import RunFolder
 from training.preflight.checks import refuse_unsuited
-from training.trainer.pretrain import ran_on
 
 POLL_S = 0.3
 WAITING_S = 30.0

@@ -1,4 +1,7 @@
-"""What each worker process of a run under Ray Train does: one rank, from the driver's recipe to its end."""
+"""What each worker process of a run under Ray Train does: one rank, from the driver's recipe to its end.
+
+The driver hands `work` on, and needs none of what it imports.
+"""
 
 import os
 from typing import Any
@@ -10,7 +13,6 @@ from datapipe.core.errors import ConfigError, DataError, LeaseError
 from training.config import recipe_toml as recipes
 from training.core.run_folder.lease import Follower
 from training.core.world import World
-from training.trainer.pretrain import pretrain
 
 
 def work(settings: dict[str, Any]) -> None:
@@ -23,6 +25,7 @@ def work(settings: dict[str, Any]) -> None:
     from cluster.train.coordinator import Leaving, find_coordinator
     from cluster.train.rendezvous import take_leave
     from cluster.train.worker_host import RayHost
+    from training.trainer.pretrain import pretrain
 
     coordinator = find_coordinator(settings["coordinator"])
     group, reason, wanted = ray.get(coordinator.enter.remote())

@@ -24,6 +24,7 @@ from training.config.run_plan import milestone_ends, plan_run
 from training.core.host import LocalHost
 from training.core.world import World
 from training.engine.clock import Clock
+from training.evaluation import evaluation
 from training.evaluation.evaluation import score, tasks
 from training.evaluation.fine_tune import prepare, suited_recipe
 from training.recipes import SHIPPED
@@ -121,7 +122,7 @@ def test_run__a_milestone_that_was_not_scored_is_made_up_for(data: str, straight
         raise RuntimeError("the machine is gone")
 
     with monkeypatch.context() as patched:
-        patched.setattr(milestones.evaluation, "score", fail)
+        patched.setattr(evaluation, "score", fail)
         with pytest.raises(RuntimeError, match="gone"):
             run(config)
     assert run(config).complete

@@ -84,7 +84,7 @@ def complete(store: Store, warn: Callable[[str], None] = _warn_once) -> list[str
     return surveyed.names
 
 
-def tell(store: Store, surveyed: Survey, warn: Callable[[str], None]) -> None:
+def tell(store: Store, surveyed: Survey, warn: Callable[[str], None] = _warn_once) -> None:
     """Warn of the checkpoints that are passed over."""
     for name, why in surveyed.passed_over.items():
         warn(f"warning: checkpoint {name} is passed over: {why} ({store.address(name)})")

@@ -1,11 +1,17 @@
 """Whether a run may go on in its folder: with which settings it began, which may differ now, and on what data."""
 
+import json
 import tomllib
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 from datapipe.core.errors import ConfigError, DataError
+from datapipe.core.parallel import in_order
+from datapipe.storage import is_remote
 from training import checkpoint
+from training.checkpoint import lineage
+from training.checkpoint.metadata import parsed_marker
 from training.config import recipe_toml as recipes
 from training.config.run_config import RunConfig
 from training.core.run_folder.run_folder import RunFolder
@@ -21,48 +27,79 @@ FREE_TO_CHANGE = ("out", "storage", "engine", "checkpoints", "cluster", "evaluat
 (stream.manifest and stream.mix are compared by their content, not by their addresses.)"""
 
 
+class Before(NamedTuple):
+    """What a run folder holds of the run so far."""
+
+    folder: RunFolder
+    names: list[str]
+    """Of the run's checkpoints, oldest first."""
+    newest: bytes
+    """The newest one's marker; empty where it has to be read."""
+    recipe: str | None
+    """The resolved recipe as it is stored; None where there is none."""
+
+    @property
+    def config(self) -> RunConfig | None:
+        """The resolved recipe; None without checkpoints or without a recipe. Raises ConfigError."""
+        return None if not self.names or self.recipe is None else _parsed(self.recipe, self.folder)
+
+
+def look(folder: RunFolder) -> Before:
+    """Read it, from a remote store side by side: the time of two requests."""
+    store = folder.at("checkpoints")
+    asks = (partial(lineage.look, store, ahead=True), partial(folder.read_text, "config.toml"))
+    surveyed, recipe = in_order(lambda ask: ask(), asks, threads=len(asks) if is_remote(store.url) else 0)
+    lineage.tell(store, surveyed)
+    newest = surveyed.markers.get(surveyed.names[-1], b"") if surveyed.names else b""
+    return Before(folder, surveyed.names, newest, recipe)
+
+
 def saved_config(folder: RunFolder) -> RunConfig | None:
     """The resolved recipe of a run folder; None where there is none. One without a version of views is of an earlier
     version of this project, which had the first rule."""
     text = folder.read_text("config.toml")
-    if text is None:
-        return None
+    return None if text is None else _parsed(text, folder)
+
+
+def _parsed(text: str, folder: RunFolder) -> RunConfig:
     tree = tomllib.loads(text)
     views = {"version": 1} | tree.get("views", {})
     return recipes.validate(tree | {"views": views}, where=folder.store.address("config.toml"))
 
 
-def as_begun(config: RunConfig) -> RunConfig:
+def ran_on(folder: RunFolder) -> str:
+    """ "cuda" or "cpu": what the run in this folder was on last; empty where there is none that says so."""
+    return str(json.loads(folder.read_text("environment.json") or "{}").get("device_type", ""))
+
+
+def as_begun(config: RunConfig, before: Before | None = None) -> RunConfig:
     """The recipe with what a run with checkpoints goes on with whatever the recipe says: the rule by which its views
-    are cut."""
-    folder = RunFolder(config.out, config.storage)
-    if not checkpoint.complete(folder.at("checkpoints")) or (before := saved_config(folder)) is None:
-        return config
-    return replace(config, views=replace(config.views, version=before.views.version))
+    are cut. `before`: what its folder holds, where that is known."""
+    began = (before or look(RunFolder(config.out, config.storage))).config
+    return config if began is None else replace(config, views=replace(config.views, version=began.views.version))
 
 
-def refuse_changed_settings(config: RunConfig, folder: RunFolder) -> None:
+def refuse_changed_settings(config: RunConfig, before: Before) -> None:
     """Raises ConfigError where a run with checkpoints began with other settings that change what is learnt."""
-    if not checkpoint.complete(folder.at("checkpoints")):
+    began = before.config
+    if began is None:
         return
-    before = saved_config(folder)
-    if before is None:
-        return
-    changed = recipes.differences(before, config, ignore=(*FREE_TO_CHANGE, "stream.manifest", "stream.mix"))
+    changed = recipes.differences(began, config, ignore=(*FREE_TO_CHANGE, "stream.manifest", "stream.mix"))
     if changed:
         raise ConfigError(
             "the run in this folder began with other settings:\n" + "\n".join(f"    {line}" for line in changed),
-            where=folder.url,
+            where=before.folder.url,
             hint="set them back to go on with that run, or choose another folder with --out",
         )
 
 
-def refuse_changed_data(folder: RunFolder, data: "Data") -> None:
+def refuse_changed_data(before: Before, data: "Data") -> None:
     """Raises DataError where the newest checkpoint was made on other data."""
-    store = folder.at("checkpoints")
-    for name in reversed(checkpoint.complete(store)):
+    store = before.folder.at("checkpoints")
+    for name in reversed(before.names):
         try:
-            marker = checkpoint.read_marker(store, name)
+            newest = before.newest if name == before.names[-1] else b""
+            marker = parsed_marker(newest, store, name) if newest else checkpoint.read_marker(store, name)
         except DataError:
             continue  # a damaged one is passed over, with a warning, when it is read
         where = store.address(name)

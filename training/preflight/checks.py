@@ -5,7 +5,7 @@ import torch
 from datapipe.core.errors import ConfigError
 from training import methods
 from training.config.batch_split import BatchSplit
-from training.config.continuation import as_begun, refuse_changed_data, refuse_changed_settings
+from training.config.continuation import as_begun, look, refuse_changed_data, refuse_changed_settings
 from training.config.run_config import RunConfig
 from training.config.run_plan import RunPlan, plan_run
 from training.core.precision import refuse_fp16_on_cpu
@@ -21,13 +21,14 @@ def check(config: RunConfig, ranks: int) -> RunPlan:
     """
     from datapipe.stream.training_data import load_data
 
-    plan = plan_run(as_begun(config), load_data(config.stream, config.storage), ranks)
+    folder = RunFolder(config.out, config.storage)
+    before = look(folder)
+    plan = plan_run(as_begun(config, before), load_data(config.stream, config.storage), ranks)
     config = plan.config
     if config.init.weights:
         refuse_missing(config.init, config.storage)
-    folder = RunFolder(config.out, config.storage)
-    refuse_changed_settings(config, folder)
-    refuse_changed_data(folder, plan.data)
+    refuse_changed_settings(config, before)
+    refuse_changed_data(before, plan.data)
     folder.refuse_unwritable()
     return plan
 

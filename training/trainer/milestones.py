@@ -4,12 +4,14 @@ own, so that a run that was stopped there makes up for what is missing.
     evaluation/<set>/step_0001200/     scores, pictures
     evaluation/milestones.json         the last and the best of all milestones, and which of them is quoted
     exports/last, exports/best         their backbones, and what else the method exports (`Method.extra_exports`)
+
+What scores is imported by the first of them: a worker that starts need not wait for it.
 """
 
 import contextlib
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 
@@ -22,12 +24,11 @@ from training.core.host import Host, run_lines
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
 from training.engine.clock import Clock
-from training.evaluation import evaluation
-from training.evaluation.evaluation import ScoringTask
-from training.reid.zero_shot import Weights
 from training.trainer.alive import alive
 from training.trainer.monitoring.observer import Observer
-from training.weights import export as exports
+
+if TYPE_CHECKING:
+    from training.reid.zero_shot import Weights
 
 SUMMARY = "evaluation/milestones.json"
 RULES = {
@@ -53,13 +54,18 @@ class Milestones:
         step = position // self.clock.batch
         with alive(self.host, step):
             if self.world.is_leader:
+                from training.reid.zero_shot import Weights
+
                 where, scores = self._score(Weights(checkpoint.name_of(step), step, position))
                 for observer in observers:
                     observer.scored(step, where, scores)
             self.world.meet()  # scoring may take longer than any collective may
 
-    def _score(self, weights: Weights) -> tuple[str, dict[str, float]]:
+    def _score(self, weights: "Weights") -> tuple[str, dict[str, float]]:
         """(name of the test set, scores)."""
+        from training.evaluation import evaluation
+        from training.evaluation.evaluation import ScoringTask
+
         task = ScoringTask(self.config.out, self.config.evaluation.data, weights, self.config.storage,
                     self.config.evaluation.scoring)  # fmt: skip
         self.host.show_line(f"scores {weights.name}")
@@ -78,7 +84,10 @@ class Milestones:
                        f"{where} (best: {100 * best['mAP']:.1f} at step {chosen['best']['step']:,})")  # fmt: skip
         return where, now
 
-    def _export(self, weights: Weights, which: str) -> None:
+    def _export(self, weights: "Weights", which: str) -> None:
+        from training.evaluation import evaluation
+        from training.weights import export as exports
+
         method = evaluation.load_method(weights, self.folder, self.config)
         out = self.folder.at("exports", which)
         exports.export(method.backbone(), out, evaluation.provenance(weights, self.folder, self.config), method.necks())
@@ -98,6 +107,8 @@ def scored(folder: RunFolder, name: str, milestones: set[str]) -> list[dict[str,
 def summary(scores: list[dict[str, Any]], quote: str) -> dict[str, Any]:
     """The last and the best milestone, and which one is the run's result by the rule that was set beforehand. All are
     compared by the feature that is quoted of the last one, as earlier versions quoted another (of PASS, CLS)."""
+    from training.evaluation import evaluation
+
     quoted = scores[-1]["headline"]
     by_feature = [score["features"].get(quoted) or evaluation.headline(score) for score in scores]
     best = max(range(len(scores)), key=lambda place: by_feature[place]["mAP"])  # of equals the earliest

@@ -1,10 +1,10 @@
 """One rank of a training run, from the last good checkpoint to its end or a stop."""
 
 import contextlib
-import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -16,9 +16,9 @@ from datapipe.core.resource_limits import available_cores
 from datapipe.stream.training_data import load_data
 from training.checkpoint import Checkpoints
 from training.config.build import fake_batch, initial_method, make_stepper
-from training.config.continuation import as_begun
+from training.config.continuation import ran_on
 from training.config.run_config import RunConfig
-from training.config.run_plan import RunPlan, make_loader, plan_run
+from training.config.run_plan import RunPlan, clustered, make_loader, plan_run
 from training.core.devices import Device, slow_precision, unused_gpus
 from training.core.exchange import Exchange
 from training.core.host import Host, lines_to, run_lines
@@ -47,9 +47,12 @@ from training.trainer.monitoring.recorder import LEGEND, log_file
 from training.trainer.monitoring.utilisation import yardstick
 from training.trainer.nonfinite import Faults, Rewind
 from training.trainer.observers import make_observers
-from training.trainer.provenance import about, describe, resume_command
-from training.trainer.pseudo_labels import PseudoLabels, make_pseudo_labels
+from training.trainer.provenance import about, describe, resume_command, show_first_batch
 from training.weights.initialise import in_words
+
+if TYPE_CHECKING:
+    from datapipe.stream.loader import Loader
+    from training.trainer.pseudo_labels import PseudoLabels
 
 
 class Ending(NamedTuple):
@@ -113,10 +116,24 @@ def _noted(folder: RunFolder, startup: Startup) -> contextlib.AbstractContextMan
 
 
 def _plan(config: RunConfig, world: World) -> RunPlan:
-    """One rank refuses what can be refused; the others only read the data set."""
+    """The leading rank looks into the run folder and refuses what can be refused, which all raise; the others only read
+    the data set."""
+    found: RunPlan | UserError | None = None
+    data = None
     if world.is_leader:
-        return check(config, world.size)
-    return plan_run(as_begun(config), load_data(config.stream, config.storage), world.size)
+        try:
+            found = check(config, world.size)
+        except UserError as error:
+            found = error
+    else:
+        data = load_data(config.stream, config.storage)
+    word: int | UserError = world.broadcast(found.config.views.version if isinstance(found, RunPlan) else found)
+    if isinstance(word, UserError):
+        raise word
+    if isinstance(found, RunPlan):
+        return found
+    assert data is not None
+    return plan_run(replace(config, views=replace(config.views, version=word)), data, world.size)
 
 
 @contextlib.contextmanager
@@ -141,11 +158,6 @@ def _writing(config: RunConfig, world: World, host: Host, guard: WriteGuard | No
         raise outcome_of_leader
     with lease or Follower(config.out, config.storage, outcome_of_leader) as guard:
         yield guard
-
-
-def ran_on(folder: RunFolder) -> str:
-    """ "cuda" or "cpu": what the run in this folder was on last; empty where there is none that says so."""
-    return str(json.loads(folder.read_text("environment.json") or "{}").get("device_type", ""))
 
 
 def refuse_slower(config: RunConfig, folder: RunFolder, world: World) -> None:
@@ -184,6 +196,8 @@ def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason
     if checkpoints.spoiled:
         _begin_anew(stepper, config)
     startup.reached("restored")
+    if world.is_leader and (reason == "started" or resumed is None):
+        show_first_batch(plan, folder)  # what a start of this command before has shown stays
     if resumed is not None:
         host.saved(position // clock.batch)  # whoever was to tell may have died before
     exchange, measure = Exchange(world), yardstick(config, world)
@@ -200,7 +214,7 @@ def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason
             faults=Faults(folder, world), exchange=exchange, observers=observers, flush=folder.flush,
         )  # fmt: skip
         milestones = Milestones(config, clock, folder, world, host)
-        labels = make_pseudo_labels(plan, method, loader, world=world, host=host, folder=folder)
+        labels = _pseudo_labels(plan, method, loader, world, host, folder)
         if position >= clock.end:
             milestones.score(position)
             run_lines.info(f"complete: {counted(clock.total_steps, 'step')}, done before; {config.out}")
@@ -227,7 +241,7 @@ def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason
 
 def _train(
     run: TrainingRun, checkpoints: Checkpoints, config: RunConfig, milestones: Milestones,
-    labels: PseudoLabels | None, position: int,
+    labels: "PseudoLabels | None", position: int,
 ) -> tuple[int, bool]:  # fmt: skip
     """Segment after segment: each ends with a checkpoint, milestones are scored; an epoch of pseudo labels begins with
     its labels. (samples seen, whether all of the run is done)."""
@@ -259,6 +273,17 @@ def _train(
         for observer in run.observers:
             observer.began_anew()
     return position, True
+
+
+def _pseudo_labels(
+    plan: RunPlan, method: Method, loader: "Loader", world: World, host: Host, folder: RunFolder
+) -> "PseudoLabels | None":
+    """Those of a run that learns from clusters. Other runs import nothing of what makes them."""
+    if clustered(plan.config) is None:
+        return None
+    from training.trainer.pseudo_labels import make_pseudo_labels
+
+    return make_pseudo_labels(plan, method, loader, world=world, host=host, folder=folder)
 
 
 def _begin_anew(stepper: Stepper, config: RunConfig) -> None:

@@ -53,6 +53,10 @@ def describe(plan: RunPlan, folder: RunFolder, world: World) -> None:
     where["versions"] |= methods.package_of(config.method.name)
     folder.write_soon("environment.json", as_json(where))
     folder.write_soon("views.json", training_views(config).to_json() + "\n")
+
+
+def show_first_batch(plan: RunPlan, folder: RunFolder) -> None:
+    """Write the picture of what training sees first."""
     folder.write_soon("first_batch.jpg", view_sheet(first_views(plan, count=8)))
 
 

@@ -15,7 +15,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -32,7 +31,6 @@ from datapipe.core.randomness import Ints
 from datapipe.sampling.cluster_order import ClusterOrder
 from datapipe.views.normalisation import MEAN_STD
 from training import checkpoint, methods
-from training.clustering.dbscan import cluster
 from training.clustering.settings import ClusteringConfig
 from training.config.run_plan import RunPlan, clustered
 from training.core.host import Host, run_lines
@@ -289,6 +287,11 @@ def make_pseudo_labels(
         store = folder.at("checkpoints")
         return checkpoint.read_marker(store, checkpoint.name_of(position // plan.clock.batch)).sha256
 
-    work = Work(embed, partial(cluster, threads=loader.threads), lambda labels, order: loader.follow(order, labels))
+    def labelled(features: Features, settings: ClusteringConfig) -> Ints:
+        from training.clustering.dbscan import cluster  # scikit-learn takes a second to import, and no start needs it
+
+        return cluster(features, settings, threads=loader.threads)
+
+    work = Work(embed, labelled, lambda labels, order: loader.follow(order, labels))
     return PseudoLabels(clusters, method, images, work, clock=plan.clock, world=world, host=host, folder=folder,
                         made_from=made_from)  # fmt: skip

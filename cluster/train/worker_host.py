@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from cluster.core.ray_internals import drain
+from cluster.train import standby
 from cluster.train.coordinator import Word, WorkerLocation
 from cluster.train.hang_detection import Pulse
 from training.config.cluster import ClusterConfig
@@ -59,6 +60,8 @@ class RayHost:
         self._stepping = False
         self._done = threading.Event()
         watched = config.notice if world.local_rank == 0 else ""
+        self._to_stand_by = world.local_size if config.standby and world.local_rank == 0 else 0
+        """Processes that are to be started ahead of need once this rank has made a step."""
         self._notice = Notice(watched, every_s=config.notice_every_s, callback=self._going)
         threading.Thread(target=self._live, name="signs of life", daemon=True).start()
         threading.Thread(target=self._foresee, name="drained machines", daemon=True).start()
@@ -72,6 +75,7 @@ class RayHost:
             if self._word == "end":
                 os._exit(1)  # its controller died, and another group works on the same run
             self._pass_on()
+            self._prepare_restart()
             self._done.wait(POLL_S)
 
     def _foresee(self) -> None:
@@ -98,6 +102,12 @@ class RayHost:
             ray.get(
                 self._coordinator.leave.remote(f"rank {self._world.rank} on {self.place()} was told to end (SIGTERM)")
             )
+
+    def _prepare_restart(self) -> None:
+        """Once the start is over."""
+        if self._to_stand_by and self._pulse().begun:
+            standby.replenish(self._to_stand_by)
+            self._to_stand_by = 0
 
     def _pulse(self) -> Pulse:
         where = self._whereabouts.now()

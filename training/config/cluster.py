@@ -41,6 +41,9 @@ class ClusterConfig:
     """"pack": on as few machines as possible, for the shortest way between them; "spread": on as many."""
     environment: tuple[Variable, ...] = ()
     """NAME=VALUE set for workers, such as NCCL_SOCKET_IFNAME=eth0. Never for secrets: machines have their own."""
+    standby: bool = True
+    """Have as many processes wait on each machine as it has workers, their imports done, so that a restart need not do
+    them: half a gigabyte of memory each, taken only where it is free. False: each restart imports anew."""
     resize_every_s: float = Field(default=60.0, gt=0)
     """Seconds between looks for room for more workers. Each change of size saves and starts all workers anew."""
     max_failures: int = Field(default=8, ge=0)

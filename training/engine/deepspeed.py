@@ -119,6 +119,12 @@ def prepare_environment(world: World) -> None:
     os.environ["LOCAL_RANK"] = str(world.local_rank if world.device.index is None else world.device.index)
 
 
+def load() -> None:
+    """Import the package, set to CPUs, ahead of need; an engine on a GPU sets it anew."""
+    with _as_told(CPU):
+        _import(CPU)
+
+
 def warm_up(world: World) -> None:
     """Make one engine of a tiny module, which shows that DeepSpeed works here. Needs a process group."""
     prepare_environment(world)

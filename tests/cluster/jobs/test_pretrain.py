@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import psutil
 import pytest
 import torch
 
+from cluster.train.standby import TITLE
 from datapipe.core import cli as ends
-from tests.end_to_end.pause import Pause
+from tests.end_to_end.pause import PATIENCE_S, Pause
 from tests.end_to_end.test_resume import _until
 from tests.end_to_end.tiny import audited, command, final_state, finished, recipe, shards
 from tests.support.ranks import run_ranks
@@ -27,6 +29,21 @@ KILLED_AFTER = 8
 Write = Callable[..., dict[str, bytes]]
 
 
+def standing_by(command: int, count: int) -> set[int]:
+    """The processes below a command that stand by, once there are so many and they are done with what they import."""
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        found = set()
+        for process in descendants(command):
+            with contextlib.suppress(psutil.Error):
+                if process.cmdline()[0].startswith(TITLE) and process.status() == psutil.STATUS_SLEEPING:
+                    found.add(process.pid)
+        if len(found) == count:
+            return found
+        assert time.monotonic() < end, "no workers stand by"
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 def test_pretrain_job__a_killed_worker_changes_nothing(tmp_path: Path, write_crops: Write) -> None:
     write_crops(tmp_path / "crops", 50)
@@ -36,11 +53,15 @@ def test_pretrain_job__a_killed_worker_changes_nothing(tmp_path: Path, write_cro
     flags = ("--cluster.max-workers", "2", "--engine.stepper", "deepspeed", "--cluster.environment")
     process = command("cluster", "pretrain", str(path), *flags, *pause.worker_environment, **pause.environment)
     killed = pause.reached(process)
+    standing = standing_by(process.own_pid, 2)
+    struck = time.time()
     os.kill(killed, signal.SIGKILL)
     pause.end()
     code, output, errors = finished(process)
     assert code == 0, output + errors
+    assert not any(map(psutil.pid_exists, standing)), "they end with the command"
     attempts = [json.loads(log.read_text().splitlines()[0]) for log in sorted((run / "metrics").glob("*.jsonl"))]
+    assert attempts[1]["startup"]["process"] < struck < attempts[1]["startup"]["imported"]  # it stood by
     assert re.fullmatch(r"restarted: rank 1 on 127.0.0.1 \(node \w{8}\): its process died", attempts[1]["reason"])
     records = map(json.loads, (run / "restarts.jsonl").read_text().splitlines())
     (restart,) = (record for record in records if record["kind"] == "crash")

@@ -1,0 +1,84 @@
+"""What a worker imports before its engine is up: each restart waits for it, on every machine."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.tiny import generated, recipe
+from tests.support.golden import ROOT
+
+NOT_NEEDED = {
+    "IPython", "absl", "datapipe.ingest", "datapipe.maintain", "datapipe.sources", "datapipe.synth", "h5py", "joblib",
+    "lmdb", "matplotlib", "networkx", "rich", "scipy", "sklearn", "tensorboard", "torch._inductor.select_algorithm",
+    "training.clustering.dbscan", "training.clustering.jaccard", "training.commands", "training.evaluation",
+    "training.grid", "training.reid.ranking", "training.reid.retrieval", "training.reid.zero_shot", "training.report",
+    "training.trainer.pseudo_labels",
+}  # fmt: skip
+"""What is for scores, clusters, reports, data sets and figures, with the packages that these want."""
+NOT_NEEDED_WITHOUT_RAY = {"boto3", "botocore", "cluster", "pandas", "ray", "requests"}
+WHILE_STANDING_BY = {"absl", "tensorboard"}
+"""What is needed for the first record is imported ahead, where there is time."""
+LOOK = """
+import json, sys
+import training.trainer.pretrain
+from training.config import recipe_toml as recipes
+from training.core.host import LocalHost
+from training.core.world import alone
+from training.engine import deepspeed
+from training.trainer import loop
+
+found = []
+
+def note():
+    found.append(sorted(sys.modules))
+
+def stop(*_):
+    note()
+    raise KeyboardInterrupt
+
+deepspeed.load()
+note()
+from cluster.train import standby
+
+standby.load(["deepspeed"])
+note()
+loop._observe = stop
+try:
+    with alone("cpu", group=True) as world:
+        training.trainer.pretrain.pretrain(recipes.load(sys.argv[1], []), world=world, host=LocalHost())
+except KeyboardInterrupt:
+    print(json.dumps(found))
+"""
+
+
+def _under(modules: set[str], names: set[str]) -> set[str]:
+    """Those names that are among the modules, or a package of theirs."""
+    packages = {name for module in modules for name in _parents(module)}
+    return names & packages
+
+
+def _parents(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[: count + 1]) for count in range(len(parts))]
+
+
+@pytest.mark.slow
+def test_worker__imports_what_its_engine_needs_and_ahead_all_that_its_first_step_does(tmp_path: Path) -> None:
+    path = recipe(tmp_path, generated(tmp_path, 12), str(tmp_path / "run"), epochs=1)
+    path.write_text(path.read_text().replace('stepper = "plain"', 'stepper = "deepspeed"'))
+    done = subprocess.run([sys.executable, "-c", LOOK, str(path)], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    alone, ahead, stepped = map(set, json.loads(done.stdout.splitlines()[-1]))
+    assert {"deepspeed", "training.trainer.pretrain"} <= alone and {"cluster.train.worker", "ray"} <= ahead
+    assert _under(alone, NOT_NEEDED | NOT_NEEDED_WITHOUT_RAY) == set()
+    assert _under(ahead, NOT_NEEDED - WHILE_STANDING_BY) == set()
+    assert _outside(stepped - ahead) == set(), "a worker that stood by imports nothing more until its first step"
+
+
+def _outside(modules: set[str]) -> set[str]:
+    """Top-level packages, but for Python's own library, PIL's formats (the picture of the first batch, which restarts
+    do not draw again) and the few modules that DeepSpeed chooses by its settings."""
+    return {name.partition(".")[0] for name in modules} - {*sys.stdlib_module_names, "PIL", "deepspeed"}

@@ -8,7 +8,7 @@ from tests.bench.scale import Scale
 from tests.bench.table import Table
 
 BENCHES = ("views", "loader", "streaming", "opening", "order", "ingest", "ingest_peers", "retrieval", "clustering",
-           "usl_epoch")  # fmt: skip
+           "usl_epoch", "step")  # fmt: skip
 """Each is a module here with a function of the same name."""
 
 

@@ -41,6 +41,10 @@ class Scale:
     """Crops of an epoch of training without labels."""
     usl_iterations: int = 10
     usl_batch: int = 64
+    step_images: int = 4
+    """Images of a training step."""
+    step_tiny: bool = False
+    """Take two narrow blocks on small images in place of ViT-S."""
 
 
 TOY = Scale(
@@ -61,10 +65,13 @@ TOY = Scale(
     usl_images=64,
     usl_iterations=1,
     usl_batch=8,
+    step_images=2,
+    step_tiny=True,
 )
 """For the test: every line runs, no figure means anything."""
 
 
 def full(scale: Scale) -> Scale:
-    """Retrieval and clustering at MSMT17's size."""
-    return replace(scale, queries=11_659, gallery=82_161, channels=768, clustered=32_621, clustered_looped=6_000)
+    """Retrieval and clustering at MSMT17's size, training steps of 16 images."""
+    sizes = {"queries": 11_659, "gallery": 82_161, "channels": 768, "clustered": 32_621, "clustered_looped": 6_000}
+    return replace(scale, **sizes, step_images=16)

@@ -7,6 +7,7 @@ the very same moment may both do so; then nothing was written, and one of them i
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 
 from datapipe.core.errors import DataError, NotFoundError
@@ -14,6 +15,10 @@ from datapipe.dataset.manifest import has_manifest
 from datapipe.storage import Store, probe
 
 FOLDER = "requests"
+RULES_SETTING, FIRST_RULES = "screening_rules", 1
+"""Among the settings of a request: the version of the rules by which crops are read and screened; before there was one,
+they were the first."""
+log = logging.getLogger(__name__)
 
 
 def owns_output(store: Store, request: bytes) -> bool:
@@ -30,7 +35,12 @@ def owns_output(store: Store, request: bytes) -> bool:
 
 def is_written(store: Store, request: bytes, out: str) -> bool:
     """Whether this request's data set is there whole. Raises StorageError where a folder that is nobody's yet, at the
-    address `out`, cannot hold one, DataError where it is another request's."""
+    address `out`, cannot hold one, DataError where it is another request's, or the same one's of other rules that is
+    not finished."""
+    if has_manifest(store) and (rules := _rules_of_same(store, request)):
+        log.warning("%s: finished under version %s of the screening rules, this is version %s; another --out ingests "
+                    "the sources anew", out, *rules)  # fmt: skip
+        return True
     if not owns_output(store, request):
         probe(store).demand("ranges", "lists", where=out)
         return False
@@ -61,6 +71,19 @@ def _claims(store: Store) -> Iterator[str]:
         return
 
 
+def _rules_of_same(store: Store, request: bytes) -> tuple[int, int] | None:
+    """(there, here) where the folder's one claim is the same request of other screening rules."""
+    claims = list(_claims(store))
+    if len(claims) != 1 or claims[0] == _name(request):
+        return None
+    try:
+        other, here = json.loads(store.read(claims[0])), json.loads(request)
+        rules = (other["settings"].pop(RULES_SETTING, FIRST_RULES), here["settings"].pop(RULES_SETTING, FIRST_RULES))
+    except (NotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return rules if other == here else None
+
+
 def _refusal(store: Store, name: str, request: bytes) -> DataError:
     try:
         other, here = json.loads(store.read(name)), json.loads(request)
@@ -76,7 +99,7 @@ def _refusal(store: Store, name: str, request: bytes) -> DataError:
 
 def _differences(existing: dict, here: dict) -> Iterator[str]:
     for name, value in here["settings"].items():
-        other = existing["settings"].get(name)
+        other = existing["settings"].get(name, FIRST_RULES if name == RULES_SETTING else None)
         if other != value:
             yield f"{name} is {other} there and {value} here"
     changed = sorted({name for name, _ in set(existing["sources"].items()) ^ set(here["sources"].items())})

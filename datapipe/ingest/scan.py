@@ -30,14 +30,14 @@ from datapipe.dataset.manifest import libraries
 from datapipe.dataset.perceptual_hash import DifferenceHashes
 from datapipe.dataset.quarantine import REFUSED
 from datapipe.dataset.tar import member_bytes
-from datapipe.ingest.screen import Kept, Reason, Refused, screen
+from datapipe.ingest.screen import RULES, Kept, Reason, Refused, screen
 from datapipe.ingest.shard_plan import HOT, hot_columns, sample_key
 from datapipe.ingest.shard_writer import sidecars
 from datapipe.sources.base import Crop, Source, Unit
 from datapipe.storage import Store
 
-VERSION = "scan 2"
-"""Change it when screening changes: spooled parts of before are then read again."""
+VERSION = f"scan 3, rules {RULES}"
+"""Of what is spooled: parts of another version are read again."""
 SEGMENT_BYTES = 64_000_000
 """JPEG bytes at which a segment is closed."""
 MOST_CROPS = 100_000

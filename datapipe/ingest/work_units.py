@@ -10,7 +10,9 @@ from types import TracebackType
 from typing import Any
 
 from datapipe.core.config import ShardConfig
+from datapipe.ingest.ownership import RULES_SETTING
 from datapipe.ingest.scan import Work
+from datapipe.ingest.screen import RULES
 from datapipe.sources.base import Source, Unit
 
 PART_BYTES = 64_000_000
@@ -66,7 +68,7 @@ class Listing:
         record = {
             "format": 2,
             "licence": licence,
-            "settings": {name: getattr(config, name) for name in DECIDING},
+            "settings": {name: getattr(config, name) for name in DECIDING} | {RULES_SETTING: RULES},
             "sources": {label: digest.hexdigest() for label, digest in self._digests.items()},
         }
         return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()

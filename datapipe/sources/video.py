@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import av
-import cv2
 import numpy as np
 import simplejpeg
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
-from datapipe.core.image_formats import is_known
+from datapipe.formats.images import Undecodable, decode_image
 from datapipe.sources.base import Crop
 from datapipe.sources.location import (
     ARCHIVES,
@@ -42,6 +41,7 @@ FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "mpegvideo", "flv", "asf"
 files, or the network."""
 OPENED = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none", "enable_drefs": "0"}
 """FFmpeg gets the bytes of the file from us and opens nothing by itself, be it what a film refers to."""
+NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
 CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 
 
@@ -180,11 +180,10 @@ class VideoSource:
                     where=store.address(unit.boxes),
                     hint="copy the frames again; they count from 1",
                 )
-            data, how = store.read(names[number]), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), how) if is_known(data) else None
-            if image is None:
-                raise DataError("the frame is no image", where=store.address(names[number]), hint="copy it again")
-            yield Frame(number, image[..., ::-1], "")
+            try:
+                yield Frame(number, decode_image(store.read(names[number])), "")
+            except Undecodable as error:
+                yield Frame(number, NO_PIXELS, f"the frame cannot be decoded: {error}")
 
 
 def _undecodable(error: Exception, store: Store, file: str) -> DataError:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datapipe.core.errors import DataError
-from datapipe.core.image_formats import is_known
+from datapipe.formats.images import Undecodable, decode_image
 
 BINS = (8, 4, 4)
 """Hue, saturation, value."""
@@ -37,7 +37,8 @@ def _rgb(image: NDArray[np.uint8] | bytes | Path) -> NDArray[np.uint8]:
     if isinstance(image, np.ndarray):
         return image
     data = image.read_bytes() if isinstance(image, Path) else image
-    decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if is_known(data) else None
-    if decoded is None:
-        raise DataError("not an image", where=str(image) if isinstance(image, Path) else "", hint="verify the data set")
-    return np.asarray(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB), np.uint8)
+    try:
+        return decode_image(data)
+    except Undecodable as error:
+        where = str(image) if isinstance(image, Path) else ""
+        raise DataError(f"an image cannot be decoded: {error}", where=where, hint="verify the data set") from error

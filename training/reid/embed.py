@@ -5,7 +5,6 @@ antialiased. Normalised with the statistics of pre-training (ImageNet); TransReI
 Shapes: B images of one batch, N images in all, C channels.
 """
 
-import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,18 +12,17 @@ from contextlib import ExitStack
 from typing import Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-import simplejpeg
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
 from datapipe.core.config import Size
 from datapipe.core.errors import DataError
-from datapipe.core.image_formats import FORMATS
 from datapipe.core.progress import QUIET_S, Progress
 from datapipe.core.settings import settings
+from datapipe.formats.images import Undecodable, decode_image
 from datapipe.views.normalisation import IMAGENET_MEAN, IMAGENET_STD, Triple
 from training.core.device_copy import to_device
 from training.core.out_of_memory import scoring_memory
@@ -272,11 +270,11 @@ def normalise(pixels: NDArray[np.uint8], dtype: torch.dtype, device: torch.devic
 
 
 def decode(data: bytes, name: str = "") -> NDArray[np.uint8]:
-    """RGB [height, width, 3]. JPEG by libjpeg-turbo; everything else, and odd JPEGs, by PIL."""
+    """RGB [height, width, 3] as ingestion sees it: upright, whole, bits by their real range. Raises DataError."""
     try:
-        return simplejpeg.decode_jpeg(data, colorspace="RGB")
-    except ValueError:
-        return _decode_with_pil(data, name)
+        return decode_image(data)
+    except Undecodable as error:
+        raise DataError(f"an image cannot be decoded: {error}", where=name, hint="replace or remove it") from error
 
 
 def resize(image: NDArray[np.uint8], size: Size, interpolation: Literal["bilinear", "bicubic"]) -> NDArray[np.uint8]:
@@ -284,11 +282,3 @@ def resize(image: NDArray[np.uint8], size: Size, interpolation: Literal["bilinea
     method = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
     height, width = size
     return np.asarray(Image.fromarray(image).resize((width, height), method))
-
-
-def _decode_with_pil(data: bytes, name: str) -> NDArray[np.uint8]:
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"an image cannot be decoded: {error}", where=name, hint="replace or remove it") from error

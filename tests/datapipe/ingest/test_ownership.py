@@ -1,11 +1,12 @@
 """A folder belongs to one request, also where two come at the same moment."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from datapipe.core.errors import DataError
-from datapipe.ingest.ownership import claim_output, owns_output
+from datapipe.ingest.ownership import claim_output, is_written, owns_output
 from datapipe.storage import Data, open_store
 from datapipe.storage.local import LocalStore
 
@@ -63,3 +64,23 @@ def test_claim__that_cannot_be_read_is_anothers(tmp_path: Path) -> None:
     store.replace("requests/0123456789abcdef.json", b"cut")
     with pytest.raises(DataError, match="cannot be read"):
         owns_output(store, REQUESTS[0])
+
+
+def of_rules(version: int | None) -> bytes:
+    settings = {"seed": 0} | ({"screening_rules": version} if version else {})
+    return json.dumps({"settings": settings, "sources": {"a": "1"}, "licence": ""}).encode()
+
+
+@pytest.mark.parametrize("before", [None, 1])
+def test_claim__of_other_screening_rules_is_refused_until_it_is_finished(
+    tmp_path: Path, before: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(f"{tmp_path}/out")
+    claim_output(store, of_rules(before))
+    with pytest.raises(DataError, match="screening_rules is 1 there and 2 here"):
+        is_written(store, of_rules(2), store.url)
+    (tmp_path / "out" / "manifest-v0001.json").write_text("{}")
+    assert is_written(store, of_rules(2), store.url)
+    assert "version 1 of the screening rules, this is version 2" in caplog.text
+    with pytest.raises(DataError, match="seed is 0 there and 1 here"):
+        is_written(store, of_rules(2).replace(b'"seed": 0', b'"seed": 1'), store.url)

@@ -1,0 +1,1 @@
+"""What the bytes of a file are: its kind by its first bytes, text in any encoding, images as a viewer shows them."""

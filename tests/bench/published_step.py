@@ -76,9 +76,7 @@ class Encoder:
             found.append(tokens)
         return [*found, self._norm(tokens, "norm.")]
 
-    def _embedded(
-        self, images: Tensor, parts: Sequence[int], mask: Tensor | None, visible: Tensor | None
-    ) -> Tensor:
+    def _embedded(self, images: Tensor, parts: Sequence[int], mask: Tensor | None, visible: Tensor | None) -> Tensor:
         weights, rows = self.weights, images.shape[-2] // self.patch
         projected = F.conv2d(
             images, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], stride=self.patch
@@ -170,9 +168,7 @@ class PublishedStep:
         self.config, self.method_config = config, config.method
         own: dict[str, Tensor] = {name: value.detach().clone() for name, value in method.named_parameters()}
         trained = {name for name, value in method.named_parameters() if value.requires_grad}
-        self.parameters = {
-            name: nn.Parameter(value, requires_grad=name in trained) for name, value in own.items()
-        }
+        self.parameters = {name: nn.Parameter(value, requires_grad=name in trained) for name, value in own.items()}
         self.trained = {name: self.parameters[name] for name in own if name in trained}
         self.centres = {name: value.clone() for name, value in method.centres().items()}
         self.groups = group_parameters(method, layer_decay=config.optimisation.layer_decay)
@@ -296,7 +292,9 @@ class PublishedStep:
         self.centres["centre_patch"] = self.centres["centre_patch"] * momentum + mean * (1 - momentum)
         of_view = [
             torch.sum(-target * F.log_softmax(view, dim=-1), dim=-1)
-            for target, view in zip(targets.chunk(GLOBALS), (said[:, 1:] / given.student_temp).chunk(GLOBALS), strict=True)
+            for target, view in zip(
+                targets.chunk(GLOBALS), (said[:, 1:] / given.student_temp).chunk(GLOBALS), strict=True
+            )
         ]
         patches = [
             (torch.sum(values * hidden, dim=-1) / hidden.sum(dim=-1).clamp(min=1.0)).mean()
@@ -339,7 +337,9 @@ class PublishedStep:
             calm = _layer_norm(tokens, weights, f"{name}norm1.")
             tokens = tokens + _cross(calm, calm, weights, f"{name}attn.", heads)
             kept = _layer_norm(memory, weights, f"{name}norm_memory.")
-            tokens = tokens + _cross(_layer_norm(tokens, weights, f"{name}norm2."), kept, weights, f"{name}cross.", heads)
+            tokens = tokens + _cross(
+                _layer_norm(tokens, weights, f"{name}norm2."), kept, weights, f"{name}cross.", heads
+            )
             hidden = F.gelu(_linear(_layer_norm(tokens, weights, f"{name}norm3."), weights, f"{name}mlp.fc1."))
             tokens = tokens + _linear(hidden, weights, f"{name}mlp.fc2.")
         return _linear(_layer_norm(tokens, weights, "norm.")[:, seen.shape[1] :], weights, "predict.")

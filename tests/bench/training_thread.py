@@ -4,8 +4,8 @@
 
 One rank takes its steps through the code of the loop: the loader hands over batches, numbers are exchanged, observers
 are told. The other ranks are recorded: what each would contribute to the all-reduces is worked out beforehand by the
-same code, and their sum is replayed. No network is simulated, so what a collective takes on the wire is not counted, nor
-what other threads do: the figures are CPU milliseconds of this one thread.
+same code, and their sum is replayed. No network is simulated, so what a collective takes on the wire is not counted,
+nor what other threads do: the figures are CPU milliseconds of this one thread.
 """
 
 import argparse

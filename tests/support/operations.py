@@ -8,8 +8,31 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 VIEWS = frozenset(
-    "view _unsafe_view expand permute transpose t slice select unsqueeze squeeze detach alias split split_with_sizes "
-    "unbind as_strided chunk lift_fresh _reshape_alias unfold diagonal narrow is_same_size".split()
+    [
+        "view",
+        "_unsafe_view",
+        "expand",
+        "permute",
+        "transpose",
+        "t",
+        "slice",
+        "select",
+        "unsqueeze",
+        "squeeze",
+        "detach",
+        "alias",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "as_strided",
+        "chunk",
+        "lift_fresh",
+        "_reshape_alias",
+        "unfold",
+        "diagonal",
+        "narrow",
+        "is_same_size",
+    ]
 )
 """Operations that only look at memory in another way."""
 ALLOCATIONS = ("empty", "new_empty", "sym_")

@@ -2,9 +2,10 @@
 
 import json
 import tomllib
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from datapipe.core.errors import ConfigError, DataError
 from datapipe.core.parallel import in_order
@@ -47,7 +48,10 @@ class Before(NamedTuple):
 def look(folder: RunFolder) -> Before:
     """Read it, from a remote store side by side: the time of two requests."""
     store = folder.at("checkpoints")
-    asks = (partial(lineage.look, store, ahead=True), partial(folder.read_text, "config.toml"))
+    asks: tuple[Callable[[], Any], ...] = (
+        partial(lineage.look, store, ahead=True),
+        partial(folder.read_text, "config.toml"),
+    )
     surveyed, recipe = in_order(lambda ask: ask(), asks, threads=len(asks) if is_remote(store.url) else 0)
     lineage.tell(store, surveyed)
     newest = surveyed.markers.get(surveyed.names[-1], b"") if surveyed.names else b""

@@ -8,9 +8,9 @@ from datapipe.core.errors import ConfigError
 from datapipe.core.progress import counted
 from training.config.cluster import ClusterConfig
 
-GROWTH = 4
-"""Times the present room that a cluster without an autoscaler may grow to while the command lasts, where the recipe
-leaves the number of workers to it. Ray counts places for as many every 20 s, so not without bound."""
+LARGEST = 1_024
+"""Workers that a cluster without an autoscaler may have while the command lasts, where the recipe leaves their number
+to it: machines may join at any time. Ray looks for places for as many every 20 s, so not without bound."""
 
 
 class GroupSize(NamedTuple):
@@ -51,7 +51,7 @@ def group_size(machine: ClusterConfig, *, useful: int, present: int, later: floa
     if later is None:
         most = present
     else:
-        most = max(present, int(later)) if later else GROWTH * present
+        most = max(present, int(later) or LARGEST)
     if not max(most, machine.min_workers):
         raise ConfigError("there is no room for a worker yet, and nothing says how much there can be",
                           where="cluster.max_workers = 0", hint="--cluster.max-workers N, or --cluster.min-workers N"

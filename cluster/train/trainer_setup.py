@@ -16,6 +16,9 @@ from training.config import recipe_toml as recipes
 from training.config.run_config import RunConfig
 from training.core.run_folder.write_guard import Ticket
 
+SHARES = 16
+"""Parts of a core that a worker's share is rounded down to: exact in binary and in Ray's four decimals, else the sum of
+shares over one of them, by which Ray counts the workers that fit, may be just below a whole number."""
 PLACEMENT_S = 20.0
 """Seconds after which room that was counted, but is not there, is counted again."""
 SURVIVORS_S = 20.0
@@ -108,5 +111,10 @@ def worker_resources(config: RunConfig, choice: DeviceChoice) -> dict[str, float
     if machine.workers_per_node:
         cores = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
         smallest = min(filter(None, cores), default=0)
-        cpus = max(cpus, math.floor(100 * smallest / machine.workers_per_node) / 100)
+        cpus = max(cpus, share_of(smallest, machine.workers_per_node))
     return {"CPU": cpus, **({"GPU": 1} if choice.kind == "cuda" else {})}
+
+
+def share_of(cores: float, workers: int) -> float:
+    """Cores for each of so many workers of a machine."""
+    return math.floor(SHARES * cores / workers) / SHARES

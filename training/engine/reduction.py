@@ -68,7 +68,7 @@ def _scatter(
         for start in range(0, size, width):
             count = min(width, size - start)
             stretches = [row.stretch(one * size + start, count) for one in range(world)]
-            sent = torch.cat([piece for stretch in stretches for piece in stretch]).mul_(1 / world)
+            sent = torch.cat([piece for stretch in stretches for piece in stretch]).div_(world)
             part = reduce_scatter(travelling(sent, reduction))
             own = stretches[rank]
             for piece, average in zip(own, part.split([len(piece) for piece in own]), strict=True):

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from cluster.train.group_size import GROWTH, group_size, room
+from cluster.train.group_size import LARGEST, group_size, room
+from cluster.train.trainer_setup import share_of
 from datapipe.core.errors import ConfigError
 from training.config.cluster import ClusterConfig
 
@@ -30,12 +31,24 @@ def test_room__whole_workers_of_each_living_machine() -> None:
     assert room([], GPUS) == 0
 
 
+def test_share__as_many_fit_as_shares_were_made() -> None:
+    """Ray Train divides the sum of the shares by one of them."""
+    for cores in range(1, 129):
+        for workers in range(1, min(cores, 24) + 1):
+            share = share_of(cores, workers)
+            total = 0.0
+            for _ in range(workers):
+                total += share
+            assert total <= cores and total // share == workers == room([machine(0, cpus=total)], {"CPU": share})
+
+
 def test_unset__all_that_is_there_and_what_is_left_of_it() -> None:
     """Two machines of 8 GPUs: 16 workers; with one of them gone 8, and more where machines join."""
-    least, most, elastic = of(room([machine(8), machine(8)], GPUS))
-    assert least == 1 and most >= 16 and elastic
-    assert of(16) == (1, GROWTH * 16, True)
-    assert of(16, min_workers=8) == (8, GROWTH * 16, True)
+    present = room([machine(8), machine(8)], GPUS)
+    assert present == 16 and of(present) == (1, 512, True)
+    assert of(present, useful=4096) == (1, LARGEST, True) and of(2_000, useful=4096) == (1, 2_000, True)
+    assert of(present, min_workers=8) == (8, 512, True)
+    assert of(0) == (1, 512, True), "machines may come"
 
 
 def test_unset__no_more_than_the_batch_has_images_for() -> None:
@@ -58,7 +71,7 @@ def test_set__is_what_the_recipe_says() -> None:
     assert of(2, max_workers=8) == (1, 8, True), "begins with two, and goes on with what is left"
     assert of(2, max_workers=8, min_workers=4) == (4, 8, True)
     assert of(2, max_workers=8, min_workers=8) == (8, 8, False), "a fixed group waits"
-    assert of(16, min_workers=64) == (64, 64, False)
+    assert of(16, min_workers=64) == (64, 512, True) and of(16, min_workers=64, later=None) == (64, 64, False)
 
 
 def test_embedded__a_fixed_group_of_what_this_machine_has() -> None:

@@ -93,8 +93,9 @@ def test_memory__is_asked_of_a_machine_for_all_its_workers(monkeypatch: pytest.M
     config = load(SHIPPED / "pass_vits.toml")
     monkeypatch.setattr(cpu_forecast, "available_memory", lambda: 2 * cpu_forecast.needed(config, 2) - 1)
     cpu_forecast.refuse_on_this_machine(config, 1, torch.device("cpu"))
-    with pytest.raises(ConfigError, match="2 workers need"):
+    with pytest.raises(ConfigError, match="2 workers need") as caught:
         cpu_forecast.refuse_on_this_machine(config, 2, torch.device("cpu"))
+    assert "--cluster.max-workers 1" in caught.value.hint
 
 
 @pytest.mark.slow

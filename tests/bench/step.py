@@ -75,7 +75,7 @@ def step(scale: Scale) -> Table:
         "and moving average parameter by parameter, everything under autocast; it is handed its normalised views and "
         "drop-path factors",
         "ceiling: the products and convolutions of our step by themselves, with operands of the same shapes",
-        "operations and host reads after the backward pass: ZeRO-1, twelve narrow blocks; without views and allocations",
+        "operations and host reads after the backward pass: ZeRO-1, twelve narrow blocks; no views, no allocations",
     ]
     try:
         for name in RECIPES:

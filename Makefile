@@ -15,7 +15,7 @@ AT_HAND = $(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYT
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo demo-clean test test-fast soak lint bench bench-gpu test-null-gpu chaos clean
+.PHONY: setup demo demo-clean test test-fast soak lint bench bench-gpu test-null-gpu test-ray-versions chaos clean
 
 setup: $(READY)
 
@@ -58,6 +58,10 @@ bench-gpu:
 
 test-null-gpu: setup
 	NULL_GPU_CASES=all $(BIN)/python -m pytest tests/null_gpu tests/bench/test_gpu.py
+
+# every night: the tests of the cluster on each Ray from 2.59 to 2.61 that is published, in folders of their own
+test-ray-versions: setup
+	$(BIN)/python -m tests.ray_versions $(FLAGS)
 
 chaos: setup
 	$(BIN)/python -m tests.chaos.chaos --faults $(FAULTS) --seed $(SEED)

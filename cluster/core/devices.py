@@ -139,6 +139,33 @@ def _of_autoscaler(address: str, resource: str) -> float | None:
     return None  # started without: KubeRay's autoscaler, for one, is in a container of its own
 
 
+def grows() -> bool:
+    """Whether something may bring machines to the cluster that this process has joined: an autoscaler, or something
+    that does not say what it is."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if most_of_autoscaler() is not None:
+        return True
+    context = ray.get_runtime_context()
+    head = next((node["NodeID"] for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"]), None)
+    if head is None or head == context.get_node_id():
+        return _is_autoscaled(context.gcs_address)
+    on_head = NodeAffinitySchedulingStrategy(head, soft=False)
+    look = ray.remote(num_cpus=0)(_is_autoscaled).options(scheduling_strategy=on_head)
+    return bool(ray.get(look.remote(context.gcs_address)))
+
+
+def _is_autoscaled(address: str) -> bool:
+    """On the head: whether Ray's process beside it goes by a file of machines, or there is none that could say."""
+    port = address.rpartition(":")[2]
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if any(word.endswith(MONITORS) for word in words) and _value(words, "--gcs-address").endswith(f":{port}"):
+            return bool(_value(words, "--autoscaling-config"))
+    return True
+
+
 def most_of(settings: Mapping[str, Any], resource: str = "GPU") -> float:
     """GPUs (or CPUs) of all machines that an autoscaler's settings (`ray up`'s cluster YAML) allow at once, its head
     aside."""

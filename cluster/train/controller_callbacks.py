@@ -12,10 +12,10 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from cluster.core.ray_internals import train_internals
 from cluster.train.coordinator import Leaving, Situation, find_coordinator
-from cluster.train.held_room import give_back
 from cluster.train.rendezvous import ask_workers
 from cluster.train.restart_policy import Failure
-from datapipe.core.errors import StorageError
+from cluster.train.room import give_back
+from datapipe.core.errors import ClusterError, StorageError
 from datapipe.core.progress import counted
 from training.config.run_config import RunConfig
 from training.core.run_folder import crash_log
@@ -35,6 +35,9 @@ _DEATHS = (
     (r"exit code (\d+)", "its process ended with code {}"),
 )
 """What Ray says of a dead worker, and what that means, the most telling first."""
+_ABSENT = re.compile(r"No module named '([\w.]+)'")
+_ADDRESS = re.compile(r"\bip=([\w.:]+)")
+"""In what Ray says of a task that failed."""
 MEANINGS = tuple(meaning for _, meaning in _DEATHS[:2])
 _COLLATERAL = re.compile(r"watchdog|collective.*time|timed out|remote process|connection (closed|reset)|peer", re.I)
 _OWN_FAULT = re.compile(r"CUDA error|CUDA_ERROR|Xid|\bECC\b|Segmentation fault|out of memory", re.I)
@@ -81,6 +84,9 @@ class RestartPolicy(_Internals.controller_callback):  # type: ignore[name-define
             raise Over
         if isinstance(cause, _Internals.no_room):
             return  # the driver sees to how long
+        if not came_up and (lack := lacking(cause)) is not None:
+            ray.get(self._coordinator.fail.remote(lack))
+            raise Over
         dead = self._dead()
         failure = describe(cause, situation, dead, self._words(situation, dead))
         if not came_up:
@@ -160,7 +166,7 @@ def describe(
     if situation.leaving:
         return Failure("preemption", situation.leaving)
     blame = situation.blame
-    if blame is not None and (blame.kind == "hang" or not dead):
+    if blame is not None and (blame.kind in ("hang", "start") or not dead):
         return blame
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     if not dead and not failures:
@@ -174,6 +180,24 @@ def describe(
     nodes = {situation.places[one].node for one in failed_ranks if one in situation.places}
     node = nodes.pop() if len(nodes) == 1 else ""  # several machines: none of them is known to have failed
     return Failure("crash", f"rank {rank}{where}: {what}{last_words}", node, rank)
+
+
+def lacking(error: BaseException) -> ClusterError | None:
+    """What to tell where workers did not come up as a package is absent on their machine; None: it was not that."""
+    text = str(error)
+    while error.__cause__ is not None:
+        error = error.__cause__
+        text += f"\n{error}"
+    absent = _ABSENT.search(text)
+    if absent is None:
+        return None
+    where = _ADDRESS.search(text)
+    return ClusterError(
+        f"a machine of the cluster has no Python package {absent[1]}, or another version of it",
+        where=f"machine {where[1]}" if where else "",
+        hint="install the same everywhere, or bring it along: cluster/docs/machines.md; `python -m cluster submit` "
+             "brings our own code",
+    )  # fmt: skip
 
 
 def _first_dead(dead: Mapping[int, str], words: Mapping[int, Sequence[str]]) -> list[int]:

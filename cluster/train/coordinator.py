@@ -87,13 +87,14 @@ class Coordinator:
 
     # ------------------------------------------------------------------------------------------- by the controller
 
-    def open(self) -> None:
-        """A group's processes are there, and are about to meet."""
+    def open(self) -> int:
+        """A group's processes are there, and are about to meet; the group's number."""
         self._group += 1
         self._leaving, self._stepping, self._closed = "", False, False
         self._blame: Failure | None = None
         self._places: dict[int, WorkerLocation] = {}
         self._pulses: dict[int, tuple[Pulse, float]] = {}
+        return self._group
 
     def place(self, places: list[WorkerLocation]) -> None:
         """Where the group's processes are."""

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from cluster.core.devices import DeviceChoice, decide, hidden, offered
+from cluster.core.devices import DeviceChoice, decide, grows, hidden, offered
 from cluster.train.group_size import GroupSize, of_cluster
-from cluster.train.hang_detection import Hung, accusation, end_process, hung
+from cluster.train.hang_detection import Hung, accusation, end_process, hung, slow_start
 from cluster.train.hang_evidence import keep_evidence
 from cluster.train.restart_policy import END, HISTORY, Failure, Restarts
+from cluster.train.start_watch import Seen, StartWatch
 from cluster.train.trainer_setup import make_trainer, worker_resources
 from datapipe.core.errors import ClusterError, UserError
-from datapipe.core.progress import counted, duration
+from datapipe.core.progress import counted
 from datapipe.core.stop_signals import at_end
 from training import checkpoint
 from training.config.batch_split import most_useful
@@ -27,8 +28,10 @@ from training.core.run_folder.run_folder import RunFolder
 from training.preflight.checks import refuse_unsuited
 
 POLL_S = 0.3
-WAITING_S = 30.0
-"""Seconds between lines that say why there are no workers yet."""
+LOOK_S, ASK_S = 5.0, 30.0
+"""Seconds between looks whether there is room for workers, and how far their processes are."""
+SLOW_S = 30.0
+"""Seconds without progress after which a start is said to be slow, and between lines about it."""
 IDLE_S = 5.0
 """Seconds without workers after which a stop needs no save."""
 FAREWELL_S = 10.0
@@ -51,6 +54,9 @@ class Driver:
         self._error: BaseException | None = None
         self._leaving = threading.Event()
         self._stop_sent, self._printed_at = False, 0.0
+        self._start, self._started = StartWatch(config.cluster.start_timeout_s), dict[str, int]()
+        self._looked_at, self._asked_at = time.monotonic(), time.monotonic()
+        self._grows: bool | None = None
         self._ended: set[int] = set()
 
     def _choose(self) -> DeviceChoice:
@@ -147,7 +153,7 @@ class Driver:
         """Have the workers of the dead one end, if Ray has not yet seen to it, and start another one with its own."""
         import ray
 
-        from cluster.train.held_room import give_back
+        from cluster.train.room import give_back
 
         give_back()
         ray.get(self._coordinator.abandon.remote())
@@ -198,13 +204,46 @@ class Driver:
         to_end = [one for one in hanging if one.rank in notes.places and notes.places[one.rank].pid not in self._ended]
         if to_end:
             self._end(to_end, notes.places)
-        if notes.waiting_s > machine.start_timeout_s:
-            raise ClusterError(f"no room for workers in {duration(notes.waiting_s)}: {self._shortage()}",
-                               where=self.config.out, hint="start again when there is; the run goes on")  # fmt: skip
-        if notes.waiting_s > WAITING_S and time.monotonic() - self._printed_at > WAITING_S:
+        if notes.waiting_s:
+            self._watch_start(time.monotonic())
+            return
+        self._start.reset()
+        line = slow_start(notes.pulses, notes.places, after_s=SLOW_S)
+        if line and time.monotonic() - self._printed_at > SLOW_S:
             self._printed_at = time.monotonic()
-            print(f"workers are not up yet: {self._shortage()}", flush=True)
-            starting.note(self.folder, self._shortage(), waits=True)
+            print(line, flush=True)
+            starting.note(self.folder, line)
+
+    def _watch_start(self, now: float) -> None:
+        """Say what is waited for while no workers are up. Raises ClusterError where it is not worth waiting for."""
+        if now - self._looked_at < LOOK_S:
+            return
+        from cluster.train.room import held_on, started_on
+
+        self._looked_at = now
+        held = held_on()
+        if held and now - self._asked_at > ASK_S:
+            self._asked_at, self._started = now, started_on(held)
+        amounts = {node: self._started.get(node, 0) for node in held}
+        verdict = self._start.judge(Seen(amounts) if held else Seen(None, self._shortage(), self._hopeless()), now)
+        if verdict.error:
+            raise ClusterError(verdict.error, where=self.config.out, hint="mended, or with other machines, the same "
+                               "command goes on with the run")  # fmt: skip
+        if verdict.line:
+            print(f"workers are not up yet: {verdict.line}", flush=True)
+            starting.note(self.folder, verdict.line, waits=not held)
+
+    def _hopeless(self) -> str:
+        """Why there can never be room for a worker on machines like those of the cluster; empty: there can, or others
+        may come."""
+        import ray
+
+        from cluster.train.room import lacks
+
+        lack = lacks(ray.nodes(), worker_resources(self.config, self.choice))
+        if lack and self._grows is None:
+            self._grows = not self.embedded and grows()
+        return "" if self._grows else lack
 
     def _end(self, hanging: list[Hung], places: dict[int, Any]) -> None:
         import ray

@@ -21,13 +21,15 @@ class Pulse(NamedTuple):
     """Steps done."""
     doing: Doing
     stood_s: float
-    """Since it last came further."""
+    """Since it last came further; before the first step also since it last imported or read anything."""
     silent_s: float
     """Since its process last said anything."""
     begun: bool
     """Has it made a step in this attempt?"""
     marks: int = 0
     """Places passed in this step."""
+    so_far: str = ""
+    """Before the first step: what it has imported and read."""
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -45,7 +47,8 @@ class Hung(NamedTuple):
 
 
 def hung(pulses: Sequence[Pulse], *, start_s: float, hang_s: float, silence_s: float) -> list[Hung]:
-    """The ranks to end, worst first; none while all is well. `start_s`: patience until every rank has made a step.
+    """The ranks to end, worst first; none while all is well. `start_s`: patience until every rank has made a step, with
+    ranks that neither come further nor import or read anything: a slow start is none that hangs.
 
     A process that is stopped falls silent, and is meant after `silence_s`; where all are silent it may be their
     listener that was away, and they have `hang_s`. A thread or a GPU that is stuck does not silence its process: nobody
@@ -67,10 +70,27 @@ def hung(pulses: Sequence[Pulse], *, start_s: float, hang_s: float, silence_s: f
     behind = [pulse for pulse in pulses if pulse.place == least]
     if len(behind) == len(pulses) > 1:
         one = min(pulses, key=lambda pulse: pulse.stood_s)
-        what = f"all ranks stand at step {one.step + 1} ({one.doing}) for {one.stood_s:.0f} s; nobody is behind"
+        what = f"all ranks stand at step {one.step + 1} ({_doing(one)}) for {one.stood_s:.0f} s; nobody is behind"
         return [Hung(pulse.rank, what, behind=False) for pulse in pulses]
-    return [Hung(pulse.rank, f"stood still in step {pulse.step + 1} ({pulse.doing}) for {pulse.stood_s:.0f} s")
+    return [Hung(pulse.rank, f"stood still in step {pulse.step + 1} ({_doing(pulse)}) for {pulse.stood_s:.0f} s")
             for pulse in behind]  # fmt: skip
+
+
+def _doing(pulse: Pulse) -> str:
+    return f"starting: {pulse.so_far}" if pulse.so_far else pulse.doing
+
+
+def slow_start(pulses: Sequence[Pulse], places: Mapping[int, Any], *, after_s: float) -> str:
+    """A line on the rank that has stood still for longest before its first step, for more than `after_s`; empty: none
+    has. Told long before it counts as hung."""
+    waiting = [pulse for pulse in pulses if not pulse.begun and pulse.so_far and pulse.stood_s > after_s]
+    if not waiting:
+        return ""
+    worst = max(waiting, key=lambda pulse: pulse.stood_s)
+    where = f" on {places[worst.rank].name}" if worst.rank in places else ""
+    others = f"; so have {len(waiting) - 1} others" if len(waiting) > 1 else ""
+    return (f"rank {worst.rank}{where} has come no further with its start for {worst.stood_s:.0f} s "
+            f"({worst.so_far}){others}")  # fmt: skip
 
 
 def accusation(hanging: Sequence[Hung], places: Mapping[int, Any]) -> Failure:

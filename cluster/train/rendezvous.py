@@ -8,18 +8,22 @@ import datetime
 import ipaddress
 import os
 import socket
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch.distributed as dist
+from ray.exceptions import RayTaskError
 from ray.train.torch import TorchConfig
 
 from cluster.core.devices import Kind, own_device
+from cluster.train import early_signs
 from cluster.train.coordinator import WorkerLocation, find_coordinator
+from cluster.train.restart_policy import Failure
 from cluster.train.worker_host import hear_signals
 from datapipe.core.config import StorageConfig
-from datapipe.core.errors import ConfigError
+from datapipe.core.errors import ClusterError, ConfigError
 from datapipe.core.process_setup import numbers_in_environment
 from training.core.devices import bind
 from training.core.launchers import forget_launchers
@@ -30,6 +34,11 @@ FAREWELL_S = 5
 """Seconds for workers to leave their process group before they are ended; one that waits for a dead one never does."""
 WAITING = 1024
 """Connections that may wait to be accepted: all workers come at once."""
+
+REACH_S = 25.0
+"""Seconds in which the first worker has to be reached."""
+CONNECT_S = 5.0
+"""Seconds of one attempt."""
 
 _Theirs: Any = TorchConfig().backend_cls
 
@@ -51,14 +60,22 @@ class Meeting(_Theirs):
         """In the controller. Returns when all workers have met. Raises what any of them raises."""
         coordinator, size = find_coordinator(backend_config.coordinator), len(worker_group)
         _group[:] = [worker_group]
-        ray.get(coordinator.open.remote())
+        group = ray.get(coordinator.open.remote())
+        begun = [worker_group.execute_single_async(rank, early_signs.begin, coordinator, group, rank)
+                 for rank in range(size)]  # fmt: skip
+        ray.get(begun)
         places = [WorkerLocation(rank, *found) for rank, found in enumerate(worker_group.execute(locate))]
         ray.get(coordinator.place.remote(places))
         host, port = worker_group.execute_single(0, listen)
-        ray.get([
-            worker_group.execute_single_async(rank, meet, rank, size, host, port, backend_config)
-            for rank in range(size)
-        ])  # fmt: skip
+        try:
+            ray.get([
+                worker_group.execute_single_async(rank, meet, rank, size, host, port, backend_config)
+                for rank in range(size)
+            ])  # fmt: skip
+        except RayTaskError as error:
+            if isinstance(error.cause, ClusterError):
+                ray.get(coordinator.blame.remote(Failure("start", error.cause.what)))
+            raise
 
     def on_shutdown(self, worker_group: Any, backend_config: "MeetingConfig") -> None:
         """In the controller, before workers are ended, dead or alive. Returns when all workers have left, or after a
@@ -116,13 +133,16 @@ def listen() -> tuple[str, int]:
 
 def meet(rank: int, size: int, host: str, port: int, config: MeetingConfig) -> None:
     """In every worker, in its main thread: join the process group, bound to its own GPU. Raises
-    torch.distributed.DistError after the timeout, ConfigError, also to the coordinator, where torch cannot use the GPU
-    that Ray has given, or reads a variable of the environment as a number that it is not."""
+    torch.distributed.DistError after the timeout, ClusterError where rank 0 is not reached, ConfigError, also to the
+    coordinator, where torch cannot use the GPU that Ray has given, or reads a variable of the environment as a number
+    that it is not."""
     global _listening
     hear_signals()
     forget_launchers()
     given: dict[str, Any] = {}
-    if rank == 0:
+    if rank:
+        _reach(host, port)
+    else:
         assert _listening is not None
         given["master_listen_fd"], _listening = _listening.detach(), None
     _words.append(crash_log.start(config.out, config.storage, rank))  # NCCL speaks from its first communicator on
@@ -133,6 +153,24 @@ def meet(rank: int, size: int, host: str, port: int, config: MeetingConfig) -> N
     except ConfigError as error:
         ray.get(find_coordinator(config.coordinator).fail.remote(error))
         raise
+
+
+def _reach(host: str, port: int) -> None:
+    """Returns if a connection to the first worker is possible, else raises ClusterError: within a minute, and with its
+    reason, where PyTorch's own attempt takes as long as the slowest start may."""
+    end = time.monotonic() + REACH_S
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=CONNECT_S).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                here = ray.util.get_node_ip_address()
+                raise ClusterError(f"{here} does not reach {host}:{port}, where the ranks meet: {error}",
+                                   where=f"machine {here}",
+                                   hint="open all ports between the machines; `ray start --node-ip-address` says which "
+                                        "address is a machine's") from error  # fmt: skip
+        time.sleep(0.5)
 
 
 def _join(rank: int, size: int, host: str, port: int, config: MeetingConfig, given: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from cluster.core.ray_internals import drain
-from cluster.train import standby
+from cluster.train import early_signs, standby
 from cluster.train.coordinator import Word, WorkerLocation
 from cluster.train.hang_detection import Pulse
 from training.config.cluster import ClusterConfig
@@ -56,7 +56,8 @@ class RayHost:
         self._word: Word = "go"
         self._first: int | None = None
         """Steps that were done when this attempt began."""
-        self._whereabouts = Whereabouts()
+        self._whereabouts, self._advance = Whereabouts(), early_signs.Advance()
+        early_signs.end()
         self._stepping = False
         self._done = threading.Event()
         watched = config.notice if world.local_rank == 0 else ""
@@ -112,7 +113,11 @@ class RayHost:
     def _pulse(self) -> Pulse:
         where = self._whereabouts.now()
         begun = self._first is not None and where.step > self._first
-        return Pulse(self._world.rank, where.step, where.doing, where.stood_s, 0.0, begun, where.marks)
+        if begun:
+            return Pulse(self._world.rank, where.step, where.doing, where.stood_s, 0.0, True, where.marks)
+        done, stood_s = self._advance.look()
+        stood_s = min(stood_s, where.stood_s)
+        return Pulse(self._world.rank, where.step, where.doing, stood_s, 0.0, False, where.marks, str(done))
 
     def _going(self, words: str) -> None:
         """This machine will be taken away: everybody saves, and Ray starts nothing here any more."""

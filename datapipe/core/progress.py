@@ -1,13 +1,15 @@
-"""How far a long command is: a bar on a terminal, one plain line per interval in a log; as a rule on stderr."""
+"""How far a long command is: a bar on a terminal, one plain line per interval in a log; as a rule on stderr. And how
+much a process has done so far, for whoever judges whether it stands still."""
 
 import contextlib
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -157,3 +159,31 @@ def duration(seconds: float) -> str:
     if whole < 172_800:
         return f"{whole // 3600} h {whole % 3600 // 60:02d}"
     return f"{whole // 86_400} d {whole % 86_400 // 3600} h"
+
+
+class WorkDone(NamedTuple):
+    """What a process has done since it began, in amounts that only grow."""
+
+    modules: int
+    """Imported."""
+    read: int
+    """Bytes that stores have brought, and one for each of their other answers."""
+
+    def __str__(self) -> str:
+        return f"{self.modules:,} modules imported, {self.read / 1e6:,.1f} MB read"
+
+
+_reading = threading.Lock()
+_read = 0
+
+
+def has_read(size: int) -> None:
+    """Count bytes that a store has brought. From any thread."""
+    global _read
+    with _reading:
+        _read += size
+
+
+def work_done() -> WorkDone:
+    """How much this process has done so far."""
+    return WorkDone(len(sys.modules), _read)

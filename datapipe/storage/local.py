@@ -14,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from datapipe.core.errors import NotFoundError, RefusedError, StorageError
+from datapipe.core.progress import has_read
 from datapipe.storage.store import TEMPORARY, Children, Data, Entry, Store
 
 NAMES_AT_ONCE = 1 << 16
@@ -208,6 +209,7 @@ class OpenFilesStore(LocalStore):
                 if file is None or file.gone():
                     file = self._open(name)
                 data = os.pread(file.number, size, start)
+                has_read(len(data))
                 return data if len(data) == size else _read_fully(file.number, start, size)
             except OSError:
                 pass  # the plain way says what is wrong
@@ -284,5 +286,6 @@ def _read_fully(file: int, start: int, size: int) -> bytes:
     parts = []
     while size > 0 and (part := os.pread(file, min(size, MOST_PER_READ), start)):
         parts.append(part)
+        has_read(len(part))
         start, size = start + len(part), size - len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)

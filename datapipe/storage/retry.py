@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import StorageError
+from datapipe.core.progress import has_read
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -39,7 +40,9 @@ def keep_trying(request: Callable[[], T], config: StorageConfig, *, where: str) 
     began = time.monotonic()
     for attempt in count(1):
         try:
-            return request()
+            answer = request()
+            has_read(len(answer) if isinstance(answer, bytes) else 1)
+            return answer
         except PassingFault as fault:
             wait = max(_wait_s(attempt), fault.after_s)
             spent = time.monotonic() - began

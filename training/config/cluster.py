@@ -52,8 +52,9 @@ class ClusterConfig:
     restart_delay_s: float = Field(default=2.0, ge=0)
     """Seconds before the second restart in a row, doubled for each that follows, up to 120. The first comes at once."""
     start_timeout_s: float = Field(default=600.0, gt=0)
-    """Seconds for room to be found, and seconds for workers to make their first step; imports and a first compilation
-    are slow."""
+    """Seconds for room to be found, and seconds that workers may stand still before their first step: without importing
+    or reading anything more, as in a first compilation. A start that is slow may take as long as it takes; one for
+    which no machine could ever have room, or whose workers do not reach each other, ends or is told in a minute."""
     hang_timeout_s: float = Field(default=180.0, gt=0)
     """Seconds after the first step without a next one on any worker, after which those that are furthest behind count
     as hung and are killed; all of them, and no machine is blamed, where they stand at the same place. Longer than the

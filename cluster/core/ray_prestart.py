@@ -25,7 +25,7 @@ def start_ahead(count: int, *, keep_s: int) -> None:
     import ray
     from ray._private.grpc_utils import init_grpc_channel
     from ray._private.utils import get_runtime_env_info
-    from ray.core.generated.common_pb2 import PYTHON  # type: ignore[attr-defined]
+    from ray.core.generated.common_pb2 import PYTHON  # type: ignore[attr-defined]  # made when it is imported
     from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest  # type: ignore[attr-defined]
     from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
     from ray.runtime_env import RuntimeEnv

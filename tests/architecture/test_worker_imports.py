@@ -21,8 +21,21 @@ NOT_NEEDED = {
 NOT_NEEDED_WITHOUT_RAY = {"boto3", "botocore", "cluster", "pandas", "ray", "requests"}
 WHILE_STANDING_BY = {"absl", "tensorboard"}
 """What is needed for the first record is imported ahead, where there is time."""
+LOOKS_AT_GPUS = ("_lazy_init", "device_count", "get_device_capability", "get_device_properties", "is_available")
+"""Functions of torch.cuda. A process that has called one of them knows no other GPUs than those of that moment."""
 LOOK = """
-import json, sys
+import json, sys, traceback
+import torch
+
+def watched(name, function):
+    def call(*given, **named):
+        calls.append(name + " by " + "".join(traceback.format_stack(limit=3)[:-1]))
+        return function(*given, **named)
+    return call
+
+calls = []
+for name in sys.argv[2:]:
+    setattr(torch.cuda, name, watched(name, getattr(torch.cuda, name)))
 import training.trainer.pretrain
 from training.config import recipe_toml as recipes
 from training.core.host import LocalHost
@@ -39,10 +52,14 @@ def stop(*_):
     note()
     raise KeyboardInterrupt
 
+at_gpus = [*calls]
 deepspeed.load()
 note()
 from cluster.train import standby
 
+calls.clear()
+standby.load()
+at_gpus += calls
 standby.load(["deepspeed"])
 note()
 loop._observe = stop
@@ -50,7 +67,7 @@ try:
     with alone("cpu", group=True) as world:
         training.trainer.pretrain.pretrain(recipes.load(sys.argv[1], []), world=world, host=LocalHost())
 except KeyboardInterrupt:
-    print(json.dumps(found))
+    print(json.dumps([at_gpus, *found]))
 """
 
 
@@ -69,9 +86,12 @@ def _parents(module: str) -> list[str]:
 def test_worker__imports_what_its_engine_needs_and_ahead_all_that_its_first_step_does(tmp_path: Path) -> None:
     path = recipe(tmp_path, generated(tmp_path, 12), str(tmp_path / "run"), epochs=1)
     path.write_text(path.read_text().replace('stepper = "plain"', 'stepper = "deepspeed"'))
-    done = subprocess.run([sys.executable, "-c", LOOK, str(path)], cwd=ROOT, text=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", LOOK, str(path), *LOOKS_AT_GPUS], cwd=ROOT, text=True,
+                          capture_output=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    alone, ahead, stepped = map(set, json.loads(done.stdout.splitlines()[-1]))
+    at_gpus, *found = json.loads(done.stdout.splitlines()[-1])
+    assert at_gpus == [], "which GPU a worker has is not known while it stands by"
+    alone, ahead, stepped = map(set, found)
     assert {"deepspeed", "training.trainer.pretrain"} <= alone and {"cluster.train.worker", "ray"} <= ahead
     assert _under(alone, NOT_NEEDED | NOT_NEEDED_WITHOUT_RAY) == set()
     assert _under(ahead, NOT_NEEDED - WHILE_STANDING_BY) == set()

@@ -4,7 +4,7 @@ import contextlib
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -127,9 +127,7 @@ def _plan(config: RunConfig, world: World) -> RunPlan:
             found = error
     else:
         data = load_data(config.stream, config.storage)
-    word: Literal[1, 2, 3] | UserError = world.broadcast(
-        found.config.views.version if isinstance(found, RunPlan) else found
-    )
+    word: Any = world.broadcast(found.config.views.version if isinstance(found, RunPlan) else found)
     if isinstance(word, UserError):
         raise word
     if isinstance(found, RunPlan):

@@ -13,6 +13,7 @@ from datapipe.core.errors import ConfigError
 from datapipe.core.progress import counted
 from datapipe.core.settings import settings
 from datapipe.core.stop_signals import GOES_ON, unwinding
+from datapipe.formats.text import NoText, decode_text
 
 MOST_FINDINGS = 50
 """Lines that `verify` prints at most."""
@@ -106,7 +107,11 @@ def preview(arguments: list[str]) -> int:
         return cli.COMPLETE
     if not chosen.views.is_file():
         raise ConfigError("no such file", where=str(chosen.views), hint="python -m training views RECIPE > views.json")
-    seen = TrainingViews.from_json(chosen.views.read_text(), where=str(chosen.views))
+    try:
+        seen = TrainingViews.from_json(decode_text(chosen.views.read_bytes()), where=str(chosen.views))
+    except NoText as error:
+        raise ConfigError(f"not a description of views: it {error}", where=str(chosen.views),
+                          hint="python -m training views RECIPE > views.json") from error  # fmt: skip
     with unwinding():
         print(
             contact_sheet(

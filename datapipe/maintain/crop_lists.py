@@ -14,10 +14,11 @@ import pyarrow.compute
 from datapipe.core.errors import DataError
 from datapipe.dataset.index import whole_column
 from datapipe.maintain.read_list import By, is_remark, read_list, read_notes
+from datapipe.sources.location import IMAGE_ENDINGS
 
 __all__ = ["By", "ListMatch", "look_up", "read_list", "read_notes", "refuse_ambiguous", "refuse_missing"]
 
-FOLDERS, ENDINGS = r"^.*/", r"(?i)(\.(jpe?g|png|webp|bmp|tiff?|gif|ppm|pgm))+$"
+FOLDERS, ENDINGS = r"^.*/", rf"(?i)(\.({'|'.join(ending[1:] for ending in IMAGE_ENDINGS)}))+$"
 FOLDER = r"^[^/]*/+"
 SAME_FOLDER = (r"^(\./+)+", ""), (r"/(\./+)+", "/"), (r"/{2,}", "/")
 BLANKS = " \t\r\n\v\f\u00a0\u2007\u202f\u3000\u200b\u200e\u200f\u2060\ufeff"

@@ -5,7 +5,6 @@ system. A table with a heading `key` or `name` gives that column. Compressed fil
 """
 
 import bz2
-import codecs
 import contextlib
 import csv
 import gzip
@@ -22,6 +21,7 @@ import pyarrow.parquet
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.core.plain_pickle import load_plain
+from datapipe.formats.text import NoText, decode_text
 from datapipe.sources.location import printable
 from datapipe.storage import open_object, open_store, split_url
 
@@ -36,15 +36,7 @@ PACKED: dict[bytes, Callable[[bytes], bytes]] = {
     b"\xfd7zXZ\0": lzma.decompress,
 }
 """First bytes of compressed files."""
-FOREIGN = {b"PK\x03\x04": "a zip or a spreadsheet", b"%PDF": "a PDF", b"\xd0\xcf\x11\xe0": "an old spreadsheet",
-           b"\x28\xb5\x2f\xfd": "compressed by zstd", b"\xff\xd8\xff": "a JPEG", b"\x89PNG": "a PNG"}  # fmt: skip
-MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"), (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),
-)  # fmt: skip
-"""Byte order marks, the longer before those that they begin with."""
 LINES = re.compile(r"\r\n|\r|\n")
-CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
 BLANK = " \t\v\f\u00a0\ufeff\u200b"
 DELIMITERS = ",;\t"
 MOST_HEADING = 10_000
@@ -100,30 +92,16 @@ def decoded(data: bytes, where: str) -> str:
 
     Raises DataError for what is no text.
     """
-    for start, what in FOREIGN.items():
-        if data.startswith(start):
-            raise _no_text(f"it is {what}", where)
-    encoding = next((name for mark, name in MARKS if data.startswith(mark)), "") or _by_zeros(data)
     try:
-        text = data.decode(encoding) if encoding else _utf8(data)
-    except UnicodeDecodeError as error:
-        raise _no_text(f"it is no whole {encoding.upper()}", where) from error
-    if control := CONTROL.search(text):
-        raise _no_text(f"it holds the control character {control[0]!r}", where)
-    return text.removeprefix("\ufeff")
+        return decode_text(data, errors="backslashreplace")
+    except NoText as error:
+        raise DataError(f"the list is no text: it {error}", where=where,
+                        hint="save it as plain text (UTF-8) with one name a line, or as CSV with a heading"
+                        ) from error  # fmt: skip
 
 
 def _utf8(data: bytes) -> str:
     return data.decode("utf-8", "backslashreplace")
-
-
-def _by_zeros(data: bytes) -> str:
-    """UTF-16 that has lost its mark shows by the zeros of its plain letters: after them, or before them."""
-    start = data[:1024]
-    even, odd = start[::2].count(0), start[1::2].count(0)
-    if len(data) % 2 or max(even, odd) < len(start) // 8:
-        return ""
-    return "utf-16-le" if odd > 4 * even else "utf-16-be" if even > 4 * odd else ""
 
 
 def _unpacked(data: bytes, where: str) -> bytes:
@@ -189,8 +167,3 @@ def _text(item: Any) -> str:
     if not isinstance(item, str):
         raise TypeError(f"an item is of type {type(item).__name__}")
     return item
-
-
-def _no_text(why: str, where: str) -> DataError:
-    return DataError(f"the list is no text: {why}", where=where,
-                     hint="save it as plain text (UTF-8) with one name a line, or as CSV with a heading")  # fmt: skip

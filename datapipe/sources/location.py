@@ -16,8 +16,12 @@ from datapipe.storage import Entry, is_remote, open_store, split_url
 from datapipe.storage.url_patterns import find_pattern, nothing_meets
 
 IMAGES, ARCHIVES, TABLES, VIDEOS = "images", "archives", "parquet files", "videos"
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp",
+                 ".bmp", ".dib", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm")  # fmt: skip
 """Names with these endings, upper or lower case, are taken for images; what they really are, screening finds out."""
+LEFTOVERS = frozenset(("Thumbs.db", "thumbs.db", "desktop.ini", "Desktop.ini", "__MACOSX", "@eaDir", "$RECYCLE.BIN",
+                       "lost+found", "System Volume Information"))  # fmt: skip
+"""Files and folders that systems put beside those of their users."""
 VIDEO_ENDINGS = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".flv", ".wmv")
 TABLE_ENDINGS = (".parquet", ".pq")
 BOX_ENDINGS = (".txt", *TABLE_ENDINGS)
@@ -125,8 +129,9 @@ def printable(name: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether the file or a folder below "." or ".." starts with a dot: copies of metadata, work in progress."""
-    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+    """Whether the file or a folder below "." or ".." starts with a dot, or is what file managers leave: copies of
+    metadata, work in progress."""
+    return any((part.startswith(".") and part not in (".", "..")) or part in LEFTOVERS for part in name.split("/"))
 
 
 def list_files(url: str, storage: StorageConfig, kind: str) -> Iterator[SourceFile]:

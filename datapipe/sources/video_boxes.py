@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 
 from datapipe.core.errors import DataError
+from datapipe.formats.text import NoText, decode_text
 from datapipe.sources.base import UNKNOWN
 from datapipe.sources.labels import NUMBERS
 
@@ -41,8 +42,13 @@ def read_mot(data: bytes, where: str, *, truth: bool = False) -> Boxes:
     `truth`: the lines are MOTChallenge's ground truth, whose seventh number 0 says that a line is not to be considered.
     """
     try:
-        lines = io.BytesIO(data.strip())
-        table = np.loadtxt(lines, delimiter="," if b"," in data else None, ndmin=2) if lines.getvalue() else NO_LINES
+        text = decode_text(data).strip()
+        delimiter = next((mark for mark in ",;" if mark in text), None)
+        table = np.loadtxt(io.StringIO(text), delimiter=delimiter, ndmin=2) if text else NO_LINES
+    except NoText as error:
+        raise DataError(
+            f"this is no MOT text: it {error}", where=where, hint="lines of frame,track,left,top,width,height"
+        ) from error
     except ValueError as error:
         raise DataError(
             f"this is no MOT text: {error}", where=where, hint="lines of frame,track,left,top,width,height"

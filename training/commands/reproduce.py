@@ -7,7 +7,6 @@ and hold ours against it.
 
 import difflib
 import json
-import tomllib
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError, DataError
 from datapipe.storage import open_store
 from training.commands.arguments import ReproduceCommand
+from training.config import recipe_toml as recipes
 from training.core.devices import choose_device
 from training.core.host import Host, LocalHost, exit_code
 from training.core.run_folder.lease import lease_on
@@ -108,11 +108,9 @@ def read_row(name: str) -> LiteratureRow:
         return BY_NAME[name]
     path = Path(name)
     try:
-        row = TypeAdapter(LiteratureRow).validate_python(tomllib.loads(path.read_text(encoding="utf-8")))
+        row = TypeAdapter(LiteratureRow).validate_python(recipes.parse_toml(path.read_bytes(), where=name))
     except OSError as error:
         raise ConfigError(f"the row cannot be read: {error.strerror}", where=name, hint=LIST) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"not a TOML file: {error}", where=name, hint="check quotes and brackets") from error
     except ValidationError as error:
         keys = ", ".join(field.name for field in fields(LiteratureRow))
         mistakes = "\n".join(f"    {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from datapipe.core import cli
 from datapipe.core.errors import ConfigError
+from datapipe.formats.text import NoText, decode_text
 from training import methods
 from training.config.run_config import RunConfig
 from training.recipes import SHIPPED
@@ -39,11 +40,22 @@ def load(
         suggestion = f"did you mean `{near[0]}`? " if near else ""
         hint = f"{suggestion}a TOML file; recipes that come along: {', '.join(known)}"
         raise ConfigError("no such recipe", where=str(path), hint=hint)
-    try:
-        tree = tomllib.loads(recipe.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"not a TOML file: {error}", where=str(path), hint="check quotes and brackets") from error
+    tree = parse_toml(recipe.read_bytes(), where=str(path))
     return override(validate(tree, where=str(path)), overrides, prog=prog, also=also)
+
+
+def parse_toml(data: bytes, *, where: str) -> dict[str, Any]:
+    """The tables of a TOML file, also of one that an editor began with a byte order mark or wrote in UTF-16. Raises
+    ConfigError that says what is wrong with it."""
+    try:
+        text = decode_text(data)
+    except NoText as error:
+        raise ConfigError(f"not a TOML file: it {error}", where=where,
+                          hint="save it as plain text in the encoding UTF-8") from error  # fmt: skip
+    try:
+        return tomllib.loads(text.replace("\r\n", "\n"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"not a TOML file: {error}", where=where, hint="check quotes and brackets") from error
 
 
 def validate(tree: Mapping[str, Any], *, where: str) -> RunConfig:

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from datapipe.formats.text import decode_text
 from training import methods
 from training.config import recipe_toml as recipes
 from training.config.continuation import FREE_TO_CHANGE
@@ -87,7 +88,7 @@ def comments(path: Path) -> Mapping[str, str]:
     """Dotted key -> the comment behind its value in a recipe; a line of its own above a value belongs to that."""
     comment_of_key: dict[str, str] = {}
     table, above = "", ""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in decode_text(path.read_bytes()).splitlines():
         code, comment = _parted(line)
         if code.startswith("["):
             table, above = f"{code.strip('[]')}.", ""

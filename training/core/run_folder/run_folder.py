@@ -95,7 +95,7 @@ class RunFolder:
     def read_text(self, name: str) -> str | None:
         """A file's text; None if it is not there."""
         try:
-            return self.store.read(name).decode()
+            return self.store.read(name).decode("utf-8-sig")  # an editor may have begun it with a byte order mark
         except NotFoundError:
             return None
 

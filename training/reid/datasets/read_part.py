@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from datapipe.core.errors import DataError
+from datapipe.formats.text import decode_text
 from datapipe.sources.labels import fits
 from training.reid.datasets.benchmarks import DiskLayout, SplitFacts
 from training.reid.datasets.image_stores import ImageEntry, ImageStore
@@ -104,8 +105,8 @@ def _read_lists(source: ImageStore, part: SplitFacts) -> Iterator[tuple[str, int
 
 def _lines(data: bytes) -> list[tuple[str, int | None]]:
     """Parse lines such as "0000/0000_000_01_0303morning_0015_0.jpg 0", or names alone: (name, label)."""
-    words = [line.split() for line in data.decode().splitlines() if line.strip()]
-    return [(line[0], int(line[1]) if len(line) > 1 else None) for line in words]
+    words = [line.split() for line in decode_text(data).splitlines() if line.strip()]
+    return [(line[0].replace("\\", "/"), int(line[1]) if len(line) > 1 else None) for line in words]
 
 
 def _matlab_rows(data: bytes, column: str) -> list[tuple[str, int | None]]:

@@ -287,5 +287,8 @@ class PretrainCommand(RecipeCommand):
     """With --dry-run: all of it, for programs; memory in bytes."""
     rows: Annotated[int, Field(gt=0)] | None = None
     """With --dry-run: images of a data set that is not at hand. None: LUPerson's."""
+    gpu: str | None = None
+    """With --dry-run: GPU that time is calculated for, "H100" or as the driver names it, and whose memory it must fit.
+    None: this machine's; without one both an A100 and an H100 are shown."""
     gpu_memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """With --dry-run: memory of a GPU, 10^9 bytes. None: that of this machine's, if any."""
+    """With --dry-run: memory of a GPU, 10^9 bytes. None: that of --gpu, else of this machine's, if any."""

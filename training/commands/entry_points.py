@@ -146,7 +146,7 @@ def warm(arguments: list[str]) -> int:
 
 def check_dry_run(chosen: PretrainCommand, *, prog: str) -> None:
     """Raise UsageError for flags of a dry run where none is asked for."""
-    given = [name for name in ("full", "json", "rows", "gpu_memory_gb") if getattr(chosen, name)]
+    given = [name for name in ("full", "json", "rows", "gpu", "gpu_memory_gb") if getattr(chosen, name)]
     if given and not chosen.dry_run:
         names = ", ".join(f"`--{name.replace('_', '-')}`" for name in given)
         raise UsageError(f"{names} goes with `--dry-run`", where=prog, hint="add --dry-run, or leave it out")

@@ -28,7 +28,9 @@ def run(config: RunConfig) -> int:
 
 def dry_run(chosen: PretrainCommand, config: RunConfig) -> int:
     """Print what a run would be and needs."""
-    calculated = calculate(config, rows=chosen.rows or 0, gpu_memory_gb=chosen.gpu_memory_gb or 0.0)
+    calculated = calculate(
+        config, rows=chosen.rows or 0, gpu=chosen.gpu or "", gpu_memory_gb=chosen.gpu_memory_gb or 0.0
+    )
     print(
         json.dumps(dry_run_text.to_tree(calculated), indent=2)
         if chosen.json

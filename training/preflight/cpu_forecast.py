@@ -4,7 +4,10 @@ Recipes are written for GPUs; on a machine without one they start all the same, 
 """
 
 import dataclasses
+import math
+import statistics
 import time
+from collections.abc import Callable
 
 import psutil
 import torch
@@ -19,7 +22,10 @@ from training.core.world import World
 from training.engine.clock import Clock
 from training.preflight import activation_memory, memory
 from training.preflight.activation_memory import FULL
+from training.preflight.communication import GBIT_S
+from training.preflight.gpus import Format
 from training.preflight.operations import block_flops, computed_of_image
+from training.preflight.step_time import TRAFFIC, Machine
 
 GB = 10**9
 DAY_S = 86_400.0
@@ -31,6 +37,8 @@ not measured."""
 TOKENS = 1_024
 """Tokens that go through the block that is measured."""
 MEASURED_S = 0.4
+LONG = 8_000_000
+"""Numbers of a vector that no cache holds."""
 BACKWARD = 3
 """Forward and backward pass over the forward pass."""
 
@@ -143,6 +151,46 @@ def measured_rate(config: RunConfig, seconds: float = MEASURED_S) -> float:
             step()
             count += 1
     return BACKWARD * rows * block_flops(config.backbone, stack.tokens) * count / passed
+
+
+def measured_machine(config: RunConfig, workers: int) -> Machine:
+    """What one of so many workers on this machine reaches: products of the width of the recipe's backbone in float32
+    and bf16, and the traffic of norms, sums and GELUs in a forward and backward pass."""
+    width, _, _, mlp_ratio = config.backbone.shape
+    hidden = int(mlp_ratio * width)
+    inputs, weights = torch.randn(TOKENS, width), torch.randn(hidden, width)
+    products = 2.0 * TOKENS * width * hidden
+    full = products / _seconds(lambda: nn.functional.linear(inputs, weights))
+    lowered = products / _seconds(lambda: nn.functional.linear(inputs.bfloat16(), weights.bfloat16()))
+    norm, rows = nn.LayerNorm(width), inputs.clone().requires_grad_()
+    wide = torch.randn(TOKENS, hidden, requires_grad=True)
+
+    def rest() -> None:
+        with torch.enable_grad():
+            (norm(norm(rows) + rows) + rows).sum().backward()
+            nn.functional.gelu(wide).sum().backward()
+
+    long, other = torch.randn(LONG), torch.randn(LONG)
+    stream = 3 * FULL * LONG / _seconds(lambda: long.add_(other))
+    memory_rate = sum(TRAFFIC["fp32"]) * TOKENS * width / _seconds(rest)
+    rates: dict[Format, float] = {"fp32": full, "tf32": full, "bf16": lowered, "fp16": lowered}
+    return Machine(
+        name="this CPU", products={form: rate / workers for form, rate in rates.items()}, attention=0.5,
+        memory=memory_rate / workers, stream=stream / workers, launch_s=0.0, link=stream / workers / 4, network=GBIT_S, host=math.inf,
+        fused=False,
+    )  # fmt: skip
+
+
+def _seconds(work: Callable[[], object], least_s: float = 0.2) -> float:
+    """Of one call, the middle of several."""
+    with torch.random.fork_rng(devices=[]):
+        work()
+        took, began = list[float](), time.perf_counter()
+        while time.perf_counter() - began < least_s or len(took) < 3:
+            start = time.perf_counter()
+            work()
+            took.append(time.perf_counter() - start)
+    return statistics.median(took)
 
 
 def in_days(seconds: float) -> str:

@@ -16,17 +16,22 @@ from training.config.batch_split import MACHINE_GPUS, expected_workers, most_use
 from training.config.run_config import RunConfig
 from training.config.run_plan import clock_of, clustered, for_clusters, milestone_ends, plan_run, sampling_of
 from training.engine.clock import Clock
-from training.preflight import memory
+from training.preflight import gpus, memory
 from training.preflight.checks import refuse_split, refuse_unsuited
 from training.preflight.communication import Traffic, traffic
+from training.preflight.cpu_forecast import measured_machine
 from training.preflight.deviations import Deviations, compare
+from training.preflight.gpus import Gpu
 from training.preflight.memory import Census, Memory
+from training.preflight.step_time import CORES, Forecast, Share, forecast, forecast_here
 
 LUPERSON = 4_180_243
 """Images of LUPerson, on which the published runs were trained."""
 MARKET, MARKET_IDENTITIES = 12_936, 751
 """Training images of Market-1501 and the identities on them, for training on a labelled data set."""
 GB = 10**9
+COMMON = ("A100 SXM 80 GB", "H100 SXM")
+"""GPUs that time is calculated for where there is none and none is named."""
 MACHINES = (1, 2, 8, 16, 32, 64)
 """Numbers of machines of 8 GPUs that a step is spread over in calculation."""
 PATIENCE_S = 5.0
@@ -102,6 +107,8 @@ class DryRun(NamedTuple):
     remedies: list[Remedy]
     """Where it does not fit: changes of settings with which it does, the least first."""
     comparison: Deviations
+    forecasts: list[Forecast]
+    """The time of a step by kind of GPU, or on this CPU."""
     spreads: list[Spread]
     """On numbers of workers that the recipe allows, the expected one among them, and with a machine lost."""
 
@@ -111,8 +118,9 @@ class DryRun(NamedTuple):
         return self.memory.needed <= self.gpu if self.gpu else None
 
 
-def dry_run(config: RunConfig, *, rows: int = 0, gpu_memory_gb: float = 0.0) -> DryRun:
-    """Calculate all of it. `rows`: images of a data set that is not at hand; 0: as many as LUPerson has.
+def dry_run(config: RunConfig, *, rows: int = 0, gpu: str = "", gpu_memory_gb: float = 0.0) -> DryRun:
+    """Calculate all of it. `rows`: images of a data set that is not at hand; 0: as many as LUPerson has. `gpu`: kind of
+    GPU; empty: this machine's.
 
     Training on a labelled data set that is not at hand is counted with the images and identities of Market-1501.
     Memory is that of a GPU unless the recipe asks for a CPU. Raises what starting the run would, but for want of data.
@@ -124,11 +132,37 @@ def dry_run(config: RunConfig, *, rows: int = 0, gpu_memory_gb: float = 0.0) -> 
     split = split_of(config, expected_workers(config))
     refuse_split(config, split, couples=sizes.couples)
     need = _needed(config, sizes)
-    gpu = round(gpu_memory_gb * GB) or _present(config)
-    remedies = _remedies(config, sizes, gpu) if gpu and need.needed > gpu else []
+    kinds = _kinds(config, gpu)
+    room = round(gpu_memory_gb * GB) or (round(kinds[0].memory_gb * GB) if gpu else _present(config))
+    remedies = _remedies(config, sizes, room) if room and need.needed > room else []
     steps = _steps(config, clock_of(config, rows), rows, known_from)
     spreads = [_spread(config, sizes, workers) for workers in _worlds(config)]
-    return DryRun(config, sizes, steps, need, gpu, remedies, compare(config), spreads)
+    return DryRun(
+        config, sizes, steps, need, room, remedies, compare(config), _forecasts(config, sizes, kinds), spreads
+    )
+
+
+def _kinds(config: RunConfig, gpu: str) -> list[Gpu]:
+    """GPUs that time is calculated for: the one that is named, else this machine's, else two that are widely used; none
+    for a run on CPUs. Raises ConfigError where the table has no such GPU."""
+    if gpu:
+        if (found := gpus.named(gpu)) is None:
+            raise ConfigError(f"no datasheet of a GPU named {gpu} is known", where="--gpu",
+                              hint=f"one of {', '.join(one.name for one in gpus.GPUS)}")  # fmt: skip
+        return [found]
+    if config.engine.device == "cpu":
+        return []
+    here = gpus.known(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None
+    return [here] if here else [one for one in gpus.GPUS if one.name in COMMON]
+
+
+def _forecasts(config: RunConfig, sizes: Census, kinds: list[Gpu]) -> list[Forecast]:
+    workers = expected_workers(config)
+    machines = math.ceil(workers / (config.cluster.workers_per_node or MACHINE_GPUS))
+    if config.engine.device == "cpu":
+        return [forecast_here(config, sizes, measured_machine(config, workers), Share(workers, 1, 1.0))]
+    cores = config.stream.threads or max(CORES, config.cluster.cpus_per_worker)
+    return [forecast(config, sizes, gpu, Share(workers, machines, cores)) for gpu in kinds]
 
 
 def _sized(config: RunConfig, rows: int, data: Data | None) -> RunConfig:

@@ -11,12 +11,20 @@ from training.preflight.communication import GBIT_S, Traffic
 from training.preflight.deviations import Deviations
 from training.preflight.dry_run import GB, DryRun, Steps
 from training.preflight.memory import FRAGMENTATION, RESERVED, Census, Memory
-from training.preflight.operations import computed_of_image
+from training.preflight.operations import computed_of_image, flops_of_image, of_image
+from training.preflight.step_time import CORES, Forecast
 
 RATE_IMAGES = 256
 """Images for which published scaling rules state the learning rate."""
 GPU_FLOPS = 1e14
 """Floating-point operations in a second that a GPU is assumed to reach: about a third of an A100's peak in bf16."""
+ADVICE = {
+    "memory traffic": "--backbone.compile-blocks True, where blocks are not compiled yet",
+    "launches": "a larger optimisation.micro_batch, --backbone.compile-blocks True",
+    "communication and copies": "fewer ranks with more images each, --optimisation.reduction bf16, a lower ZeRO stage",
+    "data": 'more cores for each GPU (stream.threads), views.interpolation = "linear"',
+}
+"""What takes most of a step -> what helps; matrix products are what a step is for."""
 MOST = 8
 """Differences from what is published that the answer names."""
 NOT_COUNTED = "heads, loss and teacher, of which this method says nothing (Method.workload): memory is known from below"
@@ -39,6 +47,8 @@ def to_tree(run: DryRun) -> dict[str, Any]:
             {name: value._asdict() if isinstance(value, Traffic) else value for name, value in spread._asdict().items()}
             for spread in run.spreads
         ],
+        "operations": of_image(run.config)._asdict() | {"total": flops_of_image(run.config)},
+        "time": [_timed(run, one) for one in run.forecasts],
         "memory": {
             **run.memory._asdict(),
             "peak": run.memory.peak,
@@ -72,6 +82,7 @@ def page(run: DryRun, *, full: bool = False) -> str:
     if full:
         sections |= {
             f"Memory of one {machine}, calculated": _memory(run),
+            "Time of a step, calculated": _by_part(run),
             "The same step on other workers": _spreads(run),
             "Parameters": _parameters(run.sizes),
             f"Beside what is published ({run.comparison.recipe or 'nothing is'})": _compared(run.comparison),
@@ -162,12 +173,52 @@ def _is_complete(run: DryRun) -> bool:
 
 
 def _time(run: DryRun) -> Iterator[str]:
-    """How long GPUs take at a rate that they are assumed to reach."""
-    if run.config.engine.device != "cpu":
-        hours = run.steps.images * computed_of_image(run.config) / GPU_FLOPS / 3600
-        took = duration(3600 * hours / run.steps.workers)
-        yield (f"  time: about {took} on {counted(run.steps.workers, 'GPU')} at an assumed "
-               f"{GPU_FLOPS / 1e12:.0f} TFLOP/s each ({hours:,.0f} GPU hours)")  # fmt: skip
+    """How long the run takes, on each kind of GPU that was asked for."""
+    for one in run.forecasts:
+        took, least, most = (duration(run.steps.total * each) for each in (one.usual.seconds, one.least_s, one.most_s))
+        kind = "GPU" if one.peak else "process"
+        mfu = f", MFU {one.mfu:.0%}" if one.mfu is not None else ""
+        where = f"{counted(run.steps.workers, kind)}, {one.machine}"
+        yield f"  time: {took} ({least} to {most}) on {where}: {_hours(run, one):,.0f} {kind} hours"
+        yield f"        {one.usual.images_per_s:,.0f} images/s{mfu}, limited by {one.limit}"
+    if run.forecasts:
+        yield "        calculated; --full has it by part, --gpu NAME another GPU"
+
+
+def _hours(run: DryRun, one: Forecast) -> float:
+    """GPU-hours, or hours of a process."""
+    return run.steps.total * one.usual.seconds * run.steps.workers / 3600
+
+
+def _by_part(run: DryRun) -> Iterator[str]:
+    """A step by part, milliseconds, and what bounds each."""
+    for one in run.forecasts:
+        took, least, most = (f"{1e3 * each:,.1f}" for each in (one.usual.seconds, one.least_s, one.most_s))
+        yield f"{one.machine}: {took} ms a step ({least} to {most})"
+        for name, seconds in one.usual.seconds_of().items():
+            part = one.usual.parts.get(name)
+            bound = f"a batch takes the loader {1e3 * one.usual.data_s:,.1f} ms, beside the rest" if part is None else (
+                f"products {1e3 * part.products:,.1f}, memory {1e3 * part.memory:,.1f}, launching beside "
+                f"{1e3 * part.launch:,.1f}, links {1e3 * part.links:,.1f}")  # fmt: skip
+            yield f"  {name:<12}{1e3 * seconds:>9,.1f}   {bound}"
+        limits = ", ".join(f"{name} {seconds / one.usual.seconds:.0%}" for name, seconds in one.usual.limits().items())
+        yield f"  limited by: {limits}"
+        if advice := ADVICE.get(one.limit):
+            yield f"  what helps: {advice}"
+        yield f"  {one.error}"
+    yield f"  scores are not in it; {CORES} cores for each GPU are assumed where stream.threads says nothing"
+
+
+def _timed(run: DryRun, one: Forecast) -> dict[str, Any]:
+    """A forecast as plain values."""
+    usual = one.usual
+    return {
+        "machine": one.machine, "step_s": usual.seconds, "least_s": one.least_s, "most_s": one.most_s,
+        "run_s": run.steps.total * usual.seconds, "gpu_hours": _hours(run, one), "images_per_s": usual.images_per_s,
+        "mfu": one.mfu, "limited_by": one.limit, "limits": usual.limits(), "parts": usual.seconds_of(),
+        "of_parts": {name: part._asdict() for name, part in usual.parts.items()}, "data_s": usual.data_s,
+        "error": one.error,
+    }  # fmt: skip
 
 
 def _verdict(run: DryRun) -> Iterator[str]:

@@ -4,7 +4,7 @@ import json
 import time
 from typing import Any, NamedTuple
 
-from cluster.train.restart_policy import END, HISTORY
+from cluster.train.watch.restart_policy import END, HISTORY
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.core.progress import duration

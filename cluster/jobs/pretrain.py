@@ -53,7 +53,7 @@ def _run(config: RunConfig, address: str, lease: Lease) -> int:
 
 
 def _local_workers(config: RunConfig) -> int:
-    """Those of an embedded Ray on CPUs."""
+    """Number of workers of an embedded Ray on CPUs."""
     return config.cluster.max_workers or min(most_useful(config), int(_cpus(config) // config.cluster.cpus_per_worker))
 
 

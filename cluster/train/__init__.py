@@ -1,1 +1,1 @@
-"""A run under Ray Train: driver, workers, restarts, hangs, how workers meet."""
+"""A run under Ray Train: driver, workers, how many there are, how they meet, which stand by."""

@@ -13,8 +13,8 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from cluster.core.ray_internals import train_internals
 from cluster.train.coordinator import Leaving, Situation, find_coordinator
 from cluster.train.rendezvous import ask_workers
-from cluster.train.restart_policy import Failure
 from cluster.train.room import give_back
+from cluster.train.watch.restart_policy import Failure
 from datapipe.core.errors import ClusterError, StorageError
 from datapipe.core.progress import counted
 from training.config.run_config import RunConfig

@@ -7,8 +7,8 @@ from typing import Any, Literal, NamedTuple
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.train.hang_detection import Pulse
-from cluster.train.restart_policy import Decision, Failure, Restarts
+from cluster.train.watch.hang_detection import Pulse
+from cluster.train.watch.restart_policy import Decision, Failure, Restarts
 from datapipe.core.errors import UserError
 
 NAMESPACE = "reid"

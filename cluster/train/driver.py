@@ -9,11 +9,11 @@ import torch
 
 from cluster.core.devices import DeviceChoice, decide, grows, hidden, offered
 from cluster.train.group_size import GroupSize, of_cluster
-from cluster.train.hang_detection import Hung, accusation, end_process, hung, slow_start
-from cluster.train.hang_evidence import keep_evidence
-from cluster.train.restart_policy import END, HISTORY, Failure, Restarts
-from cluster.train.start_watch import Seen, StartWatch
 from cluster.train.trainer_setup import make_trainer, worker_resources
+from cluster.train.watch.hang_detection import Hung, accusation, end_process, hung, slow_start
+from cluster.train.watch.hang_evidence import keep_evidence
+from cluster.train.watch.restart_policy import END, HISTORY, Failure, Restarts
+from cluster.train.watch.start_watch import Seen, StartWatch
 from datapipe.core.errors import ClusterError, UserError
 from datapipe.core.progress import counted
 from datapipe.core.stop_signals import at_end

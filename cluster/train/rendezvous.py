@@ -18,9 +18,9 @@ from ray.exceptions import RayTaskError
 from ray.train.torch import TorchConfig
 
 from cluster.core.devices import Kind, own_device
-from cluster.train import early_signs
 from cluster.train.coordinator import WorkerLocation, find_coordinator
-from cluster.train.restart_policy import Failure
+from cluster.train.watch import early_signs
+from cluster.train.watch.restart_policy import Failure
 from cluster.train.worker_host import hear_signals
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ClusterError, ConfigError

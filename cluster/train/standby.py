@@ -10,69 +10,21 @@ They import nothing that looks at a GPU: which one a worker has is not known bef
 
 import contextlib
 import logging
-import os
 import threading
-from collections.abc import Collection, Mapping
-from importlib import import_module
 
 import psutil
 
-from cluster.core.devices import Kind
-from cluster.core.ray_prestart import SETUP_HOOK, entitle, run_hook, start_ahead
+from cluster.core.ray_internals import start_ahead
 from datapipe.core.resource_limits import memory_left
-from training.config.run_config import RunConfig
 
 log = logging.getLogger(__name__)
 
-MODULES = (
-    "ray.train.v2._internal.execution.worker_group.worker", "cluster.train.rendezvous", "cluster.train.worker",
-    "cluster.train.worker_host", "datapipe.stream.loader", "training.trainer.pretrain",
-)  # fmt: skip
-"""What a worker imports before its engine is up: Ray Train's part, and ours."""
 TITLE = "ray::STANDBY"
 """What the name of a process begins with until it has work; the ids of its machine, as Ray has it, and job follow."""
 BYTES = 1_000_000_000
 """Memory that has to be free for each: what it has imported takes about half of that."""
 KEEP_S = 7 * 24 * 3_600
 """Seconds that one waits for work at the longest."""
-NEEDS, CORES, GIVEN = "REID_STANDBY_NEEDS", "REID_STANDBY_CORES", "REID_STANDBY_HOOK"
-"""Variables for `prepare`: what else to import, the worker's cores, and the run's own set-up hook."""
-
-
-def environment(given: Mapping[str, str], config: RunConfig, *, kind: Kind, cpus: float) -> dict[str, str]:
-    """The variables of workers so that their processes begin with `prepare`. `given`: those that they have anyway."""
-    needs = ["deepspeed"] if config.engine.stepper == "deepspeed" and kind == "cpu" else []  # it looks for GPUs
-    needs += ["s3"] if config.out.startswith("s3://") else []
-    found = {**given, SETUP_HOOK: f"{__name__}.{prepare.__name__}", NEEDS: " ".join(needs),
-             CORES: str(max(1, int(cpus)))}  # fmt: skip
-    if SETUP_HOOK in given:
-        found[GIVEN] = given[SETUP_HOOK]
-    return found
-
-
-def prepare() -> None:
-    """In a new process, before it has work: import what a worker needs until its first step. Raises what the run's own
-    set-up hook raises."""
-    os.environ.setdefault("OMP_NUM_THREADS", os.environ[CORES])  # as Ray does later, when libraries have read it
-    for ahead in (lambda: entitle(_title()), lambda: load(os.environ[NEEDS].split())):
-        try:
-            ahead()
-        except Exception:  # noqa: BLE001  (what fails here fails in the worker again, which tells it)
-            log.debug("imports ahead of work failed", exc_info=True)
-    if given := os.environ.get(GIVEN):
-        run_hook(given)
-
-
-def load(needs: Collection[str] = ()) -> None:
-    """The imports. `needs`: "deepspeed", "s3", where the run is to use them."""
-    for module in (*MODULES, *(["datapipe.storage.s3"] if "s3" in needs else [])):
-        import_module(module)
-    with contextlib.suppress(ImportError):
-        import torch.utils.tensorboard  # noqa: F401  (a run does without it)
-    if "deepspeed" in needs:
-        from training.engine import deepspeed
-
-        deepspeed.load()
 
 
 def replenish(count: int) -> None:
@@ -85,7 +37,7 @@ def _replenish(count: int) -> None:
     import grpc
 
     try:
-        wanted = missing(count, standing_by(_title()), _free())
+        wanted = missing(count, standing_by(title()), _free())
         if wanted:
             start_ahead(wanted, keep_s=KEEP_S)
     except (grpc.RpcError, ImportError, AttributeError, ValueError, TypeError, psutil.Error) as error:
@@ -97,16 +49,17 @@ def missing(count: int, standing: int, free: int) -> int:
     return max(0, min(count - standing, free // BYTES))
 
 
-def standing_by(title: str) -> int:
+def standing_by(name: str) -> int:
     """Processes of this machine that are called so."""
     found = 0
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            found += process.cmdline()[:1] == [title]
+            found += process.cmdline()[:1] == [name]
     return found
 
 
-def _title() -> str:
+def title() -> str:
+    """What a process that stands by for this job on this machine is called."""
     import ray
 
     context = ray.get_runtime_context()

@@ -9,7 +9,7 @@ from typing import Any
 from cluster.core.devices import DeviceChoice
 from cluster.core.job_paths import IN_JOB
 from cluster.core.ray_internals import trainer_without_cleaner, watch_nccl
-from cluster.train import standby
+from cluster.train import imports_ahead
 from cluster.train.group_size import GroupSize
 from cluster.train.worker import work
 from training.config import recipe_toml as recipes
@@ -53,7 +53,7 @@ def make_trainer(
         watch_nccl(machine.hang_timeout_s / 2)
     variables = dict(variable.split("=", 1) for variable in machine.environment)
     if machine.standby:
-        variables = standby.environment(variables, config, kind=choice.kind, cpus=machine.cpus_per_worker)
+        variables = imports_ahead.environment(variables, config, kind=choice.kind, cpus=machine.cpus_per_worker)
     workers: Any = (size.least, size.most) if size.elastic else size.most
     callbacks: list[Any] = [RestartPolicy(coordinator, config)]
     return trainer_without_cleaner()(

@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.core.devices import own_device
 from cluster.core.session import prepare
-from cluster.train.restart_policy import Failure
+from cluster.train.watch.restart_policy import Failure
 from datapipe.core.errors import ConfigError, DataError, LeaseError
 from training.config import recipe_toml as recipes
 from training.core.run_folder.lease import Follower

@@ -10,9 +10,10 @@ from typing import Any
 import ray
 
 from cluster.core.ray_internals import drain
-from cluster.train import early_signs, standby
+from cluster.train import standby
 from cluster.train.coordinator import Word, WorkerLocation
-from cluster.train.hang_detection import Pulse
+from cluster.train.watch import early_signs
+from cluster.train.watch.hang_detection import Pulse
 from training.config.cluster import ClusterConfig
 from training.core.host import Doing
 from training.core.preemption_notice import Notice

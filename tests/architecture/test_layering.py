@@ -22,7 +22,7 @@ ROOMS = {
     "training": ("recipes", "core", "core/run_folder", "clustering", "nn", "nn/identity", "methods", "weights",
                  "engine", "checkpoint", "reid/datasets", "reid", "config", "preflight", "evaluation",
                  "trainer/monitoring", "trainer", "report", "grid", "commands"),
-    "cluster": ("core", "train", "jobs"),
+    "cluster": ("core", "train/watch", "train", "jobs"),
 }  # fmt: skip
 """Package -> its rooms, from the ground up. A room imports only rooms before it, be it inside a function or for types
 alone; what lies beside the rooms comes last."""

@@ -55,12 +55,12 @@ def stop(*_):
 at_gpus = [*calls]
 deepspeed.load()
 note()
-from cluster.train import standby
+from cluster.train import imports_ahead
 
 calls.clear()
-standby.load()
+imports_ahead.load()
 at_gpus += calls
-standby.load(["deepspeed"])
+imports_ahead.load(["deepspeed"])
 note()
 loop._observe = stop
 try:

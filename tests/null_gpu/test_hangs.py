@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from cluster.train.restart_policy import HISTORY
+from cluster.train.watch.restart_policy import HISTORY
 from tests.cluster.local_nodes import local_nodes
 from tests.end_to_end.tiny import shards
 from tests.null_gpu.build import environment, missing

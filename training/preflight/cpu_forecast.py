@@ -183,7 +183,7 @@ def measured_machine(config: RunConfig, workers: int) -> Machine:
 
 
 def _seconds(work: Callable[[], object], least_s: float = 0.2) -> float:
-    """Of one call, the middle of several."""
+    """Seconds of one call: the median of several."""
     work()
     took, began = list[float](), time.perf_counter()
     while time.perf_counter() - began < least_s or len(took) < 3:

@@ -69,7 +69,7 @@ class Steps(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """The same step on another number of workers: batch, learning rate and result stay."""
+    """The step of a run on another number of workers: batch, learning rate and result stay."""
 
     workers: int
     machines: int

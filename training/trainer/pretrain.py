@@ -278,7 +278,7 @@ def _train(
 def _pseudo_labels(
     plan: RunPlan, method: Method, loader: "Loader", world: World, host: Host, folder: RunFolder
 ) -> "PseudoLabels | None":
-    """Those of a run that learns from clusters. Other runs import nothing of what makes them."""
+    """Pseudo labels of a run that learns from clusters. Other runs import nothing of what makes them."""
     if clustered(plan.config) is None:
         return None
     from training.trainer.pseudo_labels import make_pseudo_labels

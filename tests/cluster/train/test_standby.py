@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.core.ray_prestart import SETUP_HOOK
-from cluster.train import standby
+from cluster.core.ray_internals import SETUP_HOOK
+from cluster.train import imports_ahead, standby
 from datapipe.core.errors import DataError
 from tests.support.golden import ROOT
 from training.config import recipe_toml as recipes
@@ -16,7 +16,7 @@ from training.config import recipe_toml as recipes
 GB = standby.BYTES
 CALLED = """
 import sys
-from cluster.core.ray_prestart import entitle
+from cluster.core.ray_internals import entitle
 entitle(sys.argv[1])
 print(1, flush=True)
 input()
@@ -45,12 +45,12 @@ def test_missing__never_more_stand_by_than_the_largest_group_had(sizes: tuple[in
 def test_environment__keeps_what_workers_are_given() -> None:
     config = recipes.load("pass_vits", ["--out", "s3://b/run", "--engine.stepper", "deepspeed"])
     given = {"NCCL_DEBUG": "INFO", SETUP_HOOK: "some.package.install"}
-    found = standby.environment(given, config, kind="cpu", cpus=2.5)
-    assert found == {"NCCL_DEBUG": "INFO", SETUP_HOOK: "cluster.train.standby.prepare", standby.CORES: "2",
-                     standby.NEEDS: "deepspeed s3", standby.GIVEN: "some.package.install"}  # fmt: skip
-    on_gpus = standby.environment({}, config, kind="cuda", cpus=0.5)
-    assert on_gpus[standby.NEEDS] == "s3", "DeepSpeed looks for GPUs, and which one is the worker's is not known yet"
-    assert on_gpus[standby.CORES] == "1" and standby.GIVEN not in on_gpus
+    found = imports_ahead.environment(given, config, kind="cpu", cpus=2.5)
+    assert found == {"NCCL_DEBUG": "INFO", SETUP_HOOK: "cluster.train.imports_ahead.prepare", imports_ahead.CORES: "2",
+                     imports_ahead.NEEDS: "deepspeed s3", imports_ahead.GIVEN: "some.package.install"}  # fmt: skip
+    on_gpus = imports_ahead.environment({}, config, kind="cuda", cpus=0.5)
+    assert on_gpus[imports_ahead.NEEDS] == "s3", "DeepSpeed looks for GPUs, and which the worker has is unknown"
+    assert on_gpus[imports_ahead.CORES] == "1" and imports_ahead.GIVEN not in on_gpus
 
 
 def own_hook() -> None:
@@ -65,13 +65,13 @@ def test_prepare__runs_the_runs_own_hook_whatever_became_of_the_imports(monkeypa
         asked.append(needs)
         raise ImportError("no such library")
 
-    monkeypatch.setattr(standby, "load", fail)
+    monkeypatch.setattr(imports_ahead, "load", fail)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    for name, value in ((standby.CORES, "3"), (standby.NEEDS, "deepspeed s3"),
-                        (standby.GIVEN, f"{__name__}.{own_hook.__name__}")):  # fmt: skip
+    for name, value in ((imports_ahead.CORES, "3"), (imports_ahead.NEEDS, "deepspeed s3"),
+                        (imports_ahead.GIVEN, f"{__name__}.{own_hook.__name__}")):  # fmt: skip
         monkeypatch.setenv(name, value)
     with pytest.raises(DataError, match="called"):
-        standby.prepare()
+        imports_ahead.prepare()
     assert asked == [["deepspeed", "s3"]] and os.environ["OMP_NUM_THREADS"] == "3"
 
 

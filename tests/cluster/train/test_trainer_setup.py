@@ -7,8 +7,8 @@ import pytest
 from ray.train import FailureConfig
 
 from cluster.core.ray_internals import NCCL_EVIDENCE, trainer_without_cleaner, watch_nccl
-from cluster.train.hang_evidence import FOLDER, keep_evidence
 from cluster.train.trainer_setup import SURVIVORS_S, _without_end
+from cluster.train.watch.hang_evidence import FOLDER, keep_evidence
 from datapipe.core.config import StorageConfig
 from training.core.run_folder.run_folder import RunFolder
 

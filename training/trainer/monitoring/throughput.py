@@ -61,12 +61,12 @@ class SpentByRank:
 
     @property
     def longest_wait_s(self) -> float:
-        """Of the rank that stood still for data the longest; 0 where nobody has told yet."""
+        """Seconds of the rank that stood still for data the longest; 0 where no rank has told yet."""
         return float(self._table[:, 0].max(initial=0.0))
 
     @property
     def intake(self) -> LoaderCounters:
-        """Of all ranks together; `renewed` is that of the rank which has gone over to newer data most often."""
+        """Counters of all ranks together; `renewed` is of the rank that has gone over to newer data most often."""
         sums, renewed = self._table[:, 1:].sum(axis=0), self._table[:, _RENEWED].max(initial=0.0)
         return LoaderCounters(*sums.tolist())._replace(renewed=int(renewed))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from cluster.train.hang_detection import Pulse
+from cluster.train.watch.hang_detection import Pulse
 from datapipe.core.progress import WorkDone, work_done
 
 EVERY_S = 1.0

@@ -6,8 +6,8 @@ import pytest
 
 from cluster.train.controller_callbacks import death_in_words, describe
 from cluster.train.coordinator import Coordinator, Situation, WorkerLocation
-from cluster.train.hang_detection import Pulse, accusation, hung
-from cluster.train.restart_policy import BAD_NODE_FAILURES, LONGEST_DELAY_S, Failure, Restarts
+from cluster.train.watch.hang_detection import Pulse, accusation, hung
+from cluster.train.watch.restart_policy import BAD_NODE_FAILURES, LONGEST_DELAY_S, Failure, Restarts
 from training.config.cluster import ClusterConfig
 
 CRASH = Failure("crash", "rank 1 on a: its process died", "a", 1)

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cluster.train.restart_policy import Failure
+from cluster.train.watch.restart_policy import Failure
 from training.core.host import Doing
 
 ORDER: tuple[Doing, ...] = ("data", "forward", "backward")

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from cluster.train.controller_callbacks import lacking
-from cluster.train.early_signs import Advance
-from cluster.train.hang_detection import Pulse, hung, slow_start
 from cluster.train.room import lacks
-from cluster.train.start_watch import EVERY_S, FIRST_S, GROWTH, HOPELESS_S, Seen, StartWatch
+from cluster.train.watch.early_signs import Advance
+from cluster.train.watch.hang_detection import Pulse, hung, slow_start
+from cluster.train.watch.start_watch import EVERY_S, FIRST_S, GROWTH, HOPELESS_S, Seen, StartWatch
 from datapipe.core.progress import has_read, work_done
 from datapipe.storage import open_store
 
@@ -114,7 +114,7 @@ def test_advance__counts_what_stores_bring_and_what_is_imported(tmp_path: Any, m
     store.replace("index", bytes(70_000))
     advance, before = Advance(), work_done()
     clock = iter(range(0, 1_000, 10))
-    monkeypatch.setattr("cluster.train.early_signs.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("cluster.train.watch.early_signs.time.monotonic", lambda: next(clock))
     first = advance.look()[1]
     assert advance.look()[1] == first + 10  # nothing was done
     store.read("index", start=5, size=50_000)

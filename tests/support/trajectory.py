@@ -303,7 +303,12 @@ def model_state(stepper: Stepper, world: World) -> dict[str, Tensor]:
 
 
 def _stepper(
-    method: Method, config: OptimisationConfig, world: World, split: BatchSplit, zero_stage: int | None, bucket: int
+    method: Method,
+    config: OptimisationConfig,
+    world: World,
+    split: BatchSplit,
+    zero_stage: int | None,
+    bucket: int = EngineConfig().bucket,
 ) -> Stepper:
     groups = group_parameters(method)
     if zero_stage is None:

@@ -53,20 +53,22 @@ def train_internals() -> TrainInternals:
     )  # fmt: skip
 
 
-def trainer_without_cleaner() -> Any:
-    """Ray Train's `TorchTrainer` without the detached actor that gives back the room of a controller which died.
+def lean_trainer() -> Any:
+    """Ray Train's `TorchTrainer` without two actors that no setting leaves out.
 
-    That actor asks Ray's dashboard, and where there is none it does nothing for ever, whatever becomes of driver and
-    cluster. No setting leaves it out. The driver gives the room back itself; when it dies, Ray gives back all that its
-    job holds.
+    The detached one that gives back the room of a controller which died asks Ray's dashboard, and where there is none
+    it does nothing for ever, whatever becomes of driver and cluster. The driver gives the room back itself; when it
+    dies, Ray gives back all that its job holds. The other hands out data sets of Ray's: there are none, and each start
+    would import Ray's data library for it, beside the workers.
     """
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
             callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # it sees the first version
-            return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
+            return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback | DatasetsCallback)]
 
     return Trainer
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.core.devices import DeviceChoice
 from cluster.core.job_paths import IN_JOB
-from cluster.core.ray_internals import trainer_without_cleaner, watch_nccl
+from cluster.core.ray_internals import lean_trainer, watch_nccl
 from cluster.train import imports_ahead
 from cluster.train.group_size import GroupSize
 from cluster.train.worker import work
@@ -56,7 +56,7 @@ def make_trainer(
         variables = imports_ahead.environment(variables, config, kind=choice.kind, cpus=machine.cpus_per_worker)
     workers: Any = (size.least, size.most) if size.elastic else size.most
     callbacks: list[Any] = [RestartPolicy(coordinator, config)]
-    return trainer_without_cleaner()(
+    return lean_trainer()(
         work,
         train_loop_config={
             "config": recipes.to_tree(config),

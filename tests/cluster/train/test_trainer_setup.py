@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from ray.train import FailureConfig
 
-from cluster.core.ray_internals import NCCL_EVIDENCE, trainer_without_cleaner, watch_nccl
+from cluster.core.ray_internals import NCCL_EVIDENCE, lean_trainer, watch_nccl
 from cluster.train.trainer_setup import SURVIVORS_S, _without_end
 from cluster.train.watch.hang_evidence import FOLDER, keep_evidence
 from datapipe.core.config import StorageConfig
@@ -27,10 +27,10 @@ def test_nccl_watch__is_among_ray_trains_callbacks_and_only_observes(monkeypatch
                  "NCCL_RAS_MIN_POLL_INTERVAL_S"):  # fmt: skip
         monkeypatch.setenv(f"RAY_TRAIN_{name}", "")
         monkeypatch.delenv(f"RAY_TRAIN_{name}")
-    callbacks = trainer_without_cleaner()(print)._create_default_callbacks()
+    callbacks = lean_trainer()(print)._create_default_callbacks()
     assert not [one for one in callbacks if isinstance(one, nccl.NCCLRASCallback)]
     watch_nccl(90)
-    callbacks = trainer_without_cleaner()(print)._create_default_callbacks()
+    callbacks = lean_trainer()(print)._create_default_callbacks()
     (watch,) = (one for one in callbacks if isinstance(one, nccl.NCCLRASCallback))
     assert (watch._action, watch._confirm_duration_s, watch._poll_interval_s) == ("observe", 90, 15)
     assert nccl.HANG_DETECTOR_DIRNAME == NCCL_EVIDENCE

@@ -5,59 +5,58 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 VIEWS = frozenset(
-    [
-        "view",
-        "_unsafe_view",
-        "expand",
-        "permute",
-        "transpose",
-        "t",
-        "slice",
-        "select",
-        "unsqueeze",
-        "squeeze",
-        "detach",
-        "alias",
-        "split",
-        "split_with_sizes",
-        "unbind",
-        "as_strided",
-        "chunk",
-        "lift_fresh",
-        "_reshape_alias",
-        "unfold",
-        "diagonal",
-        "narrow",
-        "is_same_size",
-    ]
-)
+    ("view", "_unsafe_view", "expand", "permute", "transpose", "t", "slice", "select", "unsqueeze", "squeeze", "detach",
+     "alias", "split", "split_with_sizes", "unbind", "as_strided", "chunk", "lift_fresh", "_reshape_alias", "unfold",
+     "diagonal", "narrow", "is_same_size")
+)  # fmt: skip
 """Operations that only look at memory in another way."""
 ALLOCATIONS = ("empty", "new_empty", "sym_")
 """How the names of those begin that only reserve memory."""
-READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")
-"""How the names of those begin whose result the host has to wait for."""
+READS = frozenset(
+    ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "nonzero", "equal",
+     "masked_select", "unique")
+)  # fmt: skip
+"""Functions whose result the host has to wait for."""
 
 
 class Operations(TorchDispatchMode):
-    """Counts them while it is active. `launched`: name -> how often, without views and allocations; `reads`: the same
-    of those that bring numbers to the host. A tensor that is read as a list counts once for each of its numbers, and a
-    copy to the host that follows counts as nothing more."""
+    """Counts operations while it is active: name -> how often, without views and allocations."""
 
     def __init__(self) -> None:
         super().__init__()
         self.launched: Counter[str] = Counter()
-        self.reads: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.split("::")[1]
-        if name.startswith(READS):
-            self.reads[name] += 1
-        elif name not in VIEWS and not name.startswith(ALLOCATIONS):
+        if name not in VIEWS and not name.startswith(ALLOCATIONS):
             self.launched[name] += 1
         return func(*args, **(kwargs or {}))
+
+
+class HostReads(TorchFunctionMode):
+    """Counts, while it is active, what the host reads of tensors that would be a device's: of all but those that
+    `torch.tensor` made of the host's numbers, and what is computed of such alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        on_host = bool(given) and all(hasattr(value, "_on_host") for value in given)
+        if func is torch.tensor or on_host:
+            for value in tree_leaves(result):
+                if isinstance(value, Tensor):
+                    value._on_host = True  # type: ignore[attr-defined]
+        elif func.__name__ in READS:
+            self.reads[func.__name__] += 1
+        return result
 
 
 class Products(TorchDispatchMode):

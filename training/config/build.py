@@ -64,6 +64,12 @@ def training_views(config: RunConfig) -> "TrainingViews":
     return TrainingViews(view_spec(config), config.seed, config.stream.block, config.stream.window)
 
 
+def allows_tf32(config: RunConfig) -> bool:
+    """May float32 products on a GPU use TF32 under this recipe? (`training.core.precision.tf32_products`)"""
+    tf32 = config.engine.tf32
+    return config.optimisation.precision != "fp32" if tf32 == "auto" else tf32 == "on"
+
+
 def make_stepper(config: RunConfig, method: Method, world: World, split: BatchSplit) -> Stepper:
     """The recipe's stepper around the method."""
     groups = group_parameters(method, layer_decay=config.optimisation.layer_decay)

@@ -1,7 +1,8 @@
 """Number formats of a run: what autocast lowers, and where values stay at least float32."""
 
-from contextlib import AbstractContextManager
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +25,21 @@ def refuse_fp16_on_cpu(precision: Precision, device: torch.device) -> None:
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError("fp16 needs a GPU: on a CPU float16 products are slow and their gradients vanish",
                           where="optimisation.precision", hint='precision = "bf16" or "fp32"')  # fmt: skip
+
+
+@contextmanager
+def tf32_products(allowed: bool) -> Iterator[None]:
+    """May a GPU's float32 products and convolutions, forward and backward, use TF32? For as long as the context lasts;
+    afterwards all is as it was. torch alone allows it to convolutions and not to products."""
+    places: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [place.allow_tf32 for place in places]
+    for place in places:
+        place.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.allow_tf32 = value
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:

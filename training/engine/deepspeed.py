@@ -52,7 +52,10 @@ def derive_json(
             "stage3_param_persistence_threshold": 0,
             "stage3_prefetch_bucket_size": engine.bucket,
             "memory_efficient_linear": False,
+            # the stepper has the norms already; stages 0 and 3 know no such switch
+            **({"compute_grad_norm": False} if engine.zero_stage in (1, 2) else {}),
         },
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU, twice a micro-batch
         "fp16": {"enabled": False},
         "bf16": {"enabled": False},
         "steps_per_print": 10**12,
@@ -185,18 +188,20 @@ class DeepSpeedStepper(Stepper):
         return self._layout.optimizer.param_groups
 
     def _norms(self) -> Tensor:
-        index = {name: place for place, name in enumerate(self.names)}
-        squares = torch.zeros(len(self.names), dtype=torch.float64, device=self.world.device)
-        for name, fragment in self._layout.gradients():
-            squares[index[name]] = fragment.to(torch.float64).square().sum()
+        held = dict(self._layout.gradients())
+        norms = torch._foreach_norm(list(held.values()), dtype=torch.float64) if held else []
+        found = dict(zip(held, norms, strict=True))
+        nothing = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        squares = torch.stack([found.get(name, nothing) for name in self.names]).square()
         return (squares if self._whole_gradients else all_reduce(squares)).sqrt()
 
     def _multiply(self, factors: Mapping[str, float]) -> None:
-        for name, fragment in self._layout.gradients():
-            if name in self._frozen:
-                self._layout.put_gradient(name, fragment.zero_())
-            elif name in factors:
-                self._layout.put_gradient(name, fragment.mul_(factors[name]))
+        wanted = {name: 0.0 for name in self._frozen} | {n: f for n, f in factors.items() if n not in self._frozen}
+        held = {name: fragment for name, fragment in self._layout.gradients() if name in wanted}
+        if held:
+            torch._foreach_mul_(list(held.values()), [wanted[name] for name in held])
+        for name, fragment in held.items():
+            self._layout.put_gradient(name, fragment)
 
     def _advance(self) -> None:
         self.engine.set_gradient_accumulation_boundary(True)

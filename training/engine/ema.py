@@ -16,5 +16,6 @@ def update(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], momentu
     """
     missing = sorted(teacher.keys() - student.keys())
     assert not missing, f"the student lacks {missing}"
-    for name, average in teacher.items():
-        average.lerp_(student[name].to(average.dtype), 1 - momentum)
+    averages = list(teacher.values())
+    if averages:  # all at once: one launch on a GPU
+        torch._foreach_lerp_(averages, [student[name].to(average) for name, average in teacher.items()], 1 - momentum)

@@ -49,11 +49,11 @@ class PlainStepper(Stepper):
         return self.optimizer.param_groups
 
     def _norms(self) -> Tensor:
-        return torch.stack([torch.linalg.vector_norm(self._gradient(value)) for value in self.parameters.values()])
+        return torch.stack(torch._foreach_norm([self._gradient(value) for value in self.parameters.values()]))
 
     def _multiply(self, factors: Mapping[str, float]) -> None:
-        for name, factor in factors.items():
-            self._gradient(self.parameters[name]).mul_(factor)
+        if factors:
+            torch._foreach_mul_([self._gradient(self.parameters[name]) for name in factors], list(factors.values()))
 
     def _advance(self) -> None:
         for name in self._frozen:

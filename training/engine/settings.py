@@ -86,6 +86,10 @@ class EngineConfig:
     """"cuda": a GPU for each rank, an error where there is none. "auto": GPUs where Ray offers any or its autoscaler
     can bring some (without Ray: where torch finds one), else CPUs; a run that was on GPUs does not go on on CPUs.
     Decided once, when the command starts."""
+    tf32: Literal["auto", "on", "off"] = "auto"
+    """Float32 products on a GPU, those of heads and losses, by tensor cores that read 10 of the 23 bits of a mantissa
+    (TF32), several times faster. "auto": where optimisation.precision is lowered, as the published runs have heads in
+    fp16; in fp32 everything is exact, convolutions too. Nothing on a CPU."""
     threads: int = Field(default=0, ge=0)
     """CPU threads of PyTorch per rank. 0: the cores divided by the ranks on this machine."""
     deterministic: bool = False

@@ -4,6 +4,7 @@ Two of them keep the same promises: `plain.py` (any precision, the yardstick) an
 losses, sums and metrics are those of the whole global batch, on every rank.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
@@ -27,7 +28,7 @@ class Result(NamedTuple):
     loss: float
     sums: dict[str, Tensor]
     metrics: dict[str, float]
-    norms: Tensor  # [parameters] gradient norms before clipping, in the order of `Stepper.names`
+    norms: Tensor  # [parameters], on the host: gradient norms before clipping, in the order of `Stepper.names`
     finite: bool
     """False: loss or a gradient was not finite on some rank, and nothing was changed."""
     overflow: bool
@@ -50,6 +51,8 @@ class Stepper(ABC):
         self.scale = first_scale(config.precision)
         """Of the loss, in float16 runs. Equal on all ranks; part of a checkpoint."""
         self._totals: dict[str, Tensor] = {}
+        self._metrics: tuple[str, ...] = ()
+        """Names of the metrics that were collected last."""
         self._frozen: set[str] = set()
 
     def grouped(self) -> list[list[Tensor]]:
@@ -76,9 +79,8 @@ class Stepper(ABC):
     def step(self) -> Result:
         """Unscale, clip, step, forget the gradients. A batch whose loss or gradients are not finite changes nothing but
         the loss scale."""
-        loss, sums, metrics = self._gather()
-        norms = self._norms() / self._multiplier
-        loss_finite = bool(torch.isfinite(loss))
+        loss, sums, metrics, norms = self._read(*self._gather(), self._norms())
+        loss_finite = math.isfinite(loss)
         finite = loss_finite and bool(torch.isfinite(norms).all())
         overflow = loss_finite and not finite and self.scale is not None and not self.scale.smallest
         if finite:
@@ -89,7 +91,7 @@ class Stepper(ABC):
         if self.scale is not None:
             metrics["scale"] = self.scale.value
             self._rescale(finite, overflow)
-        return Result(float(loss), sums, metrics, norms, finite, overflow)
+        return Result(loss, sums, metrics, norms, finite, overflow)
 
     def rehearse(self, views: Views, progress: TrainingProgress) -> None:
         """Forward and backward without a step; leaves no trace."""
@@ -171,16 +173,20 @@ class Stepper(ABC):
             self.scale = self.scale.after_overflow()
 
     def _collect(self, outcome: Outcome, weight: Tensor) -> None:
-        collected = {"loss": outcome.loss.detach()}
-        collected.update({f"sum/{name}": value.detach() for name, value in outcome.sums.items()})
-        collected.update(
-            {f"metric/{name}": (value * weight.to(value)).sum() for name, value in outcome.metrics.items()}
-        )
-        for name, value in collected.items():
-            self._totals[name] = self._totals[name] + value if name in self._totals else value
+        loss = outcome.loss.detach()
+        self._add("loss", loss)
+        for name, value in outcome.sums.items():
+            self._add(f"sum/{name}", value.detach())
+        self._metrics = tuple(outcome.metrics)
+        if outcome.metrics:
+            rows = torch.stack([value.to(loss.dtype) for value in outcome.metrics.values()])
+            self._add("metrics", rows @ weight.to(loss.dtype))
 
-    def _gather(self) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
-        """Everything collected since the last step, summed over ranks by one all-reduce."""
+    def _add(self, name: str, value: Tensor) -> None:
+        self._totals[name] = self._totals[name] + value if name in self._totals else value
+
+    def _gather(self) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The loss, the sums and the metrics collected since the last step, of all ranks by one all-reduce."""
         dtype = self._totals["loss"].dtype
         flat = all_reduce(torch.cat([value.reshape(-1).to(dtype) for value in self._totals.values()]))
         parts = flat.split([value.numel() for value in self._totals.values()])
@@ -189,9 +195,17 @@ class Stepper(ABC):
         }
         self._totals.clear()
         sums = {name.removeprefix("sum/"): value for name, value in whole.items() if name.startswith("sum/")}
-        metrics = {name.removeprefix("metric/"): value for name, value in whole.items() if name.startswith("metric/")}
-        numbers = torch.stack(list(metrics.values())).tolist() if metrics else []  # one wait for the device
-        return whole["loss"], sums, dict(zip(metrics, numbers, strict=True))
+        return whole["loss"], sums, whole.get("metrics", flat[:0])
+
+    def _read(
+        self, loss: Tensor, sums: dict[str, Tensor], metrics: Tensor, norms: Tensor
+    ) -> tuple[float, dict[str, Tensor], dict[str, float], Tensor]:
+        """Loss, metrics and norms without the loss scale in the host's memory: all that a step waits for the device
+        for. Sums stay where they are."""
+        first, *rest = torch.cat([loss[None], metrics, norms]).tolist()  # in the finest of their formats
+        count = len(self._metrics)
+        named = dict(zip(self._metrics, rest[:count], strict=True))
+        return first, sums, named, torch.tensor(rest[count:], dtype=norms.dtype) / self._multiplier
 
     def _factors(self, norms: Tensor) -> dict[str, float]:
         """What each gradient is multiplied by, where that is not 1: the clip rule, over the loss scale."""

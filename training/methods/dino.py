@@ -108,4 +108,4 @@ class Dino(Distillation[DinoConfig]):
     def compare(self, student: TokenViews, teacher: TokenViews, views: Views, progress: TrainingProgress) -> Outcome:
         """The mean over pairs of a global view and another view, image by image: 18 with 2 globals and 8 locals."""
         output = self.distil(student, teacher, views["weight"], progress.epoch)
-        return self.flat_mean(output, views["weight"], self.metrics(output, views["weight"]))
+        return self.flat_mean(output, views["weight"], self.metrics(output, views["weight"], progress))

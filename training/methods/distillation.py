@@ -26,7 +26,7 @@ from training.nn import ics_stem
 from training.nn.distillation_losses import entropy, pair_cross_entropies
 from training.nn.feature_diagnostics import information, of_features
 from training.nn.heads import HeadConfig
-from training.nn.teacher_targets import centre_sum, centred, moved_centre, sinkhorn
+from training.nn.teacher_targets import centre_sum, centred, move_centres, sinkhorn
 from training.nn.vision_transformer import BackboneConfig, Features, VisionTransformer, draw_path_masks, on_device
 from training.nn.workload import Stack
 
@@ -57,6 +57,9 @@ class DistillationConfig(MethodSettings):
     """Share of the old centre that stays at each step (centring only)."""
     freeze_last_layer_epochs: int = Field(default=1, ge=0)
     """Epochs in which the prototypes do not move. Helps at the start; 0 for runs of few epochs."""
+    health_every: int = Field(default=4, ge=1)
+    """Steps from one look at the targets over all prototypes, target_entropy and target_information, to the next: such
+    a look reads all of them several times. A collapse is told after 20 looks. Changes nothing else."""
 
 
 D = TypeVar("D", bound=DistillationConfig)
@@ -248,21 +251,29 @@ class Distillation(Method[D]):
             sums = {f"centre_{token}": centre_sum(rows, weight_B) for token, rows in taught_TBK.items()}
         return Outcome((weight_B * loss_B).sum(), sums, metrics)
 
+    def looks_at_targets(self, progress: TrainingProgress) -> bool:
+        """Is this a step whose metrics include those over all prototypes?"""
+        return progress.step % self.config.health_every == 0
+
     @torch.no_grad()
-    def metrics(self, output: StudentTeacherOutput, weight_B: Tensor) -> dict[str, Tensor]:
+    def metrics(self, output: StudentTeacherOutput, weight_B: Tensor, progress: TrainingProgress) -> dict[str, Tensor]:
         """The CLS term, and what a run is watched by; tokens other than CLS add theirs under a suffix.
 
         target_entropy:     of the targets of CLS, nats; uniform_entropy is its ceiling, ln K
-        target_information: what these targets say of which image they are for
+        target_information: what these targets say of which image they are for; both where `looks_at_targets`
         student_teacher_cosine: features of the student in one global view, of the teacher in the other
         """
         learnt_BC, other_BC = output.student.cls_GBC[0], output.teacher.cls_GBC[1]
-        loss_B = output.pairs["cls"].detach().mean(dim=0)
+        loss_B, looked = output.pairs["cls"].detach().mean(dim=0), {}
+        if self.looks_at_targets(progress):
+            looked = {
+                "target_entropy": entropy(output.targets["cls"]).mean(dim=0),
+                "target_information": information(output.targets["cls"], weight_B),
+            }
         return {
             "loss_cls": loss_B,
             "uniform_entropy": torch.full_like(loss_B, math.log(self.prototypes("cls"))),
-            "target_entropy": entropy(output.targets["cls"]).mean(dim=0),
-            "target_information": information(output.targets["cls"], weight_B),
+            **looked,
             "student_teacher_cosine": F.cosine_similarity(learnt_BC, other_BC, dim=-1),
             **of_features(output.teacher.cls_GBC[0], weight_B),
         }
@@ -270,11 +281,11 @@ class Distillation(Method[D]):
     def after_step(self, sums: dict[str, Tensor], progress: TrainingProgress) -> None:
         """Move each token's centre towards the mean of the teacher's raw logits over this step's global batch, and the
         running statistics of a stem with batch norm."""
-        for token in self.student.tokens:
-            name = f"centre_{token}"
-            if name in sums:
-                centre_1K = self.get_buffer(name)
-                centre_1K.copy_(moved_centre(centre_1K, sums[name], self.centre_momentum(token)))
+        moving = {name: token for token in self.student.tokens if (name := f"centre_{token}") in sums}
+        if moving:
+            centres = [self.get_buffer(name) for name in moving]
+            momenta = [self.centre_momentum(token) for token in moving.values()]
+            move_centres(centres, [sums[name] for name in moving], momenta)
         ics_stem.settle(self, sums)
 
     def roles(self) -> dict[str, Role]:

@@ -144,16 +144,20 @@ class Pass(Distillation[PassConfig]):
         With 2 globals, 3 parts and 3 locals each: 20 + 3 * 8 = 44 terms.
         """
         output = self.distil(student, teacher, views["weight"], progress.epoch)
-        return self.flat_mean(output, views["weight"], self.metrics(output, views["weight"]))
+        return self.flat_mean(output, views["weight"], self.metrics(output, views["weight"], progress))
 
     @torch.no_grad()
-    def metrics(self, output: StudentTeacherOutput, weight_B: Tensor) -> dict[str, Tensor]:
+    def metrics(self, output: StudentTeacherOutput, weight_B: Tensor, progress: TrainingProgress) -> dict[str, Tensor]:
         """Metrics of the CLS token, and means over those of the part tokens."""
-        parts = self.student.tokens[1:]
-        targets = [output.targets[part] for part in parts]
+        parts, looked = self.student.tokens[1:], {}
+        if self.looks_at_targets(progress):
+            targets = [output.targets[part] for part in parts]
+            looked = {
+                "target_entropy_part": torch.stack([entropy(rows).mean(dim=0) for rows in targets]).mean(dim=0),
+                "target_information_part": torch.stack([information(rows, weight_B) for rows in targets]).mean(dim=0),
+            }
         return {
-            **super().metrics(output, weight_B),
+            **super().metrics(output, weight_B, progress),
             "loss_part": torch.cat([output.pairs[part] for part in parts]).detach().mean(dim=0),
-            "target_entropy_part": torch.stack([entropy(rows).mean(dim=0) for rows in targets]).mean(dim=0),
-            "target_information_part": torch.stack([information(rows, weight_B) for rows in targets]).mean(dim=0),
+            **looked,
         }

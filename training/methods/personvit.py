@@ -191,7 +191,8 @@ class PersonVit(Distillation[PersonVitConfig]):
             student.patches, targets_RK, mask_GBN, student_temp=self.config.student_temp, hidden_R=hidden_R
         )
         loss_B = self.config.lambda_dino * output.pairs["cls"].mean(dim=0) + self.config.lambda_mim * patch_B
-        metrics = self.metrics(output, weight_B) | self._patch_metrics(patch_B, targets_RK, mask_GBN, hidden_R)
+        metrics = self.metrics(output, weight_B, progress)
+        metrics |= self._patch_metrics(patch_B, targets_RK, mask_GBN, hidden_R, looks=self.looks_at_targets(progress))
         # the patches' centre follows all of them, hidden or not
         taught_TBK: Mapping[str, Tensor] = {**teacher.tokens.logits, "patch": teacher.patches.mean(dim=2)}
         return self.outcome(loss_B, weight_B, taught_TBK, metrics)
@@ -202,23 +203,28 @@ class PersonVit(Distillation[PersonVitConfig]):
 
     @torch.no_grad()
     def _patch_metrics(
-        self, patch_B: Tensor, targets_RK: Tensor, mask_GBN: Tensor, hidden_R: Tensor
+        self, patch_B: Tensor, targets_RK: Tensor, mask_GBN: Tensor, hidden_R: Tensor, *, looks: bool
     ) -> dict[str, Tensor]:
-        """The patch term, the share of hidden patches, and what their targets are watched by.
+        """The patch term, the share of hidden patches, and, where it `looks`, what their targets are watched by.
 
         target_entropy_patch: an image without hidden patches has the micro-batch's mean, so that the mean over images
             is one over hidden patches; uniform_entropy_patch is its ceiling
         target_information_patch: of which hidden patch of the micro-batch they are for, the same for each image
         """
+        ceiling = patch_B.new_full((), math.log(self.prototypes("patch"))).expand_as(patch_B)
+        found = {
+            "loss_patch": patch_B.detach(),
+            "hidden": mask_GBN.to(patch_B.dtype).mean(dim=(0, 2)),
+            "uniform_entropy_patch": ceiling,
+        }
+        if not looks:
+            return found
         unsure_R = entropy(targets_RK)
         hidden_B = mask_GBN.sum(dim=-1).clamp(max=1).sum(dim=0)  # views with hidden patches
         own_B = mean_over_hidden(unsure_R, mask_GBN, hidden_R) * len(mask_GBN) / hidden_B.clamp(min=1)
         mean = unsure_R.sum() / max(len(unsure_R), 1)
         known_R = information(targets_RK[None], targets_RK.new_ones(len(targets_RK)))
-        return {
-            "loss_patch": patch_B.detach(),
-            "hidden": mask_GBN.to(patch_B.dtype).mean(dim=(0, 2)),
-            "uniform_entropy_patch": torch.full_like(mean, math.log(self.prototypes("patch"))).expand_as(patch_B),
+        return found | {
             "target_entropy_patch": torch.where(hidden_B > 0, own_B, mean),
             "target_information_patch": (known_R.sum() / max(len(known_R), 1)).expand_as(patch_B),
         }

@@ -24,9 +24,15 @@ def centre_sum(teacher_TBK: Tensor, weight_B: Tensor) -> Tensor:
     return torch.einsum("tbk,b->k", teacher_TBK, weight_B.to(teacher_TBK.dtype))[None] / len(teacher_TBK)
 
 
-def moved_centre(centre_1K: Tensor, mean_1K: Tensor, momentum: float) -> Tensor:
-    """The centre for the next step. It changes after the loss, so step n uses the logits of the steps before n."""
-    return centre_1K * momentum + mean_1K.to(centre_1K) * (1 - momentum)
+def move_centres(centres_1K: list[Tensor], means_1K: list[Tensor], momenta: list[float]) -> None:
+    """The centres for the next step, in place. They change after the loss, so step n uses the logits of the steps
+    before n.
+
+    centre = centre * momentum + mean * (1 - momentum), each with its own K and momentum
+    """
+    arriving = [mean.to(centre) for centre, mean in zip(centres_1K, means_1K, strict=True)]
+    torch._foreach_mul_(centres_1K, momenta)
+    torch._foreach_add_(centres_1K, torch._foreach_mul(arriving, [1 - momentum for momentum in momenta]))
 
 
 def sinkhorn(teacher_TBK: Tensor, weight_B: Tensor, *, temperature: float, iterations: int = 3) -> Tensor:

@@ -15,13 +15,14 @@ from datapipe.core.progress import counted
 from datapipe.core.resource_limits import available_cores
 from datapipe.stream.training_data import load_data
 from training.checkpoint import Checkpoints
-from training.config.build import fake_batch, initial_method, make_stepper
+from training.config.build import allows_tf32, fake_batch, initial_method, make_stepper
 from training.config.continuation import ran_on
 from training.config.run_config import RunConfig
 from training.config.run_plan import RunPlan, clustered, make_loader, plan_run
 from training.core.devices import Device, slow_precision, unused_gpus
 from training.core.exchange import Exchange
 from training.core.host import Host, lines_to, run_lines
+from training.core.precision import tf32_products
 from training.core.run_folder import crash_log, starting
 from training.core.run_folder.lease import Follower, Lease, lease_on
 from training.core.run_folder.run_folder import RunFolder
@@ -82,6 +83,7 @@ def pretrain(
         _writing(config, world, host, guard) as guard,
         training_memory(config, world),
         deterministic(config.engine.deterministic),
+        tf32_products(allows_tf32(config)),
     ):
         _use_threads(config, world)
         run_lines.info(f"reads the data set {' + '.join(config.stream.mix) or config.stream.manifest}")

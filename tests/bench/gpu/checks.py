@@ -4,7 +4,6 @@ import gc
 import shutil
 import statistics
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +14,9 @@ import torch
 from datapipe.storage import open_store
 from tests.bench.gpu.settings import full, small
 from tests.bench.gpu.trial import Trial
-from training.config.build import build_method
+from training.config.build import allows_tf32, build_method
 from training.config.run_config import RunConfig
-from training.core.precision import Precision
+from training.core.precision import Precision, tf32_products
 from training.methods.base import Method
 from training.preflight.memory import FULL, Census, calculate
 
@@ -81,7 +80,7 @@ def beside_the_cpu(of: Subject, folder: Path) -> tuple[Check, Finished]:
     here.until(STEPS)
     expected = here.losses
     del here
-    with _full_float32():
+    with tf32_products(False):
         there = Trial(config, of.initial, GPU, precision="fp32", store=open_store(str(folder)))
         there.until(SAVED_AFTER, save=fits)
         there.until(STEPS)
@@ -98,7 +97,7 @@ def resumed(of: Subject, finished: Finished) -> Check:
     if finished.folder is None:
         return Check(None, "no room for a checkpoint; TMPDIR says where")
     again = Trial(small(of.config), of.initial, GPU, precision="fp32", store=open_store(str(finished.folder)))
-    with _full_float32():
+    with tf32_products(False):
         again.resume()
         again.until(STEPS)
     mine, expected = again.state(), finished.state
@@ -124,7 +123,8 @@ def lowered(of: Subject, precision: Precision, expected: float) -> Check:
     if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return Check(None, "this GPU has no bf16")
     trial = Trial(small(of.config), of.initial, GPU, precision=precision)
-    trial.until(1)  # raises NotFinite
+    with tf32_products(True):
+        trial.until(1)  # raises NotFinite
     off, scale = _apart(trial.losses[0], expected), trial.run.stepper.scale
     figures = {"loss": trial.losses[0], "off": off, "bound": LOWERED, "scale": scale.value if scale else 1.0}
     return Check(off <= LOWERED, "" if off <= LOWERED else f"{off:.1e} off", figures)
@@ -136,13 +136,14 @@ def speed(of: Subject) -> Check:
     config = full(of.name, of.config, of.sizes, total)
     need = calculate(config, of.sizes, world=1, cuda=True)
     trial = Trial(config, of.initial, GPU, precision=config.optimisation.precision)
-    trial.until(WARM_UP)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    events = [_event()]
-    trial.each_step = lambda: events.append(_event())
-    trial.until(WARM_UP + TIMED)
-    torch.cuda.synchronize()
+    with tf32_products(allows_tf32(config)):
+        trial.until(WARM_UP)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        events = [_event()]
+        trial.each_step = lambda: events.append(_event())
+        trial.until(WARM_UP + TIMED)
+        torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated()
     bounds = [(1 - BELOW) * need.peak, (1 + ABOVE) * need.peak + WORKSPACES]
     each = [one.elapsed_time(other) for one, other in zip(events, events[1:], strict=False)]
@@ -162,20 +163,6 @@ def forget() -> None:
     """Give the GPU's memory back."""
     gc.collect()
     torch.cuda.empty_cache()
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """No TF32, in products and convolutions alike."""
-    places = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [place.allow_tf32 for place in places]
-    for place in places:
-        place.allow_tf32 = False
-    try:
-        yield
-    finally:
-        for place, value in zip(places, before, strict=True):
-            place.allow_tf32 = value
 
 
 def _event() -> torch.cuda.Event:

@@ -44,7 +44,8 @@ def test_centre_sum__adds_up_over_micro_batches_and_leaves_padding_out() -> None
     weight = torch.tensor([0.25, 0.25, 0.25, 0.25, 0.0], dtype=torch.float64)
     parts = [teacher_targets.centre_sum(teacher[:, rows], weight[rows]) for rows in (slice(0, 3), slice(3, 5))]
     torch.testing.assert_close(parts[0] + parts[1], teacher[:, :4].mean(dim=(0, 1))[None], rtol=1e-12, atol=1e-12)
-    moved = teacher_targets.moved_centre(torch.ones(1, 5, dtype=torch.float64), parts[0] + parts[1], 0.9)
+    moved = torch.ones(1, 5, dtype=torch.float64)
+    teacher_targets.move_centres([moved], [parts[0] + parts[1]], [0.9])
     torch.testing.assert_close(moved, 0.9 + 0.1 * (parts[0] + parts[1]))
 
 

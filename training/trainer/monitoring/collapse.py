@@ -5,9 +5,10 @@ A collapsed run says the same of every image. It may say so with one prototype (
 young run is no collapsed one: its loss is ln K and its features are alike, but its targets differ from image to image.
 So a sign that is natural at the start is not looked for before both SETTLED_STEPS and the first epoch are over.
 
-A sign appears when more than half of the last WINDOW steps are beyond its threshold, and goes when none of them is.
-So a collapse is told WINDOW steps after it began at the latest, and one that was there from the beginning at step
-WINDOW by `constant_targets*`, at step SETTLED_STEPS + WINDOW (or WINDOW after the first epoch) by the others.
+A sign appears when more than half of the last WINDOW steps that record its value are beyond its threshold, and goes
+when none of them is. So a collapse is told WINDOW steps after it began at the latest, and one that was there from the
+beginning at step WINDOW by `constant_targets*`, at step SETTLED_STEPS + WINDOW (or WINDOW after the first epoch) by the
+others. Where targets are looked at in every fourth step (method.health_every), signs that they show take WINDOW looks.
 
 What is looked at, by method: dino, pass and personvit all signs. PersonMAE has no prototypes: only `alike_images`,
 `one_direction` and `views_as_images`, of the features that its decoder predicts. Its pixel loss keeps them alive: with
@@ -124,7 +125,7 @@ def _information(suffix: str) -> Callable[[Record], float | None]:
 
 def _share_of_uniform(record: Record) -> float | None:
     """The lower of the CLS loss and the entropy of its targets, as a share of ln K."""
-    if "uniform_entropy" not in record or record["uniform_entropy"] == 0:
+    if "target_entropy" not in record or record["uniform_entropy"] == 0:
         return None
     return min(record["loss_cls"], record["target_entropy"]) / record["uniform_entropy"]
 

@@ -4,9 +4,15 @@ Shapes: S student views, T teacher views (the first T student views are of the s
 N patches, K prototypes, M pairs of different views, R hidden patches of all views and images.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CACHED = 1 << 18
+"""Numbers that are worked on at a time on a CPU, so that what is read again is still in its cache."""
 
 
 def pair_cross_entropies(student_SBK: Tensor, targets_TBK: Tensor, *, student_temp: float) -> Tensor:
@@ -21,10 +27,62 @@ def pair_cross_entropies(student_SBK: Tensor, targets_TBK: Tensor, *, student_te
 
     `targets_TBK` are probabilities, without gradient.
     """
-    log_student_SBK = F.log_softmax(student_SBK / student_temp, dim=-1)
-    crossed_TSB = -torch.einsum("tbk,sbk->tsb", targets_TBK, log_student_SBK)
+    crossed_TSB: Tensor = _CrossEntropies.apply(student_SBK, targets_TBK, student_temp)
     teachers, students = crossed_TSB.shape[:2]
-    return torch.stack([crossed_TSB[t, s] for t in range(teachers) for s in range(students) if s != t])
+    same = min(teachers, students) - 1
+    # after the first, a pair of a view with itself stands at every (students + 1)th place
+    flat = crossed_TSB.flatten(0, 1)[1:]
+    between = flat[: same * (students + 1)].unflatten(0, (same, students + 1))[:, :students]
+    return torch.cat([between.flatten(0, 1), flat[same * (students + 1) :]])
+
+
+class _CrossEntropies(torch.autograd.Function):
+    """Cross-entropies of all views with all targets: [T, S, B]. Keeps softmax and targets, nothing as large beside.
+
+    z = student / temperature - its largest over k
+    H[t, s, b] = log(sum over k of exp z[s, b, k]) - sum over k of targets[t, b, k] * z[s, b, k]
+    dH[t, s, b] / dstudent[s, b] = (softmax(z[s, b]) - targets[t, b]) / temperature
+    """
+
+    @staticmethod
+    def forward(context: Any, student_SBK: Tensor, targets_TBK: Tensor, temperature: float) -> Tensor:
+        chances_SBK = torch.empty_like(student_SBK, memory_format=torch.contiguous_format)
+        crossed_TSB = student_SBK.new_empty(len(targets_TBK), *student_SBK.shape[:2])
+        for views, images in _stretches(student_SBK):
+            z = torch.div(student_SBK[views, images], temperature, out=chances_SBK[views, images])
+            z.sub_(z.amax(dim=-1, keepdim=True))
+            crossed = torch.einsum("tbk,sbk->tsb", targets_TBK[:, images], z)
+            sums = z.exp_().sum(dim=-1, keepdim=True)
+            torch.sub(sums[..., 0].log(), crossed, out=crossed_TSB[:, views, images])
+            z.div_(sums)
+        context.save_for_backward(chances_SBK, targets_TBK)
+        context.temperature = temperature
+        return crossed_TSB
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient_TSB: Tensor) -> tuple[Tensor, None, None]:
+        """In the memory of the softmax, so once only."""
+        result_SBK, targets_TBK = context.saved_tensors
+        owed_TSB1 = (gradient_TSB / context.temperature)[..., None]
+        all_SB1 = owed_TSB1.sum(dim=0)
+        for views, images in _stretches(result_SBK):
+            part = result_SBK[views, images].mul_(all_SB1[views, images])
+            for target_BK, owed_SB1 in zip(targets_TBK[:, images], owed_TSB1[:, views, images], strict=True):
+                part.addcmul_(target_BK, owed_SB1, value=-1)
+        return result_SBK, None, None
+
+
+def _stretches(values_SBK: Tensor) -> Iterator[tuple[slice, slice]]:
+    """(views, images) that are worked on at a time: all of them on a GPU, where every stretch is a launch."""
+    views, images, prototypes = values_SBK.shape
+    if values_SBK.device.type != "cpu":
+        yield slice(None), slice(None)
+        return
+    count = max(1, CACHED // prototypes)
+    for start in range(0, images, count):
+        for view in range(views):
+            yield slice(view, view + 1), slice(start, start + count)
 
 
 def hidden_patch_cross_entropies(
@@ -39,7 +97,7 @@ def hidden_patch_cross_entropies(
                   (sum over hidden n of H[g, b, n]) / max(1, number of hidden n of g, b)
         H = - sum over k of targets[k] * log softmax(student / student_temp)[k]
     """
-    crossed_R = -(targets_RK * F.log_softmax(student_RK / student_temp, dim=-1)).sum(dim=-1)
+    crossed_R: Tensor = _CrossEntropies.apply(student_RK[None], targets_RK[None], student_temp)[0, 0]
     return mean_over_hidden(crossed_R, mask_GBN, hidden_R)
 
 

@@ -47,8 +47,8 @@ class Prototypes(nn.Module):
         self.weight_v = nn.Parameter(nn.Linear(channels, out_dim, bias=False).weight.detach())
 
     def forward(self, rows_RC: Tensor) -> Tensor:
-        direction_KC = self.weight_v / torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
-        return F.linear(rows_RC, self.weight_g * direction_KC)
+        # what the library's weight norm calls: one pass over the prototypes each way
+        return F.linear(rows_RC, torch._weight_norm(self.weight_v, self.weight_g, 0))
 
 
 class DinoHead(nn.Module):

@@ -5,16 +5,20 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.bench.gpu.__main__ import NEEDED
 from tests.bench.gpu.checks import FIRST, LATER, Check, _compared
+from tests.bench.gpu.datasheet import beside_datasheet
 from tests.bench.gpu.result import CHECKS
 from tests.bench.gpu.run import Session
+from tests.bench.gpu.settings import settled
 from tests.null_gpu.build import environment, missing
 from tests.support.golden import ROOT
+from training.preflight.memory import census
 
 RECIPES = ("personmae_vits", "supervised", "pass_vits")
 ALONE = ("-m", "tests.support.only_packages", ",".join(NEEDED))
@@ -52,6 +56,19 @@ def test_bench__fails_on_a_gpu_whose_kernels_do_nothing(tmp_path: Path) -> None:
     assert "FAILED demo: fp32: step 1: " in done.stdout
     found = json.loads((tmp_path / "bench_gpu.json").read_text())
     assert any(line.startswith("demo: fp32") for line in found["failed"])
+
+
+def test_datasheet__figures_of_a_known_gpu_and_of_a_strange_one() -> None:
+    config = settled("pass_vits")
+    config = replace(config, optimisation=replace(config.optimisation, batch=64, micro_batch=64))
+    sizes = census(config)
+    found = beside_datasheet(config, sizes, 1_000.0, "NVIDIA A100-SXM4-80GB")
+    assert found["tflops"] == pytest.approx(91.6, rel=1e-3)
+    assert found["mfu"] == pytest.approx(1_000 * 91.6e9 / 312e12, rel=1e-3)
+    assert found["calculated_ms"] == pytest.approx(sum(found["calculated_ms_of"].values()))
+    assert 40 < found["calculated_ms"] < 160
+    strange = beside_datasheet(config, sizes, 1_000.0, "Null H100")
+    assert strange["mfu"] is None and strange["calculated_ms"] is None and strange["tflops"] == found["tflops"]
 
 
 @pytest.mark.parametrize(("off", "passes"), [(0.9, True), (1.1, False)])

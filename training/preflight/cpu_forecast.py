@@ -154,31 +154,37 @@ def measured_rate(config: RunConfig, seconds: float = MEASURED_S) -> float:
 
 
 def measured_machine(config: RunConfig, workers: int) -> Machine:
-    """What one of so many workers on this machine reaches: products of the width of the recipe's backbone in float32
-    and bf16, and the traffic of norms, sums and GELUs in a forward and backward pass."""
-    width, _, _, mlp_ratio = config.backbone.shape
-    hidden = int(mlp_ratio * width)
-    inputs, weights = torch.ones(TOKENS, width), torch.ones(hidden, width)
-    lowered_inputs, lowered_weights = inputs.bfloat16(), weights.bfloat16()
-    products = 2.0 * TOKENS * width * hidden
-    full = products / _seconds(lambda: nn.functional.linear(inputs, weights))
-    lowered = products / _seconds(lambda: nn.functional.linear(lowered_inputs, lowered_weights))
-    norm, rows = nn.LayerNorm(width), inputs.clone().requires_grad_()
-    wide = torch.ones(TOKENS, hidden, requires_grad=True)
+    """What one of so many workers on this machine reaches, in the recipe's precision and at the width of its backbone:
+    products, those of attention, the traffic of norms, sums and GELUs in a forward and backward pass, and of a sum of
+    long vectors."""
+    width, _, heads, mlp_ratio = config.backbone.shape
+    hidden, lowers = int(mlp_ratio * width), config.optimisation.precision != "fp32"
+    own = torch.bfloat16 if lowers else torch.float32
+
+    def product_rate(dtype: torch.dtype) -> float:
+        inputs, weights = torch.ones(TOKENS, width, dtype=dtype), torch.ones(hidden, width, dtype=dtype)
+        return 2.0 * TOKENS * width * hidden / _seconds(lambda: nn.functional.linear(inputs, weights))
+
+    full, lowered = product_rate(torch.float32), product_rate(torch.bfloat16)
+    queries = torch.ones(heads * TOKENS // 128, 128, width // heads, dtype=own)
+    attended = 2.0 * 128 * queries.numel() / _seconds(lambda: queries @ queries.transpose(1, 2))
+    norm, rows = nn.LayerNorm(width), torch.ones(TOKENS, width, requires_grad=True)
+    wide = torch.ones(TOKENS, hidden, dtype=own, requires_grad=True)
 
     def rest() -> None:
         with torch.enable_grad():
-            (norm(norm(rows) + rows) + rows).sum().backward()
+            calm = norm(rows).to(own) + rows
+            (norm(calm).to(own) + calm).sum().backward()
             nn.functional.gelu(wide).sum().backward()
 
+    traffic = sum(TRAFFIC["lowered" if lowers else "fp32"]) * TOKENS * width
     long, other = torch.zeros(LONG), torch.zeros(LONG)
-    stream = 3 * FULL * LONG / _seconds(lambda: long.add_(other))
-    memory_rate = sum(TRAFFIC["fp32"]) * TOKENS * width / _seconds(rest)
+    stream = 3 * FULL * LONG / _seconds(lambda: long.add_(other)) / workers
     rates: dict[Format, float] = {"fp32": full, "tf32": full, "bf16": lowered, "fp16": lowered}
     return Machine(
-        name="this CPU", products={form: rate / workers for form, rate in rates.items()}, attention=0.5,
-        memory=memory_rate / workers, stream=stream / workers, launch_s=0.0, link=stream / workers / 4,
-        network=GBIT_S, host=math.inf, fused=False,
+        name="this CPU", products={form: rate / workers for form, rate in rates.items()},
+        attention=min(1.0, attended / (lowered if lowers else full)), memory=traffic / _seconds(rest) / workers,
+        stream=stream, launch_s=0.0, link=stream / 4, network=GBIT_S, host=math.inf, fused=False,
     )  # fmt: skip
 
 

@@ -134,8 +134,8 @@ def machine_of(gpu: Gpu, reached: Reached = USUAL) -> Machine:
     rates = {one: reached.products * (gpu.peak(one) or gpu.peak("fp32")) for one in formats}
     return Machine(
         name=gpu.name, products=rates, attention=reached.attention, memory=reached.memory * gpu.memory * GIGA,
-        launch_s=reached.launch_s, link=reached.link * gpu.link * GIGA, network=reached.network,
-        host=reached.host * gpu.host * GIGA,
+        stream=reached.memory * gpu.memory * GIGA, launch_s=reached.launch_s, link=reached.link * gpu.link * GIGA,
+        network=reached.network, host=reached.host * gpu.host * GIGA,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from datapipe.storage import open_store
+from tests.bench.gpu.datasheet import beside_datasheet
 from tests.bench.gpu.settings import full, small
 from tests.bench.gpu.trial import Trial
 from training.config.build import allows_tf32, build_method
@@ -148,12 +149,13 @@ def speed(of: Subject) -> Check:
     bounds = [(1 - BELOW) * need.peak, (1 + ABOVE) * need.peak + WORKSPACES]
     each = [one.elapsed_time(other) for one, other in zip(events, events[1:], strict=False)]
     milliseconds, images = statistics.median(each), config.optimisation.batch
-    figures = {
+    figures: dict[str, Any] = {
         "precision": config.optimisation.precision, "images": images, "ms": milliseconds, "slowest_ms": max(each),
         "images_per_s": 1_000 * images / milliseconds, "peak": peak, "calculated": need.peak, "needed": need.needed,
         "moments": need.moments, "reserved": torch.cuda.max_memory_reserved(), "bounds": bounds,
         "share_of_recipe": images / of.config.optimisation.micro_batch,
     }  # fmt: skip
+    figures |= beside_datasheet(config, of.sizes, figures["images_per_s"], torch.cuda.get_device_name(GPU))
     passed = bounds[0] <= peak <= bounds[1]
     why = f"peak of {peak / GB:.2f} GB, calculated {need.peak / GB:.2f}"
     return Check(passed, "" if passed else why, figures)

@@ -15,12 +15,14 @@ import torch
 from tests.bench.gpu.checks import ABOVE, BELOW, FIRST, GB, LATER, LOWERED, RESUMED_LOSS, RESUMED_WEIGHTS, Check
 
 CHECKS = ("fp32", "bf16", "fp16", "speed", "resume")
-HEAD = ("recipe", "fp32, off the CPU's", "bf16 off", "fp16 off", "images", "images/s", "ms a step", "peak GB",
-        "calculated", "resumed", "all passed")  # fmt: skip
+HEAD = ("recipe", "fp32, off the CPU's", "bf16 off", "fp16 off", "images", "images/s", "GFLOP an image", "MFU",
+        "ms a step", "calculated", "peak GB", "calculated", "resumed", "all passed")  # fmt: skip
 BOUNDS = (
     f"Bounds, as shares: losses {FIRST:.0e} off the CPU's (first step), {LATER:.0e} (later ones), {LOWERED:g} in "
     f"lowered precision; after a resume {RESUMED_LOSS:.0e}, the weights {RESUMED_WEIGHTS:.0e}; memory {ABOVE:g} above "
-    f"and {BELOW:g} below the calculated. Times are medians between CUDA events; images: of one micro-batch."
+    f"and {BELOW:g} below the calculated. Times are medians between CUDA events; images: of one micro-batch. "
+    "MFU: operations of the model over what the datasheet promises of this precision (training/preflight/gpus.py); "
+    "calculated: milliseconds from the datasheet (training/preflight/step_time.py), memory from the recipe."
 )
 
 
@@ -86,12 +88,17 @@ def _driver() -> str:
 def _cells(name: str, checks: dict[str, Check]) -> tuple[str, ...]:
     fp32, resume, speed = (checks[kind].figures for kind in ("fp32", "resume", "speed"))
     resumed = "-" if not resume else "identical" if resume["identical"] else f"{resume['weights_off']:.0e} off"
-    rate = [f"{speed['images']}", f"{speed['images_per_s']:,.0f}", f"{speed['ms']:.1f}", f"{speed['peak'] / GB:.2f}",
-            f"{speed['calculated'] / GB:.2f}"] if speed else ["-"] * 5  # fmt: skip
+    rate = [f"{speed['images']}", f"{speed['images_per_s']:,.0f}", f"{speed['gflop_per_image']:,.1f}",
+            _known(speed["mfu"], "{:.0%}"), f"{speed['ms']:.1f}", _known(speed["calculated_ms"], "{:.1f}"),
+            f"{speed['peak'] / GB:.2f}", f"{speed['calculated'] / GB:.2f}"] if speed else ["-"] * 8  # fmt: skip
     passed = [check.passed for check in checks.values()]
     verdict = "NO" if False in passed else "not all tried" if None in passed else "yes"
     return (name, " ".join(f"{off:.0e}" for off in fp32.get("off", ())) or "-",
             *(_off(checks[kind]) for kind in ("bf16", "fp16")), *rate, resumed, verdict)  # fmt: skip
+
+
+def _known(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
 
 
 def _off(check: Check) -> str:

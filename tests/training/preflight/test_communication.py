@@ -6,9 +6,9 @@ from tests.support.golden import ROOT
 from training.config.recipe_toml import load
 from training.engine.reduction import BYTES
 from training.preflight.communication import FULL, Traffic, traffic
-from training.preflight.cpu_forecast import flops_of_image
 from training.preflight.dry_run_text import GPU_FLOPS
 from training.preflight.memory import census
+from training.preflight.operations import flops_of_image
 
 VITL = 330_000_000
 

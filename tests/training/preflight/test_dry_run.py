@@ -188,7 +188,8 @@ def test_dry_run__text_names_a_deviation_with_its_source(capsys: pytest.CaptureF
 def test_dry_run__of_a_cpu_run() -> None:
     config = load("pass_vits")
     config = replace(config, engine=replace(config.engine, device="cpu"))
-    assert "Memory of one process, calculated" in page(dry_run(config), full=True)
+    text = page(dry_run(config), full=True)
+    assert "Memory of one process, calculated" in text and " this CPU: " in text and " process hours" in text
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
         dry_run(replace(config, optimisation=replace(config.optimisation, precision="fp16")))
 
@@ -202,11 +203,13 @@ def test_dry_run__starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(("words", "code", "said"), [
     (["pass_vitx", "--dry-run"], cli.FAILED, "no such recipe"),
     (["pass_vits", "--dry-run", "--rows", "0"], cli.USAGE, "`--rows`: input should be greater than 0"),
+    (["pass_vits", "--dry-run", "--gpu", "abacus"], cli.FAILED, "no datasheet of a GPU named abacus is known"),
+    (["pass_vits", "--gpu", "h100"], cli.USAGE, "`--gpu` goes with `--dry-run`"),
     (["pass_vits", "--dry-run", "--gpu-memory-gb", "much"], cli.USAGE, "`--gpu-memory-gb`: a number, not much"),
     (["pass_vits", "--rows", "5"], cli.USAGE, "`--rows` goes with `--dry-run`"),
     (["pass_vits", "--dry-run", "--optimisation.lrr", "1"], cli.USAGE, "optimisation.lrr"),
     (["pass_vits", "--dry-run", "--rows", "3"], cli.FAILED, "less than one batch"),
-], ids=["recipe", "rows", "gpu", "without_dry_run", "flag", "too_few_rows"])  # fmt: skip
+], ids=["recipe", "rows", "gpu", "gpu_alone", "gpu_memory", "without_dry_run", "flag", "too_few_rows"])  # fmt: skip
 def test_dry_run__mistakes(words: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert called(*words) == code
     assert said in capsys.readouterr().err
@@ -250,6 +253,31 @@ def test_dry_run__counts_with_one_machine_where_the_cluster_decides() -> None:
     assert [one.workers for one in found.spreads] == [8, 16, 64, 128, 256, 512]
     assert "as many as the cluster has, at least 1; 8 are counted with here" in page(found)
     assert found.spreads[0].traffic.total == 0 < found.spreads[1].lowered.total < found.spreads[1].traffic.total
+
+
+def test_dry_run__time_by_part_on_the_gpu_that_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whose memory it must fit, too. What the text says is what programs are told."""
+    assert called("pass_vits", "--dry-run", "--gpu", "h100", "--json") == cli.COMPLETE
+    said = json.loads(capsys.readouterr().out)
+    (time,) = said["time"]
+    assert time["machine"] == "H100 SXM" and said["memory"]["gpu"] == 80 * GB and said["memory"]["fits"] is True
+    assert said["operations"]["total"] == pytest.approx(91.6e9, rel=1e-3)
+    assert time["least_s"] < time["step_s"] < time["most_s"]
+    assert sum(time["parts"].values()) == pytest.approx(time["step_s"]) == pytest.approx(sum(time["limits"].values()))
+    assert time["gpu_hours"] == pytest.approx(said["steps"]["total"] * time["step_s"] * 8 / 3600)
+    assert time["mfu"] == pytest.approx(time["images_per_s"] * said["operations"]["total"] / (8 * 989.5e12))
+    assert called("pass_vits", "--dry-run", "--gpu", "h100", "--full") == cli.COMPLETE
+    text = capsys.readouterr().out
+    assert f"on 8 GPUs, H100 SXM: {time['gpu_hours']:,.0f} GPU hours" in text
+    assert f"MFU {time['mfu']:.0%}, limited by {time['limited_by']}" in text
+    assert (
+        f"H100 SXM: {1e3 * time['step_s']:,.1f} ms a step" in text
+        and "steps of these recipes were measured on no GPU" in text
+    )
+
+
+def test_dry_run__time_without_a_gpu_is_that_of_two_common_ones() -> None:
+    assert [one.machine for one in dry_run(load("dino_vits")).forecasts] == ["H100 SXM", "A100 SXM 80 GB"]
 
 
 def test_help__tells_of_dry_runs(capsys: pytest.CaptureFixture[str]) -> None:

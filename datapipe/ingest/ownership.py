@@ -6,9 +6,9 @@ the very same moment may both do so; then nothing was written, and one of them i
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 
+from datapipe.core.bounds.text_trees import parse_record
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.dataset.manifest import has_manifest
 from datapipe.storage import Store, probe
@@ -63,9 +63,15 @@ def _claims(store: Store) -> Iterator[str]:
 
 def _refusal(store: Store, name: str, request: bytes) -> DataError:
     try:
-        other, here = json.loads(store.read(name)), json.loads(request)
+        other, here = parse_record(store.read(name)), parse_record(request)
         differences = list(_differences(other, here))
-    except (NotFoundError, ValueError, KeyError):  # just taken back, or of another version of this project
+    except (
+        NotFoundError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # just taken back, or of another version of this project
         differences = ["it cannot be read"]
     return DataError(
         "--out belongs to another data set: " + "; ".join(differences),

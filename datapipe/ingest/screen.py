@@ -12,7 +12,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from datapipe.core.config import ShardConfig
-from datapipe.core.image_formats import FORMATS
+from datapipe.core.image_formats import FORMATS, MOST_SCANS, scans
 
 JPEG_START = b"\xff\xd8\xff"
 ORIENTATION = 0x0112
@@ -26,6 +26,10 @@ UPRIGHT = {  # EXIF orientation -> the image as it is to be seen
     8: lambda image: image.swapaxes(0, 1)[::-1],
 }
 TURNED = (5, 6, 7, 8)
+TILE = (322, 323)
+"""Tags of a TIFF: width and height of its tiles."""
+MOST_FRAMES = 100
+"""Of an animation, that are counted."""
 PLAIN = ("YCbCr", "RGB")
 """Colour spaces of JPEGs that every reader decodes to the same RGB."""
 USUAL = ("444", "422", "420", "440", "411")
@@ -91,6 +95,8 @@ def _jpeg(data: bytes, config: ShardConfig) -> Kept:
         raise _Refusal(_cut_or_corrupt(data), str(error)) from error
     orientation = _orientation(data)
     _check_size((width, height) if orientation in TURNED else (height, width), config)
+    if (count := scans(data)) > MOST_SCANS:
+        raise _Refusal(Reason.BOMB, f"{count:,} scans, of {MOST_SCANS} at most")
     if space not in (*PLAIN, "Gray"):
         return _other(data, config)
     try:
@@ -114,7 +120,8 @@ def _other(data: bytes, config: ShardConfig) -> Kept:
             height, width = image.height, image.width
             _check_size((width, height) if orientation in TURNED else (height, width), config)
             if getattr(image, "is_animated", False) and image.format != "MPO":
-                raise _Refusal(Reason.ANIMATED, f"{image.n_frames} frames")  # type: ignore[attr-defined]
+                raise _Refusal(Reason.ANIMATED, f"{_frames(image)} frames")
+            _check_tile(image, config)
             image.load()
             pixels = _rgb(image)
     except Image.DecompressionBombError as error:
@@ -125,6 +132,25 @@ def _other(data: bytes, config: ShardConfig) -> Kept:
         reason = Reason.CUT if "trunc" in str(error).lower() or isinstance(error, EOFError) else Reason.CORRUPT
         raise _Refusal(reason, str(error)) from error
     return _encoded(UPRIGHT[orientation](pixels) if orientation in UPRIGHT else pixels, config)
+
+
+def _frames(image: Image.Image) -> str:
+    """How many there are, as far as they are counted: finding the next one may take as long as decoding it."""
+    try:
+        image.seek(MOST_FRAMES)
+    except EOFError:
+        return str(image.n_frames)  # type: ignore[attr-defined]
+    except (OSError, SyntaxError, ValueError, struct.error):
+        return "several"
+    return f"more than {MOST_FRAMES}"
+
+
+def _check_tile(image: Image.Image, config: ShardConfig) -> None:
+    """A tile of a TIFF is unpacked as a whole, however small the image is that it covers."""
+    tags = getattr(image, "tag_v2", {})
+    sides = [tags.get(tag, 0) for tag in TILE]
+    if all(isinstance(side, int) for side in sides) and sides[0] * sides[1] > config.max_pixels:
+        raise _Refusal(Reason.BOMB, f"a tile of {sides[1]}x{sides[0]} pixels")
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

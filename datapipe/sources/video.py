@@ -123,7 +123,7 @@ class VideoSource:
 
     def _crop(self, unit: VideoUnit, frame: Frame, boxes: Boxes, box: int) -> Crop:
         height, width, _ = frame.pixels.shape
-        left, top, right, bottom = np.rint(boxes.corners[box]).clip(0, (width, height, width, height)).astype(int)
+        left, top, right, bottom = np.rint(boxes.corners[box].clip(0, (width, height, width, height))).astype(int)
         outside = "" if left < right and top < bottom else "the box lies outside the frame"
         problem = frame.problem or outside
         data = (

@@ -139,6 +139,14 @@ class Store(ABC):
         if not self.create(name, data) and self.read(name) != data:
             self.replace(name, data)
 
+    def read_small(self, name: str, most: int, *, what: str = "a file", hint: str = "copy it again") -> bytes:
+        """A whole object of at most so many bytes. Raises DataError for a larger one, without having read it, and
+        NotFoundError."""
+        data = self.read(name, start=0, size=most + 1)
+        if len(data) > most:
+            raise DataError(f"{what} has more than {most:,} bytes", where=self.address(name), hint=hint)
+        return data
+
     def read_verified(self, name: str, sha256: str, *, what: str, hint: str) -> bytes:
         """A whole object, compared with its sha256 (hex). Raises DataError, with `what` the object is and a hint, where
         it is missing or not what was written."""

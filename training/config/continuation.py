@@ -1,9 +1,9 @@
 """Whether a run may go on in its folder: with which settings it began, which may differ now, and on what data."""
 
-import tomllib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from datapipe.core.bounds.text_trees import parse_toml
 from datapipe.core.errors import ConfigError, DataError
 from training import checkpoint
 from training.config import recipe_toml as recipes
@@ -24,12 +24,16 @@ FREE_TO_CHANGE = ("out", "storage", "engine", "checkpoints", "cluster", "evaluat
 def saved_config(folder: RunFolder) -> RunConfig | None:
     """The resolved recipe of a run folder; None where there is none. One without a version of views is of an earlier
     version of this project, which had the first rule."""
-    text = folder.read_text("config.toml")
-    if text is None:
-        return None
-    tree = tomllib.loads(text)
-    views = {"version": 1} | tree.get("views", {})
-    return recipes.validate(tree | {"views": views}, where=folder.store.address("config.toml"))
+    where = folder.store.address("config.toml")
+    try:
+        text = folder.read_text("config.toml")
+        if text is None:
+            return None
+        tree = parse_toml(text)
+    except ValueError as error:
+        raise DataError(f"the recipe of the run is damaged: {error}", where=where, hint="copy it again") from error
+    views = tree.get("views", {})
+    return recipes.validate(tree | {"views": {"version": 1} | views if isinstance(views, dict) else views}, where=where)
 
 
 def as_begun(config: RunConfig) -> RunConfig:

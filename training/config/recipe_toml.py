@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -10,6 +9,7 @@ from typing import Annotated, Any, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 
 from datapipe.core import cli
+from datapipe.core.bounds.text_trees import MOST_TOML_BYTES, parse_toml
 from datapipe.core.errors import ConfigError
 from training import methods
 from training.config.run_config import RunConfig
@@ -40,8 +40,10 @@ def load(
         hint = f"{suggestion}a TOML file; recipes that come along: {', '.join(known)}"
         raise ConfigError("no such recipe", where=str(path), hint=hint)
     try:
-        tree = tomllib.loads(recipe.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        if recipe.stat().st_size > MOST_TOML_BYTES:
+            raise ValueError(f"it has more than {MOST_TOML_BYTES:,} bytes")
+        tree = parse_toml(recipe.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ConfigError(f"not a TOML file: {error}", where=str(path), hint="check quotes and brackets") from error
     return override(validate(tree, where=str(path)), overrides, prog=prog, also=also)
 

@@ -1,7 +1,6 @@
 """One rank of a training run, from the last good checkpoint to its end or a stop."""
 
 import contextlib
-import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -129,7 +128,7 @@ def _writing(config: RunConfig, world: World, host: Host, guard: WriteGuard | No
 
 def ran_on(folder: RunFolder) -> str:
     """ "cuda" or "cpu": what the run in this folder was on last; empty where there is none that says so."""
-    return str(json.loads(folder.read_text("environment.json") or "{}").get("device_type", ""))
+    return str(folder.read_record("environment.json").get("device_type", ""))
 
 
 def refuse_slower(config: RunConfig, folder: RunFolder, world: World) -> None:

@@ -4,11 +4,12 @@ A round is one changed input for each reader; sound and hostile inputs come firs
 """
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
 
-from tests.fuzz.readers import READERS
+from tests.fuzz.readers import NAMES, WITH_TORCH
 from tests.fuzz.rounds import Rounds
 from tests.support import warm_python
 
@@ -20,12 +21,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--readers", nargs="*", choices=sorted(READERS), default=list(READERS))
+    parser.add_argument("--readers", nargs="*", choices=NAMES, default=NAMES)
     parser.add_argument("--kept", type=Path, help="folder for inputs that show a fault")
     given = parser.parse_args()
     failed = total = 0
     print(f"{'reader':<12}{'inputs':>8}{'read':>8}{'refused':>9}{'faults':>8}{'peak MB':>9}{'s':>8}", flush=True)
-    with warm_python.started():
+    warm = warm_python.started() if WITH_TORCH & set(given.readers) else contextlib.nullcontext()
+    with warm:
         for name in given.readers:
             began = time.monotonic()
             with Rounds([name], given.seed, given.kept) as rounds:

@@ -1,10 +1,11 @@
-"""A process that reads inputs, one after the other, and says of each what came of it: a line of JSON for a line of JSON.
+"""A process that reads inputs one after the other, and says of each what came of it: JSON for JSON, line by line.
 
 It writes nothing but below the folders it was given, starts no process and reaches no network: an audit hook notes
 whatever else is tried. Its memory is limited, so that an input that gets through does no harm.
 """
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz.readers import READERS
+from tests.fuzz.readers import reader
 
 MOST_BYTES = 5 << 29
 """Address space beyond what the process has at its start."""
@@ -53,7 +54,7 @@ class Watch:
     def _check(self, event: str, path: Any) -> None:
         if isinstance(path, str | bytes):
             real = os.path.realpath(os.fsdecode(path))
-            if real not in ALLOWED and not real.startswith(self.inside):
+            if real not in ALLOWED and not f"{real}/".startswith(self.inside):
                 self.outside.append(f"{event} {real}")
 
 
@@ -91,9 +92,10 @@ def judged(watch: Watch, name: str, folder: Path, out: Path) -> dict[str, Any]:
     forget_peak()
     before = status("VmRSS")
     with heard(log) as said:
-        watch.inside = (f"{out}/", str(out), tempfile.gettempdir() + "/")
+        watch.inside = (f"{folder}/", f"{out}/") if reader(name).writes else (f"{out}/",)
+        watch.inside += (os.path.realpath(tempfile.gettempdir()) + "/",)
         try:
-            code = READERS[name].look(folder, out)
+            code = reader(name).look(folder, out)
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
         except BaseException:
@@ -109,14 +111,15 @@ def main() -> None:
     os.dup2(2, 1)
     watch = Watch()
     names = json.loads(sys.stdin.readline())
+    importlib.import_module("webdataset.tariterators")  # loads PyTorch, where there is one
     with tempfile.TemporaryDirectory() as warm:  # what is imported and kept at the first use is no growth
         for name in names:
             folder, out = Path(warm, name, "in"), Path(warm, name, "out")
             folder.mkdir(parents=True)
             out.mkdir()
-            READERS[name].make(folder)
+            reader(name).make(folder)
             with heard(Path(warm, "stderr")):
-                READERS[name].look(folder, out)
+                reader(name).look(folder, out)
     limit = status("VmSize") * (1 << 20) + MOST_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     print(json.dumps({"idle": status("VmRSS")}), file=answers, flush=True)

@@ -1,4 +1,4 @@
-"""Files of a data set of ours, sound and hostile: manifest, indexes, selections, records of removals, lists of crops."""
+"""Files of a data set of ours, sound and hostile: manifest, indexes, selections, removals, lists of crops."""
 
 import bz2
 import contextlib
@@ -9,7 +9,6 @@ import json
 import lzma
 import os
 import pickle
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -27,8 +26,8 @@ from datapipe.ingest.pipeline import ingest
 from datapipe.maintain.read_list import read_list
 from datapipe.maintain.remove import remove
 from datapipe.maintain.select import select
-from tests.fuzz.reader import Make, Reader
-from tests.fuzz.sources import LONG_MEMO, crops, many_zeros
+from tests.fuzz.reader import Make, Reader, together
+from tests.fuzz.sources import LONG_MEMO, PIECE, ZEROS, crops, many_zeros
 
 STORAGE = StorageConfig()
 
@@ -334,21 +333,16 @@ LISTS = Reader(
     hostile={
         "gzip": list_of("x.txt", lambda: many_zeros("gz").replace(b"\0", b"\0")),
         "bzip2": list_of("x.txt", lambda: many_zeros("bz2")),
-        "xz": list_of("x.txt", lambda: lzma.compress(bytes(400_000_000)) * 4),
+        "xz": list_of("x.txt", lambda: lzma.compress(bytes(PIECE), preset=0) * (ZEROS // PIECE)),
         "memo": list_of("x.pkl", lambda: LONG_MEMO),
         "many lists": list_of("x.pkl", lambda: b"\x80\x04](" + b"]" * 20_000_000 + b"e."),
         "many dictionaries": list_of("x.pkl", lambda: b"\x80\x04](" + b"}" * 20_000_000 + b"e."),
         "dictionary of parquet": list_dictionary,
         "a program": list_of("x.pkl", lambda: b"cos\nsystem\n(S'echo'\ntR."),
-        "deep notes": lambda folder: [(folder / "x.txt").write_text("a"),
-                                      (folder / "x.txt.notes.json").write_text("[" * 99_999)] and None,
+        "deep notes": together(list_of("x.txt", lambda: b"a"), list_of("x.txt.notes.json", lambda: b"[" * 99_999)),
     },
     refused=frozenset({"gzip", "bzip2", "xz", "memo", "many lists", "many dictionaries", "dictionary of parquet",
                        "a program"}),
 )  # fmt: skip
 
-DATA_SETS = (MANIFEST, INDEX, SELECTION, TARS, REMOVALS, LISTS)
-
-
-def copy_of(source: Path, folder: Path) -> None:
-    shutil.copytree(source, folder, dirs_exist_ok=True)
+ALL = (MANIFEST, INDEX, SELECTION, TARS, REMOVALS, LISTS)

@@ -8,6 +8,16 @@ Make = Callable[[Path], None]
 """Writes an input into an empty folder."""
 
 
+def together(*makes: Callable[[Path], object]) -> Make:
+    """What all of them write, one after the other."""
+
+    def make(folder: Path) -> None:
+        for one in makes:
+            one(folder)
+
+    return make
+
+
 def nothing(folder: Path) -> None:
     """There is no checksum to be made again."""
 

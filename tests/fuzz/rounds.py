@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -9,13 +10,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from tests.fuzz.mutate import mutated, mutated_json
 from tests.fuzz.reader import Reader
-from tests.fuzz.readers import READERS
+from tests.fuzz.readers import reader as named
 from tests.support.golden import ROOT
 from tests.support.warm_python import Process, python
 
@@ -23,6 +25,7 @@ MOST_GROWTH_MB = 1_000
 """Of the peak over what the process has when it is idle, for any input."""
 PATIENCE_S = 60
 """After which an input counts as one without an end."""
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 CLEAR = (0, 1)
 """Exit codes of a reader that knew what it did: read, or refused with one error."""
 
@@ -102,7 +105,7 @@ def faults(answer: dict[str, Any], *, may_pass: bool = True) -> Iterator[str]:
         yield f"{answer['growth']:,} MB more memory"
     if answer["outside"]:
         yield f"outside: {answer['outside'][0]}"
-    if control := {letter for letter in answer["said"] if not letter.isprintable() and letter not in "\n\t"}:
+    if control := set(CONTROL.findall(answer["said"])):
         yield f"control characters on the terminal: {sorted(map(ascii, control))}"
 
 
@@ -110,7 +113,7 @@ class Rounds:
     """Inputs for some readers, in a folder of their own; faulty inputs are kept below `kept`."""
 
     def __init__(self, names: Sequence[str], seed: int, kept: Path | None = None) -> None:
-        self.readers = [READERS[name] for name in names]
+        self.readers = [named(name) for name in names]
         self.seed, self.kept = seed, kept
         self.tallies = {name: Tally() for name in names}
         self._place = tempfile.TemporaryDirectory(prefix="fuzz-")
@@ -129,7 +132,7 @@ class Rounds:
     def sound(self) -> None:
         """Every sound input is read; else nothing that follows means a thing."""
         for reader in self.readers:
-            answer = self._judge(reader, "sound", lambda folder, name=reader.name: self._copy(name, folder))
+            answer = self._judge(reader, "sound", partial(self._copy, reader.name))
             if answer["code"] != 0:
                 self.tallies[reader.name].faults.append(f"the sound input is not read: {answer['said'][:500]}")
 
@@ -144,8 +147,7 @@ class Rounds:
         for reader in self.readers:
             for number in range(count):
                 random = Random(f"{self.seed} {reader.name} {number}")
-                self._judge(reader, f"changed-{self.seed}-{number}",
-                            lambda folder, reader=reader, random=random: self._change(reader, folder, random))  # fmt: skip
+                self._judge(reader, f"changed-{self.seed}-{number}", partial(self._change, reader, random))
 
     def _judge(
         self, reader: Reader, name: str, make: Callable[[Path], object], *, may_pass: bool = True
@@ -176,7 +178,7 @@ class Rounds:
         shutil.rmtree(out, ignore_errors=True)
         return answer
 
-    def _change(self, reader: Reader, folder: Path, random: Random) -> None:
+    def _change(self, reader: Reader, random: Random, folder: Path) -> None:
         self._copy(reader.name, folder)
         paths = sorted({path for pattern in reader.changed for path in folder.glob(pattern) if path.is_file()})
         path = random.choice(paths)

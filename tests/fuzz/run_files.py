@@ -22,7 +22,7 @@ from datapipe.core import cli
 from datapipe.core.config import StorageConfig
 from datapipe.storage import open_store
 from tests.end_to_end.tiny import RECIPE
-from tests.fuzz.reader import Make, Reader
+from tests.fuzz.reader import Make, Reader, together
 from tests.fuzz.sources import written
 from tests.training.checkpoint.toy import make_method, saved
 from tests.training.report.fake_run import fake_run
@@ -81,7 +81,7 @@ TOML = Reader(
         "infinite": with_line("depth = 2\ndrop_path = inf"),
         "control characters": recipe(lambda: 'out = "\\u001b[31m\\u0007"\n"\\u001b]0;x\\u0007" = 1\n'),
         "20 MB": recipe(lambda: "#" * 20_000_000),
-        "holes": lambda folder: [make_recipe(folder), os.truncate(folder / "x.toml", 20 << 30)] and None,
+        "holes": together(make_recipe, lambda folder: os.truncate(folder / "x.toml", 20 << 30)),
     },
     refused=frozenset({"deep arrays", "deep tables", "deep keys", "many digits", "depth without end", "holes"}),
 )  # fmt: skip
@@ -209,6 +209,17 @@ def huge_fragment(content: dict[str, Any]) -> None:
     content["files"][0]["fragments"].append([key, 0, 10**12, 0, "0" * 32])
 
 
+TERMS = "checkpoints/term_0000007.json"
+
+
+def on_markers(change: Callable[[Path], object]) -> Make:
+    def make(folder: Path) -> None:
+        for path in folder.glob("checkpoints/*/checkpoint.json"):
+            change(path)
+
+    return make
+
+
 MARKER = Reader(
     "marker", make_checkpoint, ("checkpoints/*/checkpoint.json", "checkpoints/*/rank*", "checkpoints/term_*"),
     look_checkpoint, reseal_checkpoint,
@@ -220,14 +231,10 @@ MARKER = Reader(
         "time beyond all": marker(lambda content: content.update(time=1e300)),
         "samples of text": marker(lambda content: content.update(samples="\x1b[31m")),
         "step of text": marker(lambda content: content.update(step="10")),
-        "deep": lambda folder: [make_checkpoint(folder), [path.write_text("[" * 100_000) for path in folder.glob(
-            "checkpoints/*/checkpoint.json")]] and None,
-        "deep terms": lambda folder: [make_checkpoint(folder), (folder / "checkpoints" / "term_0000007.json").write_text(
-            "[" * 100_000)] and None,
-        "terms of text": lambda folder: [make_checkpoint(folder), (folder / "checkpoints" / "term_0000007.json").write_text(
-            '{"terms": [["a", null]]}')] and None,
-        "holes": lambda folder: [make_checkpoint(folder), [os.truncate(path, 20 << 30) for path in folder.glob(
-            "checkpoints/*/checkpoint.json")]] and None,
+        "deep": together(make_checkpoint, on_markers(lambda path: path.write_text("[" * 100_000))),
+        "deep terms": together(make_checkpoint, written(TERMS, b"[" * 100_000)),
+        "terms of text": together(make_checkpoint, written(TERMS, b'{"terms": [["a", null]]}')),
+        "holes": together(make_checkpoint, on_markers(lambda path: os.truncate(path, 20 << 30))),
     },
     refused=frozenset({"tensor of 4 TB", "bytes of a file", "unknown type", "negative shape", "samples of text",
                        "step of text", "deep", "holes"}),
@@ -314,7 +321,7 @@ METRICS = Reader(
     "metrics", make_run, ("metrics/*.jsonl", "evaluation/*/*/metrics.json", "table.json"), look_report, writes=True,
     hostile={
         "strange lines": in_run(METRICS_FILE, lines(*STRANGE)),
-        "one strange line": in_run(METRICS_FILE, lines({"attempt": 1, "time": 5, "world": "x", "reason": []}, *STRANGE)),
+        "one strange line": in_run(METRICS_FILE, lines({"attempt": 1, "time": 5, "reason": []}, *STRANGE)),
         "no text": in_run(METRICS_FILE, lambda: bytes(range(256)) * 9),
         "deep": in_run(METRICS_FILE, lambda: b"[" * 100_000),
         "many lists": in_run(METRICS_FILE, lambda: b"[" + b"[]," * 20_000_000 + b"[]]"),
@@ -458,4 +465,4 @@ def long_feature(folder: Path) -> None:
 FEATURES = Reader("features", make_features, ("x.parquet",), look_features, hostile={"long": long_feature},
                   refused=frozenset({"long"}))  # fmt: skip
 
-RUN_FILES = (TOML, CARD, MARKER, METRICS, RESTARTS, PTH, OLD_PTH, SAFETENSORS, FEATURES)
+ALL = (TOML, CARD, MARKER, METRICS, RESTARTS, PTH, OLD_PTH, SAFETENSORS, FEATURES)

@@ -11,6 +11,7 @@ from typing import Any
 from datapipe.core.bounds.text_trees import parse_record
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, NotFoundError, refusal
+from datapipe.core.process_setup import shown
 from datapipe.storage import Store, is_remote, open_store
 from training.core.run_folder.append_files import GrowingFiles
 from training.core.run_folder.write_guard import FREE, GuardedStore, WriteGuard
@@ -60,7 +61,8 @@ class RunFolder:
         self.write_soon(name, line + "\n", hurry=True)
 
     def append(self, name: str, line: str) -> None:
-        """Add a line to a file that only this process writes. Raises StorageError."""
+        """Add a line to a file that only this process writes, as a terminal may show it. Raises StorageError."""
+        line = shown(line)
         if self.local is not None:
             path = self.local / name
             try:

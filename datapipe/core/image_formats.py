@@ -1,6 +1,10 @@
 """What is read as an image, by its content: the one list for all decoders."""
 
+import io
 import re
+import struct
+
+from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What Pillow may try. Others (PostScript, icons, fonts ...) run foreign programs or are no photographs."""
@@ -10,6 +14,8 @@ STARTS = re.compile(
 """First bytes of files in these formats."""
 
 
+MOST_PIXELS = 80_000_000
+"""Of a frame, or of an image that was not screened before: more are a decompression bomb, or no picture of a person."""
 MOST_SCANS = 100
 """Scans of a JPEG: a progressive one has about ten, and each passes over the whole image when it is decoded."""
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
@@ -28,6 +34,17 @@ def scans(data: bytes) -> int:
             found += match[1][0] == _SOS
             place += int.from_bytes(data[place : place + 2], "big")
     return found
+
+
+def claimed_pixels(data: bytes) -> int:
+    """Height times width, as the image says before it is decoded; 0 where it does not."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return image.width * image.height
+    except Image.DecompressionBombError:
+        return MOST_PIXELS + 1
+    except (OSError, SyntaxError, ValueError, struct.error, IndexError, KeyError, TypeError, OverflowError):
+        return 0
 
 
 def is_known(data: bytes) -> bool:

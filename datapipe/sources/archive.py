@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from datapipe.core.bounds.unpacking import FREE_BYTES, MOST_TIMES
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.sources.archive_parts import Archive, list_archives, open_archive
@@ -70,15 +71,21 @@ class ArchiveSource:
         with open_archive(archive, self.storage) as stream:
             start, size, shift = find_directory(stream, archive.volumes, archive.url)
             begin = position = start
-            crops = packed = total = 0
+            crops = packed = total = plain = 0
             digest = hashlib.sha256(archive.name.encode("utf-8", "surrogateescape"))
             for entry in list_entries(stream, start, size, archive.volumes, archive.url):
                 check_readable(entry, archive.url)
                 digest.update(entry.facts)
                 position = entry.end
-                total += entry.packed
+                total, plain = total + entry.packed, plain + entry.size
                 if total > archive.size:
                     raise _overlapping(archive)
+                if plain > FREE_BYTES + MOST_TIMES * archive.size:
+                    raise DataError(
+                        f"the zip of {archive.size:,} bytes would unpack to more than {plain:,}: no images do that",
+                        where=archive.url,
+                        hint="do not trust it; unpack it with another program, and give the folder",
+                    )
                 if is_wanted(entry.name, entry.special):
                     crops, packed = crops + 1, packed + entry.packed
                 if crops == UNIT_CROPS or packed >= UNIT_BYTES or position - begin >= LISTED_BYTES:

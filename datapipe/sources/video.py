@@ -17,7 +17,7 @@ import simplejpeg
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
-from datapipe.core.image_formats import is_known
+from datapipe.core.image_formats import MOST_PIXELS, claimed_pixels, is_known
 from datapipe.sources.base import Crop
 from datapipe.sources.location import (
     ARCHIVES,
@@ -152,7 +152,9 @@ class VideoSource:
         remaining, number = list(wanted[::-1]), first - 1
         try:
             with open_object(store, unit.file) as file, av.open(file, "r", options=OPENED) as container:
-                container.streams.video[0].codec_context.thread_count = 1  # other processes decode other videos
+                codec = container.streams.video[0].codec_context
+                codec.thread_count = 1  # other processes decode other videos
+                codec.options = {"max_pixels": str(MOST_PIXELS)}
                 for number, frame in enumerate(container.decode(video=0) if remaining else (), start=first):
                     if number == remaining[-1]:
                         remaining.pop()
@@ -181,7 +183,8 @@ class VideoSource:
                     hint="copy the frames again; they count from 1",
                 )
             data, how = store.read(names[number]), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), how) if is_known(data) else None
+            fits = is_known(data) and claimed_pixels(data) <= MOST_PIXELS
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), how) if fits else None
             if image is None:
                 raise DataError("the frame is no image", where=store.address(names[number]), hint="copy it again")
             yield Frame(number, image[..., ::-1], "")

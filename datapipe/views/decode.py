@@ -12,7 +12,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from datapipe.core.image_formats import FORMATS
+from datapipe.core.image_formats import FORMATS, MOST_PIXELS, MOST_SCANS, scans
 from datapipe.views.spec import View
 
 ROOM_BYTES = 16 << 20
@@ -31,12 +31,16 @@ _room = _Room()
 
 def decode(data: bytes) -> View:
     """RGB uint8 [H, W, 3]; ValueError if the bytes are no image, or one that ends early."""
+    if _needs(data) > 3 * MOST_PIXELS or scans(data) > MOST_SCANS:
+        raise ValueError("a decompression bomb: too many pixels, or too many scans")
     try:
         return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
     except (ValueError, RuntimeError):
         pass  # CMYK, or not a JPEG at all: PIL reads more, slowly
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.height}x{image.width} pixels are a decompression bomb")
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"not an image: {error}") from error
@@ -59,6 +63,8 @@ def _run(jpegs: Sequence[bytes], first: int) -> list[View | None]:
     room = _room.bytes
     for number in range(first, len(jpegs)):
         try:
+            if scans(jpegs[number]) > MOST_SCANS:
+                raise ValueError("too many scans")
             image = simplejpeg.decode_jpeg(jpegs[number], colorspace="RGB", strict=True, buffer=room)
             room = room[image.nbytes :]
         except (ValueError, RuntimeError):

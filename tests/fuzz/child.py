@@ -23,9 +23,10 @@ MOST_BYTES = 5 << 29
 """Address space beyond what the process has at its start."""
 ALLOWED = ("/dev/null", "/proc/self/clear_refs")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-CHANGES = {"os.remove": 1, "os.rename": 2, "os.rmdir": 1, "os.mkdir": 1, "os.link": 2, "os.symlink": 2, "os.chmod": 1,
-           "os.truncate": 1, "shutil.rmtree": 1}  # fmt: skip
-"""Audit event -> how many of its arguments are paths."""
+CHANGES = {"os.remove": ((0, 1),), "os.rmdir": ((0, 1),), "os.mkdir": ((0, 2),), "os.chmod": ((0, 2),),
+           "os.rename": ((0, 2), (1, 3)), "os.link": ((0, 2), (1, 3)), "os.symlink": ((1, 2),),
+           "os.truncate": ((0, None),), "shutil.rmtree": ((0, 1),)}  # fmt: skip
+"""Audit event -> (which of its arguments is a path, which one the folder that it is relative to, as a descriptor)."""
 ELSEWHERE = ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.system", "os.fork", "socket.connect",
              "socket.getaddrinfo", "pty.spawn")  # fmt: skip
 
@@ -46,14 +47,16 @@ class Watch:
             if isinstance(flags, int) and flags & WRITES:
                 self._check(event, path)
         elif event in CHANGES:
-            for path in arguments[: CHANGES[event]]:
-                self._check(event, path)
+            for path, folder in CHANGES[event]:
+                number = arguments[folder] if folder is not None and len(arguments) > folder else None
+                above = f"/proc/self/fd/{number}" if isinstance(number, int) and number >= 0 else ""
+                self._check(event, arguments[path], above)
         elif event in ELSEWHERE:
             self.outside.append(f"{event} {arguments[0]!r}")
 
-    def _check(self, event: str, path: Any) -> None:
+    def _check(self, event: str, path: Any, above: str = "") -> None:
         if isinstance(path, str | bytes):
-            real = os.path.realpath(os.fsdecode(path))
+            real = os.path.realpath(os.path.join(above, os.fsdecode(path)))
             if real not in ALLOWED and not f"{real}/".startswith(self.inside):
                 self.outside.append(f"{event} {real}")
 

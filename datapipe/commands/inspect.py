@@ -106,7 +106,8 @@ def preview(arguments: list[str]) -> int:
         return cli.COMPLETE
     if not chosen.views.is_file():
         raise ConfigError("no such file", where=str(chosen.views), hint="python -m training views RECIPE > views.json")
-    seen = TrainingViews.from_json(chosen.views.read_text(), where=str(chosen.views))
+    text = chosen.views.read_bytes().decode("utf-8", "replace")
+    seen = TrainingViews.from_json(text, where=str(chosen.views))
     with unwinding():
         print(
             contact_sheet(

@@ -7,7 +7,6 @@ and hold ours against it.
 
 import difflib
 import json
-import tomllib
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from datapipe.core import cli
+from datapipe.core.bounds.text_trees import parse_toml
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError, DataError
 from datapipe.storage import open_store
@@ -111,15 +111,15 @@ def read_row(name: str) -> LiteratureRow:
         return BY_NAME[name]
     path = Path(name)
     try:
-        row = TypeAdapter(LiteratureRow).validate_python(tomllib.loads(path.read_text(encoding="utf-8")))
+        row = TypeAdapter(LiteratureRow).validate_python(parse_toml(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ConfigError(f"the row cannot be read: {error.strerror}", where=name, hint=LIST) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"not a TOML file: {error}", where=name, hint="check quotes and brackets") from error
     except ValidationError as error:
         keys = ", ".join(field.name for field in fields(LiteratureRow))
         mistakes = "\n".join(f"    {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise ConfigError(f"mistakes in the row:\n{mistakes}", where=name, hint=f"its keys are {keys}") from None
+    except ValueError as error:  # that of pydantic is one, too, and was told above
+        raise ConfigError(f"not a TOML file: {error}", where=name, hint="check quotes and brackets") from error
     beside: dict[str, Any] = {
         name: str(path.parent / recipe)
         for name in ("recipe", "origin_recipe")
@@ -299,7 +299,7 @@ def _fine_tuned(
                                storage=storage)  # fmt: skip
     if not _trained(config, host, guard):
         return None
-    result: dict[str, Any] = json.loads(open_store(out, storage).read(SUMMARY))["result"]
+    result: dict[str, Any] = open_store(out, storage).read_record(SUMMARY)["result"]
     return result
 
 

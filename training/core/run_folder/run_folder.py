@@ -8,16 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datapipe.core.bounds.text_trees import parse_record
 from datapipe.core.config import StorageConfig
-from datapipe.core.errors import DataError, NotFoundError, refusal
+from datapipe.core.errors import NotFoundError, refusal
 from datapipe.core.process_setup import shown
 from datapipe.storage import Store, is_remote, open_store
 from training.core.run_folder.append_files import GrowingFiles
 from training.core.run_folder.write_guard import FREE, GuardedStore, WriteGuard
 
-MOST_RECORD_BYTES = 64 << 20
-"""Of a JSON file that is read as a whole."""
 PROBE_BYTES = 65_536
 """Written to see whether there is any room; what a run writes before its first step."""
 
@@ -107,12 +104,9 @@ class RunFolder:
     def read_record(self, name: str) -> dict[str, Any]:
         """A file that is a JSON object; empty where it is not there. Raises DataError where it is damaged."""
         try:
-            return parse_record(self.store.read_small(name, MOST_RECORD_BYTES, what="a file of the run"))
+            return self.store.read_record(name, what="a file of the run", hint="copy it again, or delete it")
         except NotFoundError:
             return {}
-        except ValueError as error:
-            raise DataError(f"a file of the run is damaged: {error}", where=self.store.address(name),
-                            hint="copy it again, or delete it") from error  # fmt: skip
 
     def names(self, prefix: str) -> Iterator[str]:
         """Names below the folder that start with `prefix`; nothing where the folder is not there yet."""

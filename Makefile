@@ -8,6 +8,7 @@ CROPS ?=
 DEVICE ?=
 DEMO := demo
 FAULTS ?= 20
+ROUNDS ?= 100
 SEED ?= 0
 FLAGS ?=
 # PYTHON where it was given, else that of .venv, else python3: for what sets nothing up
@@ -15,7 +16,7 @@ AT_HAND = $(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYT
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo demo-clean test test-fast soak lint bench bench-gpu test-null-gpu test-ray-versions chaos clean
+.PHONY: setup demo demo-clean test test-fast soak lint bench bench-gpu test-null-gpu test-ray-versions chaos fuzz clean
 
 setup: $(READY)
 
@@ -31,7 +32,11 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m cluster demo --out $(DEMO) $(if $(CROPS),--crops "$(CROPS)") $(if $(DEVICE),--device $(DEVICE))
 
-demo-clean:
+demo-# damaged and hostile files for every reader, such as ROUNDS=1000 SEED=7 FLAGS="--readers zip tar --kept faulty"
+fuzz: setup
+	$(BIN)/python -m tests.fuzz --rounds $(ROUNDS) --seed $(SEED) $(FLAGS)
+
+clean:
 	rm -rf $(DEMO)
 
 test: setup lint

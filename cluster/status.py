@@ -1,10 +1,10 @@
 """How runs stand, from their files alone: local or on object storage, whoever and wherever the driver is."""
 
-import json
 import time
 from typing import Any, NamedTuple
 
 from cluster.train.watch.restart_policy import END, HISTORY
+from datapipe.core.bounds.text_trees import parse_record
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.core.progress import duration
@@ -125,8 +125,8 @@ def lines(folder: RunFolder, name: str) -> list[dict[str, Any]]:
     records = []
     for line in (folder.read_text(name) or "").splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            records.append(parse_record(line))
+        except ValueError:
             continue
     return records
 
@@ -152,6 +152,6 @@ def _state(step: int, steps: int, age_s: float | None, history: list[dict[str, A
 
 def _json(folder: RunFolder, name: str) -> dict[str, Any] | None:
     try:
-        return json.loads(folder.read_text(name) or "null")
-    except json.JSONDecodeError:  # being written
+        return parse_record(folder.read_text(name) or "null")
+    except ValueError:  # being written, or not there
         return None

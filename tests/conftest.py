@@ -14,7 +14,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # as the tests that wait for 
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address
@@ -102,7 +102,9 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "certificate.pem"
 
 
-def _certificate(name: str, key: Any, authority: Any, address: x509.GeneralName | None) -> x509.Certificate:
+def _certificate(
+    name: str, key: Any, authority: Any, address: x509.GeneralName | None, *, authority_too: bool = False
+) -> x509.Certificate:
     """Signed by the authority "certificate"; with an address for a server, without one for the authority itself."""
     now = datetime.now(UTC)
     subject, issuer = (x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, of)]) for of in (name, "certificate"))
@@ -110,7 +112,7 @@ def _certificate(name: str, key: Any, authority: Any, address: x509.GeneralName 
         x509.CertificateBuilder(issuer, subject, key.public_key(), x509.random_serial_number())
         .not_valid_before(now - timedelta(hours=1))
         .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.BasicConstraints(ca=address is None, path_length=None), critical=True)
+        .add_extension(x509.BasicConstraints(ca=address is None or authority_too, path_length=None), critical=True)
     )
     if address is not None:
         made = made.add_extension(x509.SubjectAlternativeName([address]), critical=False)
@@ -120,13 +122,32 @@ def _certificate(name: str, key: Any, authority: Any, address: x509.GeneralName 
 @pytest.fixture(scope="session")
 def s3_tls(s3: S3Server, certificate: Path) -> Iterator[S3Server]:
     """The same store over https; AWS_CA_BUNDLE has to name the `certificate`."""
+    with over_tls(certificate.with_name("server.pem"), certificate.with_name("key.pem"), certificate) as server:
+        yield server
+
+
+@contextmanager
+def over_tls(own: Path, key: Path, authority: Path) -> Iterator[S3Server]:
+    """The S3-compatible server of this process over https, with a certificate of its own that the authority signed."""
     application = DomainDispatcherApplication(create_backend_app)
-    context = (str(certificate.with_name("server.pem")), str(certificate.with_name("key.pem")))
-    server = make_server("127.0.0.1", 0, application, threaded=True, ssl_context=context)
+    server = make_server("127.0.0.1", 0, application, threaded=True, ssl_context=(str(own), str(key)))
     Thread(target=server.serve_forever, daemon=True).start()
     endpoint = f"https://127.0.0.1:{server.server_port}"
-    yield S3Server(endpoint, boto3.client("s3", endpoint_url=endpoint, verify=str(certificate)))
+    yield S3Server(endpoint, boto3.client("s3", endpoint_url=endpoint, verify=str(authority)))
     server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_self_signed(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[S3Server, Path]]:
+    """The same store with a certificate that it signed itself, as an authority, and that certificate: what `openssl req
+    -x509` makes."""
+    folder, key = tmp_path_factory.mktemp("self-signed"), ec.generate_private_key(ec.SECP256R1())
+    own = _certificate("certificate", key, key, x509.IPAddress(HOST), authority_too=True)
+    (folder / "own.pem").write_bytes(own.public_bytes(serialization.Encoding.PEM))
+    plain = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / "key.pem").write_bytes(key.private_bytes(*plain))
+    with over_tls(folder / "own.pem", folder / "key.pem", folder / "own.pem") as server:
+        yield server, folder / "own.pem"
 
 
 @pytest.fixture

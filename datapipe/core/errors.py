@@ -18,7 +18,7 @@ class UserError(Exception):
     def __str__(self) -> str:
         lines = [self.what]
         if self.where:
-            lines.append(f"  where: {self.where}")
+            lines.append("  where: " + self.where.replace("\n", "\\n"))  # a name may pretend to be the next line
         if self.hint:
             lines.append(f"  try:   {self.hint}")
         return "\n".join(lines)

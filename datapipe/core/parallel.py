@@ -12,6 +12,7 @@ from multiprocessing import connection
 from typing import Any, Protocol, TypeVar
 
 from datapipe.core.errors import ClusterError
+from datapipe.core.process_setup import show_control_characters
 from datapipe.core.resource_limits import available_cores
 from datapipe.core.stop_signals import sheltered
 
@@ -97,6 +98,7 @@ class Workers:
 def _begin() -> None:
     """In each worker: signals are the parent's to handle, and a parent that was killed takes its workers along."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    show_control_characters()
     threading.Thread(target=_follow_parent, daemon=True).start()
 
 

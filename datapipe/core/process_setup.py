@@ -6,7 +6,8 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from datapipe.core.errors import ConfigError, StorageError
 
@@ -28,6 +29,63 @@ _NUMBERS = re.compile(
 """Variables with which OpenCV ends the process where they are no numbers, as it is loaded."""
 _NUMBER = re.compile(r"\d+([KM][Bb]|[km]b)?")
 """How OpenCV reads them."""
+
+
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+_CONTROL |= {code: f"\\u{code:04x}" for code in (0x061C, *range(0x200E, 0x2010), *range(0x2028, 0x202F),
+                                                *range(0x2066, 0x206A))}  # fmt: skip
+"""What a terminal would act on: control characters of both sets, other ends of lines, and turns of the direction of
+writing, which make a name look like another one."""
+
+
+def shown(text: str) -> str:
+    """A text as it may go to a terminal, or into a log that is looked at there: control characters as \\xNN."""
+    return text if text.isascii() and text.isprintable() else text.translate(_CONTROL)
+
+
+class _ShownStream:
+    """Standard output or error as Python's code writes to it, whoever does: names of files may hold anything."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    @property
+    def rich_proxied_file(self) -> Any:
+        """Where rich, which asks for this attribute, draws its bars; what these say is shown text already."""
+        return self._stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(shown(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def show_control_characters() -> None:
+    """The same as `control_characters_shown`, until the process ends."""
+    sys.stdout, sys.stderr = (
+        stream if isinstance(stream, _ShownStream) else _ShownStream(stream) for stream in (sys.stdout, sys.stderr)
+    )
+
+
+@contextlib.contextmanager
+def control_characters_shown() -> Iterator[None]:
+    """The one place that keeps control characters from the terminal: all that is printed, logged or warned of on
+    standard output and error comes through here, for as long as the context lasts."""
+    before = sys.stdout, sys.stderr
+    show_control_characters()
+    own = sys.stdout, sys.stderr
+    try:
+        yield
+    finally:
+        for name, mine, theirs in zip(("stdout", "stderr"), own, before, strict=True):
+            if getattr(sys, name) is mine:
+                setattr(sys, name, theirs)
 
 
 def settle() -> None:

@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from datapipe.core.process_setup import control_characters_shown, shown
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
@@ -63,6 +65,8 @@ class Progress:
         if self._bar:
             self._bar.start()
             Progress._shown = True
+            self._guard = control_characters_shown()  # rich has put streams of its own in place of ours
+            self._guard.__enter__()
             self._task = self._bar.add_task(self.label, total=self.total, note="")
         return self
 
@@ -76,7 +80,8 @@ class Progress:
             self._first = (time.monotonic(), self.done)
         self.note = ", ".join(filter(None, [note, self._rate()]))
         if self._bar:
-            self._bar.update(self._task, advance=amount, note=f"{self.note}, {duration(self.left_s())} left")
+            note = f"{shown(self.note)}, {duration(self.left_s())} left".replace("[", r"\[")
+            self._bar.update(self._task, advance=amount, note=note)
         elif self._prints and time.monotonic() - self.printed_at >= INTERVAL_S:
             self._speak(f"{duration(self.left_s())} left")
 
@@ -91,6 +96,7 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar:
+            self._guard.__exit__(None, None, None)
             self._bar.stop()
             Progress._shown = False
         elif kind is None and self._prints and (self._printed or self._passed_s() >= self.quiet_s):

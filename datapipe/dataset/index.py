@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow
 import pyarrow.compute
-import pyarrow.parquet
 
+from datapipe.core.bounds.parquet_pages import open_parquet, read_table
 from datapipe.core.errors import DataError
 from datapipe.storage import Store
 
@@ -59,17 +59,45 @@ def read_index(store: Store, shard: Shard, columns: Sequence[str] | None = None)
     where = store.address(shard.index)
     data = store.read_verified(shard.index, shard.index_sha256, what="an index of the data set", hint=REPAIR)
     try:
-        wanted = None if columns is None else list(columns)
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(data), columns=wanted)
-    except (pyarrow.ArrowException, OSError) as error:
+        file = open_parquet(data)
+        schema = file.schema_arrow
+        wanted = schema.names if columns is None else list(columns)
+        lacking = [name for name in (wanted if columns is not None else INDEX.names) if name not in schema.names]
+        if lacking:
+            raise DataError(f"an index of the data set lacks the column {lacking[0]}", where=where, hint=REPAIR)
+        if file.metadata.num_rows != shard.rows:
+            raise DataError(
+                f"an index has {file.metadata.num_rows:,} rows, the manifest says {shard.rows:,}",
+                where=where,
+                hint=REPAIR,
+            )
+        table = read_table(data, wanted)
+    except (pyarrow.ArrowException, OSError, KeyError) as error:
         raise DataError(f"an index of the data set cannot be read: {error}", where=where, hint=REPAIR) from error
-    lacking = [name for name in wanted or INDEX.names if name not in table.column_names]
-    if lacking:
-        raise DataError(f"an index of the data set lacks the column {lacking[0]}", where=where, hint=REPAIR)
+    _refuse_values(table, shard, where)
     refuse_keys(table, where)
-    if table.num_rows != shard.rows:
-        raise DataError(f"an index has {table.num_rows} rows, the manifest says {shard.rows}", where=where, hint=REPAIR)
     return table
+
+
+def _refuse_values(table: pyarrow.Table, shard: Shard, where: str) -> None:
+    """Raises DataError for columns of another type, for empty cells where there may be none, and for crops that do not
+    lie within their tar: a checksum says that a file is the one that was written, not that it makes sense."""
+    for name in set(table.column_names) & set(INDEX.names):
+        kind = INDEX.field(name).type
+        if table.schema.field(name).type != kind:
+            raise DataError(f"the column {name} of an index is of type {table.schema.field(name).type}, not {kind}",
+                            where=where, hint=REPAIR)  # fmt: skip
+        if name not in MARKS and table[name].null_count:
+            raise DataError(f"the column {name} of an index has empty cells", where=where, hint=REPAIR)
+    if {"offset", "size"} <= set(table.column_names) and len(table):
+        offset, size = table["offset"].to_numpy(), table["size"].to_numpy()
+        outside = (offset < 0) | (size <= 0) | (offset > shard.bytes - size)
+        if outside.any():
+            row = int(outside.argmax())
+            raise DataError(
+                f"an index has {int(outside.sum()):,} crops that do not lie within the {shard.bytes:,} bytes of their "
+                f"tar, such as row {row} with {size[row]:,} bytes from {offset[row]:,} on", where=where, hint=REPAIR,
+            )  # fmt: skip
 
 
 def refuse_keys(table: pyarrow.Table, where: str) -> None:

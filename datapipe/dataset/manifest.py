@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 
+from datapipe.core.bounds.text_trees import parse_record
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.core.progress import QUIET_S, Progress
@@ -30,6 +31,10 @@ from datapipe.dataset.index import INDEX, Shard, read_index
 from datapipe.dataset.selection import Selection, read_selection
 from datapipe.storage import Store, open_store, split_url, unsafe
 
+MOST_BYTES = 256 << 20
+"""Of a manifest: a shard takes 400 of them, so that this is room for some thousand million crops."""
+MOST_NUMBER = 1 << 53
+"""Rows and bytes beyond any data set; sums of them still fit 64 bits."""
 FORMAT = 2
 """Layout of manifest and index; a reader refuses any other one."""
 LIBRARIES = ("numpy", "pillow", "pyarrow", "simplejpeg", "webdataset")
@@ -123,7 +128,7 @@ class Manifest:
     def read(store: Store, file: str) -> "Manifest":
         """A manifest of this folder as it was written, whatever became of its shards; raises as `load` does."""
         try:
-            text = store.read(file)
+            text = store.read_small(file, MOST_BYTES, what="the manifest", hint=COPY_AGAIN)
         except NotFoundError as error:
             raise NotFoundError(
                 "there is no such manifest",
@@ -218,7 +223,7 @@ class Manifest:
         """int64 [rows]: for each sample id its row among those of all shards. Raises DataError that names the file."""
         if self.selection is None:
             return np.arange(self.stored_rows)
-        return read_selection(open_store(self.url, storage), self.selection)
+        return read_selection(open_store(self.url, storage), self.selection, self.stored_rows)
 
     def _content(self) -> dict[str, Any]:
         content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "url"}
@@ -315,7 +320,7 @@ def _highest(store: Store, versions: list[tuple[int, str]]) -> str:
 
 def _parse(text: bytes, where: str, folder: str) -> Manifest:
     try:
-        record = json.loads(text)
+        record = parse_record(text)
         format_version = record["format"]
         if format_version != FORMAT:
             age = "a newer" if format_version > FORMAT else "an older"
@@ -363,11 +368,26 @@ def _refuse_unsafe(manifest: Manifest, where: str) -> None:
         if not isinstance(value, str) or not SHA256.fullmatch(value):
             raise DataError("the manifest holds a checksum that is none", where=f"{where}: {entry} {value!r}",
                             hint=COPY_AGAIN)  # fmt: skip
-    counts = [manifest.version, *(number for shard in manifest.shards for number in (shard.rows, shard.bytes))]
+    counts = [
+        manifest.version,
+        manifest.removed,
+        manifest.quarantined,
+        *(number for shard in manifest.shards for number in (shard.rows, shard.bytes)),
+    ]
     counts += [manifest.selection.rows] if manifest.selection else []
-    if any(type(number) is not int or number < 0 for number in counts):
+    if any(type(number) is not int or not 0 <= number < MOST_NUMBER for number in counts):
         raise DataError("the manifest holds a number of rows, bytes or its version that is none", where=where,
                         hint=COPY_AGAIN)  # fmt: skip
+    if not manifest.shards or not manifest.stored_rows:
+        raise DataError("the manifest lists no crops: it has no shards, or they have no rows", where=where,
+                        hint=COPY_AGAIN)  # fmt: skip
+    if manifest.selection and manifest.selection.rows > manifest.stored_rows or manifest.removed > manifest.stored_rows:
+        raise DataError(f"the manifest selects or removes more than the {manifest.stored_rows:,} rows of its shards",
+                        where=where, hint=COPY_AGAIN)  # fmt: skip
+    texts = [manifest.name, manifest.plan, manifest.parent, manifest.derived_by, manifest.licence, *manifest.notes,
+             *manifest.replaces]  # fmt: skip
+    if not all(isinstance(text, str) for text in texts) or not isinstance(manifest.made_by, dict):
+        raise DataError("the manifest holds something else where text has to be", where=where, hint=COPY_AGAIN)
 
 
 def _named(manifest: Manifest) -> Iterator[tuple[str, str, str]]:

@@ -30,6 +30,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from datapipe.core.bounds.text_trees import parse_record
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, NotFoundError, UserError
 from datapipe.core.progress import QUIET_S, Progress
@@ -269,7 +270,7 @@ def _footer(data: Any) -> tuple[dict[str, Any], int]:
     end = len(view) - tail - length
     if length > MOST_FOOTER or end < 0:
         raise ValueError("its footer is damaged")
-    return json.loads(bytes(view[end : end + length])), end
+    return parse_record(bytes(view[end : end + length])), end
 
 
 def _column(data: Any, end: int, name: str, stated: Any, manifest: Manifest) -> NDArray[Any]:

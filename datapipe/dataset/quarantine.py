@@ -10,6 +10,8 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
+from datapipe.core.bounds.parquet_pages import read_table
+from datapipe.core.errors import DataError, NotFoundError
 from datapipe.dataset.index import INDEX
 from datapipe.storage import Store
 
@@ -40,6 +42,21 @@ def write_quarantine(store: Store, tables: Iterable[pyarrow.Table], *, local: Pa
                 reasons.update({entry["values"]: entry["counts"] for entry in counted})
         store.replace(NAME, file)
     return dict(sorted(reasons.items()))
+
+
+def read_quarantine(store: Store) -> pyarrow.Table | None:
+    """The list of a data set (REFUSED); None where there is none. Raises DataError where it is damaged."""
+    try:
+        data = store.read(NAME)
+        return read_table(data, REFUSED.names).cast(REFUSED)
+    except NotFoundError:
+        return None
+    except (pyarrow.ArrowException, OSError, KeyError) as error:
+        raise DataError(
+            f"the list of quarantined crops cannot be read: {error}",
+            where=store.address(NAME),
+            hint="copy the file again; without it, nothing is known of what was left out",
+        ) from error
 
 
 def excluded(rows: Iterable[pyarrow.Table]) -> Iterator[pyarrow.Table]:

@@ -7,9 +7,12 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from datapipe.core.bounds.parquet_pages import read_table
 from datapipe.core.errors import DataError
 from datapipe.storage import Store
 
+BYTES_A_ROW, FREE_BYTES = 32, 1 << 24
+"""Memory that reading takes: the numbers, and as they are stored."""
 HINT = "copy the file again, or make the version anew with `python -m datapipe select`"
 
 
@@ -22,12 +25,20 @@ class Selection:
     rows: int
 
 
-def read_selection(store: Store, selection: Selection) -> np.ndarray:
-    """The selected rows, int64, verified against the manifest. Raises DataError that names the file."""
+def read_selection(store: Store, selection: Selection, stored_rows: int) -> np.ndarray:
+    """The selected rows, int64, ascending, of `stored_rows` of all shards, verified against the manifest. Raises
+    DataError that names the file."""
     where = store.address(selection.file)
     data = store.read_verified(selection.file, selection.sha256, what="the selection of this version", hint=HINT)
     try:
-        rows = pyarrow.parquet.read_table(pyarrow.BufferReader(data), columns=["row"])["row"].to_numpy()
+        if selection.rows > stored_rows:
+            raise pyarrow.ArrowInvalid(f"it is said to have {selection.rows:,} of {stored_rows:,} rows")
+        table = read_table(data, ["row"], rows=selection.rows, most_bytes=FREE_BYTES + BYTES_A_ROW * selection.rows)
+        if table.schema.field("row").type != pyarrow.int64() or table["row"].null_count:
+            raise pyarrow.ArrowInvalid("its rows are no whole numbers")
+        rows = table["row"].to_numpy()
+        if len(rows) and (rows[0] < 0 or rows[-1] >= stored_rows or (rows[1:] <= rows[:-1]).any()):
+            raise pyarrow.ArrowInvalid("its rows are not rows of the shards in ascending order")
     except (pyarrow.ArrowException, OSError, KeyError) as error:
         raise DataError(f"the selection of this version cannot be read: {error}", where=where, hint=HINT) from error
     return rows

@@ -6,14 +6,13 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.compute
-import pyarrow.parquet
 
 from datapipe.core.config import StorageConfig
-from datapipe.core.errors import NotFoundError
 from datapipe.dataset.index import MARKS, whole_column
 from datapipe.dataset.manifest import Manifest
 from datapipe.dataset.packed_index import packed_entries
 from datapipe.dataset.quarantine import NAME as QUARANTINE
+from datapipe.dataset.quarantine import read_quarantine
 from datapipe.storage import Store, open_store
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
@@ -137,12 +136,10 @@ def _by_source(table: pyarrow.Table) -> list[tuple[str, pyarrow.Table]]:
 
 
 def _quarantine(store: Store) -> dict[str, int]:
-    try:
-        data = store.read(QUARANTINE)
-    except NotFoundError:
+    table = read_quarantine(store)
+    if table is None:
         return {}
-    reasons = pyarrow.parquet.read_table(pyarrow.BufferReader(data), columns=["reason"])["reason"]
-    counted = pyarrow.compute.value_counts(reasons).to_pylist()
+    counted = pyarrow.compute.value_counts(table["reason"].drop_null()).to_pylist()
     return dict(sorted((entry["values"], entry["counts"]) for entry in counted))
 
 

@@ -21,6 +21,8 @@ from datapipe.dataset.index import INDEX, MARKS, Shard, read_index
 from datapipe.dataset.manifest import Manifest
 from datapipe.dataset.packed_index import wrong_entries
 from datapipe.dataset.perceptual_hash import difference_hash
+from datapipe.dataset.quarantine import NAME as QUARANTINE
+from datapipe.dataset.quarantine import read_quarantine
 from datapipe.dataset.selection import read_selection
 from datapipe.dataset.tar import BLOCK, END_BYTES, header
 from datapipe.storage import Store, open_store
@@ -38,7 +40,7 @@ class Verified(NamedTuple):
     findings: list[Finding]
     decoded: int
     crops: int
-    """Number of crops in all shards, selected or not; removed ones do not count."""
+    """Number of crops that were found in the indexes of all shards, selected or not; removed ones do not count."""
 
 
 class _Checked(NamedTuple):
@@ -72,10 +74,17 @@ def verify(url: str, decode: Decode, storage: StorageConfig, *, workers: int = 0
                 shard.bytes,
                 f"{len(tables)} of {counted(len(manifest.shards), 'shard')}, {counted(len(findings), 'finding')}",
             )
+    live = sum(len(rows) for rows in tables)
+    if not findings and live != manifest.stored_rows - manifest.removed:
+        what = f"{manifest.removed:,} crops are said to be removed, and {manifest.stored_rows - live:,} are"
+        findings.append(Finding(manifest.file, what))
     findings += relation_findings(pyarrow.concat_tables([_NONE, *tables]), manifest.file)
     findings += _selection_findings(store, manifest)
     findings += _packed_findings(manifest, storage)
-    return Verified(manifest, findings, decoded, manifest.stored_rows - manifest.removed)
+    findings += _quarantine_findings(store)
+    if not live:
+        findings.append(Finding(manifest.file, "there is no crop in it"))
+    return Verified(manifest, findings, decoded, live)
 
 
 def check_shard(store: Store, shard: Shard, decode: Decode) -> _Checked:
@@ -118,13 +127,20 @@ def _selection_findings(store: Store, manifest: Manifest) -> Iterator[Finding]:
     if not manifest.selection:
         return
     try:
-        rows = read_selection(store, manifest.selection)
+        rows = read_selection(store, manifest.selection, manifest.stored_rows)
     except DataError as error:
         yield Finding(manifest.selection.file, error.what)
         return
-    ascending = (np.diff(rows) > 0).all() and (not len(rows) or (rows[0] >= 0 and rows[-1] < manifest.stored_rows))
-    if len(rows) != manifest.selection.rows or not ascending:
-        yield Finding(manifest.selection.file, "its rows are not rows of the shards in ascending order")
+    if not len(rows):
+        yield Finding(manifest.selection.file, "it selects no crops")
+
+
+def _quarantine_findings(store: Store) -> Iterator[Finding]:
+    """The list of what was left out can be read; there need not be one."""
+    try:
+        read_quarantine(store)
+    except DataError as error:
+        yield Finding(QUARANTINE, error.what)
 
 
 def _packed_findings(manifest: Manifest, storage: StorageConfig) -> list[Finding]:
@@ -140,12 +156,13 @@ def _packed_findings(manifest: Manifest, storage: StorageConfig) -> list[Finding
 def check_tar(store: Store, shard: Shard) -> tuple[list[Finding], bytes | None]:
     """(what is wrong with the tar as a whole, its bytes if there are any)."""
     try:
-        tar = store.read(shard.name)
+        tar = store.read(shard.name, start=0, size=shard.bytes + 1)  # of a longer one, no more is needed
     except NotFoundError:
         return [Finding(shard.name, "the tar is missing")], None
     findings = []
     if len(tar) != shard.bytes:
-        findings.append(Finding(shard.name, f"the tar has {len(tar):,} bytes, the manifest says {shard.bytes:,}"))
+        size = store.size(shard.name)
+        findings.append(Finding(shard.name, f"the tar has {size:,} bytes, the manifest says {shard.bytes:,}"))
     elif hashlib.sha256(tar).hexdigest() != shard.sha256:
         findings.append(Finding(shard.name, "the tar's bytes are not those that were written (sha256)"))
     if tar[-END_BYTES:].strip(b"\0"):

@@ -59,7 +59,7 @@ class Expression:
         try:
             truth = self._truth(self._tree, table)
             return pyarrow.compute.fill_null(truth, False)
-        except (pyarrow.ArrowException, TypeError) as error:
+        except (pyarrow.ArrowException, TypeError, RecursionError) as error:
             raise self._refused(f"does not fit the columns: {str(error).splitlines()[0]}") from error
 
     def _truth(self, node: ast.expr, table: pyarrow.Table) -> Any:

@@ -18,13 +18,15 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
-from datapipe.core.image_formats import FORMATS
+from datapipe.core.image_formats import FORMATS, MOST_PIXELS, MOST_SCANS, scans
 from datapipe.formats import bit_depth, png_chunks
 from datapipe.formats.file_kinds import LOOKED_AT, kind_of_bytes
 from datapipe.formats.orientation import LYING, orientation_of, orientation_of_jpeg, turned
 
-MOST_PIXELS = 40_000_000
-"""Images that claim more are not decoded (decompression bombs)."""
+TILE = (322, 323)
+"""Tags of a TIFF: width and height of its tiles."""
+MOST_FRAMES = 100
+"""Of an animation, that are counted."""
 JPEG_START = b"\xff\xd8\xff"
 PLAIN = ("YCbCr", "RGB")
 """Colour spaces of JPEGs that every reader decodes to the same RGB."""
@@ -99,6 +101,8 @@ def read_jpeg_header(data: bytes, *, most_pixels: int = MOST_PIXELS) -> JpegHead
     except ValueError as error:
         raise jpeg_fault(data, error) from error
     refuse_bombs((height, width), most_pixels)
+    if (count := scans(data)) > MOST_SCANS:
+        raise Undecodable(Reason.BOMB, f"{count:,} scans, of {MOST_SCANS} at most")
     return JpegHeader(height, width, space, sampling, orientation_of_jpeg(data))
 
 
@@ -171,12 +175,32 @@ def _opened(data: bytes) -> ImageFile:
 def _check(image: ImageFile, check: Check, most_pixels: int) -> None:
     """Raises Undecodable for a size, or a number of frames, that is not wanted."""
     refuse_bombs((image.height, image.width), most_pixels)
+    _refuse_large_tile(image, most_pixels)
     if image.format == "PNG":
         image.load()  # what stands behind the pixels may say how they lie
     orientation = orientation_of(image) if image.format != "TIFF" else 1  # of which Pillow tells the size as it is seen
     check((image.width, image.height) if orientation in LYING else (image.height, image.width))
     if getattr(image, "is_animated", False) and image.format != "MPO":
-        raise Undecodable(Reason.ANIMATED, f"{image.n_frames} frames")  # type: ignore[attr-defined]
+        raise Undecodable(Reason.ANIMATED, f"{_frames(image)} frames")
+
+
+def _frames(image: ImageFile) -> str:
+    """How many there are, as far as they are counted: finding the next one may take as long as decoding it."""
+    try:
+        image.seek(MOST_FRAMES)
+    except EOFError:
+        return str(image.n_frames)  # type: ignore[attr-defined]
+    except (OSError, SyntaxError, ValueError, struct.error):
+        return "several"
+    return f"more than {MOST_FRAMES}"
+
+
+def _refuse_large_tile(image: ImageFile, most_pixels: int) -> None:
+    """A tile of a TIFF is unpacked as a whole, however small the image is that it covers."""
+    tags = getattr(image, "tag_v2", {})
+    sides = [tags.get(tag, 0) for tag in TILE]
+    if all(isinstance(side, int) for side in sides) and sides[0] * sides[1] > most_pixels:
+        raise Undecodable(Reason.BOMB, f"a tile of {sides[1]}x{sides[0]} pixels")
 
 
 def _rgb(image: ImageFile, bits: int) -> np.ndarray:

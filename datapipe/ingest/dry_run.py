@@ -21,6 +21,8 @@ SAMPLE_S = 3.0
 """Seconds of reading and decoding."""
 PLACES = 16
 """Parts of the sources that are looked into, evenly spread."""
+LEAST_BYTES = 100
+"""No image has fewer, so that there are no more of them than the bytes of the sources allow."""
 SIDECAR_BYTES = 300
 """Bytes of the JSON beside a crop, about."""
 OTHER_WORK = 1.4
@@ -48,7 +50,8 @@ def estimate(sources: Sequence[str], out: str, config: ShardConfig, storage: Sto
     with Listing(open_sources(sources, storage, jpeg_quality=config.jpeg_quality)) as listing:
         sample = _Sample.of(listing, config)
         total = listing.bytes
-    crops = round(total / sample.read * sample.crops)
+    crops = sample.crops if sample.whole else round(total / sample.read * sample.crops)
+    crops = min(crops, max(sample.crops, total // LEAST_BYTES))
     kept = crops * len(sample.sizes) / sample.crops
     taken = _taken(np.array(sample.sizes), config)
     mean = float(taken.mean()) if len(taken) else 0.0
@@ -68,11 +71,14 @@ class _Sample:
     seconds: float = 0.0
     sizes: tuple[int, ...] = ()
     """Bytes of those that would be kept."""
+    whole: bool = True
+    """Nothing was left out."""
 
     @staticmethod
     def of(listing: Listing, config: ShardConfig) -> "_Sample":
         sample, sizes = _Sample(), []
         step = max(1, listing.parts // PLACES)
+        sample.whole = step == 1
         begin = time.process_time()
         end = time.monotonic() + SAMPLE_S
         for number, work in enumerate(islice(listing.work(), 0, None, step)):
@@ -82,6 +88,7 @@ class _Sample:
                 if kept:
                     sizes.append(kept)
                 if time.monotonic() > until:
+                    sample.whole = False
                     break
         if not sample.crops:
             raise DataError("the sources hold no images", hint="look into the tars")

@@ -6,10 +6,10 @@ the very same moment may both do so; then nothing was written, and one of them i
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator
 
+from datapipe.core.bounds.text_trees import parse_record
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.dataset.manifest import has_manifest
 from datapipe.storage import Store, probe
@@ -77,7 +77,7 @@ def _rules_of_same(store: Store, request: bytes) -> tuple[int, int] | None:
     if len(claims) != 1 or claims[0] == _name(request):
         return None
     try:
-        other, here = json.loads(store.read(claims[0])), json.loads(request)
+        other, here = parse_record(store.read(claims[0])), parse_record(request)
         rules = (other["settings"].pop(RULES_SETTING, FIRST_RULES), here["settings"].pop(RULES_SETTING, FIRST_RULES))
     except (NotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -86,9 +86,9 @@ def _rules_of_same(store: Store, request: bytes) -> tuple[int, int] | None:
 
 def _refusal(store: Store, name: str, request: bytes) -> DataError:
     try:
-        other, here = json.loads(store.read(name)), json.loads(request)
+        other, here = parse_record(store.read(name)), parse_record(request)
         differences = list(_differences(other, here))
-    except (NotFoundError, ValueError, KeyError):  # just taken back, or of another version of this project
+    except (NotFoundError, ValueError, KeyError, TypeError, AttributeError):  # just taken back, or of another version
         differences = ["it cannot be read"]
     return DataError(
         "--out belongs to another data set: " + "; ".join(differences),

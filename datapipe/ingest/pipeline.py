@@ -163,7 +163,7 @@ class _Ingestion:
 
     def quarantine(self, parts: Sequence[Scanned], rows: Iterable[pyarrow.Table] = ()) -> Reasons:
         """List what was refused, and what of the planned rows has no place."""
-        refused = (read_refused(self.spool, part.part) for part in parts if part.refused)
+        refused = chain.from_iterable(read_refused(self.spool, part.part) for part in parts if part.refused)
         return write_quarantine(self.store, chain(refused, excluded(rows)), local=self.local)
 
     def plan(self, parts: Sequence[Scanned]) -> tuple[Candidates, Plan]:

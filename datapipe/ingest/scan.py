@@ -90,9 +90,11 @@ def read_part(spool: Store, part: str, columns: Sequence[str] | None = None) -> 
         yield file.read_row_group(number, columns=None if columns is None else list(columns), use_threads=False)
 
 
-def read_refused(spool: Store, part: str) -> pyarrow.Table:
-    """The quarantined crops of a scanned part that has any: REFUSED."""
-    return pyarrow.parquet.read_table(pyarrow.BufferReader(spool.read(f"{part}.refused.parquet")), use_threads=False)
+def read_refused(spool: Store, part: str) -> Iterator[pyarrow.Table]:
+    """The quarantined crops of a scanned part that has any, REFUSED, some at a time."""
+    file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(spool.read(f"{part}.refused.parquet")))
+    for number in range(file.num_row_groups):
+        yield file.read_row_group(number, use_threads=False)
 
 
 def inspected(work: Work, config: ShardConfig) -> Iterator[tuple[Crop, Kept | Refused]]:
@@ -121,7 +123,7 @@ def _part_name(work: Work, config: ShardConfig) -> str:
 
 def _scan(work: Work, part: str, spool: Store, config: ShardConfig) -> tuple[int, int, int]:
     """(crops kept, crops refused, bytes spooled)."""
-    refused: list[tuple[Any, ...]] = []
+    refused = _RefusedRows()
     rows = _Rows(part, spool, config)
     segment = _Segment()
     for crop, verdict in inspected(work, config):
@@ -131,7 +133,7 @@ def _scan(work: Work, part: str, spool: Store, config: ShardConfig) -> tuple[int
                 rows.add(segment)
                 segment = _Segment()
         else:
-            refused.append(
+            refused.add(
                 (
                     sample_key(crop.source, crop.name),
                     crop.source,
@@ -143,12 +145,38 @@ def _scan(work: Work, part: str, spool: Store, config: ShardConfig) -> tuple[int
             )
     if segment.found:
         rows.add(segment)
-    if refused:
-        table, sink = _table(REFUSED, refused), pyarrow.BufferOutputStream()
-        pyarrow.parquet.write_table(table, sink, compression="lz4")
-        spool.replace(f"{part}.refused.parquet", sink.getvalue().to_pybytes())
-    rows.close(refused=len(refused))
-    return rows.count, len(refused), rows.bytes
+    if refused.count:
+        spool.replace(f"{part}.refused.parquet", refused.close())
+    rows.close(refused=refused.count)
+    return rows.count, refused.count, rows.bytes
+
+
+class _RefusedRows:
+    """The table of what a part loses, packed as it grows: an archive may hold millions of empty files."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._waiting: list[tuple[Any, ...]] = []
+        self._sink = pyarrow.BufferOutputStream()
+        self._writer = pyarrow.parquet.ParquetWriter(self._sink, REFUSED, compression="lz4")
+
+    def add(self, row: tuple[Any, ...]) -> None:
+        self._waiting.append(row)
+        self.count += 1
+        if len(self._waiting) >= MOST_CROPS:
+            self._flush()
+
+    def close(self) -> bytes:
+        """The whole file."""
+        if self._waiting:
+            self._flush()
+        self._writer.close()
+        content: bytes = self._sink.getvalue().to_pybytes()
+        return content
+
+    def _flush(self) -> None:
+        self._writer.write_table(_table(REFUSED, self._waiting))
+        self._waiting = []
 
 
 class _Rows:

@@ -13,7 +13,6 @@ stay: what they were trained on cannot be taken out.
 
 import os
 import re
-import tomllib
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import pyarrow
 
+from datapipe.core.bounds.text_trees import parse_toml
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, NotFoundError, StorageError
 from datapipe.core.progress import counted
@@ -226,7 +226,7 @@ def _caches(place: CopyLocation) -> set[str]:
     for name in place.names:
         if name.rpartition("/")[2] == "config.toml" and RUN.fullmatch(name):
             try:
-                stream = tomllib.loads(place.store.read(name).decode()).get("stream", {})
+                stream = parse_toml(place.store.read(name).decode()).get("stream", {})
                 folders.add(os.path.expanduser(str(stream.get("cache_dir", ""))))
             except (StorageError, ValueError, AttributeError):
                 continue  # no recipe of ours

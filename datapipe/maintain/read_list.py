@@ -4,20 +4,17 @@ Text is UTF-8, or UTF-16 and UTF-32 with a byte order mark (or with the zeros of
 system. A table with a heading `key` or `name` gives that column. Compressed files are unpacked.
 """
 
-import bz2
 import contextlib
 import csv
-import gzip
-import json
-import lzma
 import re
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import pyarrow
-import pyarrow.parquet
 
+from datapipe.core.bounds.parquet_pages import open_parquet, read_table
+from datapipe.core.bounds.text_trees import parse_json
+from datapipe.core.bounds.unpacking import ERRORS, bzip2_parts, gzip_parts, unpack, xz_parts
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.core.plain_pickle import load_plain
@@ -29,13 +26,12 @@ By = Literal["key", "name"]
 NOTES, SIDECAR = b"reid_notes", ".notes.json"
 """Where a list says what binds whoever uses it, as a JSON list of sentences: in the metadata of a parquet file, or in a
 file beside it, called FILE.notes.json."""
+MOST_NOTES_BYTES = 1 << 20
 PICKLES = (".pkl", ".pickle")
-PACKED: dict[bytes, Callable[[bytes], bytes]] = {
-    b"\x1f\x8b": gzip.decompress,
-    b"BZh": bz2.decompress,
-    b"\xfd7zXZ\0": lzma.decompress,
-}
+PACKED = {b"\x1f\x8b": gzip_parts, b"BZh": bzip2_parts, b"\xfd7zXZ\0": xz_parts}
 """First bytes of compressed files."""
+MOST_BYTES, MOST_TIMES, FREE_BYTES = 16 << 30, 30, 64 << 20
+"""Of a list; and of one that is unpacked so many times its packed size, and some MB: names that count up pack well."""
 LINES = re.compile(r"\r\n|\r|\n")
 BLANK = " \t\v\f\u00a0\ufeff\u200b"
 DELIMITERS = ",;\t"
@@ -49,7 +45,7 @@ def read_list(url: str, by: By, storage: StorageConfig) -> pyarrow.Array:
     name (CSV, parquet), or a pickled list (TransReID-SSL's CFS_list.pkl), which is read without running what it may
     hold. Raises DataError where it is none of these, or empty."""
     folder, file = split_url(url)
-    data = _unpacked(open_store(folder, storage).read(file), url)
+    data = _unpacked(open_store(folder, storage).read_small(file, MOST_BYTES, what="the list"), url)
     if url.lower().endswith(PICKLES):
         values = _unpickled(data, url)
     elif url.lower().endswith(".parquet") or data.startswith(b"PAR1"):
@@ -70,12 +66,12 @@ def read_notes(url: str, storage: StorageConfig) -> tuple[str, ...]:
     found: list[bytes] = []
     if url.lower().endswith(".parquet"):
         with open_object(store, file) as source, contextlib.suppress(pyarrow.ArrowException):
-            metadata = pyarrow.parquet.ParquetFile(source).schema_arrow.metadata or {}
+            metadata = open_parquet(source).schema_arrow.metadata or {}
             found += [metadata[NOTES]] if NOTES in metadata else []
     with contextlib.suppress(NotFoundError):
-        found.append(store.read(file + SIDECAR))
+        found.append(store.read_small(file + SIDECAR, MOST_NOTES_BYTES, what="the notes of a list"))
     try:
-        notes = [sentence for text in found for sentence in json.loads(text)]
+        notes = [sentence for text in found for sentence in parse_json(text)]
         return tuple(dict.fromkeys(_texts(notes)))
     except (ValueError, TypeError) as error:
         raise DataError(f"the notes of a list cannot be read: {error}", where=url,
@@ -105,10 +101,10 @@ def _utf8(data: bytes) -> str:
 
 
 def _unpacked(data: bytes, where: str) -> bytes:
-    unpack = next((unpack for start, unpack in PACKED.items() if data.startswith(start)), None)
+    parts = next((parts for start, parts in PACKED.items() if data.startswith(start)), None)
     try:
-        return unpack(data) if unpack else data
-    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        return unpack(data, parts, FREE_BYTES + MOST_TIMES * len(data)) if parts else data
+    except ERRORS as error:
         raise DataError(f"the list cannot be unpacked: {error}", where=where, hint="copy it again") from error
 
 
@@ -133,7 +129,7 @@ def _unquoted(line: str) -> str:
 
 def _column(data: bytes, by: By, url: str) -> list[str]:
     try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(data), columns=[by])
+        table = read_table(data, [by])
         return [_text(item) for item in table[by].to_pylist() if item is not None]
     except (pyarrow.ArrowException, KeyError, TypeError, OSError) as error:
         raise DataError(

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 import re
 import tarfile
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ import pyarrow.compute
 import simplejpeg
 import xxhash
 
+from datapipe.core.bounds.text_trees import parse_record
 from datapipe.core.errors import DataError
 from datapipe.dataset.duplicates import Marks, exact_duplicates, near_duplicates
 from datapipe.dataset.index import INDEX, KEY, MARKS, Shard, content_words, read_index
@@ -33,6 +33,14 @@ def members(tar: bytes) -> dict[str, tuple[int, int, dict[str, Any]]]:
 
     Raises DataError for one whose name is no key: it would be written into the new index, and others unpack by it.
     """
+    try:
+        return _members(tar)
+    except (tarfile.TarError, ValueError, EOFError, RecursionError) as error:
+        raise DataError(f"a tar of the data set cannot be read: {error}",
+                        hint="copy the data set again") from error  # fmt: skip
+
+
+def _members(tar: bytes) -> dict[str, tuple[int, int, dict[str, Any]]]:
     crops: dict[str, tuple[int, int, dict[str, Any]]] = {}
     with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as archive:
         for member in archive:
@@ -44,7 +52,7 @@ def members(tar: bytes) -> dict[str, tuple[int, int, dict[str, Any]]]:
                 crops[key] = member.offset_data, member.size, {}
             elif ending == "json" and key in crops:
                 text = tar[member.offset_data : member.offset_data + member.size]
-                crops[key] = *crops[key][:2], json.loads(text)
+                crops[key] = *crops[key][:2], parse_record(text)
     return crops
 
 
@@ -55,7 +63,11 @@ def rebuild(store: Store, shard: Shard, ordinal: int, others: Mapping[int, Shard
     them. Where the rebuilt index is the lost one, byte for byte, it takes its name, and the shard is what it was.
     """
     tar = store.read(shard.name)
-    rows = _rows(tar)
+    try:
+        rows = _rows(tar)
+    except (ValueError, TypeError, pyarrow.ArrowException) as error:
+        raise DataError(f"the crops of a tar are no rows of an index: {error}", where=store.address(shard.name),
+                        hint="copy the data set again") from error  # fmt: skip
     labelled = all(sidecar for _, _, sidecar in members(tar).values())
     tables = {number: read_index(store, other) for number, other in others.items()}
     facts = {TAR_SHA256: shard.sha256.encode(), TAR_BYTES: str(shard.bytes).encode()}

@@ -13,12 +13,15 @@ from typing import Any, NamedTuple
 
 import pyarrow
 
+from datapipe.core.bounds.text_trees import parse_record
 from datapipe.core.errors import DataError, UserError
 from datapipe.dataset.manifest import Manifest
 from datapipe.dataset.packed_index import of_version
 from datapipe.maintain.replace_versions import in_use
 from datapipe.storage import Store, unsafe
 
+MOST_RECORD_BYTES = 8 << 30
+"""Of a record: each crop that went takes 70 of them."""
 RECORDS, CLAIM = "removals/", "removals/begun-"
 REWRITTEN = re.compile(r"shards/[0-9a-f]{32}\.(tar|parquet)")
 """Objects that `rewrite` makes. Without a version that refers to them, a run that failed has left them."""
@@ -112,14 +115,17 @@ def _records(store: Store) -> list[dict[str, Any]]:
 
 def _record(store: Store, name: str) -> dict[str, Any]:
     """A record. Raises DataError where it is damaged, or tells to delete what is no object of shards."""
-    data = store.read(name)
+    data = store.read_small(name, MOST_RECORD_BYTES, what="the record of a removal")
     try:
-        record: dict[str, Any] = json.loads(data)
+        record = parse_record(data)
         wrong = next((old for old in record["deleted"] if unsafe(old) or not old.endswith((".tar", ".parquet"))), None)
         files = record["replaced"].values()
         if type(record["count"]) is not int or any(unsafe(file) for file in files) or wrong is not None:
             raise ValueError(f"it names {wrong!r}" if wrong is not None else "a number or a name is none")
-        record["keys_sha256"] = frozenset(record["keys_sha256"])
+        keys = record["keys_sha256"]
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+            raise ValueError("its keys are none")
+        record["keys_sha256"] = frozenset(keys)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"the record of a removal is damaged: {error!r}", where=store.address(name),
                         hint="copy it again") from error  # fmt: skip

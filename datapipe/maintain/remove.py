@@ -21,15 +21,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow
 import pyarrow.compute
-import pyarrow.parquet
 
 from datapipe.core.config import RemoveConfig, StorageConfig
 from datapipe.core.errors import ConfigError, DataError, NotFoundError
 from datapipe.core.parallel import Workers
 from datapipe.dataset.manifest import Manifest
 from datapipe.dataset.packed_index import ensure_packed
-from datapipe.dataset.quarantine import NAME as QUARANTINE
-from datapipe.dataset.quarantine import REFUSED, write_quarantine
+from datapipe.dataset.quarantine import REFUSED, read_quarantine, write_quarantine
 from datapipe.ingest.shard_plan import sample_key
 from datapipe.ingest.spool import spool_of
 from datapipe.maintain.crop_lists import (
@@ -279,11 +277,9 @@ def _keys_of(name: str, sources: Sequence[str]) -> list[str]:
 
 def _quarantined(store: Store, source: str) -> pyarrow.Table:
     """quarantine.parquet, or what it holds of one source."""
-    try:
-        data = store.read(QUARANTINE)
-    except NotFoundError:
+    table = read_quarantine(store)
+    if table is None:
         return REFUSED.empty_table()
-    table = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
     return table.filter(pyarrow.compute.equal(table["source"], source)) if source else table
 
 

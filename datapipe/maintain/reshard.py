@@ -17,16 +17,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pyarrow.compute
-import pyarrow.parquet
 
 from datapipe.core.config import ReshardConfig, ShardConfig, StorageConfig
-from datapipe.core.errors import DataError, NotFoundError
+from datapipe.core.errors import DataError
 from datapipe.core.parallel import Executor, Workers
 from datapipe.dataset.index import INDEX
 from datapipe.dataset.manifest import Manifest, libraries, load_unselected
 from datapipe.dataset.packed_index import ensure_packed
-from datapipe.dataset.quarantine import NAME as QUARANTINE
-from datapipe.dataset.quarantine import REFUSED, excluded, write_quarantine
+from datapipe.dataset.quarantine import excluded, read_quarantine, write_quarantine
 from datapipe.dataset.tar import member_bytes
 from datapipe.ingest.ownership import claim_output, is_written
 from datapipe.ingest.pipeline import refuse_inside, write_shards
@@ -162,11 +160,9 @@ class _Resharding:
 
     def _refused(self) -> Iterator[pyarrow.Table]:
         for part in self.sets:
-            try:
-                data = open_store(part.url, self.storage).read(QUARANTINE)
-            except NotFoundError:
-                continue
-            yield pyarrow.parquet.read_table(pyarrow.BufferReader(data)).select(REFUSED.names).cast(REFUSED)
+            refused = read_quarantine(open_store(part.url, self.storage))
+            if refused is not None:
+                yield refused
 
 
 def once(crops: Candidates) -> np.ndarray:

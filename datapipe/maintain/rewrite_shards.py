@@ -7,7 +7,6 @@ after their content; written twice, they are the same.
 
 import dataclasses
 import hashlib
-import json
 import tarfile
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -18,6 +17,7 @@ import pyarrow.compute
 import pyarrow.parquet
 import xxhash
 
+from datapipe.core.bounds.text_trees import parse_json
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.dataset.index import INDEX, MARKS, RowMarks, Shard, read_index
 from datapipe.dataset.tar import BLOCK, END_BYTES, header, member_bytes
@@ -101,7 +101,7 @@ def _is_sidecar(data: bytes, key: str) -> bool:
     """Whether these blocks are the whole description of a crop."""
     try:
         member = tarfile.TarInfo.frombuf(data[:BLOCK], "utf-8", "strict")
-        json.loads(data[BLOCK : BLOCK + member.size])
+        parse_json(data[BLOCK : BLOCK + member.size])
     except (tarfile.HeaderError, ValueError):
         return False
     return member.name == f"{key}.json" and len(data) == BLOCK + member.size + -member.size % BLOCK

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from datapipe.core.bounds.parquet_pages import open_parquet
 from datapipe.dataset.index import KEY
 from datapipe.maintain.crop_lists import canonical
 from datapipe.storage import Store, open_object
@@ -74,7 +75,7 @@ def take_out(store: Store, name: str, removed: RemovedCrops) -> RowsFound | None
     pyarrow.ArrowException or OSError where it is no parquet file.
     """
     with open_object(store, name) as source:
-        file = pyarrow.parquet.ParquetFile(source)
+        file = open_parquet(source)
         columns = file.schema_arrow.names
         present = [column for column in CROPS if column in columns]
         if not present:

@@ -10,13 +10,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from datapipe.core.bounds.unpacking import FREE_BYTES, MOST_TIMES
 from datapipe.core.config import StorageConfig
+from datapipe.core.errors import DataError
 from datapipe.sources.archive_parts import Archive, list_archives, open_archive
 from datapipe.sources.base import UNIT_BYTES, UNIT_CROPS, Crop
 from datapipe.sources.labels import labelled
 from datapipe.sources.location import ARCHIVES, Location, is_hidden, is_image
 from datapipe.sources.tar_members import look_ahead, read_members, read_samples
 from datapipe.sources.zip_members import check_readable, find_directory, list_entries, read_entry
+
+LISTED_BYTES = 16 << 20
+"""Bytes of a zip's directory at which a unit ends, whatever is listed there: they are held in memory."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +71,26 @@ class ArchiveSource:
         with open_archive(archive, self.storage) as stream:
             start, size, shift = find_directory(stream, archive.volumes, archive.url)
             begin = position = start
-            crops = packed = 0
+            crops = packed = total = plain = 0
             digest = hashlib.sha256(archive.name.encode("utf-8", "surrogateescape"))
             for entry in list_entries(stream, start, size, archive.volumes, archive.url):
                 check_readable(entry, archive.url)
                 digest.update(entry.facts)
                 position = entry.end
+                total, plain = total + entry.packed, plain + entry.size
+                if total > archive.size:
+                    raise _overlapping(archive)
+                if plain > FREE_BYTES + MOST_TIMES * archive.size:
+                    raise DataError(
+                        f"the zip of {archive.size:,} bytes would unpack to more than {plain:,}: no images do that",
+                        where=archive.url,
+                        hint="do not trust it; unpack it with another program, and give the folder",
+                    )
                 if is_wanted(entry.name, entry.special):
                     crops, packed = crops + 1, packed + entry.packed
-                if crops == UNIT_CROPS or packed >= UNIT_BYTES:
-                    yield ArchiveUnit(archive, begin, position - begin, shift, packed, digest.hexdigest())
+                if crops == UNIT_CROPS or packed >= UNIT_BYTES or position - begin >= LISTED_BYTES:
+                    if crops:
+                        yield ArchiveUnit(archive, begin, position - begin, shift, packed, digest.hexdigest())
                     begin, crops, packed = position, 0, 0
             if crops:
                 yield ArchiveUnit(archive, begin, position - begin, shift, packed, digest.hexdigest())
@@ -97,6 +112,15 @@ class ArchiveSource:
         for member in ahead.members:
             if is_wanted(member.name, member.problem):
                 yield labelled(self.label, archive.prefix + member.name, member.data, problem=member.problem)
+
+
+def _overlapping(archive: Archive) -> DataError:
+    """Bombs are made so: many members that are the same bytes of the archive."""
+    return DataError(
+        f"the members of the zip are said to take more than its {archive.size:,} bytes: they overlap, or it is damaged",
+        where=archive.url,
+        hint="do not trust it; unpack it with another program, and give the folder",
+    )
 
 
 def is_wanted(name: str, special: str) -> bool:

@@ -14,8 +14,8 @@ from datapipe.storage import open_object, open_store
 from datapipe.storage.file_objects import SeekableReader
 
 READ_BYTES = 1 << 20
-MOST_MEMBER_BYTES = 1 << 28
-"""Larger members are reported, not read: no crop takes 256 MB."""
+MOST_MEMBER_BYTES = 1 << 27
+"""Larger members are reported, not read: an uncompressed image of the most pixels that are taken has 120 MB."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.parallel import in_order
+from datapipe.sources.archive_parts import MOST_MEMBER_BYTES
 from datapipe.sources.base import UNIT_BYTES, UNIT_CROPS, Crop
 from datapipe.sources.labels import labelled
 from datapipe.sources.location import IMAGE_ENDINGS, IMAGES, Location, SourceFile, list_files
@@ -13,6 +14,8 @@ from datapipe.storage import is_remote, open_store
 
 REMOTE_READS = 16
 """Objects asked for at once from a store, per process; a folder on disk is read one file after the other."""
+
+TOO_LARGE = f"larger than {MOST_MEMBER_BYTES:,} bytes"
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class FolderSource:
         size = 0
         for file in list_files(self.url, self.storage, IMAGES):
             batch.append(file)
-            size += file.size
+            size += min(file.size, MOST_MEMBER_BYTES)  # of more, no more is read
             if len(batch) == UNIT_CROPS or size >= UNIT_BYTES:
                 yield _unit(batch)
                 batch, size = [], 0
@@ -57,15 +60,24 @@ class FolderSource:
     def read(self, unit: FolderUnit) -> Iterator[Crop]:
         names = unit.names.split("\0")
         for name, data in zip(names, self._contents(names), strict=True):
-            yield labelled(self.label, name, data)
+            problem = TOO_LARGE * (len(data) > MOST_MEMBER_BYTES)
+            yield labelled(self.label, name, b"" if problem else data, problem=problem)
 
     def _contents(self, names: list[str]) -> Iterator[bytes]:
         store = open_store(self.folder, self.storage)
-        return in_order(store.read, names, threads=REMOTE_READS if is_remote(self.url) else 0)
+
+        def read(name: str) -> bytes:
+            return store.read(name, start=0, size=MOST_MEMBER_BYTES + 1)
+
+        return in_order(read, names, threads=REMOTE_READS if is_remote(self.url) else 0)
 
 
 def _unit(files: list[SourceFile]) -> FolderUnit:
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name}\0{file.size}\0".encode("utf-8", "surrogateescape"))
-    return FolderUnit("\0".join(file.name for file in files), sum(file.size for file in files), digest.hexdigest())
+    return FolderUnit(
+        "\0".join(file.name for file in files),
+        sum(min(file.size, MOST_MEMBER_BYTES) for file in files),
+        digest.hexdigest(),
+    )

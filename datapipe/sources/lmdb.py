@@ -20,6 +20,7 @@ from typing import Any
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, StorageError
 from datapipe.core.plain_pickle import NamesCodeError, load_plain
+from datapipe.sources.archive_parts import MOST_MEMBER_BYTES
 from datapipe.sources.base import UNIT_CROPS, UNKNOWN, Crop
 from datapipe.sources.labels import fits
 from datapipe.sources.lmdb_pages import LmdbFile
@@ -31,6 +32,11 @@ DATA, LOCK, KEYS = "data.mdb", "lock.mdb", "keys.pkl"
 ENDINGS = (".mdb", ".lmdb")
 LUPERSON_KEY = re.compile(r"(\d+_\d+_\d+)_\d+")
 FETCH_BYTES = 16 << 20
+MOST_KEYS_BYTES = 4 << 30
+"""Of keys.pkl: that of LUPerson's 4 million images has 100 MB."""
+KEYS_TIMES, KEYS_FREE = 16, 1 << 20
+"""How many times a keys.pkl's own size (which counts as so many bytes at least) its keys may take: a pickle refers to a
+text that it has again by two bytes."""
 Batch = tuple[tuple[str, ...], tuple[int, ...], list[int]]
 """Keys of a unit, their persons or none, and bytes of the images."""
 
@@ -76,14 +82,24 @@ class LmdbSource:
     def units(self) -> Iterator[LmdbUnit]:
         listed = read_keys(self.keys, self.storage) if self.keys else None
         batches = self._listed(*listed) if listed else self._stored()
-        present = 0
+        with self._opened() as file:
+            most = file.total
+        present = total = 0
         for keys, pids, sizes in batches:
+            total += sum(size for size in sizes if size > 0)
+            if total > most:
+                raise DataError(
+                    f"the images are said to take more than the {most:,} bytes of the LMDB",
+                    where=self.keys or self.data,
+                    hint=f"{KEYS} names keys several times, or the LMDB is damaged: copy them again",
+                )
             digest = hashlib.sha256()
             for key, size in zip(keys, sizes, strict=True):
                 digest.update(f"{key}\0{size}\0".encode("utf-8", "surrogateescape"))
             digest.update(repr(pids).encode())
             present += sum(size >= 0 for size in sizes)
-            yield LmdbUnit(keys, pids, sum(size for size in sizes if size > 0), digest.hexdigest())
+            read = sum(min(size, MOST_MEMBER_BYTES) for size in sizes if size > 0)
+            yield LmdbUnit(keys, pids, read, digest.hexdigest())
         if listed:
             self._compare(present, len(listed[0]))
 
@@ -92,9 +108,12 @@ class LmdbSource:
         with self._opened() as file:
             for key, pid in zip(unit.keys, pids, strict=True):
                 value = file.find(_encoded(key))
-                data = b"" if value is None else file.read(value)
+                large = value is not None and value.size > MOST_MEMBER_BYTES
+                data = b"" if value is None or large else file.read(value)
                 video = match[1] if (match := LUPERSON_KEY.fullmatch(key)) else ""
                 problem = "listed in keys.pkl, but not in the LMDB" if value is None else value.problem
+                if large:
+                    problem = f"larger than {MOST_MEMBER_BYTES:,} bytes"
                 yield Crop(self.label, key, data, pid, video=video, problem=problem)
 
     def _listed(self, keys: list[str], pids: list[int]) -> Iterator[Batch]:
@@ -135,7 +154,7 @@ class LmdbSource:
 def read_keys(url: str, storage: StorageConfig) -> tuple[list[str], list[int]]:
     """(keys, persons) of a keys.pkl; no persons where it is a plain list. Raises DataError for anything else."""
     folder, name = split_url(url)
-    pickled = open_store(folder, storage).read(name)
+    pickled = open_store(folder, storage).read_small(name, MOST_KEYS_BYTES, what=KEYS)
     try:
         unpickled = load_plain(pickled)
     except NamesCodeError as error:
@@ -153,6 +172,9 @@ def read_keys(url: str, storage: StorageConfig) -> tuple[list[str], list[int]]:
     keys: Any
     pids: Any
     keys, pids = (unpickled.get("keys"), unpickled.get("pids", [])) if isinstance(unpickled, dict) else (unpickled, [])
+    if _is_list(keys, str | bytes) and sum(map(len, keys)) > KEYS_TIMES * max(len(pickled), KEYS_FREE):
+        raise DataError(f"{KEYS} holds the same long keys many times", where=url,
+                        hint="without it, all keys of the LMDB are read")  # fmt: skip
     if not _is_list(keys, str | bytes) or not _are_pids(pids) or len(pids) not in (0, len(keys)):
         raise DataError(
             f'{KEYS} holds no list of keys, nor a dict of "keys" and as many "pids" of at most 32 bits',

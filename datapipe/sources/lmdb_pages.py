@@ -113,6 +113,11 @@ class LmdbFile:
         if count != self.entries and not self._flags & SEVERAL_VALUES:
             raise self._damaged(f"it has {count:,} keys and should have {self.entries:,}")
 
+    @property
+    def total(self) -> int:
+        """Bytes of the file: values do not overlap, so there are no more in all of them."""
+        return os.fstat(self._file).st_size
+
     def read(self, value: Value) -> bytes:
         """The bytes of a value."""
         if not value.page:
@@ -163,9 +168,11 @@ class LmdbFile:
 
     def _leaves(self) -> Iterator[_Page]:
         waiting = [] if self._root == NO_ROOT else [(self._root, 1)]
+        visits, pages = 0, os.fstat(self._file).st_size // self._page_size
         while waiting:
             number, depth = waiting.pop()
-            if depth > DEEPEST:
+            visits += 1
+            if depth > DEEPEST or visits > pages:  # each page is in one place of a tree
                 raise self._damaged("its tree has no end")
             page = self._page(number)
             waiting += [(child, depth + 1) for child in reversed(page.children)]

@@ -4,14 +4,21 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow
-import pyarrow.compute
 import pyarrow.parquet
 import xxhash
 
+from datapipe.core.bounds.parquet_pages import (
+    BUFFER_BYTES,
+    LARGE_GROUP_BYTES,
+    measured,
+    open_parquet,
+    refuse_many_rows,
+    rows_at_once,
+)
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.sources.base import UNIT_BYTES, UNIT_CROPS, Crop
@@ -60,17 +67,26 @@ class ParquetSource:
 
     def units(self) -> Iterator[ParquetUnit]:
         for file in list_files(self.url, self.storage, TABLES):
-            with self._opened(file.folder, file.name) as table:
-                yield from _units(table, file, "" if file.url == self.url or file.name == self.url else f"{file.name}/")
+            with self._opened(file.folder, file.name) as (opened, table):
+                refuse_many_rows(table.metadata.num_rows, file.size)
+                yield from _units(
+                    opened, table, file, "" if file.url == self.url or file.name == self.url else f"{file.name}/"
+                )
 
     def read(self, unit: ParquetUnit) -> Iterator[Crop]:
         row = unit.first_row
-        with self._opened(unit.folder, unit.file) as table:
+        with self._opened(unit.folder, unit.file) as (file, table):
             columns = [unit.image, *({unit.name, *LABELS} & set(table.schema_arrow.names) - {unit.image})]
-            for batch in table.iter_batches(ROWS_AT_ONCE, row_groups=unit.groups, columns=columns):
+            most = rows_at_once(measured(file, table, columns, unit.groups), ROWS_AT_ONCE)
+            if unit.bytes > LARGE_GROUP_BYTES:
+                table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=BUFFER_BYTES)
+            for batch in table.iter_batches(most, row_groups=unit.groups, columns=columns):
                 for record in batch.to_pylist():
                     yield self._crop(record, row, unit)
                     row += 1
+            rows = sum(table.metadata.row_group(group).num_rows for group in unit.groups)
+            if row - unit.first_row != rows:
+                raise pyarrow.ArrowInvalid(f"it has {row - unit.first_row:,} rows where {rows:,} should be")
 
     def _crop(self, record: dict[str, Any], row: int, unit: ParquetUnit) -> Crop:
         image = record[unit.image]
@@ -83,11 +99,11 @@ class ParquetSource:
         return labelled(self.label, unit.prefix + name, data or b"", record, problem=problem if data is None else "")
 
     @contextmanager
-    def _opened(self, folder: str, name: str) -> Iterator[pyarrow.parquet.ParquetFile]:
+    def _opened(self, folder: str, name: str) -> Iterator[tuple[BinaryIO, pyarrow.parquet.ParquetFile]]:
         store = open_store(folder, self.storage)
         try:
-            with open_object(store, name) as file, pyarrow.parquet.ParquetFile(file) as table:
-                yield table
+            with open_object(store, name) as file, open_parquet(file) as table:
+                yield file, table
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(
                 f"the parquet file cannot be read: {error}",
@@ -96,21 +112,26 @@ class ParquetSource:
             ) from error
 
 
-def _units(table: pyarrow.parquet.ParquetFile, file: SourceFile, prefix: str) -> Iterator[ParquetUnit]:
+def _units(
+    opened: BinaryIO, table: pyarrow.parquet.ParquetFile, file: SourceFile, prefix: str
+) -> Iterator[ParquetUnit]:
     image = find_image_column(table.schema_arrow, file.url)
     name = find_name_column(table.schema_arrow, image)
-    repeated = bool(name) and not _are_names(table, name)
+    repeated = bool(name) and not _are_names(opened, table, name)
     groups: list[int] = []
-    first = row = size = 0
+    first = row = size = total = 0
     for number in range(table.num_row_groups):
         group = table.metadata.row_group(number)
         groups.append(number)
         row += group.num_rows
-        size += sum(
+        packed = sum(
             group.column(i).total_compressed_size
             for i in range(group.num_columns)
             if group.column(i).path_in_schema.split(".")[0] == image
         )
+        size, total = size + packed, total + packed
+        if packed < 0 or total > file.size:
+            raise pyarrow.ArrowInvalid(f"its images are said to take {total:,} of its {file.size:,} bytes")
         if row - first >= UNIT_CROPS or size >= UNIT_BYTES or number == table.num_row_groups - 1:
             facts = repr((file.name, file.size, groups, first, size))
             digest = hashlib.sha256(facts.encode("utf-8", "surrogateescape")).hexdigest()
@@ -148,10 +169,11 @@ def _holds_bytes(kind: pyarrow.DataType) -> bool:
     return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
 
 
-def _are_names(table: pyarrow.parquet.ParquetFile, column: str) -> bool:
+def _are_names(opened: BinaryIO, table: pyarrow.parquet.ParquetFile, column: str) -> bool:
     """Whether each row has a name of its own. Takes 8 bytes a row."""
     hashes: list[np.ndarray] = []
-    for batch in table.iter_batches(1 << 16, columns=[column]):
+    most = rows_at_once(measured(opened, table, [column]), 1 << 16)
+    for batch in table.iter_batches(most, columns=[column]):
         values: Sequence[Any] = batch.to_struct_array().flatten()[0].to_pylist()
         names = [value.get("path") if isinstance(value, dict) else value for value in values]
         if None in names:

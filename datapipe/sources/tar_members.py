@@ -4,24 +4,36 @@ Which members belong together is for the webdataset library to say. Its own read
 silence, and takes a tar that was cut between two members for a complete one.
 """
 
-import gzip
-import json
 import tarfile
-import zlib
 from collections.abc import Iterator
 from itertools import chain, pairwise
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
+from datapipe.core.bounds.text_trees import parse_json
+from datapipe.core.bounds.unpacking import ERRORS, gzip_parts, pieces
 from datapipe.core.errors import DataError
 from datapipe.sources.archive_parts import MOST_MEMBER_BYTES, plain_name
 from datapipe.sources.base import Crop
 from datapipe.sources.labels import labelled
 from datapipe.sources.location import IMAGE_ENDINGS, is_image
 
-END_BYTES = 1024
+BLOCK = tarfile.BLOCKSIZE
+END_BYTES = 2 * BLOCK
 """A tar ends with two blocks of zeros; one that does not was cut."""
 LOOKED_AT, LOOKED_BYTES = 64, 16 << 20
 """Members, and bytes, at the beginning of a tar that tell whether it holds samples."""
+MOST_HEADER_BYTES, MOST_HEADERS_BYTES = 1 << 20, 4 << 20
+"""Of a long name or of a pax header, and of all that stand before one member, those for all members included."""
+MOST_REST_BYTES = 1 << 30
+"""Zeros behind a tar's end; tapes fill up their last record, some MB at most."""
+MOST_RECORD_BYTES = 16 << 20
+"""Of the JSON beside a crop; a larger one is reported."""
+MOST_SAMPLE_BYTES = 2 * MOST_MEMBER_BYTES
+"""Of the images of one sample: they are held together."""
+MOST_PROBLEMS = 100_000
+"""Links and the like in a tar of samples: they are held until its end."""
+READ_BYTES = 8 << 20
+"""Bytes that are read and thrown away rather than jumped over."""
 SPECIAL = {
     tarfile.LNKTYPE: "a hard link to",
     tarfile.SYMTYPE: "a symbolic link to",
@@ -29,6 +41,9 @@ SPECIAL = {
     tarfile.BLKTYPE: "a device",
     tarfile.FIFOTYPE: "a pipe",
 }
+PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
+ABOUT_NEXT = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, *PAX)
+"""Headers that say something of the next member, or (XGLTYPE) of all that follow."""
 
 
 class Member(NamedTuple):
@@ -42,38 +57,167 @@ class Member(NamedTuple):
 
 
 def read_members(stream: BinaryIO, url: str, *, packed: bool) -> Iterator[Member]:
-    """All members but folders; `packed`: with gzip. Raises DataError where the tar is cut or damaged."""
+    """All members but folders; `packed`: with gzip. Raises DataError where the tar is cut or damaged.
+
+    tarfile parses the headers, but does not follow them: it would hold names of any length, and go on for ever for the
+    sizes that some state.
+    """
     if not packed:
         _check_end(stream, url)
-    content = cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if packed else stream
+    content = _Unpacked(stream) if packed else _Plain(stream)
     try:
-        with tarfile.open(fileobj=content, mode="r|") as tar:
-            for info in tar:
-                if not info.isdir():
-                    yield _member(tar, info)
-                tar.members = []  # type: ignore[attr-defined]  # it would grow
-            if not packed:
-                content.seek(tar.offset)
-        _check_rest(content, url)
-    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        yield from _members(content)
+        _check_rest(content)
+    except (tarfile.TarError, *ERRORS) as error:
         raise _damaged(str(error), url) from error
 
 
-def _member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Member:
-    name = plain_name(info.name)
+class _Front(Protocol):
+    """Bytes from front to back."""
+
+    def read(self, size: int) -> bytes:
+        """As many as there are, `size` at most."""
+
+    def skip(self, size: int) -> None:
+        """Raises EOFError where there are not so many."""
+
+
+class _Plain:
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._total = stream, stream.seek(0, 2)
+        stream.seek(0)
+
+    def read(self, size: int) -> bytes:
+        return self._stream.read(size)
+
+    def skip(self, size: int) -> None:
+        if self._stream.tell() + size > self._total:
+            raise EOFError("it ends within a member")
+        if size <= READ_BYTES:  # whoever fetches blocks goes on with the next one
+            self._stream.read(size)
+        else:
+            self._stream.seek(size, 1)
+
+
+class _Unpacked:
+    def __init__(self, stream: BinaryIO) -> None:
+        self._pieces, self._held = pieces(stream.read, gzip_parts), memoryview(b"")
+
+    def read(self, size: int) -> bytes:
+        parts, missing = [], size
+        while missing and (part := self._next(missing)):
+            parts.append(part)
+            missing -= len(part)
+        return bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
+
+    def skip(self, size: int) -> None:
+        while size:
+            if not (part := self._next(size)):
+                raise EOFError("it ends within a member")
+            size -= len(part)
+
+    def _next(self, most: int) -> memoryview:
+        held = self._held or memoryview(next(self._pieces, b""))
+        self._held = held[most:]
+        return held[:most]
+
+
+def _members(content: _Front) -> Iterator[Member]:
+    shared: dict[str, str] = {}  # what pax headers say of all members
+    own: dict[str, str] = {}  # and of the next one
+    before = always = 0  # bytes of such headers
+    while (block := content.read(BLOCK)).strip(b"\0"):
+        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        if info.type in ABOUT_NEXT:
+            before += info.size + BLOCK
+            always += info.size * (info.type == tarfile.XGLTYPE)
+            if not 0 <= info.size <= MOST_HEADER_BYTES or max(before, always) > MOST_HEADERS_BYTES:
+                raise tarfile.ReadError(f"a name or a header of {info.size:,} bytes, or {before:,} bytes of them")
+            said = _said(info.type, _whole(content, info.size))
+            content.skip(-info.size % BLOCK)
+            (shared if info.type == tarfile.XGLTYPE else own).update(said)
+            continue
+        member = _member(content, info, shared | own)
+        if member:
+            yield member
+        own, before = {}, 0
+
+
+def _said(kind: bytes, data: bytes) -> dict[str, str]:
+    """What a header says of another member, in pax's words."""
+    if kind in PAX:
+        return _pax_records(data)
+    name = data.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+    return {"path" if kind == tarfile.GNUTYPE_LONGNAME else "linkpath": name}
+
+
+def _pax_records(data: bytes) -> dict[str, str]:
+    """Lines of "LENGTH KEY=VALUE", the length being that of the whole line."""
+    records: dict[str, str] = {}
+    place = 0
+    while place < len(data) and data[place]:
+        space = data.find(b" ", place, place + 10)
+        length = int(data[place:space]) if data[place : max(space, 0)].isdigit() else 0
+        end = place + length
+        key, equals, value = data[space + 1 : end - 1].partition(b"=")
+        if not equals or end > len(data) or data[end - 1 : end] != b"\n":
+            raise tarfile.ReadError("a pax header is damaged")
+        records[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
+        place = end
+    return records
+
+
+def _member(content: _Front, info: tarfile.TarInfo, said: dict[str, str]) -> Member | None:
+    """None for a folder. Leaves what comes next where the next header is."""
+    size = _size(said["size"]) if "size" in said else info.size
+    if size < 0:
+        raise tarfile.ReadError("a member of a negative size")
+    name = plain_name(said.get("GNU.sparse.name", said.get("path", info.name)))
+    has_data = info.isreg() or info.type not in tarfile.SUPPORTED_TYPES
+    stored = -(-size // BLOCK) * BLOCK if has_data else 0
+    if info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in said):
+        _skip_map(content, info)
+        content.skip(stored)
+        return Member(name, b"", "a sparse file")
     if not info.isreg():
-        return Member(name, b"", f"{SPECIAL.get(info.type, 'no file')} {info.linkname}".strip())
-    if not (is_image(name) or name.lower().endswith(".json")):
+        content.skip(stored)
+        problem = f"{SPECIAL.get(info.type, 'no file')} {said.get('linkpath', info.linkname)}".strip()
+        return None if info.isdir() else Member(name, b"", problem)
+    is_record = name.lower().endswith(".json")
+    most = MOST_RECORD_BYTES if is_record else MOST_MEMBER_BYTES
+    if size > most and (is_record or is_image(name)):
+        content.skip(stored)
+        return Member(name, b"", f"larger than {most:,} bytes")
+    if not (is_image(name) or is_record):
+        content.skip(stored)
         return Member(name, b"", "")
-    if info.size > MOST_MEMBER_BYTES:
-        return Member(name, b"", f"larger than {MOST_MEMBER_BYTES:,} bytes")
-    file = tar.extractfile(info)
-    assert file  # a regular file
-    return Member(name, file.read(), "")
+    data = _whole(content, size)
+    content.skip(stored - size)
+    return Member(name, data, "")
+
+
+def _size(text: str) -> int:
+    if not text.isdecimal() or len(text) > 19:
+        raise tarfile.ReadError("a pax header states no size")
+    return int(text)
+
+
+def _skip_map(content: _Front, info: tarfile.TarInfo) -> None:
+    """The rest of the list of holes of a sparse file, of GNU's old kind, which has a block for every 21 of them."""
+    _, more, _ = getattr(info, "_sparse_structs", ((), False, 0))
+    while more:
+        more = bool(_whole(content, BLOCK)[504])
+
+
+def _whole(content: _Front, size: int) -> bytes:
+    data = content.read(size)
+    if len(data) < size:
+        raise EOFError("it ends within a member")
+    return data
 
 
 def _check_end(stream: BinaryIO, url: str) -> None:
-    """tarfile takes a tar that was cut between two members for a complete one."""
+    """A tar that was cut between two members looks like a complete one."""
     total = stream.seek(0, 2)
     stream.seek(max(0, total - END_BYTES))
     if total < END_BYTES or stream.read().strip(b"\0"):
@@ -81,11 +225,15 @@ def _check_end(stream: BinaryIO, url: str) -> None:
     stream.seek(0)
 
 
-def _check_rest(content: BinaryIO, url: str) -> None:
-    """tarfile stops in silence at a damaged header, and where one tar was appended to another."""
-    for block in iter(lambda: content.read(1 << 20), b""):
+def _check_rest(content: _Front) -> None:
+    """What follows the end: zeros, and not without end; one tar appended to another goes on there."""
+    rest = 0
+    while block := content.read(1 << 20):
+        rest += len(block)
         if block.strip(b"\0"):
-            raise _damaged("there are more bytes after what looks like its end", url)
+            raise tarfile.ReadError("there are more bytes after what looks like its end")
+        if rest > MOST_REST_BYTES:
+            raise tarfile.ReadError(f"more than {MOST_REST_BYTES:,} zeros follow its end")
 
 
 def _damaged(what: str, url: str) -> DataError:
@@ -133,11 +281,18 @@ def read_samples(members: Iterator[Member], label: str, prefix: str, url: str) -
     problems: list[Member] = []
 
     def files() -> Iterator[dict[str, Any]]:
+        key, held = "", 0
         for member in members:
             if member.problem:
                 problems.append(member)
-            else:
-                yield {"fname": member.name, "data": member.data, "__url__": url}
+                if len(problems) > MOST_PROBLEMS:
+                    raise ValueError(f"more than {MOST_PROBLEMS:,} members are links, or no files at all")
+                continue
+            held = len(member.data) + (held if _key(member.name) == key else 0)
+            key = _key(member.name)
+            if held > MOST_SAMPLE_BYTES:
+                raise ValueError(f"the sample {key!r} has more than {MOST_SAMPLE_BYTES:,} bytes")
+            yield {"fname": member.name, "data": member.data, "__url__": url}
 
     try:
         for sample in group_by_keys(files(), lcase=False):
@@ -168,7 +323,7 @@ def _record(sample: dict[str, object]) -> dict[str, Any]:
     if not isinstance(text, bytes):
         return {}
     try:
-        record = json.loads(text)
+        record = parse_json(text)
     except ValueError as error:
         raise ValueError(f"{sample['__key__']}.json is not JSON: {error}") from error
     return record if isinstance(record, dict) else {}

@@ -16,6 +16,7 @@ import simplejpeg
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
+from datapipe.core.image_formats import MOST_PIXELS
 from datapipe.formats.images import Undecodable, decode_image
 from datapipe.sources.base import Crop
 from datapipe.sources.location import (
@@ -123,7 +124,7 @@ class VideoSource:
 
     def _crop(self, unit: VideoUnit, frame: Frame, boxes: Boxes, box: int) -> Crop:
         height, width, _ = frame.pixels.shape
-        left, top, right, bottom = np.rint(boxes.corners[box]).clip(0, (width, height, width, height)).astype(int)
+        left, top, right, bottom = np.rint(boxes.corners[box].clip(0, (width, height, width, height))).astype(int)
         outside = "" if left < right and top < bottom else "the box lies outside the frame"
         problem = frame.problem or outside
         data = (
@@ -152,7 +153,9 @@ class VideoSource:
         remaining, number = list(wanted[::-1]), first - 1
         try:
             with open_object(store, unit.file) as file, av.open(file, "r", options=OPENED) as container:
-                container.streams.video[0].codec_context.thread_count = 1  # other processes decode other videos
+                codec = container.streams.video[0].codec_context
+                codec.thread_count = 1  # other processes decode other videos
+                codec.options = {"max_pixels": str(MOST_PIXELS)}
                 for number, frame in enumerate(container.decode(video=0) if remaining else (), start=first):
                     if number == remaining[-1]:
                         remaining.pop()

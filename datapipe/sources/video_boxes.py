@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow
-import pyarrow.parquet
 
+from datapipe.core.bounds.parquet_pages import read_table as read_parquet
 from datapipe.core.errors import DataError
 from datapipe.formats.text import NoText, decode_text
 from datapipe.sources.base import UNKNOWN
@@ -16,6 +16,8 @@ from datapipe.sources.labels import NUMBERS
 MOT_COLUMNS = 6
 """frame, track, left, top, width, height; what follows is not needed, but for the flag of the ground truth."""
 NO_LINES = np.empty((0, MOT_COLUMNS))
+MOST_NUMBER = (1 << 53) - 1
+"""Numbers come as floating-point ones, which hold no larger whole numbers exactly."""
 BOX_LISTS = ("box", "bbox")
 CORNERS = (("left", "top", "width", "height"), ("x", "y", "w", "h"), ("bb_left", "bb_top", "bb_width", "bb_height"))
 OPPOSITE = ("x1", "y1", "x2", "y2")
@@ -71,11 +73,11 @@ def read_table(data: bytes, where: str) -> Boxes:
     x2, y2.
     """
     try:
-        table = pyarrow.parquet.read_table(io.BytesIO(data))
+        table = read_parquet(data)
         frame = _column(table, NUMBERS["frame"])
         track = _column(table, (*NUMBERS["track"], "id"))
         corners = _corners(table)
-    except (pyarrow.ArrowException, ValueError, TypeError) as error:
+    except (pyarrow.ArrowException, ValueError, TypeError, OSError, KeyError) as error:
         raise DataError(
             f"the boxes cannot be read: {error}", where=where, hint="check the file and its columns"
         ) from error
@@ -93,6 +95,9 @@ def _sorted(
     frame: np.ndarray, track: np.ndarray, corners: np.ndarray, taken: np.ndarray, first_frame: int, where: str
 ) -> Boxes:
     numbers = np.column_stack([frame, track, corners])
+    if (np.abs(numbers[:, :2]) > MOST_NUMBER).any():
+        raise DataError(f"a frame or a track has a number beyond {MOST_NUMBER:,}, which would be changed",
+                        where=where, hint="number tracks from 1")  # fmt: skip
     if not np.isfinite(numbers).all() or (frame % 1).any() or (track % 1).any():
         raise DataError(
             "a frame or a track is no whole number, or a box no number at all", where=where, hint="correct that line"

@@ -3,7 +3,6 @@
 Python's zipfile holds an object of half a kilobyte for every member; a directory of millions takes gigabytes that way.
 """
 
-import lzma
 import stat
 import struct
 import zipfile
@@ -11,6 +10,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
+from datapipe.core.bounds.unpacking import ERRORS, bzip2_parts, deflate_member, lzma_member, unpack_member
 from datapipe.core.errors import DataError
 from datapipe.sources.archive_parts import MOST_MEMBER_BYTES, plain_name, volumes_missing
 
@@ -20,6 +20,8 @@ LOCATOR, LOCATOR_SIGNATURE = struct.Struct("<4sLQL"), b"PK\6\7"
 ENTRY, ENTRY_SIGNATURE = struct.Struct("<4sBB5H3L5H2L"), b"PK\1\2"
 LOCAL_BYTES, LOCAL_SIGNATURE = 30, b"PK\3\4"
 MOST_COMMENT = 1 << 16
+LZMA_HEAD_BYTES = 4
+"""Version, and length of the properties, before those (APPNOTE 5.8.8)."""
 ESCAPE = 0xFFFFFFFF
 """Stands for a number that is in the Zip64 field instead."""
 ENCRYPTED, UTF8 = 0x1, 0x800
@@ -73,6 +75,8 @@ def find_directory(stream: BinaryIO, volumes: Sequence[int], url: str) -> Direct
     start, named = end - size, volumes[first_disk] + offset
     if start < 0 or start < named:
         raise _cut("its beginning, or a piece in the middle, is missing", url)
+    if named < 0 or size > total:
+        raise _cut("its directory is damaged", url)
     return Directory(start, size, start - named)
 
 
@@ -153,14 +157,28 @@ def read_entry(stream: BinaryIO, entry: ZipEntry, shift: int, url: str) -> tuple
     if len(header) < LOCAL_BYTES or not header.startswith(LOCAL_SIGNATURE):
         raise _cut(f"{entry.name!r} is not where its directory says", url)
     stream.seek(sum(struct.unpack_from("<2H", header, 26)), 1)
-    info = zipfile.ZipInfo()
-    info.compress_type, info.CRC = entry.method, entry.crc
-    info.compress_size, info.file_size = entry.packed, entry.size
     try:
-        data = zipfile.ZipExtFile(stream, "r", info).read()
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError) as error:
+        data = _content(stream, entry)
+    except ERRORS as error:
         return b"", f"damaged in the archive: {error}"
-    return (data, "") if len(data) == entry.size else (b"", "damaged in the archive: bytes are missing")
+    return (data, "") if zlib.crc32(data) == entry.crc else (b"", "damaged in the archive: its checksum is wrong")
+
+
+def _content(stream: BinaryIO, entry: ZipEntry) -> bytes:
+    """The bytes of a member that begins here, as many as the directory says and no more; raises ERRORS."""
+    packed = entry.packed
+    if entry.method == zipfile.ZIP_STORED:
+        data = stream.read(min(packed, entry.size))
+        if not len(data) == packed == entry.size:
+            raise EOFError("bytes are missing")
+        return data
+    if entry.method == zipfile.ZIP_DEFLATED:
+        return unpack_member(stream, deflate_member(), packed, entry.size)
+    if entry.method == zipfile.ZIP_BZIP2:
+        return unpack_member(stream, bzip2_parts(), packed, entry.size)
+    _, length = struct.unpack("<HH", stream.read(LZMA_HEAD_BYTES))
+    return unpack_member(stream, lzma_member(stream.read(length), entry.size), packed - LZMA_HEAD_BYTES - length,
+                         entry.size)  # fmt: skip
 
 
 def _has_locator(stream: BinaryIO, end: int) -> bool:

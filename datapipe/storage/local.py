@@ -20,6 +20,8 @@ from datapipe.storage.store import TEMPORARY, Children, Data, Entry, Store
 NAMES_AT_ONCE = 1 << 16
 MOST_OPEN = 512
 """Files that OpenFilesStore keeps open, or a quarter of what the process may have open if that is less."""
+LARGE_BYTES = 1 << 20
+"""Reads of more are held against the size of the file first."""
 MOST_PER_READ = 1 << 30
 """Linux gives at most 2 GiB per call."""
 
@@ -38,7 +40,10 @@ class LocalStore(Store):
             # A pipe among the images is empty then; otherwise, somebody would have to write into it first.
             file = os.open(self.address(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             try:
-                return _read_fully(file, start, os.fstat(file).st_size - start if size is None else size)
+                if size is None or size > LARGE_BYTES:  # room is made for what is there, not for what might be
+                    present = os.fstat(file).st_size - start
+                    size = present if size is None else min(size, present)
+                return _read_fully(file, start, size)
             finally:
                 os.close(file)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from functools import cache, lru_cache
 from pathlib import Path
-from threading import current_thread, main_thread
+from threading import Lock, current_thread, main_thread
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 ERRORS = (BaseError, OSError, ValueError)
 """Everything obstore raises: its own errors, FileNotFoundError, and ValueError for keys it does not take."""
+UNTRUSTED = ("certificate", "CaUsedAsEndEntity", "UnknownIssuer", "BadSignature", "NotValidForName")
+"""What rustls, which obstore brings along, says of a certificate that it does not take. It is stricter than OpenSSL,
+which boto3 uses: it takes no certificate for a server's that is an authority's as well, as self-signed ones are."""
 MOST_IN_VAIN = 10
 """obstore is given up where boto3 had to step in so many times in a row, and could read."""
 CREDENTIALS_FOR = timedelta(minutes=8)
@@ -48,6 +51,7 @@ class Ranges:
         )
         self._answered = client.answered
         self._in_vain = 0
+        self._lock, self._told = Lock(), False
 
     def take(self, key: str) -> bool:
         """Whether this way of reading may be tried.
@@ -73,6 +77,8 @@ class Ranges:
                 try:
                     return self._read(key, start, size)
                 except ERRORS as error:
+                    if any(word in str(error) for word in UNTRUSTED):
+                        return self._without(place, then)
                     answer = str(error).partition("\n")[0].rpartition(" - ")[-1]
                     if _passing(answer):
                         raise PassingFault(unanswered(answer, place)) from error
@@ -89,6 +95,18 @@ class Ranges:
         if len(data) != min(size, answer.meta["size"] - start):
             raise ValueError(f"{len(data)} of {size} bytes from {start} of {answer.meta['size']}")
         self._in_vain = 0
+        return data
+
+    def _without(self, place: S3Address, then: Callable[[], bytes]) -> bytes:
+        """boto3 has trusted the server before (it was asked for the size, or the listing): no wait helps obstore. What
+        boto3 says now counts, and where it can read, it does so from here on."""
+        data = then()
+        with self._lock:
+            told, self._told = self._told, True
+        if not told:
+            log.warning("%s: boto3 trusts the certificate there, obstore does not, so boto3 reads, at more CPU time; a "
+                        "certificate signed by an authority for this server suits both", place.where)  # fmt: skip
+        self._in_vain = MOST_IN_VAIN
         return data
 
     def _note_in_vain(self, place: S3Address) -> None:

@@ -9,13 +9,16 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from datapipe.core.bounds.text_trees import parse_record
 from datapipe.core.errors import DataError, NotFoundError, StorageError
 
 Data = bytes | bytearray | memoryview | Path
 """What can be written: bytes in memory, or a local file that is streamed."""
 
+MOST_RECORD_BYTES = 64 << 20
+"""Of a JSON file that is read as a whole."""
 TEMPORARY = ".part"
 """Ending of files that are still being written; listings leave them out."""
 
@@ -138,6 +141,22 @@ class Store(ABC):
         replaced."""
         if not self.create(name, data) and self.read(name) != data:
             self.replace(name, data)
+
+    def read_small(self, name: str, most: int, *, what: str = "a file", hint: str = "copy it again") -> bytes:
+        """A whole object of at most so many bytes. Raises DataError for a larger one, without having read it, and
+        NotFoundError."""
+        data = self.read(name, start=0, size=most + 1)
+        if len(data) > most:
+            raise DataError(f"{what} has more than {most:,} bytes", where=self.address(name), hint=hint)
+        return data
+
+    def read_record(self, name: str, *, what: str = "a file", hint: str = "copy it again") -> dict[str, Any]:
+        """An object that is JSON, an object of it. Raises NotFoundError, and DataError where it is damaged."""
+        data = self.read_small(name, MOST_RECORD_BYTES, what=what, hint=hint)
+        try:
+            return parse_record(data)
+        except ValueError as error:
+            raise DataError(f"{what} is damaged: {error}", where=self.address(name), hint=hint) from error
 
     def read_verified(self, name: str, sha256: str, *, what: str, hint: str) -> bytes:
         """A whole object, compared with its sha256 (hex). Raises DataError, with `what` the object is and a hint, where

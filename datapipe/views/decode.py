@@ -10,6 +10,7 @@ from threading import local
 import numpy as np
 import simplejpeg
 
+from datapipe.core.image_formats import MOST_PIXELS, MOST_SCANS, scans
 from datapipe.formats.images import Undecodable, decode_image
 from datapipe.views.spec import View
 
@@ -29,6 +30,8 @@ _room = _Room()
 
 def decode(data: bytes) -> View:
     """RGB uint8 [H, W, 3]; ValueError if the bytes are no image, or one that ends early."""
+    if _needs(data) > 3 * MOST_PIXELS or scans(data) > MOST_SCANS:
+        raise ValueError("a decompression bomb: too many pixels, or too many scans")
     try:
         return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
     except (ValueError, RuntimeError):
@@ -56,6 +59,8 @@ def _run(jpegs: Sequence[bytes], first: int) -> list[View | None]:
     room = _room.bytes
     for number in range(first, len(jpegs)):
         try:
+            if scans(jpegs[number]) > MOST_SCANS:
+                raise ValueError("too many scans")
             image = simplejpeg.decode_jpeg(jpegs[number], colorspace="RGB", strict=True, buffer=room)
             room = room[image.nbytes :]
         except (ValueError, RuntimeError):

@@ -17,7 +17,8 @@ FORBIDDEN = {
 }
 """Folder -> what none of its files may import, at the top or inside a function."""
 ROOMS = {
-    "datapipe": ("core", "core/cli", "formats", "storage", "dataset", "sources", "ingest", "sampling", "views",
+    "datapipe": ("core", "core/bounds", "core/cli", "formats", "storage", "dataset", "sources", "ingest", "sampling",
+                 "views",
                  "stream", "maintain", "synth", "commands"),
     "training": ("recipes", "core", "core/run_folder", "clustering", "nn", "nn/identity", "methods", "weights",
                  "engine", "checkpoint", "reid/datasets", "reid", "config", "preflight", "evaluation",

@@ -7,7 +7,6 @@ that it had been taken over, is no part of the run. Such checkpoints, and copies
 with a warning, and left for a person to delete.
 """
 
-import contextlib
 import json
 import logging
 import re
@@ -15,14 +14,16 @@ from collections.abc import Callable, Iterable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
-from datapipe.core.errors import NotFoundError
+from datapipe.core.bounds.text_trees import parse_record
+from datapipe.core.errors import DataError, NotFoundError
 from datapipe.core.parallel import in_order
 from datapipe.storage import Store, is_remote
-from training.checkpoint.metadata import MARKER, completed, in_steps, step_of
+from training.checkpoint.metadata import MARKER, completed, in_steps, read_bytes, step_of
 
 log = logging.getLogger(__name__)
 
 HEAD_BYTES = 96
+MOST_TERMS_BYTES = 1 << 20
 IN_FLIGHT = 16
 """Heads read at a time from remote stores."""
 _HEAD = re.compile(rb'\{"step": ?(\d+),(?: ?"term": ?(\d+),)?')
@@ -113,10 +114,13 @@ def _surveyed(store: Store, folders: list[str], files: Iterable[str], heads: dic
     def read_head(name: str) -> Head | None:
         if not ahead or name != folders[-1]:
             return _head(store, name)
-        with contextlib.suppress(NotFoundError):
-            whole[name] = store.read(f"{name}/{MARKER}")
-            return _of_beginning(whole[name]) or _parsed(whole[name])
-        return None
+        try:
+            whole[name] = read_bytes(store, name)
+        except NotFoundError:
+            return None
+        except DataError:
+            return DAMAGED
+        return _of_beginning(whole[name]) or _parsed(whole[name])
 
     unread = [name for name in folders if name not in heads]
     questions: list[Callable[[], Any]] = [
@@ -176,9 +180,11 @@ def _head(store: Store, name: str) -> Head | None:
     """None where there is no marker; DAMAGED for one that is, which its reader tells."""
     try:
         beginning = store.read(f"{name}/{MARKER}", start=0, size=HEAD_BYTES)
-        return _of_beginning(beginning) or _parsed(store.read(f"{name}/{MARKER}"))
+        return _of_beginning(beginning) or _parsed(read_bytes(store, name))
     except NotFoundError:
         return None
+    except DataError:
+        return DAMAGED
 
 
 def _of_beginning(data: bytes) -> Head | None:
@@ -189,9 +195,9 @@ def _of_beginning(data: bytes) -> Head | None:
 def _parsed(data: bytes) -> Head:
     """The head of a whole marker."""
     try:
-        content = json.loads(data)
+        content = parse_record(data)
         return Head(int(content["step"]), int(content.get("term", 0)))
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         return DAMAGED
 
 
@@ -201,12 +207,12 @@ def _beginnings(store: Store, files: list[str]) -> list[Beginning]:
     if not newest:
         return []
     try:
-        terms = json.loads(store.read(_name(newest)))["terms"]
+        terms = parse_record(store.read_small(_name(newest), MOST_TERMS_BYTES, what="the terms of the run"))["terms"]
         return [Beginning(int(term), int(step)) for term, step in terms]
     except NotFoundError:  # a later term has just begun
         later = _term_files(store)
         return _beginnings(store, later) if max(_terms(later), default=0) > newest else []
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, DataError) as error:
         _warn_once(f"warning: the terms of the run cannot be read: {error} ({store.address(_name(newest))})")
         return []
 

@@ -8,9 +8,17 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+from datapipe.core.bounds.text_trees import parse_record
 from datapipe.core.errors import DataError
 from datapipe.storage import Store, unsafe
 
+MOST_BYTES = 256 << 20
+"""Of a marker: a part of a tensor takes 100 of them."""
+MOST_NUMBER = 1 << 53
+LATEST_S = 2.5e11
+"""The last time that a calendar has, the year 9892."""
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+"""Type of a tensor, as safetensors names it -> bytes of a number."""
 FORMAT = 2
 MARKER = "checkpoint.json"
 _NAME = re.compile(r"step_(\d{7,})")
@@ -134,23 +142,29 @@ def in_steps(names: Iterable[str]) -> list[str]:
 
 def read_marker(store: Store, name: str) -> Marker:
     """Raises DataError for a marker that is damaged, of another format, or of another step than the name says."""
-    return parsed_marker(store.read(f"{name}/{MARKER}"), store, name)
+    return parsed_marker(read_bytes(store, name), store, name)
+
+
+def read_bytes(store: Store, name: str) -> bytes:
+    """The marker of a checkpoint as it is stored. Raises NotFoundError, and DataError where it is no marker's size."""
+    return store.read_small(f"{name}/{MARKER}", MOST_BYTES, what="the checkpoint's marker", hint="delete it")
 
 
 def parsed_marker(data: bytes, store: Store, name: str) -> Marker:
     """A marker from its bytes; raises as `read_marker` does."""
     try:
-        content = json.loads(data)
+        content = parse_record(data)
         if content.get("format") != FORMAT:
             raise ValueError(f"format {content.get('format')}, this version reads {FORMAT}")
         stated = content.pop("sha256", None)
         if stated != _digest(content):
             raise ValueError("its checksum is wrong")
-        content["tensors"] = {key: Form(tuple(shape), dtype) for key, (shape, dtype) in content["tensors"].items()}
+        content["tensors"] = {key: _form(*form) for key, form in content["tensors"].items()}
         content["files"] = tuple(file_from(file) for file in content["files"])
         marker = Marker(**content)
+        _refuse_senseless(marker)
         _refuse_gaps(marker)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise DataError(
             f"the checkpoint's marker is damaged: {error}", where=store.address(f"{name}/{MARKER}"), hint="delete it"
         ) from error
@@ -160,6 +174,32 @@ def parsed_marker(data: bytes, store: Store, name: str) -> Marker:
             where=store.address(name), hint=f"call it {name_of(marker.step)}, or delete it",
         )  # fmt: skip
     return marker
+
+
+def _form(shape: Any, dtype: Any) -> Form:
+    """Raises ValueError for what is no form of a tensor."""
+    if not isinstance(shape, list) or not all(type(side) is int and side >= 0 for side in shape) or dtype not in SIZES:
+        raise ValueError(f"a tensor of shape {shape} and type {dtype}")
+    return Form(tuple(shape), dtype)
+
+
+def _refuse_senseless(marker: Marker) -> None:
+    """Raises ValueError for numbers that are none, and for fragments that do not lie within the bytes of their file."""
+    counts = {name: getattr(marker, name) for name in ("step", "samples", "manifest_rows", "batch", "world", "term")}
+    for name, number in counts.items():
+        if type(number) is not int or not 0 <= number < MOST_NUMBER:
+            raise ValueError(f"{name} is {number!r}")
+    if type(marker.time) not in (int, float) or not 0 <= marker.time < LATEST_S:
+        raise ValueError(f"time is {marker.time!r}")
+    for file in marker.files:
+        if type(file.bytes) is not int or not 0 <= file.bytes < MOST_NUMBER or not isinstance(file.sha256, str):
+            raise ValueError(f"{file.name} is said to have {file.bytes!r} bytes")
+        for fragment in file.fragments:
+            place = (fragment.start, fragment.numel, fragment.offset)
+            if any(type(number) is not int or number < 0 for number in place) or not isinstance(fragment.xxh3, str):
+                raise ValueError(f"a part of {fragment.key} lies at {place}")
+            if fragment.offset + fragment.numel * SIZES[marker.tensors[fragment.key].dtype] > file.bytes:
+                raise ValueError(f"a part of {fragment.key} lies behind the {file.bytes:,} bytes of {file.name}")
 
 
 def _refuse_gaps(marker: Marker) -> None:

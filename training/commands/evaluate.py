@@ -1,7 +1,6 @@
 """python -m training evaluate: scores of weights on a labelled data set, as they are or after fine-tuning."""
 
 import contextlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -107,7 +106,7 @@ def scoring_of(chosen: EvaluateCommand) -> ScoringConfig:
 
 def conclude(config: RunConfig) -> int:
     """Print the last and the best score of a complete run, and which of them is the result; write its report."""
-    summary = json.loads(RunFolder(config.out, config.storage).store.read(SUMMARY))
+    summary = RunFolder(config.out, config.storage).store.read_record(SUMMARY)
     shown = {summary[which]["weights"]: summary[which] for which in ("last", "best")}
     print(evaluation.table(list(shown.values())))
     print(f"result: {summary['result']['weights']}, {summary['rule']}")

@@ -115,6 +115,8 @@ def read_row(name: str) -> LiteratureRow:
         keys = ", ".join(field.name for field in fields(LiteratureRow))
         mistakes = "\n".join(f"    {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise ConfigError(f"mistakes in the row:\n{mistakes}", where=name, hint=f"its keys are {keys}") from None
+    except ValueError as error:  # that of pydantic is one, too, and was told above
+        raise ConfigError(f"not a TOML file: {error}", where=name, hint="check quotes and brackets") from error
     beside: dict[str, Any] = {
         name: str(path.parent / recipe)
         for name in ("recipe", "origin_recipe")
@@ -285,7 +287,7 @@ def _fine_tuned(
                                storage=storage)  # fmt: skip
     if not pretrain_alone(config, host, guard=guard).complete:
         return None
-    result: dict[str, Any] = json.loads(open_store(out, storage).read(SUMMARY))["result"]
+    result: dict[str, Any] = open_store(out, storage).read_record(SUMMARY)["result"]
     return result
 
 

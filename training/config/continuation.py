@@ -1,12 +1,11 @@
 """Whether a run may go on in its folder: with which settings it began, which may differ now, and on what data."""
 
-import json
-import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from datapipe.core.bounds.text_trees import parse_toml
 from datapipe.core.errors import ConfigError, DataError
 from datapipe.core.parallel import in_order
 from datapipe.storage import is_remote
@@ -67,14 +66,18 @@ def saved_config(folder: RunFolder) -> RunConfig | None:
 
 
 def _parsed(text: str, folder: RunFolder) -> RunConfig:
-    tree = tomllib.loads(text)
-    views = {"version": 1} | tree.get("views", {})
-    return recipes.validate(tree | {"views": views}, where=folder.store.address("config.toml"))
+    where = folder.store.address("config.toml")
+    try:
+        tree = parse_toml(text)
+    except ValueError as error:
+        raise DataError(f"the recipe of the run is damaged: {error}", where=where, hint="copy it again") from error
+    views = tree.get("views", {})
+    return recipes.validate(tree | {"views": {"version": 1} | views if isinstance(views, dict) else views}, where=where)
 
 
 def ran_on(folder: RunFolder) -> str:
     """ "cuda" or "cpu": what the run in this folder was on last; empty where there is none that says so."""
-    return str(json.loads(folder.read_text("environment.json") or "{}").get("device_type", ""))
+    return str(folder.read_record("environment.json").get("device_type", ""))
 
 
 def as_begun(config: RunConfig, before: Before | None = None) -> RunConfig:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -10,6 +9,8 @@ from typing import Annotated, Any, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 
 from datapipe.core import cli
+from datapipe.core.bounds import text_trees
+from datapipe.core.bounds.text_trees import MOST_TOML_BYTES
 from datapipe.core.errors import ConfigError
 from datapipe.formats.text import NoText, decode_text
 from training import methods
@@ -40,6 +41,9 @@ def load(
         suggestion = f"did you mean `{near[0]}`? " if near else ""
         hint = f"{suggestion}a TOML file; recipes that come along: {', '.join(known)}"
         raise ConfigError("no such recipe", where=str(path), hint=hint)
+    if recipe.stat().st_size > MOST_TOML_BYTES:
+        raise ConfigError(f"not a TOML file of a recipe: it has more than {MOST_TOML_BYTES:,} bytes", where=str(path),
+                          hint="give the recipe itself")  # fmt: skip
     tree = parse_toml(recipe.read_bytes(), where=str(path))
     return override(validate(tree, where=str(path)), overrides, prog=prog, also=also)
 
@@ -53,8 +57,8 @@ def parse_toml(data: bytes, *, where: str) -> dict[str, Any]:
         raise ConfigError(f"not a TOML file: it {error}", where=where,
                           hint="save it as plain text in the encoding UTF-8") from error  # fmt: skip
     try:
-        return tomllib.loads(text.replace("\r\n", "\n"))
-    except tomllib.TOMLDecodeError as error:
+        return text_trees.parse_toml(text.replace("\r\n", "\n"))
+    except ValueError as error:
         raise ConfigError(f"not a TOML file: {error}", where=where, hint="check quotes and brackets") from error
 
 

@@ -1,6 +1,5 @@
 """A recipe on a data set: all that follows from the two, worked out once and passed on."""
 
-import json
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -96,9 +95,10 @@ def clock_of(config: RunConfig, rows: int) -> Clock:
 
 def steps_of(folder: RunFolder) -> int:
     """Steps of the whole run in this folder; 0 where the size of its data set is not known yet."""
-    config, about = saved_config(folder), json.loads(folder.read_text("environment.json") or "{}")
-    manifest = about.get("manifest", {})
-    return clock_of(config, manifest["rows"]).total_steps if config and "rows" in manifest else 0
+    config, about = saved_config(folder), folder.read_record("environment.json")
+    manifest = about.get("manifest")
+    rows = manifest.get("rows") if isinstance(manifest, dict) else None
+    return clock_of(config, rows).total_steps if config and isinstance(rows, int) and rows > 0 else 0
 
 
 def milestone_ends(config: EvaluationConfig, clock: Clock) -> list[int]:

@@ -1,13 +1,13 @@
 """Scores of a run's weights: the random ones it began with, every checkpoint it kept, and the colour histogram; and
 of exported or imported ones."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 
+from datapipe.core.bounds.text_trees import parse_record
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.storage import Store, open_store
@@ -232,21 +232,25 @@ def provenance(weights: Weights, folder: RunFolder, config: RunConfig) -> Proven
 
 def licence_of(folder: RunFolder) -> str:
     """The licence of the data a run was trained on, as its environment.json has it; empty if unknown."""
-    text = folder.read_text("environment.json")
-    return json.loads(text)["manifest"]["licence"] if text else ""
+    return str(_manifest_of(folder).get("licence", ""))
 
 
 def notes_of(folder: RunFolder) -> list[str]:
     """What binds whoever uses a run's weights, as the data set that it was trained on says: labelled data that chose
     its crops, for one."""
-    text = folder.read_text("environment.json")
-    return list(json.loads(text)["manifest"].get("notes", [])) if text else []
+    notes = _manifest_of(folder).get("notes")
+    return [str(note) for note in notes] if isinstance(notes, list) else []
 
 
 def trained_on(folder: RunFolder) -> str:
     """Name of the data set that a run was trained on; empty if unknown."""
-    text = folder.read_text("environment.json")
-    return str(json.loads(text)["manifest"].get("name", "")) if text else ""
+    return str(_manifest_of(folder).get("name", ""))
+
+
+def _manifest_of(folder: RunFolder) -> dict[str, Any]:
+    """What the run's environment.json says of its data set."""
+    manifest = folder.read_record("environment.json").get("manifest")
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def _identity(task: ScoringTask, subject: Subject, reid: ReIDSet) -> str:
@@ -257,10 +261,11 @@ def _identity(task: ScoringTask, subject: Subject, reid: ReIDSet) -> str:
 
 def _scored(out: Store, reid: ReIDSet, weights: Weights, identity: str) -> dict[str, Any] | None:
     try:
-        before = json.loads(out.read(f"evaluation/{reid.name}/{weights.name}/metrics.json"))
-    except NotFoundError:
+        before = parse_record(out.read(f"evaluation/{reid.name}/{weights.name}/metrics.json"))
+    except (NotFoundError, ValueError):  # a damaged one is as good as none
         return None
-    return before if before.get("settings", {}).get("identity") == identity else None
+    settings = before.get("settings")
+    return before if isinstance(settings, dict) and settings.get("identity") == identity else None
 
 
 def table(scores: list[dict[str, Any]]) -> str:

@@ -25,6 +25,8 @@ import pyarrow.compute
 import pyarrow.parquet
 from numpy.typing import NDArray
 
+from datapipe.core.bounds.parquet_pages import measured, open_parquet, read_table, refuse_large
+from datapipe.core.bounds.text_trees import parse_json
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, NotFoundError, StorageError
 from datapipe.maintain.crop_lists import look_up
@@ -126,14 +128,23 @@ def _writer(sink: Any, columns: pyarrow.Schema) -> pyarrow.parquet.ParquetWriter
 @contextmanager
 def opened(url: str, storage: StorageConfig) -> Iterator[pyarrow.parquet.ParquetFile]:
     """A parquet file anywhere. Raises NotFoundError, and DataError for what is none."""
+    with _opened(url, storage) as (_, found):
+        yield found
+
+
+@contextmanager
+def _opened(url: str, storage: StorageConfig) -> Iterator[tuple[BinaryIO, pyarrow.parquet.ParquetFile]]:
     folder, name = split_url(url)
     file: BinaryIO = open_object(open_store(folder, storage), name)
     with file:
         try:
-            found = pyarrow.parquet.ParquetFile(file)
+            found = open_parquet(file)
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"this is no parquet file: {error}", where=url, hint=HINT) from error
-        yield found
+        try:
+            yield file, found
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"the parquet file cannot be read: {error}", where=url, hint=HINT) from error
 
 
 def header_of(url: str, storage: StorageConfig) -> dict[str, Any] | None:
@@ -146,7 +157,7 @@ def header_of(url: str, storage: StorageConfig) -> dict[str, Any] | None:
 def read_header(file: pyarrow.parquet.ParquetFile) -> dict[str, Any]:
     """What the metadata say of the features; empty where they are not ours."""
     try:
-        header = json.loads((file.schema_arrow.metadata or {})[METADATA])
+        header = parse_json((file.schema_arrow.metadata or {})[METADATA])
         return header if isinstance(header, dict) else {}
     except (KeyError, ValueError):
         return {}
@@ -173,12 +184,13 @@ def read_features(url: str, storage: StorageConfig, *, keys: Sequence[str], name
     Raises DataError, with numbers and examples, for images without a row or with several, for features of different or
     no lengths, and for ones that are not finite.
     """
-    with opened(url, storage) as file:
+    with _opened(url, storage) as (source, file):
         columns = file.schema_arrow
         if FEATURE not in columns.names or not {"key", "name"} & {*columns.names}:
             raise DataError(f"the file has the columns {', '.join(columns.names)}", where=url, hint=HINT)
         value = _value_type(columns.field(FEATURE).type, url)
-        place = _places(file, keys, names, url)
+        refuse_large(measured(source, file, [FEATURE]).total, source.seek(0, 2))
+        place = _places(source, file, keys, names, url)
         dtype = np.dtype(np.float64 if value == pyarrow.float64() else np.float32)
         values = _Rows(len(names), dtype, names, url)
         start = 0
@@ -201,7 +213,11 @@ def _value_type(kind: pyarrow.DataType, url: str) -> pyarrow.DataType:
 
 
 def _places(
-    file: pyarrow.parquet.ParquetFile, keys: Sequence[str], names: Sequence[str], url: str
+    source: BinaryIO,
+    file: pyarrow.parquet.ParquetFile,
+    keys: Sequence[str],
+    names: Sequence[str],
+    url: str,
 ) -> NDArray[np.int64]:
     """For each row of the file the number of the image it is of; -1: none of these."""
     place = np.full(file.metadata.num_rows, -1)
@@ -209,7 +225,7 @@ def _places(
         missing = np.setdiff1d(np.arange(len(wanted)), place)
         if column not in file.schema_arrow.names or not len(missing):
             continue
-        words = file.read([column])[column].cast(pyarrow.large_string())
+        words = read_table(source, [column])[column].cast(pyarrow.large_string())
         words = pyarrow.compute.fill_null(words, "")
         listed = pyarrow.array([wanted[image] for image in missing.tolist()], pyarrow.large_string())
         if column == "key":

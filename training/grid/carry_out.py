@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from datapipe.core.errors import NotFoundError
+from datapipe.core.errors import DataError, NotFoundError
 from datapipe.core.progress import lines_sent_to
 from datapipe.storage import open_store
 from training.core.devices import Device
@@ -30,8 +30,8 @@ def result_of(cell: Cell) -> dict[str, Any] | None:
     """The content of its cell.json, as `carry_out` returns it; None: it is not complete, or was with other weights,
     data or settings."""
     try:
-        result: dict[str, Any] = json.loads(open_store(cell.url, cell.storage).read(RESULT))
-    except (NotFoundError, json.JSONDecodeError):
+        result = open_store(cell.url, cell.storage).read_record(RESULT)
+    except (NotFoundError, DataError):
         return None
     return result if result.get("identity") == cell.identity else None
 
@@ -67,7 +67,7 @@ def _trained(cell: Cell, host: Host, device: torch.device) -> dict[str, Any] | N
     kind: Device = "cuda" if device.type == "cuda" else "cpu"
     if not pretrain_alone(config, host, device=kind, index=device.index or 0).complete:
         return None
-    summary = json.loads(open_store(config.out, config.storage).read(SUMMARY))
+    summary = open_store(config.out, config.storage).read_record(SUMMARY)
     best = evaluation.headline(summary["best"])
     return {
         "rule": summary["rule"],

@@ -200,10 +200,14 @@ class WeightsList:
         if self._store is None:
             return {}
         try:
-            tree = json.loads(self._store.read(PLAN))
+            tree = self._store.read_record(PLAN, what="the list of the grid's weights")
         except NotFoundError:
             return {}
-        return {one["name"]: GridWeights(**one) for one in tree["weights"]}
+        try:
+            return {one["name"]: GridWeights(**one) for one in tree["weights"]}
+        except (KeyError, TypeError) as error:
+            raise DataError(f"the list of the grid's weights is damaged: {error!r}", where=self._store.address(PLAN),
+                            hint="delete it: the weights are looked up anew") from error  # fmt: skip
 
     def _write(self) -> None:
         assert self._store is not None  # who keeps exports has a folder for them
@@ -322,6 +326,6 @@ def _short(address: str) -> str:
 
 
 def _rows(run: str, storage: StorageConfig) -> int | None:
-    text = RunFolder(run, storage).read_text("environment.json")
-    rows = json.loads(text)["manifest"].get("rows") if text else None
-    return int(rows) if rows else None
+    manifest = RunFolder(run, storage).read_record("environment.json").get("manifest")
+    rows = manifest.get("rows") if isinstance(manifest, dict) else None
+    return rows if isinstance(rows, int) and rows > 0 else None

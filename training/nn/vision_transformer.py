@@ -56,13 +56,13 @@ class BackboneConfig:
     stem: Literal["patch", "ics"] = "patch"
     """"patch": one convolution per patch. "ics": TransReID-SSL's convolutions with instance and batch norm in front;
     better in its tables, slower, and its batch statistics forbid gradient accumulation."""
-    width: int = Field(default=0, ge=0)
+    width: int = Field(default=0, ge=0, le=65_536)
     """Channels of a token. Only with arch = "custom"; 0: that of `arch`."""
-    depth: int = Field(default=0, ge=0)
+    depth: int = Field(default=0, ge=0, le=1_000)
     """Number of blocks. Only with arch = "custom"; 0: that of `arch`."""
-    heads: int = Field(default=0, ge=0)
+    heads: int = Field(default=0, ge=0, le=65_536)
     """Attention heads; must divide the width. Only with arch = "custom"; 0: that of `arch`."""
-    mlp_ratio: float = Field(default=4.0, gt=0)
+    mlp_ratio: float = Field(default=4.0, gt=0, le=1_000)
     """Hidden width of the MLPs over `width`. Only with arch = "custom"."""
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     """Share of images whose last branch is dropped in the student; rises linearly from 0 over the blocks. Published

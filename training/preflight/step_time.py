@@ -357,7 +357,7 @@ class _How(NamedTuple):
         total = _sum(self.product(shape, self.format, size) for shape in shapes).times(1 + direction)
         total += self.attention(stack, heads, width, direction, size)
         traffic = (TRAFFIC[self.kind][direction] + (DROP_PATH if drops else 0)) * rows * width
-        launches = LAUNCHES[self.kind][direction] + (LAUNCHES_OF_DROP_PATH[direction] if drops else 0)
+        launches: float = LAUNCHES[self.kind][direction] + (LAUNCHES_OF_DROP_PATH[direction] if drops else 0)
         if backbone.compile_blocks:
             traffic, launches = traffic * COMPILED, launches / 3
         return total + Part(memory=traffic / machine.memory, launch=launches * machine.launch_s)

@@ -13,6 +13,8 @@ MOST_PICTURE_BYTES = 13_000_000
 LARGE_PICTURE_BYTES = 1_500_000
 """A picture above this is shrunk to WIDEST pixels and encoded anew."""
 WIDEST = 1_800
+MOST_PIXELS = 80_000_000
+"""Of a picture: a larger one is said not to be readable."""
 
 RIGHT = ' class="n"'
 
@@ -87,7 +89,10 @@ class Pictures:
 
     def embed(self, data: bytes, name: str, caption: str, kind: str = "scroll") -> str:
         """A JPEG that is, or is made of, the file `name` of the run folder."""
-        data = _moderate(data)
+        try:
+            data = _moderate(data)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            return f'<p class="missing">{escape(name)} cannot be read.</p>'
         if len(data) > self._left:
             return f'<p class="missing">{escape(name)} is in the run folder; it would make this page too large.</p>'
         self._left -= len(data)
@@ -100,6 +105,8 @@ def _moderate(data: bytes) -> bytes:
     if len(data) <= LARGE_PICTURE_BYTES:
         return data
     with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"a picture of {image.width} x {image.height}")
         smaller = image.convert("RGB")
     smaller.thumbnail((WIDEST, 2 * WIDEST))
     out = io.BytesIO()

@@ -4,10 +4,13 @@ Reads the run folder only. No address is loaded, no script runs; pictures and cu
 what is missing where a file is not there.
 """
 
+import logging
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
+
+from PIL import Image
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
@@ -26,8 +29,16 @@ from training.report.section_retrieval import distances_section, ranked_section,
 from training.report.section_speed import speed_section
 from training.report.svg_plots import Plot
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 NAME = "report.html"
 MOST_ROWS = 200
+OPTIONAL = ("Pseudo labels",)
+"""Sections that are left out where they have nothing to show."""
+DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, Image.DecompressionBombError)
+"""What computing with values of another kind than a run writes ends in."""
+Section = tuple[str, Callable[[], str]]
+"""A title, and what makes its content."""
 
 
 def write_report(run: str, storage: StorageConfig | None = None) -> str:
@@ -48,14 +59,30 @@ def render(files: RunFiles) -> str:
     """The whole page."""
     pictures = Pictures(files.bytes)
     if files.grid and not files.trained:
-        sections = grid_sections(files)
-        return page(f"Evaluations: {_folder(files)}", _about(files), grid_verdict(files), sections)
-    sections = [
-        *([("What was run", _what_was_run(files))] if files.trained else ()),
+        grids = _made("Scores", lambda: grid_sections(files), [("Scores", "")])
+        return page(
+            f"Evaluations: {_folder(files)}", _about(files), _made("verdict", lambda: grid_verdict(files)), grids
+        )
+    makers = [
+        *([("What was run", lambda: _what_was_run(files))] if files.trained else ()),
         *_worth(files, pictures),
         *(_training(files, pictures) if files.trained else ()),
     ]
-    return page(f"{_method(files) or 'Scores'}: {_folder(files)}", _about(files), verdict(files), sections)
+    sections = [(title, _made(title, make)) for title, make in makers]
+    sections = [(title, content) for title, content in sections if content or title not in OPTIONAL]
+    header = _made("verdict", lambda: verdict(files))
+    return page(f"{_method(files) or 'Scores'}: {_folder(files)}", _about(files), header, sections)
+
+
+def _made(title: str, make: Callable[[], T], otherwise: T | None = None) -> Any:
+    """What a section shows; where the files that it is made of hold what no run writes, a line that says so: the other
+    sections are none the worse for it."""
+    try:
+        return make()
+    except DAMAGE as error:
+        log.warning("the report's section %r is left out, a file that it is made of is damaged: %r", title, error)
+        note = f'<p class="missing">{escape(title)}: not shown, a file that it is made of is damaged.</p>'
+        return note if otherwise is None else otherwise
 
 
 def _folder(files: RunFiles) -> str:
@@ -66,26 +93,26 @@ def _about(files: RunFiles) -> str:
     return f"{files.folder.url} · report of {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
 
 
-def _worth(files: RunFiles, pictures: Pictures) -> list[tuple[str, str]]:
+def _worth(files: RunFiles, pictures: Pictures) -> list[Section]:
     return [
-        ("Retrieval", scores_section(files)),
-        ("Beside published scores", published_section(files)),
-        ("Ranked lists", ranked_section(files, pictures)),
-        ("Distances and cameras", distances_section(files)),
+        ("Retrieval", lambda: scores_section(files)),
+        ("Beside published scores", lambda: published_section(files)),
+        ("Ranked lists", lambda: ranked_section(files, pictures)),
+        ("Distances and cameras", lambda: distances_section(files)),
     ]
 
 
-def _training(files: RunFiles, pictures: Pictures) -> list[tuple[str, str]]:
+def _training(files: RunFiles, pictures: Pictures) -> list[Section]:
     return [
-        ("Loss", _loss(files)),
-        *([("Pseudo labels", clusters)] if (clusters := pseudo_labels_section(files)) else ()),
-        ("Speed", speed_section(files)),
-        ("Attempts and restarts", _attempts(files) + restarts_section(files)),
-        ("Steps that were not finite", faults_section(files, pictures)),
-        ("First batch", pictures.figure("first_batch.jpg", "What the network saw: crops and their views.")),
-        ("Schedules", _schedules(files)),
-        ("Health", health_section(files)),
-        ("Environment", _environment(files)),
+        ("Loss", lambda: _loss(files)),
+        ("Pseudo labels", lambda: pseudo_labels_section(files)),
+        ("Speed", lambda: speed_section(files)),
+        ("Attempts and restarts", lambda: _attempts(files) + _made("Restarts", lambda: restarts_section(files))),
+        ("Steps that were not finite", lambda: faults_section(files, pictures)),
+        ("First batch", lambda: pictures.figure("first_batch.jpg", "What the network saw: crops and their views.")),
+        ("Schedules", lambda: _schedules(files)),
+        ("Health", lambda: health_section(files)),
+        ("Environment", lambda: _environment(files)),
     ]
 
 
@@ -107,6 +134,7 @@ def _key_facts(files: RunFiles) -> list[tuple[str, str]]:
     manifest = manifest if isinstance(manifest, dict) else {"id": manifest}
     backbone, optimisation = recipe.get("backbone", {}), recipe.get("optimisation", {})
     size = backbone.get("size")
+    size = size if isinstance(size, list) and len(size) == 2 else None
     records = files.records
     hours = sum(attempt.seconds * (attempt.header.get("world") or 1) for attempt in files.attempts) / 3600
     known: list[tuple[str, Any]] = [

@@ -1,21 +1,29 @@
-"""What a run folder says, read for the report: nothing here writes, and every file may be missing."""
+"""What a run folder says, read for the report: nothing here writes, and every file may be missing, or damaged."""
 
-import json
+import logging
+import math
 import re
-import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from datapipe.core.errors import DataError
+from datapipe.core.bounds.text_trees import parse_json, parse_toml
+from datapipe.core.errors import UserError
 from training.core.run_folder.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 """One line of metrics: a step (1-based: steps done) and its numbers."""
 
 _ATTEMPT = re.compile(r"metrics/attempt_(\d+)\.jsonl")
 _METRICS = re.compile(r"evaluation/([^/]+)/([^/]+)/metrics\.json")
+MOST_TEXT_BYTES = 4 << 30
+"""Of a file of text; a run of a million steps leaves 0.5 GB of metrics."""
+MOST_FILE_BYTES = 1 << 30
+MOST_NUMBER = 1e15
+"""Steps and images beyond any run: a damaged line."""
 BASELINES = ("colour_histogram", "random")
 
 
@@ -117,28 +125,46 @@ class RunFiles:
         return frozenset(name for prefix in prefixes for name in self.folder.names(prefix))
 
     def text(self, name: str) -> str | None:
-        """A file's text."""
-        return self.folder.read_text(name) if name in self.names else None
+        """A file's text; bytes that are no UTF-8 show as \\xNN. None where it is not there, or cannot be read."""
+        data = self._read(name, MOST_TEXT_BYTES)
+        return None if data is None else data.decode("utf-8", "backslashreplace")
 
-    def lines(self, name: str) -> list[dict[str, Any]]:
-        """The records of a file of JSON lines, but for a line that a kill cut."""
-        records = []
-        for line in (self.text(name) or "").splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return records
+    def lines(self, name: str) -> list[Record]:
+        """The records of a file of JSON lines, but for lines that are none: a kill cuts the last one."""
+        return self._records(name)[0]
+
+    def _read(self, name: str, most: int) -> bytes | None:
+        if name not in self.names:
+            return None
+        try:
+            return self.folder.store.read_small(name, most)
+        except UserError as error:
+            log.warning("the report is without %s: %s", name, error.what)
+            return None
 
     def bytes(self, name: str) -> bytes | None:
-        """A file's bytes."""
-        return self.folder.store.read(name) if name in self.names else None
+        """A file's bytes; None where it is not there, or cannot be read."""
+        return self._read(name, MOST_FILE_BYTES)
+
+    def _records(self, name: str) -> tuple[list[Record], int]:
+        """(records, how many lines are none)."""
+        records, cut = [], 0
+        for line in (self.text(name) or "").splitlines():
+            try:
+                record = parse_json(line)
+            except ValueError:
+                record = None
+            if isinstance(record, dict) and _is_sound(record):
+                records.append(record)
+            else:
+                cut += 1
+        return records, cut
 
     @cached_property
     def grid(self) -> list[Record]:
         """Rows of the table of a grid of evaluations; empty: it is none."""
-        rows: list[Record] = self._parsed("table.json", json.loads).get("rows", [])
-        return rows
+        rows = self._parsed("table.json", parse_json).get("rows", [])
+        return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
     @property
     def trained(self) -> bool:
@@ -148,12 +174,13 @@ class RunFiles:
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe as nested tables."""
-        return self._parsed("config.toml", tomllib.loads)
+        tables = self._parsed("config.toml", parse_toml)
+        return {key: value for key, value in tables.items() if isinstance(value, dict) or key not in TABLES}
 
     @cached_property
     def environment(self) -> dict[str, Any]:
         """Versions, devices, git, manifest."""
-        return self._parsed("environment.json", json.loads)
+        return self._parsed("environment.json", parse_json)
 
     @cached_property
     def attempts(self) -> tuple[Attempt, ...]:
@@ -177,28 +204,49 @@ class RunFiles:
 
     def _scores(self) -> Iterator[Score]:
         for match in filter(None, map(_METRICS.fullmatch, sorted(self.names))):
-            yield Score(match[1], match[2], self._parsed(match[0], json.loads))
+            content = self._parsed(match[0], parse_json)
+            features = content.get("features", {})
+            if content and isinstance(features, dict) and all(isinstance(one, dict) for one in features.values()):
+                yield Score(match[1], match[2], content)
 
-    def _parsed(self, name: str, parse: Callable[[str], Record]) -> Record:
-        """A file's content, empty where the file is missing. Raises DataError for one that is damaged."""
+    def _parsed(self, name: str, parse: Callable[[str], Any]) -> Record:
+        """A file's content, empty where the file is missing, or damaged, which is said."""
         text = self.text(name)
         try:
-            return parse(text) if text else {}
+            content = parse(text) if text else {}
+            if not isinstance(content, dict):
+                raise ValueError(f"it is of type {type(content).__name__}")
+            return content
         except ValueError as error:
-            raise DataError(
-                f"a file of the run is damaged: {error}",
-                where=self.folder.store.address(name),
-                hint="remove it to have the report without it",
-            ) from error
+            log.warning("the report is without %s, which is damaged: %s", name, error)
+            return {}
 
     def _attempt(self, number: int, name: str) -> Attempt:
-        lines, cut = [], 0
-        for text in (self.text(name) or "").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:  # the process was killed while it wrote this line
-                cut += 1
+        lines, cut = self._records(name)
         header: Record = next((line for line in lines if "attempt" in line), {})
         records = {line["step"]: line for line in lines if "attempt" not in line and "step" in line}
-        saves = tuple(line for line in lines if "checkpoint" in line)
+        saves = tuple(line for line in lines if "checkpoint" in line and all(key in line for key in SAVE))
         return Attempt(number, header, tuple(records[step] for step in sorted(records)), cut, saves)
+
+
+TABLES = ("backbone", "optimisation", "stream", "storage", "engine")
+"""Keys of a recipe that are tables."""
+SAVE = ("save_stood_s", "save_took_s", "save_share")
+WHOLE = ("step", "samples", "world", "checkpoint")
+"""Keys of a record whose values are whole numbers."""
+NUMBERS = (*SAVE, "time", "epoch", "bytes_fetched")
+"""Keys of a record whose values are numbers; `time` may be text as well, in a header."""
+
+
+def _is_sound(record: Record) -> bool:
+    """Whether what plots and tables are made of is of its kind."""
+    header = "attempt" in record
+    for key, value in record.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, int) and abs(value) > MOST_NUMBER:
+            return False
+        if key in WHOLE and not (type(value) is int and value >= 0):
+            return False
+        if key in NUMBERS and not (number and math.isfinite(value)) and not (header and isinstance(value, str)):
+            return False
+    return True

@@ -1,20 +1,25 @@
 """The report's section on steps whose loss or gradients were not finite: what was seen, done, and in which images."""
 
 import io
-import json
 import re
 import zipfile
 import zlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from datapipe.core.bounds.text_trees import parse_record
 from datapipe.stream.preview import view_sheet
 from training.report.html_page import Pictures, TableRow, count, escape, soft, table
 from training.report.run_files import RunFiles
 from training.trainer.nonfinite import RECORD
 
 KEPT = re.compile(r"faults/step_(\d+)_rank_(\d+)\.npz")
+DAMAGE = (ValueError, LookupError, OSError, EOFError, TypeError, RuntimeError, MemoryError, AttributeError, SyntaxError,
+          zipfile.BadZipFile, zlib.error)  # fmt: skip
+"""What reading arrays from damaged bytes ends in."""
+MOST_UNPACKED_BYTES = 256 << 20
+"""Of the arrays of a file; a larger one is said not to be readable."""
 MOST_SHEETS, MOST_IMAGES, MOST_ROWS = 8, 6, 64
 """Pictures in the report, images in a picture, and sample rows below it."""
 
@@ -48,7 +53,7 @@ def _steps(files: RunFiles) -> tuple[list[TableRow], int]:
     rows, cut = [], 0
     for line in (files.text(RECORD) or "").splitlines():
         try:
-            record: dict[str, Any] = json.loads(line)
+            record = parse_record(line)
             rows.append(TableRow([count(record["step"]), str(record["action"]), str(record["what"])]))
         except (ValueError, KeyError, TypeError):
             cut += 1
@@ -83,6 +88,13 @@ def _kept(files: RunFiles, name: str) -> KeptBatch | None:
     if data is None:
         return None
     try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = archive.infolist()
+        plain = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        if sum(one.file_size for one in members) > MOST_UNPACKED_BYTES or any(
+            one.compress_type not in plain for one in members
+        ):
+            return None
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             real = arrays["weight"] > 0
             views = {
@@ -91,5 +103,5 @@ def _kept(files: RunFiles, name: str) -> KeptBatch | None:
                 if key.startswith("views/") and arrays[key].dtype == np.uint8 and arrays[key].ndim == 5
             }
             return KeptBatch(views, arrays["sample"][real], arrays["position"][real])
-    except (ValueError, KeyError, IndexError, OSError, EOFError, zipfile.BadZipFile, zlib.error):
+    except DAMAGE:
         return None

@@ -1,6 +1,5 @@
 """When crops are removed from a data set under way: what the run says of its data from then on."""
 
-import json
 from dataclasses import replace
 
 from datapipe.stream.loader import Loader
@@ -38,7 +37,7 @@ class DatasetRenewal(Observer):
         if not self.world.is_leader:
             return
         now = environment(self.data, self.world)
-        before = json.loads(self.folder.read_text("environment.json") or "{}")
+        before = self.folder.read_record("environment.json")
         self.folder.write_json("environment.json", {**now, **before, "manifest": now["manifest"]})
         run_lines.info(
             f"step {step.done:,}: crops were removed from the data set: {', '.join(files)} is read from now on"

@@ -9,7 +9,6 @@ What scores is imported by the first of them: a worker that starts need not wait
 """
 
 import contextlib
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +99,7 @@ def scored(folder: RunFolder, name: str, milestones: set[str]) -> list[dict[str,
     rows = []
     for weights in sorted(milestones, key=lambda weights: checkpoint.step_of(weights) or 0):
         with contextlib.suppress(NotFoundError):
-            rows.append(json.loads(folder.store.read(f"evaluation/{name}/{weights}/metrics.json")))
+            rows.append(folder.store.read_record(f"evaluation/{name}/{weights}/metrics.json", what="a score"))
     return rows
 
 

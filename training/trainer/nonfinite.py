@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from datapipe.core.bounds.text_trees import parse_record
 from datapipe.core.errors import DataError
 from datapipe.stream.batch import Batch
 from training.core.host import run_lines
@@ -30,15 +31,26 @@ class Rewind(Exception):
     """Back to the last checkpoint. Raised on every rank in the same step; never leaves `pretrain`."""
 
 
+def _record(line: str) -> dict[str, Any] | None:
+    """What a line says of a step; None for what is no such line."""
+    try:
+        record = parse_record(line)
+    except ValueError:
+        return None
+    return record if isinstance(record.get("step"), int) else None
+
+
 class Faults:
     """Remembers which steps failed, over restarts too. Made and called on every rank."""
 
     def __init__(self, folder: RunFolder, world: World) -> None:
         self.folder, self.world = folder, world
         lines = world.broadcast((folder.read_text(RECORD) or "").splitlines() if world.is_leader else None)
-        records = [json.loads(line) for line in lines]
+        records = [record for line in lines if (record := _record(line)) is not None]
+        if len(records) < len(lines):
+            run_lines.warning(f"{len(lines) - len(records)} lines of {RECORD} are damaged and are passed over")
         self._failed = {record["step"] for record in records}
-        self._skipped = {record["step"] for record in records if record["action"] == "skipped"}
+        self._skipped = {record["step"] for record in records if record.get("action") == "skipped"}
 
     def handle(self, progress: TrainingProgress, batch: Batch, result: Result, names: list[str]) -> None:
         """Raise Rewind, or return when the step is to be skipped. Raises DataError when too many were."""

@@ -10,20 +10,25 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from datapipe.core.bounds.text_trees import parse_record
 from datapipe.core.errors import DataError
 from datapipe.storage import Store, open_store
 from datapipe.views.normalisation import IMAGENET_MEAN, IMAGENET_STD, Triple
 from training.nn.identity.necks import NeckedBackbone, TokenNecks
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer
-from training.weights.counted_keys import load_counted
+from training.weights.counted_keys import check_counted, load_counted
 
 WEIGHTS, NECKS, CARD = "backbone.safetensors", "necks.safetensors", "card.json"
 CARD_FORMAT = 1
+MOST_CARD_BYTES = 16 << 20
+MOST_PARTS = 1_000
+KINDS_OF_NECKS = tuple((fusion, neck) for fusion in ("cat", "mean") for neck in ("one", "each"))
 LOADING = {
     "patch": "timm.create_model(**timm) and its load_state_dict, or training.weights.load_backbone(folder)",
     "ics": "training.weights.load_backbone(folder) alone: timm has no ICS stem",
@@ -118,13 +123,34 @@ def load_backbone(folder: Store | str) -> VisionTransformer:
     if digest(data) != card["file"]["sha256"]:
         raise DataError("the weights are not those the card describes", where=where, hint="export them again")
     try:
-        config, parts = BackboneConfig(**card["backbone"]), int(card["parts"])
-    except ValidationError as error:
+        config, parts = BackboneConfig(**card["backbone"]), card["parts"]
+    except (ValidationError, TypeError) as error:
         raise DataError(f"the card describes no backbone of this version:\n{error}", where=store.address(CARD),
                         hint="load it with the versions the card names") from error  # fmt: skip
-    backbone = unfilled(config, parts)
-    load_counted(backbone, from_timm(safetensors.torch.load(data), parts), where=where)
-    return backbone.eval()
+    return filled(config, parts, from_timm(tensors_of(data, where), parts), where=where).eval()
+
+
+def tensors_of(data: bytes, where: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file. Raises DataError where it is damaged."""
+    try:
+        return safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"the file is damaged: {error}", where=where, hint="export them again") from error
+
+
+def filled(config: BackboneConfig, parts: int, state: Mapping[str, Tensor], *, where: str) -> VisionTransformer:
+    """A backbone on the CPU with these tensors. Raises DataError where they are not those of such a backbone, before
+    there is room for it: a card may describe one of any size."""
+    if config.shape.depth > len(state) or not 0 <= parts <= len(state):
+        what = f"{config.shape.depth:,} blocks and {parts:,} part tokens are described, by {len(state):,} tensors"
+        raise DataError(f"the weights do not fit: {what}", where=where,
+                        hint="check that file and architecture belong together")  # fmt: skip
+    with torch.device("meta"):
+        shape = VisionTransformer(config, parts=parts)
+    check_counted({name: tuple(value.shape) for name, value in shape.state_dict().items()}, state, where=where)
+    backbone = shape.to_empty(device="cpu")
+    load_counted(backbone, state, where=where)
+    return backbone
 
 
 def load_embedder(store: Store) -> VisionTransformer | NeckedBackbone:
@@ -133,12 +159,16 @@ def load_embedder(store: Store) -> VisionTransformer | NeckedBackbone:
     backbone, card = load_backbone(store), load_card(store)
     if not (about := card.get("necks")):
         return backbone
-    data = store.read(str(about["file"]))
-    if digest(data) != about["sha256"]:
-        raise DataError("the necks are not those the card describes", where=store.address(NECKS),
+    where = store.address(NECKS)
+    if not isinstance(about, dict) or about.get("file") != NECKS or (
+        about.get("fusion"), about.get("neck")) not in KINDS_OF_NECKS:  # fmt: skip
+        raise DataError("the card describes no necks of this version", where=store.address(CARD),
                         hint="export them again")  # fmt: skip
+    data = store.read(NECKS)
+    if digest(data) != about.get("sha256"):
+        raise DataError("the necks are not those the card describes", where=where, hint="export them again")
     necks = TokenNecks(backbone.width, backbone.parts, fusion=about["fusion"], neck=about["neck"], group=0)
-    load_counted(necks, safetensors.torch.load(data), where=store.address(NECKS))
+    load_counted(necks, tensors_of(data, where), where=where)
     return NeckedBackbone(backbone, necks).eval()
 
 
@@ -153,14 +183,26 @@ def load_card(store: Store) -> dict[str, Any]:
     """The card of an export, with all it must have."""
     where, hint = store.address(CARD), "point at the folder that `python -m training export` wrote"
     try:
-        card: dict[str, Any] = json.loads(store.read(CARD))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError("the card is not JSON", where=where, hint=hint) from error
+        card = parse_record(store.read_small(CARD, MOST_CARD_BYTES, what="the card", hint=hint))
+    except ValueError as error:
+        raise DataError(f"the card is not JSON, or damaged: {error}", where=where, hint=hint) from error
     missing = {"format", "timm", "input", "backbone", "parts", "file"} - card.keys()
     if missing or card["format"] != CARD_FORMAT:
         lacking = f"lacks {sorted(missing)}" if missing else f"has format {card['format']}, not {CARD_FORMAT}"
         raise DataError(f"the card {lacking}", where=where, hint=hint)
+    wrong = [name for name in ("input", "backbone", "file") if not isinstance(card[name], dict)]
+    wrong += [] if type(card["parts"]) is int and 0 <= card["parts"] <= MOST_PARTS else ["parts"]
+    wrong += [] if isinstance(card["timm"], dict | None) else ["timm"]
+    if not wrong and not (isinstance(card["file"].get("sha256"), str) and all(
+            _is_triple(card["input"].get(name)) for name in ("mean", "std"))):  # fmt: skip
+        wrong = ["file", "input"]
+    if wrong:
+        raise DataError(f"the card is damaged: {' and '.join(wrong)} cannot be what it says", where=where, hint=hint)
     return card
+
+
+def _is_triple(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(isinstance(one, int | float) for one in value)
 
 
 def timm_arguments(backbone: VisionTransformer) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from training.nn.identity.fusion import Fusion, fused_width
 from training.nn.identity.necks import TokenNecks
 from training.nn.vision_transformer import ARCHITECTURES, BackboneConfig, Shape, VisionTransformer
 from training.weights.counted_keys import first_few, load_counted
-from training.weights.export import digest, unfilled
+from training.weights.export import digest, filled
 from training.weights.safe_load import Arguments, read_weights
 
 Network = Literal["teacher", "student"]
@@ -123,6 +123,9 @@ SHAPES = {shape.width: shape for shape in ARCHITECTURES.values()} | {1280: Shape
 LAYER_SCALE = 1e-5
 """Initial factor of a backbone that has layer scale; a file has only what became of it."""
 
+MOST_DEPTH, MOST_WIDTH, MOST_PARTS = 1_000, 65_536, 1_000
+"""Blocks, channels and part tokens that a backbone may have: beyond these a file is damaged, or no backbone."""
+
 RATIOS = (2, 1, 3)
 """Height over width of the images that position tables were made for: 256 x 128, ImageNet's squares, 384 x 128. No
 number of patches fits two of them."""
@@ -174,8 +177,7 @@ def read_published(url: str, storage: StorageConfig, stated: Stated) -> Publishe
     used = {key.removeprefix(layout.prefix): value for key, value in state.items() if key not in aside}
     _refuse_what_is_no_weight(used, url)
     config, parts = _architecture(used, stated, url)
-    backbone = unfilled(config, parts)
-    load_counted(backbone, used, where=url)
+    backbone = filled(config, parts, used, where=url)
     left_out = {key: _why(layout, key) for key in aside} | _beside(content, wrapper)
     if layout.pair:
         left_out |= _beside(entries, stated.network)
@@ -296,7 +298,11 @@ def _architecture(state: Mapping[str, Tensor], stated: Stated, where: str) -> tu
     flat = [key for key, axes in zip(needed, (3, 3, 4, 2), strict=True) if state[key].ndim != axes]
     if flat:
         raise DataError(f"not the shape of a ViT's: {first_few(flat)}", where=where, hint="is this another model?")
+    if empty := [key for key in needed if not state[key].numel()]:
+        raise DataError(f"these have no numbers: {first_few(empty)}", where=where, hint="is this another model?")
     parts = len([key for key in state if re.fullmatch(r"part_token\d+", key)])
+    if parts > MOST_PARTS:
+        raise DataError(f"it has {parts:,} part tokens", where=where, hint="is this another model?")
     stem: Literal["patch", "ics"] = "ics" if "patch_embed.conv.0.weight" in state else "patch"
     patch = state["patch_embed.proj.weight"].shape[-1] * (2 if stem == "ics" else 1)
     rows, columns = _grid(state["pos_embed"].shape[1] - (0 if parts else 1), patch, stated.size, where)
@@ -312,7 +318,13 @@ def _shape(state: Mapping[str, Tensor], stated: Stated, where: str) -> Shape:
     """Width and MLP from the file; heads and depth as stated, or those of the published transformer of that width."""
     width = state["cls_token"].shape[-1]
     mlp_ratio = state["blocks.0.mlp.fc1.weight"].shape[0] / width
-    blocks = 1 + max(int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key))
+    numbers = {key.split(".")[1] for key in state if re.match(r"blocks\.[0-9]+\.", key)}
+    blocks = len(numbers)
+    if blocks > MOST_DEPTH or numbers != {str(number) for number in range(blocks)}:
+        raise DataError(f"its {blocks:,} blocks are not numbered 0, 1, 2 and so on, {MOST_DEPTH} at most", where=where,
+                        hint="fetch the file again; is this another model?")  # fmt: skip
+    if not width or width > MOST_WIDTH:
+        raise DataError(f"its tokens have {width:,} channels", where=where, hint="is this another model?")
     known = SHAPES.get(width)
     heads = stated.heads or (known.heads if known else 0)
     if not heads or width % heads:

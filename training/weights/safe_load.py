@@ -9,7 +9,8 @@ import io
 import pickle
 import re
 import struct
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import safetensors
@@ -22,9 +23,15 @@ PICKLES = (b"PK\x03\x04", b"\x80\x02")
 """How a .pth file begins: an archive, or (before torch 1.6) a bare pickle of protocol 2."""
 FILES = (".safetensors", ".pth", ".pt", ".pth.tar")
 """How files of weights are called."""
-_DAMAGE = (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, OverflowError,
-           struct.error, pickle.UnpicklingError)  # fmt: skip
+_DAMAGE = (RuntimeError, MemoryError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
+           OverflowError, struct.error, pickle.UnpicklingError)  # fmt: skip
 """What PyTorch's reader raises when a file is cut short or is no pickle of tensors."""
+MOST_PROGRAM_BYTES = 64 << 20
+"""Of the pickle within a .pth file, which says what its tensors are called: optimizers of many groups take 1 MB."""
+MOST_VALUES, DEEPEST = 2_000_000, 100
+"""Tensors, numbers and containers of a file, and how far they may lie within one another."""
+MOST_TIMES, FREE_BYTES = 4, 64 << 20
+"""How many times a file's own size its tensors may take: some share their numbers, as tied layers do."""
 _FORMATS = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "b1": "<?"}
 """NumPy's names of number formats -> those of `struct`."""
 
@@ -74,20 +81,77 @@ def read_weights(data: bytes, *, where: str) -> dict[str, Any]:
     else:
         raise DataError("this is neither a .safetensors nor a .pth file", where=where,
                         hint="an error page or a pointer in place of the file? look at its size")  # fmt: skip
+    _refuse_expanding(content, len(data), where)
     if not isinstance(content, dict) or not content:
         raise DataError(f"the file holds no named tensors but a {type(content).__name__}", where=where,
                         hint="save the model's state_dict(), not the model")  # fmt: skip
     return {str(key): value for key, value in content.items()}
 
 
+def _refuse_expanding(content: Any, size: int, where: str) -> None:
+    """Raises DataError for tensors that take far more memory once somebody computes with them: a few bytes may be a
+    tensor of any shape, or of many that are the same; and for ones without plain numbers."""
+    total = 0
+    for name, tensor in _tensors(content, where):
+        if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            kind = "sparse" if tensor.layout is not torch.strided else "without numbers, or quantised"
+            raise DataError(f"the tensor {name} is {kind}", where=where, hint="save plain tensors")
+        total += tensor.numel() * tensor.element_size()
+        if total > FREE_BYTES + MOST_TIMES * size:
+            raise DataError(f"the tensors of the file take more than {total:,} bytes, the file has {size:,}: they are "
+                            f"views of one another ({name})", where=where,
+                            hint="do not trust it; if it is yours, save tensor.clone() of each")  # fmt: skip
+
+
+def _tensors(content: Any, where: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of all tensors at any depth. Raises DataError for too many values, or where they nest too deeply,
+    or lie within themselves."""
+    waiting: list[tuple[str, Any, int]] = [("", content, 0)]
+    values = 0
+    while waiting:
+        name, value, depth = waiting.pop()
+        values += 1
+        if values > MOST_VALUES or depth > DEEPEST:
+            raise DataError("the file holds too many values, or ones that lie within themselves", where=where,
+                            hint="save the model's state_dict() alone")  # fmt: skip
+        if isinstance(value, torch.Tensor):
+            yield name, value
+        elif isinstance(value, Arguments | Mapping):
+            inside = vars(value) if isinstance(value, Arguments) else value
+            waiting += [(str(key), inner, depth + 1) for key, inner in inside.items()]
+        elif isinstance(value, list | tuple | set):
+            waiting += [(name, inner, depth + 1) for inner in value]
+
+
 def _safetensors(data: bytes, where: str) -> dict[str, torch.Tensor]:
     try:
         return safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, *_DAMAGE) as error:
         raise DataError(f"the file is damaged: {error}", where=where, hint="fetch it again") from error
 
 
+def _refuse_packed(data: bytes, where: str) -> None:
+    """Raises DataError for an archive whose members are packed, or together larger than it: PyTorch makes room for what
+    they are said to have, and writes them as they are."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, *_DAMAGE) as error:
+        raise DataError(f"the file is damaged, or no file of weights: {error}", where=where,
+                        hint="fetch it again, and compare its size or checksum") from error  # fmt: skip
+    packed = next((one.filename for one in members if one.compress_type != zipfile.ZIP_STORED), "")
+    if packed or sum(one.file_size for one in members) > len(data):
+        raise DataError(f"the members of the file are packed, or overlap ({packed or len(members)})", where=where,
+                        hint="do not trust it; torch.save writes them as they are")  # fmt: skip
+    for one in members:
+        if one.filename.endswith("data.pkl") and one.file_size > MOST_PROGRAM_BYTES:
+            raise DataError(f"the list of the file's tensors has {one.file_size:,} bytes", where=where,
+                            hint="save the model's state_dict() alone")  # fmt: skip
+
+
 def _pickle(data: bytes, where: str) -> Any:
+    if data.startswith(PICKLES[0]):
+        _refuse_packed(data, where)
     try:
         with torch.serialization.safe_globals(ALLOWED):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

@@ -20,7 +20,14 @@ from datapipe.core import stop_signals
 from datapipe.core.cli.flags import Flag, flags_of, read
 from datapipe.core.cli.usage import COLUMNS, Page, short, text, wants_help
 from datapipe.core.errors import ConfigError, DataError, StorageError, UsageError, UserError, refusal
-from datapipe.core.process_setup import misread, refuse_fatal_numbers, refuse_other_text, settle, unread
+from datapipe.core.process_setup import (
+    control_characters_shown,
+    misread,
+    refuse_fatal_numbers,
+    refuse_other_text,
+    settle,
+    unread,
+)
 from datapipe.core.stop_signals import COMPLETE, FAILED, INTERRUPTED, USAGE
 
 DISTRIBUTION = "reid-pretraining"
@@ -77,7 +84,7 @@ def run(main: Callable[[list[str]], int], arguments: Sequence[str] | None = None
     settle()
     line = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in line or os.environ.get("DEBUG") == "1"
-    with stop_signals.listening() as listener:
+    with control_characters_shown(), stop_signals.listening() as listener:
         code = _called(main, [word for word in line if word != "--debug"], listener, debug=debug)
     if _alone:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no trace out of the interpreter's own end

@@ -151,6 +151,20 @@ def test_range__trusts_whom_boto3_trusts(s3_tls: S3Server, certificate: Path, mo
     assert ranged(open_store(f"s3://{filled(s3_tls)}", config), "name", 3, 5) == DATA[3:8]
 
 
+def test_range__from_a_server_that_signed_its_own_certificate(
+    s3_self_signed: tuple[S3Server, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """OpenSSL, and with it boto3, trusts it; rustls does not take an authority's certificate for a server's."""
+    server, certificate = s3_self_signed
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
+    store = open_store(f"s3://{filled(server)}", StorageConfig(endpoint_url=server.endpoint, timeout_s=34))
+    with ThreadPoolExecutor(4) as pool:
+        parts = list(pool.map(lambda start: store.read("name", start=start, size=5), range(8)))
+    assert parts == [DATA[start : start + 5] for start in range(8)]
+    told = [record.message for record in caplog.records if record.name.startswith("datapipe")]
+    assert len(told) == 1 and "certificate" in told[0]
+
+
 KEYS_OF_A_COMMAND = """#!{python}
 import datetime, json, pathlib
 calls = pathlib.Path("{calls}")

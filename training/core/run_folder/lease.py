@@ -22,6 +22,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+from datapipe.core.bounds.text_trees import parse_record
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import LeaseError, NotFoundError, StorageError
 from datapipe.core.stop_signals import at_end
@@ -341,10 +342,9 @@ def _read(store: Store, name: str) -> bytes:
 
 def _parsed(renewal: bytes) -> dict[str, Any]:
     try:
-        parsed = json.loads(renewal)
+        return parse_record(renewal)
     except ValueError:
         return {}
-    return parsed if isinstance(parsed, dict) else {}
 
 
 def _place(url: str, store: Store) -> str:

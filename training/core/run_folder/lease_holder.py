@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from datapipe.core.bounds.text_trees import parse_record
+
 PROC = Path("/proc")
 SHOWN = 120
 """Characters of a command that messages show."""
@@ -62,7 +64,7 @@ class Holder:
     def from_bytes(cls, content: bytes) -> "Holder | None":
         """The inverse of `to_bytes`; None for what is no such content."""
         try:
-            return cls(**json.loads(content))
+            return cls(**parse_record(content))
         except (ValueError, TypeError):
             return None
 

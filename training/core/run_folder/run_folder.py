@@ -10,6 +10,7 @@ from typing import Any
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import NotFoundError, refusal
+from datapipe.core.process_setup import shown
 from datapipe.storage import Store, is_remote, open_store
 from training.core.run_folder.append_files import GrowingFiles
 from training.core.run_folder.write_guard import FREE, GuardedStore, WriteGuard
@@ -57,7 +58,8 @@ class RunFolder:
         self.write_soon(name, line + "\n", hurry=True)
 
     def append(self, name: str, line: str) -> None:
-        """Add a line to a file that only this process writes. Raises StorageError."""
+        """Add a line to a file that only this process writes, as a terminal may show it. Raises StorageError."""
+        line = shown(line)
         if self.local is not None:
             path = self.local / name
             try:
@@ -98,6 +100,13 @@ class RunFolder:
             return self.store.read(name).decode("utf-8-sig")  # an editor may have begun it with a byte order mark
         except NotFoundError:
             return None
+
+    def read_record(self, name: str) -> dict[str, Any]:
+        """A file that is a JSON object; empty where it is not there. Raises DataError where it is damaged."""
+        try:
+            return self.store.read_record(name, what="a file of the run", hint="copy it again, or delete it")
+        except NotFoundError:
+            return {}
 
     def names(self, prefix: str) -> Iterator[str]:
         """Names below the folder that start with `prefix`; nothing where the folder is not there yet."""

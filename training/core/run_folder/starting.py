@@ -5,6 +5,7 @@ import json
 import time
 from typing import NamedTuple
 
+from datapipe.core.bounds.text_trees import parse_record
 from datapipe.core.errors import StorageError
 from training.core.run_folder.run_folder import RunFolder
 
@@ -32,7 +33,7 @@ def note(folder: RunFolder, doing: str, *, waits: bool = False) -> None:
 def read(folder: RunFolder) -> Starting | None:
     """The last line; None where there is none, the start is over, or the file is being written."""
     try:
-        note = Starting(**json.loads(folder.read_text(NAME) or ""))
+        note = Starting(**parse_record(folder.read_text(NAME) or ""))
     except (ValueError, TypeError):
         return None
     return note if note.doing else None

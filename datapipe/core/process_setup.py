@@ -67,7 +67,7 @@ class _ShownStream:
 
 
 def show_control_characters() -> None:
-    """The same as `control_characters_shown`, until the process ends."""
+    """Show control characters of all output as escapes from now on, until the process ends."""
     sys.stdout, sys.stderr = (
         stream if isinstance(stream, _ShownStream) else _ShownStream(stream) for stream in (sys.stdout, sys.stderr)
     )

@@ -356,10 +356,11 @@ class _How(NamedTuple):
         shapes = ((rows, width, 3 * width), (rows, width, width), (rows, width, hidden), (rows, hidden, width))
         total = _sum(self.product(shape, self.format, size) for shape in shapes).times(1 + direction)
         total += self.attention(stack, heads, width, direction, size)
-        traffic = (TRAFFIC[self.kind][direction] + (DROP_PATH if drops else 0)) * rows * width
+        traffic: float = (TRAFFIC[self.kind][direction] + (DROP_PATH if drops else 0)) * rows * width
         launches: float = LAUNCHES[self.kind][direction] + (LAUNCHES_OF_DROP_PATH[direction] if drops else 0)
         if backbone.compile_blocks:
-            traffic, launches = traffic * COMPILED, launches / 3
+            traffic *= COMPILED
+            launches = launches / 3
         return total + Part(memory=traffic / machine.memory, launch=launches * machine.launch_s)
 
     def attention(self, stack: Stack, heads: int, width: int, direction: int, size: int) -> Part:

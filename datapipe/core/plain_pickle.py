@@ -28,7 +28,7 @@ class _Plain(pickle.Unpickler):
 
 
 class _PlainSlowly(pickle._Unpickler):  # the same, written in Python
-    """A reader of pickles whose memo is a dict: that of the quick one has room for all numbers up to the highest used."""
+    """A reader of pickles whose memo is a dict: the quick one has room for all numbers up to the highest used."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise NamesCodeError(f"{module}.{name}")

@@ -158,15 +158,17 @@ def _on_ranks(world: World, exact: bool) -> list[ClusterRun]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exact", [True, False], ids=["float64 plain", "float32 DeepSpeed"])
-def test_cluster_contrast__whole_runs_on_two_ranks(exact: bool) -> None:
-    """The batch of a rank is one of the reference's replicas; all ranks have one memory."""
+@pytest.mark.parametrize(("ranks", "exact"), [(2, True), (2, False), (3, True)],
+                         ids=["float64 plain", "float32 DeepSpeed", "a rank too many"])  # fmt: skip
+def test_cluster_contrast__whole_runs_on_several_ranks(ranks: int, exact: bool) -> None:
+    """The batch of a rank is one of the reference's replicas, and where there are none left padding; all ranks have one
+    memory."""
     golden("train_usl"), golden("train_usl_pass")  # skips here, not in the ranks
-    results = run_ranks(2, _on_ranks, exact)
+    results = run_ranks(ranks, _on_ranks, exact)
     for number, item in enumerate(("train_usl", "train_usl_pass")):
-        first, second = (result[number] for result in results)
-        for ours, theirs in zip(first.ended, second.ended, strict=True):
-            assert torch.equal(ours, theirs)
+        first, *others = (result[number] for result in results)
+        for other in others:
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(first.ended, other.ended, strict=True))
         _check(first, item, 2, exact=exact)
 
 

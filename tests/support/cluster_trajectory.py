@@ -46,7 +46,7 @@ class ClusterRun:
 
 
 class _GoldenBatches:
-    """The images that the reference drew, with our labels."""
+    """The images that the reference drew, with our labels; padding where a rank has more rows than the batch."""
 
     intake = LoaderCounters()
 
@@ -59,12 +59,15 @@ class _GoldenBatches:
 
     def after(self, position: int, until: int) -> Iterator[Batch]:
         for start in range(position, until, self.size):
-            low = self.rank * self.split.per_rank
-            rows = torch.cat([one.flatten() for one in self.drawn])[start + low : start + low + self.split.per_rank]
-            place = np.arange(start + low, start + low + len(rows))
-            views = {"image": self.images[rows][None].numpy()}
-            weight = np.full(len(rows), 1 / self.size)
-            yield Batch(views, place, place, weight, self.labels[rows.numpy()], place, start, start + self.size)
+            within = self.rank * self.split.per_rank + np.arange(self.split.per_rank)
+            real = within < self.size
+            drawn = torch.cat([one.flatten() for one in self.drawn]).numpy()
+            rows = drawn[start + np.where(real, within, 0)]
+            place = np.where(real, start + within, -1)
+            views = {"image": (self.images[rows] * torch.from_numpy(real)[:, None, None, None])[None].numpy()}
+            weight = np.where(real, 1 / self.size, 0.0)
+            labels = np.where(real, self.labels[rows], -1)
+            yield Batch(views, place, place, weight, labels, place, start, start + self.size)
 
 
 def settings_of(item: str, replicas: int) -> tuple[ClusterContrastConfig, BackboneConfig, OptimisationConfig]:
@@ -110,7 +113,7 @@ def run_clusters(
     given, prefix = about["hyper_parameters"], "" if replicas == 1 else f"replicas{replicas}/"
     config, _, optimisation = settings_of(item, replicas)
     method = initial(item, replicas).to(dtype)
-    split = split_batch(optimisation.batch, config.norm_group, world.size)
+    split = split_batch(optimisation.batch, config.norm_group, world.size, config.norm_group)
     clock = Clock(optimisation.batch, optimisation.batch * config.iterations, optimisation.epochs, seed=1)
     images = tensors["images"]
     train_images = images[: given["train_images"]].to(dtype)

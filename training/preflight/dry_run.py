@@ -233,7 +233,7 @@ def _worlds(config: RunConfig) -> list[int]:
     machines of 8 GPUs."""
     expected = expected_workers(config)
     wanted = {expected, expected - MACHINE_GPUS, *(MACHINE_GPUS * machines for machines in MACHINES)}
-    least, most = config.cluster.least_workers, config.cluster.max_workers or most_useful(config)
+    least, most = config.cluster.least_workers, config.cluster.max_workers or max(expected, most_useful(config))
     return sorted(workers for workers in wanted if max(1, least) <= workers <= most)
 
 

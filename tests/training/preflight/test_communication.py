@@ -8,7 +8,7 @@ from training.engine.reduction import BYTES
 from training.preflight.communication import FULL, Traffic, traffic
 from training.preflight.dry_run_text import GPU_FLOPS
 from training.preflight.memory import census
-from training.preflight.operations import flops_of_image
+from training.preflight.operations import computed_of_image
 
 VITL = 330_000_000
 
@@ -60,7 +60,7 @@ def documented() -> list[str]:
                         ranks=8 * machines, machines=machines)
                 for stage, reduction in ((1, "fp32"), (1, "bf16"), (0, "bf16"))
             ]  # fmt: skip
-            seconds = 4096 * flops_of_image(config) / (8 * machines * GPU_FLOPS)
+            seconds = 4096 * computed_of_image(config) / (8 * machines * GPU_FLOPS)
             cells = [f"{one.total / 1e9:.2f} GB, {one.seconds():.3f} s" for one in sent]
             name = f"ViT-{size.upper()} ({sizes.trained / 1e6:.0f} M)"
             rows.append(f"| {name} | {machines} | {seconds:.3f} s | {' | '.join(cells)} |")

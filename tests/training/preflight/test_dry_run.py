@@ -283,3 +283,9 @@ def test_dry_run__time_without_a_gpu_is_that_of_two_common_ones() -> None:
 def test_help__tells_of_dry_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert called("--help") == cli.COMPLETE
     assert "--gpu-memory-gb NUMBER" in capsys.readouterr().out
+
+
+def test_dry_run__of_a_recipe_that_wants_more_workers_than_it_has_images() -> None:
+    found = dry_run(load("pass_vits", ["--optimisation.batch", "4", "--cluster.min-workers", "6"]), rows=100)
+    assert [(one.workers, one.per_rank, one.padding) for one in found.spreads] == [(6, 1, 2)]
+    assert page(found, full=True)

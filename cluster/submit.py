@@ -8,8 +8,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.core.addresses import ANSWER_S, RAY_API_SERVER_ADDRESS, SUBMIT, dashboard_of, within
 from cluster.core.arguments import EmbedJob, EvaluateJob, ScoreCfsJob, ShardJob, SubmitCommand
@@ -44,40 +45,52 @@ def submit(chosen: SubmitCommand, rest: Sequence[str]) -> int:
         _stage(Path(folder))
         line = shlex.join(["python", "-m", "cluster.keep_alive", str(chosen.retries), chosen.command, *words])
         client, with_token = _client(chosen.address)
-        job = _hand_in(client, chosen, line, folder)
+        room = _room(client.get_address(), chosen)
+        job = _hand_in(client, chosen, line, folder, room)
         own = [] if chosen.address is None else ["--address", chosen.address]
         print(_in_words(job, client.get_address(), [*own, chosen.command, *rest], with_token=with_token), flush=True)
-        if lack := _lack(client.get_address(), chosen):
-            print(lack, flush=True)
-        return _until_over(client, job, chosen, line, folder) if chosen.wait else cli.COMPLETE
+        if room.lack:
+            print(room.lack, flush=True)
+        again = partial(_hand_in, client, chosen, line, folder, room)
+        return _until_over(client, job, chosen.retries, again) if chosen.wait else cli.COMPLETE
 
 
-def _hand_in(client: Any, chosen: SubmitCommand, line: str, folder: str) -> str:
-    """A new job; its id."""
-    with _reached(chosen.address):
-        return str(client.submit_job(
-            entrypoint=line, runtime_env={"working_dir": folder}, entrypoint_num_cpus=chosen.driver_cpus,
-            entrypoint_memory=round(1e9 * chosen.driver_memory_gb),
-        ))  # fmt: skip
+class Room(NamedTuple):
+    """What is set aside for a command itself, as the job's entrypoint."""
+
+    cpus: float
+    memory: int
+    """Bytes."""
+    lack: str
+    """A line where no machine of the cluster has as much; empty: one has, or nobody says."""
 
 
-def _lack(address: str, chosen: SubmitCommand) -> str:
-    """A line where no machine of the cluster is large enough for the command itself; empty: one is, or nobody says."""
+def _room(address: str, chosen: SubmitCommand) -> Room:
+    """What the command asks for, seen beside what the machines of the cluster have."""
     from ray.util.state import list_nodes
 
-    wanted = {"CPU": chosen.driver_cpus, "memory": 1e9 * chosen.driver_memory_gb}
+    memory = round(1e9 * chosen.driver_memory_gb)
     try:
         nodes = [node.resources_total for node in list_nodes(address, filters=[("state", "=", "ALIVE")])]
     except Exception:  # of many kinds: what the cluster cannot say is no reason to hand nothing in
-        return ""
-    if not nodes or any(all(node.get(name, 0) >= least for name, least in wanted.items()) for node in nodes):
-        return ""
-    room = f"{chosen.driver_cpus:g} CPU and {chosen.driver_memory_gb:g} GB of memory"
-    return (f"no machine of the cluster has {room} for the command itself: the job waits until one joins "
-            "(--driver-cpus, --driver-memory-gb)")  # fmt: skip
+        nodes = []
+    gpus = any(node.get("GPU", 0) for node in nodes)
+    cpus = (1.0 if gpus else 0.0) if chosen.driver_cpus is None else chosen.driver_cpus
+    if not nodes or any(node.get("CPU", 0) >= cpus and node.get("memory", 0) >= memory for node in nodes):
+        return Room(cpus, memory, "")
+    return Room(cpus, memory, f"no machine of the cluster has {cpus:g} CPU and {memory / 1e9:g} GB of memory for the "
+                              "command itself: the job waits until one joins (--driver-cpus, --driver-memory-gb)"
+                )  # fmt: skip
 
 
-def _until_over(client: Any, job: str, chosen: SubmitCommand, line: str, folder: str) -> int:
+def _hand_in(client: Any, chosen: SubmitCommand, line: str, folder: str, room: Room) -> str:
+    """A new job; its id."""
+    with _reached(chosen.address):
+        return str(client.submit_job(entrypoint=line, runtime_env={"working_dir": folder},
+                                     entrypoint_num_cpus=room.cpus, entrypoint_memory=room.memory))  # fmt: skip
+
+
+def _until_over(client: Any, job: str, retries: int, hand_in: Callable[[], str]) -> int:
     """The exit code of a job, once it has ended. Where what carried it was lost it is handed in again, `retries` times
     in a row; a head that does not answer is waited for. Raises ClusterError where it ended without having run."""
     row, seen, begun = 0, "", time.monotonic()
@@ -97,13 +110,13 @@ def _until_over(client: Any, job: str, chosen: SubmitCommand, line: str, folder:
             kind = "" if info is None else str(getattr(info.error_type, "value", info.error_type))
             if kind == ENDED:
                 return info.driver_exit_code or cli.FAILED
-            if kind in NEVER_RAN or row >= chosen.retries:
+            if kind in NEVER_RAN or row >= retries:
                 raise ClusterError(f"the job did not run to its end: {why.strip().partition(chr(10))[0]}", where=job,
                                    hint="see `ray job logs`; handed in again, a run goes on")  # fmt: skip
             row += 1
-            again = _hand_in(client, chosen, line, folder)
+            again = hand_in()
             print(f"{job} was lost ({why.strip().partition(chr(10))[0][:200]}); handed in again as {again} ({row} of "
-                  f"{chosen.retries})", flush=True)  # fmt: skip
+                  f"{retries})", flush=True)  # fmt: skip
             job = again
         time.sleep(POLL_S)
 

@@ -120,12 +120,13 @@ class SubmitCommand:
     address: Address = None
     """Dashboard, such as http://127.0.0.1:8265, before COMMAND. None: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or
     that of a cluster on this machine."""
-    driver_cpus: float = Field(default=1.0, ge=0)
-    """CPU cores set aside for the command itself, on whichever machine has them: jobs for which there is no room wait.
-    With 0 here and for memory it runs on the head, beside all others."""
+    driver_cpus: float | None = Field(default=None, ge=0)
+    """CPU cores set aside for the command itself, on whichever machine has them; jobs for which there is no room wait.
+    None: 1 where the cluster has GPUs, else none: workers are counted by cores there, and commands that hold them all
+    would wait for each other's."""
     driver_memory_gb: float = Field(default=2.0, ge=0)
-    """Memory in 10^9 bytes set aside for the command itself, its coordinator and Ray Train's controller. Measured at
-    1.2 for small data sets; add what an index takes that is large."""
+    """Memory in 10^9 bytes set aside for the command itself, its coordinator and Ray Train's controller, likewise. With
+    no cores and 0 here it runs on the head, beside all others."""
     retries: int = Field(default=3, ge=0)
     """Times in a row that the command is started again where it is killed (by want of memory, or a fault in a library),
     and that --wait hands the job in again. A run goes on from its last checkpoint."""

@@ -111,7 +111,8 @@ def worker_resources(config: RunConfig, choice: DeviceChoice) -> dict[str, float
     if machine.workers_per_node:
         cores = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
         smallest = min(filter(None, cores), default=0)
-        cpus = max(cpus, share_of(smallest, machine.workers_per_node))
+        shared = smallest - 1 if smallest > machine.workers_per_node + 1 else smallest  # one for commands of jobs
+        cpus = max(cpus, share_of(shared, machine.workers_per_node))
     return {"CPU": cpus, **({"GPU": 1} if choice.kind == "cuda" else {})}
 
 

@@ -54,7 +54,7 @@ def head(s3: S3Server) -> Iterator[Authorised]:
         authorised = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{keys}/token"}
         environment = {**os.environ, **authorised, "AWS_SECRET_ACCESS_KEY": secret, "OMP_NUM_THREADS": "1",
                        "RAY_JOB_STOP_WAIT_TIME_S": "120", "AWS_ENDPOINT_URL": s3.endpoint}  # fmt: skip
-        with ray_head(environment) as started:
+        with ray_head(environment, more=["--memory=5000000000"]) as started:
             yield Authorised(*started, (secret, token), authorised)
 
 
@@ -175,7 +175,7 @@ def test_submit__goes_on_when_what_carries_it_is_killed_and_stops_after_a_save(
     logs.until(lambda: _words(logs, "step "))
     assert all(f"  {word}:" in "\n".join(waiting.lines) for word in ("follow", "state", "stop", "resume"))
 
-    other = ("submit", "--address", head.dashboard, "--driver-memory-gb", "0.1", "shard", str(tree / "crops" / "few"))
+    other = ("submit", "--address", head.dashboard, "--driver-memory-gb", "4", "shard", str(tree / "crops" / "few"))
     code, output, errors = finished(
         command("cluster", *other, "--out", f"s3://{done.bucket}/other", *away, **head.keys)
     )

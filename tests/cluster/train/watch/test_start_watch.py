@@ -1,14 +1,17 @@
 """A start that is slow, one that stands still, one that can never come to anything: decided from what is seen."""
 
+import socket
 from typing import Any
 
 import pytest
 
+from cluster.train import rendezvous
 from cluster.train.controller_callbacks import lacking
 from cluster.train.room import lacks
 from cluster.train.watch.early_signs import Advance
 from cluster.train.watch.hang_detection import Pulse, hung, slow_start
 from cluster.train.watch.start_watch import EVERY_S, FIRST_S, GROWTH, HOPELESS_S, Seen, StartWatch
+from datapipe.core.errors import ClusterError
 from datapipe.core.progress import has_read, work_done
 from datapipe.storage import open_store
 
@@ -94,6 +97,17 @@ def test_lacking__names_package_and_machine() -> None:
     found = lacking(error)
     assert found is not None and "no Python package cluster" in found.what and found.where == "machine 10.0.0.7"
     assert lacking(RuntimeError("out of memory")) is None
+
+
+def test_reach__says_who_does_not_reach_whom(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+        monkeypatch.setattr(rendezvous, "REACH_S", 0.2)
+        with pytest.raises(ClusterError, match=f"does not reach 127.0.0.1:{port}, where the ranks meet: .*refused"):
+            rendezvous._reach("127.0.0.1", port)
+        listening.listen()
+        rendezvous._reach("127.0.0.1", port)
 
 
 def test_hung__a_start_that_imports_or_reads_is_slow_and_said_to_be() -> None:

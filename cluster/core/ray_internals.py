@@ -20,8 +20,6 @@ SETUP_HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
 environment of some actors it is theirs alone, while `ray.init` takes one for all processes of a job."""
 ANSWER_S = 5.0
 """Seconds for the raylet of the own machine to answer."""
-WORKER_MODULE = "ray.train.v2._internal.execution.worker_group.worker"
-"""What a process of a worker imports first when Ray Train starts it; imported ahead in processes that stand by."""
 
 
 class TrainInternals(NamedTuple):

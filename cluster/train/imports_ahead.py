@@ -10,17 +10,15 @@ from collections.abc import Collection, Mapping
 from importlib import import_module
 
 from cluster.core.devices import Kind
-from cluster.core.ray_internals import SETUP_HOOK, WORKER_MODULE, entitle, run_hook
+from cluster.core.ray_internals import SETUP_HOOK, entitle, run_hook
 from cluster.train.standby import title
 from training.config.run_config import RunConfig
 
 log = logging.getLogger(__name__)
 
-MODULES = (
-    WORKER_MODULE, "cluster.train.rendezvous", "cluster.train.worker",
-    "cluster.train.worker_host", "datapipe.stream.loader", "training.trainer.pretrain",
-)  # fmt: skip
-"""What a worker imports before its engine is up: Ray Train's part, and ours."""
+MODULES = ("cluster.train.rendezvous", "cluster.train.worker", "cluster.train.worker_host", "datapipe.stream.loader",
+           "training.trainer.pretrain")  # fmt: skip
+"""What a worker imports before its engine is up; the first brings Ray Train's part."""
 NEEDS, CORES, GIVEN = "REID_STANDBY_NEEDS", "REID_STANDBY_CORES", "REID_STANDBY_HOOK"
 """Variables for `prepare`: what else to import, the worker's cores, and the run's own set-up hook."""
 

@@ -52,8 +52,9 @@ def make_trainer(
     if gpus:
         watch_nccl(machine.hang_timeout_s / 2)
     variables = dict(variable.split("=", 1) for variable in machine.environment)
+    resources = worker_resources(config, choice)
     if machine.standby:
-        variables = imports_ahead.environment(variables, config, kind=choice.kind, cpus=machine.cpus_per_worker)
+        variables = imports_ahead.environment(variables, config, kind=choice.kind, cpus=resources["CPU"])
     workers: Any = (size.least, size.most) if size.elastic else size.most
     callbacks: list[Any] = [RestartPolicy(coordinator, config)]
     return lean_trainer()(
@@ -77,7 +78,7 @@ def make_trainer(
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=gpus,
-            resources_per_worker=worker_resources(config, choice),
+            resources_per_worker=resources,
             placement_strategy=machine.placement.upper(),
             elastic_resize_monitor_interval_s=machine.resize_every_s,  # type: ignore[call-arg]
         ),

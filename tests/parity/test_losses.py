@@ -122,9 +122,10 @@ def test_ibot_loss__both_terms_gradients_and_centres_over_calls() -> None:
         views["mask"] = torch.stack([case[f"mask_view{view}"] for view in range(globals_)])
         hidden = inputs["student_global_patch"].unflatten(0, (-1, batch))[views["mask"].flatten(2)]
         cls = torch.cat([inputs["student_global_cls"], inputs["student_local_cls"]])
-        student.said = MaskedViews(token_views({"cls": cls}, batch), hidden)
+        student.said = MaskedViews(token_views({"cls": cls}, batch), hidden, None)
         patches = case["teacher_global_patch"].unflatten(0, (-1, batch))
-        teacher.said = MaskedViews(token_views({"cls": case["teacher_global_cls"]}, batch), patches)
+        seen = token_views({"cls": case["teacher_global_cls"]}, batch)
+        teacher.said = MaskedViews(seen, patches[views["mask"].flatten(2)], patches.mean(dim=2))
         for token in ("cls", "patch"):
             before = case[f"center_{token}_before"].reshape(1, -1)
             torch.testing.assert_close(method.get_buffer(f"centre_{token}"), before, rtol=0, atol=1e-6)

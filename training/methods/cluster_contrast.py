@@ -48,7 +48,7 @@ from training.nn.identity.cluster_memory import UpdateRule, centroids, contrast,
 from training.nn.identity.fusion import Fusion
 from training.nn.identity.necks import FEATURE, TokenNecks
 from training.nn.random_erasing import CONSTANT
-from training.nn.vision_transformer import BackboneConfig, VisionTransformer
+from training.nn.vision_transformer import BackboneConfig, Paths, VisionTransformer
 from training.nn.workload import Workload
 
 
@@ -172,7 +172,7 @@ class ContrastStudent(nn.Module):
                                group=config.norm_group)  # fmt: skip
 
     def forward(
-        self, images_BIHW: Tensor, real_B: Tensor | None, *, precision: Precision, path_masks: Tensor | None
+        self, images_BIHW: Tensor, real_B: Tensor | None, *, precision: Precision, path_masks: Paths
     ) -> ContrastOutput:
         with autocast_region(precision, images_BIHW.device):
             seen = self.backbone(images_BIHW, path_masks=path_masks, real=real_B)
@@ -251,7 +251,7 @@ class ClusterContrast(Method[ClusterContrastConfig]):
         is the nearest one."""
         weight_B, position_B = views["weight"], views["position"]
         images_BIHW, label_B, real_B, path_masks = identity_batch(
-            views, progress, drop_rates=self.student.backbone.config.drop_rates, erasing=CONSTANT,
+            views, progress, backbone=self.student.backbone.config, erasing=CONSTANT,
             probability=self.config.erase,
         )  # fmt: skip
         output = self.student(images_BIHW, real_B, precision=self.precision, path_masks=path_masks)

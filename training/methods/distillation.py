@@ -27,7 +27,14 @@ from training.nn.distillation_losses import entropy, pair_cross_entropies
 from training.nn.feature_diagnostics import information, of_features
 from training.nn.heads import HeadConfig
 from training.nn.teacher_targets import centre_sum, centred, move_centres, sinkhorn
-from training.nn.vision_transformer import BackboneConfig, Features, VisionTransformer, draw_path_masks, on_device
+from training.nn.vision_transformer import (
+    BackboneConfig,
+    Features,
+    Paths,
+    VisionTransformer,
+    draw_path_masks,
+    on_device,
+)
 from training.nn.workload import Stack
 
 GLOBALS = 2
@@ -64,8 +71,8 @@ class DistillationConfig(MethodSettings):
 
 D = TypeVar("D", bound=DistillationConfig)
 """The settings of one of them."""
-PathMasks = tuple[Tensor | None, Tensor | None]
-"""Drop path of the global and of the local stack, from `draw_path_masks`, on their device."""
+PathMasks = tuple[Paths, Paths]
+"""What drop path leaves of the global and of the local stack, from `on_device`."""
 
 
 SQUARE = [3 / 4, 4 / 3]
@@ -316,12 +323,14 @@ class Distillation(Method[D]):
         return self.config.targets == "sinkhorn" or self.student.backbone.config.stem == "ics"
 
     def _path_masks(self, views: Views, progress: TrainingProgress) -> PathMasks:
-        rates, position = self.student.backbone.config.drop_rates, views["position"]
+        given, position = self.student.backbone.config, views["position"]
         drawn = [
-            draw_path_masks(rates, seed=progress.seed, purpose=f"drop_path/{kind}", position=position, views=count)
+            draw_path_masks(
+                given.drop_rates, seed=progress.seed, purpose=f"drop_path/{kind}", position=position, views=count
+            )
             for kind, count in (("global", len(views["global"])), ("local", len(views.get("local", ()))))
         ]
-        global_, local = on_device(drawn, views["global"].device)
+        global_, local = on_device(drawn, views["global"].device, whole=given.compile_blocks)
         return global_, local
 
 

@@ -3,14 +3,13 @@
 Shapes: B images of this process, H x W pixels, D blocks of the backbone.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from training.methods.base import TrainingProgress, Views
 from training.nn.random_erasing import Erasing, erase
-from training.nn.vision_transformer import draw_path_masks, on_device
+from training.nn.vision_transformer import BackboneConfig, Paths, draw_path_masks, on_device
 
 
 class IdentityBatch(NamedTuple):
@@ -22,18 +21,19 @@ class IdentityBatch(NamedTuple):
     """int64; -1: padding, or an image that has none."""
     real_B: Tensor
     """bool; False: padding."""
-    path_masks: Tensor | None
-    """Drop-path factors [2 * D, B] of the backbone; None: nothing is dropped."""
+    path_masks: Paths
+    """What drop path leaves of the backbone's blocks; None: all."""
 
 
 def identity_batch(
-    views: Views, progress: TrainingProgress, *, drop_rates: Sequence[float], erasing: Erasing, probability: float
+    views: Views, progress: TrainingProgress, *, backbone: BackboneConfig, erasing: Erasing, probability: float
 ) -> IdentityBatch:
-    """The batch of the views "image", a function of the run's seed and the images' positions. `drop_rates`: of every
-    block; `probability`: share of images that lose a rectangle."""
+    """The batch of the views "image", a function of the run's seed and the images' positions. `backbone`:
+    whose blocks are dropped; `probability`: share of images that lose a rectangle."""
     position_B, real_B = views["position"], views["weight"] > 0
     label_B = views["label"].to(real_B.device).masked_fill(~real_B, -1)
     images_BIHW = erase(views["image"][0], position_B, probability=probability, seed=progress.seed, erasing=erasing)
-    drawn = draw_path_masks(drop_rates, seed=progress.seed, purpose="drop_path/image", position=position_B, views=1)
-    (path_masks,) = on_device([drawn], images_BIHW.device)
+    rates, purpose = backbone.drop_rates, "drop_path/image"
+    drawn = draw_path_masks(rates, seed=progress.seed, purpose=purpose, position=position_B, views=1)
+    (path_masks,) = on_device([drawn], images_BIHW.device, whole=backbone.compile_blocks)
     return IdentityBatch(images_BIHW, label_B, real_B, path_masks)

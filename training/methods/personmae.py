@@ -41,7 +41,7 @@ from training.nn import positions, reconstruction
 from training.nn.feature_diagnostics import of_features
 from training.nn.mae_decoder import Decoder
 from training.nn.reconstruction import PixelNorm
-from training.nn.vision_transformer import BackboneConfig, VisionTransformer, draw_path_masks, on_device
+from training.nn.vision_transformer import BackboneConfig, Paths, VisionTransformer, draw_path_masks, on_device
 from training.nn.workload import Decoding, Stack, Workload
 
 
@@ -193,7 +193,7 @@ class PersonMaeStudent(nn.Module):
         queries: DecoderQueries,
         *,
         precision: Precision,
-        path_masks: Tensor | None,
+        path_masks: Paths,
     ) -> Predictions:
         """Both decoders see the encoder's normalised output, and each attends to what came out of a block of it."""
         with autocast_region(precision, region_BIHW.device):
@@ -346,10 +346,11 @@ class PersonMae(Method[PersonMaeConfig]):
         epochs = progress.total_steps / progress.epoch_steps
         return self.config.feature_weight * grown(progress.epoch, epochs=self.config.feature_growth * epochs)
 
-    def _path_masks(self, views: Views, progress: TrainingProgress) -> Tensor | None:
-        rates, position = self.student.backbone.config.drop_rates, views["position"]
-        drawn = draw_path_masks(rates, seed=progress.seed, purpose="drop_path/region_a", position=position, views=1)
-        return on_device([drawn], views["region_a"].device)[0]
+    def _path_masks(self, views: Views, progress: TrainingProgress) -> Paths:
+        given, position = self.student.backbone.config, views["position"]
+        purpose, device = "drop_path/region_a", views["region_a"].device
+        drawn = draw_path_masks(given.drop_rates, seed=progress.seed, purpose=purpose, position=position, views=1)
+        return on_device([drawn], device, whole=given.compile_blocks)[0]
 
 
 def _decoder_shapes(config: PersonMaeConfig, backbone: BackboneConfig) -> list[tuple[int, int, int, int]]:

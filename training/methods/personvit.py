@@ -36,7 +36,7 @@ from training.methods.distillation import (
 )
 from training.nn.distillation_losses import entropy, hidden_numbers, hidden_patch_cross_entropies, mean_over_hidden
 from training.nn.feature_diagnostics import information
-from training.nn.heads import HeadConfig, MaskedHead
+from training.nn.heads import HeadConfig, MaskedHead, picked
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 from training.nn.workload import Scored, Workload
 
@@ -104,7 +104,9 @@ class MaskedViews(NamedTuple):
 
     tokens: TokenViews
     patches: Tensor
-    """Student: logits of the hidden patches, [R, K], in the order of the mask. Teacher: of all, [G, B, N, K]."""
+    """Logits of the hidden patches, [R, K], in the order of the mask."""
+    mean: Tensor | None
+    """Teacher: mean logits of all patches of a view, [G, B, K]. Student: None."""
 
 
 class PersonVitNetwork(nn.Module):
@@ -131,9 +133,11 @@ class PersonVitNetwork(nn.Module):
             if learning and "local" in views:
                 rows.append(forward_views(self.backbone, views["local"], weight_B, path_masks=path_masks[1]).cls)
         with full_precision(device):
-            patches = _picked(whole.patches, _hidden(views)) if learning else whole.patches
-            logits = self.head({"cls": at_least_float32(torch.cat(rows)), "patch": at_least_float32(patches)})
-        return MaskedViews(TokenViews({"cls": logits["cls"]}, whole.cls), logits["patch"])
+            hidden_R = _hidden(views)
+            patches = picked(whole.patches, hidden_R) if learning else whole.patches
+            rows_of = {"cls": at_least_float32(torch.cat(rows)), "patch": at_least_float32(patches)}
+            logits = self.head(rows_of, hidden_R=None if learning else hidden_R)
+        return MaskedViews(TokenViews({"cls": logits["cls"]}, whole.cls), logits["patch"], logits.get("patch_mean"))
 
 
 class PersonVit(Distillation[PersonVitConfig]):
@@ -162,7 +166,7 @@ class PersonVit(Distillation[PersonVitConfig]):
         hidden = round(teacher_rows * patches * sum(ratios) / len(ratios))
         own = config.patch_out_dim if config.patch_head == "separate" else config.head.out_dim
         cls_rows = Scored((GLOBALS + config.locals) * images, teacher_rows, teacher_rows, config.head.out_dim)
-        return Workload(student, teacher, config.head, (cls_rows, Scored(hidden, hidden, teacher_rows * patches, own)))
+        return Workload(student, teacher, config.head, (cls_rows, Scored(hidden, hidden, hidden + teacher_rows, own)))
 
     def prototypes(self, token: str) -> int:
         separate = token == "patch" and self.config.patch_head == "separate"
@@ -186,7 +190,7 @@ class PersonVit(Distillation[PersonVitConfig]):
         weight_B, mask_GBN = views["weight"], views["mask"].flatten(2)
         output = self.distil(student.tokens, teacher.tokens, weight_B, progress.epoch)
         hidden_R = _hidden(views)
-        targets_RK = self._patch_targets(_picked(teacher.patches, hidden_R), progress.epoch)
+        targets_RK = self._patch_targets(teacher.patches, progress.epoch)
         patch_B = hidden_patch_cross_entropies(
             student.patches, targets_RK, mask_GBN, student_temp=self.config.student_temp, hidden_R=hidden_R
         )
@@ -194,7 +198,8 @@ class PersonVit(Distillation[PersonVitConfig]):
         metrics = self.metrics(output, weight_B, progress)
         metrics |= self._patch_metrics(patch_B, targets_RK, mask_GBN, hidden_R, looks=self.looks_at_targets(progress))
         # the patches' centre follows all of them, hidden or not
-        taught_TBK: Mapping[str, Tensor] = {**teacher.tokens.logits, "patch": teacher.patches.mean(dim=2)}
+        assert teacher.mean is not None
+        taught_TBK: Mapping[str, Tensor] = {**teacher.tokens.logits, "patch": teacher.mean}
         return self.outcome(loss_B, weight_B, taught_TBK, metrics)
 
     def _patch_targets(self, taught_RK: Tensor, epoch: int) -> Tensor:
@@ -228,12 +233,6 @@ class PersonVit(Distillation[PersonVitConfig]):
             "target_entropy_patch": torch.where(hidden_B > 0, own_B, mean),
             "target_information_patch": (known_R.sum() / max(len(known_R), 1)).expand_as(patch_B),
         }
-
-
-def _picked(values_GBNX: Tensor, hidden_R: Tensor) -> Tensor:
-    """The rows of hidden patches, [R, X]; the others are not copied."""
-    patches = values_GBNX.shape[2]
-    return values_GBNX.flatten(0, 1)[hidden_R // patches, hidden_R % patches]
 
 
 def _hidden(views: Views) -> Tensor:

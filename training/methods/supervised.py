@@ -43,7 +43,7 @@ from training.nn.identity import reid_losses
 from training.nn.identity.fusion import Fusion, fused_tokens, fused_width
 from training.nn.identity.necks import GroupedBatchNorm
 from training.nn.random_erasing import NOISE
-from training.nn.vision_transformer import BackboneConfig, VisionTransformer
+from training.nn.vision_transformer import BackboneConfig, Paths, VisionTransformer
 from training.nn.workload import Workload
 
 
@@ -217,7 +217,7 @@ class SupervisedStudent(nn.Module):
         self.head = IdentityHead(config, self.backbone.width)
 
     def forward(
-        self, images_BIHW: Tensor, real_B: Tensor, *, precision: Precision, path_masks: Tensor | None
+        self, images_BIHW: Tensor, real_B: Tensor, *, precision: Precision, path_masks: Paths
     ) -> FineTuningOutput:
         with autocast_region(precision, images_BIHW.device):
             seen = self.backbone(images_BIHW, path_masks=path_masks, real=real_B)
@@ -289,7 +289,7 @@ class Supervised(Method[SupervisedConfig]):
         """
         weight_B = views["weight"]
         images_BIHW, label_B, real_B, path_masks = identity_batch(
-            views, progress, drop_rates=self.student.backbone.config.drop_rates, erasing=NOISE,
+            views, progress, backbone=self.student.backbone.config, erasing=NOISE,
             probability=self.config.erase,
         )  # fmt: skip
         output = self.student(images_BIHW, real_B, precision=self.precision, path_masks=path_masks)

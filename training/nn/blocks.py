@@ -8,30 +8,46 @@ The decoder's block has the structure of BootMAE (Dong et al., ECCV 2022; refere
 Shapes: B images, T tokens of W channels, M tokens of the memory of C channels.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from training.nn.vision_transformer import BlockPaths, KeptImages
+
 __all__ = ["Attention", "DecoderBlock", "DroppableBlock", "LayerNorm", "PatchEmbed"]
 
 
 class DroppableBlock(Block):
-    """timm's block whose two branches are scaled per image from outside: 0 drops, 1 / (1 - rate) keeps."""
+    """timm's block, either of whose branches may be dropped for some of the images.
+
+    `paths`: for both branches either the images that it is computed for, which saves the others' share; or a factor
+    for each image, [2, B], 0 where it is dropped: all are computed then, in shapes that never change.
+    """
 
     attn: Any
 
-    def forward(self, tokens: Tensor, keep_2B: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        attended = self.ls1(self.attn(self.norm1(tokens)))
-        tokens = tokens + (attended if keep_2B is None else _scaled(attended, keep_2B[0]))
-        mixed = self.ls2(self.mlp(self.norm2(tokens)))
-        return tokens + (mixed if keep_2B is None else _scaled(mixed, keep_2B[1]))
+    def forward(self, tokens: Tensor, paths: BlockPaths = None) -> Tensor:  # type: ignore[override]
+        attending, mixing = (None, None) if paths is None else paths
+        tokens = _added(tokens, attending, lambda some: self.ls1(self.attn(self.norm1(some))))
+        return _added(tokens, mixing, lambda some: self.ls2(self.mlp(self.norm2(some))))
 
 
-def _scaled(branch_BTC: Tensor, keep_B: Tensor) -> Tensor:
-    return branch_BTC * keep_B.to(branch_BTC.dtype)[:, None, None]
+def _added(tokens_BTC: Tensor, path: Tensor | KeptImages | None, branch: Callable[[Tensor], Tensor]) -> Tensor:
+    """The tokens with what a branch makes of them."""
+    if path is None:
+        return tokens_BTC + branch(tokens_BTC)
+    if isinstance(path, Tensor):
+        made_BTC = branch(tokens_BTC)
+        return tokens_BTC + made_BTC * path.to(made_BTC.dtype)[:, None, None]
+    if path.rows is None:
+        return torch.add(tokens_BTC, branch(tokens_BTC), alpha=path.factor)
+    made_KTC = branch(tokens_BTC.index_select(0, path.rows))
+    return tokens_BTC.index_add(0, path.rows, made_KTC.to(tokens_BTC.dtype), alpha=path.factor)
 
 
 class Attention(nn.Module):

@@ -103,10 +103,32 @@ class MaskedHead(nn.Module):
         if patch_out_dim is not None:
             self.last_layer2 = Prototypes(config.bottleneck, patch_out_dim, norm_last_layer=config.norm_last_layer)
 
-    def forward(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """ "cls" and "patch" -> [..., C] in, -> logits [..., K] out."""
+    def forward(self, rows: Mapping[str, Tensor], *, hidden_R: Tensor | None = None) -> dict[str, Tensor]:
+        """ "cls" and "patch" -> [..., C] in, -> logits [..., K] out.
+
+        `hidden_R`: numbers of the hidden ones among all patches, [V, B, N, C]. Then "patch" are their logits alone,
+        [R, K], and "patch_mean" the mean of all patches' logits, [V, B, K]: logits are linear in the unit vectors, so
+        it is that of their mean, and most of a teacher's logits are never made.
+        """
         last = {"cls": self.last_layer, "patch": self.last_layer2 or self.last_layer}
-        return {token: last[token](F.normalize(self.mlp(values), dim=-1)) for token, values in rows.items()}
+        unit = {token: F.normalize(self.mlp(values), dim=-1) for token, values in rows.items()}
+        if hidden_R is None:
+            return {token: last[token](values) for token, values in unit.items()}
+        patches_VBNC = unit.pop("patch")
+        mean_VBC = patches_VBNC.mean(dim=2)
+        wanted = torch.cat([picked(patches_VBNC, hidden_R), mean_VBC.flatten(0, 1)])
+        hidden_RK, mean_K = last["patch"](wanted).split([len(hidden_R), len(wanted) - len(hidden_R)])
+        return {
+            **{token: last[token](values) for token, values in unit.items()},
+            "patch": hidden_RK,
+            "patch_mean": mean_K.unflatten(0, mean_VBC.shape[:2]),
+        }
+
+
+def picked(values_VBNX: Tensor, hidden_R: Tensor) -> Tensor:
+    """The rows of hidden patches, [R, X], by their numbers among all; the others are not copied."""
+    patches = values_VBNX.shape[2]
+    return values_VBNX.flatten(0, 1)[hidden_R // patches, hidden_R % patches]
 
 
 def projector(channels: int, config: HeadConfig) -> nn.Module:

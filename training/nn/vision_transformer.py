@@ -11,8 +11,9 @@ Shapes: B images, H x W pixels, N patches (row-major), P part tokens, T tokens, 
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
@@ -130,11 +131,24 @@ class Features(NamedTuple):
     """[B, T, C] each: all tokens as they came out of the blocks asked for, before the final norm."""
 
 
-Runner = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
+class KeptImages(NamedTuple):
+    """The images that a branch of a block is computed for."""
+
+    rows: Tensor | None
+    """Their places in the batch, int64, on its device. None: all."""
+    factor: float
+    """Of what the branch adds."""
 
 
-def _run(block: nn.Module, tokens: Tensor, path_mask_2B: Tensor | None) -> Tensor:
-    output: Tensor = block(tokens, path_mask_2B)
+BlockPaths = Tensor | tuple[KeptImages, KeptImages] | None
+"""What drop path leaves of the two branches of a block: factors [2, B], or the images that are kept. None: all."""
+Paths = Tensor | tuple[KeptImages, ...] | None
+"""The same of all blocks: factors [2 * D, B], or the images that each branch keeps, 2 * D of them."""
+Runner = Callable[[nn.Module, Tensor, BlockPaths], Tensor]
+
+
+def _run(block: nn.Module, tokens: Tensor, paths: BlockPaths) -> Tensor:
+    output: Tensor = block(tokens, paths)
     return output
 
 
@@ -200,7 +214,7 @@ class VisionTransformer(nn.Module):
         images: Tensor,
         *,
         part: PartChoice = "all",
-        path_masks: Tensor | None = None,
+        path_masks: Paths = None,
         visible: Tensor | None = None,
         mask: Tensor | None = None,
         real: Tensor | None = None,
@@ -247,22 +261,23 @@ class VisionTransformer(nn.Module):
         prefix = self._prefix(part, len(images))
         return torch.cat([prefix, patches], dim=1), prefix.shape[1] - 1
 
-    def outputs(self, tokens: Tensor, *, path_masks: Tensor | None = None) -> Iterator[Tensor]:
+    def outputs(self, tokens: Tensor, *, path_masks: Paths = None) -> Iterator[Tensor]:
         """What comes out of each block, before the final norm; every token attends to every other.
 
-        `path_masks` [2 * D, B] from `draw_path_masks`; None: drop nothing.
+        `path_masks` from `draw_path_masks` or `on_device`; None: drop nothing.
         """
         fused = tokens.is_cuda if self.config.attention == "auto" else self.config.attention == "fused"
         run = _compiled() if self.config.compile_blocks and self.training else _run
         for index, block in enumerate(self.blocks):
             block.attn.fused_attn = fused  # type: ignore[union-attr]
-            path_mask_2B = (
-                None if path_masks is None else path_masks[2 * index : 2 * index + 2].clone()
-            )  # a view would be compiled anew
+            paths: BlockPaths = None
+            if path_masks is not None:
+                of_block: Any = path_masks[2 * index : 2 * index + 2]
+                paths = of_block.clone() if isinstance(of_block, Tensor) else of_block  # a view would be compiled anew
             if self.config.checkpoint_blocks and torch.is_grad_enabled():
-                tokens = checkpoint(run, block, tokens, path_mask_2B, use_reentrant=False, preserve_rng_state=False)
+                tokens = checkpoint(run, block, tokens, paths, use_reentrant=False, preserve_rng_state=False)
             else:
-                tokens = run(block, tokens, path_mask_2B)
+                tokens = run(block, tokens, paths)
             yield tokens
 
     def features(self, images: Tensor) -> Features:
@@ -365,14 +380,38 @@ def draw_path_masks(rates: Sequence[float], *, seed: int, purpose: str, position
     return (draws >= rate) / (1 - rate)
 
 
-def on_device(masks: Sequence[Tensor | None], device: torch.device) -> tuple[Tensor | None, ...]:
-    """The drop-path factors of several stacks of views, [2 * D, rows] each, on the device of the images; all in one
-    transfer, which the host does not wait for."""
+def on_device(masks: Sequence[Tensor | None], device: torch.device, *, whole: bool = False) -> tuple[Paths, ...]:
+    """The drop-path factors of several stacks of views, [2 * D, rows] each, as the images that each branch keeps, on
+    the device of the images; all in one transfer, which the host does not wait for.
+
+    `whole`: as factors, for blocks that are compiled: every number of images would be compiled anew.
+    """
     drawn = [mask for mask in masks if mask is not None]
-    if not drawn:
-        return tuple(masks)
-    moved = iter(to_device(torch.cat(drawn, dim=1), device).split([mask.shape[1] for mask in drawn], dim=1))
-    return tuple(None if mask is None else next(moved) for mask in masks)
+    if whole and drawn:
+        moved = iter(to_device(torch.cat(drawn, dim=1), device).split([mask.shape[1] for mask in drawn], dim=1))
+        return tuple(None if mask is None else next(moved) for mask in masks)
+    kept = [None if mask is None else _kept(mask) for mask in masks]
+    numbers = [rows for stack in kept if stack for rows, _ in stack if rows is not None]
+    places = to_device(np.concatenate(numbers), device).split([len(rows) for rows in numbers]) if numbers else ()
+    rest = iter(places)
+    return tuple(
+        None if stack is None
+        else tuple(KeptImages(None if rows is None else next(rest), factor) for rows, factor in stack)
+        for stack in kept
+    )  # fmt: skip
+
+
+def _kept(mask: Tensor) -> list[tuple[np.ndarray | None, float]]:
+    """(images that it keeps, None: all; factor) of each branch. Where a branch keeps none it is computed for one image
+    and counts nothing: its parameters have a gradient on every rank then, as ZeRO expects."""
+    found: list[tuple[np.ndarray | None, float]] = []
+    for factors in mask.numpy():
+        rows = np.flatnonzero(factors)
+        if len(rows) == len(factors):
+            found.append((None, float(factors[0]) if len(rows) else 1.0))
+        else:
+            found.append((rows, float(factors[rows[0]])) if len(rows) else (np.zeros(1, np.int64), 0.0))
+    return found
 
 
 def parameter_count(module: nn.Module, *, trained: bool = False) -> int:

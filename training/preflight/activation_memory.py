@@ -131,9 +131,8 @@ def mlp_bytes(rows: int, width: int, head: HeadConfig) -> int:
 
 
 def prototype_bytes(prototypes: int, head: HeadConfig) -> int:
-    """Scaled directions and lengths; where lengths are learnt, directions before scaling too."""
-    copies = 1 if head.norm_last_layer else 2
-    return FULL * prototypes * (copies * head.bottleneck + 1)
+    """Scaled directions, and their lengths before."""
+    return FULL * prototypes * (head.bottleneck + 1)
 
 
 def decoder_bytes(decoded: tuple[Decoding, ...], memory_width: int, how: Numerics) -> int:

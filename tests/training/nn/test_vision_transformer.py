@@ -8,10 +8,14 @@ from torch import Tensor
 from training.nn.blocks import DroppableBlock
 from training.nn.vision_transformer import (
     BackboneConfig,
+    Paths,
     VisionTransformer,
     draw_path_masks,
+    on_device,
     parameter_count,
 )
+
+CPU = torch.device("cpu")
 
 TINY = BackboneConfig(arch="custom", size=(32, 16), patch=8, width=12, depth=3, heads=3)
 
@@ -123,6 +127,30 @@ def test_drop_path__block_equals_naive() -> None:
         row = row + float(path_masks[0, image]) * block.attn(block.norm1(row))
         row = row + float(path_masks[1, image]) * block.mlp(block.norm2(row))
         torch.testing.assert_close(ours[image : image + 1], row, rtol=0, atol=1e-12)
+
+
+def _gradients(backbone: VisionTransformer, pictures: Tensor, paths: Paths) -> list[Tensor]:
+    backbone.zero_grad()
+    tokens = backbone(pictures, path_masks=paths)
+    (tokens.cls.sin().sum() + tokens.patches.cos().sum()).backward()
+    found = [parameter.grad for parameter in backbone.parameters() if parameter.grad is not None]
+    assert len(found) == sum(parameter.requires_grad for parameter in backbone.parameters())
+    return [tokens.cls.detach(), tokens.patches.detach(), *found]
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_drop_path__kept_images_alone_give_what_factors_give(count: int) -> None:
+    """Also where a branch keeps no image at all, which happens with few: every parameter has a gradient."""
+    backbone = tiny(drop_path=0.7).double()
+    drawn = draw_path_masks([0.0, 0.5, 0.9], seed=3, purpose="x", position=torch.arange(count), views=1)
+    assert drawn is not None and (count > 3 or bool((drawn == 0).all(dim=1).any()))
+    pictures = images(count).double()
+    kept, whole = on_device([drawn], CPU)[0], on_device([drawn], CPU, whole=True)[0]
+    assert isinstance(kept, tuple) and isinstance(whole, Tensor)
+    sizes = [len(path.rows) for path in kept if path.rows is not None]
+    assert sizes and all(1 <= size < max(count, 2) for size in sizes)
+    for ours, wanted in zip(_gradients(backbone, pictures, kept), _gradients(backbone, pictures, whole), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-13)
 
 
 def test_keep_masks__hang_on_seed_and_position_alone() -> None:

@@ -72,7 +72,7 @@ def small(name: str) -> RunConfig:
 
 
 class HostPositions:
-    """The positions of a batch as host numbers, whatever mode tensors are in."""
+    """The positions of a batch, or factors drawn from them, as host numbers, whatever mode tensors are in."""
 
     def __init__(self, values: np.ndarray) -> None:
         self.values = values
@@ -81,16 +81,16 @@ class HostPositions:
         return self.values
 
 
-def keep_host_numbers(monkeypatch: pytest.MonkeyPatch, mode: FakeTensorMode, position: np.ndarray) -> None:
+def keep_host_numbers(monkeypatch: pytest.MonkeyPatch, position: np.ndarray) -> None:
     """Numbers that the host draws from positions are drawn outside the mode, in which host tensors have none. What is
     handed to these functions must be on the host: from a GPU it would have to be waited for."""
     real_masks, real_erase = vision_transformer.draw_path_masks, random_erasing.erase
 
-    def draw_path_masks(rates: Any, **given: Any) -> Tensor | None:
+    def draw_path_masks(rates: Any, **given: Any) -> HostPositions | None:
         assert given.pop("position").device.type == "cpu"
         with unset_fake_temporarily():
             drawn = real_masks(rates, position=torch.from_numpy(position), **given)
-        return None if drawn is None else mode.from_tensor(drawn)
+            return None if drawn is None else HostPositions(drawn.numpy())
 
     def erase(images: Tensor, positions: Tensor, **given: Any) -> Tensor:
         assert positions.device.type == "cpu"
@@ -160,7 +160,7 @@ def check_embedding(config: RunConfig, method: Method) -> None:
 def test_step__on_a_fake_gpu(name: str, fake_gpu: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small(name)
     batch = build.fake_batch(build.view_spec(config), split_batch(IMAGES, IMAGES, 1), config)
-    keep_host_numbers(monkeypatch, fake_gpu, batch.position.copy())
+    keep_host_numbers(monkeypatch, batch.position.copy())
     with torch.device("meta"):
         method = methods.build(config.method, config.backbone)
     method.precision = config.optimisation.precision

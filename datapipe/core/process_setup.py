@@ -51,8 +51,12 @@ class _ShownStream:
 
     @property
     def rich_proxied_file(self) -> Any:
-        """Where rich, which asks for this attribute, draws its bars; what these say is shown text already."""
-        return self._stream
+        """Where rich, which asks for this attribute, draws its bars; what these say is shown text already. Below it
+        there may be a stream of rich's own, which has that attribute as well."""
+        stream = self._stream
+        while (inner := getattr(stream, "rich_proxied_file", None)) is not None:
+            stream = inner
+        return stream
 
     def write(self, text: str) -> int:
         self._stream.write(shown(text))

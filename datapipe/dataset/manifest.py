@@ -33,6 +33,7 @@ from datapipe.storage import Store, open_store, split_url, unsafe
 
 MOST_BYTES = 256 << 20
 """Of a manifest: a shard takes 400 of them, so that this is room for some thousand million crops."""
+MOST_SHARD_ROWS = 1 << 31
 MOST_NUMBER = 1 << 53
 """Rows and bytes beyond any data set; sums of them still fit 64 bits."""
 FORMAT = 2
@@ -375,7 +376,9 @@ def _refuse_unsafe(manifest: Manifest, where: str) -> None:
         *(number for shard in manifest.shards for number in (shard.rows, shard.bytes)),
     ]
     counts += [manifest.selection.rows] if manifest.selection else []
-    if any(type(number) is not int or not 0 <= number < MOST_NUMBER for number in counts):
+    if any(type(number) is not int or not 0 <= number < MOST_NUMBER for number in counts) or any(
+        shard.rows > MOST_SHARD_ROWS for shard in manifest.shards
+    ):
         raise DataError("the manifest holds a number of rows, bytes or its version that is none", where=where,
                         hint=COPY_AGAIN)  # fmt: skip
     if not manifest.shards or not manifest.stored_rows:

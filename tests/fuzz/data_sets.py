@@ -104,13 +104,14 @@ def forged(change: Callable[[dict[str, Any]], object], *, newest: bool = False) 
 
 
 def look_through(folder: Path, out: Path) -> int:
-    """All that reads a data set and writes nothing into it."""
+    """All that reads a data set; what opens a version packs its indexes, where nobody has yet."""
     codes = [cli.run(main, ["verify", str(folder), "--decode", "all", "--workers", "1"])]
-    codes.append(cli.run(main, ["verify", str(manifests(folder)[0]) if manifests(folder) else str(folder)]))
+    for path in folder.glob("manifest-v0002*.json"):  # the one with all crops
+        codes.append(cli.run(main, ["verify", str(path)]))
     codes.append(cli.run(main, ["stats", str(folder)]))
     codes.append(cli.run(main, ["preview", str(folder), "--out", str(out / "sheet.jpg"), "--count", "4"]))
     codes.append(cli.run(main, ["reshard", str(folder), "--out", str(out / "again")]))
-    if codes[0] == 0 and max(codes[2:]) > 0 and not (folder / ".lax").exists():
+    if codes[0] == 0 and max(codes[-3:]) > 0:
         raise AssertionError(f"verify says good, and another command fails: {codes}")
     return max(codes)
 
@@ -208,7 +209,7 @@ def set_shard(**values: Any) -> Callable[[dict[str, Any]], object]:
 
 
 MANIFEST = Reader(
-    "manifest", make_set, ("manifest-*.json",), look_through, resealed,
+    "manifest", make_set, ("manifest-*.json",), look_through, resealed, writes=True,
     hostile={
         "no shards": forged(lambda record: record.update(shards=[], selection=None)),
         "no rows": forged(lambda record: [shard.update(rows=0) for shard in record["shards"]]),
@@ -227,7 +228,7 @@ MANIFEST = Reader(
                        "more removed than there are", "selection of more rows", "selection of fewer rows"}),
 )  # fmt: skip
 INDEX = Reader(
-    "index", make_set, ("shards/*.parquet",), look_through, resealed,
+    "index", make_set, ("shards/*.parquet",), look_through, resealed, writes=True,
     hostile={
         "long names": long_names,
         "offset beyond the tar": column("offset", lambda old: [2**60] * len(old)),
@@ -247,7 +248,7 @@ INDEX = Reader(
                        "text for numbers", "nulls", "null keys", "null removed", "short hashes", "equal keys"}),
 )  # fmt: skip
 SELECTION = Reader(
-    "selection", make_set, ("selections/*.parquet",), look_through, resealed,
+    "selection", make_set, ("selections/*.parquet",), look_through, resealed, writes=True,
     hostile={
         "beyond the shards": rows(lambda old: old + 10**6),
         "negative": rows(lambda old: old - 10**6),
@@ -264,7 +265,8 @@ SELECTION = Reader(
     refused=frozenset({"beyond the shards", "negative", "one more", "one fewer", "one twice", "backwards", "nulls",
                        "text", "fractions", "none", "200e6 rows"}),
 )  # fmt: skip
-TARS = Reader("shards", make_set, ("shards/*.tar", "packed-*.index", "quarantine.parquet", "requests/*"), look_through)
+TARS = Reader("shards", make_set, ("shards/*.tar", "packed-*.index", "quarantine.parquet", "requests/*"), look_through,
+              writes=True)  # fmt: skip
 
 
 def record(change: Callable[[dict[str, Any]], object]) -> Make:

@@ -38,6 +38,6 @@ class Reader:
     hostile: Mapping[str, Make] = field(default_factory=dict)
     """Name -> what writes an input that expands, has no end, or says what is not so."""
     writes: bool = False
-    """Does it write beside what it reads, as a report does?"""
+    """Does it write beside what it reads, as a report does, and a packed index?"""
     refused: frozenset[str] = frozenset()
     """Hostile ones that must not end with exit code 0."""

@@ -124,10 +124,12 @@ def read_table(
     if rows is not None and file.metadata.num_rows != rows:
         raise pyarrow.ArrowInvalid(f"it has {file.metadata.num_rows:,} rows, not {rows:,}")
     names = file.schema_arrow.names if columns is None else list(columns)
+    if not names:
+        return file.read(columns=[])  # as many rows as it has, of nothing
     schema = pyarrow.schema([file.schema_arrow.field(name) for name in names])
     pages = measured(source, file, names)
     _refuse_large(pages.total, most)
-    texts = [field.name for field in schema if _is_text(field.type)]
+    texts = [field.name for field in schema if _is_text(field.type)] if not pages.shared else []
     file = open_parquet(source, read_dictionary=texts)
     careful = pages.shared or any(pyarrow.types.is_nested(field.type) for field in schema)
     batches, taken = [], 0

@@ -1,0 +1,117 @@
+"""Tables are what pyarrow reads, page headers what it wrote; what unpacks to far more than the file has is refused."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from datapipe.core.bounds import parquet_pages
+from datapipe.core.bounds.parquet_pages import measured, open_parquet, read_table, rows_at_once
+
+WAYS = (
+    {}, {"compression": "zstd"}, {"compression": "gzip", "data_page_version": "2.0"}, {"use_dictionary": False},
+    {"row_group_size": 700}, {"data_page_size": 500, "write_statistics": False}, {"compression": "none"},
+    {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY", "number": "DELTA_BINARY_PACKED"}},
+)  # fmt: skip
+
+
+def table(rows: int = 3_000) -> pyarrow.Table:
+    random = np.random.default_rng(0)
+    return pyarrow.table(
+        {
+            "text": [f"folder/{row % 40:04d}.jpg" if row % 7 else None for row in range(rows)],
+            "number": random.integers(0, 1000, rows),
+            "bytes": [random.bytes(row % 50) for row in range(rows)],
+            "fixed": pyarrow.array([random.bytes(32) for _ in range(rows)], pyarrow.binary(32)),
+            "flag": random.integers(0, 2, rows).astype(bool),
+            "box": [[1.0, 2.0, float(row), 4.0] for row in range(rows)],
+            "struct": [{"bytes": b"x" * (row % 9), "path": str(row % 5)} for row in range(rows)],
+            "small": pyarrow.array(random.integers(0, 99, rows), pyarrow.int16()),
+        }
+    ).replace_schema_metadata({"a": "b"})
+
+
+def written(content: pyarrow.Table, **how: object) -> bytes:
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(content, sink, **how)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_table__is_what_pyarrow_reads(how: dict[str, object], tmp_path: Path) -> None:
+    data = written(table(), **how)
+    (tmp_path / "x.parquet").write_bytes(data)
+    for columns in (None, ["number", "text"], ["struct", "box"], []):
+        expected = pyarrow.parquet.read_table(pyarrow.BufferReader(data), columns=columns)
+        assert read_table(data, columns).equals(expected)
+        with open(tmp_path / "x.parquet", "rb") as file:
+            assert read_table(file, columns).num_rows in (expected.num_rows, 3_000)
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_pages__have_the_sizes_that_the_footer_sums_up(how: dict[str, object]) -> None:
+    """pyarrow's totals count the headers of the pages as well, some dozen bytes each, some hundred with statistics."""
+    data = written(table(), **how)
+    file = open_parquet(data)
+    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    for number, path in enumerate(column.path for column in file.schema):
+        pages = measured(data, file, [path])
+        stated = sum(group.column(number).total_uncompressed_size for group in groups)
+        values = sum(group.column(number).num_values for group in groups)
+        kind = groups[0].column(number).physical_type
+        width = 32 if kind == "FIXED_LEN_BYTE_ARRAY" else parquet_pages.WIDTHS[kind]
+        assert 0.4 * stated <= pages.total - values * width <= stated
+        assert pages.shared == ("DELTA_BYTE_ARRAY" in str(how) and path == "text")
+
+
+def repeated(rows: int, size: int) -> bytes:
+    """One text many times: it is in the file once."""
+    values = pyarrow.DictionaryArray.from_arrays(np.zeros(rows, np.int32), ["n" * size])
+    return written(pyarrow.table({"name": values}), compression="zstd", store_schema=False)
+
+
+def test_table__of_one_long_text_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_table(repeated(1_000, 5_000))["name"].to_pylist() == ["n" * 5_000] * 1_000
+    monkeypatch.setattr(parquet_pages, "FREE_TABLE_BYTES", 1 << 21)
+    with pytest.raises(pyarrow.ArrowInvalid, match="of memory"):
+        read_table(repeated(100_000, 50_000))
+    shared = [f"{'n' * 20_000}{row}" for row in range(500)]
+    packed = written(pyarrow.table({"name": shared}), use_dictionary=False, compression="zstd",
+                     column_encoding={"name": "DELTA_BYTE_ARRAY"})  # fmt: skip
+    assert len(packed) < 100_000
+    with pytest.raises(pyarrow.ArrowInvalid, match="of memory"):
+        read_table(packed)
+
+
+def test_table__of_more_rows_than_it_should_have() -> None:
+    data = written(pyarrow.table({"row": np.zeros(1_000_000, np.int64)}))
+    assert len(data) < 20_000 and len(read_table(data, rows=1_000_000)) == 1_000_000
+    with pytest.raises(pyarrow.ArrowInvalid, match="rows"):
+        read_table(data, rows=999_999)
+    with pytest.raises(pyarrow.ArrowInvalid, match="of memory"):
+        read_table(data, most_bytes=1_000_000)
+
+
+def test_pages__beyond_what_writers_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = written(pyarrow.table({"image": [bytes(50_000)]}), use_dictionary=False, compression="zstd")
+    monkeypatch.setattr(parquet_pages, "MOST_PAGE_BYTES", 50_000)
+    with pytest.raises(pyarrow.ArrowInvalid, match="pages of 1 MB"):
+        read_table(data)
+
+
+def test_rows__at_once_fit_into_memory() -> None:
+    pages = parquet_pages.Pages(1 << 20, 0, False)
+    sizes = {0: 256, 1 << 20: 128, 1 << 24: 8, 1 << 40: 1}
+    assert {size: rows_at_once(pages._replace(largest=size), 256) for size in sizes} == sizes
+
+
+@pytest.mark.parametrize("place", [-8, -5])
+def test_footer__of_a_size_that_makes_no_sense(place: int) -> None:
+    data = bytearray(written(table(5)))
+    data[place] ^= 0xFF
+    data[-5] |= 0x40
+    with pytest.raises((pyarrow.ArrowException, OSError), match="footer"):
+        open_parquet(bytes(data))

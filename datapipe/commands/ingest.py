@@ -57,6 +57,8 @@ def run_shard(chosen: ShardCommand, workers: Executor | None = None) -> int:
     )
     if done.reasons:
         print(f"quarantined: {listed(done.reasons)}; see {folder}/{NAME}")
+    for line in done.remarks.lines():
+        print(line)
     print(f"id {manifest.id}")
     print(f"{folder}/{manifest.file}")
     return cli.COMPLETE
@@ -73,6 +75,8 @@ def _say_what_would_be_done(chosen: ShardCommand) -> int:
         f"would write about {counted(estimated.shards, 'shard')}: {written} to {chosen.out}, as much to the spool for "
         f"as long; about {estimated.refused:.2%} of the crops quarantined"
     )
+    for line in estimated.remarks.lines():
+        print(line)
     print(f"would take about {duration(estimated.seconds)} on this machine, nothing was written")
     return cli.COMPLETE
 

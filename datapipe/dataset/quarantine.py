@@ -13,6 +13,7 @@ import pyarrow.parquet
 from datapipe.core.bounds.parquet_pages import read_table
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.dataset.index import INDEX
+from datapipe.dataset.remarks import METADATA, Remarks
 from datapipe.storage import Store
 
 NAME = "quarantine.parquet"
@@ -30,12 +31,15 @@ Reasons = dict[str, int]
 """Crops by the reason why they were left out."""
 
 
-def write_quarantine(store: Store, tables: Iterable[pyarrow.Table], *, local: Path | None = None) -> Reasons:
+def write_quarantine(
+    store: Store, tables: Iterable[pyarrow.Table], remarks: Remarks, *, local: Path | None = None
+) -> Reasons:
     """Write the crops (REFUSED) as they come and count them. `local`: a folder with room for them."""
     reasons: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix=".quarantine-", dir=local) as folder:
         file = Path(folder) / NAME
         with pyarrow.parquet.ParquetWriter(file, REFUSED, compression="zstd") as writer:
+            writer.add_key_value_metadata({METADATA.decode(): remarks.to_json()})
             for table in tables:
                 writer.write_table(table)
                 counted = pyarrow.compute.value_counts(table["reason"]).to_pylist()
@@ -57,6 +61,16 @@ def read_quarantine(store: Store) -> pyarrow.Table | None:
             where=store.address(NAME),
             hint="copy the file again; without it, nothing is known of what was left out",
         ) from error
+
+
+def read_remarks(store: Store) -> Remarks:
+    """What was passed over and not understood when the data set was made; empty where nothing tells."""
+    try:
+        data = store.read(NAME)
+    except NotFoundError:
+        return Remarks()
+    said = pyarrow.parquet.read_metadata(pyarrow.BufferReader(data)).metadata or {}
+    return Remarks.from_json(said.get(METADATA, b""))
 
 
 def excluded(rows: Iterable[pyarrow.Table]) -> Iterator[pyarrow.Table]:

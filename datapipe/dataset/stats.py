@@ -1,6 +1,8 @@
 """What a data set holds: counts, sizes, duplicates and the price of excluding them, per source; from indexes alone."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,8 @@ from datapipe.dataset.index import MARKS, whole_column
 from datapipe.dataset.manifest import Manifest
 from datapipe.dataset.packed_index import packed_entries
 from datapipe.dataset.quarantine import NAME as QUARANTINE
-from datapipe.dataset.quarantine import read_quarantine
+from datapipe.dataset.quarantine import read_quarantine, read_remarks
+from datapipe.dataset.remarks import Remarks
 from datapipe.storage import Store, open_store
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
@@ -43,6 +46,7 @@ def statistics(url: str, storage: StorageConfig) -> Facts:
         "price": {kind: _price(table, mark) for kind, mark in KINDS.items()},
         "sources": {source: _facts(part) for source, part in _by_source(table.drop_columns("key"))},
         "quarantine": _quarantine(open_store(manifest.url, storage)),
+        "remarks": asdict(read_remarks(open_store(manifest.url, storage))),
     }
 
 
@@ -75,6 +79,7 @@ def as_text(facts: Facts) -> str:
     if facts["quarantine"]:
         listed = ", ".join(f"{count:,} {reason}" for reason, count in facts["quarantine"].items())
         lines.append(f"left out of the sources: {listed}; see {QUARANTINE}")
+    lines += Remarks.from_json(json.dumps(facts["remarks"])).lines()
     return "\n".join(lines)
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.core.resource_limits import available_cores
+from datapipe.dataset.remarks import Remarks
 from datapipe.dataset.tar import END_BYTES, member_bytes
 from datapipe.ingest.pipeline import refuse_inside
 from datapipe.ingest.scan import Work, inspected
@@ -42,6 +43,8 @@ class Estimate:
     """Bytes of all tars."""
     seconds: float
     """With the processes of the configuration."""
+    remarks: Remarks
+    """What is passed over and not understood: of the listing, and of the crops that were looked at."""
 
 
 def estimate(sources: Sequence[str], out: str, config: ShardConfig, storage: StorageConfig) -> Estimate:
@@ -49,7 +52,8 @@ def estimate(sources: Sequence[str], out: str, config: ShardConfig, storage: Sto
     refuse_inside(sources, out)
     with Listing(open_sources(sources, storage, jpeg_quality=config.jpeg_quality)) as listing:
         sample = _Sample.of(listing, config)
-        total = listing.bytes
+        total, remarks = listing.bytes, listing.remarks
+        remarks.add(sample.remarks)
     crops = sample.crops if sample.whole else round(total / sample.read * sample.crops)
     crops = min(crops, max(sample.crops, total // LEAST_BYTES))
     kept = crops * len(sample.sizes) / sample.crops
@@ -58,7 +62,8 @@ def estimate(sources: Sequence[str], out: str, config: ShardConfig, storage: Sto
     per_shard = max(1.0, min(config.samples_per_shard, (config.shard_mb * 1e6 - END_BYTES) / max(mean, 1.0)))
     shards = -(-kept // per_shard)
     seconds = crops * sample.seconds / sample.crops * OTHER_WORK / (config.workers or available_cores())
-    return Estimate(total, crops, 1 - kept / crops, int(shards), round(kept * mean + shards * END_BYTES), seconds)
+    return Estimate(total, crops, 1 - kept / crops, int(shards), round(kept * mean + shards * END_BYTES), seconds,
+                    remarks)  # fmt: skip
 
 
 @dataclass
@@ -73,6 +78,7 @@ class _Sample:
     """Bytes of those that would be kept."""
     whole: bool = True
     """Nothing was left out."""
+    remarks: Remarks = field(default_factory=Remarks)
 
     @staticmethod
     def of(listing: Listing, config: ShardConfig) -> "_Sample":
@@ -83,7 +89,7 @@ class _Sample:
         end = time.monotonic() + SAMPLE_S
         for number, work in enumerate(islice(listing.work(), 0, None, step)):
             until = time.monotonic() + (end - time.monotonic()) / max(1, -(-listing.parts // step) - number)
-            for size, kept in _looked_at(work, config):
+            for size, kept in _looked_at(work, config, sample.remarks):
                 sample.crops, sample.read = sample.crops + 1, sample.read + size
                 if kept:
                     sizes.append(kept)
@@ -96,9 +102,9 @@ class _Sample:
         return sample
 
 
-def _looked_at(work: Work, config: ShardConfig) -> Iterator[tuple[int, int]]:
+def _looked_at(work: Work, config: ShardConfig, remarks: Remarks) -> Iterator[tuple[int, int]]:
     """(bytes as found, bytes as kept; 0 if it is refused) of each crop."""
-    for crop, verdict in inspected(work, config):
+    for crop, verdict in inspected(work, config, remarks):
         yield max(1, len(crop.data)), len(verdict.data) if isinstance(verdict, Kept) else 0
 
 

@@ -23,6 +23,7 @@ from datapipe.dataset.manifest import Manifest, libraries, load_unselected
 from datapipe.dataset.packed_index import ensure_packed
 from datapipe.dataset.quarantine import NAME as QUARANTINE
 from datapipe.dataset.quarantine import Reasons, excluded, listed, write_quarantine
+from datapipe.dataset.remarks import Remarks
 from datapipe.ingest.ownership import claim_output, is_written
 from datapipe.ingest.repartition import planned, repartition, rows_file
 from datapipe.ingest.scan import Scanned, read_part, read_refused, scan_part
@@ -45,6 +46,8 @@ class Ingested:
     """Nothing was left to do."""
     reasons: Reasons
     """Crops that were left out, by reason; empty where nothing was left to do."""
+    remarks: Remarks
+    """What of the sources was passed over or not understood; empty where nothing was left to do."""
 
 
 def ingest(
@@ -89,9 +92,11 @@ def ingest_sources(
         if is_written(store, request, out):
             whole = load_unselected(store.url, storage)
             ensure_packed(whole, storage)
-            return Ingested(whole, True, {})
-        run = _Ingestion(store, spool, local, config, storage, workers or own)
+            return Ingested(whole, True, {}, Remarks())
+        run = _Ingestion(store, spool, local, config, storage, workers or own, listing.remarks)
         parts = run.scan(listing)
+        for part in parts:
+            run.remarks.add(part.remarks)
         run.judge(parts)
         crops, plan = run.plan(parts)
         claim_output(store, request)
@@ -109,7 +114,7 @@ def ingest_sources(
             made_by=libraries(),
         ).save(store)
         ensure_packed(manifest, storage)
-        return Ingested(manifest, False, reasons)
+        return Ingested(manifest, False, reasons, run.remarks)
 
 
 def refuse_inside(sources: Sequence[str], out: str) -> None:
@@ -131,6 +136,7 @@ class _Ingestion:
     config: ShardConfig
     storage: StorageConfig
     workers: Executor
+    remarks: Remarks
 
     def scan(self, listing: Listing) -> list[Scanned]:
         """Every crop of the sources into the spool."""
@@ -164,7 +170,7 @@ class _Ingestion:
     def quarantine(self, parts: Sequence[Scanned], rows: Iterable[pyarrow.Table] = ()) -> Reasons:
         """List what was refused, and what of the planned rows has no place."""
         refused = chain.from_iterable(read_refused(self.spool, part.part) for part in parts if part.refused)
-        return write_quarantine(self.store, chain(refused, excluded(rows)), local=self.local)
+        return write_quarantine(self.store, chain(refused, excluded(rows)), self.remarks, local=self.local)
 
     def plan(self, parts: Sequence[Scanned]) -> tuple[Candidates, Plan]:
         """What goes where. DataError where two crops have the same source and name."""

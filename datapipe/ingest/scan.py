@@ -15,6 +15,7 @@ A part of the work leaves in the spool:
 """
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -29,15 +30,22 @@ from datapipe.dataset.index import INDEX
 from datapipe.dataset.manifest import libraries
 from datapipe.dataset.perceptual_hash import DifferenceHashes
 from datapipe.dataset.quarantine import REFUSED
+from datapipe.dataset.remarks import METADATA as REMARKS
+from datapipe.dataset.remarks import Remarks
 from datapipe.dataset.tar import member_bytes
 from datapipe.ingest.screen import RULES, Kept, Reason, Refused, screen
 from datapipe.ingest.shard_plan import HOT, hot_columns, sample_key
 from datapipe.ingest.shard_writer import sidecars
 from datapipe.sources.base import Crop, Source, Unit
+from datapipe.sources.location import printable
 from datapipe.storage import Store
 
 VERSION = f"scan 3, rules {RULES}"
 """Of what is spooled: parts of another version are read again."""
+TEST_FOLDER = re.compile(
+    r"(?:^|[/\\])(query|gallery|bounding_box_test|gt_bbox|gt_query|mask_test_v2|test|test_probe|test_gallery|probe)[/\\]"
+)
+"""Folders of labelled sets that hold what is scored."""
 SEGMENT_BYTES = 64_000_000
 """JPEG bytes at which a segment is closed."""
 MOST_CROPS = 100_000
@@ -69,6 +77,8 @@ class Scanned(NamedTuple):
     """Bytes of its units in their sources."""
     spooled: int
     """Bytes of the JPEGs that were kept."""
+    remarks: Remarks
+    """What was passed over and not understood while the units were read."""
 
 
 def scan_part(work: Work, spool: Store, config: ShardConfig) -> Scanned:
@@ -78,9 +88,11 @@ def scan_part(work: Work, spool: Store, config: ShardConfig) -> Scanned:
     try:
         footer = pyarrow.parquet.read_metadata(pyarrow.BufferReader(spool.read(f"{part}.parquet")))
         kept, refused, spooled = footer.num_rows, int(footer.metadata[b"refused"]), int(footer.metadata[b"spooled"])
+        remarks = Remarks.from_json(footer.metadata[REMARKS])
     except NotFoundError:
-        kept, refused, spooled = _scan(work, part, spool, config)
-    return Scanned(part, kept, refused, total, spooled)
+        remarks = Remarks()
+        kept, refused, spooled = _scan(work, part, spool, config, remarks)
+    return Scanned(part, kept, refused, total, spooled, remarks)
 
 
 def read_part(spool: Store, part: str, columns: Sequence[str] | None = None) -> Iterator[pyarrow.Table]:
@@ -97,12 +109,19 @@ def read_refused(spool: Store, part: str) -> Iterator[pyarrow.Table]:
         yield file.read_row_group(number, use_threads=False)
 
 
-def inspected(work: Work, config: ShardConfig) -> Iterator[tuple[Crop, Kept | Refused]]:
-    """Every crop of the units with what screening says of it."""
+def inspected(work: Work, config: ShardConfig, remarks: Remarks) -> Iterator[tuple[Crop, Kept | Refused]]:
+    """Every crop of the units with what screening says of it. What is passed over, not understood or of a test set is
+    counted in `remarks`."""
     for source, unit in work:
-        for crop in source.read(unit):
-            refused = Refused(Reason.NOT_AN_IMAGE, crop.problem) if crop.problem else None
-            yield crop, refused or screen(crop.data, config)
+        for crop in source.read(unit, remarks):
+            remarks.unread_labels.update(crop.unread)
+            if folder := TEST_FOLDER.search(crop.name):
+                remarks.test_images[printable(folder[1])] += 1
+            yield crop, _unreadable(crop.problem) if crop.problem else screen(crop.data, config)
+
+
+def _unreadable(problem: str) -> Refused:
+    return Refused(Reason.CORRUPT if "damaged" in problem else Reason.NOT_AN_IMAGE, problem)
 
 
 def _part_name(work: Work, config: ShardConfig) -> str:
@@ -121,12 +140,12 @@ def _part_name(work: Work, config: ShardConfig) -> str:
     return hashlib.sha256(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
-def _scan(work: Work, part: str, spool: Store, config: ShardConfig) -> tuple[int, int, int]:
+def _scan(work: Work, part: str, spool: Store, config: ShardConfig, remarks: Remarks) -> tuple[int, int, int]:
     """(crops kept, crops refused, bytes spooled)."""
     refused = _RefusedRows()
     rows = _Rows(part, spool, config)
     segment = _Segment()
-    for crop, verdict in inspected(work, config):
+    for crop, verdict in inspected(work, config, remarks):
         if isinstance(verdict, Kept):
             segment.add(crop, verdict)
             if segment.bytes >= SEGMENT_BYTES or len(segment.found) >= MOST_CROPS:
@@ -147,7 +166,7 @@ def _scan(work: Work, part: str, spool: Store, config: ShardConfig) -> tuple[int
         rows.add(segment)
     if refused.count:
         spool.replace(f"{part}.refused.parquet", refused.close())
-    rows.close(refused=refused.count)
+    rows.close(refused=refused.count, remarks=remarks)
     return rows.count, refused.count, rows.bytes
 
 
@@ -197,9 +216,10 @@ class _Rows:
         self.count += rows.num_rows
         self.bytes += segment.bytes
 
-    def close(self, *, refused: int) -> None:
+    def close(self, *, refused: int, remarks: Remarks) -> None:
         """Write it: the part is complete."""
-        self._writer.add_key_value_metadata({"refused": str(refused), "spooled": str(self.bytes)})
+        facts = {"refused": str(refused), "spooled": str(self.bytes), REMARKS.decode(): remarks.to_json()}
+        self._writer.add_key_value_metadata(facts)
         self._writer.close()
         self.spool.replace(f"{self.part}.parquet", self._sink.getvalue().to_pybytes())
 

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from datapipe.core.config import ShardConfig
+from datapipe.dataset.remarks import Remarks
 from datapipe.ingest.ownership import RULES_SETTING
 from datapipe.ingest.scan import Work
 from datapipe.ingest.screen import RULES
@@ -40,6 +41,7 @@ class Listing:
         """List them. `local`: a folder with room for some ten bytes per file; the temporary folder by default."""
         self.sources = sorted(sources, key=lambda source: source.label)
         self.parts = self.bytes = 0
+        self.remarks = Remarks()
         self._digests = {source.label: hashlib.sha256() for source in self.sources}
         self._file = tempfile.TemporaryFile(dir=local)  # noqa: SIM115  (closed at the end of the context)
         self._list()
@@ -88,7 +90,7 @@ class Listing:
 
     def _units(self) -> Iterator[tuple[int, Unit]]:
         for number, source in enumerate(self.sources):
-            for unit in source.units():
+            for unit in source.units(self.remarks):
                 self._digests[source.label].update(unit.digest.encode())
                 yield number, unit
 

@@ -27,7 +27,7 @@ from datapipe.core.errors import ConfigError, DataError, NotFoundError
 from datapipe.core.parallel import Workers
 from datapipe.dataset.manifest import Manifest
 from datapipe.dataset.packed_index import ensure_packed
-from datapipe.dataset.quarantine import REFUSED, read_quarantine, write_quarantine
+from datapipe.dataset.quarantine import REFUSED, read_quarantine, read_remarks, write_quarantine
 from datapipe.ingest.shard_plan import sample_key
 from datapipe.ingest.spool import spool_of
 from datapipe.maintain.crop_lists import (
@@ -290,7 +290,7 @@ def _forget_quarantined(store: Store, removed: _Removal) -> None:
     named = [pyarrow.compute.is_in(table[name], value_set=gone) for name in ("key", "detail")]
     left = table.filter(pyarrow.compute.invert(pyarrow.compute.or_(*named)))
     if len(left) < len(table):
-        write_quarantine(store, [left])
+        write_quarantine(store, [left], read_remarks(store))
 
 
 def _crops(store: Store, storage: StorageConfig) -> pyarrow.Table:

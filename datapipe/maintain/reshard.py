@@ -24,7 +24,8 @@ from datapipe.core.parallel import Executor, Workers
 from datapipe.dataset.index import INDEX
 from datapipe.dataset.manifest import Manifest, libraries, load_unselected
 from datapipe.dataset.packed_index import ensure_packed
-from datapipe.dataset.quarantine import excluded, read_quarantine, write_quarantine
+from datapipe.dataset.quarantine import excluded, read_quarantine, read_remarks, write_quarantine
+from datapipe.dataset.remarks import Remarks
 from datapipe.dataset.tar import member_bytes
 from datapipe.ingest.ownership import claim_output, is_written
 from datapipe.ingest.pipeline import refuse_inside, write_shards
@@ -146,7 +147,11 @@ class _Resharding:
     def quarantine(self, plan: Plan, crops: Candidates) -> int:
         """Bring the lists of what was left out together, with what this plan leaves out; returns how many."""
         rows = planned(plan, crops, self.rows()) if self.config.exclude != "none" else ()
-        return sum(write_quarantine(self.store, chain(self._refused(), excluded(rows)), local=self.local).values())
+        remarks = Remarks()
+        for part in self.sets:
+            remarks.add(read_remarks(open_store(part.url, self.storage)))
+        refused = chain(self._refused(), excluded(rows))
+        return sum(write_quarantine(self.store, refused, remarks, local=self.local).values())
 
     def _hot(self, rows: pyarrow.Table) -> pyarrow.Table:
         """The columns that Candidates take."""

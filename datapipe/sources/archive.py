@@ -13,6 +13,7 @@ from typing import BinaryIO
 from datapipe.core.bounds.unpacking import FREE_BYTES, MOST_TIMES
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
+from datapipe.dataset.remarks import Remarks
 from datapipe.sources.archive_parts import Archive, list_archives, open_archive
 from datapipe.sources.base import UNIT_BYTES, UNIT_CROPS, Crop
 from datapipe.sources.labels import labelled
@@ -56,18 +57,21 @@ class ArchiveSource:
     def at(cls, place: Location) -> "ArchiveSource | None":
         return cls(place.url, place.label, place.storage) if ARCHIVES in place.kinds else None
 
-    def units(self) -> Iterator[ArchiveUnit]:
-        for archive in list_archives(self.url, self.storage):
+    def units(self, remarks: Remarks | None = None) -> Iterator[ArchiveUnit]:
+        for archive in list_archives(self.url, self.storage, remarks):
             if archive.is_zip:
-                yield from self._slices(archive)
+                yield from self._slices(archive, remarks or Remarks())
             else:
                 yield ArchiveUnit(archive, 0, 0, 0, archive.size, _digest(archive))
 
-    def read(self, unit: ArchiveUnit) -> Iterator[Crop]:
+    def read(self, unit: ArchiveUnit, remarks: Remarks | None = None) -> Iterator[Crop]:
         with open_archive(unit.archive, self.storage) as stream:
-            yield from self._zip(stream, unit) if unit.archive.is_zip else self._tar(stream, unit.archive)
+            if unit.archive.is_zip:
+                yield from self._zip(stream, unit)
+            else:
+                yield from self._tar(stream, unit.archive, remarks or Remarks())
 
-    def _slices(self, archive: Archive) -> Iterator[ArchiveUnit]:
+    def _slices(self, archive: Archive, remarks: Remarks) -> Iterator[ArchiveUnit]:
         with open_archive(archive, self.storage) as stream:
             start, size, shift = find_directory(stream, archive.volumes, archive.url)
             begin = position = start
@@ -88,6 +92,8 @@ class ArchiveSource:
                     )
                 if is_wanted(entry.name, entry.special):
                     crops, packed = crops + 1, packed + entry.packed
+                elif not is_hidden(entry.name):
+                    remarks.pass_over(entry.name)
                 if crops == UNIT_CROPS or packed >= UNIT_BYTES or position - begin >= LISTED_BYTES:
                     if crops:
                         yield ArchiveUnit(archive, begin, position - begin, shift, packed, digest.hexdigest())
@@ -103,15 +109,17 @@ class ArchiveSource:
                 data, problem = read_entry(stream, entry, unit.shift, unit.archive.url)
                 yield labelled(self.label, unit.archive.prefix + entry.name, data, problem=problem)
 
-    def _tar(self, stream: BinaryIO, archive: Archive) -> Iterator[Crop]:
+    def _tar(self, stream: BinaryIO, archive: Archive, remarks: Remarks) -> Iterator[Crop]:
         members = read_members(stream, archive.url, packed=not archive.name.lower().endswith(".tar"))
         wanted = (member for member in members if not is_hidden(member.name))
         if (ahead := look_ahead(wanted)).has_samples:
-            yield from read_samples(ahead.members, self.label, archive.prefix, archive.url)
+            yield from read_samples(ahead.members, self.label, archive.prefix, archive.url, remarks)
             return
         for member in ahead.members:
             if is_wanted(member.name, member.problem):
                 yield labelled(self.label, archive.prefix + member.name, member.data, problem=member.problem)
+            else:
+                remarks.pass_over(member.name)
 
 
 def _overlapping(archive: Archive) -> DataError:

@@ -9,6 +9,7 @@ from typing import BinaryIO, cast
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
+from datapipe.dataset.remarks import Remarks
 from datapipe.sources.location import ARCHIVE, ARCHIVES, SourceFile, file_urls, list_files
 from datapipe.storage import open_object, open_store
 from datapipe.storage.file_objects import SeekableReader
@@ -54,12 +55,12 @@ class Archive:
         return f"{self.folder.rstrip('/')}/{self.name}"
 
 
-def list_archives(url: str, storage: StorageConfig) -> Iterator[Archive]:
+def list_archives(url: str, storage: StorageConfig, remarks: Remarks | None = None) -> Iterator[Archive]:
     """The archives at a url, in the order of its listing. Raises DataError where a piece is missing."""
     named = bool(file_urls(url, storage))  # other files may join those of a folder or a pattern
     parts_of_archive: dict[tuple[str, str], list[tuple[str, SourceFile]]] = {}
     spanned: dict[tuple[str, str], list[tuple[str, SourceFile]]] = {}
-    for file in list_files(url, storage, ARCHIVES):
+    for file in list_files(url, storage, ARCHIVES, remarks):
         match = ARCHIVE.fullmatch(file.name)
         assert match  # else it were no archive
         if match["spanned"]:

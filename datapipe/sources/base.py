@@ -7,6 +7,7 @@ units in a file.
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
+from datapipe.dataset.remarks import Remarks
 from datapipe.sources.location import Location
 
 UNKNOWN = -1
@@ -36,6 +37,8 @@ class Crop(NamedTuple):
     """Frame of the video, as the source numbers them."""
     problem: str = ""
     """Why there is no image under this name: a link, a device. `data` is then empty; the scan quarantines the name."""
+    unread: tuple[str, ...] = ()
+    """Labels that are there and could not be understood, each with the reason; they are unknown here."""
 
 
 class Unit(Protocol):
@@ -57,11 +60,13 @@ class Source(Protocol):
     def label(self) -> str:
         """The source's name in keys and indexes."""
 
-    def units(self) -> Iterator[Any]:
-        """All work, always in the same order and cut in the same way. Raises DataError where there is none."""
+    def units(self, remarks: Remarks | None = None) -> Iterator[Any]:
+        """All work, always in the same order and cut in the same way; what is passed over on the way is counted in
+        `remarks`. Raises DataError where there is none."""
 
-    def read(self, unit: Any) -> Iterator[Crop]:
-        """The crops of a unit, always in the same order. Raises DataError where the source is damaged."""
+    def read(self, unit: Any, remarks: Remarks | None = None) -> Iterator[Crop]:
+        """The crops of a unit, always in the same order; `remarks` as for `units`. Raises DataError where the source is
+        damaged."""
 
 
 class Kind(Protocol):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.parallel import in_order
+from datapipe.dataset.remarks import Remarks
 from datapipe.sources.archive_parts import MOST_MEMBER_BYTES
 from datapipe.sources.base import UNIT_BYTES, UNIT_CROPS, Crop
 from datapipe.sources.labels import labelled
@@ -45,10 +46,10 @@ class FolderSource:
         holds_images = place.is_folder and IMAGES in place.kinds
         return cls(place.url, place.folder, place.label, place.storage) if holds_images else None
 
-    def units(self) -> Iterator[FolderUnit]:
+    def units(self, remarks: Remarks | None = None) -> Iterator[FolderUnit]:
         batch: list[SourceFile] = []
         size = 0
-        for file in list_files(self.url, self.storage, IMAGES):
+        for file in list_files(self.url, self.storage, IMAGES, remarks):
             batch.append(file)
             size += min(file.size, MOST_MEMBER_BYTES)  # of more, no more is read
             if len(batch) == UNIT_CROPS or size >= UNIT_BYTES:
@@ -57,7 +58,7 @@ class FolderSource:
         if batch:
             yield _unit(batch)
 
-    def read(self, unit: FolderUnit) -> Iterator[Crop]:
+    def read(self, unit: FolderUnit, remarks: Remarks | None = None) -> Iterator[Crop]:
         names = unit.names.split("\0")
         for name, data in zip(names, self._contents(names), strict=True):
             problem = TOO_LARGE * (len(data) > MOST_MEMBER_BYTES)

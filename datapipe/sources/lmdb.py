@@ -20,11 +20,12 @@ from typing import Any
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, StorageError
 from datapipe.core.plain_pickle import NamesCodeError, load_plain
+from datapipe.dataset.remarks import Remarks
 from datapipe.sources.archive_parts import MOST_MEMBER_BYTES
 from datapipe.sources.base import UNIT_CROPS, UNKNOWN, Crop
-from datapipe.sources.labels import fits
+from datapipe.sources.labels import NotUnderstood, labelled, read_number
 from datapipe.sources.lmdb_pages import LmdbFile
-from datapipe.sources.location import Location, local_path
+from datapipe.sources.location import Location, local_path, printable
 from datapipe.storage import is_remote, open_object, open_store, split_url
 
 log = logging.getLogger(__name__)
@@ -79,8 +80,8 @@ class LmdbSource:
             raise DataError(f"the source holds {len(urls)} LMDBs", where=place.url, hint="give each as its own source")
         return cls(urls[0], _find_keys(urls[0], place.storage), place.label, place.storage) if urls else None
 
-    def units(self) -> Iterator[LmdbUnit]:
-        listed = read_keys(self.keys, self.storage) if self.keys else None
+    def units(self, remarks: Remarks | None = None) -> Iterator[LmdbUnit]:
+        listed = read_keys(self.keys, self.storage, remarks) if self.keys else None
         batches = self._listed(*listed) if listed else self._stored()
         with self._opened() as file:
             most = file.total
@@ -103,7 +104,7 @@ class LmdbSource:
         if listed:
             self._compare(present, len(listed[0]))
 
-    def read(self, unit: LmdbUnit) -> Iterator[Crop]:
+    def read(self, unit: LmdbUnit, remarks: Remarks | None = None) -> Iterator[Crop]:
         pids = unit.pids or (UNKNOWN,) * len(unit.keys)
         with self._opened() as file:
             for key, pid in zip(unit.keys, pids, strict=True):
@@ -114,7 +115,8 @@ class LmdbSource:
                 problem = "listed in keys.pkl, but not in the LMDB" if value is None else value.problem
                 if large:
                     problem = f"larger than {MOST_MEMBER_BYTES:,} bytes"
-                yield Crop(self.label, key, data, pid, video=video, problem=problem)
+                crop = labelled(self.label, key, data, problem=problem)
+                yield crop._replace(pid=pid if unit.pids else crop.pid, video=video)
 
     def _listed(self, keys: list[str], pids: list[int]) -> Iterator[Batch]:
         """As keys.pkl has it; size -1 where a key is not in the LMDB."""
@@ -151,8 +153,9 @@ class LmdbSource:
         return LmdbFile(str(path), where=self.data)
 
 
-def read_keys(url: str, storage: StorageConfig) -> tuple[list[str], list[int]]:
-    """(keys, persons) of a keys.pkl; no persons where it is a plain list. Raises DataError for anything else."""
+def read_keys(url: str, storage: StorageConfig, remarks: Remarks | None = None) -> tuple[list[str], list[int]]:
+    """(keys, persons) of a keys.pkl; no persons where it is a plain list. Raises DataError for anything else. What
+    stands beside these in it is counted in `remarks`."""
     folder, name = split_url(url)
     pickled = open_store(folder, storage).read_small(name, MOST_KEYS_BYTES, what=KEYS)
     try:
@@ -175,12 +178,16 @@ def read_keys(url: str, storage: StorageConfig) -> tuple[list[str], list[int]]:
     if _is_list(keys, str | bytes) and sum(map(len, keys)) > KEYS_TIMES * max(len(pickled), KEYS_FREE):
         raise DataError(f"{KEYS} holds the same long keys many times", where=url,
                         hint="without it, all keys of the LMDB are read")  # fmt: skip
-    if not _is_list(keys, str | bytes) or not _are_pids(pids) or len(pids) not in (0, len(keys)):
+    pids = _pids(pids)
+    if not _is_list(keys, str | bytes) or pids is None or len(pids) not in (0, len(keys)):
         raise DataError(
             f'{KEYS} holds no list of keys, nor a dict of "keys" and as many "pids" of at most 32 bits',
             where=url,
             hint="without it, all keys of the LMDB are read",
         )
+    if isinstance(unpickled, dict) and remarks is not None:
+        for beside in unpickled.keys() - {"keys", "pids"}:
+            remarks.unread_labels[f"{printable(str(beside))} in {KEYS}"] += len(keys)
     return [key if isinstance(key, str) else key.decode("utf-8", "surrogateescape") for key in keys], list(pids)
 
 
@@ -226,8 +233,13 @@ def _is_list(value: Any, kind: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(item, kind) for item in value)
 
 
-def _are_pids(value: Any) -> bool:
-    return _is_list(value, int) and all(fits("pid", pid) for pid in value)
+def _pids(value: Any) -> list[int] | None:
+    """Persons as whole numbers, UNKNOWN where one is missing; None where they are none."""
+    try:
+        numbers = [read_number("pid", pid) for pid in value] if isinstance(value, list | tuple) else None
+    except NotUnderstood:
+        return None
+    return None if numbers is None else [UNKNOWN if number is None else number for number in numbers]
 
 
 def _encoded(key: str) -> bytes:

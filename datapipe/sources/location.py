@@ -12,6 +12,7 @@ import braceexpand
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, NotFoundError
+from datapipe.dataset.remarks import Remarks
 from datapipe.storage import Entry, is_remote, open_store, split_url
 from datapipe.storage.url_patterns import find_pattern, nothing_meets
 
@@ -134,8 +135,9 @@ def is_hidden(name: str) -> bool:
     return any((part.startswith(".") and part not in (".", "..")) or part in LEFTOVERS for part in name.split("/"))
 
 
-def list_files(url: str, storage: StorageConfig, kind: str) -> Iterator[SourceFile]:
-    """The files of one kind at a url, sorted; those of a brace pattern in its order.
+def list_files(url: str, storage: StorageConfig, kind: str, remarks: Remarks | None = None) -> Iterator[SourceFile]:
+    """The files of one kind at a url, sorted; those of a brace pattern in its order. Others that are no crops are
+    counted in `remarks`, but for hidden ones.
 
     A parquet file beside an archive of the same name is its index, in our shards and in img2dataset's, and is passed
     over. Raises DataError where a folder holds files of another kind that are crops as well.
@@ -156,6 +158,8 @@ def list_files(url: str, storage: StorageConfig, kind: str) -> Iterator[SourceFi
             indexes[_stem(entry.name)] = entry.name
         elif file_kind:
             raise _mixed(above, entry.name, kind, file_kind)
+        elif remarks is not None and not is_hidden(entry.name):
+            remarks.pass_over(entry.name)
     for name in indexes.values():
         raise _mixed(above, name, kind, TABLES)
 

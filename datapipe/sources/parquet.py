@@ -21,8 +21,9 @@ from datapipe.core.bounds.parquet_pages import (
 )
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
+from datapipe.dataset.remarks import Remarks
 from datapipe.sources.base import UNIT_BYTES, UNIT_CROPS, Crop
-from datapipe.sources.labels import LABELS, labelled
+from datapipe.sources.labels import is_label, labelled
 from datapipe.sources.location import TABLE_ENDINGS, TABLES, Location, SourceFile, list_files
 from datapipe.storage import open_object, open_store
 
@@ -65,18 +66,19 @@ class ParquetSource:
     def at(cls, place: Location) -> "ParquetSource | None":
         return cls(place.url, place.label, place.storage) if TABLES in place.kinds else None
 
-    def units(self) -> Iterator[ParquetUnit]:
-        for file in list_files(self.url, self.storage, TABLES):
+    def units(self, remarks: Remarks | None = None) -> Iterator[ParquetUnit]:
+        for file in list_files(self.url, self.storage, TABLES, remarks):
             with self._opened(file.folder, file.name) as (opened, table):
                 refuse_many_rows(table.metadata.num_rows, file.size)
-                yield from _units(
-                    opened, table, file, "" if file.url == self.url or file.name == self.url else f"{file.name}/"
-                )
+                prefix = "" if file.url == self.url or file.name == self.url else f"{file.name}/"
+                yield from _units(opened, table, file, prefix, remarks)
 
-    def read(self, unit: ParquetUnit) -> Iterator[Crop]:
+    def read(self, unit: ParquetUnit, remarks: Remarks | None = None) -> Iterator[Crop]:
         row = unit.first_row
         with self._opened(unit.folder, unit.file) as (file, table):
-            columns = [unit.image, *({unit.name, *LABELS} & set(table.schema_arrow.names) - {unit.image})]
+            names = dict.fromkeys(table.schema_arrow.names)
+            columns = [unit.image, *(name for name in names if name == unit.name or is_label(name))]
+            columns = list(dict.fromkeys(columns))
             most = rows_at_once(measured(file, table, columns, unit.groups), ROWS_AT_ONCE)
             if unit.bytes > LARGE_GROUP_BYTES:
                 table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=BUFFER_BYTES)
@@ -93,7 +95,8 @@ class ParquetSource:
         if not isinstance(image, dict):
             image = {"bytes": image}
         given = image.get("path") if unit.name == f"{unit.image}.path" else record.get(unit.name)
-        name = f"{row:09d}" if not unit.name else f"{given or ''}#{row}" if unit.repeated else str(given)
+        text = given.decode("utf-8", "surrogateescape") if isinstance(given, bytes) else str(given)
+        name = f"{row:09d}" if not unit.name else f"{text if given else ''}#{row}" if unit.repeated else text
         data = image["bytes"]
         problem = f"a path without bytes: {image.get('path')}" if image.get("path") else "an empty cell"
         return labelled(self.label, unit.prefix + name, data or b"", record, problem=problem if data is None else "")
@@ -113,10 +116,13 @@ class ParquetSource:
 
 
 def _units(
-    opened: BinaryIO, table: pyarrow.parquet.ParquetFile, file: SourceFile, prefix: str
+    opened: BinaryIO, table: pyarrow.parquet.ParquetFile, file: SourceFile, prefix: str, remarks: Remarks | None
 ) -> Iterator[ParquetUnit]:
     image = find_image_column(table.schema_arrow, file.url)
     name = find_name_column(table.schema_arrow, image)
+    if remarks is not None:
+        for column in _unread_names(table.schema_arrow, image, name):
+            remarks.unread_labels[f"names in {column}"] += table.metadata.num_rows
     repeated = bool(name) and not _are_names(opened, table, name)
     groups: list[int] = []
     first = row = size = total = 0
@@ -155,18 +161,39 @@ def find_image_column(schema: pyarrow.Schema, where: str) -> str:
 
 def find_name_column(schema: pyarrow.Schema, image: str) -> str:
     """The column of the names, "image.path" for that of a struct; empty where there is none."""
-    kinds = (pyarrow.string(), pyarrow.large_string(), pyarrow.int32(), pyarrow.int64())
-    named = [name for name in NAME_COLUMNS if name in schema.names and schema.field(name).type in kinds]
+    present = [name for name in NAME_COLUMNS if name in schema.names and name != image]
+    named = [name for name in present if _holds_names(schema.field(name).type)]
     if named:
         return named[0]
     kind = schema.field(image).type
     return f"{image}.path" if pyarrow.types.is_struct(kind) and kind.get_field_index("path") >= 0 else ""
 
 
+def _unread_names(schema: pyarrow.Schema, image: str, name: str) -> list[str]:
+    """Columns called as those of names are, where none of them was taken: "path (list<element: string>)"."""
+    if name and not name.startswith(f"{image}."):
+        return []
+    others = (schema.field(column) for column in NAME_COLUMNS if column in schema.names and column != image)
+    return [f"{field.name} ({field.type})" for field in others if not _holds_bytes(field.type)]
+
+
+def _holds_names(kind: pyarrow.DataType) -> bool:
+    types = pyarrow.types
+    if types.is_dictionary(kind):
+        return _holds_names(kind.value_type)
+    is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    return bool(is_text or types.is_integer(kind) or _is_binary(kind))
+
+
+def _is_binary(kind: pyarrow.DataType) -> bool:
+    types = pyarrow.types
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
+
+
 def _holds_bytes(kind: pyarrow.DataType) -> bool:
     if pyarrow.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
-    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+    return _holds_bytes(kind.value_type) if pyarrow.types.is_dictionary(kind) else _is_binary(kind)
 
 
 def _are_names(opened: BinaryIO, table: pyarrow.parquet.ParquetFile, column: str) -> bool:
@@ -178,5 +205,6 @@ def _are_names(opened: BinaryIO, table: pyarrow.parquet.ParquetFile, column: str
         names = [value.get("path") if isinstance(value, dict) else value for value in values]
         if None in names:
             return False
-        hashes.append(np.array([xxhash.xxh3_64_intdigest(str(name).encode()) for name in names], np.uint64))
+        texts = (name if isinstance(name, bytes) else str(name).encode() for name in names)
+        hashes.append(np.array([xxhash.xxh3_64_intdigest(text) for text in texts], np.uint64))
     return not hashes or len(np.unique(np.concatenate(hashes))) == sum(map(len, hashes))

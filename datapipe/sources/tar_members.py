@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 from datapipe.core.bounds.text_trees import parse_json
 from datapipe.core.bounds.unpacking import ERRORS, gzip_parts, pieces
 from datapipe.core.errors import DataError
+from datapipe.dataset.remarks import Remarks
 from datapipe.sources.archive_parts import MOST_MEMBER_BYTES, plain_name
 from datapipe.sources.base import Crop
 from datapipe.sources.labels import labelled
@@ -270,7 +271,9 @@ def look_ahead(members: Iterator[Member]) -> TarContents:
     return TarContents(has_samples, chain(first, members))
 
 
-def read_samples(members: Iterator[Member], label: str, prefix: str, url: str) -> Iterator[Crop]:
+def read_samples(
+    members: Iterator[Member], label: str, prefix: str, url: str, remarks: Remarks | None = None
+) -> Iterator[Crop]:
     """The images of all samples, with the labels of the .json beside them; links and the like come last.
 
     Raises DataError where two members have the same name, or labels are not JSON.
@@ -292,6 +295,8 @@ def read_samples(members: Iterator[Member], label: str, prefix: str, url: str) -
             key = _key(member.name)
             if held > MOST_SAMPLE_BYTES:
                 raise ValueError(f"the sample {key!r} has more than {MOST_SAMPLE_BYTES:,} bytes")
+            if remarks is not None and not is_image(member.name) and not member.name.lower().endswith(".json"):
+                remarks.pass_over(member.name)
             yield {"fname": member.name, "data": member.data, "__url__": url}
 
     try:
@@ -312,18 +317,24 @@ def _key(name: str) -> str:
 
 
 def _crops(sample: dict[str, object], label: str, prefix: str) -> Iterator[Crop]:
-    record = _record(sample)
+    records = {ending.lower(): _record(sample, ending) for ending in sample if _is_json(ending)}
     for ending, data in sample.items():
         if not ending.startswith("__") and ("." + ending).lower().endswith(IMAGE_ENDINGS):
-            yield labelled(label, f"{prefix}{sample['__key__']}.{ending}", cast(bytes, data), record)
+            own = f"{ending.lower().rpartition('.')[0]}.json".removeprefix(".")  # "cam1.0007.jpg" has "cam1.0007.json"
+            record, unread = records.get(own) or records.get("json") or ({}, ())
+            crop = labelled(label, f"{prefix}{sample['__key__']}.{ending}", cast(bytes, data), record)
+            yield crop._replace(unread=(*crop.unread, *unread))
 
 
-def _record(sample: dict[str, object]) -> dict[str, Any]:
-    text = sample.get("json")
-    if not isinstance(text, bytes):
-        return {}
+def _is_json(ending: str) -> bool:
+    return not ending.startswith("__") and f".{ending.lower()}".endswith(".json")
+
+
+def _record(sample: dict[str, object], ending: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(what a JSON file of a sample says, what is not understood of it)."""
     try:
-        record = parse_json(text)
+        record = parse_json(cast(bytes, sample[ending]))
     except ValueError as error:
-        raise ValueError(f"{sample['__key__']}.json is not JSON: {error}") from error
-    return record if isinstance(record, dict) else {}
+        raise ValueError(f"{sample['__key__']}.{ending} is not JSON: {error}") from error
+    no_object = (f"JSON that is no object but a {type(record).__name__}",)
+    return (record, ()) if isinstance(record, dict) else ({}, no_object)

@@ -17,6 +17,7 @@ import simplejpeg
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.core.image_formats import MOST_PIXELS
+from datapipe.dataset.remarks import Remarks
 from datapipe.formats.images import Undecodable, decode_image
 from datapipe.sources.base import Crop
 from datapipe.sources.location import (
@@ -28,6 +29,7 @@ from datapipe.sources.location import (
     VIDEOS,
     Location,
     file_urls,
+    is_hidden,
     is_image,
     kind_of,
     list_entries,
@@ -98,7 +100,7 @@ class VideoSource:
             return cls(place.url, place.label, place.storage, place.jpeg_quality)
         return None
 
-    def units(self) -> Iterator[VideoUnit]:
+    def units(self, remarks: Remarks | None = None) -> Iterator[VideoUnit]:
         files = file_urls(self.url, self.storage)
         for folder, name in map(split_url, files):
             store = open_store(folder, self.storage)
@@ -107,9 +109,9 @@ class VideoSource:
             yield from _pair(folder, self.label, [Entry(each, store.size(each)) for each in (name, *beside)])
         if not files:
             above, entries = list_entries(self.url, self.storage)
-            yield from _pair(above, self.label, entries)
+            yield from _pair(above, self.label, entries, remarks)
 
-    def read(self, unit: VideoUnit) -> Iterator[Crop]:
+    def read(self, unit: VideoUnit, remarks: Remarks | None = None) -> Iterator[Crop]:
         store = open_store(unit.folder, self.storage)
         data, where = store.read(unit.boxes), store.address(unit.boxes)
         if unit.boxes.lower().endswith(TABLE_ENDINGS):
@@ -220,7 +222,7 @@ class _Footage:
         self.digest.update(f"{entry.name}\0{entry.size}\0".encode("utf-8", "surrogateescape"))
 
 
-def _pair(folder: str, label: str, entries: Iterable[Entry]) -> Iterator[VideoUnit]:
+def _pair(folder: str, label: str, entries: Iterable[Entry], remarks: Remarks | None = None) -> Iterator[VideoUnit]:
     """Videos and sequences with their boxes; `label` is the name of a sequence that is the folder itself."""
     footage_of_video: dict[str, _Footage] = {}
     beside: dict[str, Entry] = {}
@@ -242,6 +244,8 @@ def _pair(folder: str, label: str, entries: Iterable[Entry]) -> Iterator[VideoUn
             )
         elif entry.name.lower().endswith(BOX_ENDINGS):
             beside[entry.name] = entry
+        elif remarks is not None and not is_hidden(entry.name):
+            remarks.pass_over(entry.name)
     for name, footage in sorted(footage_of_video.items()):
         boxes = next((beside[place] for place in footage.boxes if place in beside), None)
         if boxes is None:

@@ -11,7 +11,7 @@ from datapipe.core.bounds.parquet_pages import read_table as read_parquet
 from datapipe.core.errors import DataError
 from datapipe.formats.text import NoText, decode_text
 from datapipe.sources.base import UNKNOWN
-from datapipe.sources.labels import NUMBERS
+from datapipe.sources.labels import NUMBERS, is_label, plain_key
 
 MOT_COLUMNS = 6
 """frame, track, left, top, width, height; what follows is not needed, but for the flag of the ground truth."""
@@ -74,6 +74,7 @@ def read_table(data: bytes, where: str) -> Boxes:
     """
     try:
         table = read_parquet(data)
+        table = table.rename_columns([_plain(name) for name in table.column_names])
         frame = _column(table, NUMBERS["frame"])
         track = _column(table, (*NUMBERS["track"], "id"))
         corners = _corners(table)
@@ -89,6 +90,11 @@ def read_table(data: bytes, where: str) -> Boxes:
         )
     unknown = np.full(len(frame), UNKNOWN)
     return _sorted(frame, unknown if track is None else track, corners, np.ones(len(frame), bool), 0, where)
+
+
+def _plain(name: str) -> str:
+    """Labels as they are looked for; other columns as they are called."""
+    return plain_key(name) if is_label(name) else name
 
 
 def _sorted(

@@ -114,6 +114,8 @@ def list_entries(stream: BinaryIO, start: int, size: int, volumes: Sequence[int]
         if disk >= len(volumes):
             raise volumes_missing(url)
         name = _text(rest[:name_size], flags)
+        if system not in (UNIX, DARWIN):
+            name = name.replace("\\", "/")  # as PowerShell writes them, against the book
         if not name.endswith("/"):
             special = _special(attributes >> 16) if system in (UNIX, DARWIN) else ""
             yield ZipEntry(

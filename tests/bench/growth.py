@@ -29,6 +29,7 @@ import numpy as np
 
 from datapipe.core.config import ShardConfig, StorageConfig, StreamConfig
 from datapipe.dataset.manifest import Manifest
+from datapipe.dataset.remarks import Remarks
 from datapipe.dataset.tar import member_bytes
 from datapipe.ingest.pipeline import ingest_sources
 from datapipe.ingest.shard_plan import Candidates, plan_shards, repeated
@@ -185,7 +186,7 @@ class RepeatedCrops:
     count: int
     label: str = "repeated"
 
-    def units(self) -> Iterator[Stretch]:
+    def units(self, remarks: Remarks | None = None) -> Iterator[Stretch]:
         mean = sum(map(len, _jpegs(self.folder))) // len(_jpegs(self.folder))
         for first in range(0, self.count, UNIT):
             end = min(first + UNIT, self.count)
@@ -194,7 +195,7 @@ class RepeatedCrops:
     def unit(self, fields: dict[str, Any]) -> Stretch:
         return Stretch(**fields)
 
-    def read(self, unit: Stretch) -> Iterator[Crop]:
+    def read(self, unit: Stretch, remarks: Remarks | None = None) -> Iterator[Crop]:
         jpegs = _jpegs(self.folder)
         for number in range(unit.first, unit.end):
             yield Crop(self.label, f"{number:09d}.jpg", jpegs[number % len(jpegs)], pid=number // 50, frame=number)

@@ -9,6 +9,7 @@ import pytest
 
 from datapipe.core.errors import DataError
 from datapipe.sources import parquet
+from datapipe.sources.base import Crop
 from tests.conftest import S3Server
 from tests.datapipe.sources.read_source import crops, units
 
@@ -40,8 +41,8 @@ def test_parquet__with_plain_bytes_and_labels(tmp_path: Path) -> None:
         },
     )
     first, second = crops(f"{tmp_path}/x.parquet")
-    assert first == ("x.parquet", "a.jpg", b"one", 3, 1, "v", 5, 10, "")
-    assert second == ("x.parquet", "0007_c2_b.jpg", b"two", 7, 2, "", 6, 11, "")
+    assert first == Crop("x.parquet", "a.jpg", b"one", 3, 1, "v", 5, 10)
+    assert second == Crop("x.parquet", "0007_c2_b.jpg", b"two", 7, 2, "", 6, 11)
 
 
 def test_parquet__as_hugging_face_writes_it(tmp_path: Path) -> None:

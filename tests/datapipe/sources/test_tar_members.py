@@ -38,8 +38,8 @@ def test_shards__give_images_names_and_labels(tar: Path) -> None:
     assert read(str(tar)) == [
         Crop("000.tar", "0007_c2s1_01.jpg", b"one", 7, 2),
         Crop("000.tar", "people/x.jpg", b"two", 12, 3),
-        Crop("000.tar", "y.left.PNG", b"three"),
-        Crop("000.tar", "y.right.png", b"four"),
+        Crop("000.tar", "y.left.PNG", b"three", unread=("JSON that is no object but a list",)),
+        Crop("000.tar", "y.right.png", b"four", unread=("JSON that is no object but a list",)),
     ]
 
 
@@ -47,14 +47,19 @@ def test_shards__take_all_labels_from_the_record_and_then_from_the_name(tmp_path
     record = {"person_id": 3, "track": 5, "frame_id": 6, "video": "v.mp4", "camera": "left"}
     with webdataset.TarWriter(str(tmp_path / "x.tar")) as writer:
         writer.write({"__key__": "0007_c2s1_01", "jpg": b"one", "json": record})
-    assert read(f"{tmp_path}/x.tar") == [Crop("x.tar", "0007_c2s1_01.jpg", b"one", 3, 2, "v.mp4", 5, 6)]
+    assert read(f"{tmp_path}/x.tar") == [
+        Crop("x.tar", "0007_c2s1_01.jpg", b"one", 3, 2, "v.mp4", 5, 6, unread=("camera (no whole number)",))
+    ]
 
 
 def test_shards__labels_that_no_index_holds_are_unknown(tmp_path: Path) -> None:
     record = {"pid": 1 << 31, "camera": 1 << 15, "track": 1 << 63, "frame": 1 << 62, "video": "\ud800 1"}
     with webdataset.TarWriter(str(tmp_path / "x.tar")) as writer:
         writer.write({"__key__": "0007_c2s1_01", "jpg": b"one", "json": record})
-    assert read(f"{tmp_path}/x.tar") == [Crop("x.tar", "0007_c2s1_01.jpg", b"one", 7, 2, "\\ud800 1", -1, 1 << 62)]
+    assert read(f"{tmp_path}/x.tar") == [
+        Crop("x.tar", "0007_c2s1_01.jpg", b"one", 7, 2, "\\ud800 1", -1, 1 << 62,
+             unread=("pid (beyond 32 bits)", "camera (beyond 16 bits)", "track (beyond 64 bits)"))
+    ]  # fmt: skip
 
 
 def test_shards__of_one_source_may_use_the_same_names(tar: Path, s3: S3Server) -> None:

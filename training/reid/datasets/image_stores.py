@@ -1,5 +1,6 @@
 """Where the images of a data set are read from: a folder or prefix of files, or shards made by `datapipe`."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,13 +15,15 @@ from numpy.typing import NDArray
 
 from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.core.errors import NotFoundError
-from datapipe.core.progress import QUIET_S, Progress
+from datapipe.core.progress import QUIET_S, Progress, counted
 from datapipe.dataset.manifest import Manifest, manifest_files
+from datapipe.dataset.remarks import Remarks
 from datapipe.sources.base import UNKNOWN
+from datapipe.sources.location import is_hidden, is_image
 from datapipe.storage import Store, open_store
 from datapipe.stream.open_manifest import Opened, open_manifest
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
+log = logging.getLogger(__name__)
 READS = 16
 """Images read at once for their hashes."""
 PEEKED = 1_000
@@ -104,15 +107,23 @@ class FolderImages(ImageStore):
         return self._images[folder]
 
     def _list(self, folder: str) -> list[ImageEntry]:
+        """By the rule by which ingestion takes files for images; others are counted in the log."""
+        images, remarks = [], Remarks()
         try:
-            entries = [entry for entry in self.store.at(folder).list() if entry.name.lower().endswith(IMAGE_SUFFIXES)]
+            for entry in self.store.at(folder).list():
+                if is_image(entry.name):
+                    images.append(ImageEntry(f"{folder}/{entry.name}", entry.size))
+                elif not is_hidden(entry.name):
+                    remarks.pass_over(entry.name)
         except NotFoundError:
             return []
-        return sorted(ImageEntry(f"{folder}/{entry.name}", entry.size) for entry in entries)
+        for line in remarks.lines():
+            log.warning("%s: %s", self.store.address(folder), line)
+        return sorted(images)
 
     def has(self, folder: str) -> bool:
         try:
-            return any(entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in self.store.at(folder).list())
+            return any(is_image(entry.name) for entry in self.store.at(folder).list())
         except NotFoundError:
             return False
 
@@ -149,6 +160,10 @@ class ShardImages(ImageStore):
         super().__init__(store)
         self._storage = storage
         self._shards = [(folder, _opened(manifest, storage)) for folder, manifest in manifests]
+        for _, manifest in manifests:
+            if manifest.quarantined:
+                log.warning("%s: %s of its sources not in these shards, quarantined: scores may differ from those of the "
+                            "sources", manifest.url, counted(manifest.quarantined, "image"))  # fmt: skip
 
     @cached_property
     def _rows(self) -> dict[str, _Row]:

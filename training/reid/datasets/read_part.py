@@ -12,7 +12,7 @@ import numpy as np
 
 from datapipe.core.errors import DataError
 from datapipe.formats.text import decode_text
-from datapipe.sources.labels import fits
+from datapipe.sources.labels import WIDTHS, fits
 from training.reid.datasets.benchmarks import DiskLayout, SplitFacts
 from training.reid.datasets.image_stores import ImageEntry, ImageStore
 from training.reid.datasets.reid_set import JUNK, Labelled
@@ -123,30 +123,36 @@ def _matlab_rows(data: bytes, column: str) -> list[tuple[str, int | None]]:
 
 
 def _rows(source: ImageStore, present: Iterable[Found], layout: DiskLayout) -> Iterator[Row]:
-    name, unlabelled = re.compile(layout.name), []
+    name, unlabelled, beyond = re.compile(layout.name), [], []
     for entry, listed, camera in present:
         label = entry.label or _label(name, entry.path, camera)
         if label is None:
             unlabelled.append(entry.path)
+        elif not fits("camera", label[1]) or not -(1 << 63) <= label[0] < 1 << 63:
+            beyond.append(entry.path)
         else:
             yield entry.path, label[0] if listed is None else listed, label[1] if camera is None else camera
+    and_camera, hint = " and camera", "<identity>_c<camera>..., for example 0002_c1s1_000451_03.jpg"
+    if "camera" not in name.groupindex:
+        and_camera, hint = "", "<identity>_..., for example 001_01.jpg"
     if unlabelled:
-        and_camera, hint = " and camera", "<identity>_c<camera>..., for example 0002_c1s1_000451_03.jpg"
-        if "camera" not in name.groupindex:
-            and_camera, hint = "", "<identity>_..., for example 001_01.jpg"
         raise DataError(
             f"{len(unlabelled)} images carry no identity{and_camera} in their name",
             where=source.store.address(unlabelled[0]),
+            hint=f"name them {hint}",
+        )
+    if beyond:
+        raise DataError(
+            f"{len(beyond)} images have a number in their name that is too large: identities take up to 64 bits, "
+            f"cameras up to {WIDTHS['camera']}; is it a date?",
+            where=source.store.address(beyond[0]),
             hint=f"name them {hint}",
         )
 
 
 def _label(name: re.Pattern[str], path: str, camera_of_folder: int | None) -> tuple[int, int] | None:
     match = name.match(PurePosixPath(path).name)
-    if match is None:
-        return None
-    pid, camera = int(match["pid"]), camera_of_folder or int(match["camera"])
-    return (pid, camera) if fits("pid", pid) and fits("camera", camera) else None  # "0001_c20231231": a date
+    return (int(match["pid"]), camera_of_folder or int(match["camera"])) if match else None
 
 
 def _refuse_empty_files(source: ImageStore, entries: list[ImageEntry]) -> None:

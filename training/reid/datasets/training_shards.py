@@ -8,8 +8,10 @@ from functools import cached_property
 from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.dataset.manifest import Manifest
+from datapipe.dataset.remarks import Remarks
 from datapipe.ingest.pipeline import ingest_sources
 from datapipe.sources.base import UNIT_CROPS, Crop
+from datapipe.sources.labels import WIDTHS, fits
 from training.reid.datasets.image_stores import ImageStore, open_source
 from training.reid.datasets.reid_set import ReIDSet
 
@@ -50,6 +52,9 @@ class TrainingPart:
         if reid.train is None:
             raise DataError("this data set has no images to train on", where=reid.images.url,
                             hint="fine-tuning needs its training part, e.g. bounding_box_train")  # fmt: skip
+        if beyond := [int(pid) for pid in reid.train.pids if not fits("pid", int(pid))]:
+            raise DataError(f"an identity is too large to be trained on: {beyond[0]} takes over {WIDTHS['pid']} bits",
+                            where=reid.images.url, hint="number them anew, from 0")  # fmt: skip
         paths = reid.train.paths.tolist()
         sizes = _sizes(open_source(reid.images.url, storage), paths)
         rows = list(zip(paths, reid.train.pids.tolist(), (reid.train.cameras + 1).tolist(), sizes, strict=True))
@@ -60,10 +65,10 @@ class TrainingPart:
     def _images(self) -> ImageStore:
         return open_source(self.url, self.storage)
 
-    def units(self) -> Iterator[Stretch]:
+    def units(self, remarks: Remarks | None = None) -> Iterator[Stretch]:
         yield from self.stretches
 
-    def read(self, unit: Stretch) -> Iterator[Crop]:
+    def read(self, unit: Stretch, remarks: Remarks | None = None) -> Iterator[Crop]:
         for path, pid, camera, _ in unit.images:
             yield Crop(self.label, path, self._images.read(path), pid, camera)
 

@@ -162,8 +162,8 @@ class ShardImages(ImageStore):
         self._shards = [(folder, _opened(manifest, storage)) for folder, manifest in manifests]
         for _, manifest in manifests:
             if manifest.quarantined:
-                log.warning("%s: %s of its sources not in these shards, quarantined: scores may differ from those of the "
-                            "sources", manifest.url, counted(manifest.quarantined, "image"))  # fmt: skip
+                log.warning("%s: %s of its sources not in these shards, quarantined: scores may differ from those of "
+                            "the sources", manifest.url, counted(manifest.quarantined, "image"))  # fmt: skip
 
     @cached_property
     def _rows(self) -> dict[str, _Row]:

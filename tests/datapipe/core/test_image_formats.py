@@ -18,7 +18,7 @@ from datapipe.ingest.screen import Refused, screen
 from datapipe.views.decode import decode
 from tests.datapipe.sources.read_source import crops
 from training.reid.colour_histogram import _rgb
-from training.reid.embed import _decode_with_pil
+from training.reid.embed import decode as embed_decode
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_images__of_other_formats_run_nothing_and_are_none(tmp_path: Path, monke
         with pytest.raises(ValueError, match="not an image"):
             decode(data)
         with pytest.raises(DataError):
-            _decode_with_pil(data, "x.jpg")
+            embed_decode(data, "x.jpg")
         with pytest.raises(DataError, match="not an image"):
             _rgb(data)
 

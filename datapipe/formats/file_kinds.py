@@ -54,6 +54,9 @@ _TEXTS = (
     (re.compile(r"<\?xml|<[A-Za-z]"), "XML"),
     (re.compile(r"[{\[]"), "JSON"),
 )
+TAR, GZIP, ZIP, PARQUET = "a tar", "compressed by gzip", "a zip", "a parquet file"
+EMPTY = ("an empty file", "nothing but zeros")
+"""What damage leaves of any kind of file."""
 LOOKED_AT = 1024
 """Bytes at the beginning of a file that tell what it is."""
 TAR_MAGIC, TAR_PLACE = b"ustar", 257
@@ -66,15 +69,15 @@ def kind_of_bytes(start: bytes) -> str:
     At least the first 512 bytes are needed to tell a tar, the first LOOKED_AT to tell a text.
     """
     if not start:
-        return "an empty file"
+        return EMPTY[0]
     start = start[:LOOKED_AT]
+    if start[TAR_PLACE : TAR_PLACE + len(TAR_MAGIC)] == TAR_MAGIC:
+        return TAR
     for pattern, what in _KINDS:
         if pattern.match(start):
             return what
-    if start[TAR_PLACE : TAR_PLACE + len(TAR_MAGIC)] == TAR_MAGIC:
-        return "a tar"
     if not start.strip(b"\0"):
-        return "nothing but zeros"
+        return EMPTY[1]
     return _text_kind(start)
 
 
@@ -89,3 +92,14 @@ def _text_kind(start: bytes) -> str:
             return ""
     text = text.lstrip("\ufeff \t\r\n")
     return next((what for pattern, what in _TEXTS if pattern.match(text)), "a text")
+
+
+def other_hint(kind: str) -> str:
+    """What to try with a file that is of another kind than its name says."""
+    if kind == ZIP:
+        return "give it an ending that says so: .zip"
+    if kind == GZIP or kind.startswith("compressed by"):
+        return "unpack it once, or pack it with gzip: .tar.gz"
+    if "page" in kind or "message" in kind or "pointer" in kind or kind == "a text":
+        return "look into it: the server sent this in place of the archive; fetch it by another way"
+    return "look what it is, and give it the ending of that"

@@ -110,7 +110,7 @@ class ArchiveSource:
                 yield labelled(self.label, unit.archive.prefix + entry.name, data, problem=problem)
 
     def _tar(self, stream: BinaryIO, archive: Archive, remarks: Remarks) -> Iterator[Crop]:
-        members = read_members(stream, archive.url, packed=not archive.name.lower().endswith(".tar"))
+        members = read_members(stream, archive.url)
         wanted = (member for member in members if not is_hidden(member.name))
         if (ahead := look_ahead(wanted)).has_samples:
             yield from read_samples(ahead.members, self.label, archive.prefix, archive.url, remarks)

@@ -22,6 +22,7 @@ from datapipe.core.bounds.parquet_pages import (
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.dataset.remarks import Remarks
+from datapipe.formats.file_kinds import EMPTY, LOOKED_AT, PARQUET, kind_of_bytes, other_hint
 from datapipe.sources.base import UNIT_BYTES, UNIT_CROPS, Crop
 from datapipe.sources.labels import is_label, labelled
 from datapipe.sources.location import TABLE_ENDINGS, TABLES, Location, SourceFile, list_files
@@ -108,6 +109,10 @@ class ParquetSource:
             with open_object(store, name) as file, open_parquet(file) as table:
                 yield file, table
         except (pyarrow.ArrowException, OSError) as error:
+            kind = kind_of_bytes(store.read(name, start=0, size=LOOKED_AT))
+            if kind not in ("", PARQUET, *EMPTY):
+                what = f"this is no parquet file: {kind}"
+                raise DataError(what, where=store.address(name), hint=other_hint(kind)) from error
             raise DataError(
                 f"the parquet file cannot be read: {error}",
                 where=store.address(name),

@@ -13,6 +13,7 @@ from datapipe.core.bounds.text_trees import parse_json
 from datapipe.core.bounds.unpacking import ERRORS, gzip_parts, pieces
 from datapipe.core.errors import DataError
 from datapipe.dataset.remarks import Remarks
+from datapipe.formats.file_kinds import EMPTY, LOOKED_AT, TAR, kind_of_bytes, other_hint
 from datapipe.sources.archive_parts import MOST_MEMBER_BYTES, plain_name
 from datapipe.sources.base import Crop
 from datapipe.sources.labels import labelled
@@ -21,7 +22,8 @@ from datapipe.sources.location import IMAGE_ENDINGS, is_image
 BLOCK = tarfile.BLOCKSIZE
 END_BYTES = 2 * BLOCK
 """A tar ends with two blocks of zeros; one that does not was cut."""
-LOOKED_AT, LOOKED_BYTES = 64, 16 << 20
+GZIP_START = b"\x1f\x8b"
+LOOKED_AT_FIRST, LOOKED_BYTES = 64, 16 << 20
 """Members, and bytes, at the beginning of a tar that tell whether it holds samples."""
 MOST_HEADER_BYTES, MOST_HEADERS_BYTES = 1 << 20, 4 << 20
 """Of a long name or of a pax header, and of all that stand before one member, those for all members included."""
@@ -57,13 +59,18 @@ class Member(NamedTuple):
     """A link (never followed), a device, too large; otherwise empty."""
 
 
-def read_members(stream: BinaryIO, url: str, *, packed: bool) -> Iterator[Member]:
-    """All members but folders; `packed`: with gzip. Raises DataError where the tar is cut or damaged.
+def read_members(stream: BinaryIO, url: str) -> Iterator[Member]:
+    """All members but folders, of a tar or of one in gzip, as its first bytes tell and not its name. Raises DataError
+    where it is neither, cut or damaged.
 
     tarfile parses the headers, but does not follow them: it would hold names of any length, and go on for ever for the
     sizes that some state.
     """
-    if not packed:
+    packed = _start(stream).startswith(GZIP_START)
+    if packed:
+        _refuse_others(_unpacked_start(stream), url, within="gzip, but no tar in it")
+    else:
+        _refuse_others(_start(stream), url, within="no tar")
         _check_end(stream, url)
     content = _Unpacked(stream) if packed else _Plain(stream)
     try:
@@ -217,6 +224,29 @@ def _whole(content: _Front, size: int) -> bytes:
     return data
 
 
+def _start(stream: BinaryIO) -> bytes:
+    start = stream.read(LOOKED_AT)
+    stream.seek(0)
+    return start
+
+
+def _unpacked_start(stream: BinaryIO) -> bytes:
+    """First bytes of what is in the gzip; empty where it is damaged, which is told where it is read."""
+    try:
+        return _Unpacked(stream).read(LOOKED_AT)
+    except ERRORS:
+        return b""
+    finally:
+        stream.seek(0)
+
+
+def _refuse_others(start: bytes, url: str, *, within: str) -> None:
+    """DataError for a file that is of another kind than a tar, as browsers and servers leave them under such names."""
+    kind = kind_of_bytes(start)
+    if kind and kind not in (TAR, *EMPTY):
+        raise DataError(f"this is {within}: {kind}", where=url, hint=other_hint(kind))
+
+
 def _check_end(stream: BinaryIO, url: str) -> None:
     """A tar that was cut between two members looks like a complete one."""
     total = stream.seek(0, 2)
@@ -260,7 +290,7 @@ class TarContents(NamedTuple):
 def look_ahead(members: Iterator[Member]) -> TarContents:
     """Whether a tar holds WebDataset samples, or just images. Its own members decide, so all machines agree."""
     first: list[Member] = []
-    while len(first) < LOOKED_AT and sum(len(member.data) for member in first) < LOOKED_BYTES:
+    while len(first) < LOOKED_AT_FIRST and sum(len(member.data) for member in first) < LOOKED_BYTES:
         if (member := next(members, None)) is None:
             break
         first.append(member)

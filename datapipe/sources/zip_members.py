@@ -12,6 +12,7 @@ from typing import BinaryIO, NamedTuple
 
 from datapipe.core.bounds.unpacking import ERRORS, bzip2_parts, deflate_member, lzma_member, unpack_member
 from datapipe.core.errors import DataError
+from datapipe.formats.file_kinds import EMPTY, GZIP, LOOKED_AT, TAR, ZIP, kind_of_bytes, other_hint
 from datapipe.sources.archive_parts import MOST_MEMBER_BYTES, plain_name, volumes_missing
 
 END, END_SIGNATURE = struct.Struct("<4s4H2LH"), b"PK\5\6"
@@ -65,6 +66,7 @@ def find_directory(stream: BinaryIO, volumes: Sequence[int], url: str) -> Direct
     tail = stream.read()
     end_record = tail.rfind(END_SIGNATURE)
     if end_record < 0 or len(tail) - end_record < END.size:
+        _refuse_others(stream, url)
         raise _cut("its directory, which is at the end, is missing", url)
     _, disk, first_disk, _, _, size, offset, _ = END.unpack_from(tail, end_record)
     end = tail_start + end_record
@@ -181,6 +183,15 @@ def _content(stream: BinaryIO, entry: ZipEntry) -> bytes:
     _, length = struct.unpack("<HH", stream.read(LZMA_HEAD_BYTES))
     return unpack_member(stream, lzma_member(stream.read(length), entry.size), packed - LZMA_HEAD_BYTES - length,
                          entry.size)  # fmt: skip
+
+
+def _refuse_others(stream: BinaryIO, url: str) -> None:
+    """DataError for a file that does not even begin like a zip."""
+    stream.seek(0)
+    kind = kind_of_bytes(stream.read(LOOKED_AT))
+    if kind and kind not in (ZIP, *EMPTY):
+        hint = "give it the ending .tar.gz or .tar" if kind in (TAR, GZIP) else other_hint(kind)
+        raise DataError(f"this is no zip: {kind}", where=url, hint=hint)
 
 
 def _has_locator(stream: BinaryIO, end: int) -> bool:

@@ -95,7 +95,7 @@ def test_shards__refuse_a_tar_that_was_cut(tar: Path, kept: int) -> None:
 
 def test_shards__refuse_a_cut_or_broken_gzip(tar: Path) -> None:
     packed = gzip.compress(tar.read_bytes())
-    for number, data in enumerate((packed[:-20], packed[:200], b"no gzip at all" * 100)):
+    for number, data in enumerate((packed[:-20], packed[:200], packed[:20] + bytes(300))):
         path = tar.parent.parent / f"{number}.tgz"
         path.write_bytes(data)
         with pytest.raises(DataError, match="read to its end"):

@@ -27,7 +27,7 @@ CHANGES = {"os.remove": ((0, 1),), "os.rmdir": ((0, 1),), "os.mkdir": ((0, 2),),
            "os.rename": ((0, 2), (1, 3)), "os.link": ((0, 2), (1, 3)), "os.symlink": ((1, 2),),
            "os.truncate": ((0, None),), "shutil.rmtree": ((0, 1),)}  # fmt: skip
 """Audit event -> (which of its arguments is a path, which one the folder that it is relative to, as a descriptor)."""
-ELSEWHERE = ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.system", "os.fork", "socket.connect",
+ELSEWHERE = ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.system", "os.fork", "os.forkpty", "socket.connect",
              "socket.getaddrinfo", "pty.spawn")  # fmt: skip
 
 

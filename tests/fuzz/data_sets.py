@@ -107,10 +107,10 @@ def look_through(folder: Path, out: Path) -> int:
     """All that reads a data set; what opens a version packs its indexes, where nobody has yet."""
     codes = [cli.run(main, ["verify", str(folder), "--decode", "all", "--workers", "1"])]
     for path in folder.glob("manifest-v0002*.json"):  # the one with all crops
-        codes.append(cli.run(main, ["verify", str(path)]))
+        codes.append(cli.run(main, ["verify", str(path), "--workers", "1"]))
     codes.append(cli.run(main, ["stats", str(folder)]))
     codes.append(cli.run(main, ["preview", str(folder), "--out", str(out / "sheet.jpg"), "--count", "4"]))
-    codes.append(cli.run(main, ["reshard", str(folder), "--out", str(out / "again")]))
+    codes.append(cli.run(main, ["reshard", str(folder), "--out", str(out / "again"), "--workers", "1"]))
     if codes[0] == 0 and max(codes[-3:]) > 0:
         raise AssertionError(f"verify says good, and another command fails: {codes}")
     return max(codes)
@@ -119,7 +119,7 @@ def look_through(folder: Path, out: Path) -> int:
 def change(folder: Path, out: Path) -> int:
     """All that changes a data set."""
     (out / "names.txt").write_text("0003_c1s1_000002_00.jpg\n")
-    words = ["remove", str(folder), "--names", str(out / "names.txt"), "--reason", "asked"]
+    words = ["remove", str(folder), "--names", str(out / "names.txt"), "--reason", "asked", "--workers", "1"]
     codes = [cli.run(main, words), cli.run(main, ["verify", str(folder), "--repair", "--workers", "1"])]
     codes.append(cli.run(main, ["select", str(folder), "--where", "height > 1"]))
     return max(codes)

@@ -157,7 +157,7 @@ def make_checkpoint(folder: Path) -> None:
 
 
 def look_checkpoint(folder: Path, out: Path) -> int:
-    codes = [cli.run(main, ["checkpoints", str(folder)]), cli.run(main, ["checkpoints", "verify", str(folder)])]
+    codes = [cli.run(main, ["checkpoints", str(folder)]), cli.run(main, ["checkpoints", str(folder), "verify"])]
     store = open_store(str(folder / "checkpoints"))
 
     def whole() -> None:

@@ -14,7 +14,8 @@ from tests.fuzz.mutate import mutated, mutated_json
 from tests.fuzz.readers import MODULES
 from tests.fuzz.rounds import Rounds, faults
 
-ROUNDS = 1
+ROUNDS, HOSTILE = 1, 4
+"""Changed inputs of each reader, and hostile ones."""
 SLOW_TO_MAKE = {
     "tar_gz": ("long link", "long pax header", "long global header", "zeros after the end", "a large member",
                "one sample of 800 images"),
@@ -30,7 +31,7 @@ SLOW_TO_MAKE = {
 def _round(names: Sequence[str]) -> None:
     with Rounds(names, seed=0, leave_out=SLOW_TO_MAKE) as rounds:
         rounds.sound()
-        rounds.hostile()
+        rounds.hostile(HOSTILE)
         rounds.changed(ROUNDS)
         found = {name: tally.faults for name, tally in rounds.tallies.items() if tally.faults}
         assert not found

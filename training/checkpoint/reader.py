@@ -36,6 +36,10 @@ class DamageError(DataError):
 
 def verify(store: Store, name: str, files: Sequence[RankFile]) -> None:
     """Raises DataError or NotFoundError for the first of these files of a checkpoint that is not as it was written."""
+    for file in files:  # before as many reads are planned as a marker asks for
+        path = f"{name}/{file.name}"
+        if file.bytes >= BLOCK and store.size(path) != file.bytes:
+            raise _of_other_size(store, path, file.bytes)
     asks = [_whole(f"{name}/{file.name}", file.bytes) for file in files]
     answers = _answers(store, chain.from_iterable(asks))
     with Progress(f"verify {name}", sum(file.bytes for file in files) / 1e6, unit="MB", quiet_s=QUIET_S) as progress:
@@ -44,8 +48,6 @@ def verify(store: Store, name: str, files: Sequence[RankFile]) -> None:
 
 
 def _verify(store: Store, path: str, file: RankFile, blocks: Iterator[bytes], progress: Progress) -> None:
-    if file.bytes >= BLOCK and store.size(path) != file.bytes:
-        raise _of_other_size(store, path, file.bytes)
     size, digest = 0, hashlib.sha256()
     for block in blocks:
         size += len(block)

@@ -125,7 +125,7 @@ def _information(suffix: str) -> Callable[[Record], float | None]:
 
 def _share_of_uniform(record: Record) -> float | None:
     """The lower of the CLS loss and the entropy of its targets, as a share of ln K."""
-    if "target_entropy" not in record or record["uniform_entropy"] == 0:
+    if not {"target_entropy", "loss_cls"} <= record.keys() or not record.get("uniform_entropy"):
         return None
     return min(record["loss_cls"], record["target_entropy"]) / record["uniform_entropy"]
 
@@ -136,7 +136,7 @@ def _feature_cosine(record: Record) -> float | None:
 
 def _identity_loss(record: Record) -> float | None:
     """As a share of that at chance, ln K."""
-    if record.get("done", 0) <= WARM_UP or not record.get("uniform_entropy_identity"):
+    if record.get("done", 0) <= WARM_UP or not record.get("uniform_entropy_identity") or "loss_identity" not in record:
         return None
     return record["loss_identity"] / record["uniform_entropy_identity"]
 

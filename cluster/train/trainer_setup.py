@@ -112,7 +112,8 @@ def worker_resources(config: RunConfig, choice: DeviceChoice) -> dict[str, float
     if machine.workers_per_node:
         cores = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
         smallest = min(filter(None, cores), default=0)
-        shared = smallest - 1 if smallest > machine.workers_per_node + 1 else smallest  # one for commands of jobs
+        spare = choice.kind == "cuda" and smallest > machine.workers_per_node + 1  # a core for commands of jobs
+        shared = smallest - 1 if spare else smallest
         cpus = max(cpus, share_of(shared, machine.workers_per_node))
     return {"CPU": cpus, **({"GPU": 1} if choice.kind == "cuda" else {})}
 

@@ -186,7 +186,7 @@ def test_submit__goes_on_when_what_carries_it_is_killed_and_stops_after_a_save(
     driver.kill()
     logs.until(lambda: _words(logs, "the driver was killed by SIGKILL; started again"))
     logs.until(lambda: any(line.startswith("pass goes on from step_") for line in logs.lines))
-    assert "PENDING" in "".join(finished(_ray(head, tree, "status", second), timeout_s=PATIENCE_S)[:2])
+    assert "PENDING" in _state(head, tree, second)
 
     next(one for one in keeper.parents() if one.cmdline()[0].startswith("ray::")).kill()
     waiting.until(lambda: _words(waiting, f"{job} was lost ("))
@@ -202,12 +202,17 @@ def test_submit__goes_on_when_what_carries_it_is_killed_and_stops_after_a_save(
     kinds = [json.loads(line)["kind"] for line in open_store(url, s3.storage).read("restarts.jsonl").splitlines()]
     assert kinds.count("driver") == 2
     finished(_ray(head, tree, "logs", "-f", second), timeout_s=PATIENCE_S)
-    assert "SUCCEEDED" in "".join(finished(_ray(head, tree, "status", second), timeout_s=PATIENCE_S)[:2])
+    assert "SUCCEEDED" in _state(head, tree, second)
 
 
 def _words(process: Watched, beginning: str) -> list[str]:
     """The first line that begins so, in words; none yet."""
     return next((line.split() for line in process.lines if line.startswith(beginning)), [])
+
+
+def _state(head: Authorised, tree: Path, job: str) -> str:
+    """What `ray job status` says of a job."""
+    return "".join(finished(_ray(head, tree, "status", job), timeout_s=PATIENCE_S)[1:]).upper()
 
 
 def _carried_by(*words: str) -> psutil.Process:

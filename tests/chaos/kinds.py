@@ -69,6 +69,8 @@ class Kind:
 def inflict(scene: Scene, name: str, moment: Moment, load: str = "") -> Event:
     """Wait for the moment, strike, wait until the run is over it. `load`: how storage behaves while it recovers."""
     kind, objects = KINDS[name], _objects(scene)
+    if kind.strike in (truncate, flip):
+        scene.run.until(lambda: objects.gate.marked)  # a checkpoint that can be damaged
     reached = _await(scene, moment)
     known = len(scene.restarts())
     event = Event(name, moment, time.time())

@@ -167,12 +167,18 @@ class StreamConfig:
     """Memory per rank for blocks that are still to be used, in megabytes (10^6 bytes). 0: none."""
     cache_gb: float = Field(default=12.0, ge=0)
     """Disk per machine for blocks from object storage, in gigabytes (10^9 bytes), where a window does not fit into
-    cache_mb. Twice a window (window x block crops) lets the next one be fetched ahead. 0: none."""
+    cache_mb. Twice a machine's share of a window (window x block crops) lets all of the next one be fetched ahead, less
+    a part of it; with less than one share the crops of the blocks that do not fit are read one by one. The log and
+    --dry-run say so, and how much would do. 0: none."""
     cache_dir: str = ""
     """Folder for them on a fast local disk, shared by the ranks of a machine and by runs. Packed indexes are there as
     well, 22 bytes a crop, and do not count. Empty: one of this user's among the temporary files."""
     reads: int = Field(default=8, ge=1)
     """Requests in flight per rank to object storage; raise it where a single request is slow. Local disks: unused."""
+    requests_per_s: float = Field(default=0.0, ge=0)
+    """Requests a second to object storage at which all ranks of a run together read crops, at most; tries that are
+    repeated are not counted. Each rank gets an equal part. For stores that answer "slow down": S3 takes 5,500 a second
+    of each prefix. 0: as many as `reads` allows."""
     max_bad: float = Field(default=0.001, ge=0, le=1)
     """Share of crops found broken while training above which the run fails (each is replaced, counted, logged)."""
 

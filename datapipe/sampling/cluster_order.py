@@ -59,6 +59,10 @@ class ClusterOrder:
         """Each sample by itself: those of a cluster lie anywhere, and are read one by one."""
         return samples
 
+    def turns(self, positions: Ints) -> Ints:
+        """All 0: a sample may come again at any time."""
+        return np.zeros(len(positions), dtype=np.int64)
+
     def _of_turns(self, turns: Ints) -> Ints:
         """The cluster whose turn it is."""
         count = len(self._members)

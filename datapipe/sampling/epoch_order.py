@@ -38,6 +38,10 @@ class SampleOrder(Protocol):
     def blocks(self, samples: Ints) -> Ints:
         """The number of the block that each sample is read with, int64 [n]."""
 
+    def turns(self, positions: Ints) -> Ints:
+        """Numbers that rise along the stream, int64 [n]: each block that a stretch of one number needs is done with at
+        its end, until a later epoch. All 0 where nothing can be said."""
+
 
 @dataclass(frozen=True)
 class Order:
@@ -76,32 +80,61 @@ class Order:
         """The number of the block that holds each sample."""
         return samples // self.block
 
+    def turns(self, positions: Ints) -> Ints:
+        """The window that holds each place, numbered through all epochs."""
+        epochs, place = np.divmod(np.asarray(positions, dtype=np.int64), self.rows)
+        turns = np.empty_like(place)
+        for epoch in np.unique(epochs):
+            mine = epochs == epoch
+            turns[mine] = epoch * self._windows + self._window_of(int(epoch), place[mine])
+        return turns
+
+    @property
+    def _blocks(self) -> int:
+        """Blocks of an epoch."""
+        return -(-self.rows // self.block)
+
+    @property
+    def _windows(self) -> int:
+        """Windows of an epoch."""
+        return -(-self._blocks // self.window)
+
+    @property
+    def _missing(self) -> int:
+        """Rows that the last block lacks."""
+        return self._blocks * self.block - self.rows
+
+    def _short(self, epoch: int) -> int:
+        """The slot of the block that lacks rows; behind all slots where none does."""
+        return _slot_of_last(self.seed, epoch, self._blocks) if self._missing else self._blocks
+
     def _in_epoch(self, epoch: int, place: Ints) -> Ints:
-        blocks = -(-self.rows // self.block)
-        missing = blocks * self.block - self.rows  # rows that the last block lacks
+        missing, short = self._missing, self._short(epoch)
         keys = _block_keys(self.seed, epoch)
-        short = _slot_of_last(self.seed, epoch, blocks) if missing else blocks
-        place = self._mix_windows(epoch, place, blocks, missing, short)
+        place = self._mix_windows(epoch, place)
         # every block before the short one starts at a multiple of `block`, every later one `missing` rows earlier
         behind = place >= (short + 1) * self.block - missing
         slot, within = np.divmod(place + missing * behind, self.block)
-        return encrypt(slot, np.array([blocks]), keys) * self.block + within
+        return encrypt(slot, np.array([self._blocks]), keys) * self.block + within
 
-    def _mix_windows(self, epoch: int, place: Ints, blocks: int, missing: int, short: int) -> Ints:
-        """Permute the places of each window among themselves; `short` is the slot of the short block."""
-        full = self.window * self.block
-        holds_short = short // self.window
-        windows = -(-blocks // self.window)
-
-        def start(window: Ints) -> Ints:
-            return np.minimum(window * full, blocks * self.block) - missing * (window > holds_short)
-
-        behind = place >= start(np.array([holds_short + 1]))
-        window = (place + missing * behind) // full
-        first, size = start(window), start(window + 1) - start(window)
+    def _mix_windows(self, epoch: int, place: Ints) -> Ints:
+        """Permute the places of each window among themselves."""
+        window = self._window_of(epoch, place)
+        first, size = self._start(epoch, window), self._start(epoch, window + 1) - self._start(epoch, window)
         seen, which = np.unique(window, return_inverse=True)
-        keys = _window_keys(self.seed, tuple((epoch * windows + seen).tolist()))[which]
+        keys = _window_keys(self.seed, tuple((epoch * self._windows + seen).tolist()))[which]
         return first + encrypt(place - first, size, keys)
+
+    def _window_of(self, epoch: int, place: Ints) -> Ints:
+        """The window of the epoch that holds each place."""
+        behind = place >= self._start(epoch, np.array([self._short(epoch) // self.window + 1]))
+        return (place + self._missing * behind) // (self.window * self.block)
+
+    def _start(self, epoch: int, window: Ints) -> Ints:
+        """The first place of each window."""
+        holds_short = self._short(epoch) // self.window
+        whole = np.minimum(window * (self.window * self.block), self._blocks * self.block)
+        return whole - self._missing * (window > holds_short)
 
 
 # Remembered, because batch after batch asks for the same ones: half of the time of a small batch.

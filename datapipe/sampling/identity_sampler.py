@@ -119,6 +119,10 @@ class IdentityOrder:
         """Each sample by itself: those of an identity lie anywhere, and are read one by one."""
         return samples
 
+    def turns(self, positions: Ints) -> Ints:
+        """All 0: a sample may come again at any time."""
+        return np.zeros(len(positions), dtype=np.int64)
+
     def _identities(self, turns: Ints) -> tuple[Ints, Ints]:
         """Whose turn it is, and how many turns each had before."""
         deal = self._identity_deal

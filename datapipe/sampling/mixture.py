@@ -118,6 +118,15 @@ class MixedOrder:
             samples[mine] = first + order.samples(own[mine])
         return samples
 
+    def turns(self, positions: Ints) -> Ints:
+        """Those of each place's own data set: they rise among the places of one data set."""
+        chosen, own = Schedule(self.weights).places(positions)
+        turns = np.empty_like(own)
+        for number, order in enumerate(self.orders):
+            mine = chosen == number
+            turns[mine] = order.turns(own[mine])
+        return turns
+
     def blocks(self, samples: Ints) -> Ints:
         """The number of the block that holds each sample; no two data sets have one in common."""
         chosen = np.searchsorted(self.firsts, samples, side="right") - 1

@@ -15,8 +15,8 @@ class BatchFeed(Generic[T]):
     """`begin(share)` for the first `count` of the shares, each in its turn and as soon as there is room for it, in a
     thread of its own; `take` hands over what that returned, in order.
 
-    Each share is worked out once, `distance` batches before its batch is begun, and `ahead(share)` is called then, but
-    not for the first `distance` of them, which are wanted at once. `room`: batches that may be begun before one is
+    Each share is worked out once, `distance` batches before its batch is begun, and `ahead(share)` is called then.
+    `room`: batches that may be begun before one is
     taken. `close` it: it ends the thread.
     """
 
@@ -71,6 +71,6 @@ class BatchFeed(Generic[T]):
     def _work_out(self) -> None:
         share = next(self._shares)
         self._known.append(share)
-        if self._ahead is not None and self._worked_out >= self._distance:
+        if self._ahead is not None:
             self._ahead(share)
         self._worked_out += 1

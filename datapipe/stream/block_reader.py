@@ -17,7 +17,9 @@ from datapipe.core.randomness import Ints, UInts
 from datapipe.dataset.index import Shard
 from datapipe.storage import Store
 from datapipe.storage.local import OpenFilesStore
+from datapipe.storage.pace import UNLIMITED, Pace
 from datapipe.stream.disk_cache import ByteRange
+from datapipe.stream.reading_plan import among, numbers_of
 
 GAP_BYTES = 16 << 10
 """Unwanted bytes between two crops that are cheaper to read along than to ask for separately."""
@@ -74,6 +76,12 @@ class Cache(Protocol):
     def load(self, key: str, parts: list[ByteRange], fetch: Callable[[], bytes]) -> list[bytes]:
         """These parts of a block that was not there."""
 
+    def keep(self, key: str) -> None:
+        """A block that may be there will be wanted."""
+
+    def retire(self, key: str) -> None:
+        """A block is not wanted for long."""
+
     def forget(self, key: str) -> None:
         """Drop a block."""
 
@@ -121,14 +129,17 @@ class Blocks:
 class BlockReader:
     """Unchecked bytes of rows. A row whose shard ends early comes back short or empty, or filled up with zeros.
 
-    Without a cache only what is asked for is read; otherwise whole blocks are. `in_flight` requests at a time; 0 reads
-    in the calling thread (local disks). `ahead`: as many again for what is wanted later. Safe for many threads.
+    Without a cache only what is asked for is read; otherwise whole blocks are, the share `kept` of them. `in_flight`
+    requests at a time; 0 reads in the calling thread (local disks). `ahead`: the share of blocks that are brought in
+    before they are wanted, by as many requests again; None where `prepare` is not called. No request is sent before `pace` lets it. Safe for many threads.
     """
 
     def __init__(
-        self, store: Store, places: Places, *, block: int, cache: Cache | None, in_flight: int, ahead: bool = False
-    ) -> None:
+        self, store: Store, places: Places, *, block: int, cache: Cache | None, in_flight: int, kept: float = 1.0,
+        ahead: float | None = None, pace: Pace = UNLIMITED,
+    ) -> None:  # fmt: skip
         self.store, self.places, self.cache, self._block = store, places, cache, block
+        self._kept, self._ahead, self._pace = kept, ahead or 0.0, pace
         self.bytes_read = 0
         """Asked of the store."""
         self.hits, self.reads = 0, 0
@@ -136,9 +147,10 @@ class BlockReader:
         self._lock = Lock()
         self._pool = ThreadPoolExecutor(in_flight, "datapipe-read") if in_flight else None
         self._keys: dict[int, str] = {}
-        self.ahead = ThreadPoolExecutor(in_flight, "datapipe-ahead") if ahead and in_flight else None
-        self._turn = -1
-        self._prepared: set[int] = set()
+        self.ahead = ThreadPoolExecutor(in_flight, "datapipe-ahead") if in_flight and ahead is not None else None
+        """Brings blocks in; None where nobody tells what comes."""
+        self._turns: dict[int, set[int]] = {}
+        """The blocks of each turn that was prepared and is not over."""
 
     @cached_property
     def blocks(self) -> Blocks:
@@ -150,7 +162,10 @@ class BlockReader:
         rows = np.unique(rows)
         if self.cache is None:
             return self._fetch(rows, self._in_parallel)
+        kept = self.keeps(rows)
         data_of_row: Rows = {}
+        singly, asked = rows[~kept], len(rows)
+        rows = rows[kept]
         missing: dict[int, dict[int, ByteRange]] = {}
         for number, wanted in self._by_block(rows).items():
             parts = self.cache.held(self._key(number), list(wanted.values()))
@@ -159,11 +174,18 @@ class BlockReader:
             else:
                 data_of_row.update(zip(wanted, parts, strict=True))
         with self._lock:
-            self.reads += len(rows)
+            self.reads += asked
             self.hits += len(data_of_row)
+        data_of_row.update(self._fetch(singly, self._in_parallel))
         for part in self._in_parallel(self._load, missing, missing.values()):
             data_of_row.update(part)
         return data_of_row
+
+    def keeps(self, rows: Ints) -> np.ndarray:
+        """Whether the blocks of these rows are read as a whole and kept, bool [n]."""
+        if self._kept >= 1:
+            return np.ones(len(rows), dtype=np.bool_)
+        return among(numbers_of(self.blocks.of(rows)), self._kept)
 
     def read_anew(self, row: int) -> bytes:
         """One row from the store itself; the cache forgets the block that holds it, as it may be broken there."""
@@ -185,20 +207,42 @@ class BlockReader:
             )
         return data
 
-    def prepare(self, rows: Ints, turn: int) -> None:
-        """Bring the blocks of these rows into the cache, in the background: each once in a turn."""
+    def prepare(self, rows: Ints, turns: Ints) -> None:
+        """These rows will be wanted, in turns that rise along the stream (see `SampleOrder.turns`): in the background,
+        bring in their blocks, as far as that is done ahead; each once in a turn."""
         if self.ahead is None:
             return
+        assert self.cache is not None
+        kept = self.keeps(rows)
+        blocks, turns = self.blocks.of(rows[kept]), turns[kept]
         with self._lock:
-            if turn != self._turn:
-                self._turn, self._prepared = turn, set()
-            new = set(self.blocks.of(rows).tolist()) - self._prepared
-            self._prepared |= new
-        for number in new:
+            new = set[int]()
+            for turn in np.unique(turns).tolist():
+                known = self._turns.setdefault(turn, set())
+                some = set(blocks[turns == turn].tolist()) - known
+                known |= some
+                new |= some
+        numbers = np.array(sorted(new), dtype=np.int64)
+        in_part = among(numbers_of(numbers), self._ahead)
+        for number in numbers[in_part].tolist():
             self.ahead.submit(self._bring, number)
+        for number in numbers[~in_part].tolist():
+            self.cache.keep(self._key(number))
+
+    def passed(self, turns: Ints) -> None:
+        """What is read from now on is of these turns or later ones: blocks of earlier ones need not be kept."""
+        if self.ahead is None or not len(turns):
+            return
+        assert self.cache is not None
+        with self._lock:
+            over = [turn for turn in self._turns if turn < turns.min()]
+            done = set[int]().union(*(self._turns.pop(turn) for turn in over)).difference(*self._turns.values())
+        for number in sorted(done):
+            self.cache.retire(self._key(number))
 
     def close(self) -> None:
         """End the reading threads and close the files."""
+        self._pace.end()
         for pool in (self.ahead, self._pool):
             if pool:
                 pool.shutdown(cancel_futures=True)
@@ -230,7 +274,9 @@ class BlockReader:
     def _bring(self, number: int) -> None:
         assert self.cache is not None
         with suppress(UserError):  # whoever needs the block will meet the error
-            if not self.cache.has(self._key(number)):
+            if self.cache.has(self._key(number)):
+                self.cache.keep(self._key(number))
+            else:
                 self.cache.load(self._key(number), [], lambda: self._fetch_block(number))
 
     def _fetch_block(self, number: int) -> bytes:
@@ -269,6 +315,7 @@ class BlockReader:
 
     def _read(self, shard: int, start: int, size: int) -> bytes:
         name = self.places.shards[shard].name
+        self._pace.wait()
         try:
             return self.store.read(name, start=start, size=size)
         except NotFoundError as error:

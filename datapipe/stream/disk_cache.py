@@ -34,6 +34,8 @@ PATIENCE_S = 30.0
 """Longest wait for another process, which may have been halted."""
 POLL_S = 0.001
 TURNS = 1024
+RETIRED_NS = 10 * 365 * 86_400 * 10**9
+"""By how much older a block is made when it is retired."""
 ROOM_MADE = 0.05
 """Share of the limit that an eviction frees beyond what is needed, so that not every block causes one."""
 INDEXES = "indexes"
@@ -43,7 +45,7 @@ DIGITS = 20
 
 
 class DiskCache:
-    """A node's cache of blocks on its disk. Holds at most `limit` bytes; the oldest blocks go first.
+    """A node's cache of blocks on its disk. Holds at most `limit` bytes; retired blocks go first, then the oldest.
 
     Raises StorageError where the folder cannot be used or belongs to somebody else.
     """
@@ -93,6 +95,17 @@ class DiskCache:
             block = fetch()
             self._add(key, block)
         return [block[start : start + size] for start, size in parts]
+
+    def keep(self, key: str) -> None:
+        """A block that may be there will be wanted: it goes after those that are there longer."""
+        with suppress(OSError):
+            os.utime(self.folder / key)
+
+    def retire(self, key: str) -> None:
+        """A block is not wanted for long: of all those that may go it goes first, after those retired before it."""
+        retired = time.time_ns() - RETIRED_NS
+        with suppress(OSError):
+            os.utime(self.folder / key, ns=(retired, retired))
 
     def forget(self, key: str) -> None:
         """Drop a block; its bytes were found to be wrong."""

@@ -5,6 +5,7 @@ change only who makes them and when. Order and shares are worked out by a thread
 that asks for batches only waits for them.
 """
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -35,6 +36,9 @@ FEWEST_ROWS = 8
 PIECES_A_THREAD = 2
 """Pieces of all batches under way, for each thread: enough to keep it busy. Fewer, larger ones cost less: one view of a
 crop took 280 us in pieces of 8 rows, 195 in pieces of 32 and 159 in pieces of 256."""
+
+UNDER_WAY = 3
+"""Batches, beside `prefetch`, that ranks of a machine may still be making when one of them begins another."""
 
 
 def rows_of_a_piece(rows: int, threads: int, prefetch: int) -> int:
@@ -139,14 +143,25 @@ class Loader:
         return {name: allocate(shape, np.uint8) for name, shape in shapes.items()}
 
     def _batches(self, starts: range, until: int) -> Generator[Batch, None, None]:
-        distance = -(-self._window // self.global_batch) if self.stream.reads_ahead else 0
-        slots = cycle(self._slots)
+        follows = self.stream.reads_ahead
+        under_way = self._prefetch + UNDER_WAY
+        # a little less than a window: the next one is begun when the batches of the one before are made
+        distance = max(0, -(-self._window // self.global_batch) - under_way) if follows else 0
+        slots, begun = cycle(self._slots), deque[RankBatch]()
+
+        def begin(share: RankBatch) -> tuple[Batch, list[Future[None]]]:
+            if follows:
+                begun.append(share)
+                if len(begun) > under_way:
+                    self.stream.passed(*self._coming(begun.popleft()))
+            return self._begin(replace(self._without_views(share), views=next(slots)))
+
         feed = BatchFeed(
             self._shares(starts, until, later=distance),
-            lambda share: self._begin(replace(self._without_views(share), views=next(slots))),
+            begin,
             count=len(starts),
             room=self._prefetch + 1,  # and the slot of the batch before is still the consumer's: prefetch + 2 in all
-            ahead=self._prepare if distance else None,
+            ahead=(lambda share: self.stream.prepare(*self._coming(share))) if follows else None,
             distance=distance,
         )
         pieces: list[Future[None]] = []
@@ -172,9 +187,10 @@ class Loader:
                      for start in range(until, until + later * self.global_batch, self.global_batch))  # fmt: skip
         return shares(self.order, self._assignment, self.rank, chain(batches, following))
 
-    def _prepare(self, share: RankBatch) -> None:
-        """Have what a later batch needs brought into the cache."""
-        self.stream.prepare(share.samples[share.samples >= 0], share.batch.start // self._window)
+    def _coming(self, share: RankBatch) -> tuple[Ints, Ints]:
+        """A share's samples without padding, and their turns."""
+        real = share.positions >= 0
+        return share.samples[real], self.order.turns(share.positions[real])
 
     def _without_views(self, share: RankBatch) -> Batch:
         masks = self.spec.masks

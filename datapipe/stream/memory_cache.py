@@ -49,6 +49,19 @@ class MemoryCache:
         self._make_room(len(mine.result()))
         return _cut(mine.result(), parts)
 
+    def keep(self, key: str) -> None:
+        """A block that may be there will be wanted."""
+        self._move(key, last=True)
+
+    def retire(self, key: str) -> None:
+        """A block is not wanted for long: it goes first."""
+        self._move(key, last=False)
+
+    def _move(self, key: str, *, last: bool) -> None:
+        with self._lock:
+            if key in self._blocks:
+                self._blocks.move_to_end(key, last=last)
+
     def forget(self, key: str) -> None:
         """Drop a block; its bytes were found to be wrong."""
         with self._lock:

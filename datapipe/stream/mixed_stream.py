@@ -107,10 +107,15 @@ class MixedStream:
         fetched = self.streams[number].replace(sample - first, row - first, reason)
         return Fetched(first + fetched.rows, fetched.data)
 
-    def prepare(self, samples: Ints, turn: int) -> None:
+    def prepare(self, samples: Ints, turns: Ints) -> None:
         """Begin to read the blocks of these samples: see `Stream.prepare`."""
         for number, places in self._split(samples):
-            self.streams[number].prepare(samples[places] - self._starts[number], turn)
+            self.streams[number].prepare(samples[places] - self._starts[number], turns[places])
+
+    def passed(self, samples: Ints, turns: Ints) -> None:
+        """See `Stream.passed`."""
+        for number, places in self._split(samples):
+            self.streams[number].passed(samples[places] - self._starts[number], turns[places])
 
     def close(self) -> None:
         """End the reading threads."""

@@ -10,10 +10,12 @@ from datapipe.core.randomness import Ints
 from datapipe.dataset.manifest import Manifest
 from datapipe.storage import is_remote, open_store
 from datapipe.storage.local import OpenFilesStore
+from datapipe.storage.pace import UNLIMITED, Pace
 from datapipe.stream.block_reader import BlockReader, Cache, Places
 from datapipe.stream.disk_cache import DiskCache, default_folder
 from datapipe.stream.index_cache import open_index
 from datapipe.stream.memory_cache import MemoryCache
+from datapipe.stream.reading_plan import ALONE, Readers, ReadingPlan, plan_reading
 
 log = logging.getLogger(__name__)
 
@@ -27,43 +29,40 @@ class Opened(NamedTuple):
     camera: Ints
 
 
-def open_manifest(manifest: Manifest, storage: StorageConfig, config: StreamConfig) -> Opened:
-    """Open the packed index, choose the cache. Raises DataError that names an index which is missing or damaged, where
+def open_manifest(
+    manifest: Manifest, storage: StorageConfig, config: StreamConfig, readers: Readers = ALONE, *, beside: int = 0
+) -> Opened:
+    """Open the packed index, choose the cache, say what is slower than it could be. `readers`: all that read this data
+    set together; `beside`: see `plan_reading`. Raises DataError that names an index which is missing or damaged, where
     there is no packed one yet."""
     remote = is_remote(manifest.url)
     store = open_store(manifest.url, storage) if remote else OpenFilesStore(manifest.url)
     index = open_index(manifest, store, storage, config.cache_dir or default_folder())
     places = Places(manifest.shards, index.starts, index.offset, index.size, index.xxh3, index.unit)
-    window = int(index.jpeg_bytes / max(1, manifest.rows) * min(config.window * config.block, manifest.rows))
-    cache = _cache(manifest, index.replaced, config, window) if remote else _memory(config, window)
-    ahead = isinstance(cache, DiskCache) and 2 * window <= cache.limit
+    plan = plan_reading(
+        config, rows=manifest.rows, crop_bytes=index.jpeg_bytes / max(1, manifest.rows), remote=remote,
+        machines=readers.machines, beside=beside,
+    )  # fmt: skip
+    for line in plan.advice():
+        log.warning("%s: %s", manifest.url, line)
+    cache = _cache(plan, manifest, index.replaced, config)
     reader = BlockReader(
-        store, places, block=config.block, cache=cache, in_flight=config.reads if remote else 0, ahead=ahead
-    )
+        store, places, block=config.block, cache=cache, kept=plan.kept,
+        ahead=plan.ahead if isinstance(cache, DiskCache) else None, in_flight=config.reads if remote else 0,
+        pace=Pace(config.requests_per_s / readers.ranks) if remote else UNLIMITED,
+    )  # fmt: skip
     return Opened(manifest, reader, index.pid, index.camera)
 
 
-def _memory(config: StreamConfig, window: int) -> Cache | None:
-    """None where a window does not fit: blocks would be read again and again."""
-    limit = int(config.cache_mb * 1e6)
-    return MemoryCache(limit) if window <= limit else None
-
-
-def _cache(manifest: Manifest, replaced: Collection[str], config: StreamConfig, window: int) -> Cache | None:
-    """For a store that wants to be read in blocks: memory, else the disk of this machine, else none, which is told.
-    `replaced`: sha256 of tars of which nothing may stay on that disk."""
-    memory = _memory(config, window)
-    if memory is not None:
-        return memory
-    limit = int(config.cache_gb * 1e9)
-    if window > limit:
-        log.warning(
-            "crops are read one by one from %s: a window of %d MB fits neither into stream.cache_mb = %g nor into "
-            "stream.cache_gb = %g", manifest.url, window // 10**6, config.cache_mb, config.cache_gb,
-        )  # fmt: skip
+def _cache(plan: ReadingPlan, manifest: Manifest, replaced: Collection[str], config: StreamConfig) -> Cache | None:
+    """What the plan keeps blocks in. `replaced`: sha256 of tars of which nothing may stay on this machine's disk. None
+    where nothing is kept, or a folder that nobody chose cannot be used, which is told."""
+    if plan.keeps == "memory":
+        return MemoryCache(plan.limit)
+    if plan.keeps == "nothing":
         return None
     try:
-        disk = DiskCache(config.cache_dir or default_folder(), limit)
+        disk = DiskCache(config.cache_dir or default_folder(), plan.limit)
     except StorageError as error:
         if config.cache_dir:
             raise

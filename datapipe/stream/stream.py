@@ -19,6 +19,7 @@ from datapipe.dataset.manifest import Manifest
 from datapipe.storage import open_store
 from datapipe.stream.block_reader import BlockReader, MissingShardError
 from datapipe.stream.open_manifest import Opened, open_manifest
+from datapipe.stream.reading_plan import ALONE, Readers
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +43,18 @@ class Stream:
     version that took its place, row for row, is read from then on: see `manifests`.
     """
 
-    def __init__(self, manifest: Manifest, storage: StorageConfig, config: StreamConfig) -> None:
+    def __init__(
+        self, manifest: Manifest, storage: StorageConfig, config: StreamConfig, readers: Readers = ALONE, *,
+        beside: int = 0,
+    ) -> None:  # fmt: skip
+        """`readers`: all that read this data set together; `beside`: see `plan_reading`."""
         if not manifest.rows:
             raise DataError("the data set holds no crops", where=manifest.url, hint="look at its quarantine.parquet")
         self.rows: int = manifest.rows
         self.config, self.storage = config, storage
         self.replaced = 0
-        self._versions = [open_manifest(manifest, storage, config)]
+        self._readers, self._beside = readers, beside
+        self._versions = [open_manifest(manifest, storage, config, readers, beside=beside)]
         self._lock = Lock()
         self._opening = Lock()
         self._broken: set[int] = set()
@@ -117,9 +123,13 @@ class Stream:
         """Whether `prepare` does anything."""
         return self._now.reader.ahead is not None
 
-    def prepare(self, samples: Ints, turn: int) -> None:
-        """Bring in, in the background, the blocks of samples that are wanted a window later; each once in a `turn`."""
-        self._now.reader.prepare(samples, turn)
+    def prepare(self, samples: Ints, turns: Ints) -> None:
+        """These samples will be wanted, in turns (see `SampleOrder.turns`): in the background, bring in their blocks."""
+        self._now.reader.prepare(samples, turns)
+
+    def passed(self, samples: Ints, turns: Ints) -> None:
+        """All batches before that of these samples are made: what only earlier turns needed may go."""
+        self._now.reader.passed(turns)
 
     def close(self) -> None:
         """End the reading threads."""
@@ -146,7 +156,7 @@ class Stream:
         successor = self._now.manifest.successor(open_store(self._now.manifest.url, self.storage))
         if successor is None:
             return False
-        opened = open_manifest(successor, self.storage, self.config)
+        opened = open_manifest(successor, self.storage, self.config, self._readers, beside=self._beside)
         log.warning("crops were removed from the data set: %s is read from now on, row for row", successor.file)
         self._versions.append(opened)  # others may still read through the one before: it is closed at the end
         return True

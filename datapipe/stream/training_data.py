@@ -11,7 +11,9 @@ from datapipe.core.randomness import words
 from datapipe.dataset.manifest import Manifest
 from datapipe.sampling.epoch_order import Order, SampleOrder
 from datapipe.sampling.mixture import MixedOrder, whole_weights
+from datapipe.storage import is_remote
 from datapipe.stream.mixed_stream import MixedStream
+from datapipe.stream.reading_plan import ALONE, Readers, ReadingPlan, plan_reading, window_bytes
 from datapipe.stream.stream import Stream
 
 
@@ -47,12 +49,30 @@ class Data:
         orders = (Order(manifest.rows, own, config.block, config.window) for manifest, own in parts)
         return MixedOrder(tuple(orders), self.weights)
 
-    def stream(self, storage: StorageConfig, config: StreamConfig) -> Stream | MixedStream:
-        """The crops by sample id; raises as `Stream` does. Data sets share the memory of `config.cache_mb` equally."""
+    def stream(
+        self, storage: StorageConfig, config: StreamConfig, readers: Readers = ALONE
+    ) -> Stream | MixedStream:
+        """The crops by sample id, for one of the `readers`; raises as `Stream` does. Data sets share the memory of
+        `config.cache_mb` and the requests of `config.requests_per_s` equally, the disk by the size of their windows."""
         if len(self.sets) == 1:
-            return Stream(self.sets[0], storage, config)
-        own = replace(config, cache_mb=config.cache_mb / len(self.sets))
-        return MixedStream([Stream(manifest, storage, own) for manifest in self.sets])
+            return Stream(self.sets[0], storage, config, readers)
+        parts = len(self.sets)
+        own = replace(config, cache_mb=config.cache_mb / parts, requests_per_s=config.requests_per_s / parts)
+        windows = [window_bytes(config, rows=one.rows, crop_bytes=one.bytes / max(1, one.stored_rows))
+                   if is_remote(one.url) else 0 for one in self.sets]  # fmt: skip
+        return MixedStream([Stream(manifest, storage, own, readers, beside=sum(windows) - window)
+                            for manifest, window in zip(self.sets, windows, strict=True)])  # fmt: skip
+
+    def reading(self, config: StreamConfig, machines: int = 1) -> list[ReadingPlan]:
+        """How each data set is read by one of so many machines, as far as that is known before it is opened."""
+        parts = len(self.sets)
+        own = replace(config, cache_mb=config.cache_mb / parts)
+        sizes = [one.bytes / max(1, one.stored_rows) for one in self.sets]
+        windows = [window_bytes(config, rows=one.rows, crop_bytes=size) if is_remote(one.url) else 0
+                   for one, size in zip(self.sets, sizes, strict=True)]  # fmt: skip
+        return [plan_reading(own, rows=one.rows, crop_bytes=size, remote=is_remote(one.url), machines=machines,
+                             beside=sum(windows) - window)
+                for one, size, window in zip(self.sets, sizes, windows, strict=True)]  # fmt: skip
 
 
 def load_data(config: StreamConfig, storage: StorageConfig) -> Data:

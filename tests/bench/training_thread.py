@@ -30,6 +30,7 @@ from datapipe.storage.local import LocalStore
 from datapipe.stream.batch import Batch, LoaderCounters
 from datapipe.stream.block_reader import BlockReader, Places
 from datapipe.stream.loader import Loader
+from datapipe.stream.memory_cache import MemoryCache
 from datapipe.stream.stream import Fetched
 from datapipe.views.spec import Photometric, ViewGroup, ViewSpec
 from tests.datapipe import crop_set
@@ -193,8 +194,8 @@ class MadeUpStream:
         constant = np.broadcast_to(np.int32(len(self._jpeg)), rows)
         places = Places((Shard("a.tar", 1, 1, "0" * 64, "a.parquet", "0" * 64),) * shards, starts, constant, constant,
                         np.broadcast_to(np.uint64(0), rows))  # fmt: skip
-        self._reader = BlockReader(LocalStore("/"), places, block=config.block, cache=None, in_flight=0)
-        self._reader.ahead = SimpleNamespace(submit=lambda *_: None, shutdown=lambda **_: None)  # type: ignore
+        self._reader = BlockReader(LocalStore("/"), places, block=config.block, cache=MemoryCache(0), in_flight=0, ahead=1.0)
+        self._reader.ahead = SimpleNamespace(submit=lambda *_: None)  # type: ignore[assignment]
         self.prepared_by: set[int] = set()
 
     def fetch(self, samples: np.ndarray) -> Fetched:
@@ -203,9 +204,12 @@ class MadeUpStream:
     def labels(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.full(len(rows), -1), np.full(len(rows), -1)
 
-    def prepare(self, samples: np.ndarray, turn: int) -> None:
+    def prepare(self, samples: np.ndarray, turns: np.ndarray) -> None:
         self.prepared_by.add(get_ident())
-        self._reader.prepare(samples, turn)
+        self._reader.prepare(samples, turns)
+
+    def passed(self, samples: np.ndarray, turns: np.ndarray) -> None:
+        self._reader.passed(turns)
 
 
 def hand_over(ranks: int, steps: int, *, rows: int, batch: int) -> float:

@@ -16,7 +16,7 @@ from datapipe.core.errors import DataError, StorageError
 from datapipe.dataset.manifest import Manifest
 from datapipe.maintain.remove import remove
 from datapipe.stream import disk_cache as caches
-from datapipe.stream.disk_cache import DiskCache
+from datapipe.stream.disk_cache import ROOM_MADE, DiskCache
 from datapipe.stream.memory_cache import MemoryCache
 from datapipe.stream.stream import Stream
 from tests.conftest import S3Server
@@ -143,8 +143,8 @@ def test_disk__a_crop_broken_in_the_store_is_replaced_and_the_others_are_kept(tm
 
 def test_prepare__brings_blocks_in_before_they_are_asked_for(crops: CropSet, opened: Stream) -> None:
     rows = np.array([3, 4, 30])
-    opened.prepare(rows, turn=0)
-    opened.prepare(rows, turn=0)
+    opened.prepare(rows, np.zeros(3, np.int64))
+    opened.prepare(rows, np.zeros(3, np.int64))
     ahead = opened._now.reader.ahead
     assert ahead is not None
     ahead.shutdown()  # waits for what was asked for
@@ -154,13 +154,63 @@ def test_prepare__brings_blocks_in_before_they_are_asked_for(crops: CropSet, ope
     assert opened.cached == (3, 3) and opened.bytes_read == before
 
 
-def test_prepare__needs_room_for_two_windows(crops: CropSet, tmp_path: Path) -> None:
-    window = sum(map(len, crops.jpegs)) / ROWS * 3 * BLOCK
-    for windows, ahead in ((1.5, False), (2.1, True)):
+def test_prepare__brings_in_as_much_of_the_next_window_as_there_is_room_for(
+    crops: CropSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is switched off at once: less room, fewer blocks ahead; below a window some crops are read singly."""
+    window = sum(map(len, crops.jpegs)) / ROWS * 3 * BLOCK / (1 - ROOM_MADE)
+    found = []
+    for number, windows in enumerate((0.5, 1.0, 1.5, 2.1)):
+        caplog.clear()
         source = Stream(Manifest.load(url(crops)), StorageConfig(),
-                        config(tmp_path / "cache", cache_gb=windows * window / 1e9))  # fmt: skip
-        assert (source._now.reader.ahead is not None) == ahead
+                        config(tmp_path / f"cache-{number}", cache_gb=windows * window / 1e9))  # fmt: skip
+        reader = source._now.reader
+        source.prepare(np.arange(ROWS), np.arange(ROWS) // (3 * BLOCK))
+        assert reader.ahead is not None
+        reader.ahead.shutdown()
+        kept = int(reader.keeps(reader.blocks.first).sum())
+        brought = sum(reader.cache.has(reader.blocks.key(block)) for block in range(len(reader.blocks.first)))  # type: ignore
+        found.append((kept, brought))
+        assert everything(source) == crops.jpegs
+        assert ("stream.cache_gb = " in caplog.text) == (windows < 2)
+        assert ("one by one" in caplog.text) == (windows < 1)
         source.close()
+    total = len(reader.blocks.first)
+    (half, none), (one, little), (all_, some), (_, most) = found
+    assert 0 < half < total and none == little == 0 and one == all_ == total
+    assert 0 < some < total and most > 0
+
+
+def test_passed__blocks_of_a_window_that_is_over_go_first(crops: CropSet, opened: Stream) -> None:
+    """Though they were brought in after the ones that are still wanted."""
+    reader = opened._now.reader
+    assert reader.ahead is not None and isinstance(reader.cache, DiskCache)
+    numbers = np.array([0, 1, 2])
+    rows, turns = reader.blocks.first[numbers], np.array([8, 7, 9])
+    for row, turn in zip(rows, turns, strict=True):
+        opened.prepare(np.array([row]), np.array([turn]))
+    reader.ahead.shutdown()
+    opened.passed(rows, np.array([8, 9, 9]))
+    age = {number: (reader.cache.folder / reader.blocks.key(number)).stat().st_mtime for number in numbers.tolist()}
+    assert min(age, key=lambda number: age[number]) == 1
+    assert age[1] < min(age[0], age[2]) - 1e8
+    reader.cache.limit = held(reader.cache.folder)
+    reader._bring(3)
+    assert [reader.cache.has(reader.blocks.key(number)) for number in range(4)] == [True, False, True, True]
+
+
+def test_prepare__a_retired_block_that_is_wanted_again_is_kept(crops: CropSet, opened: Stream) -> None:
+    reader = opened._now.reader
+    assert isinstance(reader.cache, DiskCache)
+    path = reader.cache.folder / reader.blocks.key(0)
+    reader._bring(0)
+    written = path.stat().st_mtime
+    reader.cache.retire(reader.blocks.key(0))
+    assert path.stat().st_mtime < written - 1e8
+    opened.prepare(np.array([0]), np.array([0]))
+    assert reader.ahead is not None
+    reader.ahead.shutdown()
+    assert path.stat().st_mtime >= written
 
 
 def test_disk__drops_removed_crops_when_it_is_next_opened(tmp_path: Path) -> None:

@@ -105,15 +105,15 @@ def test_after__the_next_window_is_fetched_ahead(
     prepared = SimpleQueue[int]()
     prepare = BlockReader.prepare
 
-    def note(reader: BlockReader, rows: np.ndarray, turn: int) -> None:
-        prepare(reader, rows, turn)
-        prepared.put(turn)
+    def note(reader: BlockReader, rows: np.ndarray, turns: np.ndarray) -> None:
+        prepare(reader, rows, turns)
+        prepared.put(len(rows))
 
     monkeypatch.setattr(BlockReader, "prepare", note)
     with loader(f"local://{crops.folder}", config, batch=5) as running:
         batches = running.after(0, 40)
         found = soon(lambda: pixels(islice(batches, 2)))
-        soon(lambda: [prepared.get() for _ in range(2)])
+        soon(lambda: [prepared.get() for _ in range(4)])
         reader = running.stream._now.reader  # type: ignore[union-attr]
         assert reader.ahead is not None
         reader.ahead.shutdown()  # waits for what was asked for

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow
 
 from datapipe.core.config import ShardConfig, StorageConfig
-from datapipe.core.errors import DataError
+from datapipe.core.errors import DataError, NotFoundError
 from datapipe.core.parallel import Executor, Workers
 from datapipe.core.progress import Progress, counted
 from datapipe.dataset.index import Shard
@@ -121,7 +121,9 @@ def refuse_inside(sources: Sequence[str], out: str) -> None:
     """DataError where `out` lies inside a source: the next run would take the shards for a part of it."""
     for source in sources:
         place, whole = resolved_url(out), resolved_url(source)
-        if f"{place}/".startswith(f"{whole}/") or would_meet(whole, f"{place}/shards/0.tar"):
+        if f"{place}/".startswith(f"{whole}/") or any(
+            would_meet(whole, f"{place}/shards/{name}") for name in ("0.tar", "00/0.tar")
+        ):
             raise DataError("--out lies inside a source", where=out, hint="choose a folder beside the source")
 
 
@@ -213,13 +215,23 @@ class _Ingestion:
         raise AssertionError("no part holds the row")
 
 
+def _has_any(store: Store, prefix: str) -> bool:
+    """Is there an object whose name begins so?"""
+    try:
+        return next(store.list(prefix), None) is not None
+    except NotFoundError:  # the folder itself is still to be made
+        return False
+
+
 def write_shards(
     plan: Plan, store: Store, spool: Store, storage: StorageConfig, workers: Executor, *, with_sidecars: bool
 ) -> tuple[Shard, ...]:
-    """All shards of a plan, in their order; the rows of each are in the spool."""
+    """All shards of a plan, in their order; the rows of each are in the spool. What an earlier version of this project
+    has begun goes on under its names."""
+    name = plan.together if _has_any(store, plan.together(0).removesuffix("000000.tar")) else plan.name
     sheets = [
         Sheet(
-            plan.name(number),
+            name(number),
             rows_file(plan, number),
             int(plan.cuts[number]),
             int(plan.cuts[number + 1]),

@@ -131,7 +131,8 @@ class BlockReader:
 
     Without a cache only what is asked for is read; otherwise whole blocks are, the share `kept` of them. `in_flight`
     requests at a time; 0 reads in the calling thread (local disks). `ahead`: the share of blocks that are brought in
-    before they are wanted, by as many requests again; None where `prepare` is not called. No request is sent before `pace` lets it. Safe for many threads.
+    before they are wanted, by as many requests again; None where `prepare` is not called. No request is sent before
+    `pace` lets it. Safe for many threads.
     """
 
     def __init__(

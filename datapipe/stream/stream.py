@@ -124,7 +124,7 @@ class Stream:
         return self._now.reader.ahead is not None
 
     def prepare(self, samples: Ints, turns: Ints) -> None:
-        """These samples will be wanted, in turns (see `SampleOrder.turns`): in the background, bring in their blocks."""
+        """Bring in, in the background, the blocks of samples that will be wanted in turns: see `SampleOrder.turns`."""
         self._now.reader.prepare(samples, turns)
 
     def passed(self, samples: Ints, turns: Ints) -> None:

@@ -49,9 +49,7 @@ class Data:
         orders = (Order(manifest.rows, own, config.block, config.window) for manifest, own in parts)
         return MixedOrder(tuple(orders), self.weights)
 
-    def stream(
-        self, storage: StorageConfig, config: StreamConfig, readers: Readers = ALONE
-    ) -> Stream | MixedStream:
+    def stream(self, storage: StorageConfig, config: StreamConfig, readers: Readers = ALONE) -> Stream | MixedStream:
         """The crops by sample id, for one of the `readers`; raises as `Stream` does. Data sets share the memory of
         `config.cache_mb` and the requests of `config.requests_per_s` equally, the disk by the size of their windows."""
         if len(self.sets) == 1:

@@ -11,6 +11,7 @@ simulated. Machines of eight ranks.
 """
 
 import argparse
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -29,7 +30,7 @@ from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.dataset.index import Shard
 from datapipe.dataset.manifest import Manifest
 from datapipe.dataset.packed_index import PackedIndex
-from datapipe.dataset.tar import BLOCK, layout
+from datapipe.dataset.tar import layout
 from datapipe.sampling.epoch_order import Order
 from datapipe.sampling.rank_assignment import Assignment
 from datapipe.storage.local import LocalStore
@@ -38,8 +39,10 @@ from datapipe.stream.loader import UNDER_WAY
 from datapipe.stream.reading_plan import Readers, ReadingPlan, plan_reading
 from datapipe.stream.stream import Stream
 
-SHRINK = 64
+SHRINK = 256
 """Crops, gaps and caches are so many times smaller than they are said to be."""
+MEMORY = Path("/dev/shm")
+"""Where caches lie, if that is there."""
 PER_SHARD = 10_000
 RANKS_OF_A_MACHINE = 8
 LUPERSON = 4_180_243
@@ -125,7 +128,7 @@ def _columns(made: MadeUp) -> tuple[np.ndarray, np.ndarray]:
     spread = np.random.default_rng(0).normal(0.0, 0.45, made.rows)
     real = np.exp(spread - 0.45**2 / 2) * made.crop_bytes
     offsets = np.concatenate([layout(real[low : low + PER_SHARD])[0] for low in range(0, made.rows, PER_SHARD)])
-    return np.maximum(1, real / SHRINK).astype(np.int32), offsets // SHRINK
+    return np.maximum(1, np.rint(real / SHRINK)).astype(np.int32), offsets // SHRINK
 
 
 @dataclass
@@ -249,11 +252,15 @@ def simulated(made: MadeUp) -> ExitStack:
     return stack
 
 
+def _scratch() -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory(prefix="reading_", dir=MEMORY if os.access(MEMORY, os.W_OK) else None)
+
+
 def epochs(made: MadeUp, config: StreamConfig, batch: int, machines: int) -> tuple[Asked, Asked, Asked]:
     """(epoch 1, the first half of epoch 2, the window after a machine was lost then)."""
     rows, window = made.rows // batch * batch, config.window * config.block // batch * batch
     middle = (rows + rows // 2) // batch * batch
-    with simulated(made), tempfile.TemporaryDirectory(prefix="reading_") as folder:
+    with simulated(made), _scratch() as folder:
         run = Simulation(made, config, batch, Path(folder))
         run.start(machines)
         first, second = run.run([range(rows), range(rows, middle)])
@@ -269,7 +276,7 @@ def cliff(crop_kb: float, config: StreamConfig, batch: int, machines: int) -> tu
     window = config.window * config.block
     made = MadeUp((CLIFF_WINDOWS + 1) * window, crop_kb * 1e3)
     plan = plan_reading(config, rows=made.rows, crop_bytes=made.crop_bytes, remote=True, machines=machines)
-    with simulated(made), tempfile.TemporaryDirectory(prefix="reading_") as folder:
+    with simulated(made), _scratch() as folder:
         run = Simulation(made, config, batch, Path(folder))
         run.start(machines)
         return plan, run.run([range(window), range(window, CLIFF_WINDOWS * window)])[1]
@@ -303,11 +310,13 @@ def main() -> None:
     config = StreamConfig(cache_gb=given.cache_gb)
     if given.cliffs:
         sizes = given.crop_kb if given.crop_kb != [9.0] else CLIFFS_KB
+
         def by_size() -> Iterator[Sequence[str]]:
             for size in sizes:
                 plan, asked = cliff(size, config, given.batch, given.machines[0])
                 yield (f"{size:g}", f"{plan.window / 1e9:.2f}", f"{plan.kept:.2f}", f"{plan.ahead:.2f}",
                        *_figures(asked, size * 1e3))  # fmt: skip
+
         table(("kB a crop", "GB of a window", "kept", "ahead", "requests per 1,000 images", "bytes per byte of a crop",
                "requests waited for per 1,000"), by_size())  # fmt: skip
         return

@@ -194,7 +194,9 @@ class MadeUpStream:
         constant = np.broadcast_to(np.int32(len(self._jpeg)), rows)
         places = Places((Shard("a.tar", 1, 1, "0" * 64, "a.parquet", "0" * 64),) * shards, starts, constant, constant,
                         np.broadcast_to(np.uint64(0), rows))  # fmt: skip
-        self._reader = BlockReader(LocalStore("/"), places, block=config.block, cache=MemoryCache(0), in_flight=0, ahead=1.0)
+        self._reader = BlockReader(
+            LocalStore("/"), places, block=config.block, cache=MemoryCache(0), in_flight=0, ahead=1.0
+        )
         self._reader.ahead = SimpleNamespace(submit=lambda *_: None)  # type: ignore[assignment]
         self.prepared_by: set[int] = set()
 

@@ -56,31 +56,44 @@ class RunPlan:
     """None: batches are not made up of them."""
     opened: "Stream | MixedStream | None" = field(default=None, compare=False, repr=False)
     """The crops, where they had to be opened for that."""
+    ranks: int = 1
+    machines: int = field(default=1, compare=False)
+    """That the ranks are on; 1 as long as that is not known."""
 
     @cached_property
     def stream(self) -> "Stream | MixedStream":
         """The crops, opened once in a process: what one reader has brought into the cache others find there."""
-        return self.opened or self.data.stream(self.config.storage, self.config.stream)
+        from datapipe.stream.reading_plan import Readers
+
+        if self.opened is not None:
+            return self.opened
+        shares = self.config.stream.assignment == "node" and self.identities is None
+        readers = Readers(self.machines if shares else 1, self.ranks)
+        return self.data.stream(self.config.storage, self.config.stream, readers)
 
     def order(self) -> SampleOrder:
         """Which sample comes when."""
         return self.identities.order if self.identities else self.data.order(self.config.seed, self.config.stream)
 
 
-def plan_run(config: RunConfig, data: "Data", ranks: int) -> RunPlan:
-    """All that follows from a recipe, its data and so many ranks. Raises ConfigError or DataError where they do not go
-    together."""
+def plan_run(config: RunConfig, data: "Data", ranks: int, machines: int = 1) -> RunPlan:
+    """All that follows from a recipe, its data and so many ranks on so many machines. Raises ConfigError or DataError
+    where they do not go together."""
+    from datapipe.stream.reading_plan import Readers
+
     identities, stream = None, None
+    every_machine_reads_all = Readers(1, ranks)
     if (sampling := sampling_of(config)) is not None:
-        stream = data.stream(config.storage, config.stream)
+        stream = data.stream(config.storage, config.stream, every_machine_reads_all)
         identities = _identities(config, stream, sampling)
         config = _for_identities(config, sampling, identities.labels)
     if (clusters := clustered(config)) is not None:
-        stream = data.stream(config.storage, config.stream)
+        stream = data.stream(config.storage, config.stream, every_machine_reads_all)
         _refuse_unclustered(stream, clusters)
     config = for_clusters(config, data.rows)
     clock = clock_of(config, data.rows)
-    return RunPlan(config, data, clock, view_spec(config), split_of(config, ranks), identities, stream)
+    split = split_of(config, ranks)
+    return RunPlan(config, data, clock, view_spec(config), split, identities, stream, ranks, machines)
 
 
 def clock_of(config: RunConfig, rows: int) -> Clock:

@@ -13,9 +13,9 @@ from training.core.run_folder.run_folder import RunFolder
 from training.weights.initialise import refuse_missing
 
 
-def check(config: RunConfig, ranks: int) -> RunPlan:
+def check(config: RunConfig, ranks: int, machines: int = 1) -> RunPlan:
     """Everything that can be refused before processes start: settings, data, an older run in the same folder. `ranks`:
-    of the run, the most that it may have where that changes.
+    of the run, the most that it may have where that changes; `machines` that they are on, where that is known.
 
     Returns what it is otherwise. Raises ConfigError, DataError or StorageError.
     """
@@ -23,7 +23,7 @@ def check(config: RunConfig, ranks: int) -> RunPlan:
 
     folder = RunFolder(config.out, config.storage)
     before = look(folder)
-    plan = plan_run(as_begun(config, before), load_data(config.stream, config.storage), ranks)
+    plan = plan_run(as_begun(config, before), load_data(config.stream, config.storage), ranks, machines)
     config = plan.config
     if config.init.weights:
         refuse_missing(config.init, config.storage)

@@ -4,11 +4,13 @@ the publication."""
 import contextlib
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from datapipe.core.errors import ConfigError, StorageError
+from datapipe.stream.reading_plan import ReadingPlan
 from datapipe.stream.training_data import Data, load_data
 from training import methods
 from training.checkpoint import retention
@@ -111,6 +113,10 @@ class DryRun(NamedTuple):
     """The time of a step by kind of GPU, or on this CPU."""
     spreads: list[Spread]
     """On numbers of workers that the recipe allows, the expected one among them, and with a machine lost."""
+    machines: int = 1
+    """That the ranks are assumed to be on."""
+    reading: Sequence[ReadingPlan] = ()
+    """How each data set will be read; nothing where none is at hand."""
 
     @property
     def fits(self) -> bool | None:
@@ -137,9 +143,10 @@ def dry_run(config: RunConfig, *, rows: int = 0, gpu: str = "", gpu_memory_gb: f
     remedies = _remedies(config, sizes, room) if room and need.needed > room else []
     steps = _steps(config, clock_of(config, rows), rows, known_from)
     spreads = [_spread(config, sizes, workers) for workers in _worlds(config)]
-    return DryRun(
-        config, sizes, steps, need, room, remedies, compare(config), _forecasts(config, sizes, kinds), spreads
-    )
+    machines = _machines(config)
+    reading = data.reading(config.stream, machines if _shares_blocks(config) else 1) if data else []
+    return DryRun(config, sizes, steps, need, room, remedies, compare(config), _forecasts(config, sizes, kinds), spreads,
+                  machines, reading)  # fmt: skip
 
 
 def _kinds(config: RunConfig, gpu: str) -> list[Gpu]:
@@ -157,12 +164,22 @@ def _kinds(config: RunConfig, gpu: str) -> list[Gpu]:
 
 
 def _forecasts(config: RunConfig, sizes: Census, kinds: list[Gpu]) -> list[Forecast]:
-    workers = expected_workers(config)
-    machines = math.ceil(workers / (config.cluster.workers_per_node or MACHINE_GPUS))
+    workers, machines = expected_workers(config), _machines(config)
     if config.engine.device == "cpu":
         return [forecast_here(config, sizes, measured_machine(config, workers), Share(workers, 1, 1.0))]
     cores = config.stream.threads or max(CORES, config.cluster.cpus_per_worker)
     return [forecast(config, sizes, gpu, Share(workers, machines, cores)) for gpu in kinds]
+
+
+def _machines(config: RunConfig) -> int:
+    """Machines that the workers take up, of as many GPUs as most have."""
+    return math.ceil(expected_workers(config) / (config.cluster.workers_per_node or MACHINE_GPUS))
+
+
+def _shares_blocks(config: RunConfig) -> bool:
+    """Are the blocks of the data shared among machines? Else each of them reads nearly all."""
+    grouped = sampling_of(config) is not None or clustered(config) is not None
+    return config.stream.assignment == "node" and not grouped
 
 
 def _sized(config: RunConfig, rows: int, data: Data | None) -> RunConfig:

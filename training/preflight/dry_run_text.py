@@ -1,6 +1,7 @@
 """A dry run for people to read, and for programs."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from datapipe.core.progress import counted, duration
@@ -59,6 +60,10 @@ def to_tree(run: DryRun) -> dict[str, Any]:
             "remedies": [remedy._asdict() for remedy in run.remedies],
             **({} if _is_complete(run) else {"not_counted": NOT_COUNTED}),
         },
+        "reading": {
+            "machines": run.machines,
+            "data_sets": [{**asdict(plan), "advice": list(plan.advice())} for plan in run.reading],
+        },
         "published": {
             "recipe": compared.recipe,
             "data": compared.data,
@@ -76,6 +81,7 @@ def page(run: DryRun, *, full: bool = False) -> str:
         *_verdict(run),
         *_steps(run.steps, run.config.optimisation),
         *_time(run),
+        *_reading(run),
         *_differences(run.comparison),
     ]
     sections: dict[str, Iterable[str]] = {f"{run.config.method.name}, {run.config.backbone.arch}": answer}
@@ -219,6 +225,16 @@ def _timed(run: DryRun, one: Forecast) -> dict[str, Any]:
         "of_parts": {name: part._asdict() for name, part in usual.parts.items()}, "data_s": usual.data_s,
         "error": one.error,
     }  # fmt: skip
+
+
+def _reading(run: DryRun) -> Iterator[str]:
+    """How the crops come from object storage; nothing where they lie on disks of the machines, or are not at hand."""
+    for plan in run.reading:
+        advice = list(plan.advice())
+        if plan.keeps == "disk" and not advice:
+            machines = counted(run.machines, "machine")
+            yield f"  data: each of {machines} keeps a window, {_gb(plan.window)}, on disk and reads the next ahead"
+        yield from (f"  data: {line}" for line in advice)
 
 
 def _verdict(run: DryRun) -> Iterator[str]:

@@ -120,11 +120,12 @@ def _noted(folder: RunFolder, startup: Startup) -> contextlib.AbstractContextMan
 def _plan(config: RunConfig, world: World) -> RunPlan:
     """The leading rank looks into the run folder and refuses what can be refused, which all raise; the others only read
     the data set."""
+    machines = len(set(world.nodes()))
     found: RunPlan | UserError | None = None
     data = None
     if world.is_leader:
         try:
-            found = check(config, world.size)
+            found = check(config, world.size, machines)
         except UserError as error:
             found = error
     else:
@@ -135,7 +136,7 @@ def _plan(config: RunConfig, world: World) -> RunPlan:
     if isinstance(found, RunPlan):
         return found
     assert data is not None
-    return plan_run(replace(config, views=replace(config.views, version=word)), data, world.size)
+    return plan_run(replace(config, views=replace(config.views, version=word)), data, world.size, machines)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The plan is a pure function: every crop once, both bounds kept, whatever the order of the scan."""
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,8 @@ from datapipe.core.config import ShardConfig
 from datapipe.dataset.duplicates import Marks
 from datapipe.dataset.tar import BLOCK, END_BYTES, layout, member_bytes
 from datapipe.ingest.shard_plan import (
+    MOST_TOGETHER,
+    PREFIXES,
     Candidates,
     Plan,
     cut,
@@ -211,3 +214,19 @@ def test_sample_key__tells_equal_names_of_two_sources_apart() -> None:
     assert len(keys) == len(pairs) and all(len(key) == 32 and key.isalnum() for key in keys)
     assert sample_key("set", "0001_c1.jpg") == "736fcf4d6922c4668bcdf979a0bf9b13"  # data sets of before hang on it
     assert rank("736fcf4d6922c4668bcdf979a0bf9b13", 0) != rank("736fcf4d6922c4668bcdf979a0bf9b13", 1)
+
+
+def test_name__many_shards_are_spread_over_prefixes_and_few_lie_together() -> None:
+    """Names of data sets that exist stay: those of few shards, and of any that an earlier version has begun."""
+
+    def plan(shards: int) -> Plan:
+        none = Marks(np.empty(0, np.int64), np.empty(0, np.int64))
+        return Plan(np.arange(shards), np.arange(shards + 1), none, none, shards, "0123456789abcdef")
+
+    few, many = plan(MOST_TOGETHER), plan(40 * PREFIXES)
+    assert few.name(7) == few.together(7) == "shards/0123456789ab-000007.tar"
+    names = [many.name(shard) for shard in range(many.shards)]
+    assert names[259] == "shards/03/0123456789ab-000259.tar" and many.together(259) == "shards/0123456789ab-000259.tar"
+    folders = Counter(name.split("/")[1] for name in names)
+    assert len(folders) == PREFIXES and set(folders.values()) == {40}
+    assert len({name.rpartition("/")[2] for name in names}) == many.shards

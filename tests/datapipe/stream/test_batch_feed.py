@@ -65,8 +65,8 @@ def test_after__blocks_are_prepared_a_window_ahead_and_passed_when_their_batches
         stream.prepare = lambda samples, turns: noted.append(("prepared", samples.tolist()))
         stream.passed = lambda samples, turns: noted.append(("passed", samples.tolist()))
         distance = max(0, DISTANCE - under_way)
-        wanted = [share.samples[share.samples >= 0].tolist()
-                  for share in running._shares(range(0, BATCH * COUNT, BATCH), BATCH * COUNT, later=distance)]  # fmt: skip
+        shares_ = running._shares(range(0, BATCH * COUNT, BATCH), BATCH * COUNT, later=distance)
+        wanted = [share.samples[share.samples >= 0].tolist() for share in shares_]
         batches = running.after(0, BATCH * COUNT)
         for number in range(COUNT):
             next(batches)

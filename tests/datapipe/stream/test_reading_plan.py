@@ -11,7 +11,9 @@ from datapipe.stream.reading_plan import ReadingPlan, among, needed_gb, numbers_
 ROWS = 4_180_243
 
 
-def planned(crop_kb: float, *, machines: int = 1, rows: int = ROWS, remote: bool = True, **settings: float) -> ReadingPlan:
+def planned(
+    crop_kb: float, *, machines: int = 1, rows: int = ROWS, remote: bool = True, **settings: float
+) -> ReadingPlan:
     config = StreamConfig(**settings)  # type: ignore[arg-type]
     return plan_reading(config, rows=rows, crop_bytes=crop_kb * 1e3, remote=remote, machines=machines)
 

@@ -176,8 +176,8 @@ class Loader:
                 batch.waited_s = perf_counter() - before
                 yield batch
         finally:
-            begun = [pieces, *(left for _, left in feed.close())]
-            wait([piece for some in begun for piece in some if not piece.cancel()])  # nothing may still write into a
+            left = [pieces, *(others for _, others in feed.close())]
+            wait([piece for some in left for piece in some if not piece.cancel()])  # nothing may still write into a
             # slot that somebody else gets
 
     def _shares(self, starts: range, until: int, *, later: int = 0) -> Iterator[RankBatch]:

@@ -166,7 +166,8 @@ class PersonVit(Distillation[PersonVitConfig]):
         hidden = round(teacher_rows * patches * sum(ratios) / len(ratios))
         own = config.patch_out_dim if config.patch_head == "separate" else config.head.out_dim
         cls_rows = Scored((GLOBALS + config.locals) * images, teacher_rows, teacher_rows, config.head.out_dim)
-        return Workload(student, teacher, config.head, (cls_rows, Scored(hidden, hidden, hidden + teacher_rows, own)))
+        patch_rows = Scored(hidden, hidden, hidden + teacher_rows, own, teacher_mlp=teacher_rows * patches)
+        return Workload(student, teacher, config.head, (cls_rows, patch_rows))
 
     def prototypes(self, token: str) -> int:
         separate = token == "patch" and self.config.patch_head == "separate"

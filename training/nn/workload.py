@@ -33,6 +33,8 @@ class Scored(NamedTuple):
     teacher: int
     """Rows that the teacher scores."""
     prototypes: int
+    teacher_mlp: int = 0
+    """Rows that the teacher takes through the MLP of the head; 0: those that it scores."""
 
 
 class Decoding(NamedTuple):

@@ -145,8 +145,8 @@ def dry_run(config: RunConfig, *, rows: int = 0, gpu: str = "", gpu_memory_gb: f
     spreads = [_spread(config, sizes, workers) for workers in _worlds(config)]
     machines = _machines(config)
     reading = data.reading(config.stream, machines if _shares_blocks(config) else 1) if data else []
-    return DryRun(config, sizes, steps, need, room, remedies, compare(config), _forecasts(config, sizes, kinds), spreads,
-                  machines, reading)  # fmt: skip
+    times = _forecasts(config, sizes, kinds)
+    return DryRun(config, sizes, steps, need, room, remedies, compare(config), times, spreads, machines, reading)
 
 
 def _kinds(config: RunConfig, gpu: str) -> list[Gpu]:

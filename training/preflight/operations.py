@@ -58,9 +58,12 @@ def operations(work: Workload, backbone: BackboneConfig) -> Operations:
         pixels=sum(_pixel_layer(backbone, stack) for stack in work.student),
         student=sum(_after_pixels(backbone, stack) for stack in work.student),
         decoders=sum(one.images * _decoder(one, width) for one in work.decoded),
-        heads=read_out + sum(part.student * _head(part, width, head) for part in work.scored),
+        heads=read_out + sum(part.student * (_mlp(width, head) + _prototypes(part, head)) for part in work.scored),
         teacher=sum(_pixel_layer(backbone, stack) + _after_pixels(backbone, stack) for stack in work.teacher),
-        teacher_heads=sum(part.teacher * _head(part, width, head) for part in work.scored),
+        teacher_heads=sum(
+            (part.teacher_mlp or part.teacher) * _mlp(width, head) + part.teacher * _prototypes(part, head)
+            for part in work.scored
+        ),
     )
 
 
@@ -122,11 +125,17 @@ def _half(stack: Stack) -> int:
     return (stack.size[0] // 2) * (stack.size[1] // 2)
 
 
-def _head(part: Scored, width: int, head: HeadConfig | None) -> float:
-    """One row through the MLP of a head and its prototypes."""
+def _mlp(width: int, head: HeadConfig | None) -> float:
+    """One row through the MLP of a head."""
     assert head is not None, "rows are scored, and no head is said"
-    widths = [width, *[head.hidden] * (head.layers - 1), head.bottleneck, part.prototypes]
+    widths = [width, *[head.hidden] * (head.layers - 1), head.bottleneck]
     return 2.0 * sum(before * after for before, after in zip(widths[:-1], widths[1:], strict=True))
+
+
+def _prototypes(part: Scored, head: HeadConfig | None) -> float:
+    """One row with each prototype."""
+    assert head is not None, "rows are scored, and no head is said"
+    return 2.0 * head.bottleneck * part.prototypes
 
 
 def _decoder(one: Decoding, memory_width: int) -> float:

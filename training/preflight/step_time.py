@@ -400,8 +400,12 @@ class _How(NamedTuple):
         total = Part()
         for part in work.scored:
             assert head is not None
-            rows = part.student * (1 + direction) + (0 if direction else part.teacher)
-            total += _sum(self.product((rows, *pair), self.head_format, FULL) for pair in _layers(part, backbone, head))
+            layers = _layers(part, backbone, head)  # the last are the prototypes
+            taught = [part.teacher_mlp or part.teacher] * (len(layers) - 1) + [part.teacher]
+            rows = [part.student * (1 + direction) + (0 if direction else one) for one in taught]
+            total += _sum(
+                self.product((count, *pair), self.head_format, FULL) for count, pair in zip(rows, layers, strict=True)
+            )
         logits = sum(
             part.prototypes * (part.student * STUDENT_PASSES * (1 + direction) / 3
                                + (0 if direction else part.teacher * TEACHER_PASSES))

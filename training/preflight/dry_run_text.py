@@ -26,7 +26,7 @@ ADVICE = {
     "data": 'more cores for each GPU (stream.threads), views.interpolation = "linear"',
 }
 """What takes most of a step -> what helps; matrix products are what a step is for."""
-MOST = 8
+MOST = 6
 """Differences from what is published that the answer names."""
 NOT_COUNTED = "heads, loss and teacher, of which this method says nothing (Method.workload): memory is known from below"
 

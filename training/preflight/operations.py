@@ -10,12 +10,13 @@ Every block is counted for every image: where drop path spares blocks, a step do
 
 from typing import NamedTuple
 
-from training.config.build import workload
+from training.config.build import allows_tf32, workload
 from training.config.run_config import RunConfig
 from training.nn.heads import HeadConfig
 from training.nn.ics_stem import CHANNELS
 from training.nn.vision_transformer import BackboneConfig
 from training.nn.workload import Decoding, Scored, Stack, Workload
+from training.preflight.gpus import Format
 
 MANY = 1_000
 """Images over which counts are averaged, as a method may round them (hidden patches)."""
@@ -93,6 +94,17 @@ def again_of_stacks(config: RunConfig, images: int) -> float:
         stack.rows * depth * (block_flops(config.backbone, stack.tokens) - stack.tokens * spared)
         for stack in workload(config, images).student
     )
+
+
+def float32_format(config: RunConfig) -> Format:
+    """What float32 products multiply on a GPU: heads and losses, and the backbone where nothing lowers it."""
+    return "tf32" if allows_tf32(config) else "fp32"
+
+
+def backbone_format(config: RunConfig) -> Format:
+    """What products of the backbone multiply on a GPU: what a run's utilisation is measured in."""
+    precision = config.optimisation.precision
+    return float32_format(config) if precision == "fp32" else precision
 
 
 def block_flops(backbone: BackboneConfig, tokens: int) -> float:

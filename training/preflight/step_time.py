@@ -15,7 +15,7 @@ matrices takes, whichever is more; everything else takes what moving its numbers
 meanwhile: of the two, device and host, the slower one counts, part by part.
 
 Where the constants come from is said at each. Checked against measurements of others on GPUs (timm's published rates of
-ViT-T/S/B/L, `tests/training/preflight/test_step_time.py`), and of whole steps by part on a CPU (`CPU_ERROR`).
+ViT-T/S/B/L, `tests/training/preflight/test_step_time.py`), and with whole steps by part on a CPU (`CPU_MOST`).
 """
 
 import math
@@ -32,7 +32,7 @@ from training.preflight.activation_memory import FULL
 from training.preflight.communication import GBIT_S, traffic
 from training.preflight.gpus import GIGA, Format, Gpu
 from training.preflight.memory import Census
-from training.preflight.operations import block_flops, operations
+from training.preflight.operations import backbone_format, block_flops, float32_format, operations
 
 # ------------------------------------------------------------------------------------------------------- constants
 
@@ -46,26 +46,25 @@ DROP_PATH = 8
 """Bytes more, forward and backward each, where branches are scaled by drop path's factors: two products."""
 SOFTMAX = 4, 6
 """How often attention weights are read or written, forward and backward, where no fused kernel keeps them on chip."""
-STUDENT_PASSES, TEACHER_PASSES, PROTOTYPE_PASSES = 15, 9, 22
-"""How often a step reads or writes all logits of the student's heads, of the teacher's, and all prototypes, in float32:
-temperatures, softmax, targets, centre, loss and their gradients; unit length of prototypes, forward and backward."""
-ADAM, SGD, NORMS, AVERAGE = 80, 28, 36, 12
-"""Bytes moved for each number that is stepped (one kernel per operation of AdamW, or of SGD with momentum), for norms
-in float64 and clipping, and for each number of the teacher."""
+STUDENT_PASSES, TEACHER_PASSES, PROTOTYPE_PASSES = (11, 6), 8, (2, 4)
+"""How often a step reads or writes all logits of the student's heads (forward, backward), of the teacher's, and all
+prototypes (forward, backward), in float32: temperature, softmax, targets, centre, loss and their gradients; prototypes
+at unit length."""
+ADAM, SGD, NORMS, AVERAGE = 28, 28, 12, 12
+"""Bytes moved for each number that is stepped (AdamW in one kernel; SGD with momentum), for norms and clipping, and for
+each number of the teacher."""
 LAUNCHES = {"fp32": (10, 20), "lowered": (12, 24)}
 """Operations that a block launches, forward and backward (`test_step_time.py` counts them, as those that follow)."""
 LAUNCHES_OF_CASTS = 8
 """More under autocast for each block of a network, once in a micro-batch: its weights and biases; their gradients."""
 LAUNCHES_OF_DROP_PATH = 5, 8
 """More for each block where branches are scaled by drop path's factors."""
-LAUNCHES_OF_STACK, LAUNCHES_OF_HEAD, LAUNCHES_OF_LOSS = (20, 14), (63, 80), (18, 0)
+LAUNCHES_OF_STACK, LAUNCHES_OF_HEAD, LAUNCHES_OF_LOSS = (20, 14), (39, 50), (10, 0)
 """Of what a backbone has beside blocks, for views of one size; of one head with its targets and loss; of the rest."""
 LAUNCHES_OF_DECODER, LAUNCHES_OF_DECODER_BLOCK = (20, 10), {"fp32": (40, 50), "lowered": (63, 76)}
 """Of a decoder beside its blocks, with its part of the loss; of one of its blocks."""
-LAUNCHES_AFTER = 7.5
-"""For each parameter of the student, after the backward pass."""
-TENSORS_OF_BLOCK, TENSORS_BESIDE = 12, 20
-"""Parameters of a block, and about as many as there are beside."""
+LAUNCHES_AFTER = 60
+"""After the backward pass, at most."""
 SNAPSHOT = 0.5
 """Share of the rate between device and host that copies of a checkpoint reach: into fresh host memory, unpinned."""
 VIEW_RATE = {"linear": 95e6, "area": 95e6, "bicubic": 41e6}
@@ -79,8 +78,14 @@ GPU_ERROR = (
     "forward rates of ViT-T/S/B/L on RTX 3090, 4090 and 5090 (timm's, published) are 0 to 30 % faster than it says, "
     "training on the 3090 1 % slower to 9 % faster (ViT-T: 26 % slower); steps of these recipes were measured on no GPU"
 )
-CPU_OFF = 1.4
-CPU_ERROR = "measured here: products and memory traffic; steps that were measured take 0.7 to 1.4 times what this says"
+CPU_LEAST, CPU_MOST = 0.9, 1.8
+"""How long steps on CPUs take at least and at most, over what is calculated: PASS ViT-S with 4 images and one thread on
+a CPU with AMX took 1.5 times as long in fp32 and 1.7 times in bf16 (teacher 1.1 and 1.2, student 1.3 and 1.5, heads and
+loss 2.2 and 2.0, backward 1.5 and 1.9, after 1.3 and 1.3 times): softmax takes more than its traffic there."""
+CPU_ERROR = (
+    "calculated from products and memory traffic measured here; steps of PASS ViT-S that were measured take 1.5 "
+    "(fp32) to 1.7 (bf16) times as long as it says"
+)
 
 
 class Machine(NamedTuple):
@@ -242,12 +247,12 @@ class Share(NamedTuple):
     """Of the host, for the loader of a rank."""
 
 
-def step_time(config: RunConfig, sizes: Census, machine: Machine, share: Share, *, heads: Format = "fp32") -> StepTime:
-    """The time of a step of the run. `heads`: the format of their products."""
+def step_time(config: RunConfig, sizes: Census, machine: Machine, share: Share) -> StepTime:
+    """The time of a step of the run."""
     split = split_of(config, share.world)
     micros = split.micro_batches
     work = workload(config, split.micro_batch)
-    how = _How(config, machine, heads)
+    how = _How(config, machine, float32_format(config))
     once: dict[str, Part] = {
         "copy": how.copy(split.micro_batch),
         "teacher": _sum(how.stack(stack, learns=False) for stack in work.teacher) + how.lowered(sizes.teacher),
@@ -267,14 +272,14 @@ def step_time(config: RunConfig, sizes: Census, machine: Machine, share: Share, 
 def forecast(config: RunConfig, sizes: Census, gpu: Gpu, share: Share) -> Forecast:
     """The time of a step on GPUs of a kind, by its datasheet."""
     usual, good, bad = (step_time(config, sizes, machine_of(gpu, one), share) for one in (USUAL, GOOD, BAD))
-    peak = share.world * gpu.peak(config.optimisation.precision)
+    peak = share.world * gpu.peak(backbone_format(config))
     return Forecast(gpu.name, usual, good.seconds, bad.seconds, peak, f"calculated from the {gpu.source}: {GPU_ERROR}")
 
 
 def forecast_here(config: RunConfig, sizes: Census, machine: Machine, share: Share) -> Forecast:
     """The time of a step on CPUs as they were measured."""
     usual = step_time(config, sizes, machine, share)
-    return Forecast(machine.name, usual, usual.seconds / CPU_OFF, usual.seconds * CPU_OFF, 0.0, CPU_ERROR)
+    return Forecast(machine.name, usual, CPU_LEAST * usual.seconds, CPU_MOST * usual.seconds, 0.0, CPU_ERROR)
 
 
 def data_seconds(config: RunConfig, split: BatchSplit, cores: float) -> float:
@@ -304,11 +309,11 @@ class _How(NamedTuple):
     @property
     def format(self) -> Format:
         """What products of the backbone multiply."""
-        return self.config.optimisation.precision
+        return backbone_format(self.config)
 
     @property
     def kind(self) -> str:
-        return "fp32" if self.format == "fp32" else "lowered"
+        return "fp32" if self.config.optimisation.precision == "fp32" else "lowered"
 
     def copy(self, images: int) -> Part:
         """uint8 to the device, float32 there."""
@@ -395,7 +400,7 @@ class _How(NamedTuple):
         return self._heads(work, sizes, 0)
 
     def _heads(self, work: Workload, sizes: Census, direction: int) -> Part:
-        """A third of the traffic of logits, and half of that of prototypes, is in the forward pass."""
+        """One direction of heads and loss; teachers have but a forward pass."""
         backbone, head = self.config.backbone, work.head
         total = Part()
         for part in work.scored:
@@ -407,11 +412,11 @@ class _How(NamedTuple):
                 self.product((count, *pair), self.head_format, FULL) for count, pair in zip(rows, layers, strict=True)
             )
         logits = sum(
-            part.prototypes * (part.student * STUDENT_PASSES * (1 + direction) / 3
-                               + (0 if direction else part.teacher * TEACHER_PASSES))
+            part.prototypes
+            * (part.student * STUDENT_PASSES[direction] + (0 if direction else part.teacher * TEACHER_PASSES))
             for part in work.scored
-        )  # fmt: skip
-        prototypes = PROTOTYPE_PASSES / 2 * sizes.student.get("prototypes", 0)
+        )
+        prototypes = PROTOTYPE_PASSES[direction] * sizes.student.get("prototypes", 0)
         read_out = sum(2.0 * one.images * one.predicted * one.width * one.out for one in work.decoded)
         kept = 3 * (work.loss_kept + work.loss_alive) if not direction else 3 * work.loss_kept
         launches = LAUNCHES_OF_LOSS[direction] + len(work.scored) * LAUNCHES_OF_HEAD[direction]
@@ -446,9 +451,8 @@ class _How(NamedTuple):
         own = sizes.trained / (world if stage else 1)
         held = sizes.teacher / (world if stage == 3 else 1)
         stepped = SGD if self.config.optimisation.optimizer == "sgd" else ADAM
-        tensors = TENSORS_OF_BLOCK * self.config.backbone.shape.depth + TENSORS_BESIDE
         moved = own * (stepped + NORMS) + held * AVERAGE
-        return Part(0.0, moved / self.machine.stream, LAUNCHES_AFTER * tensors * self.machine.launch_s)
+        return Part(0.0, moved / self.machine.stream, LAUNCHES_AFTER * self.machine.launch_s)
 
 
 def _layers(part: Scored, backbone: BackboneConfig, head: HeadConfig) -> list[tuple[int, int]]:

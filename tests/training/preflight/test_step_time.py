@@ -2,18 +2,19 @@
 recipe, the GPU and the number of ranks."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 
+from tests.support.operations import Operations
 from tests.training.tiny_recipe import tiny, with_views
 from training.config.build import workload
 from training.config.recipe_toml import load
 from training.config.run_config import RunConfig
 from training.config.run_plan import clock_of
+from training.nn import distillation_losses
 from training.nn.vision_transformer import BackboneConfig
 from training.nn.workload import Stack
 from training.preflight import gpus
@@ -85,46 +86,29 @@ def test_training__beside_published_rates() -> None:
         assert 0.95 < found < (1.4 if arch == "vit_tiny" else 1.15), (arch, found)
 
 
-VIEWS = {"view", "_unsafe_view", "expand", "permute", "transpose", "t", "slice", "select", "unsqueeze", "squeeze",
-         "detach", "alias", "split", "split_with_sizes", "unbind", "as_strided", "lift_fresh", "_reshape_alias",
-         "unfold", "diagonal"}  # fmt: skip
-"""Operations that launch nothing."""
-
-
-class Launches(TorchDispatchMode):
-    """Counts the operations that reach a device."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.split("::")[1]
-        self.count += name not in VIEWS and not name.startswith(("empty", "new_empty", "sym_"))
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def launched() -> Iterator[Launches]:
-    with Launches() as mode:
-        yield mode
+def in_one(values: Tensor) -> Iterator[tuple[slice, slice]]:
+    """All views and images at a time, as on a GPU."""
+    yield slice(None), slice(None)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["pass_vits", "dino_vits", "personvit_vits", "personmae_vits"])
-def test_launches__are_about_those_of_a_real_step(name: str, precision: Any) -> None:
+def test_launches__are_about_those_of_a_real_step(name: str, precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distillation_losses, "_stretches", in_one)
     config = tiny(name, images=2, precision=precision, attention="fused")
     config = replace(config, backbone=replace(config.backbone, depth=4))
     method, views = with_views(config)
     progress = clock_of(config, 1_000).at(0)
-    with launched() as forward:
+    with Operations() as forward:
         loss = method(views, progress).loss
-    with launched() as backward:
+    with Operations() as backward:
         loss.backward()
     counting = Machine("a host", dict.fromkeys(("fp32", "tf32", "bf16", "fp16"), 1e30), 1, 1e30, 1e30, 1.0, 1, 1, 1e30)  # type: ignore[arg-type]
     parts = step_time(config, census(config), counting, Share(1, 1, 1)).parts
     found = sum(parts[part].launch for part in ("teacher", "student", "heads, loss"))
-    assert found == pytest.approx(forward.count, rel=0.25)
-    assert parts["backward"].launch == pytest.approx(backward.count, rel=0.25)
+    assert found == pytest.approx(forward.launched.total(), rel=0.25)
+    assert parts["backward"].launch == pytest.approx(backward.launched.total(), rel=0.25)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from training.config.build import workload
 from training.config.run_config import RunConfig
 from training.core.world import World
 from training.preflight import gpus
-from training.preflight.operations import flops_of_image
+from training.preflight.operations import backbone_format, flops_of_image
 
 
 class Yardstick(NamedTuple):
@@ -52,7 +52,7 @@ def yardstick(config: RunConfig, world: World) -> Yardstick:
 
 def of_devices(config: RunConfig, devices: list[str]) -> Yardstick:
     """For GPUs of these names, rank by rank; empty names are CPUs."""
-    precision = config.optimisation.precision
+    precision = backbone_format(config)
     flops, complete = flops_of_image(config), workload(config, 1).products_complete
     bare = Yardstick(flops, len(devices), complete=complete)
     kinds = list(dict.fromkeys(devices))

@@ -272,7 +272,7 @@ def after_backward(name: str, world: World) -> AfterBackward:
         optimisation=replace(config.optimisation, batch=images, micro_batch=images, precision="bf16", clip_norm=1e-6),
     )  # fmt: skip
     made = build_method(config)
-    split, clock = split_of(config.optimisation, world.size), clock_of(config, 0)
+    split, clock = split_of(config, world.size), clock_of(config, 0)
     stepper = make_stepper(config, made, world, split)
     place = BatchToDevice(CPU, config.views.statistics)
     for batch in Noise(config, CPU).after(0, 2 * images):

@@ -1,6 +1,5 @@
 """The commands that make data sets: shard | synth."""
 
-from pathlib import Path
 from typing import Annotated
 
 from datapipe.core import cli
@@ -83,10 +82,12 @@ def _say_what_would_be_done(chosen: ShardCommand) -> int:
 
 @settings
 class SynthCommand:
-    out: Path
-    """Folder to fill, in the layout of Market-1501."""
+    out: str
+    """Folder or s3://bucket/prefix to fill, in the layout of Market-1501."""
     config: Annotated[SynthConfig, INLINE] = SynthConfig()
     """What is rendered."""
+    storage: StorageConfig = StorageConfig()
+    """How object stores are reached."""
 
 
 def synth(arguments: list[str]) -> int:
@@ -95,5 +96,5 @@ def synth(arguments: list[str]) -> int:
     from datapipe.synth.market_folder import render
 
     with unwinding(GOES_ON):
-        render(chosen.out, chosen.config)
+        render(chosen.out, chosen.config, chosen.storage)
     return cli.COMPLETE

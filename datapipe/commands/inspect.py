@@ -85,8 +85,8 @@ def stats(arguments: list[str]) -> int:
 class PreviewCommand:
     manifest: Annotated[str, POSITIONAL]
     """The data set: a folder or s3://bucket/prefix, or one manifest file."""
-    out: Path = Path("preview.jpg")
-    """Picture to write, .jpg or .png."""
+    out: str = "preview.jpg"
+    """Picture to write, .jpg or .png, local or s3://bucket/x.jpg."""
     count: Annotated[int, Field(ge=1)] = 20
     """Crops to show: the first ones of the stream."""
     views: Path | None = None

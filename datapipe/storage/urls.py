@@ -14,7 +14,7 @@ def open_store(url: str, config: StorageConfig = StorageConfig()) -> Store:  # n
     """The store behind "s3://bucket/prefix", a local path, or any URL fsspec knows. Touches nothing yet."""
     if not url:
         raise StorageError("an empty path is no place to read or write", hint="give a folder or s3://bucket/prefix")
-    _refuse_one_slash(url)
+    _refuse_near_urls(url)
     scheme, _, rest = url.rpartition("://")
     if scheme in ("", "file"):
         return LocalStore(rest)
@@ -38,7 +38,7 @@ def is_remote(url: str) -> bool:
 
 def full_url(url: str) -> str:
     """The url as it means the same in every working directory: a local path in full, links as they are."""
-    _refuse_one_slash(url)
+    _refuse_near_urls(url)
     if not url or is_remote(url):
         return url.rstrip("/")
     return os.path.abspath(os.path.expanduser(url.removeprefix("file://")))
@@ -50,12 +50,41 @@ def resolved_url(url: str) -> str:
     return url if is_remote(url) else os.path.realpath(url)
 
 
-def _refuse_one_slash(url: str) -> None:
-    """What pathlib and normpath make of "s3://bucket" would be a folder called "s3:"."""
-    if match := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", url):
-        scheme, rest = match[1], url[match.end() :]
-        raise StorageError(
-            "an address of an object store has two slashes",
-            where=url,
-            hint=f"{scheme}://{rest}; for a local folder of that name, ./{url}",
-        )
+SCHEMES = "s3a?|s3n|gs|gcs|az|abfss?|adl|hdfs|https?|ftp|sftp|ssh|file|memory"
+_NEAR = re.compile(rf"[\s'\"]*({SCHEMES})(?:[:;.,\s]+[/\\]|[:;.,\s]*[/\\]{{2}}|:(?=[^/\\]))", re.IGNORECASE)
+"""What was meant to be the address of an object store, and would be the name of a local file or folder."""
+OTHER_NAMES = {"s3a": "s3", "s3n": "s3"}
+"""How other programs call a scheme."""
+
+
+def _refuse_near_urls(url: str) -> None:
+    """What pathlib and normpath make of "s3://bucket" would be a folder called "s3:"; likewise other slips."""
+    scheme, separator, rest = url.partition("://")
+    if separator and re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) and scheme not in OTHER_NAMES:
+        if rest != rest.strip() or (scheme not in LOCAL and not re.match(r"[^/\s]", rest)):
+            what = "blanks around it" if rest != rest.strip() else "no bucket or host"
+            raise _near(f"the address has {what}", url, scheme, rest.strip().lstrip("/"))
+        return
+    if separator and not scheme:
+        raise _near("the address has no scheme", url, "s3", rest)
+    if scheme in OTHER_NAMES and separator:
+        raise _near(f"the scheme {scheme} is another program's", url, OTHER_NAMES[scheme], rest)
+    if separator and re.fullmatch(r"\s*[A-Za-z][A-Za-z0-9+.-]*", scheme):
+        raise _near("a scheme is written in small letters, with nothing before it", url, scheme.strip().lower(), rest)
+    if match := re.match(r"arn:aws[a-z-]*:s3:::(.*)", url):
+        raise _near("this is the name of a resource, no address", url, "s3", match[1])
+    if match := re.match(r"[A-Za-z]:[/\\]", url):
+        raise StorageError("this is a path of Windows", where=url, hint="give it as this machine sees the folder")
+    if match := (_NEAR.match(url) or re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", url)):
+        scheme = match[1].lower()
+        rest = url[match.end(1) :].lstrip(":;., /\\")
+        raise _near("an address of an object store has two slashes", url, OTHER_NAMES.get(scheme, scheme), rest)
+
+
+LOCAL = ("file", "local", "memory")
+
+
+def _near(what: str, url: str, scheme: str, rest: str) -> StorageError:
+    meant = f"{scheme}:///{rest}" if scheme == "file" else f"{scheme}://{rest or 'bucket/prefix'}"
+    local = "" if "://" in url else f"; for a local folder of that name, ./{url}"
+    return StorageError(what, where=url, hint=f"{meant}{local}")

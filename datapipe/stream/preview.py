@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -15,6 +15,7 @@ from datapipe.core.errors import ConfigError
 from datapipe.core.randomness import Ints
 from datapipe.dataset.manifest import Manifest
 from datapipe.sampling.epoch_order import Order
+from datapipe.storage import open_store, split_url
 from datapipe.stream.stream import Stream
 from datapipe.views.decode import decode
 from datapipe.views.masking import draw_masks
@@ -69,14 +70,14 @@ class TrainingViews:
 
 def contact_sheet(
     manifest_url: str,
-    out: Path,
+    out: str | Path,
     *,
     spec: ViewSpec | None = None,
     seed: int = 0,
     count: int = 20,
     storage: StorageConfig = StorageConfig(),  # noqa: B008  (frozen)
     stream: StreamConfig = StreamConfig(),  # noqa: B008  (frozen)
-) -> Path:
+) -> str:
     """Draw the first `count` crops of the stream with this seed into `out` (.jpg or .png), and return it.
 
     With a spec, each crop has a row of its own with its views: exactly those that training makes of it at this place
@@ -85,8 +86,11 @@ def contact_sheet(
     from (PASS) are bars beside it. The caption names row, identity,
     camera (where known), height and width.
     """
-    if out.suffix.lower() not in FORMATS:
-        raise ConfigError(f"a contact sheet is a .jpg or .png file, not {out.name!r}", hint="sheet.jpg")
+    folder, name = split_url(str(out))
+    kind = FORMATS.get(PurePosixPath(name).suffix.lower())
+    if kind is None:
+        raise ConfigError(f"a contact sheet is a .jpg or .png file, not {name!r}", hint="sheet.jpg")
+    place = open_store(folder, storage)
     crops = Stream(Manifest.load(manifest_url, storage), storage, stream)
     order = Order(crops.rows, seed, stream.block, stream.window)
     positions = np.arange(min(count, crops.rows), dtype=np.int64)
@@ -103,9 +107,10 @@ def contact_sheet(
         lines = [pictures[low : low + GRID_COLUMNS] for low in range(0, len(pictures), GRID_COLUMNS)]
     else:
         lines = [[picture, *_row_of(views, row)] for row, picture in enumerate(pictures)]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _draw(lines).save(out, FORMATS[out.suffix.lower()], quality=90)
-    return out
+    sink = BytesIO()
+    _draw(lines).save(sink, kind, quality=90)
+    place.replace(name, sink.getvalue())
+    return str(out)
 
 
 def hide(views: dict[str, View], spec: ViewSpec, seed: int, positions: Ints) -> None:

@@ -1,26 +1,25 @@
 """A Market-1501-style folder of rendered pedestrians: training identities, and others as queries and gallery.
 
-`synth.unfinished.json` lies in the folder while it is being filled and is renamed to `synth.json` when all images are
+`synth.unfinished.json` lies in the folder while it is being filled and gives way to `synth.json` when all images are
 there; both hold the configuration, so that a folder is only ever continued with the one it was begun with.
 """
 
 import json
 import multiprocessing
-import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import cv2
 
-from datapipe.core.config import SynthConfig
-from datapipe.core.errors import ConfigError, DataError, StorageError
+from datapipe.core.config import StorageConfig, SynthConfig
+from datapipe.core.errors import ConfigError, DataError, NotFoundError
 from datapipe.core.parallel import Workers
 from datapipe.core.progress import counted
 from datapipe.core.resource_limits import available_cores
+from datapipe.storage import Store, open_store
 from datapipe.synth.scene import Shot, crop
 
 TRAIN, GALLERY, QUERY = "bounding_box_train", "bounding_box_test", "query"
@@ -31,22 +30,24 @@ REPORT_EVERY_S = 5.0
 IMAGES_PER_TASK = 16
 
 
-def render(out: Path, config: SynthConfig) -> None:
-    """Fill `out`, or finish filling it; a folder that is complete is left as it is.
+def render(out: str | Path, config: SynthConfig, storage: StorageConfig = StorageConfig()) -> None:  # noqa: B008
+    """Fill `out`, a folder or s3://bucket/prefix, or finish filling it; one that is complete is left as it is.
 
     Every image is a pure function of (seed, identity, camera, image): the same bytes every time, for any number of
     workers, in whatever pieces the work is done. DataError if `out` holds something else or another configuration.
     """
     _check_ranges(config)
-    _begin(out, config)
+    store = open_store(str(out), storage)
+    present = _begin(store, config)
     wanted = {f"{folder}/{file_name(shot)}": shot for folder, shot in shots(config)}
-    missing = {name: shot for name, shot in wanted.items() if not (out / name).exists()}
-    if not missing and (out / FINISHED).exists():
+    missing = {name: shot for name, shot in wanted.items() if name not in present}
+    if not missing and FINISHED in present:
         print(f"synth: {out} is complete: {counted(len(wanted), 'image')}", flush=True)
         return
-    _render_all(out, config, list(missing.items()), total=len(wanted))
-    if (out / UNFINISHED).exists():
-        os.replace(out / UNFINISHED, out / FINISHED)
+    _render_all(store, config, list(missing.items()), total=len(wanted))
+    if FINISHED not in present:
+        store.replace(FINISHED, store.read(UNFINISHED))
+        store.delete(UNFINISHED)
 
 
 def shots(config: SynthConfig) -> Iterator[tuple[str, Shot]]:
@@ -71,79 +72,67 @@ def _check_ranges(config: SynthConfig) -> None:
             raise ConfigError(f"{name} = {(low, high)} is no range", hint="write the lowest value first, at least 1")
 
 
-def _begin(out: Path, config: SynthConfig) -> None:
-    """Mark the folder as being filled with this configuration, or see that it already is."""
+def _begin(store: Store, config: SynthConfig) -> frozenset[str]:
+    """Mark the folder as being filled with this configuration, or see that it already is. Names of what is there."""
     record = {"renderer": RENDERER, **asdict(config)}
     del record["workers"]
-    with _refusals_named(out):
-        for marker in (out / FINISHED, out / UNFINISHED):
-            if marker.exists():
-                return _compare(marker, record)
-        if out.exists() and any(out.iterdir()):
-            raise DataError("not empty and not made by synth", where=str(out), hint="choose another folder")
-        for folder in (TRAIN, GALLERY, QUERY):
-            (out / folder).mkdir(parents=True, exist_ok=True)
-        _write(out / UNFINISHED, json.dumps(record, indent=1).encode())
-
-
-def _compare(marker: Path, record: dict[str, Any]) -> None:
     try:
-        existing = json.loads(marker.read_bytes())
+        present = frozenset(entry.name for entry in store.list())
+    except NotFoundError:
+        present = frozenset()
+    for marker in (FINISHED, UNFINISHED):
+        if marker in present:
+            _compare(store, marker, record)
+            return present
+    if present:
+        raise DataError("not empty and not made by synth", where=store.url, hint="choose another folder")
+    store.replace(UNFINISHED, json.dumps(record, indent=1).encode())
+    return present
+
+
+def _compare(store: Store, marker: str, record: dict[str, Any]) -> None:
+    try:
+        existing = json.loads(store.read(marker))
     except ValueError as error:
-        raise DataError("not readable as JSON", where=str(marker), hint="delete the folder and render again") from error
+        hint = "delete the folder and render again"
+        raise DataError("not readable as JSON", where=store.address(marker), hint=hint) from error
     wanted = json.loads(json.dumps(record))  # tuples become lists
     differing = [key for key in sorted({*existing, *wanted}) if existing.get(key) != wanted.get(key)]
     if differing:
         listed = ", ".join(f"{key}: {existing.get(key)} there, {wanted.get(key)} asked for" for key in differing)
         raise DataError(
             f"rendered with other settings ({listed})",
-            where=str(marker.parent),
+            where=store.url,
             hint="use these settings, another folder, or delete this one",
         )
 
 
-def _render_all(out: Path, config: SynthConfig, work: list[tuple[str, Shot]], *, total: int) -> None:
+def _render_all(store: Store, config: SynthConfig, work: list[tuple[str, Shot]], *, total: int) -> None:
     begin = reported = time.monotonic()
     workers = config.workers or available_cores()
     print(
-        f"synth: rendering {len(work)} of {counted(total, 'image')} into {out} ({counted(workers, 'process')})",
+        f"synth: rendering {len(work)} of {counted(total, 'image')} into {store.url} ({counted(workers, 'process')})",
         flush=True,
     )
     done = 0
-    for written in _written(out, config, work, workers):
+    for written in _written(store, config, work, workers):
         done, now = done + written, time.monotonic()
         if now - reported >= REPORT_EVERY_S or done == len(work):
             reported = now
             print(f"synth: {done} of {counted(len(work), 'image')}, {done / (now - begin):.0f} images/s", flush=True)
 
 
-def _written(out: Path, config: SynthConfig, work: list[tuple[str, Shot]], workers: int) -> Iterator[int]:
+def _written(store: Store, config: SynthConfig, work: list[tuple[str, Shot]], workers: int) -> Iterator[int]:
     """Yields numbers of images written."""
     size = 1 if workers == 1 else IMAGES_PER_TASK
-    tasks = [(out, config, work[start : start + size]) for start in range(0, len(work), size)]
+    tasks = [(store, config, work[start : start + size]) for start in range(0, len(work), size)]
     with Workers(workers if len(work) >= 2 * workers else 1) as pool:
         yield from pool.run(_write_crops, tasks, count=len(tasks))
 
 
-def _write_crops(out: Path, config: SynthConfig, work: Sequence[tuple[str, Shot]]) -> int:
+def _write_crops(store: Store, config: SynthConfig, work: Sequence[tuple[str, Shot]]) -> int:
     if multiprocessing.parent_process() is not None:
         cv2.setNumThreads(1)  # the processes are the parallelism
-    with _refusals_named(out):
-        for name, shot in work:
-            _write(out / name, crop(config, shot))
+    for name, shot in work:
+        store.replace(name, crop(config, shot))
     return len(work)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)
-
-
-@contextmanager
-def _refusals_named(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"cannot write: {error}", where=str(out), hint="check the path, rights and space") from error

@@ -16,6 +16,7 @@ from datapipe.stream.preview import OUTLINES, TrainingViews, contact_sheet, view
 from datapipe.views.masking import MaskConfig, MaskSpec, draw_masks
 from datapipe.views.render import make_views
 from datapipe.views.spec import RegionSpec, multi_crop, regions
+from tests.conftest import S3Server
 from tests.datapipe import crop_set
 from tests.datapipe.crop_set import CropSet
 
@@ -132,3 +133,11 @@ def test_view_sheet__names_of_the_images_stand_above_their_first_view() -> None:
     views = {"global": np.full((2, 3, 64, 32, 3), 90, np.uint8)}
     plain, named = (np.asarray(Image.open(BytesIO(view_sheet(views, names=names)))) for names in ((), ("7", "8", "9")))
     assert named.shape[0] == plain.shape[0] + 3 * 12 and named.shape[1] == plain.shape[1]
+
+
+def test_contact_sheet__is_written_to_an_object_store(crops: CropSet, s3: S3Server, tmp_path: Path) -> None:
+    bucket = s3.bucket()
+    url = contact_sheet(str(crops.folder), f"s3://{bucket}/sheets/a.png", count=3, storage=s3.storage)
+    assert url == f"s3://{bucket}/sheets/a.png"
+    local = contact_sheet(str(crops.folder), tmp_path / "a.png", count=3)
+    assert s3.objects(bucket) == {"sheets/a.png": Path(local).read_bytes()}

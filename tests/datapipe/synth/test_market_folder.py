@@ -17,6 +17,7 @@ from datapipe.core.config import SynthConfig
 from datapipe.core.errors import ConfigError, DataError
 from datapipe.synth.market_folder import FINISHED, GALLERY, QUERY, TRAIN, UNFINISHED, render
 from datapipe.synth.scene import Shot, crop, person
+from tests.conftest import S3Server
 
 ROOT = Path(__file__).parents[3]
 SMALL = {"train_identities": 3, "test_identities": 4, "cameras": 3, "images": 3, "workers": 1}
@@ -112,7 +113,6 @@ def test_render__an_interrupted_run_is_completed_and_nothing_is_rendered_twice(f
     images = sorted(out.rglob("*.jpg"))
     for path in images[::2]:
         path.unlink()
-    images[0].with_name(images[0].name + ".part").write_bytes(b"half a")
     kept = {path: path.stat().st_mtime_ns for path in images[1::2]}
     render(out, SynthConfig(**SMALL))
     assert contents(out) == contents(folder)
@@ -180,3 +180,12 @@ def test_person__clothes_colours_are_shared_but_people_differ() -> None:
 
 def _coarse(colour: tuple[float, float, float]) -> tuple[int, ...]:
     return tuple(round(channel * 4) for channel in colour)
+
+
+def test_render__fills_an_object_store(folder: Path, s3: S3Server, capsys: pytest.CaptureFixture[str]) -> None:
+    bucket = s3.bucket()
+    for _ in range(2):
+        render(f"s3://{bucket}/people", SynthConfig(**SMALL), s3.storage)
+    written = {name.removeprefix("people/"): data for name, data in s3.objects(bucket).items()}
+    assert written == contents(folder)
+    assert "is complete: 63 images" in capsys.readouterr().out

@@ -79,7 +79,7 @@ GPU_ERROR = (
     "training on the 3090 1 % slower to 9 % faster (ViT-T: 26 % slower); steps of these recipes were measured on no GPU"
 )
 CPU_LEAST, CPU_MOST = 0.9, 1.6
-"""How long steps on CPUs take at least and at most, over what is calculated. Measured with one thread on a CPU with AMX:
+"""How long steps on CPUs take at least and at most, over what is calculated. Measured, one thread, a CPU with AMX:
 PASS ViT-S, 4 images, 1.34 times as long in fp32 and 1.40 in bf16 (teacher 1.2 and .95, student 1.4 and 1.6, heads and
 loss 3.4 and 3.5, backward 1.2 and 1.2, after 1.1 and 1.0 times), PersonMAE ViT-S, 8 images, fp32, 1.11 times: softmax
 takes more than its traffic there."""

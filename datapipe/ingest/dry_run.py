@@ -55,7 +55,7 @@ def estimate(sources: Sequence[str], out: str, config: ShardConfig, storage: Sto
         total, remarks = listing.bytes, listing.remarks
         remarks.add(sample.remarks)
     crops = sample.crops if sample.whole else round(total / sample.read * sample.crops)
-    crops = min(crops, max(sample.crops, total // LEAST_BYTES))
+    crops = max(sample.crops, min(crops, total // LEAST_BYTES))
     kept = crops * len(sample.sizes) / sample.crops
     taken = _taken(np.array(sample.sizes), config)
     mean = float(taken.mean()) if len(taken) else 0.0

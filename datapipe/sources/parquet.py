@@ -13,12 +13,14 @@ import xxhash
 
 from datapipe.core.bounds.parquet_pages import (
     BUFFER_BYTES,
+    FREE_TABLE_BYTES,
     LARGE_GROUP_BYTES,
     measured,
     open_parquet,
     refuse_many_rows,
     rows_at_once,
 )
+from datapipe.core.bounds.unpacking import MOST_TIMES
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.dataset.remarks import Remarks
@@ -75,7 +77,7 @@ class ParquetSource:
                 yield from _units(opened, table, file, prefix, remarks)
 
     def read(self, unit: ParquetUnit, remarks: Remarks | None = None) -> Iterator[Crop]:
-        row = unit.first_row
+        row, given = unit.first_row, 0
         with self._opened(unit.folder, unit.file) as (file, table):
             names = dict.fromkeys(table.schema_arrow.names)
             columns = [unit.image, *(name for name in names if name == unit.name or is_label(name))]
@@ -85,7 +87,12 @@ class ParquetSource:
                 table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=BUFFER_BYTES)
             for batch in table.iter_batches(most, row_groups=unit.groups, columns=columns):
                 for record in batch.to_pylist():
-                    yield self._crop(record, row, unit)
+                    crop = self._crop(record, row, unit)
+                    given += len(crop.data)
+                    if given > FREE_TABLE_BYTES + MOST_TIMES * unit.bytes:
+                        what = f"its images, of {unit.bytes:,} bytes, unpack to more than {given:,}: no images do that"
+                        raise pyarrow.ArrowInvalid(what)
+                    yield crop
                     row += 1
             rows = sum(table.metadata.row_group(group).num_rows for group in unit.groups)
             if row - unit.first_row != rows:

@@ -64,13 +64,16 @@ def run(version: str, folder: Path, tests: list[str]) -> Result:
         return Result(version, "")
     report, began = folder.with_suffix(".xml"), time.monotonic()
     line = [sys.executable, "-m", "pytest", "-q", "-m", "not soak", f"--junitxml={report}", *tests]
-    subprocess.run(line, cwd=ROOT, env=environment(folder))
+    code = subprocess.run(line, cwd=ROOT, env=environment(folder)).returncode
     (suite,) = xml.parse(report).getroot().iter("testsuite")
     cases = list(suite.iter("testcase"))
     bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = sum(case.find("skipped") is not None for case in cases)
-    return Result(version, found, len(cases) - len(bad) - skipped, len(bad), skipped, time.monotonic() - began,
-                  tuple(str(case.get("name")) for case in bad))  # fmt: skip
+    names = [str(case.get("name")) for case in bad]
+    if code not in (0, 1):  # interrupted, or not what was to be run
+        names.append(f"pytest itself, which ended with {code}")
+    return Result(version, found, len(cases) - len(bad) - skipped, len(names), skipped, time.monotonic() - began,
+                  tuple(names))  # fmt: skip
 
 
 def main(words: list[str]) -> int:

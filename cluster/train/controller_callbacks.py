@@ -35,7 +35,7 @@ _DEATHS = (
     (r"exit code (\d+)", "its process ended with code {}"),
 )
 """What Ray says of a dead worker, and what that means, the most telling first."""
-_ABSENT = re.compile(r"No module named '([\w.]+)'")
+_ABSENT = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'\Z")
 _ADDRESS = re.compile(r"\bip=([\w.:]+)")
 """In what Ray says of a task that failed."""
 MEANINGS = tuple(meaning for _, meaning in _DEATHS[:2])
@@ -184,14 +184,14 @@ def describe(
 
 def lacking(error: BaseException) -> ClusterError | None:
     """What to tell where workers did not come up as a package is absent on their machine; None: it was not that."""
-    text = str(error)
+    told = [str(error)]
     while error.__cause__ is not None:
         error = error.__cause__
-        text += f"\n{error}"
-    absent = _ABSENT.search(text)
+        told.append(str(error))
+    absent = next(filter(None, (_ABSENT.search(text.rstrip()) for text in told)), None)
     if absent is None:
         return None
-    where = _ADDRESS.search(text)
+    where = _ADDRESS.search("\n".join(told))
     return ClusterError(
         f"a machine of the cluster has no Python package {absent[1]}, or another version of it",
         where=f"machine {where[1]}" if where else "",

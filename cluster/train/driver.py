@@ -28,7 +28,7 @@ from training.core.run_folder.run_folder import RunFolder
 from training.preflight.checks import refuse_unsuited
 
 POLL_S = 0.3
-LOOK_S, ASK_S = 5.0, 30.0
+LOOK_S = 5.0
 """Seconds between looks whether there is room for workers, and how far their processes are."""
 SLOW_S = 30.0
 """Seconds without progress after which a start is said to be slow, and between lines about it."""
@@ -43,6 +43,7 @@ class Driver:
 
     def __init__(self, config: RunConfig, signals: LocalHost, scratch: str, lease: Lease, *, embedded: bool) -> None:
         from cluster.train.coordinator import start_coordinator
+        from cluster.train.room import StartingProcesses
 
         self.config, self.signals, self.scratch, self.embedded = config, signals, scratch, embedded
         self.lease = lease
@@ -54,8 +55,8 @@ class Driver:
         self._error: BaseException | None = None
         self._leaving = threading.Event()
         self._stop_sent, self._printed_at = False, 0.0
-        self._start, self._started = StartWatch(config.cluster.start_timeout_s), dict[str, int]()
-        self._looked_at, self._asked_at = time.monotonic(), time.monotonic()
+        self._start, self._starting = StartWatch(config.cluster.start_timeout_s), StartingProcesses()
+        self._looked_at = time.monotonic()
         self._grows: bool | None = None
         self._ended: set[int] = set()
 
@@ -218,14 +219,12 @@ class Driver:
         """Say what is waited for while no workers are up. Raises ClusterError where it is not worth waiting for."""
         if now - self._looked_at < LOOK_S:
             return
-        from cluster.train.room import held_on, started_on
+        from cluster.train.room import held_on
 
         self._looked_at = now
         held = held_on()
-        if held and now - self._asked_at > ASK_S:
-            self._asked_at, self._started = now, started_on(held)
-        amounts = {node: self._started.get(node, 0) for node in held}
-        verdict = self._start.judge(Seen(amounts) if held else Seen(None, self._shortage(), self._hopeless()), now)
+        seen = Seen(self._starting.look(held)) if held else Seen(None, self._shortage(), self._hopeless())
+        verdict = self._start.judge(seen, now)
         if verdict.error:
             raise ClusterError(verdict.error, where=self.config.out, hint="mended, or with other machines, the same "
                                "command goes on with the run")  # fmt: skip

@@ -1,8 +1,9 @@
 """Room for workers on a cluster's machines: whether there can be any, whether it is held, what starts there; and giving
 it back."""
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import psutil
@@ -10,10 +11,10 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-ANSWER_S = 5.0
-"""Seconds for machines to say what starts there."""
-HELPERS = ("Controller", "Coordinator", "PreemptionWatcher", "SynchronizationActor", "_amounts")
-"""Parts of the names of a run's processes that are no workers."""
+ASK_S = 20.0
+"""Seconds between questions to the machines."""
+WORKERS = ("ray::RayTrainWorker", "default_worker.py")
+"""In the command lines of processes of workers, and of those that are about to be some."""
 
 
 def give_back() -> None:
@@ -47,46 +48,40 @@ def lacks(nodes: Iterable[Mapping[str, Any]], wanted: Mapping[str, float]) -> st
     return f"a worker needs {each}, and no machine of the cluster has more than {most}"
 
 
-def started_on(nodes: Iterable[str]) -> dict[str, int]:
-    """Machine -> how much the starting workers of this job there have read and hold in memory, in bytes; machines that
-    do not answer are left out. What grows does not stand still, though nothing of ours runs in it yet."""
-    job = ray.get_runtime_context().get_job_id()
-    asked = {
-        ray.remote(num_cpus=0, max_retries=0)(_amounts)
-        .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True))
-        .remote(job): node
-        for node in nodes
-    }
-    done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S) if asked else ([], [])
-    found = {}
-    for answer in done:
-        try:
-            found[asked[answer]] = ray.get(answer)
-        except ray.exceptions.RayError:  # the machine is gone
-            continue
-    return found
+class StartingProcesses:
+    """How much the starting workers on some machines have read and hold in memory: what grows does not stand still,
+    though nothing of ours runs in it yet. Asked of the machines now and then; nothing waits for their answers."""
+
+    def __init__(self) -> None:
+        self._asked: dict[Any, str] = {}
+        self._asked_at = float("-inf")
+        self._amounts: dict[str, int] = {}
+
+    def look(self, nodes: Iterable[str]) -> dict[str, int]:
+        """Machine -> bytes, as last heard; 0 of machines that have not answered yet."""
+        done, _ = ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0) if self._asked else ([], [])
+        for answer in done:
+            node = self._asked.pop(answer)
+            with contextlib.suppress(ray.exceptions.RayError):  # the machine is gone
+                self._amounts[node] = ray.get(answer)
+        if time.monotonic() - self._asked_at > ASK_S:
+            self._asked_at = time.monotonic()
+            task = ray.remote(num_cpus=0, max_retries=0)(_amounts)
+            self._asked = {
+                task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(): node
+                for node in nodes
+            }
+        return {node: self._amounts.get(node, 0) for node in nodes}
 
 
-def _amounts(job: str) -> int:
-    """On a machine: bytes that processes of a job have read, and hold. Of those that are no workers nothing counts."""
+def _amounts() -> int:
+    """On a machine: bytes that processes of Ray Train's workers have read, and hold."""
     total = 0
     for process in psutil.process_iter(["cmdline", "memory_info"]):
         title = " ".join(process.info["cmdline"] or ())
-        if process.pid == os.getpid() or any(part in title for part in HELPERS) or not _of_job(process.pid, job):
+        if process.info["memory_info"] is None or not any(name in title for name in WORKERS):
             continue
         total += process.info["memory_info"].rss
-        try:
-            with open(f"/proc/{process.pid}/io", encoding="ascii") as file:
-                total += int(file.readline().split()[1])
-        except (OSError, ValueError, IndexError):
-            continue
+        with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{process.pid}/io") as file:
+            total += int(file.readline().split()[1])
     return total
-
-
-def _of_job(pid: int, job: str) -> bool:
-    try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            variables: Sequence[bytes] = file.read().split(b"\0")
-    except OSError:
-        return False
-    return b"RAY_JOB_ID=" + job.encode() in variables

@@ -1,13 +1,16 @@
 """A start that is slow, one that stands still, one that can never come to anything: decided from what is seen."""
 
 import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.train import rendezvous
 from cluster.train.controller_callbacks import lacking
-from cluster.train.room import lacks
+from cluster.train.room import _amounts, lacks
 from cluster.train.watch.early_signs import Advance
 from cluster.train.watch.hang_detection import Pulse, hung, slow_start
 from cluster.train.watch.start_watch import EVERY_S, FIRST_S, GROWTH, HOPELESS_S, Seen, StartWatch
@@ -97,6 +100,22 @@ def test_lacking__names_package_and_machine() -> None:
     found = lacking(error)
     assert found is not None and "no Python package cluster" in found.what and found.where == "machine 10.0.0.7"
     assert lacking(RuntimeError("out of memory")) is None
+    optional = RuntimeError(f"{told}\n\nDuring handling of the above exception:\nRuntimeError: connection reset")
+    assert lacking(optional) is None
+
+
+def test_amounts__grow_with_what_a_starting_process_reads_or_holds(tmp_path: Path) -> None:
+    (tmp_path / "large").write_bytes(bytes(30_000_000))
+    reads = "import sys; input(); held = open(sys.argv[1], 'rb').read(); print('read', flush=True); input()"
+    line = ["ray::RayTrainWorker", "-c", reads, str(tmp_path / "large")]
+    with subprocess.Popen(line, executable=sys.executable, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        before = _amounts()
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        process.stdout.readline()
+        assert _amounts() - before > 30_000_000
+        process.stdin.write(b"\n")
 
 
 def test_reach__says_who_does_not_reach_whom(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,23 +54,31 @@ class Data:
         `config.cache_mb` and the requests of `config.requests_per_s` equally, the disk by the size of their windows."""
         if len(self.sets) == 1:
             return Stream(self.sets[0], storage, config, readers)
-        parts = len(self.sets)
+        parts, beside = len(self.sets), self._beside(config)
         own = replace(config, cache_mb=config.cache_mb / parts, requests_per_s=config.requests_per_s / parts)
-        windows = [window_bytes(config, rows=one.rows, crop_bytes=one.bytes / max(1, one.stored_rows))
-                   if is_remote(one.url) else 0 for one in self.sets]  # fmt: skip
-        return MixedStream([Stream(manifest, storage, own, readers, beside=sum(windows) - window)
-                            for manifest, window in zip(self.sets, windows, strict=True)])  # fmt: skip
+        opened = (Stream(manifest, storage, own, readers, beside=others)
+                  for manifest, others in zip(self.sets, beside, strict=True))  # fmt: skip
+        return MixedStream(list(opened))
 
     def reading(self, config: StreamConfig, machines: int = 1) -> list[ReadingPlan]:
         """How each data set is read by one of so many machines, as far as that is known before it is opened."""
-        parts = len(self.sets)
-        own = replace(config, cache_mb=config.cache_mb / parts)
-        sizes = [one.bytes / max(1, one.stored_rows) for one in self.sets]
-        windows = [window_bytes(config, rows=one.rows, crop_bytes=size) if is_remote(one.url) else 0
-                   for one, size in zip(self.sets, sizes, strict=True)]  # fmt: skip
-        return [plan_reading(own, rows=one.rows, crop_bytes=size, remote=is_remote(one.url), machines=machines,
-                             beside=sum(windows) - window)
-                for one, size, window in zip(self.sets, sizes, windows, strict=True)]  # fmt: skip
+        own = replace(config, cache_mb=config.cache_mb / len(self.sets))
+        return [
+            plan_reading(own, rows=one.rows, crop_bytes=_crop_bytes(one), remote=is_remote(one.url), machines=machines,
+                         beside=others)
+            for one, others in zip(self.sets, self._beside(config), strict=True)
+        ]  # fmt: skip
+
+    def _beside(self, config: StreamConfig) -> list[int]:
+        """For each data set the bytes of a window of all others that share the disk with it."""
+        windows = [window_bytes(config, rows=one.rows, crop_bytes=_crop_bytes(one)) if is_remote(one.url) else 0
+                   for one in self.sets]  # fmt: skip
+        return [sum(windows) - window for window in windows]
+
+
+def _crop_bytes(manifest: Manifest) -> float:
+    """Mean size of a crop, with its part of the tar."""
+    return manifest.bytes / max(1, manifest.stored_rows)
 
 
 def load_data(config: StreamConfig, storage: StorageConfig) -> Data:

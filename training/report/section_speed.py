@@ -23,8 +23,8 @@ SPEED_KEYS = frozenset(key for key, _, _ in _PLOTS) | {"bytes_fetched"}
 """Numbers of a record that this section shows."""
 _MEANING = {
     "training": "the steps themselves: data kept up with them.",
-    "reading": "bytes came too slowly: raise stream.reads or the cache (stream.cache_mb, stream.cache_gb), or bring "
-               "the data set closer.",
+    "reading": "bytes came too slowly: raise stream.reads (and stream.requests_per_s) or the cache (stream.cache_mb, "
+               "stream.cache_gb), or bring the data set closer.",
     "views": "views were made too slowly: more cores, stream.threads, or views.interpolation = \"linear\".",
 }  # fmt: skip
 

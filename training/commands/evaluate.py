@@ -25,7 +25,7 @@ from training.reid.settings import ScoringConfig
 from training.report.report import write_report
 from training.trainer.milestones import SUMMARY
 from training.trainer.pretrain import pretrain_alone
-from training.weights.safe_load import FILES
+from training.weights.safe_load import is_weights_file
 
 PROG = "python -m training evaluate"
 
@@ -68,7 +68,7 @@ def of_features(chosen: EvaluateCommand) -> dict[str, Any]:
 def zero_shot_tasks(chosen: EvaluateCommand) -> list[ScoringTask]:
     """What there is to score; raises UserError for all that can be wrong before that."""
     weights = chosen.only_weights
-    if weights.endswith(FILES):
+    if is_weights_file(weights):
         if not chosen.out:
             raise ConfigError("scores of a file need a folder", where="--out", hint="--out scores/market1501")
         weights = fine_tune.as_export(weights, chosen.out, chosen.storage)

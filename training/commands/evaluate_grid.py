@@ -21,7 +21,7 @@ from training.grid.progress import GridProgress
 from training.grid.request import read_recipes
 from training.reid.settings import RANDOM
 from training.report.report import write_report
-from training.weights.safe_load import FILES
+from training.weights.safe_load import is_weights_file
 
 
 def run(chosen: EvaluateCommand, flags: Sequence[str], *, prog: str) -> int:
@@ -61,7 +61,7 @@ def begin(request: GridRequest) -> tuple[GridProgress, Following]:
 def runs_of(request: GridRequest) -> list[str]:
     """Addresses of the run folders among the weights."""
     addresses = [full_url(one.address) for one in request.weights if one.address != RANDOM]
-    return [one for one in addresses if not one.endswith(FILES) and evaluation.is_run(one, request.storage)]
+    return [one for one in addresses if not is_weights_file(one) and evaluation.is_run(one, request.storage)]
 
 
 def show_dry_run(request: GridRequest) -> int:

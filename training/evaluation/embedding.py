@@ -33,7 +33,7 @@ from training.reid.zero_shot import Weights
 from training.weights import export as exports
 from training.weights.export import CARD, Provenance
 from training.weights.published import Stated, read_published
-from training.weights.safe_load import FILES
+from training.weights.safe_load import is_weights_file
 
 PIECES = ".pieces-"
 """Between the file's name and the identity of its content, in the name of the folder of finished pieces beside it."""
@@ -185,7 +185,7 @@ def pinned_weights(address: str, storage: StorageConfig) -> str:
     folder, name = split_url(address)
     if name == exports.WEIGHTS and open_store(folder, storage).exists(CARD):
         return folder
-    if address.endswith(FILES):
+    if is_weights_file(address):
         return address
     run, found = evaluation.weights_at(address, storage)
     return run if found[-1].name == evaluation.EXPORTED else f"{run.rstrip('/')}/checkpoints/{found[-1].name}"
@@ -193,7 +193,7 @@ def pinned_weights(address: str, storage: StorageConfig) -> str:
 
 def subject_at(address: str, data: str, storage: StorageConfig, *, batch: int) -> Subject:
     """The one set of weights at a pinned address, as an evaluation on `data` would take it."""
-    if address.endswith(FILES):
+    if is_weights_file(address):
         return _published(address, data, storage, batch)
     run, found = evaluation.weights_at(address, storage)
     task = ScoringTask(run, data, found[-1], storage, ScoringConfig(embed_batch=batch))

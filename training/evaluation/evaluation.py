@@ -76,6 +76,9 @@ def open_run(url: str, storage: StorageConfig) -> tuple[RunFolder, RunConfig]:
     """A run folder and its resolved recipe. Raises DataError where there is none."""
     folder = RunFolder(url, storage)
     config = saved_config(folder)
+    if config is None and next(folder.names(""), None) is None:
+        raise NotFoundError("there is nothing at this address", where=url,
+                            hint="check for a typing mistake")  # fmt: skip
     if config is None:
         raise DataError("this is no run folder: it has no config.toml", where=url,
                         hint="give the run's --out, or the folder of an export or import")  # fmt: skip

@@ -29,7 +29,7 @@ from training.reid.zero_shot import Weights
 from training.weights import export as exports
 from training.weights.export import CARD, Provenance
 from training.weights.published import Stated, read_published
-from training.weights.safe_load import FILES
+from training.weights.safe_load import is_weights_file
 
 RECIPES = {"mae": "supervised_mae"}
 """Layout of a published file -> the recipe for its weights, where their part tokens alone do not tell."""
@@ -119,7 +119,7 @@ def as_export(weights: str, out: str, storage: StorageConfig) -> str:
     folder, name = split_url(weights)
     if name == exports.WEIGHTS and open_store(folder, storage).exists(CARD):
         return folder
-    if weights.endswith(FILES):
+    if is_weights_file(weights):
         return _imported(weights, out, storage)
     if open_store(weights, storage).exists(CARD):
         return weights

@@ -28,7 +28,7 @@ from training.reid.datasets.training_shards import shard_training_part
 from training.reid.settings import RANDOM, ScoringConfig
 from training.weights import export as exports
 from training.weights.export import CARD
-from training.weights.safe_load import FILES
+from training.weights.safe_load import FILES, is_weights_file
 
 PLAN = "grid.json"
 SOURCE_TASK = GridTask(WITH_LABELS)
@@ -135,7 +135,7 @@ class WeightsList:
             return [GridWeights(name or RANDOM, RANDOM, "")]
         address, storage = full_url(address), self._request.storage
         run, of_run = evaluation.checkpoint_of(address)
-        if address.endswith(FILES) or open_store(address, storage).exists(CARD):
+        if is_weights_file(address) or open_store(address, storage).exists(CARD):
             return [self._export(name or _short(address), address, address)]
         names = self._checkpoints(run)
         if not names:

@@ -48,6 +48,8 @@ def write_report(run: str, storage: StorageConfig | None = None) -> str:
     """
     folder = RunFolder(run, storage or StorageConfig())
     files = RunFiles(folder)
+    if next(folder.names(""), None) is None:
+        raise DataError("there is nothing at this address", where=run, hint="check for a typing mistake")
     if not files.trained and not files.test_sets and not files.grid:
         raise DataError("this is no run folder: no config.toml, no metrics and no scores", where=run,
                         hint="give the --out of a run, of its scores, or of a grid of evaluations")  # fmt: skip

@@ -36,6 +36,22 @@ CLASSIFIER = {
     "pre_logits.*": "layer of ImageNet's classifier",
 }
 DECODER = {"decoder_*": "decoder of pre-training", "mask_token": "mask token of the decoder"}
+DISTILLED = {"dist_token": "token of distillation, with its position, as TransReID leaves it out",
+             "head_dist.*": "classifier of the token of distillation", **CLASSIFIER}  # fmt: skip
+SAVED_ALONE = {**PROJECTION, **UNUSED_IN_CHECKPOINT, "backbone.masked_embed": MASK_TOKEN}
+STRANGERS = {
+    "sie_embed": "TransReID with camera or view embeddings (SIE), without which the features are others than trained",
+    "b1.0.*": "TransReID with jigsaw branches (JPM), whose last trained block lies in the branch b1",
+    "register_tokens": "DINOv2 with registers",
+    "*.mlp.w12.*": "a ViT with SwiGLU",
+    "*.gamma_1": "BEiT, or another ViT with other names of layer scale",
+    "*relative_position_bias_table": "BEiT, Swin or another network with relative positions",
+    "*.attn.q_bias": "BEiT or EVA",
+    "text_projection": "CLIP, whose image tower has other names and another norm",
+    "layer1.0.conv1.weight": "a ResNet",
+    "layers.0.blocks.0.*": "Swin",
+}
+"""Pattern of a tensor's name, less what is before the backbone's -> what the file is; no backbone here fits."""
 FINE_TUNED = {
     "base.fc.*": UNUSED["fc.*"],
     "bottleneck*": "batch norm in front of the identity classifier",
@@ -66,6 +82,8 @@ class FileLayout(NamedTuple):
     """Are there necks, behind which others score these weights?"""
     statistics: Statistics = "imagenet"
     """What its images were normalised with."""
+    distilled: bool = False
+    """Is the second position that of a token of distillation?"""
 
 
 LAYOUTS = (
@@ -76,6 +94,12 @@ LAYOUTS = (
            {**PROJECTION, "backbone.masked_embed": MASK_TOKEN}, pair=True, beside="ibot_loss"),
     FileLayout("dino_checkpoint", "DINO or TransReID-SSL, training checkpoint", "backbone.", "cls_token",
            {**PROJECTION, **UNUSED_IN_CHECKPOINT}, pair=True),
+    FileLayout("pass_network", "PASS, one network of a training checkpoint, saved alone", "backbone.", "part_token1",
+           SAVED_ALONE),
+    FileLayout("ics_network", "TransReID-SSL with ICS stem, one network of a training checkpoint, saved alone",
+           "backbone.", "patch_embed.conv.0.weight", SAVED_ALONE),
+    FileLayout("dino_network", "DINO, iBOT or TransReID-SSL, one network of a training checkpoint, saved alone",
+           "backbone.", "cls_token", SAVED_ALONE),
     FileLayout("pass_fine_tuned", "PASS, fine-tuned", "base.", "part_token1", FINE_TUNED, statistics="half"),
     FileLayout("ics_fine_tuned", "TransReID-SSL with ICS stem, fine-tuned", "base.", "patch_embed.conv.0.weight",
            FINE_TUNED, statistics="half"),
@@ -90,13 +114,14 @@ LAYOUTS = (
     FileLayout("pass", "PASS, backbone alone", "", "part_token1", {}),
     FileLayout("ics", "TransReID-SSL with ICS stem, backbone alone", "", "patch_embed.conv.0.weight", UNUSED),
     FileLayout("ibot", "iBOT's student, backbone alone", "", "masked_embed", {"masked_embed": MASK_TOKEN}),
-    FileLayout("mae", "MAE with decoder", "", "mask_token", DECODER),
-    FileLayout("vit", "bare ViT: TransReID-SSL, DINO, iBOT's teacher, MAE's encoder, timm", "", "cls_token",
-           {**CLASSIFIER, **UNUSED}),
+    FileLayout("mae", "MAE with decoder", "", "decoder_pos_embed", DECODER),
+    FileLayout("distilled", "DeiT with a token of distillation", "", "dist_token", DISTILLED, distilled=True),
+    FileLayout("vit", "bare ViT: TransReID-SSL, DINO, DINOv2, iBOT's teacher, MAE's encoder, timm", "", "cls_token",
+           {**CLASSIFIER, **UNUSED, "mask_token": MASK_TOKEN}),
 )  # fmt: skip
 """The more special before the more general: the first whose marks are there is the file's."""
 
-WRAPPERS = ("model", "state_dict")
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "network", "net")
 """Entries that some files put around the tensors."""
 
 ENTRIES = {
@@ -175,6 +200,8 @@ def read_published(url: str, storage: StorageConfig, stated: Stated) -> Publishe
     layout, state = _recognised(entries, stated, url)
     aside = {key: value for key, value in state.items() if _why(layout, key)}
     used = {key.removeprefix(layout.prefix): value for key, value in state.items() if key not in aside}
+    if layout.distilled and (positions := used.get("pos_embed")) is not None and positions.ndim == 3:
+        used["pos_embed"] = torch.cat([positions[:, :1], positions[:, 2:]], dim=1)
     _refuse_what_is_no_weight(used, url)
     config, parts = _architecture(used, stated, url)
     backbone = filled(config, parts, used, where=url)
@@ -243,24 +270,53 @@ def _unwrapped(content: dict[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def _recognised(entries: Mapping[str, Any], stated: Stated, where: str) -> tuple[FileLayout, dict[str, Any]]:
-    """The file's layout, and the state of the network asked for, without `module.`."""
+    """The file's layout, and the state of the network asked for, less what wrappers put before its names."""
     for layout in LAYOUTS:
         state = _state(entries, layout, stated.network)
         fits = not layout.beside or layout.beside in entries
         fits = fits and (not layout.necks or "bottleneck.weight" in state)
         if fits and f"{layout.prefix}{layout.mark}" in state:
+            _refuse_strangers(state, where)
             if stated.layout and stated.layout != layout.name:
                 raise DataError(f"this is laid out as {layout.name} ({layout.about}), not as {stated.layout}",
                                 where=where, hint=f"--as {layout.name}, or leave --as away")  # fmt: skip
             return layout, state
+    _refuse_strangers(_unprefixed(entries), where)
     known = "\n".join(f"    {layout.name:<20} {layout.about}" for layout in LAYOUTS)
     raise DataError(f"the file has none of the known layouts; it holds {first_few(list(entries))}\n{known}",
-                    where=where, hint="save the state_dict() of the backbone alone")  # fmt: skip
+                    where=where, hint="save the state_dict() of the ViT itself, its names beginning with cls_token and "
+                    "blocks.0")  # fmt: skip
+
+
+def _refuse_strangers(state: Mapping[str, Any], where: str) -> None:
+    """Raise a DataError that names what a network of another kind is."""
+    for pattern, what in STRANGERS.items():
+        found = [key for key in state if fnmatch.fnmatchcase(re.sub(r"^(base|backbone)\.", "", key), pattern)]
+        if found:
+            raise DataError(f"this is {what}: {first_few(found)}", where=where,
+                            hint="take weights of a plain ViT, or of the method without it")  # fmt: skip
 
 
 def _state(entries: Mapping[str, Any], layout: FileLayout, network: Network) -> dict[str, Any]:
     state = entries.get(network) if layout.pair else entries
-    return {str(key).removeprefix("module."): value for key, value in state.items()} if isinstance(state, dict) else {}
+    return _unprefixed(state) if isinstance(state, dict) else {}
+
+
+def _unprefixed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what torch.compile, DDP and Lightning put before names, once or several times: `module.`, `_orig_mod.`
+    and, where the network lies behind them, the attribute that held it."""
+    plain = {re.sub(WRAPPED, "", str(key)): value for key, value in state.items()}
+    for held in HOLDERS:
+        inside = {key.removeprefix(held): value for key, value in plain.items() if key.startswith(held)}
+        if not MARKS & plain.keys() and MARKS & inside.keys():
+            return inside | {key: value for key, value in plain.items() if not key.startswith(held)}
+    return plain
+
+
+WRAPPED = r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\."
+HOLDERS = ("model.", "net.", "network.", "encoder.", "student.", "teacher.", "vit.", "model.backbone.")
+"""Attributes that networks lie behind in the files of frameworks."""
+MARKS = frozenset(("cls_token", "base.cls_token", "backbone.cls_token", "part_token1", "backbone.part_token1"))
 
 
 def _why(layout: FileLayout, key: str) -> str:

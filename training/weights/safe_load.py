@@ -21,8 +21,9 @@ from datapipe.core.errors import DataError
 
 PICKLES = (b"PK\x03\x04", b"\x80\x02")
 """How a .pth file begins: an archive, or (before torch 1.6) a bare pickle of protocol 2."""
-FILES = (".safetensors", ".pth", ".pt", ".pth.tar")
-"""How files of weights are called."""
+FILES = (".safetensors", ".pth", ".pt", ".pth.tar", ".pt.tar", ".tar", ".bin", ".ckpt", ".pkl", ".pyth")
+"""How files of weights are called; deep-person-reid puts the epoch behind it: "model.pth.tar-60"."""
+_EPOCH = re.compile(r"\.tar-\d+$")
 _DAMAGE = (RuntimeError, MemoryError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
            OverflowError, struct.error, pickle.UnpicklingError)  # fmt: skip
 """What PyTorch's reader raises when a file is cut short or is no pickle of tensors."""
@@ -66,6 +67,11 @@ ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_number, "numpy._core.multiarray.scalar"),  # NumPy 2
 ]
 """All that a file may name beside PyTorch's own tensors and containers, and what it gets."""
+
+
+def is_weights_file(address: str) -> bool:
+    """Whether an address is that of a file of weights, by its ending."""
+    return address.lower().endswith(FILES) or _EPOCH.search(address) is not None
 
 
 def read_weights(data: bytes, *, where: str) -> dict[str, Any]:

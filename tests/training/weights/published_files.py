@@ -97,6 +97,16 @@ def classified(state: State) -> State:
     return {**state, "head.weight": torch.ones(9, width), "head.bias": torch.ones(9)}
 
 
+def distilled(state: State) -> dict[str, Any]:
+    """DeiT as its authors publish it: a second token with a position of its own, two classifiers, under `model`."""
+    width, positions = state["cls_token"].shape[-1], state["pos_embed"]
+    heads = {f"{name}.{part}": torch.ones(9, *tail) for name in ("head", "head_dist")
+             for part, tail in (("weight", (width,)), ("bias", ()))}  # fmt: skip
+    second = torch.full_like(positions[:, :1], 7.0)
+    table = torch.cat([positions[:, :1], second, positions[:, 1:]], dim=1)
+    return {"model": {**state, "pos_embed": table, "dist_token": torch.ones(1, 1, width), **heads}}
+
+
 def prefixed(state: Mapping[str, Tensor], prefix: str) -> State:
     """All names behind a prefix."""
     return {f"{prefix}{name}": tensor for name, tensor in state.items()}

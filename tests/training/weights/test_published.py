@@ -20,6 +20,7 @@ from training.__main__ import main
 from training.nn.vision_transformer import ARCHITECTURES, BackboneConfig, Shape, VisionTransformer
 from training.weights.export import load_backbone, load_card, unfilled
 from training.weights.published import LAYOUTS, SHAPES, Stated, read_published
+from training.weights.safe_load import is_weights_file
 
 PASS, SSL, ICS, IBOT = "pass_backbone", "transreid_ssl_backbone", "transreid_ssl_ics_backbone", "ibot_backbone"
 OUTPUTS = {PASS: ("global_input", "global_cls_stored_pos"), SSL: ("global_input", "global_cls"),
@@ -64,6 +65,17 @@ PUBLISHED: list[tuple[str, str, Callable[[State], Any], set[str]]] = [
     ("pass_usl", PASS, lambda state: files.without_labels(state, wide=True), {"bottleneck.running_var", "epoch"}),
     ("usl", SSL, files.without_labels, {"bottleneck.weight"}),
     ("ics_usl", ICS, files.without_labels, {"bottleneck.weight"}),
+    *((layout, item, lambda state: files.prefixed(state, "backbone.") | {"head.mlp.0.weight": torch.ones(4, 4)},
+       {"head.mlp.0.weight"})
+      for layout, item in (("pass_network", PASS), ("ics_network", ICS), ("dino_network", SSL))),
+    ("distilled", SSL, files.distilled, {"dist_token", "head.weight", "head_dist.bias"}),
+    ("vit", SSL, lambda state: {**state, "mask_token": torch.zeros(1, state["cls_token"].shape[-1])}, {"mask_token"}),
+    *(("vit", SSL, lambda state, prefix=prefix: files.prefixed(state, prefix), set())
+      for prefix in ("_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module.", "model.", "encoder.",
+                     "module.model.", "net.")),
+    ("vit", SSL, lambda state: {"state_dict": files.prefixed(state, "model."), "pytorch-lightning_version": ""}, set()),
+    ("fine_tuned", SSL, lambda state: files.prefixed(files.fine_tuned(state), "_orig_mod."), {"bottleneck.weight"}),
+    ("dino_checkpoint", SSL, lambda state: {"teacher": files.prefixed(state, "_orig_mod.backbone.")}, set()),
 ]  # fmt: skip
 
 
@@ -181,7 +193,7 @@ def _flags(item: str) -> list[str]:
     (_put("norm.bias", lambda _: torch.ones(7)), r"of another shape: norm\.bias \(7,\) for"),
     (_put("cls_token", lambda width: torch.ones(1, 1, 2 * width)), "of another shape: blocks.*in all"),
     (_put("cls_token", torch.ones), "not the shape of a ViT's: cls_token"),
-    (_put("sie_embed", lambda width: torch.ones(6, 1, width)), "left over: sie_embed"),
+    (_put("sie_embed", lambda width: torch.ones(6, 1, width)), "camera or view embeddings"),
     (_put("head.weight", lambda width: torch.ones(6, width)), r"left over: head\.weight"),
     (_put("blocks.9.norm1.bias", torch.ones), r"missing: blocks\.\d.*in all"),
     (_put("pos_embed", lambda width: torch.ones(1, 127, width)),
@@ -189,7 +201,7 @@ def _flags(item: str) -> list[str]:
     (_put("norm.bias", lambda width: torch.full((width,), torch.nan)), r"NaN or infinity: norm\.bias"),
     (lambda state: {**state, "norm.bias": 3}, r"no tensors: norm\.bias"),
     (lambda state: {"weights": state}, "none of the known layouts; it holds weights"),
-    (lambda state: files.prefixed(state, "encoder."), r"none of the known layouts; it holds encoder\..*in all"),
+    (lambda state: files.prefixed(state, "tower."), r"none of the known layouts; it holds tower\..*in all"),
     (lambda state: {"student": files.prefixed(state, "module.backbone.")}, "known layouts; it holds student"),
 ], ids=named)  # fmt: skip
 def test_read__wrong_and_partial_files_name_their_keys(
@@ -299,3 +311,29 @@ def test_evaluate__scores_an_import(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "exported" in capsys.readouterr().out
     scores = json.loads(next((tmp_path / "out" / "evaluation").rglob("metrics.json")).read_text())
     assert scores["settings"]["size"] == size and 0 < scores["features"][scores["headline"]]["mAP"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("base.sie_embed", "camera or view embeddings"),
+        ("b1.0.norm1.weight", "jigsaw branches"),
+        ("register_tokens", "DINOv2 with registers"),
+        ("blocks.0.gamma_1", "BEiT"),
+        ("blocks.0.mlp.w12.weight", "SwiGLU"),
+    ],
+)
+def test_read__networks_of_another_kind_are_named(name: str, told: str, tmp_path: Path) -> None:
+    state = backbone_state(SSL)
+    content = files.fine_tuned(state) if name.startswith("b") and "blocks" not in name else state
+    path = save({**content, name: torch.ones(6, 1, 4)}, tmp_path / "x.pth")
+    with pytest.raises(DataError, match=told) as error:
+        read_published(path, StorageConfig(), _stated(SSL))
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.PTH", "a.pt", "a.bin", "a.ckpt", "model_best.pth.tar", "model.pth.tar-60",
+                                  "a.safetensors"])  # fmt: skip
+def test_files_of_weights__are_told_by_their_endings(name: str) -> None:
+    assert is_weights_file(name) and is_weights_file(f"s3://bucket/{name}")
+    assert not is_weights_file(f"runs/{name}/checkpoints")

@@ -25,6 +25,8 @@ from datapipe.stream.batch import Batch, LoaderCounters
 from datapipe.stream.batch_feed import BatchFeed
 from datapipe.stream.mixed_stream import MixedStream
 from datapipe.stream.stream import Stream
+from datapipe.views import bicubic
+from datapipe.views.bicubic import Resize
 from datapipe.views.masking import draw_masks
 from datapipe.views.render import make_views
 from datapipe.views.spec import View, ViewSpec
@@ -52,8 +54,8 @@ class Loader:
     multiple of `micro_batch`; what is missing is padding, so that all ranks have equal micro-batches. With `nodes`, the
     node of each rank, it gets as many, but those whose blocks are at home on its node: see `Assignment`.
     `allocate(shape, dtype)` makes the slots, prefetch + 2 of them (training passes pinned memory). `ranks_here`: ranks
-    that share this machine's cores. `labels` of all rows take the place of the stream's identities. Use as a context
-    manager, or close.
+    that share this machine's cores. `labels` of all rows take the place of the stream's identities; `resize` is
+    `make_views`'. Use as a context manager, or close.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Loader:
         ranks_here: int = 1,
         nodes: tuple[int, ...] = (),
         labels: Ints | None = None,
+        resize: Resize = bicubic.resize,
     ) -> None:
         if order.rows != stream.rows:
             raise ValueError(f"the order is for {order.rows} rows, the stream has {stream.rows}")
@@ -80,6 +83,7 @@ class Loader:
         if nodes and len(nodes) != world:
             raise ValueError(f"{len(nodes)} nodes are given for {world} ranks")
         self.stream, self.order, self.spec, self.seed, self._labels = stream, order, spec, seed, labels
+        self._resize = resize
         self.global_batch, self.rank, self.world, self.micro_batch = global_batch, rank, world, micro_batch
         self.rows = -(-global_batch // (world * micro_batch)) * micro_batch
         self._nodes = nodes or (0,) * world
@@ -224,7 +228,7 @@ class Loader:
         fetched = perf_counter()
         if part.masks is not None:
             part.masks[:] = draw_masks(self.spec.masks, self.seed, part.position)
-        for row in make_views(data, self.spec, self.seed, part.position, part.views, part.boxes):
+        for row in make_views(data, self.spec, self.seed, part.position, part.views, part.boxes, resize=self._resize):
             rows[row] = self._substitute(part._part(slice(row, row + 1)), int(rows[row]))
         pid, camera = self.stream.labels(rows)
         part.label[:] = pid if self._labels is None else self._labels[rows]
@@ -238,5 +242,5 @@ class Loader:
         while True:
             rows, data = self.stream.replace(int(one.sample[0]), row, "does not decode")
             row = int(rows[0])
-            if not make_views(data, self.spec, self.seed, one.position, one.views, one.boxes):
+            if not make_views(data, self.spec, self.seed, one.position, one.views, one.boxes, resize=self._resize):
                 return row

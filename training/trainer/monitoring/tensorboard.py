@@ -68,7 +68,7 @@ class EventWriter:
 
     def _add(self, values: Mapping[str, float], step: int) -> None:
         """As one event: the writer takes few at a time, and who has more of them waits for the disk."""
-        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+        from tensorboard.compat.proto.summary_pb2 import Summary
 
         points = [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in values.items()]
         self._writer.add_summary(Summary(value=points), step)

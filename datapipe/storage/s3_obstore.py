@@ -28,6 +28,8 @@ ERRORS = (BaseError, OSError, ValueError)
 UNTRUSTED = ("certificate", "CaUsedAsEndEntity", "UnknownIssuer", "BadSignature", "NotValidForName")
 """What rustls, which obstore brings along, says of a certificate that it does not take. It is stricter than OpenSSL,
 which boto3 uses: it takes no certificate for a server's that is an authority's as well, as self-signed ones are."""
+_telling, _told = Lock(), set[str]()
+"""Endpoints of which it was said that obstore does not trust them: once, however many threads and buckets meet one."""
 MOST_IN_VAIN = 10
 """obstore is given up where boto3 had to step in so many times in a row, and could read."""
 CREDENTIALS_FOR = timedelta(minutes=8)
@@ -51,7 +53,6 @@ class Ranges:
         )
         self._answered = client.answered
         self._in_vain = 0
-        self._lock, self._told = Lock(), False
 
     def take(self, key: str) -> bool:
         """Whether this way of reading may be tried.
@@ -101,8 +102,9 @@ class Ranges:
         """boto3 has trusted the server before (it was asked for the size, or the listing): no wait helps obstore. What
         boto3 says now counts, and where it can read, it does so from here on."""
         data = then()
-        with self._lock:
-            told, self._told = self._told, True
+        with _telling:
+            told = place.endpoint in _told
+            _told.add(place.endpoint)
         if not told:
             log.warning("%s: boto3 trusts the certificate there, obstore does not, so boto3 reads, at more CPU time; a "
                         "certificate signed by an authority for this server suits both", place.where)  # fmt: skip

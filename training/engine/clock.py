@@ -40,6 +40,11 @@ class Clock:
         """Samples seen when the run is complete."""
         return self.total_steps * self.batch
 
+    @property
+    def epoch_ends(self) -> list[int]:
+        """Samples seen at the end of each epoch; the last one may be cut short."""
+        return [*range(self.epoch_samples, self.end, self.epoch_samples), self.end]
+
     def at(self, samples: int) -> TrainingProgress:
         """The progress before the step that starts at this place of the stream."""
         step = samples // self.batch

@@ -19,7 +19,6 @@ from training.trainer.monitoring.recorder import Recorder
 from training.trainer.monitoring.sample_audit import Audit
 from training.trainer.monitoring.stragglers import StragglerMonitor
 from training.trainer.monitoring.utilisation import Yardstick
-from training.trainer.pseudo_labels import epoch_ends
 
 
 def make_observers(
@@ -53,7 +52,7 @@ def pauses_of(plan: RunPlan) -> Pauses:
     """What a run stands still for, and after which steps."""
     config, clock = plan.config, plan.clock
     scored = [end // clock.batch for end in milestone_ends(config.evaluation, clock)]
-    epochs = [end // clock.batch for end in epoch_ends(clock)] if clustered(config) else []
+    epochs = [end // clock.batch for end in clock.epoch_ends] if clustered(config) else []
     return pauses(
         retention.due_steps(config.checkpoints, clock.total_steps, clock.epoch_steps),
         segments={*scored, *epochs},

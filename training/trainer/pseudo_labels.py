@@ -78,11 +78,6 @@ class Work:
     """Has the batches of the coming steps made by these labels, in this order."""
 
 
-def epoch_ends(clock: Clock) -> list[int]:
-    """Samples seen at the end of each epoch of a run."""
-    return [*range(clock.epoch_samples, clock.end, clock.epoch_samples), clock.end]
-
-
 class PseudoLabels:
     """The pseudo labels of a run. Every rank calls every method, in the same steps."""
 
@@ -98,7 +93,7 @@ class PseudoLabels:
 
     def ends(self) -> list[int]:
         """Samples seen at the end of each epoch."""
-        return epoch_ends(self._clock)
+        return self._clock.epoch_ends
 
     def begin(self, position: int) -> bool:
         """Return once the epoch of this position has its labels, memory and order: True where they were made now. What

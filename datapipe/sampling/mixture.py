@@ -119,7 +119,7 @@ class MixedOrder:
         return samples
 
     def turns(self, positions: Ints) -> Ints:
-        """Those of each place's own data set: they rise among the places of one data set."""
+        """Turns of each place within its own data set: they rise among the places of one data set."""
         chosen, own = Schedule(self.weights).places(positions)
         turns = np.empty_like(own)
         for number, order in enumerate(self.orders):

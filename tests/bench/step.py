@@ -25,7 +25,7 @@ from training.engine import ema
 from training.engine.param_groups import settings_at
 from training.methods.base import Method, TrainingProgress, Views
 from training.nn import positions
-from training.nn.vision_transformer import draw_path_masks
+from training.nn.drop_path import draw_path_masks
 from training.trainer.batch_to_device import BatchToDevice
 
 RECIPES = ("pass_vits", "dino_vits", "personvit_vits", "personmae_vits")

@@ -24,17 +24,11 @@ from training.core.schedules import teacher_temperature
 from training.methods.base import Method, MethodSettings, Outcome, Role, TrainingProgress, Views
 from training.nn import ics_stem
 from training.nn.distillation_losses import entropy, pair_cross_entropies
+from training.nn.drop_path import Paths, draw_path_masks, on_device
 from training.nn.feature_diagnostics import information, of_features
 from training.nn.heads import HeadConfig
 from training.nn.teacher_targets import centre_sum, centred, move_centres, sinkhorn
-from training.nn.vision_transformer import (
-    BackboneConfig,
-    Features,
-    Paths,
-    VisionTransformer,
-    draw_path_masks,
-    on_device,
-)
+from training.nn.vision_transformer import BackboneConfig, Features, VisionTransformer
 from training.nn.workload import Stack
 
 GLOBALS = 2

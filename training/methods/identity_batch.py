@@ -8,8 +8,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from training.methods.base import TrainingProgress, Views
-from training.nn.random_erasing import Erasing, erase
-from training.nn.vision_transformer import BackboneConfig, Paths, draw_path_masks, on_device
+from training.nn.drop_path import Paths, draw_path_masks, on_device
+from training.nn.identity.random_erasing import Erasing, erase
+from training.nn.vision_transformer import BackboneConfig
 
 
 class IdentityBatch(NamedTuple):

@@ -38,10 +38,11 @@ from training.methods.base import (
     by_source,
 )
 from training.nn import positions, reconstruction
+from training.nn.drop_path import Paths, draw_path_masks, on_device
 from training.nn.feature_diagnostics import of_features
 from training.nn.mae_decoder import Decoder
 from training.nn.reconstruction import PixelNorm
-from training.nn.vision_transformer import BackboneConfig, Paths, VisionTransformer, draw_path_masks, on_device
+from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 from training.nn.workload import Decoding, Stack, Workload
 
 

@@ -38,12 +38,13 @@ from training.methods.base import (
 )
 from training.methods.identity_batch import identity_batch
 from training.nn import ics_stem
+from training.nn.drop_path import Paths
 from training.nn.feature_diagnostics import of_features
 from training.nn.identity import reid_losses
 from training.nn.identity.fusion import Fusion, fused_tokens, fused_width
 from training.nn.identity.necks import GroupedBatchNorm
-from training.nn.random_erasing import NOISE
-from training.nn.vision_transformer import BackboneConfig, Paths, VisionTransformer
+from training.nn.identity.random_erasing import NOISE
+from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 from training.nn.workload import Workload
 
 

@@ -17,7 +17,7 @@ from timm.layers import LayerNorm, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from training.nn.vision_transformer import BlockPaths, KeptImages
+from training.nn.drop_path import BlockPaths, KeptImages
 
 __all__ = ["Attention", "DecoderBlock", "DroppableBlock", "LayerNorm", "PatchEmbed"]
 

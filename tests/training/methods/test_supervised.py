@@ -23,8 +23,9 @@ from training.engine.plain import PlainStepper
 from training.engine.settings import OptimisationConfig
 from training.methods.base import TrainingProgress, Views
 from training.methods.supervised import Supervised, SupervisedConfig, to_transreid
+from training.nn.drop_path import draw_path_masks
 from training.nn.identity.necks import GroupedBatchNorm
-from training.nn.vision_transformer import BackboneConfig, draw_path_masks
+from training.nn.vision_transformer import BackboneConfig
 from training.trainer.loop import Segment, TrainingRun, train
 
 BACKBONE = BackboneConfig(arch="custom", size=(16, 8), patch=4, width=12, depth=2, heads=2, drop_path=0.2, init_std=0.2)

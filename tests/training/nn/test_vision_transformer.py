@@ -6,14 +6,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from training.nn.blocks import DroppableBlock
-from training.nn.vision_transformer import (
-    BackboneConfig,
-    Paths,
-    VisionTransformer,
-    draw_path_masks,
-    on_device,
-    parameter_count,
-)
+from training.nn.drop_path import Paths, draw_path_masks, on_device
+from training.nn.vision_transformer import BackboneConfig, VisionTransformer, parameter_count
 
 CPU = torch.device("cpu")
 

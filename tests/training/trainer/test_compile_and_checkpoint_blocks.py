@@ -13,7 +13,8 @@ from tests.support.ranks import run_ranks
 from training.config import recipe_toml as recipes
 from training.core.host import LocalHost
 from training.core.world import World
-from training.nn.vision_transformer import BackboneConfig, VisionTransformer, draw_path_masks
+from training.nn.drop_path import draw_path_masks
+from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 from training.preflight.checks import refuse_unsuited
 from training.trainer.pretrain import pretrain
 

@@ -33,7 +33,8 @@ from training.engine.param_groups import group_parameters
 from training.engine.plain import PlainStepper
 from training.methods import distillation, identity_batch, personmae
 from training.methods.base import Method, TrainingProgress
-from training.nn import random_erasing, vision_transformer
+from training.nn import drop_path
+from training.nn.identity import random_erasing
 from training.recipes import SHIPPED
 from training.reid import embed
 from training.trainer.batch_to_device import BatchToDevice
@@ -84,7 +85,7 @@ class HostPositions:
 def keep_host_numbers(monkeypatch: pytest.MonkeyPatch, position: np.ndarray) -> None:
     """Numbers that the host draws from positions are drawn outside the mode, in which host tensors have none. What is
     handed to these functions must be on the host: from a GPU it would have to be waited for."""
-    real_masks, real_erase = vision_transformer.draw_path_masks, random_erasing.erase
+    real_masks, real_erase = drop_path.draw_path_masks, random_erasing.erase
 
     def draw_path_masks(rates: Any, **given: Any) -> HostPositions | None:
         assert given.pop("position").device.type == "cpu"

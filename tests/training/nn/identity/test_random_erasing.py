@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy import stats
 
-from training.nn.random_erasing import NOISE, RATIO, erase
+from training.nn.identity.random_erasing import NOISE, RATIO, erase
 
 SIZE = (48, 24)
 

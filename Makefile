@@ -32,11 +32,7 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m cluster demo --out $(DEMO) $(if $(CROPS),--crops "$(CROPS)") $(if $(DEVICE),--device $(DEVICE))
 
-demo-# damaged and hostile files for every reader, such as ROUNDS=1000 SEED=7 FLAGS="--readers zip tar --kept faulty"
-fuzz: setup
-	$(BIN)/python -m tests.fuzz --rounds $(ROUNDS) --seed $(SEED) $(FLAGS)
-
-clean:
+demo-clean:
 	rm -rf $(DEMO)
 
 test: setup lint
@@ -70,6 +66,10 @@ test-ray-versions: setup
 
 chaos: setup
 	$(BIN)/python -m tests.chaos.chaos --faults $(FAULTS) --seed $(SEED)
+
+# damaged and hostile files for every reader, such as ROUNDS=1000 SEED=7 FLAGS="--readers zip tar --kept faulty"
+fuzz: setup
+	$(BIN)/python -m tests.fuzz --rounds $(ROUNDS) --seed $(SEED) $(FLAGS)
 
 clean:
 	rm -rf $(VENV) $(DEMO)

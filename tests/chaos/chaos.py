@@ -39,7 +39,7 @@ WIDTHS = (25, 22, *(11 for _ in STAGES), 7, 8)
 
 def flags(stepper: str) -> tuple[str, ...]:
     """What the tiny recipe is given on the command line."""
-    return ("--cluster.max-workers", "2", "--cluster.min-workers", "2",
+    return ("--cluster.max-workers", "2", "--cluster.min-workers", "2", "--cluster.standby", "True",
             "--cluster.hang-timeout-s", str(HANG_S), "--cluster.silence-timeout-s",
             str(SILENCE_S), "--cluster.restart-delay-s", "0.5", "--engine.stepper", stepper,
             "--checkpoints.every-steps", str(EVERY))  # fmt: skip

@@ -66,6 +66,7 @@ every_steps = 3
 keep_last = 3
 [cluster]
 max_workers = 1
+standby = false
 """
 
 

@@ -50,7 +50,15 @@ def test_pretrain_job__a_killed_worker_changes_nothing(tmp_path: Path, write_cro
     data = shards(tmp_path / "crops", str(tmp_path / "shards"))
     path = recipe(tmp_path, data.url, str(tmp_path / "run"), epochs=2.0)
     run, undisturbed, pause = tmp_path / "run", tmp_path / "undisturbed", Pause(tmp_path, KILLED_AFTER, rank=1)
-    flags = ("--cluster.max-workers", "2", "--engine.stepper", "deepspeed", "--cluster.environment")
+    flags = (
+        "--cluster.max-workers",
+        "2",
+        "--cluster.standby",
+        "True",
+        "--engine.stepper",
+        "deepspeed",
+        "--cluster.environment",
+    )
     process = command("cluster", "pretrain", str(path), *flags, *pause.worker_environment, **pause.environment)
     killed = pause.reached(process)
     standing = standing_by(process.own_pid, 2)

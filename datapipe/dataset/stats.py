@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -46,7 +45,7 @@ def statistics(url: str, storage: StorageConfig) -> Facts:
         "price": {kind: _price(table, mark) for kind, mark in KINDS.items()},
         "sources": {source: _facts(part) for source, part in _by_source(table.drop_columns("key"))},
         "quarantine": _quarantine(open_store(manifest.url, storage)),
-        "remarks": asdict(read_remarks(open_store(manifest.url, storage))),
+        "remarks": json.loads(read_remarks(open_store(manifest.url, storage)).to_json()),
     }
 
 

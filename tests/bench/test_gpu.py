@@ -41,7 +41,8 @@ def test_bench__passes_on_a_gpu_that_computes_as_the_cpu_does(tmp_path: Path) ->
     for name, checks in found["recipes"].items():
         assert tuple(checks) == CHECKS and name in done.stdout
         figures = {kind: check["figures"] for kind, check in checks.items()}
-        assert figures["fp32"]["gpu"] == figures["fp32"]["cpu"] and len(set(figures["fp32"]["gpu"])) == 3
+        on_gpu, on_cpu = figures["fp32"]["gpu"], figures["fp32"]["cpu"]
+        assert on_gpu == pytest.approx(on_cpu, rel=5e-7) and len(set(on_gpu)) == 3  # fused kernels sum in another order
         assert figures["resume"]["identical"]
         assert all(math.isfinite(figures[precision]["loss"]) for precision in ("bf16", "fp16"))
         assert figures["speed"]["peak"] > 0 and figures["speed"]["images_per_s"] > 0

@@ -36,7 +36,8 @@ def standing_by(command: int, count: int) -> set[int]:
         found = set()
         for process in descendants(command):
             with contextlib.suppress(psutil.Error):
-                if process.cmdline()[0].startswith(TITLE) and process.status() == psutil.STATUS_SLEEPING:
+                name = "".join(process.cmdline()[:1])  # of one that has just ended nothing
+                if name.startswith(TITLE) and process.status() == psutil.STATUS_SLEEPING:
                     found.add(process.pid)
         if len(found) == count:
             return found

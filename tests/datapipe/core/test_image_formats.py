@@ -115,7 +115,7 @@ def test_images__of_other_formats_run_nothing_and_are_none(tmp_path: Path, monke
             decode(data)
         with pytest.raises(DataError):
             embed_decode(data, "x.jpg")
-        with pytest.raises(DataError, match="not an image"):
+        with pytest.raises(DataError, match="an image cannot be decoded"):
             _rgb(data)
 
 

@@ -183,8 +183,9 @@ def _reader(source: Source) -> Callable[[int, int], bytes]:
 def _headers(read: Callable[[int, int], bytes], chunk: pyarrow.parquet.ColumnChunkMetaData) -> Iterator[dict[int, Any]]:
     """The headers of a column's pages, its dictionary first, each checked. Fields by their numbers."""
     place = chunk.data_page_offset
-    if chunk.has_dictionary_page and 0 < (chunk.dictionary_page_offset or 0) < place:
-        place = chunk.dictionary_page_offset
+    dictionary = chunk.dictionary_page_offset if chunk.has_dictionary_page else None
+    if dictionary and (dictionary < place or not place):  # 0: a group without rows has no page of data
+        place = dictionary
     end = place + chunk.total_compressed_size
     while place < end:
         header, size = _header(read, place)

@@ -115,3 +115,12 @@ def test_footer__of_a_size_that_makes_no_sense(place: int) -> None:
     data[-5] |= 0x40
     with pytest.raises((pyarrow.ArrowException, OSError), match="footer"):
         open_parquet(bytes(data))
+
+
+def test_table__of_groups_without_rows_between_others() -> None:
+    """A group that a writer was given an empty table for has a dictionary, and no page of data."""
+    table, sink = pyarrow.table({"text": ["a", "b", "a"], "number": [1, 2, 3]}), pyarrow.BufferOutputStream()
+    with pyarrow.parquet.ParquetWriter(sink, table.schema) as writer:
+        for part in (table.slice(0, 0), table, table.slice(0, 0)):
+            writer.write_table(part)
+    assert read_table(sink.getvalue().to_pybytes()) == table

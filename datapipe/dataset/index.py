@@ -90,7 +90,7 @@ def _refuse_values(table: pyarrow.Table, shard: Shard, where: str) -> None:
         if name not in MARKS and table[name].null_count:
             raise DataError(f"the column {name} of an index has empty cells", where=where, hint=REPAIR)
     if {"offset", "size"} <= set(table.column_names) and len(table):
-        offset, size = table["offset"].to_numpy(), table["size"].to_numpy()
+        offset, size = (table[name].to_numpy().astype(np.int64) for name in ("offset", "size"))
         outside = (offset < 0) | (size <= 0) | (offset > shard.bytes - size)
         if outside.any():
             row = int(outside.argmax())

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.cluster.local_nodes import local_nodes
@@ -48,6 +49,8 @@ CASES: dict[str, Case] = {
     "supervised": ("supervised", ("--optimisation.micro-batch", "24", *PLAIN)),
     **ZERO,
 }
+LAST_BITS = 2e-6
+"""The fused optimizer of a CPU takes the ends of tensors in copies, that of a GPU as they are: other last bits."""
 USUAL = ("personvit", "zero_3")
 """Masks that index on the device, and parameters that come and go."""
 CHOSEN = CASES if os.environ.get("NULL_GPU_CASES") == "all" else {name: CASES[name] for name in USUAL}
@@ -104,7 +107,7 @@ def test_run__has_the_numbers_of_the_cpu(name: str, data: str, tmp_path: Path) -
     assert device_of(tmp_path / "gpu") == "Null H100" != device_of(tmp_path / "cpu")
     found = numbers(tmp_path / "gpu")
     assert len(found) == 3
-    assert found == numbers(tmp_path / "cpu")
+    assert np.array(found) == pytest.approx(np.array(numbers(tmp_path / "cpu")), rel=LAST_BITS)
 
 
 @pytest.mark.skipif(CHOSEN is not CASES, reason="two GPUs under Ray: with NULL_GPU_CASES=all")
@@ -119,7 +122,7 @@ def test_run__under_ray_on_two_gpus_has_the_numbers_of_two_cpus(data: str, tmp_p
     assert "rank 0 of 2" in log.read_text() and "rank 1 of 2" in log.read_text()
     found = numbers(tmp_path / "gpu")
     assert len(found) == 3
-    assert found == numbers(tmp_path / "cpu")
+    assert np.array(found) == pytest.approx(np.array(numbers(tmp_path / "cpu")), rel=LAST_BITS)
 
 
 @pytest.mark.skipif(CHOSEN is not CASES, reason="unequal machines under Ray: with NULL_GPU_CASES=all")

@@ -115,7 +115,9 @@ def with_columns(crops: CropSet, folder: Path, **columns: Any) -> Manifest:
         sink = BytesIO()
         pyarrow.parquet.write_table(table, sink)
         store.create(shard.index, sink.getvalue())
-        shards.append(replace(shard, index_sha256=sha256(sink.getvalue()).hexdigest()))
+        end = int((table["offset"].to_numpy() + table["size"].to_numpy()).max())
+        sizes = {"bytes": max(shard.bytes, end), "index_sha256": sha256(sink.getvalue()).hexdigest()}
+        shards.append(replace(shard, **sizes))
     return Manifest(tuple(shards)).save(store)
 
 
@@ -495,7 +497,7 @@ def repeated(crops: CropSet, folder: Path, shards: int) -> str:
     pyarrow.parquet.write_table(table.take(np.arange(10_000) % len(table)), sink)
     store.create("a.parquet", sink.getvalue())
     index = ("a.parquet", sha256(sink.getvalue()).hexdigest())
-    tars = ((f"{number}.tar", 10_000, 0, sha256(bytes([number])).hexdigest()) for number in range(shards))
+    tars = ((f"{number}.tar", 10_000, 1 << 40, sha256(bytes([number])).hexdigest()) for number in range(shards))
     return Manifest(tuple(Shard(*tar, *index) for tar in tars)).save(store).url
 
 

@@ -151,5 +151,5 @@ def test_load_data__refuses_what_contradicts_itself(sets: list[CropSet], tmp_pat
     with pytest.raises(ConfigError, match="too fine"):
         load_data(mixed(sets, 1.0, 1e-12), STORAGE)
     empty = Manifest(()).save(open_store(str(tmp_path)))
-    with pytest.raises(DataError, match="the data set is empty"):
+    with pytest.raises(DataError, match="lists no crops"):
         load_data(replace(CONFIG, mix=(str(sets[0].folder), empty.url)), STORAGE)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -36,7 +37,7 @@ def mutated_json(text: bytes, random: Random) -> bytes:
 def _replaced(tree: Any, random: Random) -> Any:
     """The tree with one node replaced, taken away, renamed or doubled."""
     if not isinstance(tree, dict | list) or not tree or random.random() < 0.05:
-        return random.choice(EXTREMES)
+        return deepcopy(random.choice(EXTREMES))  # later changes are of the copy
     keys: list[Any] = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
     key = random.choice(keys)
     if isinstance(tree[key], dict | list) and tree[key] and random.random() < 0.7:
@@ -52,7 +53,7 @@ def _replaced(tree: Any, random: Random) -> Any:
     elif change == 3 and isinstance(tree[key], int | float) and not isinstance(tree[key], bool):
         tree[key] = random.choice((tree[key] + 1, -tree[key], tree[key] * 10**6, random.choice(NUMBERS)))
     else:
-        tree[key] = random.choice(EXTREMES)
+        tree[key] = deepcopy(random.choice(EXTREMES))
     return tree
 
 

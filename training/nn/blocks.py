@@ -47,7 +47,24 @@ def _added(tokens_BTC: Tensor, path: Tensor | KeptImages | None, branch: Callabl
     if path.rows is None:
         return torch.add(tokens_BTC, branch(tokens_BTC), alpha=path.factor)
     made_KTC = branch(tokens_BTC.index_select(0, path.rows))
-    return tokens_BTC.index_add(0, path.rows, made_KTC.to(tokens_BTC.dtype), alpha=path.factor)
+    sums_BTC: Tensor = _AddToRows.apply(tokens_BTC, made_KTC.to(tokens_BTC.dtype), path.rows, path.factor)
+    return sums_BTC
+
+
+class _AddToRows(torch.autograd.Function):
+    """`index_add` along the images, which keeps nothing but their places for the backward pass: PyTorch's own keeps all
+    that was added, for its shape."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_BTC: Tensor, made_KTC: Tensor, rows_K: Tensor, factor: float) -> Tensor:
+        ctx.save_for_backward(rows_K)
+        ctx.factor = factor
+        return tokens_BTC.index_add(0, rows_K, made_KTC, alpha=factor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (gradient_BTC,), (rows_K,) = gradients, ctx.saved_tensors
+        return gradient_BTC, gradient_BTC.index_select(0, rows_K) * ctx.factor, None, None
 
 
 class Attention(nn.Module):

@@ -83,12 +83,22 @@ def _refuse(config: RunConfig, ranks: int, need: int, workers: int, available: i
     split = split_of(config, ranks)
     fitting = _fitting(config, ranks, split.micro_batch, available // workers)
     smaller = f"--optimisation.micro-batch {fitting} would fit" if fitting else "no micro-batch is small enough"
+    if ranks == workers and (fewer := _fewer(config, workers, available)):
+        smaller += f"; so would --cluster.max-workers {fewer}"
     raise ConfigError(
         f"the memory of this machine cannot suffice: {each} (calculated, {split.micro_batch} images at once), "
         f"{available / GB:.1f} GB are available",
         where=f"optimisation.micro_batch = {config.optimisation.micro_batch}, on {where}",
         hint=f"{smaller}; `python -m training pretrain RECIPE --dry-run --engine.device cpu` says what takes how much",
     )
+
+
+def _fewer(config: RunConfig, workers: int, available: int) -> int:
+    """The most workers of one machine, by halves, that fit into so many bytes; 0: not even one."""
+    while workers := workers // 2:
+        if workers * needed(config, workers) <= available:
+            return workers
+    return 0
 
 
 def _fitting(config: RunConfig, ranks: int, micro: int, available: int) -> int:

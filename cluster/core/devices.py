@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import psutil
@@ -111,59 +111,53 @@ def index_of(given: Sequence[str], visible: str | None) -> int:
 
 def autoscaled(resource: str) -> float | None:
     """GPUs (or CPUs) on the machines that the cluster's autoscaler may start, all in all; see `Offer.later`."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     known = most_of_autoscaler()
     if known is not None:
         return float(known.get(resource, 0))
-    context = ray.get_runtime_context()
-    head = next((node["NodeID"] for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"]), None)
-    if head is None or head == context.get_node_id():
-        return _of_autoscaler(context.gcs_address, resource)
-    on_head = NodeAffinitySchedulingStrategy(head, soft=False)
-    look = ray.remote(num_cpus=0)(_of_autoscaler).options(scheduling_strategy=on_head)
-    most: float | None = ray.get(look.remote(context.gcs_address, resource))
+    most: float | None = _on_head(_of_autoscaler, resource)
     return most
-
-
-def _of_autoscaler(address: str, resource: str) -> float | None:
-    """On the head: what is in the file that the autoscaler of the cluster at `address` goes by."""
-    port = address.rpartition(":")[2]
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or []
-        if any(word.endswith(MONITORS) for word in words) and _value(words, "--gcs-address").endswith(f":{port}"):
-            path = _value(words, "--autoscaling-config")
-            with contextlib.suppress(OSError, yaml.YAMLError):
-                return most_of(_read(path), resource) if path else 0.0
-    return None  # started without: KubeRay's autoscaler, for one, is in a container of its own
 
 
 def grows() -> bool:
     """Whether something may bring machines to the cluster that this process has joined: an autoscaler, or something
     that does not say what it is."""
+    return most_of_autoscaler() is not None or bool(_on_head(_is_autoscaled))
+
+
+def _on_head(look: Callable[..., Any], *arguments: Any) -> Any:
+    """What `look(address of the head, *arguments)` returns on the cluster's head; here, where there is no other."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    if most_of_autoscaler() is not None:
-        return True
     context = ray.get_runtime_context()
     head = next((node["NodeID"] for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"]), None)
     if head is None or head == context.get_node_id():
-        return _is_autoscaled(context.gcs_address)
-    on_head = NodeAffinitySchedulingStrategy(head, soft=False)
-    look = ray.remote(num_cpus=0)(_is_autoscaled).options(scheduling_strategy=on_head)
-    return bool(ray.get(look.remote(context.gcs_address)))
+        return look(context.gcs_address, *arguments)
+    remote = ray.remote(num_cpus=0)(look).options(scheduling_strategy=NodeAffinitySchedulingStrategy(head, soft=False))
+    return ray.get(remote.remote(context.gcs_address, *arguments))
+
+
+def _of_autoscaler(address: str, resource: str) -> float | None:
+    """On the head: what is in the file that the autoscaler of the cluster at `address` goes by."""
+    for path in _files_of_autoscalers(address):
+        with contextlib.suppress(OSError, yaml.YAMLError):
+            return most_of(_read(path), resource) if path else 0.0
+    return None  # started without: KubeRay's autoscaler, for one, is in a container of its own
 
 
 def _is_autoscaled(address: str) -> bool:
     """On the head: whether Ray's process beside it goes by a file of machines, or there is none that could say."""
+    return bool(next(_files_of_autoscalers(address), "unknown"))
+
+
+def _files_of_autoscalers(address: str) -> Iterator[str]:
+    """On the head: the file of machines of each process beside it that could be the cluster's autoscaler; empty for one
+    without a file, which starts no machine."""
     port = address.rpartition(":")[2]
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
         if any(word.endswith(MONITORS) for word in words) and _value(words, "--gcs-address").endswith(f":{port}"):
-            return bool(_value(words, "--autoscaling-config"))
-    return True
+            yield _value(words, "--autoscaling-config")
 
 
 def most_of(settings: Mapping[str, Any], resource: str = "GPU") -> float:

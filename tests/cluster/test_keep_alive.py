@@ -13,11 +13,11 @@ from tests.support.golden import ROOT
 KEEP = "import sys; from cluster.keep_alive import keep; sys.exit(keep(sys.argv[3:], int(sys.argv[1]), first_delay_s=" \
        "float(sys.argv[2])))"  # fmt: skip
 DRIVER = """
-import os, signal, sys, time
+import os, signal, sys
 with open(sys.argv[1], "a") as file: file.write("x")
 began = os.path.getsize(sys.argv[1])
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-if sys.argv[2] == "waits": print("up", flush=True); time.sleep(60)
+if sys.argv[2] == "waits": print("up", flush=True); signal.pause()
 if began <= int(sys.argv[2]): os.kill(os.getpid(), int(sys.argv[3]))
 sys.exit(int(sys.argv[4]))
 """

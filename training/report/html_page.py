@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from datapipe.core.image_formats import MOST_PIXELS
+
 MOST_PICTURE_BYTES = 13_000_000
 """All pictures together, before base64 makes 4/3 of it: the report stays below 20 MB."""
 LARGE_PICTURE_BYTES = 1_500_000
 """A picture above this is shrunk to WIDEST pixels and encoded anew."""
 WIDEST = 1_800
-MOST_PIXELS = 80_000_000
-"""Of a picture: a larger one is said not to be readable."""
 
 RIGHT = ' class="n"'
 

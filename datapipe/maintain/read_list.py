@@ -14,7 +14,7 @@ import pyarrow
 
 from datapipe.core.bounds.parquet_pages import open_parquet, read_table
 from datapipe.core.bounds.text_trees import parse_json
-from datapipe.core.bounds.unpacking import ERRORS, bzip2_parts, gzip_parts, unpack, xz_parts
+from datapipe.core.bounds.unpacking import ERRORS, unpack, unpacker_of
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.core.plain_pickle import load_plain
@@ -28,8 +28,6 @@ NOTES, SIDECAR = b"reid_notes", ".notes.json"
 file beside it, called FILE.notes.json."""
 MOST_NOTES_BYTES = 1 << 20
 PICKLES = (".pkl", ".pickle")
-PACKED = {b"\x1f\x8b": gzip_parts, b"BZh": bzip2_parts, b"\xfd7zXZ\0": xz_parts}
-"""First bytes of compressed files."""
 MOST_BYTES, MOST_TIMES, FREE_BYTES = 16 << 30, 30, 64 << 20
 """Of a list; and of one that is unpacked so many times its packed size, and some MB: names that count up pack well."""
 LINES = re.compile(r"\r\n|\r|\n")
@@ -101,7 +99,7 @@ def _utf8(data: bytes) -> str:
 
 
 def _unpacked(data: bytes, where: str) -> bytes:
-    parts = next((parts for start, parts in PACKED.items() if data.startswith(start)), None)
+    parts = unpacker_of(data)
     try:
         return unpack(data, parts, FREE_BYTES + MOST_TIMES * len(data)) if parts else data
     except ERRORS as error:

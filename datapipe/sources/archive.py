@@ -45,7 +45,7 @@ class ArchiveSource:
     """One archive, a folder of them, or a brace pattern such as "s3://bucket/set/{000..127}.tar"."""
 
     UNDERSTANDS = (
-        "a zip, a tar (.tar, .tar.gz, .tgz) of images or of WebDataset samples, a folder or a {00..12} or "
+        "a zip, a tar (.tar, .tar.gz, .tar.bz2, .tar.xz) of images or of WebDataset samples, a folder or a {00..12} or "
         "*.tar pattern of them, or their pieces (.zip.001, .tar.aa, .z01)"
     )
 

@@ -28,7 +28,7 @@ TABLE_ENDINGS = (".parquet", ".pq")
 BOX_ENDINGS = (".txt", *TABLE_ENDINGS)
 """Boxes beside a video, under its name."""
 ARCHIVE = re.compile(
-    r"(?P<archive>.+\.(?:zip|tar\.gz|tgz|tar))"
+    r"(?P<archive>.+\.(?:zip|tar\.gz|tgz|tar\.bz2|tbz2?|tar\.xz|txz|tar))"
     r"(?:\.(?:part[-_.]?)?(?P<part>\d{1,5}|(?!gz|xz|bz|lz|br|zst|idx|txt|csv|asc|sig|sha|tmp)[a-z]{2,3}))?"
     r"|(?P<spanned>.+)\.z(?P<volume>\d{2,5})",
     re.IGNORECASE,
@@ -189,7 +189,7 @@ def _relatives(name: str) -> tuple[str, ...]:
 def _stem(name: str) -> str:
     """The file's name without the ending that tells its kind: "a/0.tar" and its index "a/0.parquet" have the same."""
     match = ARCHIVE.fullmatch(name)
-    return re.sub(r"\.[^./]+$", "", re.sub(r"\.gz$", "", match["archive"] or name if match else name))
+    return re.sub(r"\.[^./]+$", "", re.sub(r"\.(?:gz|bz2|xz)$", "", match["archive"] or name if match else name))
 
 
 def _mixed(url: str, name: str, kind: str, other: str) -> DataError:

@@ -10,7 +10,7 @@ from itertools import chain, pairwise
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
 from datapipe.core.bounds.text_trees import parse_json
-from datapipe.core.bounds.unpacking import ERRORS, gzip_parts, pieces
+from datapipe.core.bounds.unpacking import ERRORS, Unpackers, pieces, unpacker_of
 from datapipe.core.errors import DataError
 from datapipe.dataset.remarks import Remarks
 from datapipe.formats.file_kinds import EMPTY, LOOKED_AT, TAR, kind_of_bytes, other_hint
@@ -22,7 +22,6 @@ from datapipe.sources.location import IMAGE_ENDINGS, is_image
 BLOCK = tarfile.BLOCKSIZE
 END_BYTES = 2 * BLOCK
 """A tar ends with two blocks of zeros; one that does not was cut."""
-GZIP_START = b"\x1f\x8b"
 LOOKED_AT_FIRST, LOOKED_BYTES = 64, 16 << 20
 """Members, and bytes, at the beginning of a tar that tell whether it holds samples."""
 MOST_HEADER_BYTES, MOST_HEADERS_BYTES = 1 << 20, 4 << 20
@@ -60,19 +59,22 @@ class Member(NamedTuple):
 
 
 def read_members(stream: BinaryIO, url: str) -> Iterator[Member]:
-    """All members but folders, of a tar or of one in gzip, as its first bytes tell and not its name. Raises DataError
-    where it is neither, cut or damaged.
+    """All members but folders, of a tar or of one in gzip, bzip2 or xz, as its first bytes tell and not its name.
+    Raises DataError where it is none of these, cut or damaged.
 
     tarfile parses the headers, but does not follow them: it would hold names of any length, and go on for ever for the
     sizes that some state.
     """
-    packed = _start(stream).startswith(GZIP_START)
-    if packed:
-        _refuse_others(_unpacked_start(stream), url, within="gzip, but no tar in it")
+    content: _Front
+    start = _start(stream)
+    if unpacker := unpacker_of(start):
+        packed = kind_of_bytes(start)
+        _refuse_others(_unpacked_start(stream, unpacker), url, within=f"{packed}, but no tar in it")
+        content = _Unpacked(stream, unpacker)
     else:
-        _refuse_others(_start(stream), url, within="no tar")
+        _refuse_others(start, url, within="no tar")
         _check_end(stream, url)
-    content = _Unpacked(stream) if packed else _Plain(stream)
+        content = _Plain(stream)
     try:
         yield from _members(content)
         _check_rest(content)
@@ -108,8 +110,8 @@ class _Plain:
 
 
 class _Unpacked:
-    def __init__(self, stream: BinaryIO) -> None:
-        self._pieces, self._held = pieces(stream.read, gzip_parts), memoryview(b"")
+    def __init__(self, stream: BinaryIO, unpacker: Unpackers) -> None:
+        self._pieces, self._held = pieces(stream.read, unpacker), memoryview(b"")
 
     def read(self, size: int) -> bytes:
         parts, missing = [], size
@@ -230,10 +232,10 @@ def _start(stream: BinaryIO) -> bytes:
     return start
 
 
-def _unpacked_start(stream: BinaryIO) -> bytes:
-    """First bytes of what is in the gzip; empty where it is damaged, which is told where it is read."""
+def _unpacked_start(stream: BinaryIO, unpacker: Unpackers) -> bytes:
+    """First bytes of what is compressed; empty where it is damaged, which is told where it is read."""
     try:
-        return _Unpacked(stream).read(LOOKED_AT)
+        return _Unpacked(stream, unpacker).read(LOOKED_AT)
     except ERRORS:
         return b""
     finally:

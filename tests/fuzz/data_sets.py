@@ -26,8 +26,10 @@ from datapipe.ingest.pipeline import ingest
 from datapipe.maintain.read_list import read_list
 from datapipe.maintain.remove import remove
 from datapipe.maintain.select import select
+from tests.fuzz.archives import PIECE, ZEROS, many_zeros
 from tests.fuzz.reader import Make, Reader, together
-from tests.fuzz.sources import LONG_MEMO, PIECE, ZEROS, crops, many_zeros
+from tests.fuzz.sources import crops
+from tests.fuzz.tables import LONG_MEMO
 
 STORAGE = StorageConfig()
 

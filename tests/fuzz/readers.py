@@ -6,7 +6,9 @@ from functools import cache
 from tests.fuzz.reader import Reader
 
 MODULES = {
-    "sources": ("images", "zip", "tar", "tar_gz", "parquet", "lmdb", "mot", "boxes"),
+    "image_files": ("images",),
+    "archives": ("zip", "tar", "tar_gz", "tar_bz2", "tar_xz"),
+    "tables": ("parquet", "lmdb", "mot", "boxes"),
     "data_sets": ("manifest", "index", "selection", "shards", "removals", "pickles"),
     "run_files": ("toml", "card", "marker", "metrics", "restarts", "pth", "old_pth", "safetensors", "features"),
 }

@@ -21,6 +21,7 @@ FOR_LONG_ROUNDS = ("restarts",)
 SLOW_TO_MAKE = {
     "tar_gz": ("long link", "long pax header", "long global header", "zeros after the end", "a large member",
                "one sample of 800 images"),
+    "tar_bz2": ("zeros after the end", "a large member"), "tar_xz": ("a large member",),
     "zip": ("bzip2", "lzma", "deflate, honest"),
     "images": ("png of 39e6 pixels", "png of 39e6 pixels of 16 bits", "png with 100 MB of text"),
     "boxes": ("60e6 rows",), "parquet": ("30e6 empty rows", "large page"), "selection": ("200e6 rows",),

@@ -69,6 +69,10 @@ class _Other:
         return cast(bool, self._inner.needs_input)
 
 
+Unpackers = Callable[[], _Unpacker]
+"""Makes what unpacks one stream of a compressed file."""
+
+
 def gzip_parts() -> _Unpacker:
     """One member of a gzip file."""
     return _Zlib(16 + zlib.MAX_WBITS)
@@ -86,9 +90,16 @@ def xz_parts() -> _Unpacker:
 
 MOST_XZ_BYTES = 256 << 20
 """Memory for an xz stream: its strongest setting takes 65 MB."""
+PACKED = {b"\x1f\x8b": gzip_parts, b"BZh": bzip2_parts, b"\xfd7zXZ\0": xz_parts}
+"""First bytes of compressed files -> what unpacks them."""
 
 
-def pieces(read: Callable[[int], bytes], make: Callable[[], _Unpacker]) -> Iterator[bytes]:
+def unpacker_of(start: bytes) -> Unpackers | None:
+    """What unpacks a file that begins with these bytes; None where it is not compressed, or in another way."""
+    return next((make for first, make in PACKED.items() if start.startswith(first)), None)
+
+
+def pieces(read: Callable[[int], bytes], make: Unpackers) -> Iterator[bytes]:
     """The plain bytes of one stream after the other, READ_BYTES at a time; zeros behind the last one are padding.
 
     Raises EOFError where a stream is cut, TooMuchError where they expand beyond FREE_BYTES and MOST_TIMES, and what the
@@ -119,7 +130,7 @@ def pieces(read: Callable[[int], bytes], make: Callable[[], _Unpacker]) -> Itera
                 return
 
 
-def unpack(data: bytes, make: Callable[[], _Unpacker], most: int) -> bytes:
+def unpack(data: bytes, make: Unpackers, most: int) -> bytes:
     """A whole compressed file; raises TooMuchError where it holds more than `most` bytes."""
     view, place = memoryview(data), 0
 

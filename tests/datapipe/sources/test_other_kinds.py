@@ -41,7 +41,20 @@ def packed_zip() -> bytes:
 
 @pytest.mark.parametrize(
     ("name", "data"),
-    [("x.tar.gz", tar()), ("x.tgz", tar()), ("x.tar", packed(tar())), ("x.tar.gz", packed(tar()))],
+    [
+        ("x.tar.gz", tar()),
+        ("x.tgz", tar()),
+        ("x.tar", packed(tar())),
+        ("x.tar.gz", packed(tar())),
+        ("x.tar.bz2", bz2.compress(tar())),
+        ("x.tbz2", bz2.compress(tar())),
+        ("x.tbz", bz2.compress(tar())),
+        ("x.tar.xz", lzma.compress(tar())),
+        ("x.txz", lzma.compress(tar(), preset=9)),
+        ("x.tar.gz", lzma.compress(tar())),
+        ("x.TAR.XZ", tar()),
+        ("x.tar.bz2", bz2.compress(tar()[:1000]) + bz2.compress(tar()[1000:])),  # as pbzip2 writes it
+    ],
 )
 def test_tar__is_read_as_its_bytes_say(tmp_path: Path, name: str, data: bytes) -> None:
     (tmp_path / name).write_bytes(data)
@@ -52,7 +65,7 @@ def test_tar__is_read_as_its_bytes_say(tmp_path: Path, name: str, data: bytes) -
     ("data", "told"),
     [
         (PAGE, "an HTML page"), (b"\n\n" + PAGE, "an HTML page"), (ZSTD, "compressed by zstd"),
-        (bz2.compress(tar()), "bzip2"), (lzma.compress(tar()), "xz"),
+        (lzma.compress(tar(), lzma.FORMAT_ALONE), "LZMA"),
         (b"<?xml version='1.0'?>\n<Error><Code>AccessDenied</Code></Error>", "object store"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "LFS"),
         (b"7z\xbc\xaf\x27\x1c" + bytes(64), "7z"),
@@ -72,6 +85,9 @@ def test_archive__of_another_kind_is_named(tmp_path: Path, name: str, data: byte
     [
         ("x.zip", tar(), "no zip: a tar"),
         ("x.zip", packed(tar()), "no zip: compressed by gzip"),
+        ("x.zip", bz2.compress(tar()), "no zip: compressed by bzip2"),
+        ("x.parquet", lzma.compress(tar()), "compressed by xz"),
+        ("x.tar.xz", lzma.compress(PAGE), "compressed by xz, but no tar in it: an HTML page"),
         ("x.tar", packed_zip(), "no tar: a zip"),
         ("x.tar.gz", packed_zip(), "no tar: a zip"),
         ("x.tar.gz", packed(packed(tar())), "no tar in it: compressed by gzip"),

@@ -1,6 +1,8 @@
 """Tars that the webdataset library and GNU tar wrote are read completely, or refused."""
 
+import bz2
 import gzip
+import lzma
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -93,8 +95,9 @@ def test_shards__refuse_a_tar_that_was_cut(tar: Path, kept: int) -> None:
     assert str(tar) in caught.value.where
 
 
-def test_shards__refuse_a_cut_or_broken_gzip(tar: Path) -> None:
-    packed = gzip.compress(tar.read_bytes())
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_shards__refuse_a_cut_or_broken_archive(tar: Path, pack: Callable[[bytes], bytes]) -> None:
+    packed = pack(tar.read_bytes())
     for number, data in enumerate((packed[:-20], packed[:200], packed[:20] + bytes(300))):
         path = tar.parent.parent / f"{number}.tgz"
         path.write_bytes(data)

@@ -54,7 +54,7 @@ _TEXTS = (
     (re.compile(r"<\?xml|<[A-Za-z]"), "XML"),
     (re.compile(r"[{\[]"), "JSON"),
 )
-TAR, GZIP, ZIP, PARQUET = "a tar", "compressed by gzip", "a zip", "a parquet file"
+TAR, GZIP, ZIP, PARQUET, TEXT = "a tar", "compressed by gzip", "a zip", "a parquet file", "a text"
 EMPTY = ("an empty file", "nothing but zeros")
 """What damage leaves of any kind of file."""
 LOOKED_AT = 1024
@@ -91,7 +91,7 @@ def _text_kind(start: bytes) -> str:
         if text.count("\ufffd") > 1 + len(text) // 20:
             return ""
     text = text.lstrip("\ufeff \t\r\n")
-    return next((what for pattern, what in _TEXTS if pattern.match(text)), "a text")
+    return next((what for pattern, what in _TEXTS if pattern.match(text)), TEXT)
 
 
 def other_hint(kind: str) -> str:
@@ -100,6 +100,6 @@ def other_hint(kind: str) -> str:
         return "give it an ending that says so: .zip"
     if kind == GZIP or kind.startswith("compressed by"):
         return "unpack it once, or pack it with gzip: .tar.gz"
-    if "page" in kind or "message" in kind or "pointer" in kind or kind == "a text":
+    if "page" in kind or "message" in kind or "pointer" in kind or kind == TEXT:
         return "look into it: the server sent this in place of the archive; fetch it by another way"
     return "look what it is, and give it the ending of that"

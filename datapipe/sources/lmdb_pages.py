@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from datapipe.core.errors import DataError, NotFoundError, RefusedError
+from datapipe.formats.file_kinds import EMPTY, LOOKED_AT, kind_of_bytes
 
 HEAD, NODE = struct.Struct("<QHHHH"), struct.Struct("<4H")
 OVERFLOW_HEAD = struct.Struct("<QHHI")
@@ -155,6 +156,10 @@ class LmdbFile:
         if magic != MAGIC and (MAGIC.to_bytes(4, "little") in data[:24] or MAGIC.to_bytes(4, "big") in data[:24]):
             raise DataError("the LMDB cannot be read: it is one of a machine of 32 bits, or of the other byte order",
                             where=self.where, hint="mdb_dump there and mdb_load here")  # fmt: skip
+        kind = kind_of_bytes(os.pread(self._file, LOOKED_AT, 0)) if magic != MAGIC and not start else ""
+        if kind and kind not in EMPTY:
+            raise DataError(f"this is no LMDB: {kind}", where=self.where,
+                            hint="look what it is, and give it the ending of that")  # fmt: skip
         if magic != MAGIC or not flags & META_PAGE:
             raise self._damaged("this is no LMDB" if not start else "its second meta page is none")
         if version != VERSION:

@@ -20,6 +20,7 @@ from datapipe.core.image_formats import MOST_PIXELS
 from datapipe.dataset.remarks import Remarks
 from datapipe.formats.images import Undecodable, decode_image
 from datapipe.sources.base import Crop
+from datapipe.sources.labels import labelled
 from datapipe.sources.location import (
     ARCHIVES,
     BOX_ENDINGS,
@@ -139,15 +140,9 @@ class VideoSource:
                 colorsubsampling="420",
             )
         )
-        return Crop(
-            self.label,
-            f"{unit.video}/{frame.number:06d}_{boxes.row[box]:07d}.jpg",
-            data,
-            video=printable(unit.video),
-            track=int(boxes.track[box]),
-            frame=frame.number,
-            problem=problem,
-        )
+        name = f"{unit.video}/{frame.number:06d}_{boxes.row[box]:07d}.jpg"
+        crop = labelled(self.label, name, data, boxes.record(box), problem)
+        return crop._replace(video=printable(unit.video), track=int(boxes.track[box]), frame=frame.number)
 
     def _video(self, unit: VideoUnit, wanted: np.ndarray, first: int) -> Iterator[Frame]:
         """The wanted frames; all up to the last of them are decoded, once and in order."""

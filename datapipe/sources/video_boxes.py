@@ -2,13 +2,14 @@
 
 import io
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
 
 from datapipe.core.bounds.parquet_pages import read_table as read_parquet
 from datapipe.core.errors import DataError
+from datapipe.formats.file_kinds import EMPTY, PARQUET, TEXT, kind_of_bytes
 from datapipe.formats.text import NoText, decode_text
 from datapipe.sources.base import UNKNOWN
 from datapipe.sources.labels import NUMBERS, is_label, plain_key
@@ -36,6 +37,14 @@ class Boxes(NamedTuple):
     """int64[n]: where each box stood in its file, from 0."""
     first_frame: int
     """Number of a video's first frame: 1 in MOT text, 0 in parquet."""
+    labels: pyarrow.Table | None = None
+    """Columns that tell who is in a box and which camera sees it, one row for each of the file."""
+
+    def record(self, box: int) -> dict[str, Any]:
+        """What the file says of a box beside its place: column -> value."""
+        if self.labels is None:
+            return {}
+        return {name: self.labels[name][int(self.row[box])].as_py() for name in self.labels.column_names}
 
 
 def read_mot(data: bytes, where: str, *, truth: bool = False) -> Boxes:
@@ -43,6 +52,7 @@ def read_mot(data: bytes, where: str, *, truth: bool = False) -> Boxes:
 
     `truth`: the lines are MOTChallenge's ground truth, whose seventh number 0 says that a line is not to be considered.
     """
+    _refuse_others(data, where, TEXT, "no MOT text")
     try:
         text = decode_text(data).strip()
         delimiter = next((mark for mark in ",;" if mark in text), None)
@@ -70,11 +80,12 @@ def read_table(data: bytes, where: str) -> Boxes:
     """A parquet of `frame` (the first one is 0), a box, and `track` where it is known.
 
     The box is a list `box` or `bbox` of left, top, width, height; or these four columns (also x, y, w, h); or x1, y1,
-    x2, y2.
+    x2, y2. Columns of persons and cameras, spelt as `labels.NUMBERS` has them, are the labels of the crops.
     """
+    _refuse_others(data, where, PARQUET, "no parquet file")
     try:
-        table = read_parquet(data)
-        table = table.rename_columns([_plain(name) for name in table.column_names])
+        given = read_parquet(data)
+        table = given.rename_columns([_plain(name) for name in given.column_names])
         frame = _column(table, NUMBERS["frame"])
         track = _column(table, (*NUMBERS["track"], "id"))
         corners = _corners(table)
@@ -89,7 +100,17 @@ def read_table(data: bytes, where: str) -> Boxes:
             hint="needed are frame, box (left, top, width, height) and, where known, track",
         )
     unknown = np.full(len(frame), UNKNOWN)
-    return _sorted(frame, unknown if track is None else track, corners, np.ones(len(frame), bool), 0, where)
+    boxes = _sorted(frame, unknown if track is None else track, corners, np.ones(len(frame), bool), 0, where)
+    told = [name for name in given.column_names if plain_key(name) in (*NUMBERS["pid"], *NUMBERS["camera"])]
+    return boxes._replace(labels=given.select(told).combine_chunks() if told else None)
+
+
+def _refuse_others(data: bytes, where: str, wanted: str, told: str) -> None:
+    """DataError for a file that is of another kind than these boxes are."""
+    kind = kind_of_bytes(data)
+    if kind not in (wanted, "", *EMPTY):
+        raise DataError(f"this is {told}: {kind}", where=where,
+                        hint="MOT text is called .txt, a parquet of boxes .parquet")  # fmt: skip
 
 
 def _plain(name: str) -> str:

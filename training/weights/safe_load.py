@@ -10,7 +10,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import safetensors
@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 
 from datapipe.core.errors import DataError
+from datapipe.formats.file_kinds import GZIP, TAR, kind_of_bytes
 
 PICKLES = (b"PK\x03\x04", b"\x80\x02")
 """How a .pth file begins: an archive, or (before torch 1.6) a bare pickle of protocol 2."""
@@ -33,6 +34,16 @@ MOST_VALUES, DEEPEST = 2_000_000, 100
 """Tensors, numbers and containers of a file, and how far they may lie within one another."""
 MOST_TIMES, FREE_BYTES = 4, 64 << 20
 """How many times a file's own size its tensors may take: some share their numbers, as tied layers do."""
+_NO_WEIGHTS = "an error page or a pointer in place of the file? look at its size"
+_TO_STATE = "load it with the program that wrote it, and save model.state_dict() with torch.save"
+_OF_OTHERS = {
+    "JSON": "if it is the index of weights in several parts, save their tensors together in one file",
+    "an HDF5 file": "weights of Keras or TensorFlow: convert them to a state_dict of PyTorch first",
+    "a Python pickle": _TO_STATE,
+    TAR: "weights of PyTorch before 0.4 are tars: " + _TO_STATE + "; else unpack it, and give the file within",
+    GZIP: "unpack it, and give the file within",
+}
+"""What a file is, in words -> what to try."""
 _FORMATS = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "b1": "<?"}
 """NumPy's names of number formats -> those of `struct`."""
 
@@ -85,8 +96,9 @@ def read_weights(data: bytes, *, where: str) -> dict[str, Any]:
     elif data[8:9] == b"{":
         content = _safetensors(data, where)
     else:
-        raise DataError("this is neither a .safetensors nor a .pth file", where=where,
-                        hint="an error page or a pointer in place of the file? look at its size")  # fmt: skip
+        kind = kind_of_bytes(data)
+        raise DataError(f"this is neither a .safetensors nor a .pth file{f': {kind}' * bool(kind)}", where=where,
+                        hint=_OF_OTHERS.get(kind, _NO_WEIGHTS))  # fmt: skip
     _refuse_expanding(content, len(data), where)
     if not isinstance(content, dict) or not content:
         raise DataError(f"the file holds no named tensors but a {type(content).__name__}", where=where,
@@ -136,6 +148,17 @@ def _safetensors(data: bytes, where: str) -> dict[str, torch.Tensor]:
         raise DataError(f"the file is damaged: {error}", where=where, hint="fetch it again") from error
 
 
+def _other_zip(names: Sequence[str]) -> tuple[str, str] | None:
+    """(what a zip of these members is, what to try) where it is nothing that torch.save wrote."""
+    if any(name.endswith("/constants.pkl") for name in names):
+        return "a TorchScript model, which is a program", "torch.jit.load it where you trust it; torch.save its weights"
+    if any(name.endswith("/data.pkl") for name in names):
+        return None
+    if any(name.endswith(".npy") for name in names):
+        return "a NumPy archive (.npz)", "convert its arrays to the names and shapes of a PyTorch model first"
+    return "a zip of other files", "unpack it, and give the file of weights within"
+
+
 def _refuse_packed(data: bytes, where: str) -> None:
     """Raises DataError for an archive whose members are packed, or together larger than it: PyTorch makes room for what
     they are said to have, and writes them as they are."""
@@ -145,6 +168,8 @@ def _refuse_packed(data: bytes, where: str) -> None:
     except (zipfile.BadZipFile, NotImplementedError, *_DAMAGE) as error:
         raise DataError(f"the file is damaged, or no file of weights: {error}", where=where,
                         hint="fetch it again, and compare its size or checksum") from error  # fmt: skip
+    if other := _other_zip([one.filename for one in members]):
+        raise DataError(f"this is no file of weights but {other[0]}", where=where, hint=other[1])
     packed = next((one.filename for one in members if one.compress_type != zipfile.ZIP_STORED), "")
     if packed or sum(one.file_size for one in members) > len(data):
         raise DataError(f"the members of the file are packed, or overlap ({packed or len(members)})", where=where,

@@ -134,6 +134,19 @@ def test_lmdb_file__whatever_is_damaged__is_an_error_or_other_content(
     assert refused > 30
 
 
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [(b"<!DOCTYPE html><html>" + bytes(9_000), "an HTML page"), (b"PK\x03\x04" + bytes(9_000), "a zip"),
+     (b"SQLite format 3\0" + bytes(9_000), "an SQLite database")],
+    ids=["html", "zip", "sqlite"],
+)  # fmt: skip
+def test_lmdb_file__of_another_kind_is_named(tmp_path: Path, data: bytes, told: str) -> None:
+    (tmp_path / "data.mdb").write_bytes(data)
+    with pytest.raises(DataError, match=f"no LMDB: {told}") as raised, LmdbFile(str(tmp_path / "data.mdb"), where="x"):
+        pass
+    assert "cut" not in raised.value.hint
+
+
 def test_lmdb_file__of_another_machine_or_version_says_so(tmp_path: Path) -> None:
     path = write(tmp_path / "set", {b"a": b"1"})
     good = path.read_bytes()

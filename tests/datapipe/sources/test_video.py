@@ -157,6 +157,28 @@ def test_video__with_a_table_counts_frames_from_0(tmp_path: Path, frames: list[n
     assert [crop.data for crop in others] == [crop.data for crop in found] and {crop.track for crop in others} == {-1}
 
 
+def test_video__persons_and_cameras_of_a_table_are_labels(tmp_path: Path, frames: list[np.ndarray]) -> None:
+    write_video(tmp_path / "x.mkv", frames)
+    boxes = BOXES - np.array([1, 0, 0, 0, 0, 0])
+    columns = {"frame": boxes[:, 0], "bbox": boxes[:, 2:].tolist(), "track": boxes[:, 1]}
+    people = ["0012", "7", None, "guest", "-1", "3"]
+    labels = {"Person_ID": people, "cam id": [4.0, 4.0, 4.0, 4.0, 4.0, float("nan")], "score": [0.5] * 6}
+    pyarrow.parquet.write_table(pa.table(columns | labels), tmp_path / "x.parquet")
+    found = {crop.name.rpartition("_")[2]: crop for crop in crops(f"{tmp_path}/x.mkv")}
+    found_of = [found[f"{row:07d}.jpg"] for row in range(6)]
+    assert [crop.pid for crop in found_of] == [12, 7, -1, -1, -1, 3]
+    assert [crop.camera for crop in found_of] == [4, 4, 4, 4, 4, -1]
+    assert [crop.track for crop in found_of] == boxes[:, 1].tolist()
+    assert [crop.unread for crop in found_of] == [(), (), (), ("Person_ID (no whole number)",), (), ()]
+
+
+def test_boxes__of_another_kind_are_named(tmp_path: Path, frames: list[np.ndarray]) -> None:
+    write_video(tmp_path / "x.mkv", frames[:1])
+    (tmp_path / "x.parquet").write_text("frame,track,left,top,width,height\n0,1,2,3,4,5\n")
+    with pytest.raises(DataError, match="no parquet file: a text"):
+        crops(f"{tmp_path}/x.mkv")
+
+
 def write_sequence(folder: Path, frames: list[np.ndarray]) -> None:
     (folder / "img1").mkdir(parents=True)
     for number, frame in enumerate(frames, 1):
@@ -241,8 +263,10 @@ def test_box__outside_the_frame_is_reported(tmp_path: Path, frames: list[np.ndar
         ("1,2,a,4,5,6\n", "no MOT text"),
         ("1.5,2,3,4,5,6\n", "whole number"),
         ("1,2,nan,4,5,6\n", "no number"),
+        ('{"boxes": [[1, 2, 3, 4]]}', "no MOT text: JSON"),
+        ("<!DOCTYPE html><html>", "no MOT text: an HTML page"),
     ],
-    ids=["short", "letters", "half a frame", "nan"],
+    ids=["short", "letters", "half a frame", "nan", "json", "html"],
 )
 def test_boxes__that_are_none_are_refused(tmp_path: Path, frames: list[np.ndarray], text: str, message: str) -> None:
     write_video(tmp_path / "x.mkv", frames[:1])

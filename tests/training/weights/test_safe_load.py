@@ -1,6 +1,9 @@
+import gzip
+import io
 import os
 import pickle
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +100,38 @@ def test_read__damage_is_a_clear_error(kind: str) -> None:
             read_weights(bytes(changed), where="x")
         except DataError as error:
             assert "weights_only" not in str(error)
+
+
+def zipped(*names: str) -> bytes:
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"x" * 40)
+    return sink.getvalue()
+
+
+def npz() -> bytes:
+    sink = io.BytesIO()
+    np.savez_compressed(sink, **{"params/Transformer/encoderblock_0": np.zeros(3)})
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "told", "hint"),
+    [
+        (b'{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}', "JSON", "several parts"),
+        (b"<!DOCTYPE html><html>", "an HTML page", "error page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer", "pointer"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(600), "HDF5", "Keras"),
+        (pickle.dumps({"a": [1.0]}, protocol=4), "a Python pickle", "state_dict"),
+        (gzip.compress(saved({"a": torch.zeros(2)})), "gzip", "unpack"),
+        (npz(), r"a NumPy archive \(.npz\)", "convert"),
+        (zipped("x/data.pkl", "x/constants.pkl", "x/code/__torch__.py"), "TorchScript", "torch.jit.load"),
+        (zipped("weights/vit.pth", "weights/readme.txt"), "a zip of other files", "unpack"),
+    ],
+    ids=["index", "html", "lfs", "hdf5", "pickle", "gzip", "npz", "torchscript", "zip"],
+)
+def test_read__files_of_other_kinds_are_named(data: bytes, told: str, hint: str) -> None:
+    with pytest.raises(DataError, match=told) as raised:
+        read_weights(data, where="x")
+    assert hint in raised.value.hint

@@ -158,6 +158,6 @@ def test_lmdb__that_is_none_or_several_is_refused(tmp_path: Path) -> None:
         (tmp_path / name / "data.mdb").write_bytes(b"no LMDB" * 1_000)
     with pytest.raises(DataError, match="2 LMDBs"):
         open_sources([str(tmp_path)], StorageConfig())
-    with pytest.raises(DataError, match="cannot be read") as caught:
+    with pytest.raises(DataError, match="no LMDB: a text") as caught:
         crops(f"{tmp_path}/a")
     assert caught.value.where == f"{tmp_path}/a/data.mdb"

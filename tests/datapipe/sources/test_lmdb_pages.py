@@ -136,7 +136,7 @@ def test_lmdb_file__whatever_is_damaged__is_an_error_or_other_content(
 
 @pytest.mark.parametrize(
     ("data", "told"),
-    [(b"<!DOCTYPE html><html>" + bytes(9_000), "an HTML page"), (b"PK\x03\x04" + bytes(9_000), "a zip"),
+    [(b"<!DOCTYPE html><html>" + b" " * 9_000, "an HTML page"), (b"PK\x03\x04" + bytes(9_000), "a zip"),
      (b"SQLite format 3\0" + bytes(9_000), "an SQLite database")],
     ids=["html", "zip", "sqlite"],
 )  # fmt: skip

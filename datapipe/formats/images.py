@@ -18,9 +18,9 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
-from datapipe.core.image_formats import FORMATS, MOST_PIXELS, MOST_SCANS, scans
 from datapipe.formats import bit_depth, png_chunks
 from datapipe.formats.file_kinds import LOOKED_AT, kind_of_bytes
+from datapipe.formats.image_formats import FORMATS, MOST_PIXELS, MOST_SCANS, scans
 from datapipe.formats.orientation import LYING, orientation_of, orientation_of_jpeg, turned
 
 TILE = (322, 323)

@@ -16,8 +16,8 @@ import simplejpeg
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
-from datapipe.core.image_formats import MOST_PIXELS
 from datapipe.dataset.remarks import Remarks
+from datapipe.formats.image_formats import MOST_PIXELS
 from datapipe.formats.images import Undecodable, decode_image
 from datapipe.sources.base import Crop
 from datapipe.sources.labels import labelled

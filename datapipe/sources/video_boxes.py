@@ -109,7 +109,7 @@ def _refuse_others(data: bytes, where: str, wanted: str, told: str) -> None:
     """DataError for a file that is of another kind than these boxes are."""
     kind = kind_of_bytes(data)
     if kind not in (wanted, "", *EMPTY):
-        raise DataError(f"this is {told}: {kind}", where=where,
+        raise DataError(f"this is {told}: it is {kind}", where=where,
                         hint="MOT text is called .txt, a parquet of boxes .parquet")  # fmt: skip
 
 

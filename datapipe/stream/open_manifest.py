@@ -7,6 +7,7 @@ from typing import NamedTuple
 from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.core.errors import StorageError
 from datapipe.core.randomness import Ints
+from datapipe.core.warn_once import warn_once
 from datapipe.dataset.manifest import Manifest
 from datapipe.storage import is_remote, open_store
 from datapipe.storage.local import OpenFilesStore
@@ -44,7 +45,7 @@ def open_manifest(
         machines=readers.machines, beside=beside,
     )  # fmt: skip
     for line in plan.advice():
-        log.warning("%s: %s", manifest.url, line)
+        warn_once(log, f"{manifest.url}: {line}")
     cache = _cache(plan, manifest, index.replaced, config)
     reader = BlockReader(
         store, places, block=config.block, cache=cache, kept=plan.kept,

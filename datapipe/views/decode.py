@@ -10,7 +10,7 @@ from threading import local
 import numpy as np
 import simplejpeg
 
-from datapipe.core.image_formats import MOST_PIXELS, MOST_SCANS, scans
+from datapipe.formats.image_formats import MOST_PIXELS, MOST_SCANS, scans
 from datapipe.formats.images import Undecodable, decode_image
 from datapipe.views.spec import View
 

@@ -11,12 +11,13 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 from datapipe.core.bounds.text_trees import parse_record
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.core.parallel import in_order
+from datapipe.core.warn_once import warn_once
 from datapipe.storage import Store, is_remote
 from training.checkpoint.metadata import MARKER, completed, in_steps, read_bytes, step_of
 
@@ -72,12 +73,10 @@ class Survey(NamedTuple):
         return [*self.names, *self.passed_over]
 
 
-@cache
-def _warn_once(line: str) -> None:
-    log.warning("%s", line)
+_warn = partial(warn_once, log)
 
 
-def complete(store: Store, warn: Callable[[str], None] = _warn_once) -> list[str]:
+def complete(store: Store, warn: Callable[[str], None] = _warn) -> list[str]:
     """Names of the run's checkpoints that have their marker, oldest first; `warn` tells of those that are passed over.
     `store`: the run's `checkpoints` folder."""
     surveyed = look(store)
@@ -85,7 +84,7 @@ def complete(store: Store, warn: Callable[[str], None] = _warn_once) -> list[str
     return surveyed.names
 
 
-def tell(store: Store, surveyed: Survey, warn: Callable[[str], None] = _warn_once) -> None:
+def tell(store: Store, surveyed: Survey, warn: Callable[[str], None] = _warn) -> None:
     """Warn of the checkpoints that are passed over."""
     for name, why in surveyed.passed_over.items():
         warn(f"warning: checkpoint {name} is passed over: {why} ({store.address(name)})")
@@ -213,7 +212,7 @@ def _beginnings(store: Store, files: list[str]) -> list[Beginning]:
         later = _term_files(store)
         return _beginnings(store, later) if max(_terms(later), default=0) > newest else []
     except (ValueError, TypeError, KeyError, OverflowError, DataError) as error:
-        _warn_once(f"warning: the terms of the run cannot be read: {error} ({store.address(_name(newest))})")
+        _warn(f"warning: the terms of the run cannot be read: {error} ({store.address(_name(newest))})")
         return []
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from datapipe.core.image_formats import MOST_PIXELS
+from datapipe.formats.image_formats import MOST_PIXELS
 
 MOST_PICTURE_BYTES = 13_000_000
 """All pictures together, before base64 makes 4/3 of it: the report stays below 20 MB."""

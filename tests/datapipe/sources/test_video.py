@@ -175,7 +175,7 @@ def test_video__persons_and_cameras_of_a_table_are_labels(tmp_path: Path, frames
 def test_boxes__of_another_kind_are_named(tmp_path: Path, frames: list[np.ndarray]) -> None:
     write_video(tmp_path / "x.mkv", frames[:1])
     (tmp_path / "x.parquet").write_text("frame,track,left,top,width,height\n0,1,2,3,4,5\n")
-    with pytest.raises(DataError, match="no parquet file: a text"):
+    with pytest.raises(DataError, match="no parquet file: it is a text"):
         crops(f"{tmp_path}/x.mkv")
 
 
@@ -263,8 +263,8 @@ def test_box__outside_the_frame_is_reported(tmp_path: Path, frames: list[np.ndar
         ("1,2,a,4,5,6\n", "no MOT text"),
         ("1.5,2,3,4,5,6\n", "whole number"),
         ("1,2,nan,4,5,6\n", "no number"),
-        ('{"boxes": [[1, 2, 3, 4]]}', "no MOT text: JSON"),
-        ("<!DOCTYPE html><html>", "no MOT text: an HTML page"),
+        ('{"boxes": [[1, 2, 3, 4]]}', "no MOT text: it is JSON"),
+        ("<!DOCTYPE html><html>", "no MOT text: it is an HTML page"),
     ],
     ids=["short", "letters", "half a frame", "nan", "json", "html"],
 )

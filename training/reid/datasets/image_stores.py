@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from datapipe.core.config import StorageConfig, StreamConfig
 from datapipe.core.errors import NotFoundError
 from datapipe.core.progress import QUIET_S, Progress, counted
+from datapipe.core.warn_once import warn_once
 from datapipe.dataset.manifest import Manifest, manifest_files
 from datapipe.dataset.remarks import Remarks
 from datapipe.sources.base import UNKNOWN
@@ -118,7 +119,7 @@ class FolderImages(ImageStore):
         except NotFoundError:
             return []
         for line in remarks.lines():
-            log.warning("%s: %s", self.store.address(folder), line)
+            warn_once(log, f"{self.store.address(folder)}: {line}")
         return sorted(images)
 
     def has(self, folder: str) -> bool:
@@ -162,8 +163,9 @@ class ShardImages(ImageStore):
         self._shards = [(folder, _opened(manifest, storage)) for folder, manifest in manifests]
         for _, manifest in manifests:
             if manifest.quarantined:
-                log.warning("%s: %s of its sources not in these shards, quarantined: scores may differ from those of "
-                            "the sources", manifest.url, counted(manifest.quarantined, "image"))  # fmt: skip
+                missing = counted(manifest.quarantined, "image")
+                warn_once(log, f"{manifest.url}: {missing} of its sources not in these shards, quarantined: scores may "
+                               "differ from those of the sources")  # fmt: skip
 
     @cached_property
     def _rows(self) -> dict[str, _Row]:

@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError
+from datapipe.core.warn_once import warn_once
 from training.reid.datasets import checks
 from training.reid.datasets.benchmarks import PUBLISHED
 from training.reid.datasets.image_stores import open_source
@@ -53,7 +54,7 @@ def open_reid(
     if published is None or published.one_space:
         warnings += _apart(checks.shared_identities(train, query, gallery), source.url, allow_partial)
     for remark in (*differences, *warnings):
-        log.warning("%s: %s", source.url, remark)
+        warn_once(log, f"{source.url}: {remark}")
     return ReIDSet(
         name=recognised or PurePosixPath(str(url).rstrip("/")).name,
         images=source,
@@ -74,7 +75,7 @@ def check_images(reid: ReIDSet, *, allow_partial: bool = False) -> ReIDSet:
     """
     shared = _apart(checks.shared_images(reid), reid.images.url, allow_partial)
     for remark in shared:
-        log.warning("%s: %s", reid.images.url, remark)
+        warn_once(log, f"{reid.images.url}: {remark}")
     return replace(reid, warnings=(*reid.warnings, *shared))
 
 

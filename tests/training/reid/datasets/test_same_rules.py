@@ -75,6 +75,17 @@ def test_folder__says_what_it_passes_over(tmp_path: Path, caplog: pytest.LogCapt
     assert "bounding_box_test" in line and "1 .avif, 1 .csv, 1 .heic" in line
 
 
+def test_warning__of_a_data_set_is_told_once_however_many_weights_it_scores(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = market(tmp_path / "set")
+    (folder / "query" / "list.csv").write_bytes(b"x")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(7):
+            open_reid(str(folder), name="own")
+    assert len([record for record in caplog.records if "passed over" in record.getMessage()]) == 1
+
+
 def test_shards__say_how_many_images_they_lack(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = market(tmp_path / "set")
     (folder / "bounding_box_test" / "0001_c1s1_000009_00.jpg").write_bytes(crop(1, 1, 9)[:300])

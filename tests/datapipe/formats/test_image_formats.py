@@ -13,7 +13,7 @@ from PIL import EpsImagePlugin, Image
 
 from datapipe.core.config import ShardConfig
 from datapipe.core.errors import DataError
-from datapipe.core.image_formats import FORMATS, is_known
+from datapipe.formats.image_formats import FORMATS, is_known
 from datapipe.ingest.screen import Refused, screen
 from datapipe.views.decode import decode
 from tests.datapipe.sources.read_source import crops

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError
 
 from cluster.core.ray_internals import train_internals
 from cluster.train.coordinator import Leaving, Situation, find_coordinator
@@ -139,7 +139,7 @@ class RestartPolicy(_Internals.controller_callback):  # type: ignore[name-define
         for answer, rank in rank_of_answer.items():
             try:
                 ray.get(answer, timeout=0)
-            except RayActorError as death:
+            except (RayActorError, OutOfMemoryError) as death:  # the latter where Ray's memory monitor killed it
                 dead[rank] = death_in_words(death)
             except GetTimeoutError:
                 dead[rank] = MUTE

@@ -144,11 +144,11 @@ class Driver:
             self._error = error
 
     def _orphaned(self, notes: Any) -> bool:
-        """Has Ray Train's controller died, and is there work left?"""
-        from ray.exceptions import RayActorError
+        """Has Ray Train's controller died, by Ray's memory monitor too, and is there work left?"""
+        from ray.exceptions import OutOfMemoryError, RayActorError
 
         complete = notes.ending is not None and notes.ending[1]
-        return isinstance(self._error, RayActorError) and not complete and not self._stop_sent
+        return isinstance(self._error, RayActorError | OutOfMemoryError) and not complete and not self._stop_sent
 
     def _replace_controller(self) -> None:
         """Have the workers of the dead one end, if Ray has not yet seen to it, and start another one with its own."""
@@ -273,6 +273,12 @@ class Driver:
         raise self._lost(self._error) from self._error
 
     def _lost(self, error: BaseException | None) -> UserError:
-        last = [line for line in str(error or "").splitlines() if line.strip()][-1:] or ["it did not say why"]
-        return ClusterError(f"Ray Train ended by itself: {last[0]}", where=self.config.out,
-                            hint="--debug shows the whole trace; started again, the run goes on")  # fmt: skip
+        lines = [line for line in str(error or "").splitlines() if line.strip()] or ["it did not say why"]
+        low = next((line for line in lines if "low on memory" in line), "")
+        hint = (
+            "give Ray fewer workers a machine, or end what else takes its memory"
+            if low
+            else "--debug shows the whole trace"
+        )
+        return ClusterError(f"Ray Train ended by itself: {low or lines[-1]}", where=self.config.out,
+                            hint=f"{hint}; started again, the run goes on")  # fmt: skip

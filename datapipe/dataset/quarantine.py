@@ -2,8 +2,9 @@
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow
@@ -26,6 +27,7 @@ REFUSED = pyarrow.schema(
     ]
 )
 """Columns of the list."""
+T = TypeVar("T")
 EXACT, NEAR = "exact duplicate", "near duplicate"
 Reasons = dict[str, int]
 """Crops by the reason why they were left out."""
@@ -50,9 +52,19 @@ def write_quarantine(
 
 def read_quarantine(store: Store) -> pyarrow.Table | None:
     """The list of a data set (REFUSED); None where there is none. Raises DataError where it is damaged."""
+    return _of_list(store, lambda data: read_table(data, REFUSED.names).cast(REFUSED))
+
+
+def read_remarks(store: Store) -> Remarks:
+    """What was passed over and not understood when the data set was made; empty where nothing tells. Raises DataError
+    where the list of quarantined crops, which has it, is damaged."""
+    footer = _of_list(store, lambda data: pyarrow.parquet.read_metadata(pyarrow.BufferReader(data)))
+    return Remarks() if footer is None else Remarks.from_json((footer.metadata or {}).get(METADATA, b""))
+
+
+def _of_list(store: Store, read: Callable[[bytes], T]) -> T | None:
     try:
-        data = store.read(NAME)
-        return read_table(data, REFUSED.names).cast(REFUSED)
+        return read(store.read(NAME))
     except NotFoundError:
         return None
     except (pyarrow.ArrowException, OSError, KeyError) as error:
@@ -61,16 +73,6 @@ def read_quarantine(store: Store) -> pyarrow.Table | None:
             where=store.address(NAME),
             hint="copy the file again; without it, nothing is known of what was left out",
         ) from error
-
-
-def read_remarks(store: Store) -> Remarks:
-    """What was passed over and not understood when the data set was made; empty where nothing tells."""
-    try:
-        data = store.read(NAME)
-    except NotFoundError:
-        return Remarks()
-    said = pyarrow.parquet.read_metadata(pyarrow.BufferReader(data)).metadata or {}
-    return Remarks.from_json(said.get(METADATA, b""))
 
 
 def excluded(rows: Iterable[pyarrow.Table]) -> Iterator[pyarrow.Table]:

@@ -25,7 +25,7 @@ import pyarrow.parquet
 import xxhash
 
 from datapipe.core.config import ShardConfig
-from datapipe.core.errors import NotFoundError
+from datapipe.core.errors import DataError, NotFoundError
 from datapipe.dataset.index import INDEX
 from datapipe.dataset.manifest import libraries
 from datapipe.dataset.perceptual_hash import DifferenceHashes
@@ -86,7 +86,7 @@ def scan_part(work: Work, spool: Store, config: ShardConfig) -> Scanned:
     part = _part_name(work, config)
     total = sum(unit.bytes for _, unit in work)
     try:
-        footer = pyarrow.parquet.read_metadata(pyarrow.BufferReader(spool.read(f"{part}.parquet")))
+        footer = _spooled(spool, f"{part}.parquet").metadata
         kept, refused, spooled = footer.num_rows, int(footer.metadata[b"refused"]), int(footer.metadata[b"spooled"])
         remarks = Remarks.from_json(footer.metadata[REMARKS])
     except NotFoundError:
@@ -95,16 +95,24 @@ def scan_part(work: Work, spool: Store, config: ShardConfig) -> Scanned:
     return Scanned(part, kept, refused, total, spooled, remarks)
 
 
+def _spooled(spool: Store, name: str) -> pyarrow.parquet.ParquetFile:
+    try:
+        return pyarrow.parquet.ParquetFile(pyarrow.BufferReader(spool.read(name)))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"what an earlier run has left of its work is damaged: {error}", where=spool.address(name),
+                        hint="delete that folder, and run the same command again") from error  # fmt: skip
+
+
 def read_part(spool: Store, part: str, columns: Sequence[str] | None = None) -> Iterator[pyarrow.Table]:
     """The rows of a scanned part, ROWS or some of its columns, segment by segment."""
-    file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(spool.read(f"{part}.parquet")))
+    file = _spooled(spool, f"{part}.parquet")
     for number in range(file.num_row_groups):
         yield file.read_row_group(number, columns=None if columns is None else list(columns), use_threads=False)
 
 
 def read_refused(spool: Store, part: str) -> Iterator[pyarrow.Table]:
     """The quarantined crops of a scanned part that has any, REFUSED, some at a time."""
-    file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(spool.read(f"{part}.refused.parquet")))
+    file = _spooled(spool, f"{part}.refused.parquet")
     for number in range(file.num_row_groups):
         yield file.read_row_group(number, use_threads=False)
 

@@ -152,8 +152,13 @@ def _finished(store: Store, name: str, index_name: str, rows: int) -> Shard | No
         index = store.read(index_name)
     except NotFoundError:
         return None
-    facts = pyarrow.parquet.read_metadata(pyarrow.BufferReader(index))
-    total = int(facts.metadata[TAR_BYTES])
+    try:
+        facts = pyarrow.parquet.read_metadata(pyarrow.BufferReader(index))
+        total = int(facts.metadata[TAR_BYTES])
+    except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"the index of a shard that an earlier run finished is damaged: {error}",
+                        where=store.address(index_name),
+                        hint="delete it and the shard, and run the same command again") from error  # fmt: skip
     if facts.num_rows != rows or not store.exists(name) or store.size(name) != total:
         raise DataError(
             "a shard and its index do not belong together",

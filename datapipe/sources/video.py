@@ -151,6 +151,8 @@ class VideoSource:
         try:
             with open_object(store, unit.file) as file, av.open(file, "r", options=OPENED) as container:
                 codec = container.streams.video[0].codec_context
+                if codec is None:
+                    raise _undecodable(LookupError("no decoder knows what its frames are packed by"), store, unit.file)
                 codec.thread_count = 1  # other processes decode other videos
                 codec.options = {"max_pixels": str(MOST_PIXELS)}
                 for number, frame in enumerate(container.decode(video=0) if remaining else (), start=first):

@@ -15,6 +15,8 @@ import webdataset
 from PIL import Image
 from webdataset.gopen import gopen_schemes
 
+from datapipe.__main__ import main
+from datapipe.core import cli
 from datapipe.core.config import ShardConfig, StorageConfig
 from datapipe.core.errors import DataError
 from datapipe.dataset.manifest import INDEX, Manifest
@@ -164,3 +166,48 @@ def test_shard__refuses_a_name_that_holds_other_bytes(tmp_path: Path, write_crop
     with pytest.raises(DataError, match="taken by other bytes") as caught:
         shard(tmp_path / "crops", f"{tmp_path}/out")
     assert manifest.shards[1].name in caught.value.where
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-30], lambda data: b"PAR1" + bytes(len(data))])
+def test_shard__refuses_a_finished_index_that_is_damaged(
+    tmp_path: Path, write_crops: WriteCrops, change: Callable[[bytes], bytes]
+) -> None:
+    write_crops(tmp_path / "crops", 20)
+    manifest = shard(tmp_path / "crops", f"{tmp_path}/out")
+    (tmp_path / "out" / manifest.file).unlink()
+    index = tmp_path / "out" / manifest.shards[1].index
+    index.write_bytes(change(index.read_bytes()))
+    with pytest.raises(DataError, match="index of a shard that an earlier run finished is damaged") as caught:
+        shard(tmp_path / "crops", f"{tmp_path}/out")
+    assert caught.value.where == str(index)
+
+
+@pytest.mark.parametrize("damaged", ["parquet", "refused.parquet"])
+def test_shard__refuses_rows_of_a_spool_that_are_damaged(
+    tmp_path: Path, write_crops: WriteCrops, monkeypatch: pytest.MonkeyPatch, damaged: str
+) -> None:
+    write_crops(tmp_path / "crops", 20)
+    (tmp_path / "crops" / "none.jpg").write_bytes(b"no image")
+    spool = tmp_path / "spool"
+
+    def planned(*arguments: Any) -> Plan:
+        for file in spool.rglob(f"*.{damaged}"):
+            file.write_bytes(file.read_bytes()[:-30])
+        return plan_shards(*arguments)
+
+    monkeypatch.setattr("datapipe.ingest.pipeline.plan_shards", planned)
+    with pytest.raises(DataError, match="what an earlier run has left of its work is damaged"):
+        shard(tmp_path / "crops", f"{tmp_path}/out", ShardConfig(samples_per_shard=16, workers=1, spool=str(spool)))
+
+
+@pytest.mark.parametrize("command", ["stats", "reshard"])
+def test_quarantine__that_is_damaged_is_one_clear_error(
+    tmp_path: Path, write_crops: WriteCrops, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_crops(tmp_path / "crops", 20)
+    shard(tmp_path / "crops", f"{tmp_path}/out")
+    listed = tmp_path / "out" / "quarantine.parquet"
+    listed.write_bytes(listed.read_bytes()[:-30])
+    words = [command, f"{tmp_path}/out", *(["--out", f"{tmp_path}/other"] if command == "reshard" else [])]
+    assert cli.run(main, words) == 1
+    assert f"where: {listed}" in capsys.readouterr().err

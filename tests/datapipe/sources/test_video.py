@@ -291,3 +291,14 @@ def test_video__without_boxes_or_sense_is_refused(tmp_path: Path, frames: list[n
     with pytest.raises(DataError, match="both videos and images"):
         crops(str(tmp_path))
     shutil.rmtree(tmp_path)
+
+
+def test_video__of_an_unknown_codec_is_refused(tmp_path: Path, frames: list[np.ndarray]) -> None:
+    """Matroska names codecs in words; one that FFmpeg has no decoder for leaves the stream without any."""
+    write_video(tmp_path / "x.mkv", frames[:2])
+    write_table(tmp_path / "x.parquet", BOXES[:1] - np.array([1, 0, 0, 0, 0, 0]))
+    data = (tmp_path / "x.mkv").read_bytes()
+    assert data.count(b"V_FFV1") == 1
+    (tmp_path / "x.mkv").write_bytes(data.replace(b"V_FFV1", b"V_XYZ1"))
+    with pytest.raises(DataError, match="cannot be decoded"):
+        crops(f"{tmp_path}/x.mkv")

@@ -186,12 +186,13 @@ def _check(image: ImageFile, check: Check, most_pixels: int) -> None:
 
 def _frames(image: ImageFile) -> str:
     """How many there are, as far as they are counted: finding the next one may take as long as decoding it."""
-    try:
-        image.seek(MOST_FRAMES)
-    except EOFError:
-        return str(image.n_frames)  # type: ignore[attr-defined]
-    except (OSError, SyntaxError, ValueError, struct.error):
-        return "several"
+    for count in range(1, MOST_FRAMES + 1):
+        try:
+            image.seek(count)
+        except EOFError:
+            return str(count)
+        except (OSError, SyntaxError, ValueError, struct.error):
+            return "several"
     return f"more than {MOST_FRAMES}"
 
 

@@ -176,6 +176,15 @@ def test_screen__finds_in_grey_all_that_colours_would_show(
         assert isinstance(verdict, Kept) and (verdict.height, verdict.width) in ((height, width), (width, height))
 
 
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP", "PNG"])
+@pytest.mark.parametrize(("count", "told"), [(2, "2 frames"), (100, "100 frames"), (103, "more than 100 frames")])
+def test_screen__counts_frames(kind: str, count: int, told: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (count, 96, 48, 3), dtype=np.uint8)
+    pages = [Image.fromarray(page) for page in noise]
+    refused = screen(encoded(pages[0], kind, save_all=True, append_images=pages[1:]), ShardConfig())
+    assert isinstance(refused, Refused) and (refused.reason, refused.detail) == (Reason.ANIMATED, told)
+
+
 def test_screen__judges_size_as_seen() -> None:
     """A crop that lies on its side is measured upright."""
     exif = Image.Exif()

@@ -155,6 +155,10 @@ class StreamConfig:
     """Which rank gets which samples of a global batch. "slice": one after the other the next ones. "node": each block
     goes to the ranks of one machine as far as these have room; on a single machine this is slicing. Changes no result
     beyond rounding, unless the method couples the images of one rank."""
+    assignment_version: Literal[1, 2] = 2
+    """Rule by which "node" finds a machine for crops that have no room at their block's. 2: always the same few for a
+    block, so that with 64 machines and batches of 1,024 a block is read by 2.9 of them. 1: the first one with room; by
+    8.2 of them. A run goes on by the rule that it began with, whatever is set."""
     block: int = Field(default=256, ge=1)
     """Consecutive crops read together, at a few kB each. Larger blocks suit object storage, smaller ones mix better."""
     window: int = Field(default=2_048, ge=1)

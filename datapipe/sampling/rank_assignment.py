@@ -1,38 +1,37 @@
 """Pure: which rank gets which sample of a global batch. Whoever gets it, the batch is the same set of samples.
 
-Slicing gives rank after rank its run of neighbours, so that every node reads nearly every block. By nodes, each block
-has a home, and a sample goes to a rank of the node that its block is at home on; what is too much for a node is moved,
-always from the same few blocks, so that few blocks are read twice.
+Slicing gives rank after rank its run of neighbours, so that every node reads nearly every block. By nodes, a sample
+goes to a rank of the node that its block is at home on, as far as there is room: see `node_assignment`.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from datapipe.core.randomness import Ints
-from datapipe.sampling.epoch_order import SampleOrder, scramble
+from datapipe.sampling.epoch_order import SampleOrder
+from datapipe.sampling.node_assignment import NodeAssignment
 
 DRAWN_AT_ONCE = 4_096
 """Places of the stream that the order is asked for at a time: a call costs as much for 100 as for 1,000 of them."""
-_HOME, _TURN = np.array([0], np.uint64), np.array([1 << 63], np.uint64)
-"""Keys: of where a block is at home, and of which blocks stay there first."""
 
 
 @dataclass(frozen=True)
 class Assignment:
     """Shares of global batches: `rows` per rank, padding included; `nodes[rank]` is the number of the rank's node.
 
-    Rank r has as many real rows of a batch in both ways of sharing: all that slicing gives it. `together` neighbours
-    stay with one rank where there is room for that.
+    Rank r has as many real rows of a batch in all ways of sharing: all that slicing gives it. `together` neighbours
+    stay with one rank where there is room for that. `version`: of the rule by which nodes share.
     """
 
     rows: int
     nodes: tuple[int, ...]
     together: int = 1
+    version: Literal[1, 2] = 2
 
     @property
     def world(self) -> int:
@@ -50,37 +49,26 @@ class Assignment:
 
     def ranks(self, blocks: Ints) -> Ints:
         """The rank of each place of a global batch, by the homes of its samples' blocks; int64 [count]."""
-        nodes = self.moved_to(blocks)
+        nodes = self.moved_to(blocks).astype(np.min_scalar_type(max(self.nodes)))  # small types are sorted faster
         ranks = np.empty(len(blocks), dtype=np.int64)
         ranks[np.argsort(nodes, kind="stable")] = np.repeat(self._by_node, self._lengths(len(blocks))[self._by_node])
         return ranks
 
     def moved_to(self, blocks: Ints) -> Ints:
-        """The node of each place: its block's home, as long as there is room, else the first one with room."""
-        home, number = self.homes(blocks), _number(blocks)
-        count = np.arange(max(self.nodes) + 1)
-        room = np.zeros(len(count), dtype=np.int64)
-        np.add.at(room, self._nodes, self._lengths(len(blocks)))
-        at_home = np.lexsort((number, home))  # by home; there by block, in an order that is the same in every batch
-        before = np.searchsorted(home[at_home], count)
-        within = np.arange(len(blocks)) - before[home[at_home]]
-        surplus = at_home[within >= room[home[at_home]]]
-        nodes = home.copy()
-        nodes[surplus] = np.repeat(count, np.maximum(room - np.bincount(home, minlength=len(count)), 0))
-        return nodes
-
-    def homes(self, blocks: Ints) -> Ints:
-        """The node that each block is at home on, in proportion to the nodes' ranks; the same in every epoch."""
-        return self._nodes[scramble(blocks, _HOME, np.array([self.world]))]
+        """The node of each place: its block's home, or another one where there is no room; int64 [count]."""
+        room = np.zeros(max(self.nodes) + 1, dtype=np.int64)
+        np.add.at(room, np.array(self.nodes), self._lengths(len(blocks)))
+        shared = self._shared
+        return shared.half_by_half(blocks, room) if self.version == 2 else shared.first_with_room(blocks, room)
 
     @cached_property
-    def _nodes(self) -> Ints:
-        return np.array(self.nodes)
+    def _shared(self) -> NodeAssignment:
+        return NodeAssignment(self.nodes)
 
     @cached_property
     def _by_node(self) -> Ints:
         """The ranks, those of a node together."""
-        return np.argsort(self._nodes, kind="stable")
+        return np.argsort(np.array(self.nodes), kind="stable")
 
     def _lengths(self, count: int) -> Ints:
         """How many places of a global batch slicing gives each rank."""
@@ -111,11 +99,6 @@ def shares(order: SampleOrder, assignment: Assignment, rank: int, batches: Itera
         for batch, positions, samples in zip(some, drawn, samples_of_batch, strict=True):
             mine = assignment.ranks(order.blocks(samples)) == rank if by_node else slice(None)
             yield RankBatch(batch, _padded(positions[mine], rows), _padded(samples[mine], rows))
-
-
-def _number(blocks: Ints) -> Ints:
-    """A pseudo-random number for each block, another one than that which decides its home."""
-    return scramble(blocks, _TURN, np.array([1 << 30]))
 
 
 def _padded(values: Ints, rows: int) -> Ints:

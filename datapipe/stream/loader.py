@@ -86,8 +86,8 @@ class Loader:
         self._resize = resize
         self.global_batch, self.rank, self.world, self.micro_batch = global_batch, rank, world, micro_batch
         self.rows = -(-global_batch // (world * micro_batch)) * micro_batch
-        self._nodes = nodes or (0,) * world
-        self._assignment = Assignment(self.rows, self._nodes, order.together)
+        self._nodes, self._assignment_version = nodes or (0,) * world, config.assignment_version
+        self._assignment = self._shared_by(order)
         self.threads = config.threads or max(1, available_cores() // ranks_here)
         self._prefetch, self._window = config.prefetch, config.window * config.block
         self._piece = min(micro_batch, rows_of_a_piece(self.rows, self.threads, config.prefetch))
@@ -124,7 +124,7 @@ class Loader:
         if self._running is not None:
             self._running.close()
         self.order, self._labels = order, labels
-        self._assignment = Assignment(self.rows, self._nodes, order.together)
+        self._assignment = self._shared_by(order)
 
     def close(self) -> None:
         """Stop the threads, as soon as they have finished the pieces in their hands."""
@@ -137,6 +137,9 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _shared_by(self, order: SampleOrder) -> Assignment:
+        return Assignment(self.rows, self._nodes, order.together, self._assignment_version)
 
     def _slot(self, allocate: Callable[..., Any]) -> dict[str, View]:
         shapes = {group.name: self.spec.shape(group, self.rows) for group in self.spec.groups}

@@ -7,7 +7,7 @@ off at once.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -20,10 +20,10 @@ from datapipe.stream.disk_cache import ROOM_MADE
 
 SPREAD = 3.0
 """Standard deviations of the number of a window's blocks that are at home on a machine, for which there is room."""
-MOVED = 0.22
-"""Part of a window's blocks that a machine reads beside those at home there, at most: for samples that are moved to it
-so that all ranks get equally many. Counted for batches of 1,024 on 8 and 64 machines: .18 and .21 on the machine that
-reads most, .14 and .12 on average; in larger batches less."""
+MOVED: Mapping[int, float] = {1: 0.22, 2: 0.07}
+"""Part of a window's blocks that a machine reads beside those at home there, at most, by `assignment_version`: for
+samples that are moved to it so that all ranks get equally many. Counted for batches of 1,024 on 2 to 64 machines: by
+version 1 .05 to .20 on the machine that reads most, by version 2 .04 to .07; in larger batches less."""
 _KEY, _PARTS = np.array([2 << 62], np.uint64), 1 << 30
 """Of the numbers that blocks are chosen by; another key than those of their homes."""
 
@@ -82,7 +82,7 @@ def plan_reading(
     if not remote:
         return ReadingPlan("nothing", 0, 0)
     blocks = max(1.0, min(config.window, rows / config.block))
-    window = math.ceil((mine + beside) * _share(machines, blocks))
+    window = math.ceil((mine + beside) * _share(machines, blocks, MOVED[config.assignment_version]))
     limit = int(config.cache_gb * 1e9)
     if not limit:
         return ReadingPlan("nothing", window, 0)
@@ -110,12 +110,12 @@ def among(numbers: Ints, share: float) -> np.ndarray:
     return numbers < share * _PARTS
 
 
-def _share(machines: int, blocks: float) -> float:
-    """The most of a window's blocks that one of the machines is likely to read."""
+def _share(machines: int, blocks: float, moved: float) -> float:
+    """The most of a window's blocks that one of the machines is likely to read; `moved`: see `MOVED`."""
     if machines == 1:
         return 1.0
     mean = 1 / machines
-    return min(1.0, mean + max(MOVED, SPREAD * math.sqrt(mean * (1 - mean) / blocks)))
+    return min(1.0, mean + max(moved, SPREAD * math.sqrt(mean * (1 - mean) / blocks)))
 
 
 def _gb(size: int) -> str:

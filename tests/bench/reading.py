@@ -7,7 +7,7 @@
 Order, shares of the ranks, block reader and disk cache are the real ones, and so is what decides how much is kept and
 read ahead; the data set is made up. Its bytes are zeros, and fewer: sizes and limits are divided by SHRINK, so that the
 caches of all machines fit on one disk. What is read ahead is there when it is wanted: how fast a store answers is not
-simulated. Machines of eight ranks.
+simulated. Machines of eight ranks. Of more than --simulated machines so many are, evenly spaced, and stand for all.
 """
 
 import argparse
@@ -46,6 +46,7 @@ MEMORY = Path("/dev/shm")
 PER_SHARD = 10_000
 RANKS_OF_A_MACHINE = 8
 LUPERSON = 4_180_243
+SIMULATED = 8
 CLIFFS_KB = (4, 8, 11, 12, 16, 22, 24, 32, 48)
 CLIFF_WINDOWS = 4
 
@@ -111,6 +112,10 @@ class MadeUp:
             for number, (first, end) in enumerate(pairwise(starts))
         )
         return Manifest(tuple(shards), name="made", url="made-up://set")
+
+    def order(self, config: StreamConfig) -> Order:
+        """In which a run takes the crops."""
+        return Order(self.rows, 0, config.block, config.window)
 
     @property
     def index(self) -> PackedIndex:
@@ -186,26 +191,29 @@ class Simulation:
     config: StreamConfig
     batch: int
     folder: Path
+    at_most: int = SIMULATED
+    """Machines that are simulated."""
     machines: list[Path] = field(default_factory=list)
-    """Their caches."""
+    """Their caches, and where those of the others would be."""
+    simulated: set[Path] = field(default_factory=set)
 
     def start(self, count: int) -> None:
         """A run begins on so many new machines."""
         self.machines = [self.folder / f"machine-{number}" for number in range(count)]
+        self.simulated = set(self.machines[:: -(-count // self.at_most)])
 
     def lose(self, number: int) -> None:
         """A machine is gone; the others keep their caches and get other ranks."""
-        del self.machines[number]
+        self.simulated.discard(self.machines.pop(number))
 
     def run(self, stretches: Sequence[range]) -> list[Asked]:
         """What is asked of the store for the batches that begin in each of these stretches of positions, which follow
-        one another. The processes are new."""
+        one another: by the machines that are simulated, of so many images as are theirs. The processes are new."""
         count = len(self.machines)
-        nodes = tuple(np.repeat(np.arange(count), RANKS_OF_A_MACHINE).tolist())
-        order = Order(self.made.rows, 0, self.config.block, self.config.window)
-        assignment = Assignment(-(-self.batch // len(nodes)), nodes)
+        numbers = [number for number, cache in enumerate(self.machines) if cache in self.simulated]
+        order, assignment = self.made.order(self.config), assignment_of(count, self.batch, self.config)
         small = replace(self.config, cache_mb=self.config.cache_mb / SHRINK, cache_gb=self.config.cache_gb / SHRINK)
-        machines = [Machine.opened(self.made, small, cache, count) for cache in self.machines]
+        machines = [Machine.opened(self.made, small, self.machines[number], count) for number in numbers]
         window = self.config.window * self.config.block
         under_way = self.config.prefetch + UNDER_WAY
         distance = max(0, -(-window // self.batch) - under_way)
@@ -217,8 +225,8 @@ class Simulation:
             samples, turns = order.samples(positions), order.turns(positions)
             node = np.zeros(self.batch, np.int64)
             if assignment.by_node:
-                node = np.asarray(nodes)[assignment.ranks(order.blocks(samples))]
-            known[start] = [(samples[node == machine], turns[node == machine]) for machine in range(count)]
+                node = assignment.moved_to(order.blocks(samples))
+            known[start] = [(samples[node == number], turns[node == number]) for number in numbers]
             for machine, (rows, own) in zip(machines, known[start], strict=True):
                 machine.prepare(rows, own)
 
@@ -230,16 +238,31 @@ class Simulation:
                     work_out(worked_out)
                     worked_out += self.batch
                 over = known.pop(start - under_way * self.batch, None)
-                for number, machine in enumerate(machines):
+                for place, machine in enumerate(machines):
                     if over is not None:
-                        machine.stream.passed(*over[number])
-                    machine.want(known[start][number][0])
-                CountingStore.asked.images += self.batch
+                        machine.stream.passed(*over[place])
+                    machine.want(known[start][place][0])
+                    CountingStore.asked.images += len(known[start][place][0])
             CountingStore.asked.bytes *= SHRINK
             found.append(CountingStore.asked)
         for machine in machines:
             machine.stream.close()
         return found
+
+
+def assignment_of(machines: int, batch: int, config: StreamConfig) -> Assignment:
+    """How so many machines share batches."""
+    nodes = tuple(np.repeat(np.arange(machines), RANKS_OF_A_MACHINE).tolist())
+    return Assignment(-(-batch // len(nodes)), nodes, version=config.assignment_version)
+
+
+def machines_per_block(order: Order, assignment: Assignment, batch: int, windows: int = 1) -> float:
+    """Machines that read a block of the order's first windows, on average; counted by order and shares alone."""
+    machines, read = max(assignment.nodes) + 1, [np.empty(0, np.int64)]
+    for start in range(0, windows * order.block * order.window, batch):
+        blocks = order.blocks(order.samples(np.arange(start, start + batch)))
+        read.append(np.unique(blocks * machines + assignment.moved_to(blocks)))
+    return len(np.unique(np.concatenate(read))) / (windows * order.window)
 
 
 def simulated(made: MadeUp) -> ExitStack:
@@ -256,12 +279,14 @@ def _scratch() -> "tempfile.TemporaryDirectory[str]":
     return tempfile.TemporaryDirectory(prefix="reading_", dir=MEMORY if os.access(MEMORY, os.W_OK) else None)
 
 
-def epochs(made: MadeUp, config: StreamConfig, batch: int, machines: int) -> tuple[Asked, Asked, Asked]:
+def epochs(
+    made: MadeUp, config: StreamConfig, batch: int, machines: int, at_most: int = SIMULATED
+) -> tuple[Asked, Asked, Asked]:
     """(epoch 1, the first half of epoch 2, the window after a machine was lost then)."""
     rows, window = made.rows // batch * batch, config.window * config.block // batch * batch
     middle = (rows + rows // 2) // batch * batch
     with simulated(made), _scratch() as folder:
-        run = Simulation(made, config, batch, Path(folder))
+        run = Simulation(made, config, batch, Path(folder), at_most)
         run.start(machines)
         first, second = run.run([range(rows), range(rows, middle)])
         if machines == 1:
@@ -305,9 +330,11 @@ def main() -> None:
     parser.add_argument("--crop-kb", type=float, nargs="+", default=[9.0])
     parser.add_argument("--batch", type=int, default=1_024, help="images of a global batch (PASS, ViT-S: %(default)s)")
     parser.add_argument("--cache-gb", type=float, default=StreamConfig.cache_gb)
+    parser.add_argument("--assignment-version", type=int, choices=(1, 2), default=StreamConfig.assignment_version)
+    parser.add_argument("--simulated", type=int, default=SIMULATED, help="machines, at most (%(default)s)")
     parser.add_argument("--cliffs", action="store_true", help="ever larger crops, on the first number of machines")
     given = parser.parse_args()
-    config = StreamConfig(cache_gb=given.cache_gb)
+    config = StreamConfig(cache_gb=given.cache_gb, assignment_version=given.assignment_version)
     if given.cliffs:
         sizes = given.crop_kb if given.crop_kb != [9.0] else CLIFFS_KB
 
@@ -324,12 +351,18 @@ def main() -> None:
 
     def by_machines() -> Iterator[Sequence[str]]:
         for machines in given.machines:
-            found = epochs(made, config, given.batch, machines)
-            yield str(machines), *(figure for asked in found for figure in _figures(asked, made.crop_bytes))
+            found = epochs(made, config, given.batch, machines, given.simulated)
+            read = 1.0
+            if machines > 1:
+                shared = assignment_of(machines, given.batch, config)
+                windows = made.rows // (config.window * config.block) or 1
+                read = machines_per_block(made.order(config), shared, given.batch, windows)
+            yield (str(machines), f"{read:.2f}",
+                   *(figure for asked in found for figure in _figures(asked, made.crop_bytes)))  # fmt: skip
 
     names = ("requests per 1,000 images", "bytes per byte of a crop", "waited for per 1,000")
-    table(("machines", *(f"{when}: {name}" for when in ("epoch 1", "epoch 2", "a machine lost") for name in names)),
-          by_machines())  # fmt: skip
+    head = (f"{when}: {name}" for when in ("epoch 1", "epoch 2", "a machine lost") for name in names)
+    table(("machines", "that read a block", *head), by_machines())
 
 
 if __name__ == "__main__":

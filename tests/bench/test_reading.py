@@ -45,6 +45,12 @@ def test_simulation__less_room_costs_more_without_a_cliff(tmp_path: Path) -> Non
     assert waited[5] == pytest.approx(0.4, abs=0.15), "four of ten crops are read singly"
 
 
+def test_simulation__some_machines_stand_for_all() -> None:
+    every, some = (epochs(MADE, config(20), 96, 6, at_most)[0] for at_most in (6, 3))  # two images a rank
+    assert every.images == 2 * some.images == 6_000 // 96 * 96
+    assert some.per_image(9e3)[0] == pytest.approx(every.per_image(9e3)[0], rel=0.1)
+
+
 def test_simulation__a_lost_machine_costs_less_than_a_window(tmp_path: Path) -> None:
     _, second, lost = epochs(MADE, config(20), BATCH, 3)
     assert second.waited_for == 0

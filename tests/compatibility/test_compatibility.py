@@ -13,10 +13,14 @@ from datapipe.__main__ import main as data
 from datapipe.stream.preview import TrainingViews
 from tests.compatibility.make import STEPS, STOP
 from tests.end_to_end.tiny import audited, step_records
+from tests.support.ranks import run_ranks
 from training.__main__ import main
 from training.config import recipe_toml as recipes
 from training.config.continuation import as_begun
+from training.config.run_config import RunConfig
+from training.core.world import World
 from training.preflight.checks import check
+from training.trainer.pretrain import _plan
 
 WRITTEN = Path(__file__).parent / "written"
 
@@ -42,7 +46,8 @@ def test_run__goes_on_with_the_losses_that_it_would_have_had(written: Path) -> N
     assert json.loads((run / "views.json").read_text())["spec"]["version"] == 1
     sheets = [np.asarray(Image.open(folder / "first_batch.jpg")).astype(int) for folder in (run, WRITTEN / "run")]
     assert np.abs(sheets[0] - sheets[1]).max() <= 4  # by the later rule for bands 17
-    assert recipes.load(run / "config.toml").views.version == 1
+    saved = recipes.load(run / "config.toml")
+    assert saved.views.version == saved.stream.assignment_version == 1
     assert "cut and resized by version 1 of the rules" in (run / "log.txt").read_text()
     for words in (["checkpoints", str(run), "verify"], ["report", str(run)], ["export", str(run)]):
         assert main(words) == 0
@@ -54,13 +59,29 @@ def test_run__goes_on_with_the_views_that_it_began_with(written: Path) -> None:
     run = written / "run"
     saved = recipes.load(run / "config.toml")
     config = replace(saved, out=str(run), stream=replace(saved.stream, manifest=str(written / "shards")))
-    assert config.views.version == 3
+    assert (config.views.version, config.stream.assignment_version) == (3, 2)
     plan = check(config, 1)
-    assert (plan.config.views.version, plan.spec.version) == (1, 1)
+    assert (plan.config.views.version, plan.spec.version, plan.config.stream.assignment_version) == (1, 1, 1)
     assert as_begun(replace(config, views=replace(config.views, version=1))) == plan.config
     assert TrainingViews.from_json((run / "views.json").read_text(), where="views.json").spec == plan.spec
     shutil.rmtree(run / "checkpoints")
-    assert check(config, 1).spec.version == 3
+    anew = check(config, 1)
+    assert (anew.spec.version, anew.config.stream.assignment_version) == (3, 2)
+
+
+def test_run__all_ranks_go_on_with_the_rules_that_it_began_with(written: Path) -> None:
+    """Only the leading rank looks into the run folder."""
+    run = written / "run"
+    saved = recipes.load(run / "config.toml")
+    config = replace(saved, out=str(run), stream=replace(saved.stream, manifest=str(written / "shards")))
+    assert run_ranks(2, _rules, config) == [(1, 1), (1, 1)]
+    shutil.rmtree(run / "checkpoints")
+    assert run_ranks(2, _rules, config) == [(3, 2), (3, 2)]
+
+
+def _rules(world: World, config: RunConfig) -> tuple[int, int]:
+    plan = _plan(config, world)
+    return plan.config.views.version, plan.config.stream.assignment_version
 
 
 def test_data_set__is_whole_and_can_be_changed(written: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from datapipe.core.bounds.text_trees import parse_toml
 from datapipe.core.errors import ConfigError, DataError
@@ -27,6 +27,27 @@ FREE_TO_CHANGE = ("out", "storage", "engine", "checkpoints", "cluster", "evaluat
                   "stream.assignment")  # fmt: skip
 """Settings that may differ when a run is continued: they change where, how fast and how often, not what is learnt.
 (stream.manifest and stream.mix are compared by their content, not by their addresses.)"""
+
+
+class BegunRules(NamedTuple):
+    """Versions of the rules that a run goes on with whatever its recipe says."""
+
+    views: Literal[1, 2, 3]
+    assignment: Literal[1, 2]
+
+    @staticmethod
+    def of(config: RunConfig) -> "BegunRules":
+        """The versions that a recipe sets."""
+        return BegunRules(config.views.version, config.stream.assignment_version)
+
+    def set_in(self, config: RunConfig) -> RunConfig:
+        """The recipe with these."""
+        return replace(config, views=replace(config.views, version=self.views),
+                       stream=replace(config.stream, assignment_version=self.assignment))  # fmt: skip
+
+
+FIRST_RULES = {"views": {"version": 1}, "stream": {"assignment_version": 1}}
+"""Settings of runs of versions of this project that did not record them."""
 
 
 class Before(NamedTuple):
@@ -60,8 +81,8 @@ def look(folder: RunFolder) -> Before:
 
 
 def saved_config(folder: RunFolder) -> RunConfig | None:
-    """The resolved recipe of a run folder; None where there is none. One without a version of views is of an earlier
-    version of this project, which had the first rule."""
+    """The resolved recipe of a run folder; None where there is none. One without versions of rules is of an earlier
+    version of this project, which had the first ones."""
     text = folder.read_text("config.toml")
     return None if text is None else _parsed(text, folder)
 
@@ -72,8 +93,10 @@ def _parsed(text: str, folder: RunFolder) -> RunConfig:
         tree = parse_toml(text)
     except ValueError as error:
         raise DataError(f"the recipe of the run is damaged: {error}", where=where, hint="copy it again") from error
-    views = tree.get("views", {})
-    return recipes.validate(tree | {"views": {"version": 1} | views if isinstance(views, dict) else views}, where=where)
+    for section, first in FIRST_RULES.items():
+        given = tree.get(section, {})
+        tree[section] = first | given if isinstance(given, dict) else given
+    return recipes.validate(tree, where=where)
 
 
 def ran_on(folder: RunFolder) -> str:
@@ -82,10 +105,10 @@ def ran_on(folder: RunFolder) -> str:
 
 
 def as_begun(config: RunConfig, before: Before | None = None) -> RunConfig:
-    """The recipe with what a run with checkpoints goes on with whatever the recipe says: the rule by which its views
-    are cut. `before`: what its folder holds, where that is known."""
+    """The recipe with what a run with checkpoints goes on with whatever the recipe says: the rules that it began with.
+    `before`: what its folder holds, where that is known."""
     began = (before or look(RunFolder(config.out, config.storage))).config
-    return config if began is None else replace(config, views=replace(config.views, version=began.views.version))
+    return config if began is None else BegunRules.of(began).set_in(config)
 
 
 def refuse_changed_settings(config: RunConfig, before: Before) -> None:

@@ -3,12 +3,11 @@
 import contextlib
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from datapipe.core.config import ViewConfig
+from datapipe.core.config import StreamConfig, ViewConfig
 from datapipe.core.errors import ConfigError, UserError
 from datapipe.core.process_setup import numbers_in_environment
 from datapipe.core.progress import counted
@@ -16,7 +15,7 @@ from datapipe.core.resource_limits import available_cores
 from datapipe.stream.training_data import load_data
 from training.checkpoint import Checkpoints
 from training.config.build import allows_tf32, fake_batch, initial_method, make_stepper
-from training.config.continuation import ran_on
+from training.config.continuation import BegunRules, ran_on
 from training.config.run_config import RunConfig
 from training.config.run_plan import RunPlan, clustered, make_loader, plan_run
 from training.core.devices import Device, slow_precision, unused_gpus
@@ -130,13 +129,13 @@ def _plan(config: RunConfig, world: World) -> RunPlan:
             found = error
     else:
         data = load_data(config.stream, config.storage)
-    word: Any = world.broadcast(found.config.views.version if isinstance(found, RunPlan) else found)
+    word: Any = world.broadcast(BegunRules.of(found.config) if isinstance(found, RunPlan) else found)
     if isinstance(word, UserError):
         raise word
     if isinstance(found, RunPlan):
         return found
     assert data is not None
-    return plan_run(replace(config, views=replace(config.views, version=word)), data, world.size, machines)
+    return plan_run(word.set_in(config), data, world.size, machines)
 
 
 @contextlib.contextmanager
@@ -322,6 +321,9 @@ def _first_lines(
     yield from filter(None, (slow, unused_gpus(world.device, config.engine.device)))
     if config.views.version != ViewConfig().version:
         yield f"views are cut and resized by version {config.views.version} of the rules (views.version)"
+    if plan.machines > 1 and config.stream.assignment_version != StreamConfig().assignment_version:
+        yield (f"crops are shared among machines by version {config.stream.assignment_version} of the rule "
+               "(stream.assignment_version)")  # fmt: skip
     yield f"stopped and resumed: {guarantee(config, world)}"
     if origin and resumed is None:
         yield in_words(origin)

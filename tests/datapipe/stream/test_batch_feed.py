@@ -1,20 +1,23 @@
 """Order, shares and hand-over in a thread of their own: each worked out once, ahead, and no error or close lost."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from threading import get_ident
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
 from datapipe.core.config import StreamConfig
 from datapipe.sampling.epoch_order import Order
-from datapipe.sampling.rank_assignment import RankBatch
+from datapipe.sampling.rank_assignment import Assignment, RankBatch
+from datapipe.sampling.rank_assignment import shares as shares_of
 from datapipe.stream.batch_feed import BatchFeed
 from datapipe.stream.loader import UNDER_WAY, Loader
 from tests.bench.specs import one_view
 from tests.bench.training_thread import MadeUpStream
 
+VERSIONS: tuple[Literal[1, 2], ...] = (1, 2)
 ROWS, BATCH, COUNT = 5_000, 40, 20
 CONFIG = StreamConfig(block=8, window=25, threads=2, prefetch=2)
 DISTANCE = 8 * 25 // BATCH
@@ -36,10 +39,23 @@ def watched() -> WatchedOrder:
     return order
 
 
-def loader(order: Order, nodes: tuple[int, ...] = (0, 0, 1, 1)) -> Loader:
-    stream: Any = MadeUpStream(ROWS, CONFIG)
-    return Loader(stream, order, one_view(), seed=0, global_batch=BATCH, rank=1, world=4, micro_batch=10, config=CONFIG,
+def loader(order: Order, nodes: tuple[int, ...] = (0, 0, 1, 1), config: StreamConfig = CONFIG) -> Loader:
+    stream: Any = MadeUpStream(ROWS, config)
+    return Loader(stream, order, one_view(), seed=0, global_batch=BATCH, rank=1, world=4, micro_batch=10, config=config,
                   nodes=nodes)  # fmt: skip
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_after__ranks_share_by_the_version_of_the_rule_that_is_set(version: Literal[1, 2]) -> None:
+    nodes, order = (0, 1, 2, 3), Order(ROWS, 3, CONFIG.block, CONFIG.window)
+    with loader(order, nodes, replace(CONFIG, assignment_version=version)) as running:
+        found = [batch.sample.tolist() for batch in running.after(0, 5 * BATCH)]
+    expected = {
+        law: [share.samples.tolist() for share in shares_of(order, Assignment(BATCH // 4, nodes, version=law), 1,
+                                                            (range(low, low + BATCH) for low in BATCH * np.arange(5)))]
+        for law in VERSIONS
+    }  # fmt: skip
+    assert found == expected[version] and expected[1] != expected[2]
 
 
 @pytest.mark.parametrize("nodes", [(0, 0, 1, 1), ()], ids=["by node", "in slices"])

@@ -23,7 +23,7 @@ def worlds(draw: st.DrawFn, batch: int) -> Assignment:
     world, micro = sum(ranks), draw(st.integers(1, 9))
     by_node = draw(st.booleans())
     nodes = np.repeat(range(len(ranks)), ranks).tolist() if by_node else [0] * world
-    return Assignment(-(-batch // (world * micro)) * micro, tuple(nodes))
+    return Assignment(-(-batch // (world * micro)) * micro, tuple(nodes), version=draw(st.sampled_from([1, 2])))
 
 
 def seen_by_all(order: SampleOrder, world: Assignment, batches: list[range]) -> dict[int, int]:

@@ -1,14 +1,15 @@
 """How much of a window is kept and read ahead: it shrinks with the room there is, and what to set is said."""
 
 import re
+from typing import Literal
 
 import numpy as np
 import pytest
 
 from datapipe.core.config import StreamConfig
 from datapipe.sampling.epoch_order import Order
-from datapipe.sampling.rank_assignment import Assignment
 from datapipe.stream.reading_plan import ReadingPlan, among, needed_gb, numbers_of, plan_reading
+from tests.bench.reading import assignment_of
 
 ROWS = 4_180_243
 
@@ -81,17 +82,17 @@ def test_needed_gb__is_round() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("machines", [8, 64])
-def test_plan__there_is_room_for_what_a_machine_reads_of_a_window(machines: int) -> None:
+def test_plan__there_is_room_for_what_a_machine_reads_of_a_window(machines: int, version: Literal[1, 2]) -> None:
     """Counted by the real order and shares, at the published batch: blocks at home, and those of moved samples."""
-    config, batch = StreamConfig(window=512), 1_024
+    config, batch = StreamConfig(window=512, assignment_version=version), 1_024
     order = Order(4 * 512 * 256, 3, config.block, config.window)
-    nodes = np.repeat(np.arange(machines), 8)
-    assignment = Assignment(-(-batch // len(nodes)), tuple(nodes.tolist()))
+    assignment = assignment_of(machines, batch, config)
     read: list[set[int]] = [set() for _ in range(machines)]
     for start in range(0, 512 * 256, batch):
         blocks = order.blocks(order.samples(np.arange(start, start + batch)))
-        node = nodes[assignment.ranks(blocks)]
+        node = assignment.moved_to(blocks)
         for machine in range(machines):
             read[machine].update(blocks[node == machine].tolist())
     plan = plan_reading(config, rows=order.rows, crop_bytes=30e3, remote=True, machines=machines)

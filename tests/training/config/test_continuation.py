@@ -53,7 +53,8 @@ def test_look__asks_once_for_all_that_is_checked(s3: S3Server, config: RunConfig
             refuse_changed_data(before, _data(id="b" * 64))
         assert len(watch.made) == asked, "what has been read is not read again"
     kept = len(before.names)
-    assert began.views.version == 1 and before.names[-1] == "step_0000030" and kept > 1
+    assert began.views.version == 1 and began.stream.assignment_version == config.stream.assignment_version
+    assert before.names[-1] == "step_0000030" and kept > 1
     assert watch.count("GET", "list-type") == watch.count("GET", "config.toml") == 1
     assert asked == 2 + kept and watch.most_in_flight >= 2
 

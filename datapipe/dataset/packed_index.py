@@ -47,9 +47,10 @@ NAME = re.compile(r"(?:.*/)?packed-v\d+-(?P<version>[0-9a-f]{16})-(?P<sha256>[0-
 MAGIC = b"crops-i1"
 ALIGNMENT = 4096
 MOST_FOOTER = 64 << 20
-LEAST_PART, MOST_PART, PARTS = 32 << 20, 96 << 20, 24
-"""A packed index is fetched in so many parts, of so many bytes at least (but for the last one) and at most."""
-PARTS_IN_FLIGHT = 4
+LEAST_PART, PARTS = 32 << 20, 16
+"""A packed index is fetched in so many parts at most, of so many bytes at least (but for the last one)."""
+PARTS_IN_FLIGHT, MOST_IN_FLIGHT = 4, 512 << 20
+"""Parts that are fetched at a time, at most, and their bytes, but for a part that has more by itself."""
 LABELS = ("pid", "camera")
 UNKNOWN = -1
 ROW_COLUMNS = ("offset", "size", "xxh3", *LABELS)
@@ -337,20 +338,26 @@ def wrong_entries(manifest: Manifest, storage: StorageConfig) -> list[str]:
 
 def fetch(store: Store, entry: Entry, file: IO[bytes]) -> None:
     """Copy a packed index into an empty file, unchecked: some requests at a time, each held in memory."""
-    step = min(max(LEAST_PART, -(-entry.size // PARTS)), MOST_PART)
+    parts, at_a_time = parts_of(entry.size)
     number = file.fileno()
 
     def copy(start: int) -> int:
-        data = store.read(entry.name, start=start, size=min(step, entry.size - start))
+        data = store.read(entry.name, start=start, size=min(parts.step, entry.size - start))
         _write(number, data, start)
         return len(data)
 
     with (
         Progress("fetch the packed index", entry.size, quiet_s=QUIET_S) as progress,
-        ThreadPoolExecutor(PARTS_IN_FLIGHT) as pool,
+        ThreadPoolExecutor(at_a_time) as pool,
     ):
-        for size in pool.map(copy, range(0, entry.size, step)):
+        for size in pool.map(copy, parts):
             progress.advance(size)
+
+
+def parts_of(size: int) -> tuple[range, int]:
+    """(where the parts begin that a packed index of so many bytes is fetched in, so many at a time)."""
+    step = max(LEAST_PART, -(-size // PARTS))
+    return range(0, size, step), max(1, min(PARTS_IN_FLIGHT, MOST_IN_FLIGHT // step))
 
 
 def _wrong(store: Store, present: list[Entry], name: str) -> list[str]:

@@ -461,33 +461,47 @@ def test_labels__of_some_rows_are_those_of_all(crops: CropSet, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("sets", [1, 3])
 def test_requests__of_a_machine_at_a_start_a_restart_and_a_resize(
-    crops: CropSet, tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch, sets: int
 ) -> None:
-    """Eight ranks; the packed index comes in as many parts as there may be."""
-    packed_index.ensure_packed(crops.manifest, STORAGE)
-    (file,) = packed(crops.folder)
+    """Eight ranks; the packed index of each data set of a mix comes in as many parts as there may be."""
     monkeypatch.setattr(packed_index, "LEAST_PART", 1)
-    bucket = s3.bucket()
-    for path in crops.folder.iterdir():
-        s3.client.upload_file(str(path), bucket, f"set/{path.name}")
+    bucket, addresses, files = s3.bucket(), [], []
+    for number in range(sets):
+        crops = crop_set.write(tmp_path / f"set-{number}", ROWS + number)
+        packed_index.ensure_packed(crops.manifest, STORAGE)
+        files += packed(crops.folder)
+        addresses.append(f"s3://{bucket}/{number}")
+        for path in crops.folder.iterdir():
+            s3.client.upload_file(str(path), bucket, f"{number}/{path.name}")
+    named = {"mix": tuple(addresses)} if sets > 1 else {"manifest": addresses[0]}
+    parts = sets * packed_index.PARTS
     with FaultyProxy(s3.endpoint) as proxy:
         storage = replace(s3.storage, endpoint_url=proxy.endpoint)
 
         def start(ranks: int, cache: Path) -> int:
             before = proxy.met.total()
             for _ in range(ranks):
-                data = load_data(StreamConfig(manifest=f"s3://{bucket}/set"), storage)
+                data = load_data(StreamConfig(**named), storage)  # type: ignore[arg-type]
                 data.stream(storage, config(cache)).close()
             return proxy.met.total() - before
 
         first = start(RANKS, tmp_path / "cache")
-        assert packed_index.PARTS <= first <= 100
-        assert (
-            start(RANKS, tmp_path / "cache") == start(2 * RANKS, tmp_path / "cache") // 2 <= first - packed_index.PARTS
-        )
+        assert parts <= first <= 100
+        assert start(RANKS, tmp_path / "cache") == start(2 * RANKS, tmp_path / "cache") // 2 <= first - parts
         assert not any("parquet" in request for request in proxy.seen)
-        assert sum(file.name in request and "Range" not in request for request in proxy.seen) <= first
+        assert len(files) == sets and all(sum(file.name in request for request in proxy.seen) for file in files)
+
+
+def test_parts__of_very_large_indexes_are_few_and_do_not_fill_the_memory() -> None:
+    """1e8 crops: 1.6 to 2.6 GB."""
+    assert [len(packed_index.parts_of(size)[0]) for size in (0, 1, 32 << 20, 1 << 30)] == [0, 1, 1, 16]
+    for size in (5 << 20, 300 << 20, 1_600_000_000, 2_600_000_000, 10_000_000_000):
+        parts, at_a_time = packed_index.parts_of(size)
+        assert len(parts) <= packed_index.PARTS and parts.step >= packed_index.LEAST_PART
+        assert at_a_time * parts.step <= max(packed_index.MOST_IN_FLIGHT, parts.step) and at_a_time >= 1
+        assert at_a_time == packed_index.PARTS_IN_FLIGHT or size > 1 << 30
 
 
 def repeated(crops: CropSet, folder: Path, shards: int) -> str:

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from datapipe.core.bounds.parquet_pages import read_table
+from datapipe.core.bounds.parquet_pages import open_parquet, read_table
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.dataset.index import INDEX
 from datapipe.dataset.remarks import METADATA, Remarks
@@ -58,7 +58,7 @@ def read_quarantine(store: Store) -> pyarrow.Table | None:
 def read_remarks(store: Store) -> Remarks:
     """What was passed over and not understood when the data set was made; empty where nothing tells. Raises DataError
     where the list of quarantined crops, which has it, is damaged."""
-    footer = _of_list(store, lambda data: pyarrow.parquet.read_metadata(pyarrow.BufferReader(data)))
+    footer = _of_list(store, lambda data: open_parquet(data).metadata)
     return Remarks() if footer is None else Remarks.from_json((footer.metadata or {}).get(METADATA, b""))
 
 

@@ -24,6 +24,7 @@ import pyarrow
 import pyarrow.parquet
 import xxhash
 
+from datapipe.core.bounds.parquet_pages import open_parquet
 from datapipe.core.config import ShardConfig
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.dataset.index import INDEX
@@ -97,7 +98,7 @@ def scan_part(work: Work, spool: Store, config: ShardConfig) -> Scanned:
 
 def _spooled(spool: Store, name: str) -> pyarrow.parquet.ParquetFile:
     try:
-        return pyarrow.parquet.ParquetFile(pyarrow.BufferReader(spool.read(name)))
+        return open_parquet(spool.read(name))
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"what an earlier run has left of its work is damaged: {error}", where=spool.address(name),
                         hint="delete that folder, and run the same command again") from error  # fmt: skip

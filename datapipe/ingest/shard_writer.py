@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import xxhash
 
+from datapipe.core.bounds.parquet_pages import open_parquet
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, NotFoundError, StorageError
 from datapipe.dataset.index import INDEX, Shard
@@ -153,7 +154,7 @@ def _finished(store: Store, name: str, index_name: str, rows: int) -> Shard | No
     except NotFoundError:
         return None
     try:
-        facts = pyarrow.parquet.read_metadata(pyarrow.BufferReader(index))
+        facts = open_parquet(index).metadata
         total = int(facts.metadata[TAR_BYTES])
     except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"the index of a shard that an earlier run finished is damaged: {error}",

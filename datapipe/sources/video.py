@@ -149,7 +149,10 @@ class VideoSource:
         store = open_store(unit.folder, self.storage)
         remaining, number = list(wanted[::-1]), first - 1
         try:
-            with open_object(store, unit.file) as file, av.open(file, "r", options=OPENED) as container:
+            with (
+                open_object(store, unit.file) as file,
+                av.open(file, "r", options=OPENED, metadata_errors="replace") as container,
+            ):
                 codec = container.streams.video[0].codec_context
                 if codec is None:
                     raise _undecodable(LookupError("no decoder knows what its frames are packed by"), store, unit.file)

@@ -45,10 +45,16 @@ class Pages(NamedTuple):
 
 
 Source = bytes | BinaryIO
+Wanted = dict[int, Any]
+"""Fields of a struct that are wanted, by their numbers, each with those of the structs in it."""
+DEEPEST = 12
+_COLUMN_FACTS: Wanted = {4: {1: {8: {}, 3: {16: {1: {}, 2: {0: {}}, 3: {0: {}}}}}}}
+"""FileMetaData.row_groups -> columns -> crypto_metadata, meta_data.size_statistics."""
 
 
-def open_parquet(source: Source, *, read_dictionary: Sequence[str] = ()) -> pyarrow.parquet.ParquetFile:
-    """A file whose footer is of a size that makes sense. Raises ArrowInvalid."""
+def open_parquet(source: Source) -> pyarrow.parquet.ParquetFile:
+    """A file whose footer is of a size that makes sense, and says nothing of a column that ends pyarrow's process when
+    it is asked for. Raises ArrowInvalid."""
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     size = file.seek(0, 2)
     file.seek(max(0, size - 8))
@@ -56,9 +62,39 @@ def open_parquet(source: Source, *, read_dictionary: Sequence[str] = ()) -> pyar
     footer = int.from_bytes(tail[:4], "little")
     if tail[4:] in (b"PAR1", b"PARE") and footer > FREE_FOOTER_BYTES + size // FILE_PER_FOOTER:
         raise pyarrow.ArrowInvalid(f"its footer is said to have {footer:,} bytes, of {size:,} in all")
+    opened = _opened(source)
+    file.seek(max(0, size - 8 - footer))
+    _check_columns(file.read(footer), opened.schema)
     file.seek(0)
-    opened = pyarrow.BufferReader(source) if isinstance(source, bytes) else file
-    return pyarrow.parquet.ParquetFile(opened, read_dictionary=list(read_dictionary))
+    return opened
+
+
+def _opened(source: Source, *, read_dictionary: Sequence[str] = ()) -> pyarrow.parquet.ParquetFile:
+    if not isinstance(source, bytes):
+        source.seek(0)
+    try:
+        return pyarrow.parquet.ParquetFile(
+            pyarrow.BufferReader(source) if isinstance(source, bytes) else source, read_dictionary=list(read_dictionary)
+        )
+    except UnicodeDecodeError as error:
+        raise pyarrow.ArrowInvalid(f"a column's name is no text: {error}") from error
+
+
+def _check_columns(footer: bytes, schema: pyarrow.parquet.ParquetSchema) -> None:
+    """Raises ArrowInvalid for columns that are encrypted, and for histograms of other sizes than their columns have
+    levels: pyarrow's C++ throws for both where nothing catches it."""
+    try:
+        groups = _Compact(footer).struct(wanted=_COLUMN_FACTS).get(4) or []
+        for group in groups:
+            for number, chunk in enumerate(group.get(1) or []):
+                column, sizes = schema.column(number), (chunk.get(3) or {}).get(16) or {}
+                levels = ((2, column.max_repetition_level), (3, column.max_definition_level))
+                if (8 in chunk or any(len(sizes.get(field) or ()) not in (0, most + 1) for field, most in levels)
+                        or (1 in sizes and column.physical_type != "BYTE_ARRAY")):  # fmt: skip
+                    raise pyarrow.ArrowInvalid(f"what its footer says of the column {column.path} is damaged, or it is "
+                                               "encrypted")  # fmt: skip
+    except (IndexError, AttributeError, TypeError) as error:
+        raise pyarrow.ArrowInvalid(f"its footer is damaged: {error}") from error
 
 
 def measured(
@@ -130,7 +166,7 @@ def read_table(
     pages = measured(source, file, names)
     _refuse_large(pages.total, most)
     texts = [field.name for field in schema if _is_text(field.type)] if not pages.shared else []
-    file = open_parquet(source, read_dictionary=texts)
+    file = _opened(source, read_dictionary=texts)
     careful = pages.shared or any(pyarrow.types.is_nested(field.type) for field in schema)
     batches, taken = [], 0
     for batch in file.iter_batches(rows_at_once(pages, 1 << 16) if careful else 1 << 16, columns=names):
@@ -228,20 +264,34 @@ def _encoding(header: dict[int, Any]) -> Any:
 
 
 class _Compact:
-    """Thrift's compact protocol: structs as dicts of numbers, everything else passed over."""
+    """Thrift's compact protocol: structs as dicts of numbers and lists, everything else passed over."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.place = data, 0
 
-    def struct(self, depth: int = 0) -> dict[int, Any]:
+    def struct(self, depth: int = 0, wanted: Wanted | None = None) -> dict[int, Any]:
+        """`wanted`: the fields to keep, and which of the structs in them; None: all."""
         fields: dict[int, Any] = {}
         number = 0
         while head := self._byte():
             number = number + (head >> 4) if head >> 4 else self._integer()
-            fields[number] = self._value(head & 15, depth)
+            kept = wanted is None or number in wanted
+            value = self._value(head & 15, depth, None if wanted is None else wanted.get(number, {}))
+            if kept:
+                fields[number] = value
         return fields
 
-    def _value(self, kind: int, depth: int) -> Any:
+    def _values(self, depth: int, wanted: Wanted | None) -> list[Any]:
+        head = self._byte()
+        kind, count = head & 15, head >> 4 if head >> 4 < 15 else self._varint()
+        found = []
+        for _ in range(count):
+            value = self._byte() if kind in (1, 2) else self._value(kind, depth + 1, wanted)
+            if wanted is None or wanted:
+                found.append(value)
+        return found
+
+    def _value(self, kind: int, depth: int, wanted: Wanted | None = None) -> Any:
         if kind in (1, 2):  # true and false have no bytes of their own
             return None
         if kind == 3:
@@ -252,9 +302,11 @@ class _Compact:
             return self._pass(8)
         if kind == 8:
             return self._pass(self._varint())
-        if kind == 12 and depth < 8:
-            return self.struct(depth + 1)
-        raise pyarrow.ArrowInvalid("a page's header holds what none has")
+        if kind in (9, 10) and depth < DEEPEST:
+            return self._values(depth, wanted)
+        if kind == 12 and depth < DEEPEST:
+            return self.struct(depth + 1, wanted)
+        raise pyarrow.ArrowInvalid("a header or the footer holds what none has")
 
     def _byte(self) -> int:
         self.place += 1

@@ -165,6 +165,9 @@ class StreamConfig:
     """Blocks whose crops are shuffled among one another."""
     threads: int = Field(default=0, ge=0)
     """Threads that decode and make views, per rank. 0: the cores divided by the ranks on this machine."""
+    processes: int = Field(default=0, ge=0)
+    """Processes per rank that decode and make views in place of threads, which then only fetch: threads of the process
+    that trains delay the launching of a GPU's work. Same samples, same pixels. 0: threads do it."""
     prefetch: int = Field(default=3, ge=1)
     """Batches made ahead of the one being trained on."""
     cache_mb: float = Field(default=512.0, ge=0)

@@ -90,12 +90,12 @@ class Workers:
     def _submit(self, function: Callable[..., T], task: tuple[Any, ...]) -> "Future[T]":
         if self._pool is None:
             context = multiprocessing.get_context("spawn")  # threads of ours would not survive a fork
-            self._pool = ProcessPoolExecutor(self.limit, mp_context=context, initializer=_begin)
+            self._pool = ProcessPoolExecutor(self.limit, mp_context=context, initializer=follow_parent)
         with sheltered():
             return self._pool.submit(function, *task)
 
 
-def _begin() -> None:
+def follow_parent() -> None:
     """In each worker: signals are the parent's to handle, and a parent that was killed takes its workers along."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     show_control_characters()

@@ -27,8 +27,8 @@ from datapipe.stream.mixed_stream import MixedStream
 from datapipe.stream.stream import Stream
 from datapipe.views import bicubic
 from datapipe.views.bicubic import Resize
+from datapipe.views.makers import ViewMaker, ViewProcesses, ViewsHere
 from datapipe.views.masking import draw_masks
-from datapipe.views.render import make_views
 from datapipe.views.spec import View, ViewSpec
 
 FEWEST_ROWS = 8
@@ -53,9 +53,10 @@ class Loader:
     Rank r of w gets rows [r * per, (r + 1) * per) of the global batch, per = ceil(global_batch / w) rounded up to a
     multiple of `micro_batch`; what is missing is padding, so that all ranks have equal micro-batches. With `nodes`, the
     node of each rank, it gets as many, but those whose blocks are at home on its node: see `Assignment`.
-    `allocate(shape, dtype)` makes the slots, prefetch + 2 of them (training passes pinned memory). `ranks_here`: ranks
-    that share this machine's cores. `labels` of all rows take the place of the stream's identities; `resize` is
-    `make_views`'. Use as a context manager, or close.
+    `allocate(shape, dtype)` makes the slots, prefetch + 2 of them (training passes pinned memory); where processes fill
+    them, `lock` pins what is there and returns what undoes it. `ranks_here`: ranks that share this machine's cores.
+    `labels` of all rows take the place of the stream's identities; `resize` is `make_views`'. Use as a context manager,
+    or close.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Loader:
         micro_batch: int,
         config: StreamConfig,
         allocate: Callable[..., Any] = np.empty,
+        lock: Callable[[View], Callable[[], None]] | None = None,
         ranks_here: int = 1,
         nodes: tuple[int, ...] = (),
         labels: Ints | None = None,
@@ -83,16 +85,23 @@ class Loader:
         if nodes and len(nodes) != world:
             raise ValueError(f"{len(nodes)} nodes are given for {world} ranks")
         self.stream, self.order, self.spec, self.seed, self._labels = stream, order, spec, seed, labels
-        self._resize = resize
         self.global_batch, self.rank, self.world, self.micro_batch = global_batch, rank, world, micro_batch
         self.rows = -(-global_batch // (world * micro_batch)) * micro_batch
         self._nodes, self._assignment_version = nodes or (0,) * world, config.assignment_version
         self._assignment = self._shared_by(order)
         self.threads = config.threads or max(1, available_cores() // ranks_here)
         self._prefetch, self._window = config.prefetch, config.window * config.block
-        self._piece = min(micro_batch, rows_of_a_piece(self.rows, self.threads, config.prefetch))
-        self._pool = ThreadPoolExecutor(self.threads, "datapipe-views")
-        self._slots = [self._slot(allocate) for _ in range(config.prefetch + 2)]
+        makers = config.processes or self.threads
+        self._piece = min(micro_batch, rows_of_a_piece(self.rows, makers, config.prefetch))
+        shapes = {group.name: spec.shape(group, self.rows) for group in spec.groups}
+        about: dict[str, Any] = {"slots": config.prefetch + 2, "spec": spec, "seed": seed, "resize": resize}
+        self._views: ViewMaker
+        if config.processes:
+            self._views = ViewProcesses(makers, shapes, lock=lock, **about)
+        else:
+            self._views = ViewsHere(shapes, allocate=allocate, **about)
+        # threads that wait for processes: each of these has a piece in its hands and the next one at hand
+        self._pool = ThreadPoolExecutor(PIECES_A_THREAD * makers if config.processes else makers, "datapipe-views")
         self._lock = Lock()
         self._reading_s, self._making_s = 0.0, 0.0
         self._running: Generator[Batch, None, None] | None = None
@@ -131,6 +140,7 @@ class Loader:
         if self._running is not None:
             self._running.close()
         self._pool.shutdown(cancel_futures=True)
+        self._views.close()
 
     def __enter__(self) -> "Loader":
         return self
@@ -141,23 +151,20 @@ class Loader:
     def _shared_by(self, order: SampleOrder) -> Assignment:
         return Assignment(self.rows, self._nodes, order.together, self._assignment_version)
 
-    def _slot(self, allocate: Callable[..., Any]) -> dict[str, View]:
-        shapes = {group.name: self.spec.shape(group, self.rows) for group in self.spec.groups}
-        return {name: allocate(shape, np.uint8) for name, shape in shapes.items()}
-
     def _batches(self, starts: range, until: int) -> Generator[Batch, None, None]:
         follows = self.stream.reads_ahead
         under_way = self._prefetch + UNDER_WAY
         # a little less than a window: the next one is begun when the batches of the one before are made
         distance = max(0, -(-self._window // self.global_batch) - under_way) if follows else 0
-        slots, begun = cycle(self._slots), deque[RankBatch]()
+        slots, begun = cycle(enumerate(self._views.slots)), deque[RankBatch]()
 
         def begin(share: RankBatch) -> tuple[Batch, list[Future[None]]]:
             if follows:
                 begun.append(share)
                 if len(begun) > under_way:
                     self.stream.passed(*self._coming(begun.popleft()))
-            return self._begin(replace(self._without_views(share), views=next(slots)))
+            slot, views = next(slots)
+            return self._begin(replace(self._without_views(share), views=views), slot)
 
         feed = BatchFeed(
             self._shares(starts, until, later=distance),
@@ -210,16 +217,18 @@ class Loader:
             boxes=np.zeros((self.spec.boxed, self.rows, 5), dtype=np.int64) if self.spec.boxed else None,
         )
 
-    def _begin(self, batch: Batch) -> tuple[Batch, list[Future[None]]]:
+    def _begin(self, batch: Batch, slot: int) -> tuple[Batch, list[Future[None]]]:
         """The batch, and what fills it."""
-        return batch, [
-            self._pool.submit(self._make, part)
-            for micro_batch in batch.micro_batches(self.micro_batch)
-            for part in micro_batch.micro_batches(self._piece)
-        ]
+        pieces, first = [], 0
+        for micro_batch in batch.micro_batches(self.micro_batch):
+            for part in micro_batch.micro_batches(self._piece):
+                pieces.append(self._pool.submit(self._make, part, slot, first))
+                first += len(part.sample)
+        return batch, pieces
 
-    def _make(self, part: Batch) -> None:
-        """Fill the views, labels and cameras of one piece; its padding comes last."""
+    def _make(self, part: Batch, slot: int, first: int) -> None:
+        """Fill the views, labels and cameras of one piece, which begins at row `first` of a slot; its padding comes
+        last."""
         real = int((part.position >= 0).sum())
         for array in part.views.values():
             array[:, real:] = 0
@@ -231,8 +240,11 @@ class Loader:
         fetched = perf_counter()
         if part.masks is not None:
             part.masks[:] = draw_masks(self.spec.masks, self.seed, part.position)
-        for row in make_views(data, self.spec, self.seed, part.position, part.views, part.boxes, resize=self._resize):
-            rows[row] = self._substitute(part._part(slice(row, row + 1)), int(rows[row]))
+        made = self._views.make(data, part.position, slot=slot, first=first)
+        if part.boxes is not None:
+            part.boxes[:] = made.boxes
+        for row in made.bad:
+            rows[row] = self._substitute(part._part(slice(row, row + 1)), int(rows[row]), slot, first + row)
         pid, camera = self.stream.labels(rows)
         part.label[:] = pid if self._labels is None else self._labels[rows]
         part.camera[:] = camera
@@ -240,10 +252,13 @@ class Loader:
             self._reading_s += fetched - began
             self._making_s += perf_counter() - fetched
 
-    def _substitute(self, one: Batch, row: int) -> int:
+    def _substitute(self, one: Batch, row: int, slot: int, at: int) -> int:
         """Other crops in place of one that does not decode, until one does; the stream counts, and ends it."""
         while True:
             rows, data = self.stream.replace(int(one.sample[0]), row, "does not decode")
             row = int(rows[0])
-            if not make_views(data, self.spec, self.seed, one.position, one.views, one.boxes, resize=self._resize):
+            made = self._views.make(data, one.position, slot=slot, first=at)
+            if not made.bad:
+                if one.boxes is not None:
+                    one.boxes[:] = made.boxes
                 return row

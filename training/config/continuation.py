@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 FREE_TO_CHANGE = ("out", "storage", "engine", "checkpoints", "cluster", "evaluation.data", "evaluation.every_epochs",
                   "evaluation.scoring.embed_batch", "optimisation.micro_batch", "backbone.checkpoint_blocks",
-                  "backbone.compile_blocks", "method.health_every", "stream.threads", "stream.prefetch",
-                  "stream.cache_mb", "stream.cache_gb", "stream.cache_dir", "stream.reads",
+                  "backbone.compile_blocks", "method.health_every", "stream.threads", "stream.processes",
+                  "stream.prefetch", "stream.cache_mb", "stream.cache_gb", "stream.cache_dir", "stream.reads",
                   "stream.requests_per_s", "stream.max_bad",
                   "stream.assignment")  # fmt: skip
 """Settings that may differ when a run is continued: they change where, how fast and how often, not what is learnt.

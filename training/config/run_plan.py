@@ -1,5 +1,6 @@
 """A recipe on a data set: all that follows from the two, worked out once and passed on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -139,6 +140,7 @@ def make_loader(plan: RunPlan, world: World) -> "Loader":
         micro_batch=plan.split.micro_batch,
         config=config.stream,
         allocate=_pinned if world.device.type == "cuda" else np.empty,
+        lock=_locked if world.device.type == "cuda" else None,
         ranks_here=world.local_size,
         nodes=world.nodes() if config.stream.assignment == "node" else (),
         labels=plan.identities.labels if plan.identities else None,
@@ -212,6 +214,13 @@ def _for_identities(config: RunConfig, sampling: ByIdentity, labels: Ints) -> Ru
     method = methods.of(config.method).for_identities(config.method, len(images))
     epoch = int(np.maximum(sampling.instances, images - images % sampling.instances).sum())
     return replace(config, method=method, samples_per_epoch=config.samples_per_epoch or epoch)
+
+
+def _locked(array: np.ndarray) -> Callable[[], None]:
+    """Lock the pages of memory that processes share, as `_pinned` has its own. Returns what unlocks them."""
+    cuda = torch.cuda.cudart()
+    torch.cuda.check_error(int(cuda.cudaHostRegister(array.ctypes.data, array.nbytes, 0)))
+    return lambda: torch.cuda.check_error(int(cuda.cudaHostUnregister(array.ctypes.data)))
 
 
 def _pinned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

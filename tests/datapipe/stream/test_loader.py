@@ -1,5 +1,6 @@
 """The same samples and pixels for every number of threads, ranks and restarts; errors reach the consumer."""
 
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,26 @@ def test_after__any_world_makes_the_same_global_batches(
             assert (batch.label[padding] == -1).all() and (batch.camera[padding] == -1).all()
             assert not any(array[:, padding].any() for array in batch.views.values())
     assert np.isclose(sum(batch.weight.sum() for batch in (batches[0] for batches in ranks)), 1)
+
+
+@pytest.mark.parametrize("no_images", [(), (7, 30)])
+def test_after__processes_change_nothing(tmp_path: Path, no_images: tuple[int, ...]) -> None:
+    """Neither masks and boxes nor crops that stand in for broken ones, on the second of two ranks."""
+    crops = crop_set.write(tmp_path / "set", ROWS, no_images=no_images)
+    law = RegionSpec((0.3, 0.9), (0.375, 0.667), (0.0, 1.0), True)
+    masks = (MaskSpec((4, 2), MaskConfig(ratios=(0.5,), spreads=(0.0,)), equal=True),)
+    spec = regions(VIEWS, law, size=(32, 16), pair=True, masks=masks)
+    found = []
+    for processes in (0, 2):
+        config = replace(CONFIG, processes=processes)
+        with loader(crops, rank=1, world=2, batch=14, spec=spec, config=config) as running:
+            found.append([(copy(batch), batch.masks, batch.boxes) for batch in running.after(0, 120)])
+            assert (running.intake.replaced > 0) == bool(no_images)
+    assert_same(*([batch for batch, _, _ in batches] for batches in found))
+    for (batch, masks_made, boxes), (_, other_masks, other_boxes) in zip(*found, strict=True):
+        np.testing.assert_array_equal(masks_made, other_masks)
+        np.testing.assert_array_equal(boxes, other_boxes)
+        assert boxes is not None and boxes.any() == (batch.position >= 0).any()
 
 
 @pytest.mark.parametrize(("threads", "prefetch"), [(1, 1), (1, 3), (3, 1), (3, 4)])

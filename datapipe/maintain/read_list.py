@@ -129,7 +129,7 @@ def _column(data: bytes, by: By, url: str) -> list[str]:
     try:
         table = read_table(data, [by])
         return [_text(item) for item in table[by].to_pylist() if item is not None]
-    except (pyarrow.ArrowException, KeyError, TypeError, OSError) as error:
+    except (pyarrow.ArrowException, KeyError, TypeError, UnicodeDecodeError, OSError) as error:
         raise DataError(
             f"the list is no parquet file with a column `{by}` of text",
             where=url,

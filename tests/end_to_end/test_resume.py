@@ -69,14 +69,17 @@ def _enumerated(data: Manifest) -> dict[int, list[int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stepper", "stop"),
-    [("plain", signal.SIGINT), ("plain", signal.SIGKILL), ("deepspeed", signal.SIGTERM), ("deepspeed", signal.SIGKILL)],
-)
+    ("stepper", "stop", "processes"),
+    [("plain", signal.SIGINT, 2), ("plain", signal.SIGKILL, 0), ("deepspeed", signal.SIGTERM, 0),
+     ("deepspeed", signal.SIGKILL, 2)],
+)  # fmt: skip
 def test_resume__gives_bit_identical_weights(
-    undisturbed: Callable[[str], Path], data: Manifest, tmp_path: Path, stepper: str, stop: signal.Signals
-) -> None:
-    pause = Pause(tmp_path, 5)
-    process = _start(tmp_path, data, "--engine.stepper", stepper, pause=pause)
+    undisturbed: Callable[[str], Path], data: Manifest, tmp_path: Path, stepper: str, stop: signal.Signals,
+    processes: int,
+) -> None:  # fmt: skip
+    """Whether threads make the views, as in the run that nobody touched, or processes."""
+    pause, flags = Pause(tmp_path, 5), ("--engine.stepper", stepper, "--stream.processes", str(processes))
+    process = _start(tmp_path, data, *flags, pause=pause)
     pause.reached(process)
     process.send_signal(stop)
     pause.end()
@@ -87,7 +90,7 @@ def test_resume__gives_bit_identical_weights(
         assert "Traceback" not in errors
     exist = complete(open_store(str(tmp_path / "run" / "checkpoints")))  # of step 3 there may be none yet
     assert exist or stop == signal.SIGKILL
-    code, output, errors = finished(_start(tmp_path, data, "--engine.stepper", stepper))
+    code, output, errors = finished(_start(tmp_path, data, *flags))
     assert code == 0, errors
     assert (f"goes on from {exist[-1]}" if exist else "pass starts") in output
     assert _same(final_state(undisturbed(stepper) / "run"), final_state(tmp_path / "run"))

@@ -66,6 +66,10 @@ def test_list__as_parquet_and_pickle(tmp_path: Path) -> None:
     pickled = pickle.dumps([NAMES[0], NAMES[1].encode(), "\udcff.jpg"])
     assert read(tmp_path, pickled, name="x.pkl") == [NAMES[0], NAMES[1], "\\xff.jpg"]
     assert read(tmp_path, b"\xff.jpg\n") == ["\\xff.jpg"]
+    no_text = pyarrow.array([b"\xff.jpg"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"name": no_text}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match="no parquet file with a column `name` of text"):
+        read_list(f"{tmp_path}/x.parquet", "name", STORAGE)
     pyarrow.parquet.write_table(pyarrow.table({"name": [1, 2]}), tmp_path / "x.parquet")
     with pytest.raises(DataError, match="no parquet file with a column `name` of text"):
         read_list(f"{tmp_path}/x.parquet", "name", STORAGE)

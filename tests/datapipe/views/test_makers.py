@@ -51,12 +51,11 @@ def test_processes__make_the_bytes_that_threads_make(processes: ViewProcesses) -
         assert (array[:, 0] == 9).all() and (array[:, 1] != 9).any()
 
 
-def test_processes__share_memory_outside_dev_shm_and_compute_with_one_thread(processes: ViewProcesses) -> None:
+def test_processes__share_memory_outside_dev_shm(processes: ViewProcesses) -> None:
     child = psutil.Process(processes._pool.submit(os.getpid).result())
     maps = [one.path for one in child.memory_maps(grouped=False)]
     in_shm = [path for path in maps if path.startswith("/dev/shm") and "/sem." not in path]
     assert any("memfd:views" in path for path in maps) and not in_shm
-    assert processes._pool.submit(os.getenv, "OMP_NUM_THREADS").result() == "1"
 
 
 def test_slots__begin_at_whole_pages_and_are_locked_and_unlocked() -> None:
@@ -92,12 +91,13 @@ if __name__ == "__main__":
     maker = ViewProcesses(2, SHAPES, resize=bicubic.resize, **ABOUT)
     made(maker)
     import psutil
+    assert maker._pool.submit(os.getenv, "OMP_NUM_THREADS").result() == "1"  # as it was when libraries were loaded
     print(*[one.pid for one in psutil.Process().children(recursive=True)], flush=True)
     time.sleep(600)
 """
 
 
-def test_processes__end_with_a_parent_that_is_killed() -> None:
+def test_processes__compute_with_one_thread_and_end_with_a_parent_that_is_killed() -> None:
     with subprocess.Popen([sys.executable, "-c", PARENT], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         children = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]

@@ -101,7 +101,8 @@ def test_run__has_the_numbers_of_the_cpu(name: str, data: str, tmp_path: Path) -
     recipe, flags = CASES[name]
     words = ["training", "pretrain", recipe, *TINY, "--stream.manifest", data, *flags, "--out"]
     here = started([*words, str(tmp_path / "cpu"), *CPU], dict(os.environ))
-    there = started(["tests.null_gpu.inside", *words, str(tmp_path / "gpu")], environment())
+    by_processes = ("--stream.processes", "1")  # whose memory is locked for the GPU
+    there = started(["tests.null_gpu.inside", *words, str(tmp_path / "gpu"), *by_processes], environment())
     ended_well(here)
     ended_well(there)
     assert device_of(tmp_path / "gpu") == "Null H100" != device_of(tmp_path / "cpu")

@@ -167,7 +167,7 @@ def _forecasts(config: RunConfig, sizes: Census, kinds: list[Gpu]) -> list[Forec
     workers, machines = expected_workers(config), _machines(config)
     if config.engine.device == "cpu":
         return [forecast_here(config, sizes, measured_machine(config, workers), Share(workers, 1, 1.0))]
-    cores = config.stream.threads or max(CORES, config.cluster.cpus_per_worker)
+    cores = config.stream.processes or config.stream.threads or max(CORES, config.cluster.cpus_per_worker)
     return [forecast(config, sizes, gpu, Share(workers, machines, cores)) for gpu in kinds]
 
 

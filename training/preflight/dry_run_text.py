@@ -23,7 +23,7 @@ ADVICE = {
     "memory traffic": "--backbone.compile-blocks True, where blocks are not compiled yet",
     "launches": "a larger optimisation.micro_batch, --backbone.compile-blocks True",
     "communication and copies": "fewer ranks with more images each, --optimisation.reduction bf16, a lower ZeRO stage",
-    "data": 'more cores for each GPU (stream.threads), views.interpolation = "linear"',
+    "data": 'more cores for each GPU (stream.threads, or stream.processes), views.interpolation = "linear"',
 }
 """What takes most of a step -> what helps; matrix products are what a step is for."""
 MOST = 6
@@ -212,7 +212,10 @@ def _by_part(run: DryRun) -> Iterator[str]:
         if advice := ADVICE.get(one.limit):
             yield f"  what helps: {advice}"
         yield f"  {one.error}"
-    yield f"  scores are not in it; {CORES} cores for each GPU are assumed where stream.threads says nothing"
+    yield (
+        f"  scores are not in it; {CORES} cores for each GPU are assumed where stream.threads and stream.processes say "
+        "nothing"
+    )
 
 
 def _timed(run: DryRun, one: Forecast) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from datapipe.core.errors import ConfigError, UserError
 from datapipe.core.process_setup import numbers_in_environment
 from datapipe.core.progress import counted
 from datapipe.core.resource_limits import available_cores
-from datapipe.stream.training_data import load_data
 from training.checkpoint import Checkpoints
 from training.config.build import allows_tf32, fake_batch, initial_method, make_stepper
 from training.config.continuation import BegunRules, ran_on
@@ -117,25 +116,22 @@ def _noted(folder: RunFolder, startup: Startup) -> contextlib.AbstractContextMan
 
 
 def _plan(config: RunConfig, world: World) -> RunPlan:
-    """The leading rank looks into the run folder and refuses what can be refused, which all raise; the others only read
-    the data set."""
+    """The leading rank looks into the run folder and the data set for all and refuses what can be refused, which all
+    raise."""
     machines = len(set(world.nodes()))
     found: RunPlan | UserError | None = None
-    data = None
     if world.is_leader:
         try:
             found = check(config, world.size, machines)
         except UserError as error:
             found = error
-    else:
-        data = load_data(config.stream, config.storage)
-    word: Any = world.broadcast(BegunRules.of(found.config) if isinstance(found, RunPlan) else found)
+    word: Any = world.broadcast((BegunRules.of(found.config), found.data) if isinstance(found, RunPlan) else found)
     if isinstance(word, UserError):
         raise word
     if isinstance(found, RunPlan):
         return found
-    assert data is not None
-    return plan_run(word.set_in(config), data, world.size, machines)
+    rules, data = word
+    return plan_run(rules.set_in(config), data, world.size, machines)
 
 
 @contextlib.contextmanager

@@ -461,11 +461,12 @@ def test_labels__of_some_rows_are_those_of_all(crops: CropSet, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("large")
-@pytest.mark.parametrize("sets", [1, 3])
+@pytest.mark.parametrize("sets", [1, 5])
 def test_requests__of_a_machine_at_a_start_a_restart_and_a_resize(
     tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch, sets: int
 ) -> None:
-    """Eight ranks; the packed index of each data set of a mix comes in as many parts as there may be."""
+    """Eight ranks, one of which reads the manifests for all; the packed index of each data set of a mix comes in as
+    many parts as there may be."""
     monkeypatch.setattr(packed_index, "LEAST_PART", 1)
     bucket, addresses, files = s3.bucket(), [], []
     for number in range(sets):
@@ -482,14 +483,14 @@ def test_requests__of_a_machine_at_a_start_a_restart_and_a_resize(
 
         def start(ranks: int, cache: Path) -> int:
             before = proxy.met.total()
+            data = load_data(StreamConfig(**named), storage)  # type: ignore[arg-type]
             for _ in range(ranks):
-                data = load_data(StreamConfig(**named), storage)  # type: ignore[arg-type]
                 data.stream(storage, config(cache)).close()
             return proxy.met.total() - before
 
         first = start(RANKS, tmp_path / "cache")
         assert parts <= first <= 100
-        assert start(RANKS, tmp_path / "cache") == start(2 * RANKS, tmp_path / "cache") // 2 <= first - parts
+        assert start(RANKS, tmp_path / "cache") == start(2 * RANKS, tmp_path / "cache") <= first - parts
         assert not any("parquet" in request for request in proxy.seen)
         assert len(files) == sets and all(sum(file.name in request for request in proxy.seen) for file in files)
 

@@ -54,6 +54,17 @@ def test_ranks__every_sample_once_and_as_many_for_each_rank_as_slices(
         assert moved == least
 
 
+@pytest.mark.parametrize("nodes", [3, 127, 128, 300])
+@pytest.mark.parametrize("count", [40, 1_000, 1_201])
+def test_ranks__of_many_nodes_get_what_slices_give(nodes: int, count: int) -> None:
+    """Also where most of them get nothing of a batch."""
+    node_of_rank = np.repeat(range(nodes), 1 + np.arange(nodes) % 3)
+    law = Assignment(-(-count // len(node_of_rank)), tuple(node_of_rank.tolist()))
+    ranks = law.ranks(np.arange(count) // 2)
+    slices = [len(law.slice(rank, count)) for rank in range(law.world)]
+    assert np.bincount(ranks, minlength=law.world).tolist() == slices
+
+
 def test_ranks__one_node_is_slicing() -> None:
     law = Assignment(4, (0, 0, 0))
     assert not law.by_node

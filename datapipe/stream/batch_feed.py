@@ -28,6 +28,7 @@ class BatchFeed(Generic[T]):
         self._count, self._distance = count, distance if ahead else 0
         self._room, self._made, self._closed = Semaphore(room), SimpleQueue[T | BaseException](), False
         self._known: deque[RankBatch] = deque()
+        self._seen: deque[T | BaseException] = deque()
         self._worked_out = 0
         self._thread = Thread(target=self._run, name="datapipe-order", daemon=True)
         self._thread.start()
@@ -38,22 +39,27 @@ class BatchFeed(Generic[T]):
 
     def take(self) -> T:
         """What was begun next, as soon as it is. Raises what ended the thread."""
-        made = self._made.get()
+        made = self._seen.popleft() if self._seen else self._made.get()
         if isinstance(made, BaseException):
             raise made
         return made
+
+    def peek(self) -> T | None:
+        """What `take` would hand over at once; None where it would wait or raise."""
+        if not self._seen and not self._made.empty():
+            self._seen.append(self._made.get())
+        made = self._seen[0] if self._seen else None
+        return None if isinstance(made, BaseException) else made
 
     def close(self) -> list[T]:
         """End the thread; what was begun and not taken."""
         self._closed = True
         self._room.release()
         self._thread.join()
-        left = []
+        left = [*self._seen]
         while not self._made.empty():
-            made = self._made.get()
-            if not isinstance(made, BaseException):
-                left.append(made)
-        return left
+            left.append(self._made.get())
+        return [made for made in left if not isinstance(made, BaseException)]
 
     def _run(self) -> None:
         try:

@@ -105,6 +105,7 @@ class Loader:
         self._lock = Lock()
         self._reading_s, self._making_s = 0.0, 0.0
         self._running: Generator[Batch, None, None] | None = None
+        self._feed: BatchFeed[tuple[Batch, list[Future[None]]]] | None = None
 
     @property
     def intake(self) -> LoaderCounters:
@@ -125,6 +126,11 @@ class Loader:
             self._running.close()
         self._running = self._batches(range(position, until, self.global_batch), until)
         return self._running
+
+    def ready(self) -> bool:
+        """Is the next batch of the running `after` made, without an error? False where none is left."""
+        begun = None if self._feed is None else self._feed.peek()
+        return begun is not None and all(piece.done() and piece.exception() is None for piece in begun[1])
 
     def follow(self, order: SampleOrder, labels: Ints) -> None:
         """Take another order and other labels of all rows, from the next call of `after` on."""
@@ -166,7 +172,7 @@ class Loader:
             slot, views = next(slots)
             return self._begin(replace(self._without_views(share), views=views), slot)
 
-        feed = BatchFeed(
+        self._feed = feed = BatchFeed(
             self._shares(starts, until, later=distance),
             begin,
             count=len(starts),
@@ -186,6 +192,7 @@ class Loader:
                 batch.waited_s = perf_counter() - before
                 yield batch
         finally:
+            self._feed = None
             # nothing may still write into a slot that somebody else gets
             unfinished = [pieces, *(left for _, left in feed.close())]
             wait([piece for some in unfinished for piece in some if not piece.cancel()])

@@ -24,7 +24,7 @@ from datapipe.core.errors import ConfigError
 from datapipe.core.settings import settings
 from datapipe.views.masking import MaskConfig, MaskSpec
 from datapipe.views.spec import RegionSpec, ViewSpec, regions
-from training.core.device_copy import to_device
+from training.core.device_copy import table
 from training.core.precision import Precision, at_least_float32, autocast_region, full_precision
 from training.core.schedules import grown
 from training.methods.base import (
@@ -327,7 +327,7 @@ class PersonMae(Method[PersonMaeConfig]):
             places = positions.in_frame(box_b, box_a, rows, columns)
             return DecoderQueries(places, False, None, torch.ones_like(places[..., 0]))
         hidden_BQ = order_BN[:, self.kept :]
-        places = to_device(positions.grid(rows, columns), order_BN.device, dtype)[hidden_BQ]
+        places = table(positions.grid, rows, columns, device=order_BN.device, dtype=dtype)[hidden_BQ]
         if self.config.loss_on == "all":
             return DecoderQueries(places, True, order_BN, torch.ones_like(order_BN, dtype=dtype))
         mask_BRG = views["mask"][0].to(dtype)

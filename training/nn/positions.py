@@ -6,7 +6,7 @@ Shapes: B images, N patches (row-major) on a grid of R rows and G columns, C cha
 import torch
 from torch import Tensor
 
-from training.core.device_copy import to_device
+from training.core.device_copy import table
 
 TEMPERATURE = 10_000.0
 
@@ -29,12 +29,21 @@ def in_frame(boxes_B5: Tensor, frame_B5: Tensor, rows: int, columns: int) -> Ten
         y = top + height * (r + 1/2) / R                      in the source image; x alike, from the right where flipped
         place[r * G + g] = (R * (y - frame's top) / frame's height - 1/2, the same for x)
     """
-    share_N2 = (grid(rows, columns) + 0.5) / torch.tensor([rows, columns], dtype=torch.float64)
-    share_1N2 = to_device(share_N2[None], boxes_B5.device, boxes_B5.dtype)
-    sides = to_device(torch.tensor([rows, columns]), boxes_B5.device, boxes_B5.dtype)
+    share_1N2, sides_2 = (
+        table(make, rows, columns, device=boxes_B5.device, dtype=boxes_B5.dtype) for make in (_centres, _sides)
+    )
     source_BN2 = _corner(boxes_B5) + _extent(boxes_B5) * _mirrored(share_1N2, boxes_B5)
     seen_BN2 = _mirrored((source_BN2 - _corner(frame_B5)) / _extent(frame_B5), frame_B5)
-    return seen_BN2 * sides - 0.5
+    return seen_BN2 * sides_2 - 0.5
+
+
+def _sides(rows: int, columns: int) -> Tensor:
+    return torch.tensor([rows, columns], dtype=torch.float64)
+
+
+def _centres(rows: int, columns: int) -> Tensor:
+    """[1, N, 2] shares of the sides at which the centres of patches lie."""
+    return ((grid(rows, columns) + 0.5) / _sides(rows, columns))[None]
 
 
 def _corner(boxes_B5: Tensor) -> Tensor:
@@ -63,7 +72,10 @@ def sincos(places: Tensor, width: int) -> Tensor:
         code = sin(row * frequency), cos(row * frequency), sin(column * frequency), cos(column * frequency)
     """
     assert width % 4 == 0, f"{width} channels are no multiple of 4"
-    quarter = width // 4
-    frequency = TEMPERATURE ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    row, column = (places[..., None] * to_device(frequency, places.device, places.dtype)).unbind(-2)
+    frequency = table(_frequencies, width // 4, device=places.device, dtype=places.dtype)
+    row, column = (places[..., None] * frequency).unbind(-2)
     return torch.cat([row.sin(), row.cos(), column.sin(), column.cos()], dim=-1)
+
+
+def _frequencies(count: int) -> Tensor:
+    return TEMPERATURE ** (-torch.arange(count, dtype=torch.float64) / count)

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from datapipe.core.config import Size
 from datapipe.core.settings import settings
-from training.core.device_copy import to_device
+from training.core.device_copy import table
 from training.nn.drop_path import BlockPaths, Paths
 from training.nn.ics_stem import ConvStem
 
@@ -329,7 +329,7 @@ def _resized(grid_1CRG: Tensor, factors: tuple[float, float]) -> Tensor:
     if not (grid_1CRG.is_cuda and torch.are_deterministic_algorithms_enabled()):
         return F.interpolate(grid_1CRG, scale_factor=factors, mode="bicubic", align_corners=False)
     down, across = (
-        to_device(_weights(side, factor), grid_1CRG.device, grid_1CRG.dtype)
+        table(_weights, side, factor, device=grid_1CRG.device, dtype=grid_1CRG.dtype)
         for side, factor in zip(grid_1CRG.shape[-2:], factors, strict=True)
     )
     with torch.autocast(grid_1CRG.device.type, enabled=False):

@@ -155,7 +155,7 @@ def calculate(config: RunConfig, sizes: Census, *, world: int, cuda: bool) -> Me
     how = activation_memory.numerics(config, cuda=cuda)
     split = split_of(config, world)
     held = _Held(config, sizes, split, world, cuda)
-    state = held.state() | {"batch": batch_bytes(config, split.micro_batch)}
+    state = held.state() | {"batch": batch_bytes(config, split.micro_batch, cuda=cuda)}
     kept = activation_memory.saved(config, split.micro_batch, how) | {
         "lowered weights": lowered_copies(config, sizes, how)
     }
@@ -173,14 +173,14 @@ def calculate(config: RunConfig, sizes: Census, *, world: int, cuda: bool) -> Me
     return Memory(state, kept, moments)
 
 
-def batch_bytes(config: RunConfig, images: int) -> int:
-    """The views of a micro-batch in float32, and as the loader hands them over."""
+def batch_bytes(config: RunConfig, images: int, *, cuda: bool) -> int:
+    """The views of a micro-batch in float32, and as the loader hands them over; to a GPU in two slots."""
     spec = view_spec(config)
     pixels = 0
     for group in spec.groups:
         views, _, height, width, channels = spec.shape(group, images)
         pixels += views * images * height * width * channels
-    return pixels * (FULL + 1)
+    return pixels * (FULL + (2 if cuda else 1))
 
 
 def lowered_copies(config: RunConfig, sizes: Census, how: Numerics) -> int:

@@ -1,7 +1,8 @@
 """How long a step takes on a machine, by part: pure arithmetic on a recipe and on what the machine can do.
 
-    data        the loader makes a batch; beside the rest of the step, so that only what is longer counts
-    copy        views to the device, and their normalisation
+    data        the loader makes a batch, and it is copied to the device; both beside the rest of the step, so that only
+                what is longer counts
+    normalise   views on the device
     teacher     forward pass of its backbone; its heads count with the others
     student     forward pass of its backbone and decoders
     heads, loss forward pass of heads, student's and teacher's, targets and loss, in float32
@@ -61,6 +62,8 @@ LAUNCHES_OF_DROP_PATH = 5, 8
 """More for each block where branches are scaled by drop path's factors."""
 LAUNCHES_OF_STACK, LAUNCHES_OF_HEAD, LAUNCHES_OF_LOSS = (20, 14), (39, 50), (10, 0)
 """Of what a backbone has beside blocks, for views of one size; of one head with its targets and loss; of the rest."""
+LAUNCHES_OF_VIEWS = 12
+"""Of a micro-batch's copies and normalisation."""
 LAUNCHES_OF_DECODER, LAUNCHES_OF_DECODER_BLOCK = (20, 10), {"fp32": (40, 50), "lowered": (63, 76)}
 """Of a decoder beside its blocks, with its part of the loss; of one of its blocks."""
 LAUNCHES_AFTER = 60
@@ -177,7 +180,7 @@ class StepTime(NamedTuple):
     parts: dict[str, Part]
     """By name, in order; without data."""
     data_s: float
-    """What the loader takes for a batch."""
+    """What the loader takes for a batch, or its copy to the device, whichever is more."""
     images: int
     """Of the global batch."""
     flops: float
@@ -254,7 +257,7 @@ def step_time(config: RunConfig, sizes: Census, machine: Machine, share: Share) 
     work = workload(config, split.micro_batch)
     how = _How(config, machine, float32_format(config))
     once: dict[str, Part] = {
-        "copy": how.copy(split.micro_batch),
+        "normalise": how.normalise(split.micro_batch),
         "teacher": _sum(how.stack(stack, learns=False) for stack in work.teacher) + how.lowered(sizes.teacher),
         "student": how.student(work, sizes),
         "heads, loss": how.heads(work, sizes),
@@ -266,7 +269,8 @@ def step_time(config: RunConfig, sizes: Census, machine: Machine, share: Share) 
     parts["checkpoint"] = _checkpoint(config, sizes, machine, share)
     images = config.optimisation.batch
     flops = operations(workload(config, images), config.backbone).total
-    return StepTime(parts, data_seconds(config, split, share.cores), images, flops)
+    copied_s = 3 * pixels(config, split.per_rank) / machine.host
+    return StepTime(parts, max(data_seconds(config, split, share.cores), copied_s), images, flops)
 
 
 def forecast(config: RunConfig, sizes: Census, gpu: Gpu, share: Share) -> Forecast:
@@ -315,11 +319,10 @@ class _How(NamedTuple):
     def kind(self) -> str:
         return "fp32" if self.config.optimisation.precision == "fp32" else "lowered"
 
-    def copy(self, images: int) -> Part:
-        """uint8 to the device, float32 there."""
+    def normalise(self, images: int) -> Part:
+        """uint8 to float32."""
         values = 3 * pixels(self.config, images)
-        launches = 12 * self.machine.launch_s
-        return Part(0.0, values * (1 + 2 * FULL) / self.machine.memory, launches, values / self.machine.host)
+        return Part(0.0, values * (1 + 2 * FULL) / self.machine.memory, LAUNCHES_OF_VIEWS * self.machine.launch_s)
 
     def lowered(self, numbers: int) -> Part:
         """The weights of a network cast for products, once for each micro-batch."""

@@ -32,6 +32,22 @@ class BatchSource(Protocol):
         """Global batches from a place in the stream, as this rank sees them."""
         ...
 
+    def ready(self) -> bool:
+        """Can the next batch be had without waiting?"""
+        ...
+
+
+class EarlyCopies(Protocol):
+    """Copies to a GPU that start before their micro-batch's turn: a `BatchToDevice`."""
+
+    def ahead(self, batch: Batch) -> None:
+        """Start the copy of the micro-batch that is placed next."""
+        ...
+
+    def settle(self) -> None:
+        """Wait for copies: what they come from will be overwritten."""
+        ...
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -57,6 +73,8 @@ class TrainingRun:
     faults: Faults
     exchange: Exchange
     """What ranks tell each other once a step; `stop`, `tally` and maybe observers take part."""
+    copies: EarlyCopies | None = None
+    """Of `place`, where there is something to start early."""
     observers: Sequence[Observer] = ()
     flush: Callable[[], None] = lambda: None
     """Writes what this rank still holds of its growing files. Called before each save: a checkpoint outlives the
@@ -75,12 +93,13 @@ def train(run: TrainingRun, segment: Segment, *, position: int = 0) -> tuple[int
 
     Returns (samples seen, segment complete). The state at the end is saved in both cases.
     """
-    for batch in run.loader.after(position, until=segment.end):
+    batches = _Batches(run, position, segment.end)
+    for batch, parts in batches:
         run.host.stepping()
         progress = run.clock.at(batch.start)
         now = settings_at(run.optimisation, progress)
         run.stepper.apply(now, progress)
-        result = _step(run, batch, progress)
+        result = _step(run, parts, progress, launched=batches.look_ahead)
         run.exchange.receive()
         if result.finite:
             run.method.after_step(result.sums, progress)
@@ -98,11 +117,50 @@ def train(run: TrainingRun, segment: Segment, *, position: int = 0) -> tuple[int
     return position, position >= segment.end
 
 
-def _step(run: TrainingRun, batch: Batch, progress: TrainingProgress) -> Result:
-    """The batch through forward, backward and step; again, and exactly so, while gradients overflow at the loss scale:
-    every random number hangs on the position alone."""
+class _Batches:
+    """The batches of a segment, each with its micro-batches. To a GPU the first one is copied before the step before
+    waits for the GPU, where the loader has it ready by then."""
+
+    def __init__(self, run: TrainingRun, position: int, end: int) -> None:
+        self._run = run
+        self._source = run.loader.after(position, until=end)
+        self._next: tuple[Batch, list[Batch]] | None = None
+
+    def __iter__(self) -> Iterator[tuple[Batch, list[Batch]]]:
+        return self
+
+    def __next__(self) -> tuple[Batch, list[Batch]]:
+        batch, self._next = self._next or self._take(), None
+        if batch is None:
+            raise StopIteration
+        return batch
+
+    def look_ahead(self) -> None:
+        """Start the copy of the next batch, if it can be had without waiting."""
+        copies = self._run.copies
+        if copies is None:
+            return
+        if self._next is None and self._run.loader.ready():
+            self._next = self._take()
+        if self._next is not None:
+            copies.ahead(self._next[1][0])
+
+    def _take(self) -> tuple[Batch, list[Batch]] | None:
+        """The next batch of the loader, which then may fill the memory again that earlier ones were copied from."""
+        if self._run.copies is not None:
+            self._run.copies.settle()
+        batch = next(self._source, None)
+        return None if batch is None else (batch, list(batch.micro_batches(self._run.micro_batch)))
+
+
+def _step(
+    run: TrainingRun, parts: Sequence[Batch], progress: TrainingProgress, *, launched: Callable[[], None]
+) -> Result:
+    """The micro-batches of a batch through forward, backward and step; again, and exactly so, while gradients overflow
+    at the loss scale: every random number hangs on the position alone. `launched` is called before each wait for the
+    GPU."""
     before = run.stepper.scale
-    while (result := _try(run, batch, progress)).overflow:
+    while (result := _try(run, parts, progress, launched)).overflow:
         tried = int(result.metrics["scale"])
         run_lines.info(f"step {progress.step + 1:,}: gradients overflow at a loss scale of {tried:,}; halved")
     if not result.finite:
@@ -110,11 +168,13 @@ def _step(run: TrainingRun, batch: Batch, progress: TrainingProgress) -> Result:
     return result
 
 
-def _try(run: TrainingRun, batch: Batch, progress: TrainingProgress) -> Result:
-    parts = list(batch.micro_batches(run.micro_batch))
-    for index, part in enumerate(parts):
-        outcome = run.stepper.forward(run.place(part), progress)
-        run.stepper.backward(outcome, last=index == len(parts) - 1)
+def _try(run: TrainingRun, parts: Sequence[Batch], progress: TrainingProgress, launched: Callable[[], None]) -> Result:
+    for part, following in zip(parts, [*parts[1:], None], strict=True):
+        views = run.place(part)
+        if run.copies is not None and following is not None:
+            run.copies.ahead(following)
+        run.stepper.backward(run.stepper.forward(views, progress), last=following is None)
+    launched()
     return run.stepper.step()
 
 

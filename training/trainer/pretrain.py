@@ -205,9 +205,10 @@ def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason
                 "world": world.size, "resumed_from": resumed, "step": position // clock.batch, "reason": reason,
                 "startup": startup.times,
             }, measure=measure)  # fmt: skip
+        place = BatchToDevice(world.device, config.views.statistics)
         run = TrainingRun(
             method=method, stepper=stepper, loader=loader, clock=clock,
-            place=BatchToDevice(world.device, config.views.statistics),
+            place=place, copies=place if world.device.type == "cuda" else None,
             optimisation=config.optimisation, micro_batch=split.micro_batch, checkpoints=checkpoints, host=host,
             faults=Faults(folder, world), exchange=exchange, observers=observers, flush=folder.flush,
         )  # fmt: skip

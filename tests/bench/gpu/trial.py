@@ -61,6 +61,10 @@ class Noise:
             made = self._made(start // size % DISTINCT)
             yield replace(made, start=start, after=start + size, position=places, sample=places)
 
+    def ready(self) -> bool:
+        """Batches are made at once, or were made before."""
+        return True
+
     def _make(self, number: int) -> Batch:
         config = replace(self._config, seed=self._config.seed + number)
         batch = fake_batch(view_spec(config), self._split, config)
@@ -97,9 +101,11 @@ class Trial(Observer):
         checkpoints = None if store is None else Checkpoints(
             store, config.checkpoints, world, about=_about(config)
         )  # fmt: skip
+        place = BatchToDevice(device, config.views.statistics)
         self.run = TrainingRun(
             method=self.method, stepper=make_stepper(config, self.method, world, split), loader=Noise(config, device),
-            place=BatchToDevice(device, config.views.statistics), clock=clock_of(config, 0), optimisation=optimisation,
+            place=place, copies=place if device.type == "cuda" else None,
+            clock=clock_of(config, 0), optimisation=optimisation,
             micro_batch=split.micro_batch, checkpoints=checkpoints, host=LocalHost(),
             faults=Refusing(), exchange=Exchange(world), observers=[self],
         )  # fmt: skip

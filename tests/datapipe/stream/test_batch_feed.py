@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from threading import get_ident
+from threading import Event, get_ident
 from typing import Any, Literal
 
 import numpy as np
@@ -135,3 +135,27 @@ def test_close__ends_a_thread_that_waits_for_room_and_returns_what_nobody_took()
     left = feed.close()
     assert left == list(range(2, 2 + len(left))) and len(left) <= 2
     assert not feed._thread.is_alive()
+
+
+def test_peek__shows_what_would_be_taken_and_takes_nothing() -> None:
+    made, closed = Event(), Event()
+
+    def begin(share: RankBatch) -> int:
+        if share.batch.start == 2:
+            made.set()
+            closed.wait()
+            raise ValueError("of the thread")
+        return share.batch.start
+
+    feed = BatchFeed(shares(9), begin, count=9, room=9)
+    made.wait()
+    assert [feed.peek(), feed.peek(), feed.take(), feed.peek(), feed.take()] == [0, 0, 0, 1, 1]
+    assert feed.peek() is None, "it would have to be waited for"
+    closed.set()
+    feed._thread.join()
+    assert feed.peek() is None
+    with pytest.raises(ValueError, match="of the thread"):
+        feed.take()
+    feed = BatchFeed(shares(9), lambda share: share.batch.start, count=2, room=2)
+    feed._thread.join()
+    assert feed.peek() == 0 and feed.close() == [0, 1]

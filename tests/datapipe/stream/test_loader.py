@@ -1,8 +1,10 @@
 """The same samples and pixels for every number of threads, ranks and restarts; errors reach the consumer."""
 
+from concurrent.futures import wait
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -417,3 +419,31 @@ def test_after__masks_and_boxes_follow_their_images_in_any_world(crops: CropSet)
         masks, boxes = found[1, position]
         np.testing.assert_array_equal(masks, draw_masks((law,), 4, np.array([position]))[:, 0])
         assert masks.sum() == 4 and (boxes[:, 2:4] > 0).all() and boxes.shape == (2, 5)
+
+
+def test_ready__says_whether_the_next_batch_can_be_had_without_waiting(crops: CropSet) -> None:
+    gate = Event()
+
+    with loader(crops, config=replace(CONFIG, prefetch=1)) as running:
+        assert not running.ready()
+        real = running._make
+
+        def make(part: Batch) -> None:
+            if part.start:
+                gate.wait()
+            real(part)
+
+        running._make = make  # type: ignore[method-assign]
+        batches = running.after(0, 24)
+        next(batches)
+        assert not running.ready()
+        feed = running._feed
+        assert feed is not None
+        while feed.peek() is None:
+            feed._thread.join(0.01)
+        assert not running.ready(), "begun, and not made"
+        gate.set()
+        wait(feed.peek()[1])  # type: ignore[index]
+        assert running.ready()
+        assert next(batches).start == 12 and not running.ready()
+        assert list(batches) == [] and not running.ready()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from training.core import device_copy
 from training.nn.positions import grid, in_frame, sincos
 
 ROWS, COLUMNS = 4, 3
@@ -68,6 +69,20 @@ def test_in_frame__equals_naive_loops() -> None:
 def test_in_frame__empty_boxes_of_padding_give_finite_places() -> None:
     nothing = torch.zeros(2, 5)
     assert in_frame(nothing, nothing, ROWS, COLUMNS).isfinite().all()
+
+
+def test_tables__are_made_and_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    device_copy.table.cache_clear()
+    copied: list[Tensor] = []
+    real = device_copy.to_device
+    monkeypatch.setattr(device_copy, "to_device", lambda values, *where: copied.append(values) or real(values, *where))
+    box = boxes((7, 3, 90, 41, 0)).requires_grad_()
+    with torch.inference_mode():
+        first = sincos(in_frame(box, box, ROWS, COLUMNS), 8)
+    assert len(copied) == 3
+    again = sincos(in_frame(box, box, ROWS, COLUMNS), 8)
+    assert len(copied) == 3 and torch.equal(first, again)
+    again.sum().backward()  # which keeps the tables, though inference made them
 
 
 def test_sincos__equals_naive_loops_and_tells_places_apart() -> None:

@@ -16,6 +16,7 @@ from training.core.world import World
 from training.engine import param_groups
 from training.engine.plain import PlainStepper
 from training.preflight.memory import FRAGMENTATION, FULL, RESERVED, calculate, census
+from training.preflight.step_time import pixels
 from training.recipes import SHIPPED
 
 METHODS = ("dino_vits", "dino_vitb", "pass_vits", "personvit_vits", "personmae_vits")
@@ -93,6 +94,14 @@ def test_state__is_split_as_the_stage_says(world: int) -> None:
         assert state["student"] == 4 * sum(sizes.student.values()) and state["teacher"] == 4 * sizes.teacher
     assert states[3]["teacher"] == 4 * -(-sizes.teacher // world)
     assert states[3]["gradients"] == 4 * own and not any("gradients" in state for state in states[:3])
+
+
+def test_state__views_are_copied_into_two_slots_of_a_gpu() -> None:
+    config = load(SHIPPED / "pass_vits.toml")
+    sizes = census(config)
+    cpu, gpu = (calculate(config, sizes, world=8, cuda=cuda).state["batch"] for cuda in (False, True))
+    values = 3 * pixels(config, config.optimisation.micro_batch)
+    assert cpu == 5 * values and gpu == 6 * values
 
 
 def test_moments__gradients_are_whole_where_nothing_splits_them() -> None:

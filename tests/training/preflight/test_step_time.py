@@ -34,6 +34,7 @@ from training.preflight.step_time import (
     _How,
     forecast,
     machine_of,
+    pixels,
     step_time,
 )
 
@@ -129,8 +130,19 @@ def test_step__of_pass_vits_on_eight_h100(sizes: Any) -> None:
     assert found.flops == pytest.approx(1_024 * flops_of_image(recipe("pass_vits")))
     assert sum(found.limits().values()) == pytest.approx(found.seconds)
     assert sum(found.seconds_of().values()) == pytest.approx(found.seconds)
-    assert list(found.seconds_of()) == [
-        "data", "copy", "teacher", "student", "heads, loss", "backward", "reduce", "after", "checkpoint"]  # fmt: skip
+    names = ["data", "normalise", "teacher", "student", "heads, loss", "backward", "reduce", "after", "checkpoint"]
+    assert list(found.seconds_of()) == names
+
+
+def test_step__copies_to_a_gpu_go_beside_it_and_count_where_they_are_longer(sizes: Any) -> None:
+    kind = gpus.named("h100")
+    assert kind is not None
+    machine = machine_of(kind)
+    usual = on("h100", sizes)
+    slow = machine._replace(host=1e6)
+    found = step_time(recipe("pass_vits"), sizes, slow, EIGHT)
+    assert found.seconds == found.data_s == 3 * pixels(recipe("pass_vits"), 128) / 1e6 > usual.seconds
+    assert found.parts["normalise"] == usual.parts["normalise"]
 
 
 def test_step__faster_gpus_are_faster(sizes: Any) -> None:

@@ -4,10 +4,11 @@ the host, and waits for the GPU in the forward pass show without one.
 Real are the recipe with its widths and heads, the module (made on the meta device, then `to_empty`), `BatchToDevice`,
 the method's forward pass under autocast, what the stepper collects and its norms, `after_step`, the moving average, and
 what evaluation embeds. Two blocks stand for all. Not here: the backward pass, which wants a CUDA context, DeepSpeed,
-kernels and streams.
+kernels, and races between streams (`tests/training/core/test_device_copy.py`).
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,13 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.support.streams import Streams
 from training import methods
 from training.config import build
 from training.config.batch_split import split_batch
 from training.config.recipe_toml import load
 from training.config.run_config import RunConfig
+from training.core.device_copy import table
 from training.core.world import World
 from training.engine import ema
 from training.engine.param_groups import group_parameters
@@ -52,11 +55,14 @@ ON_HOST = {"position", "sample"}
 
 
 @pytest.fixture
-def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     """A mode in which CUDA tensors have no memory, and CUDA's autocast is not switched off for want of a GPU."""
+    table.cache_clear()
+    Streams(monkeypatch)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    yield FakeTensorMode(allow_non_fake_inputs=True)
+    table.cache_clear()  # its tensors have no memory
 
 
 def small(name: str) -> RunConfig:

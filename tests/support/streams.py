@@ -5,7 +5,7 @@ the host has a vector clock, events and waits pass clocks on, and two operations
 must be ordered by them (Mattern, "Virtual time and global states of distributed systems", 1989).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -65,7 +65,7 @@ class Streams:
         self.host = Clock()
         self.host_waits = 0
         self.current = self.default = Stream(self)
-        for name, stand_in in (("Stream", lambda *_: Stream(self)), ("Event", Event), ("stream", self._within),
+        for name, stand_in in (("Stream", lambda *_, **__: Stream(self)), ("Event", Event), ("stream", self._within),
                                ("current_stream", lambda *_: self.current)):  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, stand_in)
 
@@ -123,6 +123,10 @@ class Races(TorchDispatchMode):
         if name == "aten::copy_" and stream is not self.streams.default:
             self.copies.append(args[0].numel() * args[0].element_size())
         return result
+
+    def take(self, tensors: Iterable[Tensor]) -> None:
+        """These are on the GPU."""
+        self._device.update(map(_memory, tensors))
 
     def host_writes(self, values: np.ndarray) -> None:
         """The host is about to change these."""

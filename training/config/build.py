@@ -86,7 +86,7 @@ def deepspeed_json(config: RunConfig, world: World, split: BatchSplit) -> dict[s
     from training.engine.deepspeed import derive_json
 
     return derive_json(config.engine, rows=split.per_rank, micro=split.micro_batch, world=world.size,
-                       reduction=config.optimisation.reduction)  # fmt: skip
+                       reduction=config.optimisation.reduction, cuda=world.device.type == "cuda")  # fmt: skip
 
 
 def fake_batch(spec: ViewSpec, split: BatchSplit, config: RunConfig) -> Batch:

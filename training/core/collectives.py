@@ -25,6 +25,13 @@ def reduce_scatter(values: Tensor) -> Tensor:
     return part
 
 
+def reduce_to(values: Tensor, rank: int, group: Any = None) -> Tensor:
+    """The sum over ranks on one of them, in place; what is left on the others is no sum. `group`: of all ranks."""
+    if _several():
+        distributed.reduce(values, dst=rank, group=group)
+    return values
+
+
 def all_reduce_later(values: Tensor) -> distributed.Work | None:
     """Begin to sum over ranks, in place; `wait` on what is returned. None: there is nothing to wait for."""
     return distributed.all_reduce(values, async_op=True) if _several() else None

@@ -17,6 +17,7 @@ from torch import Tensor
 from training.core.collectives import all_reduce
 from training.core.world import World
 from training.engine.optimizers import make_optimizer
+from training.engine.overlapped_reduction import OverlappedReduction, overlaps
 from training.engine.param_groups import ParameterGroup, StepSettings
 from training.engine.reduction import OWNERS, Reduction, scatter_in
 from training.engine.settings import EngineConfig, OptimisationConfig
@@ -26,14 +27,18 @@ from training.engine.zero_layouts import LAYOUTS
 from training.methods.base import Method, Outcome, TrainingProgress, Views
 
 CPU = torch.device("cpu")
+PERSISTENT = 100_000
+"""Trained parameters of at most so many numbers, such as biases and norms, stay whole in stage 3: to gather one takes
+about as long as a matrix."""
 
 
 def derive_json(
-    engine: EngineConfig, *, rows: int, micro: int, world: int, reduction: Reduction = "fp32"
+    engine: EngineConfig, *, rows: int, micro: int, world: int, reduction: Reduction = "fp32", cuda: bool = False
 ) -> dict[str, Any]:
     """DeepSpeed's configuration, complete.
 
-    `rows`: images of one rank in a global batch, padding included; `micro`: images of one micro-batch.
+    `rows`: images of one rank in a global batch, padding included; `micro`: images of one micro-batch; `cuda`: of GPUs,
+    which have streams to communicate on (in stages 1 and 2 by `training/engine/overlapped_reduction.py`).
     """
     return {
         "train_batch_size": rows * world,
@@ -48,8 +53,9 @@ def derive_json(
             "reduce_bucket_size": engine.bucket,
             "reduce_scatter": True,
             "use_multi_rank_bucket_allreduce": world > OWNERS,
-            "overlap_comm": False,
-            "stage3_param_persistence_threshold": 0,
+            "overlap_comm": cuda and engine.zero_stage == 3,
+            "contiguous_gradients": True,
+            "stage3_param_persistence_threshold": PERSISTENT,
             "stage3_prefetch_bucket_size": engine.bucket,
             "memory_efficient_linear": False,
             # the stepper has the norms already; stages 0 and 3 know no such switch
@@ -160,9 +166,15 @@ class DeepSpeedStepper(Stepper):
                 model=method, optimizer=optimizer, config=settings, dist_init_required=False
             )
         stage = int(settings["zero_optimization"]["stage"])
-        if stage == 1 and world.size > 1:
-            scatter_in(self.engine.optimizer, config.reduction, rank=world.rank, world=world.size,
-                       bucket=settings["zero_optimization"]["reduce_bucket_size"])  # fmt: skip
+        bucket = settings["zero_optimization"]["reduce_bucket_size"]
+        self._overlapped: OverlappedReduction | None = None
+        if overlaps(world, stage):
+            values = list(self.parameters.values())
+            self._overlapped = OverlappedReduction(
+                self.engine.optimizer, values, config.reduction, world, bucket=bucket
+            )  # fmt: skip
+        elif stage == 1 and world.size > 1:
+            scatter_in(self.engine.optimizer, config.reduction, rank=world.rank, world=world.size, bucket=bucket)
         self._layout = LAYOUTS[stage](self.engine, method, self.parameters, self.groups, world)
         self._whole_gradients = stage == 0
         self._released: set[int] = set()
@@ -181,6 +193,8 @@ class DeepSpeedStepper(Stepper):
 
     def backward(self, outcome: Outcome, *, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
+        if self._overlapped is not None:
+            self._overlapped.arm(last=last)
         # DeepSpeed averages over ranks; the loss is already this rank's share of the global batch.
         self.engine.backward(outcome.loss * (self.world.size * self._multiplier), scale_wrt_gas=False)
 
@@ -200,8 +214,6 @@ class DeepSpeedStepper(Stepper):
         held = {name: fragment for name, fragment in self._layout.gradients() if name in wanted}
         if held:
             torch._foreach_mul_(list(held.values()), [wanted[name] for name in held])
-        for name, fragment in held.items():
-            self._layout.put_gradient(name, fragment)
 
     def _advance(self) -> None:
         self.engine.set_gradient_accumulation_boundary(True)

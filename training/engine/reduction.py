@@ -4,6 +4,7 @@
     ZeRO 0      DeepSpeed's all-reduce, by buckets
     ZeRO 1      a reduce-scatter for each group of parameters: a rank receives the part that it steps, and no other
     ZeRO 2, 3   by buckets during the backward pass; 3 by DeepSpeed's reduce-scatter, 2 by its reductions to owners
+    ZeRO 1, 2   on GPUs, beside the backward pass, by `training/engine/overlapped_reduction.py`: reductions to owners
 
 DeepSpeed 0.19.8 calls it reduce-scatter in stage 1, too, and all-reduces every bucket, of which each rank then keeps
 its part: twice the bytes.
@@ -26,8 +27,8 @@ Reduction = Literal["fp32", "bf16"]
 BYTES: dict[Reduction, int] = {"fp32": 4, "bf16": 2}
 """Of a number on its way."""
 OWNERS = 64
-"""Most ranks with which ZeRO 2 reduces each bucket to the ranks that own it. Beyond, pieces are so small that their
-number, not their bytes, takes the time, and buckets are all-reduced."""
+"""Most ranks with which buckets are reduced to the ranks that own them. Beyond, pieces are so small that their number,
+not their bytes, takes the time: in stage 2 buckets are all-reduced, in stage 1 scattered after the backward pass."""
 
 
 def travelling(values: Tensor, reduction: Reduction) -> Tensor:

@@ -80,8 +80,9 @@ class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters are split over the ranks
     (student and teacher). Results are the same; 1 is the fastest where the model fits."""
-    bucket: int = Field(default=50_000_000, ge=1)
-    """Numbers reduced together under DeepSpeed. Smaller saves memory. Changes the last bits of sums."""
+    bucket: int = Field(default=16_000_000, ge=1)
+    """Numbers reduced together under DeepSpeed; on GPUs while the backward pass goes on, but for the last ones. Smaller
+    saves memory, too small ones take longer. Changes the last bits of sums."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """"cuda": a GPU for each rank, an error where there is none. "auto": GPUs where Ray offers any or its autoscaler
     can bring some (without Ray: where torch finds one), else CPUs; a run that was on GPUs does not go on on CPUs.

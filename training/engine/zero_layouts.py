@@ -47,11 +47,7 @@ class ZeroLayout(ABC):
 
     @abstractmethod
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """This rank's part of every gradient of the global batch."""
-
-    def put_gradient(self, name: str, fragment: Tensor) -> None:
-        """Write back a changed part. Nothing to do where `gradients` gave the thing itself, in stages 0 to 2."""
-        del name, fragment
+        """This rank's part of every gradient of the global batch, in the memory that the optimizer reads."""
 
     @abstractmethod
     def discard(self) -> None:
@@ -176,12 +172,20 @@ class ShardLayout(ZeroLayout):
         parts = enumerate(self.zero.fp32_partitioned_groups_flat)
         return [flat for place, flat in parts if self.zero.sub_group_to_group_id[place] == index]
 
-    def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.parameters.items():
-            yield name, self.zero.get_local_fp32_grad_for_param(parameter)
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._names = {id(parameter): name for name, parameter in self.parameters.items()}
+        # The teacher's change when DeepSpeed does not look: after its step, which gathers those that stay whole.
+        for parameter in self.method.parameters():
+            parameter.ds_persist = parameter.ds_persist and parameter.requires_grad  # type: ignore[attr-defined]
+        kept = self.zero.persistent_parameters
+        kept[:] = [parameter for parameter in kept if parameter.ds_persist]
 
-    def put_gradient(self, name: str, fragment: Tensor) -> None:
-        self.zero.set_local_grad_for_param(fragment, self.parameters[name])
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        # DeepSpeed's function for one parameter has the host wait for the GPU
+        for place, group in enumerate(self.zero.fp16_groups):
+            for parameter, gradient in zip(group, self.zero.averaged_gradients[place], strict=True):
+                yield self._names[id(parameter)], gradient
 
     def discard(self) -> None:
         self.engine.zero_grad()
@@ -221,6 +225,8 @@ class ShardLayout(ZeroLayout):
             flat, offset, size = self._place(name)
             shard = self.parameters[name].ds_tensor  # type: ignore[attr-defined]
             flat.data.narrow(0, offset, size).copy_(shard.view(-1))
+        if whole := self.zero.persistent_parameters:
+            whole[0].partition(whole)  # gathered again when they are used
 
     def held(self, network: torch.nn.Module) -> dict[str, Tensor]:
         parameters: dict[str, Any] = dict(network.named_parameters())

@@ -12,6 +12,9 @@ rings share the numbers, not the sum. What the ranks of a machine tell each othe
     ZeRO 1          reduce-scatter of gradients, all-gather of parameters, once a step
     ZeRO 2          gradients at every micro-batch, to their owners (all-reduced where ranks are many), parameters once
     ZeRO 3          reduce-scatter of gradients and all-gather of parameters, the teacher's too, at every micro-batch
+
+On GPUs gradients of ZeRO 1 to 3, and what 3 gathers, go beside the computation; on CPUs nothing does, nor do gradients
+of ZeRO 1 with more ranks than `OWNERS`.
 """
 
 from typing import NamedTuple
@@ -35,8 +38,7 @@ class Traffic(NamedTuple):
         return self.gradients + self.parameters
 
     def seconds(self, gbit_s: float = GBIT_S) -> float:
-        """How long a network of so many Gb/s in each direction takes, at its full rate. Nothing is computed
-        meanwhile: a step waits for its sums."""
+        """How long a network of so many Gb/s in each direction takes, at its full rate."""
         return self.total * 8 / (gbit_s * 1e9)
 
 

@@ -20,6 +20,7 @@ from training.config.batch_split import BatchSplit, split_of
 from training.config.build import build_method, deepspeed_json, view_spec, workload
 from training.config.run_config import RunConfig
 from training.core.world import World
+from training.engine.overlapped_reduction import overlaps
 from training.engine.param_groups import group_parameters
 from training.methods.base import Method
 from training.nn.mae_decoder import Decoder
@@ -162,7 +163,7 @@ def calculate(config: RunConfig, sizes: Census, *, world: int, cuda: bool) -> Me
     base = sum(state.values()) + held.gathered()
     several = split.per_rank > split.micro_batch
     earlier = held.accumulated() if several else 0
-    again = max(earlier, held.bucket() + (held.gradients() if several else 0))
+    again = max(earlier, held.staged() + (held.gradients() if several else 0)) + held.sent()
     ended = sum(kept.values())
     moments = {
         "forward": base + earlier + ended + _forward_temporaries(config, split.micro_batch, sizes),
@@ -277,12 +278,24 @@ class _Held(NamedTuple):
 
     def accumulated(self) -> int:
         """Between two micro-batches. Stage 1 splits gradients at the end of the last one: until then they are whole,
-        and the bucket of a backward pass stays."""
-        return FULL * self.sizes.trained + self.bucket() if self.stage == 1 else self.gradients()
+        and DeepSpeed's bucket stays."""
+        return FULL * self.sizes.trained + self.staged() if self.stage == 1 else self.gradients()
 
-    def bucket(self) -> int:
-        """What DeepSpeed sets up at the start of a backward pass to add gradients up in, whatever their number."""
-        return FULL * self.config.engine.bucket if self.stage in (1, 2) else 0
+    @property
+    def _overlaps(self) -> bool:
+        return overlaps(World(size=self.world, device=torch.device("cuda" if self.cuda else "cpu")), self.stage)
+
+    def staged(self) -> int:
+        """What DeepSpeed sets up at the start of a backward pass to add gradients up in, whatever their number. Nothing
+        where that is done without it."""
+        without = self._overlaps or (self.stage == 1 and self.world > 1)
+        return FULL * self.config.engine.bucket if self.stage in (1, 2) and not without else 0
+
+    def sent(self) -> int:
+        """A bucket that is averaged beside the backward pass, its lowered copy included."""
+        if not self._overlaps:
+            return 0
+        return (FULL + (2 if self._lowered else 0)) * min(self.config.engine.bucket, self._own)
 
     def gradients(self) -> int:
         """When the step begins, where they are not there throughout."""

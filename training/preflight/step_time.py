@@ -7,7 +7,8 @@
     student     forward pass of its backbone and decoders
     heads, loss forward pass of heads, student's and teacher's, targets and loss, in float32
     backward    of student, heads and loss
-    reduce      what ranks tell each other: gradients, and parameters that are split or were stepped in parts
+    reduce      what ranks tell each other, as far as it does not go beside the rest: gradients, and parameters that are
+                split or were stepped in parts
     after       norms, clipping, optimizer, moving average
     checkpoint  what the loop stands still for, spread over the steps between two
 
@@ -23,14 +24,18 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+import torch
+
 from training.config.batch_split import BatchSplit, split_of
 from training.config.build import view_spec, workload
 from training.config.run_config import RunConfig
+from training.core.world import World
+from training.engine.overlapped_reduction import overlaps
 from training.nn.heads import HeadConfig
 from training.nn.vision_transformer import BackboneConfig
 from training.nn.workload import Decoding, Scored, Stack, Workload
 from training.preflight.activation_memory import FULL
-from training.preflight.communication import GBIT_S, traffic
+from training.preflight.communication import GBIT_S, Traffic, traffic
 from training.preflight.gpus import GIGA, Format, Gpu
 from training.preflight.memory import Census
 from training.preflight.operations import backbone_format, block_flops, float32_format, operations
@@ -113,6 +118,11 @@ class Machine(NamedTuple):
     """Bytes a second from the host's memory; infinite: nothing is copied."""
     fused: bool = True
     """Does a fused kernel do attention?"""
+
+    @property
+    def streams(self) -> bool:
+        """Can it communicate beside its computation, as a GPU can?"""
+        return self.launch_s > 0
 
 
 class Reached(NamedTuple):
@@ -264,7 +274,7 @@ def step_time(config: RunConfig, sizes: Census, machine: Machine, share: Share) 
         "backward": how.backward(work, sizes),
     }
     parts = {name: part.times(micros) for name, part in once.items()}
-    parts["reduce"] = _reduce(config, sizes, machine, share, micros)
+    parts["reduce"] = _reduce(config, sizes, machine, share, once)
     parts["after"] = how.after(sizes, share.world)
     parts["checkpoint"] = _checkpoint(config, sizes, machine, share)
     images = config.optimisation.batch
@@ -469,18 +479,34 @@ def stage_of(config: RunConfig) -> int:
     return config.engine.zero_stage if config.engine.stepper == "deepspeed" else 0
 
 
-def _reduce(config: RunConfig, sizes: Census, machine: Machine, share: Share, micros: int) -> Part:
-    """All of it is exposed: nothing else is computed meanwhile. In a ring two ranks of a machine pass on as much as
-    two machines do; of the two the slower link counts."""
+def _reduce(config: RunConfig, sizes: Census, machine: Machine, share: Share, once: Mapping[str, Part]) -> Part:
+    """What a step waits for: all that is sent but what goes beside the computation of micro-batches (`once`: the parts
+    of one), of which at least the last bucket has nothing left to go beside. In a ring two ranks of a machine pass on
+    as much as two machines do; of the two the slower link counts."""
     if share.world == 1:
         return Part()
-    stage = config.engine.zero_stage if config.engine.stepper == "deepspeed" else None
+    micros = split_of(config, share.world).micro_batches
+    deepspeed = config.engine.stepper == "deepspeed"
+    stage = config.engine.zero_stage if deepspeed else None
     sent = traffic(
         trained=sizes.trained, parameters=sizes.parameters, stage=stage, reduction=config.optimisation.reduction,
         ranks=share.world, machines=max(2, share.machines), micro_batches=micros,
     )  # fmt: skip
-    inside = sent.total / machine.link
-    return Part(links=inside if share.machines == 1 else max(inside, sent.seconds(machine.network)))
+    gradients_s, parameters_s = (_sent_s(one, machine, share) for one in (sent.gradients, sent.parameters))
+    beside_s = 0.0
+    if machine.streams and stage == 3:
+        beside_s = micros * sum(part.seconds for part in once.values())
+        gradients_s, parameters_s = gradients_s + parameters_s, 0.0
+    elif machine.streams and overlaps(World(size=share.world, device=torch.device("cuda")), stage or 0):
+        beside_s = (micros if stage == 2 else 1) * once["backward"].seconds
+    last_s = gradients_s * min(1.0, config.engine.bucket / sizes.trained) / (micros if (stage or 0) > 1 else 1)
+    exposed_s = max(gradients_s - beside_s, last_s) if beside_s else gradients_s
+    return Part(links=exposed_s + parameters_s)
+
+
+def _sent_s(sent: int, machine: Machine, share: Share) -> float:
+    inside_s = sent / machine.link
+    return inside_s if share.machines == 1 else max(inside_s, Traffic(sent, 0).seconds(machine.network))
 
 
 def _checkpoint(config: RunConfig, sizes: Census, machine: Machine, share: Share) -> Part:

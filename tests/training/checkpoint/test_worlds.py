@@ -152,7 +152,8 @@ def test_failure__of_one_rank_is_heard_by_all_in_the_same_step(tmp_path: Path) -
 
 
 def _goes_on(world: World, folder: str) -> dict[str, bool]:
-    """Kind of stepper -> are the weights after two steps, a save and two steps those after a restore and two steps?"""
+    """Kind of stepper -> are the weights after two steps, a save and two steps those after a restore and two steps,
+    and those after another restore by the same stepper?"""
     config = tiny("pass_vits", images=2)
     _, views = with_views(config)
     clock = clock_of(config, 200)
@@ -165,12 +166,16 @@ def _goes_on(world: World, folder: str) -> dict[str, bool]:
         assert stepper.step().finite
         ema.update(stepper.held(stepper.method.student), stepper.held(stepper.method.teacher), now.ema)
 
+    from training.engine import deepspeed
+
+    deepspeed.PERSISTENT = 100  # in this process of the test
     for kind in STEPPERS:
-        weights = []
-        for resumed in (False, True):
-            engine = replace(config.engine, stepper="plain" if kind == "plain" else "deepspeed",
-                             zero_stage=0 if kind == "plain" else int(kind[-1]))  # fmt: skip
-            stepper = assemble(replace(config, engine=engine), build_method(config), world, split_batch(2, 2, 1))
+        weights: list[list[torch.Tensor]] = []
+        engine = replace(config.engine, stepper="plain" if kind == "plain" else "deepspeed",
+                         zero_stage=0 if kind == "plain" else int(kind[-1]))  # fmt: skip
+        for resumed in (False, True, True):
+            if len(weights) < 2:
+                stepper = assemble(replace(config, engine=engine), build_method(config), world, split_batch(2, 2, 1))
             checkpoints = make_checkpoints(open_store(f"{folder}/{kind}"), world=world)
             if resumed:
                 assert checkpoints.restore(stepper) == (40, "step_0000010")
@@ -181,12 +186,12 @@ def _goes_on(world: World, folder: str) -> dict[str, bool]:
             step(stepper, 204)
             step(stepper, 206)
             weights.append([piece.values.clone() for piece in stepper.pieces(stepper.steps())])
-        found[kind] = all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
+        found[kind] = all(torch.equal(first, one) for first, *others in zip(*weights, strict=True) for one in others)
     return found
 
 
 @pytest.mark.slow
 def test_restore__every_stepper_goes_on_bit_identically(tmp_path: Path) -> None:
-    """Past the epoch in which the last layer is released."""
+    """Past the epoch in which the last layer is released. Of stage 3 biases stay whole, and matrices do not."""
     for found in run_ranks(2, _goes_on, str(tmp_path)):
         assert found == dict.fromkeys(STEPPERS, True)

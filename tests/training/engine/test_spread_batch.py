@@ -17,6 +17,8 @@ STAGES = (None, 0, 1, 2, 3)
 """None: the plain stepper."""
 BUCKET = 300
 """Numbers reduced at once: a group of parameters takes several, which begin and end within a parameter."""
+PERSISTENT = 100
+"""Numbers: in stage 3 biases and norms stay whole, and matrices do not."""
 EXACT, ROUNDED = 1e-10, 2e-5
 """Of float64 with AdamW, and of float32 with SGD, whose steps are proportional to gradients: differences over the
 tensor's largest change."""
@@ -29,6 +31,9 @@ def _plain(world: World) -> list[Trajectory]:
 def _all_engines(world: World) -> list[tuple[str, Trajectory]]:
     runs = [(f"stage {stage}, {micro} at once", (micro, torch.float32, stage))
             for stage in STAGES for micro in WITH_DEEPSPEED[world.size]]  # fmt: skip
+    from training.engine import deepspeed
+
+    deepspeed.PERSISTENT = PERSISTENT  # in this process of the test
     return [(name, steps(world, *how, bucket=BUCKET, optimizer="sgd")) for name, how in runs]
 
 

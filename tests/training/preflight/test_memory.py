@@ -120,6 +120,27 @@ def test_moments__the_plain_stepper_adds_ranks_in_one_copy_of_all_gradients() ->
     assert beside == [FULL * sizes.trained, 2 * FULL * sizes.trained]
 
 
+def test_moments__what_is_averaged_beside_the_backward_pass_counts_there() -> None:
+    """On GPUs; elsewhere DeepSpeed has a bucket of its own in stage 2, and none in stage 1."""
+    config = load(SHIPPED / "pass_vitb.toml")
+    sizes = census(config)
+    own = -(-sizes.trained // 8)
+    assert own > 1_000_000
+
+    def backward(bucket: int, stage: int, *, cuda: bool = True, world: int = 8, reduction: str = "fp32") -> int:
+        one = with_engine(config, bucket=bucket, zero_stage=stage)
+        one = replace(one, optimisation=replace(one.optimisation, reduction=reduction))  # type: ignore[arg-type]
+        return calculate(one, sizes, world=world, cuda=cuda).moments["backward"]
+
+    for stage in (1, 2):
+        assert backward(1_000_000, stage) - backward(1_000, stage) == FULL * 999_000
+        assert backward(2 * sizes.trained, stage) - backward(1_000, stage) == FULL * (own - 1_000)
+        assert backward(1_000_000, stage, reduction="bf16") - backward(1_000_000, stage) == 2_000_000
+    assert backward(1_000_000, 1, cuda=False) == backward(1_000, 1, cuda=False)
+    assert backward(1_000_000, 2, cuda=False) - backward(1_000, 2, cuda=False) == FULL * 999_000
+    assert backward(1_000_000, 1, world=1) - backward(1_000, 1, world=1) == FULL * 999_000
+
+
 def test_moments__accumulated_gradients_are_there_in_the_forward_pass() -> None:
     config = tiny("pass_vits", images=4)
     halved = replace(config, optimisation=replace(config.optimisation, batch=8))

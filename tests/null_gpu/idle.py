@@ -1,4 +1,5 @@
-"""The null GPU as it is, kernels doing nothing: who waits for the GPU in a step, and how often, line by line."""
+"""The null GPU as it is, kernels doing nothing: who waits for the GPU in a step, or copies to it, and how often, by
+line."""
 
 import collections
 import ctypes
@@ -22,6 +23,8 @@ COUNTED = (
 """What `null.c` counts, in its order."""
 WAITS = ("stream_sync", "event_sync", "device_sync", "copy_sync")
 """Those in which the host stands still until the GPU has done what it was told."""
+BESIDE = ("copy_h2d", "copy_h2d_pinned", "stream_wait")
+"""Copies to the GPU, those of them from pinned memory, and waits of one stream for another."""
 WARM_UP = 3
 """Steps before anything is counted."""
 DEEPEST = 60
@@ -44,7 +47,7 @@ class Waiting:
         from training.trainer import loop
 
         observe, keep = loop._observe, loop._keep
-        mask = sum(1 << COUNTED.index(kind) for kind in WAITS)
+        mask = sum(1 << COUNTED.index(kind) for kind in (*WAITS, *BESIDE))
         self._library.nullcuda_callback(ctypes.cast(self._note, ctypes.c_void_p), mask)
         try:
             with mock.patch.multiple(loop, _observe=self._stepping(observe), _keep=self._aside(keep)):
@@ -55,8 +58,11 @@ class Waiting:
 
     def __str__(self) -> str:
         steps = max(1, self._steps - WARM_UP)
-        lines = [f"waits for the GPU per step, in {steps} steps after step {WARM_UP}:"]
-        lines += [f"{count / steps:8.1f}  {kind:12}  {line}" for (kind, line), count in self._found.most_common()]
+        lines = []
+        for what, kinds in (("waits for the GPU", WAITS), ("copies and streams", BESIDE)):
+            lines.append(f"{what} per step, in {steps} steps after step {WARM_UP}:")
+            lines += [f"{count / steps:8.1f}  {kind:15}  {line}" for (kind, line), count in self._found.most_common()
+                      if kind in kinds]  # fmt: skip
         return "\n".join(lines)
 
     def _count(self, kind: int, _: int) -> None:
@@ -85,12 +91,11 @@ class Waiting:
 
 @contextmanager
 def idle() -> Iterator[None]:
-    """Nothing is computed: numbers are what lies in memory, so all of them count as finite. No cuDNN; the convolution
-    that cuts patches is one product, as cuDNN makes it."""
+    """Nothing is computed: numbers are what lies in memory. No cuDNN; the convolution that cuts patches is one product,
+    as cuDNN makes it."""
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
-    patches = mock.patch.object(nn.Conv2d, "forward", _cut(nn.Conv2d.forward))
-    with patches, mock.patch.object(torch, "isfinite", _finite(torch.isfinite)):
+    with mock.patch.object(nn.Conv2d, "forward", _cut(nn.Conv2d.forward)):
         yield
 
 
@@ -105,10 +110,6 @@ def _line() -> str:
             return f"{name[len(str(ROOT)) + 1 :]}:{frame.f_lineno}"
         frame = frame.f_back
     return "elsewhere"
-
-
-def _finite(real: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda values: torch.ones(values.shape, dtype=torch.bool) if values.is_cuda else real(values)
 
 
 def _cut(real: Callable[[nn.Conv2d, Tensor], Tensor]) -> Callable[[nn.Conv2d, Tensor], Tensor]:

@@ -111,9 +111,33 @@ def test_run__has_the_numbers_of_the_cpu(name: str, data: str, tmp_path: Path) -
     assert np.array(found) == pytest.approx(np.array(numbers(tmp_path / "cpu")), rel=LAST_BITS)
 
 
-@pytest.mark.skipif(CHOSEN is not CASES, reason="two GPUs under Ray: with NULL_GPU_CASES=all")
-def test_run__under_ray_on_two_gpus_has_the_numbers_of_two_cpus(data: str, tmp_path: Path) -> None:
+def per_step(output: str) -> dict[tuple[str, str], float]:
+    """(kind, file) -> how often in a step, of what an idle run tells by line."""
+    found: dict[tuple[str, str], float] = {}
+    for count, kind, file in re.findall(r"^ +([\d.]+)  (\w+) +(training/\S+):\d+$", output, re.MULTILINE):
+        found[kind, file] = found.get((kind, file), 0.0) + float(count)
+    return found
+
+
+def test_step__waits_for_the_gpu_once_and_for_copies_once_however_many_micro_batches(data: str, tmp_path: Path) -> None:
     recipe, flags = CASES["zero_1"]
+    words = ["tests.null_gpu.inside", "--idle", "training", "pretrain", recipe, *TINY, "--stream.manifest", data,
+             *flags, "--samples-per-epoch", "240", "--optimisation.micro-batch", "6", "--out"]  # fmt: skip
+    found = per_step(ended_well(started([*words, str(tmp_path / "run")], environment())))
+    copies, step = "training/core/device_copy.py", "training/engine/stepper.py"
+    waits = {where: count for where, count in found.items() if where[0].endswith("sync")}
+    assert waits == pytest.approx({("stream_sync", step): 1.0, ("stream_sync", copies): 1.0}, abs=0.2)
+    pinned = {file: count for (kind, file), count in found.items() if kind == "copy_h2d_pinned"}
+    assert pinned == {file: count for (kind, file), count in found.items() if kind == "copy_h2d"}
+    views, small, dropped, micro_batches = 11, 1, 1, 4
+    assert pinned[copies] == pytest.approx((views + small + dropped) * micro_batches, abs=2.5), "one of all small ones"
+    assert found["stream_wait", copies] == pytest.approx(2 * micro_batches, abs=0.5)
+
+
+@pytest.mark.skipif(CHOSEN is not CASES, reason="two GPUs under Ray: with NULL_GPU_CASES=all")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_run__under_ray_on_two_gpus_has_the_numbers_of_two_cpus(stage: int, data: str, tmp_path: Path) -> None:
+    recipe, flags = CASES[f"zero_{stage}"]
     words = ["cluster", "pretrain", recipe, *TINY, "--stream.manifest", data, *flags, "--cluster.max-workers", "2",
              "--optimisation.micro-batch", "6", "--out"]  # fmt: skip
     ended_well(started([*words, str(tmp_path / "cpu"), *CPU], dict(os.environ)))

@@ -2,10 +2,13 @@
 
 Those on picklable values are methods of `training.core.world.World`."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
+
+from training.core.device_copy import to_device
 
 
 def all_reduce(values: Tensor, operation: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM) -> Tensor:
@@ -32,9 +35,42 @@ def reduce_to(values: Tensor, rank: int, group: Any = None) -> Tensor:
     return values
 
 
-def all_reduce_later(values: Tensor) -> distributed.Work | None:
-    """Begin to sum over ranks, in place; `wait` on what is returned. None: there is nothing to wait for."""
-    return distributed.all_reduce(values, async_op=True) if _several() else None
+class LateSum:
+    """The sum over ranks of numbers in the host's memory, on its way beside all else. On GPUs on a stream of its own:
+    neither does the computation wait for the numbers, nor they for the computation."""
+
+    def __init__(self, values: Tensor, device: torch.device) -> None:
+        """Begin. `values` are written to."""
+        self._values = values
+        self._work: distributed.Work | None = None
+        self._there: torch.cuda.Event | None = None
+        if _several() and device.type == "cuda":
+            self._on_stream(device)
+        elif _several():
+            self._work = distributed.all_reduce(values, async_op=True)
+
+    def _on_stream(self, device: torch.device) -> None:
+        stream = _side_stream(device)
+        with torch.cuda.stream(stream):
+            values = to_device(self._values, device)
+            distributed.all_reduce(values, async_op=True).wait()  # the stream waits
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record(stream)
+
+    def wait(self) -> Tensor:
+        """The sum, in the host's memory. Waits for ranks that lag behind, and for nothing of a GPU's computation."""
+        if self._work is not None:
+            self._work.wait()
+        if self._there is not None:
+            self._there.synchronize()
+        return self._values
+
+
+@lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

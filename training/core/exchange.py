@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 
-from training.core.collectives import all_reduce_later
+from training.core.collectives import LateSum
 from training.core.world import World
 
 Numbers = Sequence[float]
@@ -36,9 +35,8 @@ class _Share(NamedTuple):
 class _Pending(NamedTuple):
     """An all-reduce that is under way, and which numbers in it are whose."""
 
-    values: torch.Tensor
+    sum: LateSum
     shares: list[_Share]
-    work: dist.Work | None
 
 
 class Exchange:
@@ -69,13 +67,12 @@ class Exchange:
         self._participants.append(_Participant(contribute, apply, by_rank=True))
 
     def receive(self) -> None:
-        """Hand the last all-reduce's result to the participants, once. Waits only for ranks that lag a step behind."""
+        """Hand the last all-reduce's result to the participants, once. Waits only for ranks that lag a step behind: not
+        for what this rank's GPU computes."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        if pending.work is not None:
-            pending.work.wait()
-        numbers = pending.values.cpu().numpy()
+        numbers = pending.sum.wait().numpy()
         for share in pending.shares:
             share.participant.apply(numbers[share.first : share.end].reshape(share.rows, -1))
 
@@ -94,7 +91,6 @@ class Exchange:
         for share, row in zip(shares, contributed, strict=True):
             table = flat[share.first : share.end].reshape(share.rows, -1)
             table[self._world.rank if share.participant.by_rank else 0] = row
-        values = torch.from_numpy(flat).to(self._world.device)
-        self._pending = _Pending(values, shares, all_reduce_later(values))
+        self._pending = _Pending(LateSum(torch.from_numpy(flat), self._world.device), shares)
         if self.alone:
             self.receive()

@@ -20,6 +20,13 @@ def autocast_region(precision: Precision, device: torch.device) -> AbstractConte
     return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
 
 
+def casts_kept(device: torch.device) -> AbstractContextManager[None]:
+    """The region around several passes over the same weights, which must not change in it: what autocast regions inside
+    have lowered of trained weights is kept for the next of them. Same numbers: each gradient still goes through the
+    cast, and is added up in the weight's own precision. Outside those regions nothing is lowered."""
+    return torch.autocast(device.type, enabled=False)  # autocast empties its cache when the outermost region ends
+
+
 def refuse_fp16_on_cpu(precision: Precision, device: torch.device) -> None:
     """Raises ConfigError."""
     if precision == "fp16" and device.type == "cpu":

@@ -7,12 +7,14 @@ losses, sums and metrics are those of the whole global batch, on every rank.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from training.core.collectives import all_reduce
+from training.core.precision import casts_kept
 from training.core.world import World
 from training.engine import param_groups
 from training.engine.loss_scaling import first_scale
@@ -65,6 +67,10 @@ class Stepper(ABC):
         """Set learning rate and decay of every group for the coming step."""
         self._frozen = {name for group in self.groups if group.frozen(progress) for name in group.names}
         param_groups.apply(self.groups, self._optimizer_groups(), now, progress)
+
+    def accumulation(self) -> AbstractContextManager[None]:
+        """Around forward and backward of all micro-batches of a step: weights are lowered once for all of them."""
+        return casts_kept(self.world.device)
 
     def forward(self, views: Views, progress: TrainingProgress) -> Outcome:
         """The outcome of one micro-batch; its loss, sums and metrics are added to the step's."""

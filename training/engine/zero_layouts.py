@@ -180,6 +180,14 @@ class ShardLayout(ZeroLayout):
             parameter.ds_persist = parameter.ds_persist and parameter.requires_grad  # type: ignore[attr-defined]
         kept = self.zero.persistent_parameters
         kept[:] = [parameter for parameter in kept if parameter.ds_persist]
+        self._spare_waits()
+
+    def _spare_waits(self) -> None:
+        """Have no host wait for the GPU after a backward pass, where the GPU alone must, nor for norms in a step that
+        the stepper has found finite."""
+        self.zero._get_norm_groups = lambda: [torch.zeros(())]
+        if (stream := self.zero.reduce_and_partition_stream) is not None:
+            stream.synchronize = lambda: torch.cuda.current_stream(stream.device).wait_stream(stream)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         # DeepSpeed's function for one parameter has the host wait for the GPU

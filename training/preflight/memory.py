@@ -157,9 +157,7 @@ def calculate(config: RunConfig, sizes: Census, *, world: int, cuda: bool) -> Me
     split = split_of(config, world)
     held = _Held(config, sizes, split, world, cuda)
     state = held.state() | {"batch": batch_bytes(config, split.micro_batch, cuda=cuda)}
-    kept = activation_memory.saved(config, split.micro_batch, how) | {
-        "lowered weights": lowered_copies(config, sizes, how)
-    }
+    kept = activation_memory.saved(config, split.micro_batch, how) | {"lowered weights": lowered_copies(sizes, how)}
     base = sum(state.values()) + held.gathered()
     several = split.per_rank > split.micro_batch
     earlier = held.accumulated() if several else 0
@@ -184,12 +182,9 @@ def batch_bytes(config: RunConfig, images: int, *, cuda: bool) -> int:
     return pixels * (FULL + (2 if cuda else 1))
 
 
-def lowered_copies(config: RunConfig, sizes: Census, how: Numerics) -> int:
-    """Weights in lower precision that the backward pass uses; those of checkpointed blocks are made again."""
-    if not how.lowered:
-        return 0
-    blocks = 0 if config.backbone.checkpoint_blocks else sizes.lowered_blocks
-    return how.matrix * (sizes.lowered_rest + blocks)
+def lowered_copies(sizes: Census, how: Numerics) -> int:
+    """Weights in lower precision, which are kept for the backward pass and the next micro-batch."""
+    return how.matrix * (sizes.lowered_rest + sizes.lowered_blocks) if how.lowered else 0
 
 
 def _forward_temporaries(config: RunConfig, images: int, sizes: Census) -> int:

@@ -62,7 +62,8 @@ each number of the teacher."""
 LAUNCHES = {"fp32": (10, 20), "lowered": (12, 24)}
 """Operations that a block launches, forward and backward (`test_step_time.py` counts them, as those that follow)."""
 LAUNCHES_OF_CASTS = 8
-"""More under autocast for each block of a network, once in a micro-batch: its weights and biases; their gradients."""
+"""More under autocast for each block of a network: its weights and biases, those of the student once in a step, the
+teacher's in each micro-batch; gradients in each."""
 LAUNCHES_OF_DROP_PATH = 5, 8
 """More for each block where branches are scaled by drop path's factors."""
 LAUNCHES_OF_STACK, LAUNCHES_OF_HEAD, LAUNCHES_OF_LOSS = (20, 14), (39, 50), (10, 0)
@@ -269,11 +270,12 @@ def step_time(config: RunConfig, sizes: Census, machine: Machine, share: Share) 
     once: dict[str, Part] = {
         "normalise": how.normalise(split.micro_batch),
         "teacher": _sum(how.stack(stack, learns=False) for stack in work.teacher) + how.lowered(sizes.teacher),
-        "student": how.student(work, sizes),
+        "student": how.student(work),
         "heads, loss": how.heads(work, sizes),
         "backward": how.backward(work, sizes),
     }
     parts = {name: part.times(micros) for name, part in once.items()}
+    parts["student"] += how.casts(sizes, micros)
     parts["reduce"] = _reduce(config, sizes, machine, share, once)
     parts["after"] = how.after(sizes, share.world)
     parts["checkpoint"] = _checkpoint(config, sizes, machine, share)
@@ -335,16 +337,21 @@ class _How(NamedTuple):
         return Part(0.0, values * (1 + 2 * FULL) / self.machine.memory, LAUNCHES_OF_VIEWS * self.machine.launch_s)
 
     def lowered(self, numbers: int) -> Part:
-        """The weights of a network cast for products, once for each micro-batch."""
+        """The weights of a network cast for products."""
         if self.kind == "fp32" or not numbers:
             return Part()
         launches = LAUNCHES_OF_CASTS * self.config.backbone.shape.depth
         return Part(memory=numbers * (FULL + 2) / self.machine.memory, launch=launches * self.machine.launch_s)
 
-    def student(self, work: Workload, sizes: Census) -> Part:
+    def student(self, work: Workload) -> Part:
         decoders = _sum(self.decoder(one, 0) for one in work.decoded)
         stacks = _sum(self.stack(stack, learns=True) for stack in work.student)
-        return stacks + decoders + self.lowered(sizes.lowered_blocks + sizes.lowered_rest)
+        return stacks + decoders
+
+    def casts(self, sizes: Census, micros: int) -> Part:
+        """The student's weights cast for products, once in a step; in compiled blocks once for each micro-batch."""
+        blocks = self.lowered(sizes.lowered_blocks + sizes.lowered_rest)
+        return blocks.times(micros) if self.config.backbone.compile_blocks else blocks
 
     def stack(self, stack: Stack, *, learns: bool) -> Part:
         """The forward pass of a backbone over views of one size."""

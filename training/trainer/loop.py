@@ -169,11 +169,12 @@ def _step(
 
 
 def _try(run: TrainingRun, parts: Sequence[Batch], progress: TrainingProgress, launched: Callable[[], None]) -> Result:
-    for part, following in zip(parts, [*parts[1:], None], strict=True):
-        views = run.place(part)
-        if run.copies is not None and following is not None:
-            run.copies.ahead(following)
-        run.stepper.backward(run.stepper.forward(views, progress), last=following is None)
+    with run.stepper.accumulation():
+        for part, following in zip(parts, [*parts[1:], None], strict=True):
+            views = run.place(part)
+            if run.copies is not None and following is not None:
+                run.copies.ahead(following)
+            run.stepper.backward(run.stepper.forward(views, progress), last=following is None)
     launched()
     return run.stepper.step()
 

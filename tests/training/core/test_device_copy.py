@@ -1,6 +1,7 @@
 """Copies beside the computation: no byte is read before it has come, or overwritten before it was read."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,9 @@ class Noted:
         self.views: list[Any] = []
 
     def apply(self, *_: Any) -> None: ...
+
+    def accumulation(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def backward(self, outcome: Any, *, last: bool) -> None:
         self.views.append({name: value.clone() for name, value in outcome.items()})

@@ -41,7 +41,7 @@ from training.methods.base import (
     Views,
     by_source,
 )
-from training.methods.identity_batch import identity_batch
+from training.methods.identity_batch import erased_numbers, identity_batch
 from training.nn import ics_stem
 from training.nn.drop_path import Paths
 from training.nn.feature_diagnostics import of_features
@@ -237,7 +237,8 @@ class ClusterContrast(Method[ClusterContrastConfig]):
         cls, config: ClusterContrastConfig, views: ViewConfig, backbone: BackboneConfig, images: int
     ) -> Workload:
         """There is no teacher; products with the memory are less than 1e-3 of all."""
-        return super().workload(config, views, backbone, images)._replace(products_complete=True)
+        erased = erased_numbers(backbone, images, config.erase)
+        return super().workload(config, views, backbone, images)._replace(loss_alive=erased, products_complete=True)
 
     @classmethod
     def nearest_recipe(cls, run: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 Shapes: B images of this process, H x W pixels, D blocks of the backbone.
 """
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -38,3 +39,8 @@ def identity_batch(
     drawn = draw_path_masks(rates, seed=progress.seed, purpose=purpose, position=position_B, views=1)
     (path_masks,) = on_device([drawn], images_BIHW.device, whole=backbone.compile_blocks)
     return IdentityBatch(images_BIHW, label_B, real_B, path_masks)
+
+
+def erased_numbers(backbone: BackboneConfig, images: int, probability: float) -> int:
+    """How many numbers images with rectangles erased take, beside the batch."""
+    return images * 3 * math.prod(backbone.size) if probability else 0

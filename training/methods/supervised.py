@@ -36,7 +36,7 @@ from training.methods.base import (
     Views,
     by_source,
 )
-from training.methods.identity_batch import identity_batch
+from training.methods.identity_batch import erased_numbers, identity_batch
 from training.nn import ics_stem
 from training.nn.drop_path import Paths
 from training.nn.feature_diagnostics import of_features
@@ -272,7 +272,8 @@ class Supervised(Method[SupervisedConfig]):
     @classmethod
     def workload(cls, config: SupervisedConfig, views: ViewConfig, backbone: BackboneConfig, images: int) -> Workload:
         """There is no teacher; classifier and distances are less than 1e-3 of the products."""
-        return super().workload(config, views, backbone, images)._replace(products_complete=True)
+        erased = erased_numbers(backbone, images, config.erase)
+        return super().workload(config, views, backbone, images)._replace(loss_alive=erased, products_complete=True)
 
     @classmethod
     def nearest_recipe(cls, run: Mapping[str, Any]) -> str:

@@ -74,7 +74,8 @@ class Workload(NamedTuple):
     loss_kept: int = 0
     """Numbers in float32 that the loss keeps for the backward pass, beside those of `scored`."""
     loss_alive: int = 0
-    """Numbers in float32 that are alive while it is formed and go then, beside those of `scored`."""
+    """Numbers in float32 that are alive while it is formed and go then, beside those of `scored`; images that the
+    method changes before the student sees them, too."""
     complete: bool = True
     """False: what heads and loss take is not said, and memory is known from below alone."""
     products_complete: bool = True

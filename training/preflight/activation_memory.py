@@ -62,7 +62,7 @@ def saved(config: RunConfig, images: int, how: Numerics, work: Workload | None =
     backbone = config.backbone
     parts = {
         "patch embedding": sum(embedding_bytes(backbone, stack, how) for stack in work.student),
-        "blocks": sum(backbone.shape.depth * kept_of_block(backbone, stack, how) for stack in work.student),
+        "blocks": sum(blocks_bytes(backbone, stack, how) for stack in work.student),
         "final norm": sum(norm_bytes(stack.rows * stack.tokens, backbone.shape.width) for stack in work.student),
     }
     if work.decoded:
@@ -88,11 +88,14 @@ def embedding_bytes(backbone: BackboneConfig, stack: Stack, how: Numerics) -> in
     return kept
 
 
-def kept_of_block(backbone: BackboneConfig, stack: Stack, how: Numerics) -> int:
-    """What stays of a block after the forward pass: everything, or its input alone."""
+def blocks_bytes(backbone: BackboneConfig, stack: Stack, how: Numerics) -> int:
+    """What stays of all blocks after the forward pass: the inputs of checkpointed ones, else all, on average over
+    what drop path draws: images that are spared a branch keep nothing of it, unless blocks are compiled."""
+    depth = backbone.shape.depth
     if backbone.checkpoint_blocks:
-        return stack.rows * stack.tokens * backbone.shape.width * FULL
-    return block_bytes(backbone, stack, how)
+        return depth * stack.rows * stack.tokens * backbone.shape.width * FULL
+    spared = 0.0 if backbone.compile_blocks else sum(backbone.drop_rates)
+    return round((depth - spared) * block_bytes(backbone, stack, how))
 
 
 def block_bytes(backbone: BackboneConfig, stack: Stack, how: Numerics) -> int:

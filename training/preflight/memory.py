@@ -32,7 +32,9 @@ DECODER = " decoder"
 DOUBLE = 8
 """Bytes of a float64."""
 RESERVED = 1 << 30
-"""CUDA context, kernels, workspaces of cuBLAS and NCCL: about this much of a GPU before the first tensor."""
+"""CUDA context, kernels, workspace of NCCL: about this much of a GPU before the first tensor."""
+WORKSPACE = 32 << 20
+"""What cuBLAS is given for a matrix product on GPUs of compute capability 9, by PyTorch's allocator; 8 MiB on older."""
 FRAGMENTATION = 0.05
 """Share of the peak that the allocator loses in pieces too small to use. An assumption, as the one above."""
 REUSE_DISTANCE = 1_000_000_000
@@ -162,7 +164,7 @@ def calculate(config: RunConfig, sizes: Census, *, world: int, cuda: bool) -> Me
     several = split.per_rank > split.micro_batch
     earlier = held.accumulated() if several else 0
     again = max(earlier, held.staged() + (held.gradients() if several else 0)) + held.sent()
-    ended = sum(kept.values())
+    ended = sum(kept.values()) + (WORKSPACE if cuda else 0)
     moments = {
         "forward": base + earlier + ended + _forward_temporaries(config, split.micro_batch, sizes),
         "backward": base + again + ended + _backward_temporaries(config, split.micro_batch, how, sizes),
@@ -199,11 +201,9 @@ def _forward_temporaries(config: RunConfig, images: int, sizes: Census) -> int:
 
 
 def _backward_temporaries(config: RunConfig, images: int, how: Numerics, sizes: Census) -> int:
-    """The larger of two: the widest head, with three gradients of its logits and four of its prototypes; or a block,
-    made again where it is checkpointed."""
-    rows = workload(config, images).scored
-    widest = max((part.prototypes * part.student for part in rows), default=0)
-    head = FULL * (3 * widest + 4 * sizes.largest) if rows else 0
+    """The larger of two: a gradient of a head's prototypes, as that of its logits takes the memory of the softmax that
+    was kept; or a block, made again where it is checkpointed."""
+    head = FULL * sizes.largest if workload(config, images).scored else 0
     return max(head, _block_again(config, images, how, sizes))
 
 

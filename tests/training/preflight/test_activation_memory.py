@@ -61,8 +61,16 @@ def test_saved__is_what_autograd_keeps(recipe: str, precision: str, attention: s
     whole = without_drop_path(config)
     real, hidden = really_saved(whole)
     assert calculated(whole, hidden) == pytest.approx(real, rel=WITHIN)
-    spared, hidden = really_saved(config)  # branches that drop path spares images keep less
-    assert spared <= (1 + WITHIN) * calculated(config, hidden)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["dino_vits", "personvit_vits"])
+def test_saved__less_where_drop_path_spares_branches(recipe: str) -> None:
+    config = tiny(recipe, images=64, drop_path=0.4)
+    real, hidden = really_saved(config)
+    assert calculated(config, hidden) == pytest.approx(real, rel=2 * WITHIN)
+    compiled = replace(config, backbone=replace(config.backbone, compile_blocks=True))
+    assert calculated(compiled, hidden) == calculated(without_drop_path(config), hidden) > 1.1 * real
 
 
 @pytest.mark.parametrize("recipe", ["pass_vits", "personmae_vits"])
@@ -92,4 +100,4 @@ def test_saved__grows_with_every_image() -> None:
     config = tiny("pass_vits", images=4)
     how = numerics(config, cuda=True)
     one, two, four = (sum(saved(config, images, how).values()) for images in (1, 2, 4))
-    assert four - two == 2 * (two - one) > 0
+    assert four - two == pytest.approx(2 * (two - one), abs=4) and two > one  # what drop path spares is rounded

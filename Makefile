@@ -8,6 +8,7 @@ CROPS ?=
 DEVICE ?=
 DEMO := demo
 FAULTS ?= 20
+RECIPE ?=
 ROUNDS ?= 100
 SEED ?= 0
 FLAGS ?=
@@ -53,9 +54,9 @@ lint: setup
 bench: setup
 	$(BIN)/python -m tests.bench
 
-# such as FLAGS="--minutes 5 --recipes pass_vits --out found.json"
+# such as RECIPE="pass_vits mine.toml" FLAGS="--minutes 5 --kinds speed --out found.json"
 bench-gpu:
-	$(AT_HAND) -m tests.bench.gpu $(FLAGS)
+	$(AT_HAND) -m tests.bench.gpu $(if $(RECIPE),--recipes $(RECIPE)) $(FLAGS)
 
 test-null-gpu: setup
 	NULL_GPU_CASES=all $(BIN)/python -m pytest tests/null_gpu tests/bench/test_gpu.py

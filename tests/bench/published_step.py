@@ -24,12 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.config.run_config import RunConfig
+from training.core.precision import autocast_region
 from training.core.schedules import grown, teacher_temperature
 from training.engine.param_groups import group_parameters, settings_at
 from training.methods.base import Method, TrainingProgress, Views
 from training.methods.distillation import GLOBALS
 
 Weights = Mapping[str, Tensor]
+METHODS = ("dino", "pass", "personvit", "personmae")
+"""Those whose step is written here, with centred targets and patches cut by one convolution."""
 
 
 @dataclass(frozen=True)
@@ -189,8 +192,7 @@ class PublishedStep:
 
     def forward(self, views: Views, drawn: Drawn, progress: TrainingProgress) -> Tensor:
         """The loss; centres move."""
-        lowered = self.config.optimisation.precision != "fp32"
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=lowered):
+        with autocast_region(self.config.optimisation.precision, views["weight"].device):
             forward = getattr(self, f"_{self.method_config.name}")
             loss: Tensor = forward(views, drawn, progress)
         return loss

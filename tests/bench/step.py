@@ -2,7 +2,6 @@
 
 import resource
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,7 +10,8 @@ import torch
 from tests.bench.gpu.settings import settled
 from tests.bench.gpu.trial import Noise, Trial
 from tests.bench.measure import Spread, ratio
-from tests.bench.published_step import Drawn, PublishedStep
+from tests.bench.published_inputs import inputs
+from tests.bench.published_step import PublishedStep
 from tests.bench.scale import Scale
 from tests.bench.table import Row, Table, Target
 from tests.support.operations import HostReads, Operations, Products
@@ -23,9 +23,7 @@ from training.core.precision import Precision
 from training.core.world import World, alone
 from training.engine import ema
 from training.engine.param_groups import settings_at
-from training.methods.base import Method, TrainingProgress, Views
-from training.nn import positions
-from training.nn.drop_path import draw_path_masks
+from training.methods.base import Method
 from training.trainer.batch_to_device import BatchToDevice
 
 RECIPES = ("pass_vits", "dino_vits", "personvit_vits", "personmae_vits")
@@ -136,7 +134,7 @@ class Theirs:
     def __init__(self, config: RunConfig, initial: Method) -> None:
         self.published = PublishedStep(config, initial)
         self.losses: list[float] = []
-        self._inputs = inputs(config)
+        self._inputs = inputs(config, CPU)
 
     def step(self) -> Taken:
         """The next step."""
@@ -149,28 +147,6 @@ class Theirs:
         self.losses.append(float(loss.detach()))
         end = Used.now()
         return Taken(end.since(before), end.since(after))
-
-
-def inputs(config: RunConfig) -> Iterator[tuple[Views, Drawn, TrainingProgress]]:
-    """What ours makes of the same batches: normalised views and the random numbers of the step."""
-    clock, place = clock_of(config, 0), BatchToDevice(CPU, config.views.statistics)
-    for batch in Noise(config, CPU).after(0, 10**9):
-        views, progress = place(batch), clock.at(batch.start)
-        yield views, _drawn(config, views, progress), progress
-
-
-def _drawn(config: RunConfig, views: Views, progress: TrainingProgress) -> Drawn:
-    def factors(kind: str, count: int) -> torch.Tensor | None:
-        rates, purpose = config.backbone.drop_rates, f"drop_path/{kind}"
-        return draw_path_masks(rates, seed=progress.seed, purpose=purpose, position=views["position"], views=count)
-
-    if "region_a" not in views:
-        return Drawn(factors("global", len(views["global"])), factors("local", len(views["local"])))
-    given: Any = config.method
-    box_a, box_b = views["boxes"].to(torch.float32)
-    places, width = positions.in_frame(box_b, box_a, *config.backbone.grid), config.backbone.shape.width
-    codes = [positions.sincos(places, own or width) for own in (given.pixel_width, given.feature_width)]
-    return Drawn(factors("region_a", 1), codes=codes)
 
 
 # -- figures --------------------------------------------------------------------------------------------------------

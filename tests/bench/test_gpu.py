@@ -7,56 +7,176 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
 
 from tests.bench.gpu.__main__ import NEEDED
-from tests.bench.gpu.checks import FIRST, LATER, Check, _compared
+from tests.bench.gpu.checks import FIRST, LATER, Check, Subject, _compared
+from tests.bench.gpu.counts import OperationsByPart, covered
 from tests.bench.gpu.datasheet import beside_datasheet
-from tests.bench.gpu.result import CHECKS
+from tests.bench.gpu.parts import OUTER, PARTS, Timeline
+from tests.bench.gpu.plan import KINDS, Machine, planned
+from tests.bench.gpu.result import CHECKED, VERSION
 from tests.bench.gpu.run import Session
-from tests.bench.gpu.settings import settled
+from tests.bench.gpu.settings import full, recipes, settled, smallest_first
 from tests.null_gpu.build import environment, missing
 from tests.support.golden import ROOT
+from tests.support.operations import Operations
 from training.preflight.memory import census
+from training.recipes import SHIPPED
 
 RECIPES = ("personmae_vits", "supervised", "pass_vits")
 ALONE = ("-m", "tests.support.only_packages", ",".join(NEEDED))
 
 
-def run(words: tuple[str, ...], where: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+FULL_SIZE = ("demo", "supervised")
+CLOSE = 0.05
+"""How far the peak of the allocator may be from the calculated one."""
+UNKNOWN = {"mfu", "calculated_ms", "busy_ms"}
+"""What cannot be had on this GPU."""
+
+
+def run(
+    words: tuple[str, ...], where: Path, variables: dict[str, str], *, timeout: float = 600
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], cwd=where, env={**variables, "PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True, timeout=600)  # fmt: skip
+                          capture_output=True, text=True, timeout=timeout)  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(missing()), reason=f"null GPU absent: {missing()}")
 def test_bench__passes_on_a_gpu_that_computes_as_the_cpu_does(tmp_path: Path) -> None:
-    flags = ("--tiny", "--threads", "1", "--out", "found.json", "--recipes", *RECIPES)
+    flags = ("--tiny", "--threads", "1", "--out", "found.json", "--kinds", "speed", "transcription", "checks",
+             "--recipes", *RECIPES)  # fmt: skip
     done = run((*ALONE, "tests.null_gpu.inside", "tests.bench.gpu", *flags), tmp_path, environment())
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["about"]["gpu"] == "Null H100" and not found["failed"] and not found["left_out"]
+    assert found["version"] == VERSION and found["about"]["gpu"] == "Null H100" and not found["failed"]
+    assert found["left_out"] == ["supervised: transcription: the published step of supervised is not transcribed"]
     assert sorted(found["recipes"]) == sorted(RECIPES)
+    assert {slot["kind"] for slot in found["plan"]} == {"speed", "transcription", "checks"}
     for name, checks in found["recipes"].items():
-        assert tuple(checks) == CHECKS and name in done.stdout
+        assert tuple(checks) == ("speed", "transcription", *CHECKED[:3], "resume") and name in done.stdout
         figures = {kind: check["figures"] for kind, check in checks.items()}
         on_gpu, on_cpu = figures["fp32"]["gpu"], figures["fp32"]["cpu"]
         assert on_gpu == pytest.approx(on_cpu, rel=5e-7) and len(set(on_gpu)) == 3  # fused kernels sum in another order
         assert figures["resume"]["identical"]
         assert all(math.isfinite(figures[precision]["loss"]) for precision in ("bf16", "fp16"))
         assert figures["speed"]["peak"] > 0 and figures["speed"]["images_per_s"] > 0
+        if name != "supervised":
+            assert figures["transcription"]["loss_off"] < 1e-3 and figures["transcription"]["ratio"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(missing()), reason=f"null GPU absent: {missing()}")
+def test_bench__counts_launches_waits_and_memory_of_steps_in_full_size(tmp_path: Path) -> None:
+    """On a GPU whose kernels do nothing, which takes no time: allocator, dispatcher and waits are the real ones."""
+    every = os.environ.get("NULL_GPU_CASES") == "all"
+    flags = ("--threads", "1", "--kinds", "speed", "--minutes", "30", *(() if every else ("--recipes", *FULL_SIZE)))
+    done = run(("-m", "tests.null_gpu.inside", "--idle", "tests.bench.gpu", *flags), tmp_path, environment(),
+               timeout=3_600)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "bench_gpu.json").read_text())
+    assert sorted(found["recipes"]) == sorted(recipes() if every else FULL_SIZE) and not found["left_out"]
+    for name, checks in found["recipes"].items():
+        figures, lacks = checks["speed"]["figures"], checks["speed"]["lacks"]
+        assert {key for key, value in figures.items() if value is None} == set(lacks) == UNKNOWN
+        assert figures["peak"] == pytest.approx(figures["calculated"], rel=CLOSE), name
+        assert tuple(figures["parts_ms"]) == tuple(figures["operations"]) == PARTS
+        assert sum(figures["parts_ms"].values()) > 0
+        idle = {part for part, count in figures["operations"].items() if not count}
+        assert idle == {"reduce", "idle"} | (set() if has_teacher(name) else {"teacher"})
+        assert figures["kernels"] > 0.5 * sum(figures["operations"].values())
+        lines = {line.partition(":")[0]: count for line, count in figures["waits"].items()}
+        assert lines.pop("training/engine/stepper.py") == 1 and set(lines) <= {"training/core/exchange.py"}
+
+
+def has_teacher(recipe: str) -> bool:
+    return bool(census(settled(recipe)).teacher)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(missing()), reason=f"null GPU absent: {missing()}")
 def test_bench__fails_on_a_gpu_whose_kernels_do_nothing(tmp_path: Path) -> None:
-    flags = ("--tiny", "--threads", "1", "--recipes", "demo")
+    flags = ("--tiny", "--threads", "1", "--kinds", "checks", "--recipes", "demo")
     done = run(("-m", "tests.null_gpu.inside", "--idle", "tests.bench.gpu", *flags), tmp_path, environment())
     assert done.returncode == 1, done.stdout + done.stderr
     assert "FAILED demo: fp32: step 1: " in done.stdout
     found = json.loads((tmp_path / "bench_gpu.json").read_text())
     assert any(line.startswith("demo: fp32") for line in found["failed"])
+
+
+class Tick(NamedTuple):
+    """An event of a clock that is read by hand."""
+
+    at: float
+
+    def elapsed_time(self, other: "Tick") -> float:
+        return other.at - self.at
+
+
+def test_timeline__parts_add_up_to_a_step() -> None:
+    times = iter(range(1_000))
+    timeline = Timeline(lambda: Tick(next(times) ** 2))
+    inside = {"forward": ("teacher", "student", "student")}
+    for _ in range(3):
+        for part in OUTER:
+            timeline.enter(part)
+            for one in inside.get(part, ()):
+                timeline.enter(one)
+                timeline.leave()
+            timeline.leave()
+    found = timeline.milliseconds()
+    assert tuple(found) == PARTS and found["reduce"] == 0
+    assert sum(found.values()) == pytest.approx(28**2 / 2)  # 14 events a step, the last step left out
+    assert found["copy"] == pytest.approx((1 + 15**2 - 14**2) / 2)
+    assert found["idle"] > 0 and found["heads, loss"] > 0
+
+
+def test_operations_by_part__inner_parts_are_not_counted_twice() -> None:
+    with Operations() as operations:
+        by_part = OperationsByPart(operations)
+        value = torch.ones(3)
+        by_part.enter("forward")
+        value = value + 1
+        by_part.enter("teacher")
+        value = value * value * value
+        by_part.leave()
+        value = value + 1
+        by_part.leave()
+    assert dict(by_part.of) == {"idle": 1, "forward": 2, "teacher": 2}
+
+
+def test_covered__spans_that_overlap_count_once() -> None:
+    assert covered([(0, 2), (1, 3), (5, 6), (5.2, 5.8)]) == 4
+
+
+def test_planned__gives_time_to_a_kind_of_all_recipes_before_the_next_one() -> None:
+    subjects = [Subject(*given) for given in smallest_first(("pass_vits", "supervised", "pass_vitl"), tiny=False)]
+    slow, fast = Machine(1e14, 80 << 30, 8), Machine(1e15, 80 << 30, 8)
+    slots = planned(subjects, KINDS, fast, seconds=1e6)
+    assert [slot.kind for slot in slots] == [kind for kind in KINDS for _ in subjects]
+    assert [slot.recipe for slot in slots if not slot.planned] == ["supervised"]  # nothing to be beside
+    longer = planned(subjects, ("speed",), slow, seconds=1e6)
+    assert all(one.seconds > other.seconds for one, other in zip(longer, slots, strict=False))
+    enough = sum(slot.seconds for slot in slots if slot.kind == "speed")
+    few = planned(subjects, KINDS, fast, seconds=1.01 * enough)
+    assert [slot.planned for slot in few] == [slot.kind == "speed" for slot in few]
+
+
+def test_full__takes_all_images_of_a_worker_where_the_recipe_has_no_micro_batch() -> None:
+    config = settled("demo")
+    assert config.optimisation.micro_batch == 0
+    made = full("demo", config, census(config), 80 << 30).optimisation
+    assert made.batch == made.micro_batch == 32
+
+
+def test_settled__reads_a_file_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text((SHIPPED / "pass_vits.toml").read_text().replace("drop_path = 0.1", "drop_path = 0.2"))
+    assert settled(str(path)).backbone.drop_path == 0.2 and settled("pass_vits").backbone.drop_path == 0.1
 
 
 def test_datasheet__figures_of_a_known_gpu_and_of_a_strange_one() -> None:
@@ -95,7 +215,10 @@ def test_make__sets_nothing_up(given: tuple[str, ...], python: str, tmp_path: Pa
     variables = {name: value for name, value in os.environ.items() if name != "PYTHON"}
     words = ["make", "--dry-run", "--no-print-directory", "bench-gpu", "FLAGS=--minutes 2", *given]
     done = subprocess.run(words, cwd=tmp_path, env=variables, capture_output=True, text=True, check=True)
-    assert done.stdout == f"{python} -m tests.bench.gpu --minutes 2\n"
+    assert done.stdout.split() == [python, *["-m", "tests.bench.gpu", "--minutes", "2"]]
+    words += ["RECIPE=pass_vits mine.toml"]
+    done = subprocess.run(words, cwd=tmp_path, env=variables, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[1:] == ["-m", "tests.bench.gpu", "--recipes", "pass_vits", "mine.toml", "--minutes", "2"]
 
 
 @pytest.mark.slow

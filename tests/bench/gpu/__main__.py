@@ -1,9 +1,10 @@
 """`python -m tests.bench.gpu`: every shipped recipe on one GPU, without data, in at most ten minutes.
 
-For each recipe: the first three float32 losses beside the CPU's; one step in bf16 and one in fp16; a checkpoint, and
-the step after it done again from it; images per second, milliseconds and peak memory of its micro-batch, beside the
-calculated peak. Small recipes come first; what the time is too short for is left out, and said. Exit code 1 where a
-check fails, 2 where nothing can be tried.
+For each recipe: a step's rate, time by part, launches, waits and peak memory, with torch.compile and without, beside
+the datasheet, a large matrix product, the calculated peak and the published step; the first three float32 losses beside
+the CPU's; one step in bf16 and one in fp16; a checkpoint, and the step after it done again from it. What the time is
+given to is planned ahead; what it is too short for is left out, and said. Exit code 1 where a check fails, 2 where
+nothing can be tried.
 """
 
 import argparse
@@ -26,13 +27,15 @@ def main() -> int:
         hint = "run it where nvidia-smi lists one, with a PyTorch for CUDA and for its driver"
         return _refused(f"PyTorch {torch.__version__} sees no GPU", hint)
     from tests.bench.gpu.run import tried
-    from tests.bench.gpu.settings import recipes
+    from tests.bench.gpu.settings import file_of, recipes
 
     arguments = _arguments(recipes())
+    if absent := [one for one in arguments.recipes or () if not file_of(one).is_file()]:
+        return _refused(f"no such recipe: {', '.join(absent)}", f"a file, or one of {', '.join(recipes())}")
     torch.set_num_threads(arguments.threads)
     try:
         chosen = arguments.recipes or recipes()
-        report = tried(chosen, minutes=arguments.minutes, tiny=arguments.tiny, out=arguments.out)
+        report = tried(chosen, arguments.kinds, minutes=arguments.minutes, tiny=arguments.tiny, out=arguments.out)
     except KeyboardInterrupt:
         print(f"interrupted; what was found until then is in {arguments.out}", file=sys.stderr)
         return 130
@@ -46,9 +49,12 @@ def _refused(what: str, hint: str) -> int:
 
 
 def _arguments(known: list[str]) -> argparse.Namespace:
+    from tests.bench.gpu.plan import KINDS
+
     parser = argparse.ArgumentParser(prog="python -m tests.bench.gpu", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--recipes", nargs="+", metavar="NAME", choices=known, help=f"some of {', '.join(known)}")
+    parser.add_argument("--recipes", nargs="+", metavar="NAME", help=f"files, or some of {', '.join(known)}")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what is asked (default: all)")
     parser.add_argument("--minutes", type=float, default=10.0, help="time for all of it (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("bench_gpu.json"), help="JSON file (default %(default)s)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (default: all)")

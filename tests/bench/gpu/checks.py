@@ -1,8 +1,7 @@
-"""What is asked of one recipe on a GPU: four checks, each with figures, bounds and a verdict."""
+"""What a recipe must do on a GPU as it does on a CPU: checks, each with figures, bounds and a verdict."""
 
 import gc
 import shutil
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,14 +11,13 @@ from typing import Any, NamedTuple
 import torch
 
 from datapipe.storage import open_store
-from tests.bench.gpu.datasheet import beside_datasheet
-from tests.bench.gpu.settings import full, small
+from tests.bench.gpu.settings import small
 from tests.bench.gpu.trial import Trial
-from training.config.build import allows_tf32, build_method
+from training.config.build import build_method
 from training.config.run_config import RunConfig
 from training.core.precision import Precision, tf32_products
 from training.methods.base import Method
-from training.preflight.memory import FULL, Census, calculate
+from training.preflight.memory import FULL, Census
 
 STEPS, SAVED_AFTER = 3, 2
 """Steps beside the CPU's, and those after which the checkpoint is saved that the last step is done again from."""
@@ -31,13 +29,6 @@ LOWERED = 0.01
 RESUMED_LOSS, RESUMED_WEIGHTS = 1e-6, 1e-5
 """How far the step after a resume may be from the same step without: of the loss, and of the norm of all parameters.
 Not 0, as gradients that a GPU adds up in no fixed order differ in their last bits."""
-ABOVE, BELOW = 0.15, 0.15
-"""How far the measured peak may be above or below the calculated one, as shares of it. The allocator alone, without
-kernels, is within 0.07 for every recipe."""
-WORKSPACES = 128 << 20
-"""Bytes beyond that, of cuBLAS; what is calculated is tensors alone."""
-WARM_UP, TIMED = 3, 8
-"""Steps before rate and memory are measured, and steps that are."""
 GB = 1e9
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -51,13 +42,16 @@ class Check:
     why: str = ""
     """What failed, or why it was left out."""
     figures: dict[str, Any] = field(default_factory=dict)
+    lacks: dict[str, str] = field(default_factory=dict)
+    """Figure that could not be had -> why."""
 
 
 class Subject:
     """A recipe, ready to be tried."""
 
-    def __init__(self, name: str, config: RunConfig, sizes: Census) -> None:
-        self.name, self.config, self.sizes = name, config, sizes
+    def __init__(self, name: str, config: RunConfig, sizes: Census, *, tiny: bool = False) -> None:
+        """`name`: of a shipped recipe, or of a file."""
+        self.name, self.config, self.sizes, self.tiny = name, config, sizes, tiny
 
     @cached_property
     def initial(self) -> Method:
@@ -103,16 +97,21 @@ def resumed(of: Subject, finished: Finished) -> Check:
         again.until(STEPS)
     mine, expected = again.state(), finished.state
     same = again.losses == finished.losses[-1:] and all(torch.equal(mine[name], expected[name]) for name in expected)
-    off = _apart(again.losses[0], finished.losses[-1])
+    off = apart(again.losses[0], finished.losses[-1])
     moved = _norm(mine[name].double() - value.double() for name, value in expected.items())
-    apart = moved / _norm(value.double() for value in expected.values())
-    passed = off <= RESUMED_LOSS and apart <= RESUMED_WEIGHTS
-    figures = {"identical": same, "loss_off": off, "weights_off": apart, "bounds": [RESUMED_LOSS, RESUMED_WEIGHTS]}
-    return Check(passed, "" if passed else f"loss {off:.1e}, weights {apart:.1e} off", figures)
+    weights_off = moved / _norm(value.double() for value in expected.values())
+    passed = off <= RESUMED_LOSS and weights_off <= RESUMED_WEIGHTS
+    figures = {
+        "identical": same,
+        "loss_off": off,
+        "weights_off": weights_off,
+        "bounds": [RESUMED_LOSS, RESUMED_WEIGHTS],
+    }
+    return Check(passed, "" if passed else f"loss {off:.1e}, weights {weights_off:.1e} off", figures)
 
 
 def _compared(losses: list[float], expected: list[float]) -> Check:
-    off = [_apart(one, other) for one, other in zip(losses, expected, strict=True)]
+    off = [apart(one, other) for one, other in zip(losses, expected, strict=True)]
     bounds = [FIRST] + [LATER] * (len(off) - 1)
     wrong = [step for step, (found, bound) in enumerate(zip(off, bounds, strict=True), 1) if not found <= bound]
     why = f"step {wrong[0]}: {off[wrong[0] - 1]:.1e} off" if wrong else ""
@@ -126,39 +125,9 @@ def lowered(of: Subject, precision: Precision, expected: float) -> Check:
     trial = Trial(small(of.config), of.initial, GPU, precision=precision)
     with tf32_products(True):
         trial.until(1)  # raises NotFinite
-    off, scale = _apart(trial.losses[0], expected), trial.run.stepper.scale
+    off, scale = apart(trial.losses[0], expected), trial.run.stepper.scale
     figures = {"loss": trial.losses[0], "off": off, "bound": LOWERED, "scale": scale.value if scale else 1.0}
     return Check(off <= LOWERED, "" if off <= LOWERED else f"{off:.1e} off", figures)
-
-
-def speed(of: Subject) -> Check:
-    """Rate and memory of the recipe's micro-batch in its own precision, a micro-batch a step, in one process."""
-    total = torch.cuda.get_device_properties(GPU).total_memory
-    config = full(of.name, of.config, of.sizes, total)
-    need = calculate(config, of.sizes, world=1, cuda=True)
-    trial = Trial(config, of.initial, GPU, precision=config.optimisation.precision)
-    with tf32_products(allows_tf32(config)):
-        trial.until(WARM_UP)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        events = [_event()]
-        trial.each_step = lambda: events.append(_event())
-        trial.until(WARM_UP + TIMED)
-        torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated()
-    bounds = [(1 - BELOW) * need.peak, (1 + ABOVE) * need.peak + WORKSPACES]
-    each = [one.elapsed_time(other) for one, other in zip(events, events[1:], strict=False)]
-    milliseconds, images = statistics.median(each), config.optimisation.batch
-    figures: dict[str, Any] = {
-        "precision": config.optimisation.precision, "images": images, "ms": milliseconds, "slowest_ms": max(each),
-        "images_per_s": 1_000 * images / milliseconds, "peak": peak, "calculated": need.peak, "needed": need.needed,
-        "moments": need.moments, "reserved": torch.cuda.max_memory_reserved(), "bounds": bounds,
-        "share_of_recipe": images / of.config.optimisation.micro_batch,
-    }  # fmt: skip
-    figures |= beside_datasheet(config, of.sizes, figures["images_per_s"], torch.cuda.get_device_name(GPU))
-    passed = bounds[0] <= peak <= bounds[1]
-    why = f"peak of {peak / GB:.2f} GB, calculated {need.peak / GB:.2f}"
-    return Check(passed, "" if passed else why, figures)
 
 
 def forget() -> None:
@@ -167,13 +136,15 @@ def forget() -> None:
     torch.cuda.empty_cache()
 
 
-def _event() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+def event() -> torch.cuda.Event:
+    """One on the GPU's clock, recorded."""
+    made = torch.cuda.Event(enable_timing=True)
+    made.record()
+    return made
 
 
-def _apart(one: float, other: float) -> float:
+def apart(one: float, other: float) -> float:
+    """Their difference as a share of the other."""
     return abs(one - other) / abs(other)
 
 

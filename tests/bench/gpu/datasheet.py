@@ -1,14 +1,40 @@
-"""What a rate comes to beside the GPU's datasheet: operations of an image, utilisation, and the calculated time."""
+"""What a rate comes to beside the GPU's datasheet and beside a large matrix product measured on it: operations of an
+image, utilisation, and the calculated time."""
 
+import statistics
+from functools import cache
 from typing import Any
 
 import torch
 
 from training.config.run_config import RunConfig
+from training.core.precision import tf32_products
 from training.preflight import gpus
 from training.preflight.memory import Census
 from training.preflight.operations import backbone_format, flops_of_image
 from training.preflight.step_time import USUAL, Share, machine_of, step_time
+
+SIDE = 8_192
+"""Of the square matrices that are multiplied to see what a GPU reaches."""
+DTYPES: dict[gpus.Format, torch.dtype] = {
+    "fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+}  # fmt: skip
+
+
+@cache
+def product_rate(precision: gpus.Format, device: torch.device, side: int = SIDE) -> float:
+    """Operations a second in a product of two such matrices: the median of ten, after three."""
+    values = torch.ones(side, side, dtype=DTYPES[precision], device=device)
+    result, events = torch.empty_like(values), []
+    with tf32_products(precision == "tf32"):
+        for _ in range(14):
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            events.append(event)
+            torch.mm(values, values, out=result)
+    torch.cuda.synchronize(device)
+    took = [one.elapsed_time(other) for one, other in zip(events[3:], events[4:], strict=False)]
+    return 2 * side**3 / (statistics.median(took) / 1_000)
 
 
 def beside_datasheet(config: RunConfig, sizes: Census, images_per_s: float, device: str) -> dict[str, Any]:

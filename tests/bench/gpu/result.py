@@ -12,17 +12,33 @@ from typing import Any
 
 import torch
 
-from tests.bench.gpu.checks import ABOVE, BELOW, FIRST, GB, LATER, LOWERED, RESUMED_LOSS, RESUMED_WEIGHTS, Check
+from tests.bench.gpu.checks import FIRST, GB, LATER, LOWERED, RESUMED_LOSS, RESUMED_WEIGHTS, Check
+from tests.bench.gpu.parts import PARTS
+from tests.bench.gpu.plan import KINDS, Slot
+from tests.bench.gpu.speed import ABOVE, BELOW
 
-CHECKS = ("fp32", "bf16", "fp16", "speed", "resume")
-HEAD = ("recipe", "fp32, off the CPU's", "bf16 off", "fp16 off", "images", "images/s", "GFLOP an image", "MFU",
-        "ms a step", "calculated", "peak GB", "calculated", "resumed", "all passed")  # fmt: skip
+VERSION = 2
+"""Of the JSON's form."""
+CHECKED = ("fp32", "bf16", "fp16", "resume")
+RUNS = {"speed": "off", "compiled": "on"}
+"""Check -> torch.compile."""
+HEAD = ("recipe", "fp32, off the CPU's", "bf16 off", "fp16 off", "resumed", "all passed")
+SPEED = ("recipe", "compile", "precision", "images", "images/s", "GFLOP an image", "MFU", "of a product", "x published",
+         "ms a step", "calculated", *PARTS, "operations", "kernels", "kernels' ms", "waits", "peak GB", "calculated",
+         "data wait ms", "loader cores")  # fmt: skip
 BOUNDS = (
     f"Bounds, as shares: losses {FIRST:.0e} off the CPU's (first step), {LATER:.0e} (later ones), {LOWERED:g} in "
-    f"lowered precision; after a resume {RESUMED_LOSS:.0e}, the weights {RESUMED_WEIGHTS:.0e}; memory {ABOVE:g} above "
-    f"and {BELOW:g} below the calculated. Times are medians between CUDA events; images: of one micro-batch. "
-    "MFU: operations of the model over what the datasheet promises of this precision (training/preflight/gpus.py); "
-    "calculated: milliseconds from the datasheet (training/preflight/step_time.py), memory from the recipe."
+    f"lowered precision and between ours and the published step; after a resume {RESUMED_LOSS:.0e}, the weights "
+    f"{RESUMED_WEIGHTS:.0e}; memory {ABOVE:g} above and {BELOW:g} below the calculated."
+)
+MEANING = (
+    "Times are medians between CUDA events, parts means of other steps, in ms; images: of a micro-batch, one a step, "
+    "in one process, batches of noise. MFU: operations of the model over what the datasheet promises of this precision "
+    "(training/preflight/gpus.py); of a product: over what a large matrix product reaches here. x published: how much "
+    "longer the published step takes, written plainly (tests/bench/published_step.py). calculated: milliseconds by the "
+    "datasheet (training/preflight/step_time.py), memory by the recipe. operations: of torch's dispatcher, without "
+    "views and allocations. kernels, and how long at least one of them runs: torch.profiler. waits: those that "
+    "torch.cuda.set_sync_debug_mode notices. loader cores: that decode and crop at this rate, calculated."
 )
 
 
@@ -31,6 +47,7 @@ class Report:
     """All recipes that were asked for, in the order in which they were tried."""
 
     about: dict[str, Any]
+    slots: list[Slot]
     recipes: dict[str, dict[str, Check]] = field(default_factory=dict)
 
     @property
@@ -47,22 +64,46 @@ class Report:
         return [f"{name}: {kind}: {check.why}" for name, checks in self.recipes.items()
                 for kind, check in checks.items() if check.passed is verdict]  # fmt: skip
 
+    @property
+    def lacking(self) -> list[str]:
+        """recipe: check: figure: why it could not be had."""
+        return [f"{name}: {kind}: {figure}: {why}" for name, checks in self.recipes.items()
+                for kind, check in checks.items() for figure, why in check.lacks.items()]  # fmt: skip
+
+    def plan(self) -> str:
+        """What is going to be asked, in lines."""
+        lines = []
+        for kind in KINDS:
+            own = [slot for slot in self.slots if slot.kind == kind and slot.seconds]
+            out = [slot.recipe for slot in own if not slot.planned]
+            seconds = sum(slot.seconds for slot in own if slot.planned)
+            if own:
+                left_out = f"; no time for {', '.join(out)}" if out else ""
+                lines.append(f"plan: {kind} of {len(own) - len(out)} recipes, {seconds:.0f} s{left_out}")
+        return "\n".join(lines)
+
     def write(self, path: Path) -> None:
         """As JSON; a run that is ended early leaves what it had until then."""
         checks = {name: {kind: asdict(check) for kind, check in found.items()} for name, found in self.recipes.items()}
-        content = {"about": self.about, "failed": self.failed, "left_out": self.left_out, "recipes": checks}
+        content = {
+            "version": VERSION, "about": self.about, "plan": [slot._asdict() for slot in self.slots],
+            "failed": self.failed, "left_out": self.left_out, "lacking": self.lacking, "recipes": checks,
+        }  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1) + "\n")
 
     def __str__(self) -> str:
-        """A table in Markdown, bounds, and what failed or was left out, each by name."""
-        lines = [HEAD, *(_cells(name, checks) for name, checks in self.recipes.items())]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(HEAD))]
-        lines.insert(1, tuple("-" * width for width in widths))
-        drawn = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
+        """Tables in Markdown, bounds, waits by line, and what failed or was left out, each by name."""
+        speeds = [_speed(name, kind, checks) for name, checks in self.recipes.items()
+                  for kind in RUNS if kind in checks and checks[kind].figures]  # fmt: skip
+        verdicts = [_cells(name, checks) for name, checks in self.recipes.items()]
         facts = ", ".join(f"{key} {value}" for key, value in self.about.items())
+        waits = [f"waits of a step: {name}: {line} {count:g}" for name, checks in self.recipes.items()
+                 if "speed" in checks for line, count in checks["speed"].figures.get("waits", {}).items()]  # fmt: skip
         told = [f"FAILED {line}" for line in self.failed] + [f"left out: {line}" for line in self.left_out]
-        return "\n".join([facts, "", *drawn, "", BOUNDS, *told])
+        told += [f"not had: {line}" for line in self.lacking]
+        tables = [*_drawn(SPEED, speeds), "", MEANING, *waits, "", *_drawn(HEAD, verdicts), "", BOUNDS]
+        return "\n".join([facts, "", *tables, *told])
 
 
 def machine(cpu_threads: int) -> dict[str, Any]:
@@ -85,21 +126,40 @@ def _driver() -> str:
     return found[0] if found else "unknown"
 
 
+def _drawn(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """Lines of a table in Markdown."""
+    lines = [head, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    lines.insert(1, tuple("-" * width for width in widths))
+    return ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
+
+
 def _cells(name: str, checks: dict[str, Check]) -> tuple[str, ...]:
-    fp32, resume, speed = (checks[kind].figures for kind in ("fp32", "resume", "speed"))
+    figures = {kind: checks[kind].figures if kind in checks else {} for kind in CHECKED}
+    resume = figures["resume"]
     resumed = "-" if not resume else "identical" if resume["identical"] else f"{resume['weights_off']:.0e} off"
-    rate = [f"{speed['images']}", f"{speed['images_per_s']:,.0f}", f"{speed['gflop_per_image']:,.1f}",
-            _known(speed["mfu"], "{:.0%}"), f"{speed['ms']:.1f}", _known(speed["calculated_ms"], "{:.1f}"),
-            f"{speed['peak'] / GB:.2f}", f"{speed['calculated'] / GB:.2f}"] if speed else ["-"] * 8  # fmt: skip
     passed = [check.passed for check in checks.values()]
     verdict = "NO" if False in passed else "not all tried" if None in passed else "yes"
-    return (name, " ".join(f"{off:.0e}" for off in fp32.get("off", ())) or "-",
-            *(_off(checks[kind]) for kind in ("bf16", "fp16")), *rate, resumed, verdict)  # fmt: skip
+    return (name, " ".join(f"{off:.0e}" for off in figures["fp32"].get("off", ())) or "-",
+            *(_known(figures[kind].get("off"), "{:.0e}") for kind in ("bf16", "fp16")), resumed, verdict)  # fmt: skip
+
+
+def _speed(name: str, kind: str, checks: dict[str, Check]) -> tuple[str, ...]:
+    """A row of SPEED."""
+    found = checks[kind].figures
+    operations = sum(found["operations"].values()) if found["operations"] else None
+    published = checks["transcription"].figures.get("ratio") if "transcription" in checks and kind == "speed" else None
+    ones = ("{:,.0f}", "{:,.1f}", "{:.0%}", "{:.0%}", "{:.2f}", "{:.1f}", "{:.1f}")
+    values = (found["images_per_s"], found["gflop_per_image"], found["mfu"], found["share_of_product"], published,
+              found["ms"], found["calculated_ms"])  # fmt: skip
+    return (
+        name, RUNS[kind], found["precision"], str(found["images"]), *map(_known, values, ones),
+        *(f"{found['parts_ms'][part]:.1f}" for part in PARTS), _known(operations, "{:,}"),
+        _known(found["kernels"], "{:,}"), _known(found["busy_ms"], "{:.1f}"), f"{sum(found['waits'].values()):g}",
+        f"{found['peak'] / GB:.2f}", f"{found['calculated'] / GB:.2f}", f"{found['data_wait_ms']:.1f}",
+        f"{found['loader_cores']:.1f}",
+    )  # fmt: skip
 
 
 def _known(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
-
-
-def _off(check: Check) -> str:
-    return f"{check.figures['off']:.0e}" if check.figures else "-"

@@ -1,4 +1,4 @@
-"""Recipe after recipe through all checks, as long as there is time."""
+"""Recipe after recipe through all that is planned, as long as there is time."""
 
 import shutil
 import traceback
@@ -9,10 +9,14 @@ from time import monotonic
 
 import torch
 
-from tests.bench.gpu import checks
-from tests.bench.gpu.checks import Check, Finished, Subject
-from tests.bench.gpu.result import CHECKS, Report, machine
-from tests.bench.gpu.settings import smallest_first, work
+from tests.bench.gpu import checks, speed
+from tests.bench.gpu.checks import GPU, Check, Finished, Subject
+from tests.bench.gpu.datasheet import SIDE, product_rate
+from tests.bench.gpu.plan import Machine, Slot, planned
+from tests.bench.gpu.result import Report, machine
+from tests.bench.gpu.settings import smallest_first
+
+UNPLANNED = "no time was planned for it"
 
 
 class Session:
@@ -22,10 +26,15 @@ class Session:
         self._end = monotonic() + 60 * minutes
         self._rates: dict[str, float] = {}
 
-    def ask(self, kind: str, amount: float, check: Callable[[], Check]) -> Check:
-        """Its result; failed where it raises. `amount`: of work, beside that of other recipes."""
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self._end - monotonic()
+
+    def ask(self, kind: str, seconds: float, check: Callable[[], Check]) -> Check:
+        """Its result; failed where it raises. `seconds`: what it is planned with."""
         began = monotonic()
-        if began + self._rates.get(kind, 0.0) * amount > self._end:
+        if began + self._rates.get(kind, 1.0) * seconds > self._end:
             return Check(None, "no time left for it")
         try:
             return check()
@@ -34,26 +43,52 @@ class Session:
             return Check(False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         finally:
             checks.forget()
-            self._rates[kind] = (monotonic() - began) / amount
+            self._rates[kind] = (monotonic() - began) / seconds
 
 
-def tried(names: Sequence[str], *, minutes: float, tiny: bool, out: Path) -> Report:
-    """All checks of all recipes. `out` is written after each recipe."""
-    session, report = Session(minutes), Report(machine(torch.get_num_threads()))
+def tried(names: Sequence[str], kinds: Sequence[str], *, minutes: float, tiny: bool, out: Path) -> Report:
+    """What is planned of all recipes. `out` is written after each recipe."""
+    session = Session(minutes)
+    subjects = [Subject(*given, tiny=tiny) for given in smallest_first(names, tiny=tiny)]
+    fastest = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    rate = product_rate(fastest, GPU, speed.TINY_SIDE if tiny else SIDE)
+    memory, threads = torch.cuda.get_device_properties(GPU).total_memory, torch.get_num_threads()
+    slots = planned(subjects, kinds, Machine(rate, memory, threads), seconds=session.left)
+    report = Report(machine(threads), slots)
+    print(report.plan(), flush=True)
     with TemporaryDirectory(prefix="bench_gpu_") as scratch:
-        for name, config, sizes in smallest_first(names, tiny=tiny):
+        for subject in subjects:
             began = monotonic()
-            found = _tried_one(Subject(name, config, sizes), Path(scratch) / name, session)
-            report.recipes[name] = found
+            own = {slot.kind: slot for slot in slots if slot.recipe == subject.name}
+            found = _tried_one(subject, own, Path(scratch) / str(len(report.recipes)), session)
+            report.recipes[subject.name] = found
             report.write(out)
             verdicts = ", ".join(f"{kind} {_word(check)}" for kind, check in found.items())
-            print(f"{name}: {verdicts} ({monotonic() - began:.0f} s)", flush=True)
+            print(f"{subject.name}: {verdicts} ({monotonic() - began:.0f} s)", flush=True)
     return report
 
 
-def _tried_one(of: Subject, folder: Path, session: Session) -> dict[str, Check]:
-    """Check -> its result, in the order of CHECKS."""
-    amount = work(of.config, of.sizes)
+def _tried_one(of: Subject, slots: dict[str, Slot], folder: Path, session: Session) -> dict[str, Check]:
+    """Check -> its result."""
+
+    def asked(kind: str, check: Callable[[], Check]) -> dict[str, Check]:
+        if kind not in slots:
+            return {}
+        if not slots[kind].seconds:  # costs nothing, and says why
+            return {kind: check()}
+        return {kind: session.ask(kind, slots[kind].seconds, check) if slots[kind].planned else Check(None, UNPLANNED)}
+
+    found = asked("speed", lambda: speed.speed(of))
+    found |= asked("transcription", lambda: speed.beside_transcription(of))
+    if "checks" in slots:
+        found |= _checked(of, slots["checks"], folder, session)
+    found |= asked("compiled", lambda: speed.speed(of, compiled=True))
+    shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
+def _checked(of: Subject, slot: Slot, folder: Path, session: Session) -> dict[str, Check]:
+    """float32 beside the CPU, lower precisions, and a resume: about as long each."""
     held: list[Finished] = []
 
     def first() -> Check:
@@ -64,16 +99,15 @@ def _tried_one(of: Subject, folder: Path, session: Session) -> dict[str, Check]:
     def lower(precision: checks.Precision) -> Check:
         return checks.lowered(of, precision, held[0].losses[0])
 
-    found = {"fp32": session.ask("fp32", amount, first)}
-    if found["fp32"].passed is None:  # the other checks take about as long together
-        return dict.fromkeys(CHECKS, found["fp32"])
+    later: dict[str, Callable[[], Check]] = {
+        "bf16": lambda: lower("bf16"), "fp16": lambda: lower("fp16"), "resume": lambda: checks.resumed(of, held[0]),
+    }  # fmt: skip
+    part = slot.seconds / (1 + len(later))
+    found = {"fp32": session.ask("fp32", slot.seconds, first) if slot.planned else Check(None, UNPLANNED)}
+    if found["fp32"].passed is None:
+        return found | dict.fromkeys(later, found["fp32"])
     without = Check(None, "there are no float32 losses")
-    found["bf16"] = session.ask("lower", amount, lambda: lower("bf16")) if held else without
-    found["fp16"] = session.ask("lower", amount, lambda: lower("fp16")) if held else without
-    found["speed"] = session.ask("speed", amount, lambda: checks.speed(of))
-    found["resume"] = session.ask("resume", amount, lambda: checks.resumed(of, held[0])) if held else without
-    shutil.rmtree(folder, ignore_errors=True)
-    return found
+    return found | {kind: session.ask(kind, part, check) if held else without for kind, check in later.items()}
 
 
 def _word(check: Check) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from training.config.batch_split import expected_workers, split_of
@@ -26,18 +27,24 @@ def recipes() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.toml") if not path.stem.endswith("_4096"))
 
 
+def file_of(recipe: str) -> Path:
+    """A recipe's file, given by its path or by the name of one that comes along."""
+    return Path(recipe) if recipe.endswith(".toml") else SHIPPED / f"{recipe}.toml"
+
+
 def settled(name: str, *, tiny: bool = False) -> RunConfig:
-    """A shipped recipe for one process without data: plain stepper, no pretrained weights, nothing compiled or scored.
+    """A recipe for one process without data: plain stepper, no pretrained weights, nothing compiled or scored.
 
     `tiny`: two narrow blocks on small images, few prototypes; for trying the bench itself.
     """
-    config = load(SHIPPED / f"{name}.toml")
+    config = load(file_of(name))
     method: Any = config.method
     if method.name == "supervised":
         method = replace(method, classes=IDENTITIES)
     config = replace(
         config,
         method=method,
+        backbone=replace(config.backbone, compile_blocks=False),
         engine=replace(config.engine, stepper="plain"),
         cluster=replace(config.cluster, max_workers=1),
         samples_per_epoch=config.samples_per_epoch or LUPERSON,
@@ -55,10 +62,14 @@ def small(config: RunConfig) -> RunConfig:
 
 
 def full(name: str, config: RunConfig, sizes: Census, gpu: int) -> RunConfig:
-    """One micro-batch a step, as one of the recipe's workers takes it; halved until it fits into `gpu` bytes."""
-    before = load(SHIPPED / f"{name}.toml")
+    """One micro-batch a step, as one of the recipe's workers takes it; halved until it fits into `gpu` bytes. All that
+    learns does so from the first step on, so that memory is that of the whole run."""
+    method: Any = config.method
+    if hasattr(method, "freeze_last_layer_epochs"):
+        config = replace(config, method=replace(method, freeze_last_layer_epochs=0))
+    before = load(file_of(name))
     split = split_of(before, expected_workers(before))
-    micro = min(split.micro_batch, config.optimisation.micro_batch)
+    micro = min(split.micro_batch, config.optimisation.micro_batch or split.micro_batch)  # 0: all of a worker's
     while True:
         optimisation = replace(config.optimisation, batch=micro, micro_batch=micro)
         made = replace(config, optimisation=optimisation)

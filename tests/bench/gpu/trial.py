@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
+from time import monotonic
 
 import numpy as np
 import torch
@@ -57,9 +58,10 @@ class Noise:
         """Batches from there on, as `datapipe.stream.loader.Loader.after` gives them."""
         size = self._config.optimisation.batch
         for start in range(position, until, size):
-            places = np.arange(start, start + size)
+            places, began = np.arange(start, start + size), monotonic()
             made = self._made(start // size % DISTINCT)
-            yield replace(made, start=start, after=start + size, position=places, sample=places)
+            waited = monotonic() - began
+            yield replace(made, start=start, after=start + size, position=places, sample=places, waited_s=waited)
 
     def ready(self) -> bool:
         """Batches are made at once, or were made before."""
@@ -92,6 +94,8 @@ class Trial(Observer):
         config = replace(config, optimisation=optimisation)
         world = World(device=device)
         self.losses: list[float] = []
+        self.waited_s: list[float] = []
+        """What each step waited for its batch."""
         self.each_step: Callable[[], None] = lambda: None
         """Called after each step, when all of it has been launched."""
         self.batch, self.position = optimisation.batch, 0
@@ -132,6 +136,7 @@ class Trial(Observer):
 
     def step(self, step: StepDone) -> None:
         self.losses.append(step.result.loss)
+        self.waited_s.append(step.batch.waited_s)
         self.each_step()
 
 

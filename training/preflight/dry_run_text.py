@@ -212,10 +212,8 @@ def _by_part(run: DryRun) -> Iterator[str]:
         if advice := ADVICE.get(one.limit):
             yield f"  what helps: {advice}"
         yield f"  {one.error}"
-    yield (
-        f"  scores are not in it; {CORES} cores for each GPU are assumed where stream.threads and stream.processes say "
-        "nothing"
-    )
+    yield (f"  scores are not in it; {CORES} cores for each GPU are assumed where stream.threads and stream.processes "
+           "say nothing")  # fmt: skip
 
 
 def _timed(run: DryRun, one: Forecast) -> dict[str, Any]:

@@ -25,7 +25,8 @@ _MEANING = {
     "training": "the steps themselves: data kept up with them.",
     "reading": "bytes came too slowly: raise stream.reads (and stream.requests_per_s) or the cache (stream.cache_mb, "
                "stream.cache_gb), or bring the data set closer.",
-    "views": "views were made too slowly: more cores, stream.threads or stream.processes, or views.interpolation = \"linear\".",
+    "views": "views were made too slowly: more cores (stream.threads, stream.processes), or "
+             "views.interpolation = \"linear\".",
 }  # fmt: skip
 
 

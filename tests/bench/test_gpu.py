@@ -153,12 +153,15 @@ def test_covered__spans_that_overlap_count_once() -> None:
     assert covered([(0, 2), (1, 3), (5, 6), (5.2, 5.8)]) == 4
 
 
-def test_planned__gives_time_to_a_kind_of_all_recipes_before_the_next_one() -> None:
-    subjects = [Subject(*given) for given in smallest_first(("pass_vits", "supervised", "pass_vitl"), tiny=False)]
+def test_planned__gives_time_to_speed_of_all_recipes_then_to_one_of_each_method() -> None:
+    names = ("supervised", "demo", "pass_vits", "pass_vitl")
+    subjects = [Subject(*given) for given in smallest_first(names, tiny=False)]
     slow, fast = Machine(1e14, 80 << 30, 8), Machine(1e15, 80 << 30, 8)
     slots = planned(subjects, KINDS, fast, seconds=1e6)
-    assert [slot.kind for slot in slots] == [kind for kind in KINDS for _ in subjects]
-    assert [slot.recipe for slot in slots if not slot.planned] == ["supervised"]  # nothing to be beside
+    assert [slot.recipe for slot in slots[:4]] == [one.name for one in subjects]
+    assert [slot.kind for slot in slots] == ["speed"] * 4 + 2 * [kind for kind in KINDS[1:] for _ in range(2)]
+    assert {slot.recipe for slot in slots[4:10]} == {"supervised", "pass_vits"}
+    assert {slot.recipe for slot in slots if not slot.planned} == {"supervised", "demo"}  # nothing to be beside
     longer = planned(subjects, ("speed",), slow, seconds=1e6)
     assert all(one.seconds > other.seconds for one, other in zip(longer, slots, strict=False))
     enough = sum(slot.seconds for slot in slots if slot.kind == "speed")

@@ -167,7 +167,7 @@ def calculate(config: RunConfig, sizes: Census, *, world: int, cuda: bool) -> Me
     ended = sum(kept.values()) + (WORKSPACE if cuda else 0)
     moments = {
         "forward": base + earlier + ended + _forward_temporaries(config, split.micro_batch, sizes),
-        "backward": base + again + ended + _backward_temporaries(config, split.micro_batch, how, sizes),
+        "backward": base + again + ended + _backward_temporaries(config, split.micro_batch, how, sizes, held.stage),
         "reduction": base + FULL * held.reduction(),
         "step": sum(state.values()) + held.gradients() + held.step(),
     }
@@ -200,10 +200,11 @@ def _forward_temporaries(config: RunConfig, images: int, sizes: Census) -> int:
     return FULL * max(loss + work.loss_alive, sizes.largest if rows else 0)
 
 
-def _backward_temporaries(config: RunConfig, images: int, how: Numerics, sizes: Census) -> int:
+def _backward_temporaries(config: RunConfig, images: int, how: Numerics, sizes: Census, stage: int) -> int:
     """The larger of two: a gradient of a head's prototypes, as that of its logits takes the memory of the softmax that
-    was kept; or a block, made again where it is checkpointed."""
-    head = FULL * sizes.largest if workload(config, images).scored else 0
+    was kept (under ZeRO-3 four were measured, `tests/bench/memory.py`); or a block, made again where it is
+    checkpointed."""
+    head = FULL * sizes.largest * (4 if stage == 3 else 1) if workload(config, images).scored else 0
     return max(head, _block_again(config, images, how, sizes))
 
 

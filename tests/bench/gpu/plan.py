@@ -10,8 +10,8 @@ from training.preflight.memory import FULL
 from training.preflight.operations import flops_of_image
 
 KINDS = ("speed", "transcription", "checks", "compiled")
-"""In the order in which time is given out: first to all recipes, the small ones first, before the next kind has any.
-"checks": float32 beside the CPU, lower precisions, a checkpoint."""
+"""Speed comes first, of all recipes, the small ones first; then one kind after the other of a recipe of each method,
+then of the others. "checks": float32 beside the CPU, lower precisions, a checkpoint."""
 REACHED = 0.25
 """Share of a large product's rate that a step is planned with."""
 CPU_RATE = 15e9
@@ -45,14 +45,25 @@ class Machine(NamedTuple):
 
 def planned(subjects: Sequence[Subject], kinds: Sequence[str], machine: Machine, *, seconds: float) -> list[Slot]:
     """All slots, in the order in which time is given out. `subjects`: small ones first."""
+    first = _of_each_method(subjects)
+    others = [subject for subject in subjects if subject not in first]
+    turns = [(subjects, KINDS[:1]), (first, KINDS[1:]), (others, KINDS[1:])]
+    known = {subject.name: estimates(subject, machine) for subject in subjects}
     slots, left = [], seconds
-    for kind in KINDS:
-        for subject in subjects if kind in kinds else ():
-            takes = estimates(subject, machine)[kind]
-            fits = 0 < takes <= left
-            left -= takes if fits else 0.0
-            slots.append(Slot(subject.name, kind, takes, fits))
+    for kind, subject in [(kind, one) for some, own in turns for kind in own for one in some if kind in kinds]:
+        takes = known[subject.name][kind]
+        fits = 0 < takes <= left
+        left -= takes if fits else 0.0
+        slots.append(Slot(subject.name, kind, takes, fits))
     return slots
+
+
+def _of_each_method(subjects: Sequence[Subject]) -> list[Subject]:
+    """The smallest with a published size, or where there is none the smallest."""
+    found: dict[str, Subject] = {}
+    for subject in sorted(subjects, key=lambda one: one.config.backbone.arch == "custom"):
+        found.setdefault(subject.config.method.name, subject)
+    return list(found.values())
 
 
 def estimates(of: Subject, machine: Machine) -> dict[str, float]:

@@ -181,6 +181,15 @@ def test_needed__a_gpu_s_products_have_a_workspace() -> None:
     assert [there[moment] - here[moment] for moment in ("forward", "backward", "reduction")] == [WORKSPACE] * 2 + [0]
 
 
+def test_moments__the_backward_pass_begins_with_a_gradient_of_the_prototypes() -> None:
+    config = with_engine(load(SHIPPED / "dino_vits.toml"), stepper="plain")
+    config = replace(config, optimisation=replace(config.optimisation, batch=2, micro_batch=2))
+    more = replace(config, method=replace(config.method, head=replace(config.method.head, bottleneck=512)))
+    moments = [calculate(one, census(one), world=1, cuda=True) for one in (config, more)]
+    least, most = (need.moments["backward"] - sum(need.state.values()) - sum(need.saved.values()) for need in moments)
+    assert most - least == FULL * 256 * config.method.head.out_dim
+
+
 def test_needed__what_is_erased_is_there_twice() -> None:
     config = load(SHIPPED / "supervised.toml")
     config = replace(config, method=replace(config.method, classes=10))

@@ -5,10 +5,10 @@ work. With processes they only fetch bytes and wait. Which pixels come of an ima
 nothing changes but who makes them.
 """
 
+import importlib
 import mmap
 import multiprocessing
 import os
-import pickle
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -129,9 +129,10 @@ def _whole_pages(shape: tuple[int, ...]) -> int:
 class _Child:
     """What a process knows from its start."""
 
-    def __init__(self, memory: SharedMemory, layout: _Layout, spec: ViewSpec, seed: int, resize: bytes) -> None:
+    def __init__(self, memory: SharedMemory, layout: _Layout, spec: ViewSpec, seed: int, resize: tuple[str, str]) -> None:
         self.slots, self.spec, self.seed = layout.arrays(memory), spec, seed
-        self.resize: Resize = pickle.loads(resize)  # our own, by its name
+        module, name = resize
+        self.resize: Resize = getattr(importlib.import_module(module), name)
 
     def make(self, jpegs: list[bytes], positions: Ints, slot: int, first: int) -> Made:
         return _made(jpegs, positions, self.slots[slot], first, self.spec, self.seed, self.resize)
@@ -159,7 +160,7 @@ class ViewProcesses:
         context.set_forkserver_preload([f"{__package__}.one_thread", __name__, resize.__module__])
         self._pool = ProcessPoolExecutor(
             count, mp_context=context, initializer=_begin,
-            initargs=(self._memory, layout, spec, seed, pickle.dumps(resize)),
+            initargs=(self._memory, layout, spec, seed, (resize.__module__, resize.__name__)),
         )  # fmt: skip
         with sheltered():
             self._pool.submit(os.getpid)

@@ -129,7 +129,9 @@ def _whole_pages(shape: tuple[int, ...]) -> int:
 class _Child:
     """What a process knows from its start."""
 
-    def __init__(self, memory: SharedMemory, layout: _Layout, spec: ViewSpec, seed: int, resize: tuple[str, str]) -> None:
+    def __init__(
+        self, memory: SharedMemory, layout: _Layout, spec: ViewSpec, seed: int, resize: tuple[str, str]
+    ) -> None:
         self.slots, self.spec, self.seed = layout.arrays(memory), spec, seed
         module, name = resize
         self.resize: Resize = getattr(importlib.import_module(module), name)

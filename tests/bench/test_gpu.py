@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -89,8 +90,11 @@ def test_bench__counts_launches_waits_and_memory_of_steps_in_full_size(tmp_path:
         idle = {part for part, count in figures["operations"].items() if not count}
         assert idle == {"reduce", "idle"} | (set() if has_teacher(name) else {"teacher"})
         assert figures["kernels"] > 0.5 * sum(figures["operations"].values())
-        waits = [(line.partition(":")[0], count) for line, count in figures["waits"].items()]
-        assert waits == [("training/engine/stepper.py", 1)], figures["waits"]
+        waits = Counter[str]()
+        for line, count in figures["waits"].items():
+            waits[line.partition(":")[0]] += count
+        assert waits.pop("training/engine/stepper.py") == 1, figures["waits"]
+        assert set(waits) <= {"training/core/device_copy.py"}, figures["waits"]  # for copies alone, long done
 
 
 def has_teacher(recipe: str) -> bool:

@@ -48,7 +48,10 @@ def calculated(config: RunConfig, hidden: int) -> int:
         cls_rows, patches = work.scored
         work = work._replace(scored=(cls_rows, patches._replace(student=hidden, targets=hidden)))
     parts = saved(config, config.optimisation.batch, how, work)
-    return sum(parts.values()) + memory.lowered_copies(config, memory.census(config), how)
+    sizes = memory.census(config)
+    if config.backbone.checkpoint_blocks:  # autocast keeps the lowered weights of blocks there, autograd does not
+        sizes = replace(sizes, lowered_blocks=0)
+    return sum(parts.values()) + memory.lowered_copies(sizes, how)
 
 
 @pytest.mark.slow

@@ -21,7 +21,8 @@ ROOMS = {
                  "views",
                  "stream", "maintain", "synth", "commands"),
     "training": ("recipes", "core", "core/run_folder", "clustering", "nn", "nn/identity", "methods", "weights",
-                 "engine", "checkpoint", "reid/datasets", "reid", "config", "preflight", "evaluation",
+                 "engine", "checkpoint", "reid/datasets", "reid", "config", "preflight/calculated", "preflight",
+                 "evaluation",
                  "trainer/monitoring", "trainer", "report", "grid", "commands"),
     "cluster": ("core", "train/watch", "train", "jobs"),
 }  # fmt: skip

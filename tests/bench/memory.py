@@ -3,7 +3,7 @@ full view sizes, beside the calculated one.
 
 Two processes on the CPU, one image each, checkpointed blocks, small buckets. What is measured is a process's resident
 memory at its highest in the second step (optimizer state exists by then) over that before the method was made; what is
-calculated is `training.preflight.memory.Memory.peak`, without what a GPU adds.
+calculated is `training.preflight.calculated.memory.Memory.peak`, without what a GPU adds.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from training.config.run_plan import clock_of
 from training.core.world import World
 from training.engine import ema, param_groups
 from training.engine.deepspeed import warm_up
-from training.preflight.memory import calculate, census
+from training.preflight.calculated.memory import calculate, census
 from training.recipes import SHIPPED
 from training.trainer.batch_to_device import BatchToDevice
 

@@ -25,7 +25,7 @@ from tests.bench.gpu.settings import full, recipes, settled, smallest_first
 from tests.null_gpu.build import environment, missing
 from tests.support.golden import ROOT
 from tests.support.operations import Operations
-from training.preflight.memory import census
+from training.preflight.calculated.memory import census
 from training.recipes import SHIPPED
 
 RECIPES = ("personmae_vits", "supervised", "pass_vits")

@@ -19,7 +19,7 @@ from training.core.world import World
 from training.methods.dino import DinoConfig
 from training.methods.pass_reid import PassConfig
 from training.methods.personvit import PersonVitConfig
-from training.preflight import memory
+from training.preflight.calculated import memory
 from training.preflight.checks import refuse_split
 from training.preflight.deviations import comments, compare
 from training.trainer.pretrain import pretrain

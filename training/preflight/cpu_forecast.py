@@ -20,12 +20,13 @@ from training.config.build import build_method, workload
 from training.config.run_config import RunConfig
 from training.core.world import World
 from training.engine.clock import Clock
-from training.preflight import activation_memory, memory
-from training.preflight.activation_memory import FULL
-from training.preflight.communication import GBIT_S
-from training.preflight.gpus import Format
-from training.preflight.operations import block_flops, computed_of_image
-from training.preflight.step_time import TRAFFIC, Machine
+from training.preflight.calculated import activation_memory, memory
+from training.preflight.calculated.activation_memory import FULL
+from training.preflight.calculated.communication import GBIT_S
+from training.preflight.calculated.computation import TRAFFIC
+from training.preflight.calculated.gpus import Format
+from training.preflight.calculated.machine import Machine
+from training.preflight.calculated.operations import block_flops, computed_of_image
 
 GB = 10**9
 DAY_S = 86_400.0

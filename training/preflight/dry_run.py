@@ -18,14 +18,14 @@ from training.config.batch_split import MACHINE_GPUS, expected_workers, most_use
 from training.config.run_config import RunConfig
 from training.config.run_plan import clock_of, clustered, for_clusters, milestone_ends, plan_run, sampling_of
 from training.engine.clock import Clock
-from training.preflight import gpus, memory
+from training.preflight.calculated import gpus, memory
+from training.preflight.calculated.communication import Traffic, traffic
+from training.preflight.calculated.gpus import Gpu
+from training.preflight.calculated.memory import Census, Memory
+from training.preflight.calculated.step_time import CORES, Forecast, Share, forecast, forecast_here
 from training.preflight.checks import refuse_split, refuse_unsuited
-from training.preflight.communication import Traffic, traffic
 from training.preflight.cpu_forecast import measured_machine
 from training.preflight.deviations import Deviations, compare
-from training.preflight.gpus import Gpu
-from training.preflight.memory import Census, Memory
-from training.preflight.step_time import CORES, Forecast, Share, forecast, forecast_here
 
 LUPERSON = 4_180_243
 """Images of LUPerson, on which the published runs were trained."""

@@ -8,12 +8,12 @@ from datapipe.core.progress import counted, duration
 from training.config import recipe_toml as recipes
 from training.config.build import workload
 from training.engine.settings import OptimisationConfig
-from training.preflight.communication import GBIT_S, Traffic
+from training.preflight.calculated.communication import GBIT_S, Traffic
+from training.preflight.calculated.memory import FRAGMENTATION, RESERVED, Census, Memory
+from training.preflight.calculated.operations import computed_of_image, flops_of_image, of_image
+from training.preflight.calculated.step_time import CORES, Forecast
 from training.preflight.deviations import Deviations
 from training.preflight.dry_run import GB, DryRun, Steps
-from training.preflight.memory import FRAGMENTATION, RESERVED, Census, Memory
-from training.preflight.operations import computed_of_image, flops_of_image, of_image
-from training.preflight.step_time import CORES, Forecast
 
 RATE_IMAGES = 256
 """Images for which published scaling rules state the learning rate."""

@@ -13,7 +13,7 @@ from training.config.run_plan import sampling_of
 from training.core.out_of_memory import GB, device_bytes, device_name, explained, first_line
 from training.core.run_folder.run_folder import RunFolder
 from training.core.world import World
-from training.preflight import memory
+from training.preflight.calculated import memory
 
 
 def training_memory(config: RunConfig, world: World) -> contextlib.AbstractContextManager[None]:

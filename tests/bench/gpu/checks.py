@@ -17,7 +17,7 @@ from training.config.build import build_method
 from training.config.run_config import RunConfig
 from training.core.precision import Precision, tf32_products
 from training.methods.base import Method
-from training.preflight.memory import FULL, Census
+from training.preflight.calculated.memory import FULL, Census
 
 STEPS, SAVED_AFTER = 3, 2
 """Steps beside the CPU's, and those after which the checkpoint is saved that the last step is done again from."""

@@ -9,10 +9,11 @@ import torch
 
 from training.config.run_config import RunConfig
 from training.core.precision import tf32_products
-from training.preflight import gpus
-from training.preflight.memory import Census
-from training.preflight.operations import backbone_format, flops_of_image
-from training.preflight.step_time import USUAL, Share, machine_of, step_time
+from training.preflight.calculated import gpus
+from training.preflight.calculated.machine import USUAL, machine_of
+from training.preflight.calculated.memory import Census
+from training.preflight.calculated.operations import backbone_format, flops_of_image
+from training.preflight.calculated.step_time import Share, step_time
 
 SIDE = 8_192
 """Of the square matrices that are multiplied to see what a GPU reaches."""

@@ -6,8 +6,8 @@ from typing import NamedTuple
 from tests.bench.gpu.checks import STEPS, Subject
 from tests.bench.gpu.settings import full, small
 from tests.bench.gpu.speed import BY_PART, COUNTED, TIMED, WARM_UP, untranscribed
-from training.preflight.memory import FULL
-from training.preflight.operations import flops_of_image
+from training.preflight.calculated.memory import FULL
+from training.preflight.calculated.operations import flops_of_image
 
 KINDS = ("speed", "transcription", "checks", "compiled")
 """Speed comes first, of all recipes, the small ones first; then one kind after the other of a recipe of each method,

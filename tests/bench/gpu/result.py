@@ -34,11 +34,12 @@ BOUNDS = (
 MEANING = (
     "Times are medians between CUDA events, parts means of other steps, in ms; images: of a micro-batch, one a step, "
     "in one process, batches of noise. MFU: operations of the model over what the datasheet promises of this precision "
-    "(training/preflight/gpus.py); of a product: over what a large matrix product reaches here. x published: how much "
-    "longer the published step takes, written plainly (tests/bench/published_step.py). calculated: milliseconds by the "
-    "datasheet (training/preflight/step_time.py), memory by the recipe. operations: of torch's dispatcher, without "
-    "views and allocations. kernels, and how long at least one of them runs: torch.profiler. waits: those that "
-    "torch.cuda.set_sync_debug_mode notices. loader cores: that decode and crop at this rate, calculated."
+    "(training/preflight/calculated/gpus.py); of a product: over what a large matrix product reaches here. "
+    "x published: how much longer the published step takes, written plainly (tests/bench/published_step.py). "
+    "calculated: milliseconds by the datasheet (training/preflight/calculated/step_time.py), memory by the recipe. "
+    "operations: of torch's dispatcher, without views and allocations. kernels, and how long at least one of them "
+    "runs: torch.profiler. waits: those that torch.cuda.set_sync_debug_mode notices. loader cores: that decode and crop "
+    "at this rate, calculated."
 )
 
 

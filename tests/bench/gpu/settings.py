@@ -10,7 +10,7 @@ from training.config.batch_split import expected_workers, split_of
 from training.config.build import workload
 from training.config.recipe_toml import load
 from training.config.run_config import RunConfig
-from training.preflight.memory import Census, calculate, census
+from training.preflight.calculated.memory import Census, calculate, census
 from training.recipes import SHIPPED
 
 IDENTITIES = 751

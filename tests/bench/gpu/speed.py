@@ -22,10 +22,11 @@ from tests.support.operations import Operations
 from training.config.build import allows_tf32, build_method
 from training.config.run_config import RunConfig
 from training.core.precision import tf32_products
+from training.preflight.calculated.computation import pixels
+from training.preflight.calculated.memory import calculate
+from training.preflight.calculated.operations import backbone_format
+from training.preflight.calculated.step_time import VIEW_RATE
 from training.preflight.compiler import refuse_without_compiler
-from training.preflight.memory import calculate
-from training.preflight.operations import backbone_format
-from training.preflight.step_time import VIEW_RATE, pixels
 
 ABOVE, BELOW = 0.15, 0.15
 """How far the measured peak may be above or below the calculated one, as shares of it. The allocator alone, without

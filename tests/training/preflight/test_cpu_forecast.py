@@ -17,7 +17,7 @@ from training.config.recipe_toml import load
 from training.config.run_plan import clock_of
 from training.core.world import World
 from training.preflight import cpu_forecast
-from training.preflight.operations import flops_of_image
+from training.preflight.calculated.operations import flops_of_image
 from training.recipes import SHIPPED
 
 METHODS = ("dino_vits", "pass_vits", "personvit_vits", "personmae_vits")

@@ -20,7 +20,7 @@ from tests.training.tiny_recipe import tiny
 from training.config.recipe_toml import load
 from training.core.out_of_memory import device_bytes, is_out_of_memory, scoring_memory
 from training.core.world import World
-from training.preflight.memory import calculate, census
+from training.preflight.calculated.memory import calculate, census
 from training.preflight.memory_advice import training_memory
 from training.recipes import SHIPPED
 from training.reid.embed import EmbedConfig, embed

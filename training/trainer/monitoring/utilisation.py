@@ -7,15 +7,15 @@ import torch
 from training.config.build import workload
 from training.config.run_config import RunConfig
 from training.core.world import World
-from training.preflight import gpus
-from training.preflight.operations import backbone_format, flops_of_image
+from training.preflight.calculated import gpus
+from training.preflight.calculated.operations import backbone_format, flops_of_image
 
 
 class Yardstick(NamedTuple):
     """Equal on all ranks."""
 
     flops: float
-    """Floating-point operations of a step for each image (`training/preflight/operations.py`)."""
+    """Floating-point operations of a step for each image (`training/preflight/calculated/operations.py`)."""
     ranks: int
     peak: float = 0.0
     """Operations a second that the GPUs of all ranks reach together by their datasheets; 0: not known, or CPUs."""

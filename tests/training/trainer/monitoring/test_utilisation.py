@@ -8,7 +8,7 @@ import pytest
 from training.config.recipe_toml import load
 from training.config.run_config import RunConfig
 from training.core.world import World
-from training.preflight.operations import flops_of_image
+from training.preflight.calculated.operations import flops_of_image
 from training.trainer.monitoring.utilisation import of_devices, yardstick
 
 H100, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"

@@ -1,8 +1,8 @@
 """How many floating-point operations a micro-batch takes: pure arithmetic on what its method says of it.
 
 Counted are matrix products and convolutions, a multiplication and an addition each, as `torch.utils.flop_counter` has
-them; it agrees to 1e-3 on every shipped recipe (`tests/training/preflight/test_operations.py`). Left out is what is no
-product (norms, activations, softmax), and the few products of losses and metrics: below 2e-4 of the whole.
+them; it agrees to 1e-3 on every shipped recipe (`test_operations.py`). Left out is what is no product (norms,
+activations, softmax), and the few products of losses and metrics: below 2e-4 of the whole.
 
 Every block is counted for every image: where drop path spares blocks, a step does less than is counted, by half of
 `backbone.drop_path` of the student's blocks.
@@ -16,7 +16,7 @@ from training.nn.heads import HeadConfig
 from training.nn.ics_stem import CHANNELS
 from training.nn.vision_transformer import BackboneConfig
 from training.nn.workload import Decoding, Scored, Stack, Workload
-from training.preflight.gpus import Format
+from training.preflight.calculated.gpus import Format
 
 MANY = 1_000
 """Images over which counts are averaged, as a method may round them (hidden patches)."""

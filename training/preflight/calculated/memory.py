@@ -24,8 +24,8 @@ from training.engine.overlapped_reduction import overlaps
 from training.engine.param_groups import group_parameters
 from training.methods.base import Method
 from training.nn.mae_decoder import Decoder
-from training.preflight import activation_memory
-from training.preflight.activation_memory import FULL, Numerics
+from training.preflight.calculated import activation_memory
+from training.preflight.calculated.activation_memory import FULL, Numerics
 
 DECODER = " decoder"
 """How the names of decoders end among the parts of a student."""

@@ -17,27 +17,14 @@ from training.config.run_plan import clock_of
 from training.nn import distillation_losses
 from training.nn.vision_transformer import BackboneConfig
 from training.nn.workload import Stack
-from training.preflight import gpus
-from training.preflight.communication import Traffic, traffic
+from training.preflight.calculated import gpus
+from training.preflight.calculated.communication import Traffic, traffic
+from training.preflight.calculated.computation import LAUNCHES_OF_CASTS, Computation, Part, pixels
+from training.preflight.calculated.machine import BAD, GOOD, USUAL, Machine, Reached, machine_of
+from training.preflight.calculated.memory import census
+from training.preflight.calculated.operations import flops_of_image
+from training.preflight.calculated.step_time import Share, StepTime, forecast, step_time
 from training.preflight.dry_run import dry_run
-from training.preflight.memory import census
-from training.preflight.operations import flops_of_image
-from training.preflight.step_time import (
-    BAD,
-    GOOD,
-    LAUNCHES_OF_CASTS,
-    USUAL,
-    Machine,
-    Part,
-    Reached,
-    Share,
-    StepTime,
-    _How,
-    forecast,
-    machine_of,
-    pixels,
-    step_time,
-)
 
 FORWARD = {
     ("GeForce RTX 3090", False): (10_231.54, 4_584.86, 1_570.66, 486.7),
@@ -60,7 +47,7 @@ def rate(gpu: str, arch: Any, reached: Reached, *, trains: bool = False, compile
     assert kind is not None
     backbone = BackboneConfig(arch=arch, size=(224, 224), compile_blocks=compiled)
     config = replace(recipe("supervised", "fp16"), backbone=backbone)
-    how = _How(config, machine_of(kind, reached)._replace(fused=not trains), "fp32")
+    how = Computation(config, machine_of(kind, reached)._replace(fused=not trains), "fp32")
     stack = Stack(256, (224, 224), 196, 197)
     part = how.stack(stack, learns=False)
     if trains:

@@ -14,7 +14,7 @@ from training.config.build import build_method, view_spec, workload
 from training.config.recipe_toml import load
 from training.config.run_config import RunConfig
 from training.config.run_plan import clock_of
-from training.preflight.operations import Operations, computed_of_image, flops_of_image, of_image, operations
+from training.preflight.calculated.operations import Operations, computed_of_image, flops_of_image, of_image, operations
 from training.recipes import SHIPPED
 
 WITHIN = 1e-3

@@ -5,10 +5,10 @@ import pytest
 from tests.support.golden import ROOT
 from training.config.recipe_toml import load
 from training.engine.reduction import BYTES
-from training.preflight.communication import FULL, Traffic, traffic
+from training.preflight.calculated.communication import FULL, Traffic, traffic
+from training.preflight.calculated.memory import census
+from training.preflight.calculated.operations import computed_of_image
 from training.preflight.dry_run_text import GPU_FLOPS
-from training.preflight.memory import census
-from training.preflight.operations import computed_of_image
 
 VITL = 330_000_000
 

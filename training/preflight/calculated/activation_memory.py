@@ -2,7 +2,7 @@
 of a micro-batch, part by part.
 
 Every term is a tensor that autograd saves (PyTorch 2.15, timm 1.0); the real ones are counted by
-`tests/training/preflight/test_activation_memory.py`. What two operations save counts once.
+`tests/training/preflight/calculated/test_activation_memory.py`. What two operations save counts once.
 Left out are drop-path factors and masks: a few bytes per image.
 
 Letters: B images of the micro-batch, R rows (views * images), T tokens, C channels, K prototypes, Z bottleneck.

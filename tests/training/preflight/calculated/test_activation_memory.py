@@ -10,8 +10,8 @@ from tests.training.tiny_recipe import tiny, with_views
 from training.config.build import workload
 from training.config.run_config import RunConfig
 from training.config.run_plan import clock_of
-from training.preflight import memory
-from training.preflight.activation_memory import numerics, saved
+from training.preflight.calculated import memory
+from training.preflight.calculated.activation_memory import numerics, saved
 
 RECIPES = ("dino_vits", "dino_vitb", "pass_vits", "personvit_vits", "personmae_vits")
 WITHIN = 0.01

@@ -15,8 +15,8 @@ from training.config.run_plan import clock_of
 from training.core.world import World
 from training.engine import param_groups
 from training.engine.plain import PlainStepper
-from training.preflight.memory import FRAGMENTATION, FULL, RESERVED, WORKSPACE, calculate, census
-from training.preflight.step_time import pixels
+from training.preflight.calculated.computation import pixels
+from training.preflight.calculated.memory import FRAGMENTATION, FULL, RESERVED, WORKSPACE, calculate, census
 from training.recipes import SHIPPED
 
 METHODS = ("dino_vits", "dino_vitb", "pass_vits", "personvit_vits", "personmae_vits")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from training.preflight import gpus
-from training.preflight.gpus import GPUS, TERA, known, named
+from training.preflight.calculated import gpus
+from training.preflight.calculated.gpus import GPUS, TERA, known, named
 
 
 @pytest.mark.parametrize(("device", "name", "bf16"), [

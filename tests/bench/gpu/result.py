@@ -38,8 +38,8 @@ MEANING = (
     "x published: how much longer the published step takes, written plainly (tests/bench/published_step.py). "
     "calculated: milliseconds by the datasheet (training/preflight/calculated/step_time.py), memory by the recipe. "
     "operations: of torch's dispatcher, without views and allocations. kernels, and how long at least one of them "
-    "runs: torch.profiler. waits: those that torch.cuda.set_sync_debug_mode notices. loader cores: that decode and crop "
-    "at this rate, calculated."
+    "runs: torch.profiler. waits: those that torch.cuda.set_sync_debug_mode notices. loader cores: that decode and "
+    "crop at this rate, calculated."
 )
 
 

@@ -132,11 +132,11 @@ def _doomed(config: RunConfig, moment: str) -> None:
     steps = [0]
     real = loop._step
 
-    def step(*args: Any) -> Any:
+    def step(*args: Any, **named: Any) -> Any:
         steps[0] += 1
         if moment == "step" and steps[0] == 7:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args)
+        return real(*args, **named)
 
     loop._step = step
     run(config)

@@ -428,10 +428,10 @@ def test_ready__says_whether_the_next_batch_can_be_had_without_waiting(crops: Cr
         assert not running.ready()
         real = running._make
 
-        def make(part: Batch) -> None:
+        def make(part: Batch, slot: int, first: int) -> None:
             if part.start:
                 gate.wait()
-            real(part)
+            real(part, slot, first)
 
         running._make = make  # type: ignore[method-assign]
         batches = running.after(0, 24)

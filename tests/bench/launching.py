@@ -1,6 +1,6 @@
 """What the thread that launches kernels loses to the loader beside it: threads of its interpreter, or processes.
 
-    python -m tests.bench.launching [--rounds 7] [--rows 2000] [--launches 20000]
+    python -m tests.bench.launching [--rounds 7] [--rows 2000] [--launches 200000]
 
 A fixed number of small operations of PyTorch, each as much Python and dispatch as the launch of a kernel, is timed with
 no loader, beside one thread, and beside one process that make PASS's 11 views without end; the three take turns. Wall

@@ -48,8 +48,8 @@ Source = bytes | BinaryIO
 Wanted = dict[int, Any]
 """Fields of a struct that are wanted, by their numbers, each with those of the structs in it."""
 DEEPEST = 12
-_COLUMN_FACTS: Wanted = {4: {1: {8: {}, 3: {16: {1: {}, 2: {0: {}}, 3: {0: {}}}}}}}
-"""FileMetaData.row_groups -> columns -> crypto_metadata, meta_data.size_statistics."""
+_COLUMN_FACTS: Wanted = {4: {1: {8: {}, 3: {3: {0: {}}, 16: {1: {}, 2: {0: {}}, 3: {0: {}}}}}}}
+"""FileMetaData.row_groups -> columns -> crypto_metadata, meta_data.path_in_schema and size_statistics."""
 
 
 def open_parquet(source: Source) -> pyarrow.parquet.ParquetFile:
@@ -82,18 +82,21 @@ def _opened(source: Source, *, read_dictionary: Sequence[str] = ()) -> pyarrow.p
 
 def _check_columns(footer: bytes, schema: pyarrow.parquet.ParquetSchema) -> None:
     """Raises ArrowInvalid for columns that are encrypted, and for histograms of other sizes than their columns have
-    levels: pyarrow's C++ throws for both where nothing catches it."""
+    levels: pyarrow's C++ throws for both where nothing catches it. And for names that are no text."""
     try:
         groups = _Compact(footer).struct(wanted=_COLUMN_FACTS).get(4) or []
         for group in groups:
             for number, chunk in enumerate(group.get(1) or []):
-                column, sizes = schema.column(number), (chunk.get(3) or {}).get(16) or {}
+                column, about = schema.column(number), chunk.get(3) or {}
+                sizes = about.get(16) or {}
+                for part in about.get(3) or ():
+                    part.decode()
                 levels = ((2, column.max_repetition_level), (3, column.max_definition_level))
                 if (8 in chunk or any(len(sizes.get(field) or ()) not in (0, most + 1) for field, most in levels)
                         or (1 in sizes and column.physical_type != "BYTE_ARRAY")):  # fmt: skip
                     raise pyarrow.ArrowInvalid(f"what its footer says of the column {column.path} is damaged, or it is "
                                                "encrypted")  # fmt: skip
-    except (IndexError, AttributeError, TypeError) as error:
+    except (IndexError, AttributeError, TypeError, UnicodeDecodeError) as error:
         raise pyarrow.ArrowInvalid(f"its footer is damaged: {error}") from error
 
 
@@ -301,7 +304,9 @@ class _Compact:
         if kind == 7:
             return self._pass(8)
         if kind == 8:
-            return self._pass(self._varint())
+            size, start = self._varint(), self.place
+            self._pass(size)
+            return self.data[start : self.place]
         if kind in (9, 10) and depth < DEEPEST:
             return self._values(depth, wanted)
         if kind == 12 and depth < DEEPEST:

@@ -150,10 +150,14 @@ def test_open__histograms_that_do_not_fit_their_columns_are_refused(tmp_path: Pa
     assert ended.returncode == -signal.SIGABRT and b"histogram size mismatch" in ended.stderr
 
 
-def test_open__names_that_are_no_text_are_refused() -> None:
+@pytest.mark.parametrize("place", ["both", "schema", "column"])
+def test_open__names_that_are_no_text_are_refused(place: str) -> None:
+    """A name stands in the schema and with each column of a row group."""
     sink = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(pyarrow.table({"a_name": [1, 2]}), sink, store_schema=False)
-    data = sink.getvalue().to_pybytes().replace(b"a_name", b"a\xffname")
+    before, first, between, *after = sink.getvalue().to_pybytes().split(b"a_name")
+    names = {"both": (b"a\xffname",) * 2, "schema": (b"a\xffname", b"a_name"), "column": (b"a_name", b"a\xffname")}
+    data = before + names[place][0] + first + names[place][1] + b"a_name".join([between, *after])
     with pytest.raises(pyarrow.ArrowInvalid):
         read_table(data)
 

@@ -22,6 +22,7 @@ MOST_NUMBER = (1 << 53) - 1
 BOX_LISTS = ("box", "bbox")
 CORNERS = (("left", "top", "width", "height"), ("x", "y", "w", "h"), ("bb_left", "bb_top", "bb_width", "bb_height"))
 OPPOSITE = ("x1", "y1", "x2", "y2")
+_WHO = (*NUMBERS["pid"], *NUMBERS["camera"])
 
 
 class Boxes(NamedTuple):
@@ -89,6 +90,8 @@ def read_table(data: bytes, where: str) -> Boxes:
         frame = _column(table, NUMBERS["frame"])
         track = _column(table, (*NUMBERS["track"], "id"))
         corners = _corners(table)
+        labels = given.select([name for name in given.column_names if plain_key(name) in _WHO]).combine_chunks()
+        labels.validate(full=True)  # texts that are none
     except (pyarrow.ArrowException, ValueError, TypeError, OSError, KeyError) as error:
         raise DataError(
             f"the boxes cannot be read: {error}", where=where, hint="check the file and its columns"
@@ -101,8 +104,7 @@ def read_table(data: bytes, where: str) -> Boxes:
         )
     unknown = np.full(len(frame), UNKNOWN)
     boxes = _sorted(frame, unknown if track is None else track, corners, np.ones(len(frame), bool), 0, where)
-    told = [name for name in given.column_names if plain_key(name) in (*NUMBERS["pid"], *NUMBERS["camera"])]
-    return boxes._replace(labels=given.select(told).combine_chunks() if told else None)
+    return boxes._replace(labels=labels if labels.column_names else None)
 
 
 def _refuse_others(data: bytes, where: str, wanted: str, told: str) -> None:

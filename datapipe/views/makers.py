@@ -80,18 +80,18 @@ class SharedMemory:
     """Bytes that processes share. They lie in no folder: /dev/shm of a container has 64 MB as a rule."""
 
     def __init__(self, size: int, file: int | None = None) -> None:
-        self._file = os.memfd_create("views", os.MFD_CLOEXEC) if file is None else file
+        self._file = os.fdopen(os.memfd_create("views", os.MFD_CLOEXEC) if file is None else file, "r+b", buffering=0)
         if file is None:
-            os.ftruncate(self._file, size)
-        self.size, self.bytes = size, mmap.mmap(self._file, size)
+            self._file.truncate(size)
+        self.size, self.bytes = size, mmap.mmap(self._file.fileno(), size)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As an argument of a process that is being started, which gets the descriptor."""
-        return _received, (self.size, reduction.DupFd(self._file))
+        return _received, (self.size, reduction.DupFd(self._file.fileno()))
 
     def close(self) -> None:
         """Give the descriptor back; the memory goes with the last array in it."""
-        os.close(self._file)
+        self._file.close()
 
 
 def _received(size: int, descriptor: Any) -> SharedMemory:
@@ -182,8 +182,8 @@ class ViewProcesses:
     def close(self) -> None:
         """End the processes, as soon as they have finished what is in their hands."""
         self._pool.shutdown(cancel_futures=True)
-        for unlock in self._unlock:
-            unlock()
+        while self._unlock:
+            self._unlock.pop()()
         self._memory.close()
 
 

@@ -48,6 +48,7 @@ Source = bytes | BinaryIO
 Wanted = dict[int, Any]
 """Fields of a struct that are wanted, by their numbers, each with those of the structs in it."""
 DEEPEST = 12
+"""How far structs and lists may lie within one another: footers have seven."""
 _COLUMN_FACTS: Wanted = {4: {1: {8: {}, 3: {3: {0: {}}, 16: {1: {}, 2: {0: {}}, 3: {0: {}}}}}}}
 """FileMetaData.row_groups -> columns -> crypto_metadata, meta_data.path_in_schema and size_statistics."""
 
@@ -91,7 +92,7 @@ def _check_columns(footer: bytes, schema: pyarrow.parquet.ParquetSchema) -> None
                 sizes = about.get(16) or {}
                 for part in about.get(3) or ():
                     part.decode()
-                levels = ((2, column.max_repetition_level), (3, column.max_definition_level))
+                levels = ((2, column.max_repetition_level), (3, column.max_definition_level)) if sizes else ()
                 if (8 in chunk or any(len(sizes.get(field) or ()) not in (0, most + 1) for field, most in levels)
                         or (1 in sizes and column.physical_type != "BYTE_ARRAY")):  # fmt: skip
                     raise pyarrow.ArrowInvalid(f"what its footer says of the column {column.path} is damaged, or it is "

@@ -179,6 +179,15 @@ def test_boxes__of_another_kind_are_named(tmp_path: Path, frames: list[np.ndarra
         crops(f"{tmp_path}/x.mkv")
 
 
+def test_boxes__whose_persons_are_no_text_are_refused(tmp_path: Path, frames: list[np.ndarray]) -> None:
+    write_video(tmp_path / "x.mkv", frames[:1])
+    no_text = pa.array([b"\xff3"]).view(pa.string())
+    columns = {"frame": [0], "bbox": [[1.0, 2.0, 9.0, 9.0]], "pid": no_text}
+    pyarrow.parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match="the boxes cannot be read"):
+        crops(f"{tmp_path}/x.mkv")
+
+
 def write_sequence(folder: Path, frames: list[np.ndarray]) -> None:
     (folder / "img1").mkdir(parents=True)
     for number, frame in enumerate(frames, 1):

@@ -7,13 +7,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from tests.null_gpu.build import ROOT
+from tests.support.frames import innermost_line
 
 COUNTED = (
     "launch", "gemm", "copy_h2d", "copy_h2d_pinned", "copy_d2h", "copy_d2h_pinned", "copy_d2d", "copy_sync", "memset",
@@ -27,6 +28,7 @@ BESIDE = ("copy_h2d", "copy_h2d_pinned", "stream_wait")
 """Copies to the GPU, those of them from pinned memory, and waits of one stream for another."""
 WARM_UP = 3
 """Steps before anything is counted."""
+HERE = f"{Path(__file__).parent}/"
 DEEPEST = 60
 """Frames that are looked through for a line of ours."""
 
@@ -67,7 +69,7 @@ class Waiting:
 
     def _count(self, kind: int, _: int) -> None:
         if self._counting:
-            self._found[COUNTED[kind], _line()] += 1
+            self._found[COUNTED[kind], innermost_line(HERE, deepest=DEEPEST)] += 1
 
     def _stepping(self, observe: Callable[..., Any]) -> Callable[..., Any]:
         def observed(*words: Any, **named: Any) -> Any:
@@ -97,19 +99,6 @@ def idle() -> Iterator[None]:
     torch.backends.cuda.enable_cudnn_sdp(False)
     with mock.patch.object(nn.Conv2d, "forward", _cut(nn.Conv2d.forward)):
         yield
-
-
-def _line() -> str:
-    """The innermost line of ours that is being carried out."""
-    frame: Any = sys._getframe(2)
-    for _ in range(DEEPEST):
-        if frame is None:
-            break
-        name = frame.f_code.co_filename
-        if name.startswith(f"{ROOT}/") and not name.startswith(f"{ROOT}/tests/null_gpu/"):
-            return f"{name[len(str(ROOT)) + 1 :]}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "elsewhere"
 
 
 def _cut(real: Callable[[nn.Conv2d, Tensor], Tensor]) -> Callable[[nn.Conv2d, Tensor], Tensor]:

@@ -2,19 +2,17 @@
 
 import ctypes
 import os
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.support.frames import innermost_line
 from tests.support.operations import Operations
 
-ROOT = Path(__file__).parents[3]
 NULL_GPU = "NULL_GPU"
 """Variable that is set where the GPU is one that is not there (`tests/null_gpu`)."""
 LAUNCHED, PRODUCTS = 0, 1
@@ -56,7 +54,7 @@ def waits() -> Iterator[Waits]:
     def note(message: Any, category: Any, filename: str, number: int, file: Any = None, line: Any = None) -> None:
         del category, file, line
         if SYNCHRONIZING in str(message):
-            found[_line_of_ours(f"{filename}:{number}")] += 1
+            found[innermost_line(__file__, f"{filename}:{number}")] += 1
 
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
@@ -67,17 +65,6 @@ def waits() -> Iterator[Waits]:
             yield found
         finally:
             torch.cuda.set_sync_debug_mode(before)
-
-
-def _line_of_ours(otherwise: str) -> str:
-    """The innermost line of this project that is being carried out, outside this file."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if name.startswith(f"{ROOT}/") and name != __file__:
-            return f"{name[len(str(ROOT)) + 1 :]}:{frame.f_lineno}"
-        frame = frame.f_back
-    return otherwise
 
 
 def kernels(once: Callable[[], None]) -> tuple[dict[str, float], str]:

@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from datapipe.storage import open_store
+from tests.end_to_end.pause import Pause
 from tests.end_to_end.tiny import command, generated, recipe
 from tests.support.golden import ROOT
 from training.checkpoint import complete
@@ -64,12 +65,19 @@ def none_left(mark: str) -> list[str]:
     return left
 
 
-def stop(words: list[str], beginning: str, number: signal.Signals, **environment: str) -> tuple[int, str, list[str]]:
-    """(exit code, output, lines of errors) of a command that gets a signal once a line of its output begins so."""
+def stop(
+    words: list[str], beginning: str, number: signal.Signals, pause: Pause | None = None, **environment: str
+) -> tuple[int, str, list[str]]:
+    """(exit code, output, lines of errors) of a command that gets a signal once a line of its output begins so.
+    `pause`: the run waits there until it has been sent."""
     mark = uuid4().hex
     process = command(*words, cold=True, **{MARK: mark}, **environment)
+    if pause:
+        pause.reached(process)
     read_until(process, beginning)
     process.send_signal(number)
+    if pause:
+        pause.end()
     output, errors = process.communicate(timeout=PATIENCE_S)
     assert "Traceback" not in output + errors, output + errors
     assert not none_left(mark)
@@ -84,11 +92,14 @@ def test_pretrain__ends_at_once_while_it_starts(
     tmp_path: Path, manifest: str, beginning: str, number: signal.Signals
 ) -> None:
     words = ["training", "pretrain", str(recipe(tmp_path, manifest, str(tmp_path / "run"), epochs=1e5))]
-    code, output, errors = stop(words, beginning, number)
+    if beginning == "pretrain: starting":  # before there is anything that could wait
+        code, output, errors = stop(words, beginning, number)
+    else:
+        pause = Pause(tmp_path, line=beginning)
+        code, output, errors = stop(["tests.end_to_end.pause", *words], beginning, number, pause, **pause.environment)
     assert code == CODES[number]
     assert len(errors) == 1 and errors[0].startswith(("stopped by ", "Ctrl-C: stopping")), errors
-    if beginning != "reads the first batch":  # the first step may have begun by the time the signal is there
-        assert not list((tmp_path / "run" / "checkpoints").glob("step_*")) and "go on with" not in output
+    assert not list((tmp_path / "run" / "checkpoints").glob("step_*")) and "go on with" not in output
 
 
 @pytest.mark.slow
@@ -126,9 +137,14 @@ def test_pretrain_job__ends_at_once_while_it_starts(
 ) -> None:
     """No process of Ray and no folder of it is left."""
     path = recipe(tmp_path, manifest, str(tmp_path / "run"), epochs=1e5)
+    words, pause = ["cluster", "pretrain", str(path)], None
+    if beginning == "builds":  # said by a worker
+        pause = Pause(tmp_path, line=beginning)
+        words += ["--cluster.environment", *pause.worker_environment]
     with TemporaryDirectory(prefix="stops_") as scratch:  # not below tmp_path: sockets want short names
-        code, output, errors = stop(["cluster", "pretrain", str(path)], beginning, number, TMPDIR=scratch,
-                                        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"))  # fmt: skip
+        code, output, errors = stop(words, beginning, number, pause, TMPDIR=scratch,
+                                    TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"),
+                                    **(pause.environment if pause else {}))  # fmt: skip
         assert not list(Path(scratch).rglob("*"))
     name = "Ctrl-C" if number == signal.SIGINT else number.name
     assert (code, errors) == (CODES[number], [f"stopped by {name} before the first step: nothing needed saving"])

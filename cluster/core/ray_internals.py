@@ -200,6 +200,13 @@ def entitle(title: str) -> None:
     setproctitle(title)
 
 
+def import_worker() -> None:
+    """Import what the program of Ray's workers does, and Ray Train. No public module is that program."""
+    import ray._private.workers.default_worker
+    import ray.train
+    import ray.train.v2.api.data_parallel_trainer  # noqa: F401
+
+
 def start_ahead(count: int, *, keep_s: int) -> None:
     """In a worker: have this machine's raylet start `count` processes for the worker's own job and runtime environment;
     returns at once. The next actors there are given one each; what nobody wants ends after `keep_s` seconds, or with

@@ -6,11 +6,16 @@ It imports nothing that looks at a GPU: which one a worker has is not known befo
 import contextlib
 import logging
 import os
+import shlex
+import sys
 from collections.abc import Collection, Mapping
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
+from cluster import forking
 from cluster.core.devices import Kind
-from cluster.core.ray_internals import SETUP_HOOK, entitle, run_hook
+from cluster.core.ray_internals import SETUP_HOOK, entitle, import_worker, run_hook
 from cluster.train.standby import title
 from training.config.run_config import RunConfig
 
@@ -19,6 +24,8 @@ log = logging.getLogger(__name__)
 MODULES = ("cluster.train.rendezvous", "cluster.train.worker", "cluster.train.worker_host", "datapipe.stream.loader",
            "training.trainer.pretrain")  # fmt: skip
 """What a worker imports before its engine is up; the first brings Ray Train's part."""
+OWN_PYTHON = {"py_executable", "conda", "pip", "uv", "container", "image_uri", "nsight", "_nsight", "rocprof_sys"}
+"""Keys of a runtime environment that say how workers' Python is called."""
 NEEDS, CORES, GIVEN = "REID_STANDBY_NEEDS", "REID_STANDBY_CORES", "REID_STANDBY_HOOK"
 """Variables for `prepare`: what else to import, the worker's cores, and the run's own set-up hook."""
 
@@ -34,6 +41,16 @@ def environment(given: Mapping[str, str], config: RunConfig, *, kind: Kind, cpus
     return found
 
 
+def interpreter(job: Mapping[str, Any]) -> str:
+    """What is to be called in place of Python for workers, as words of a shell: a client of the server that forks them
+    where this machine's Python and this project lie in the same place there, else the Python at hand. Empty where
+    the job's own runtime environment says what Python it wants, or a path has blanks."""
+    python, client = sys.executable, str(Path(forking.__file__).with_name("client.py"))
+    if not OWN_PYTHON.isdisjoint(job) or shlex.quote(python) != python or shlex.quote(client) != client:
+        return ""
+    return f"$(test -x {python} -a -r {client} && echo {python} -ISE {client} {python} || echo python3)"
+
+
 def prepare() -> None:
     """In a new process, before it has work: import what a worker needs until its first step. Raises what the run's own
     set-up hook raises."""
@@ -45,6 +62,13 @@ def prepare() -> None:
             log.debug("imports ahead of work failed", exc_info=True)
     if given := os.environ.get(GIVEN):
         run_hook(given)
+
+
+def load_for_ray() -> None:
+    """In the server that forks workers: what their processes import until they have work, and then by `prepare`."""
+    os.environ.setdefault("OMP_NUM_THREADS", os.environ[CORES])
+    import_worker()
+    load(os.environ[NEEDS].split())
 
 
 def load(needs: Collection[str] = ()) -> None:

@@ -42,6 +42,7 @@ def make_trainer(
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(machine.start_timeout_s + machine.hang_timeout_s)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+    import ray
     from ray.train import RunConfig as RayRunConfig
     from ray.train import ScalingConfig
 
@@ -53,8 +54,13 @@ def make_trainer(
         watch_nccl(machine.hang_timeout_s / 2)
     variables = dict(variable.split("=", 1) for variable in machine.environment)
     resources = worker_resources(config, choice)
+    environment: dict[str, Any] = {}
     if machine.standby:
         variables = imports_ahead.environment(variables, config, kind=choice.kind, cpus=resources["CPU"])
+        if client := imports_ahead.interpreter(ray.get_runtime_context().runtime_env):
+            environment["py_executable"] = client
+    if variables:
+        environment["env_vars"] = variables
     workers: Any = (size.least, size.most) if size.elastic else size.most
     callbacks: list[Any] = [RestartPolicy(coordinator, config)]
     return lean_trainer()(
@@ -87,7 +93,7 @@ def make_trainer(
             storage_path=scratch,
             callbacks=callbacks,
             failure_config=_without_end(),
-            worker_runtime_env={"env_vars": variables} if variables else None,  # type: ignore[call-arg]
+            worker_runtime_env=environment or None,  # type: ignore[call-arg]
         ),
     )
 

@@ -1,4 +1,4 @@
-"""What stands where an interpreter is called: it has a server (`cluster/forking/server.py`) fork a process in its place.
+"""What stands where an interpreter is called: it has a server (`server.py` beside it) fork a process in its place.
 
 It hands its command line, environment, folder, limits and open files to the server, passes signals on, and ends as the
 forked process ends. Killed, it takes that process with it. Wherever there is no server, or it cannot serve, the real
@@ -111,7 +111,7 @@ def order(executable: str, words: "list[str]") -> "dict[str, object]":
 def ended(server: socket.socket, order: "dict[str, object]") -> "int | None":
     """Have the order carried out. The exit code, negative for the number of a signal; None where nothing was forked."""
     files = _open_files(server.fileno())
-    early: "list[int]" = []
+    early: list[int] = []
     forwarded = set(FORWARDED) - set(order["ignored"])  # type: ignore[call-overload]
     before = {number: signal.signal(number, lambda number, _: early.append(number)) for number in forwarded}
     text = json.dumps({**order, "files": files}).encode()

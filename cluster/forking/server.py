@@ -41,6 +41,8 @@ HIGH = 500
 """Descriptors that arrive are kept above this number until they get their own."""
 MOST_FILES = 250
 """Open files that a client can hand over: what the kernel lets through in one message."""
+TITLE = "reid::FORKSERVER"
+"""What a server is called once its imports are done; the process id of its machine's raylet follows."""
 IDLE_S = 60.0
 """Seconds without a process that it has forked, after which a server ends."""
 
@@ -265,9 +267,11 @@ def _serve(number: int) -> NoReturn:
     raylet = os.pidfd_open(int(os.environ[RAYLET]))  # from here on no other process can have its number
     listening = socket.socket(fileno=number)
     try:
+        from cluster.core.ray_internals import entitle
         from cluster.train import imports_ahead
 
         imports_ahead.load_for_ray()
+        entitle(f"{TITLE} {os.environ[RAYLET]}")
         fit = threading.active_count() == 1  # a forked process would have no others
     except Exception:  # noqa: BLE001  (what fails here fails in the worker again, which tells it)
         fit = False

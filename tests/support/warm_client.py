@@ -1,18 +1,17 @@
 """A Python for tests that has its slow imports behind it: the client, which stands where an interpreter is called.
 
-It hands its command line, environment, folder and open files to the server (`warm_server`), which forks; then it passes
-signals on, and ends as the forked process ends. It is run with -I -S and imports next to nothing. What a forked
-process cannot stand for (other options of Python, variables that are read while Python or torch starts) is run by
-the real interpreter, in the place of this process.
+It is that of `cluster/forking`, for other programs than Ray's workers. What a forked process cannot stand for (other
+options of Python, variables that are read while Python or torch starts) is run by the real interpreter, in the place
+of this process.
 """
 
 import json
 import os
-import signal
 import socket
 import sys
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+from cluster.forking import client
+
 READ_AT_START = ("LD_PRELOAD", "PYTHON", "ATEN_", "CUDA_VISIBLE_DEVICES", "DEEPSPEED_", "DS_", "MKL_", "NULL_", "OMP_",
                  "TORCH_LOGS")  # fmt: skip
 """Beginnings of the names of variables that a process obeys while it starts or imports."""
@@ -58,7 +57,13 @@ def main(real: str, address: str, served: "dict[str, str]") -> None:
         server.connect(address + WITH_RAY if _ray_as_served(address, served, words) else address)
     except OSError:
         os.execv(real, [real, *sys.argv[2:]])
-    os._exit(_ended(server, words, _added(served["PYTHONPATH"])))
+    order = client.order(sys.argv[1], words)
+    order["path"] = _path(os.environ.get("PYTHONPATH", "")) if _added(served["PYTHONPATH"]) else []
+    order["unbuffered"] = sys.argv[2:3] == ["-u"] or order["unbuffered"]
+    code = client.ended(server, order)
+    if code is None:
+        os.execv(real, [real, *sys.argv[2:]])
+    client.leave(code)
 
 
 def _understood(words: "list[str]") -> bool:
@@ -99,62 +104,3 @@ def _added(served: str) -> "list[str]":
 
 def _path(variable: str) -> "list[str]":
     return [folder for folder in variable.split(os.pathsep) if folder]
-
-
-def _ended(server: socket.socket, words: "list[str]", added: "list[str]") -> int:
-    """Have the words run; the exit code. A process that a signal ended is followed by the same signal."""
-    files = _open_files(server.fileno())
-    ignored = [number for number in FORWARDED if signal.getsignal(number) is signal.SIG_IGN]
-    early: list[int] = []
-    for number in set(FORWARDED) - set(ignored):
-        signal.signal(number, lambda number, _: early.append(number))
-    order = {"words": words, "environment": dict(os.environ), "folder": os.getcwd(), "files": files, "ignored": ignored,
-             "group": os.getpgid(0), "leads": os.getsid(0) == os.getpid(), "client": os.getpid(),
-             "path": _path(os.environ.get("PYTHONPATH", "")) if added else [],
-             "unbuffered": sys.argv[2:3] == ["-u"] or "PYTHONUNBUFFERED" in os.environ,
-             "executable": sys.argv[1]}  # fmt: skip
-    text = json.dumps(order).encode()
-    socket.send_fds(server, [len(text).to_bytes(8, "big")], files)
-    server.sendall(text)
-    pid = _number(server)
-    for file in files:
-        os.close(file)
-    for number in set(FORWARDED) - set(ignored):
-        signal.signal(number, lambda number, _: _send(pid, number))
-    for number in early:
-        _send(pid, number)
-    code = _number(server)
-    if code < 0:
-        if code != -signal.SIGKILL:
-            signal.signal(-code, signal.SIG_DFL)
-        os.kill(os.getpid(), -code)
-    return code
-
-
-def _send(pid: int, number: int) -> None:
-    try:  # noqa: SIM105  (contextlib takes longer to import than all of this)
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass  # it has just ended
-
-
-def _number(server: socket.socket) -> int:
-    found = b""
-    while len(found) < 8:
-        more = server.recv(8 - len(found))
-        if not more:
-            os._exit(70)  # the server is gone
-        found += more
-    return int.from_bytes(found, "big", signed=True)
-
-
-def _open_files(own: int) -> "list[int]":
-    """The files that a program started by this process would have."""
-    found = []
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            if int(name) != own and os.get_inheritable(int(name)):
-                found.append(int(name))
-        except OSError:
-            pass  # that of the list itself
-    return sorted(found)

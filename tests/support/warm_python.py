@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from cluster.forking.server import TITLE
 from tests.support.golden import ROOT
 from tests.support.warm_client import WITH_RAY
 
@@ -25,9 +26,9 @@ FOLDER = "REID_TESTS_WARM_PYTHON"
 """The variable that names the folder to the processes of a test run."""
 CLIENT = """#!{real} -ISE
 import sys
-sys.path.insert(0, {support!r})
+sys.path.insert(0, {root!r})
 sys.argv.insert(1, {own!r})
-import warm_client
+from tests.support import warm_client
 warm_client.main({real!r}, {address!r}, {served!r})
 """
 
@@ -44,7 +45,7 @@ def started() -> Iterator[None]:
             if not path.name.startswith("python"):
                 (folder / path.name).symlink_to(path)
         for alias in ("python", "python3"):
-            text = CLIENT.format(real=str(own), support=str(Path(__file__).parent), own=str(folder / alias),
+            text = CLIENT.format(real=str(own), root=str(ROOT), own=str(folder / alias),
                                  address=str(folder / ".socket"), served=environment)  # fmt: skip
             (folder / alias).write_text(text)
             (folder / alias).chmod(0o755)
@@ -87,6 +88,22 @@ def forked() -> dict[int, int]:
     return _table(address) | _table(address + WITH_RAY)
 
 
+def _above() -> dict[int, int]:
+    """Process id -> that of the process which it stands below, for what was forked for others, here or by the servers
+    of Ray's workers: those stand below their raylet, and a worker below the client that leads its process group."""
+    found = {inner: client for client, inner in forked().items()}
+    servers = {}
+    for process in psutil.process_iter(["cmdline"]):
+        words = " ".join(process.info["cmdline"] or ()).split()
+        if words[:1] == [TITLE]:
+            servers[process.pid] = int(words[1])
+    for process in psutil.process_iter(["ppid"]):
+        if process.info["ppid"] in servers and process.pid not in servers:
+            with contextlib.suppress(ProcessLookupError):
+                found[process.pid] = os.getpgid(process.pid)
+    return found | servers
+
+
 def _table(address: str) -> dict[int, int]:
     """What one server answers."""
     with socket.socket(socket.AF_UNIX) as server:
@@ -102,14 +119,14 @@ def _table(address: str) -> dict[int, int]:
 
 def descendants(pid: int) -> list[psutil.Process]:
     """All processes below one, those included that were forked for clients below it."""
-    table = forked()
+    above = _above()
     children: dict[int, list[int]] = {}
     for process in psutil.process_iter(["ppid"]):
-        children.setdefault(process.info["ppid"], []).append(process.pid)
+        children.setdefault(above.get(process.pid, process.info["ppid"]), []).append(process.pid)
     found, waiting = [], [pid]
     while waiting:
         here = waiting.pop()
-        below = [*children.get(here, ()), *([table[here]] if here in table else ())]
+        below = children.get(here, [])
         found += below
         waiting += below
     return [process for one in found for process in _alive(one)]
@@ -117,11 +134,11 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 def ancestors(pid: int) -> list[int]:
     """The processes above one; above a forked one is the client that it was forked for."""
-    clients = {inner: client for client, inner in forked().items()}
+    above = _above()
     found: list[int] = []
     with contextlib.suppress(psutil.NoSuchProcess):
         while pid > 1:
-            pid = clients[pid] if pid in clients else psutil.Process(pid).ppid()
+            pid = above[pid] if pid in above else psutil.Process(pid).ppid()
             found.append(pid)
     return found
 

@@ -2,22 +2,22 @@
 would import for five, and the workers of a machine have most of their libraries' memory in common.
 
 `cluster/forking/client.py` starts it, one for each machine and job, as a script with the number of a listening socket;
-it imports what a worker needs (`cluster/train/imports_ahead.py`), which looks at no GPU, and then forks for every
-client. It ends with the raylet of its machine, and when it has had nothing to do for a while. A forked process takes
-over the client's command line, environment, folder, limits, open files and process group, and goes on as a fresh
-interpreter would; its parent is this server.
+it imports what a worker needs, which looks at no GPU, and then forks for every client. It ends with the raylet of its
+machine, and when it has had nothing to do for a while. A forked process takes over the client's command line,
+environment, folder, limits, open files and process group, and goes on as a fresh interpreter would; its parent is this
+server.
 """
 
 import atexit
 import builtins
 import contextlib
 import gc
+import importlib
 import io
 import json
 import os
 import resource
 import runpy
-import select
 import selectors
 import signal
 import socket
@@ -41,6 +41,8 @@ HIGH = 500
 """Descriptors that arrive are kept above this number until they get their own."""
 MOST_FILES = 250
 """Open files that a client can hand over: what the kernel lets through in one message."""
+LOAD = "REID_FORK_LOAD"
+"""The variable with the function that imports what the forked processes need ("package.module.function")."""
 TITLE = "reid::FORKSERVER"
 """What a server is called once its imports are done; the process id of its machine's raylet follows."""
 IDLE_S = 60.0
@@ -245,7 +247,7 @@ def _close_all_but(kept: set[int]) -> None:
 def _draw_anew() -> None:
     """Random numbers of NumPy, which would be those of every forked process; Python sees to its own."""
     if "numpy.random" in sys.modules:
-        sys.modules["numpy.random"].seed()  # type: ignore[attr-defined]
+        sys.modules["numpy.random"].seed()
 
 
 def _streams(unbuffered: bool) -> None:
@@ -267,10 +269,10 @@ def _serve(number: int) -> NoReturn:
     raylet = os.pidfd_open(int(os.environ[RAYLET]))  # from here on no other process can have its number
     listening = socket.socket(fileno=number)
     try:
+        module, _, load = os.environ[LOAD].rpartition(".")
+        getattr(importlib.import_module(module), load)()
         from cluster.core.ray_internals import entitle
-        from cluster.train import imports_ahead
 
-        imports_ahead.load_for_ray()
         entitle(f"{TITLE} {os.environ[RAYLET]}")
         fit = threading.active_count() == 1  # a forked process would have no others
     except Exception:  # noqa: BLE001  (what fails here fails in the worker again, which tells it)
@@ -284,8 +286,11 @@ def _serve(number: int) -> NoReturn:
 
 def _refuse(listening: socket.socket, raylet: int) -> NoReturn:
     """Send clients away, whose processes then start by themselves: at once, where each would else have a server try."""
-    while listening in (ready := select.select([listening, raylet], [], [], IDLE_S)[0]) and raylet not in ready:
-        listening.accept()[0].close()
+    with selectors.DefaultSelector() as selector:
+        selector.register(listening, selectors.EVENT_READ)
+        selector.register(raylet, selectors.EVENT_READ)
+        while {key.fileobj for key, _ in selector.select(IDLE_S)} == {listening}:
+            listening.accept()[0].close()
     os._exit(1)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from cluster import forking
 from cluster.core.devices import Kind
 from cluster.core.ray_internals import SETUP_HOOK, entitle, import_worker, run_hook
+from cluster.forking.server import LOAD
 from cluster.train.standby import title
 from training.config.run_config import RunConfig
 
@@ -35,7 +36,7 @@ def environment(given: Mapping[str, str], config: RunConfig, *, kind: Kind, cpus
     needs = ["deepspeed"] if config.engine.stepper == "deepspeed" and kind == "cpu" else []  # it looks for GPUs
     needs += ["s3"] if config.out.startswith("s3://") else []
     found = {**given, SETUP_HOOK: f"{__name__}.{prepare.__name__}", NEEDS: " ".join(needs),
-             CORES: str(max(1, int(cpus)))}  # fmt: skip
+             CORES: str(max(1, int(cpus))), LOAD: f"{__name__}.{load_for_ray.__name__}"}  # fmt: skip
     if SETUP_HOOK in given:
         found[GIVEN] = given[SETUP_HOOK]
     return found

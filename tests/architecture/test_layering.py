@@ -24,7 +24,7 @@ ROOMS = {
                  "engine", "checkpoint", "reid/datasets", "reid", "config", "preflight/calculated", "preflight",
                  "evaluation",
                  "trainer/monitoring", "trainer", "report", "grid", "commands"),
-    "cluster": ("core", "train/watch", "train", "jobs"),
+    "cluster": ("core", "forking", "train/watch", "train", "jobs"),
 }  # fmt: skip
 """Package -> its rooms, from the ground up. A room imports only rooms before it, be it inside a function or for types
 alone; what lies beside the rooms comes last."""

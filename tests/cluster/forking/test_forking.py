@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from cluster.forking import client
-from cluster.forking.server import TITLE
+from cluster.forking.server import LOAD, TITLE
 from cluster.train import imports_ahead
 from tests.support.golden import ROOT
 
@@ -48,7 +48,7 @@ def raylet() -> Iterator[subprocess.Popen[bytes]]:
 def environment(raylet: int, **changes: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in ("OWN", "PYTEST_CURRENT_TEST")}
     return {**kept, client.RAYLET: str(raylet), imports_ahead.CORES: "1", imports_ahead.NEEDS: "", "TEST": __name__,
-            "PYTHONPATH": str(ROOT), **changes}  # fmt: skip
+            LOAD: "cluster.train.imports_ahead.load_for_ray", "PYTHONPATH": str(ROOT), **changes}  # fmt: skip
 
 
 def words(*program: str) -> list[str]:
@@ -89,9 +89,9 @@ def test_process__is_forked_by_one_server_and_has_all_that_its_client_had(
 
     before = said(raylet.pid)
     assert before["ahead"] and before["parent"] in [one.pid for one in servers(raylet.pid)]
-    by_itself = subprocess.run([REAL, str(script), "a", "ä"], cwd=tmp_path, env=environment(raylet.pid), text=True,
+    by_itself = subprocess.run([REAL, str(script), "a", "ä"], env=environment(raylet.pid), text=True,
                                capture_output=True, preexec_fn=small, check=True)  # fmt: skip
-    found = run(raylet.pid, str(script), "a", "ä", cwd=tmp_path, preexec_fn=small)
+    found = run(raylet.pid, str(script), "a", "ä", preexec_fn=small)
     assert found.returncode == 0, found.stderr
     real, forked = json.loads(by_itself.stdout), json.loads(found.stdout)
     assert forked.pop("ahead") and not real.pop("ahead")

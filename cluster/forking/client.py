@@ -64,10 +64,10 @@ def _reached(real: str) -> "socket.socket | None":
             if not _start(real, name):  # another client does
                 time.sleep(PAUSE_S)
             continue
-        if peer(server) == os.getuid():
+        if same_owner(server):
             return server
         server.close()
-        raise PermissionError("another user listens there")
+        raise PermissionError("a process of another user or container listens where the server does")
     return None
 
 
@@ -89,10 +89,12 @@ def _start(real: str, name: bytes) -> bool:
     return True
 
 
-def peer(connection: socket.socket) -> int:
-    """The user at the other end of a Unix socket."""
+def same_owner(connection: socket.socket) -> bool:
+    """Whether at the other end of a Unix socket is a process of this user, and none that this process cannot see, of
+    another container on the same network, where users have the same numbers."""
     found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    return int.from_bytes(found[4:8], sys.byteorder)
+    pid, user = (int.from_bytes(found[start : start + 4], sys.byteorder) for start in (0, 4))
+    return pid > 0 and user == os.getuid()
 
 
 def order(executable: str, words: "list[str]") -> "dict[str, object]":

@@ -31,7 +31,7 @@ from typing import Any, NoReturn
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from cluster.forking.client import FORWARDED, NUMBER, RAYLET, peer
+from cluster.forking.client import FORWARDED, NUMBER, RAYLET, same_owner
 
 STREAMS = ((0, "stdin", "r", "surrogateescape"), (1, "stdout", "w", "surrogateescape"),
            (2, "stderr", "w", "backslashreplace"))  # fmt: skip
@@ -94,7 +94,7 @@ class Server:
             head, files, *_ = socket.recv_fds(connection, NUMBER, MOST_FILES)
             if head == bytes(NUMBER):
                 connection.sendall(json.dumps({client: pid for pid, (_, client) in self._clients.items()}).encode())
-            text = _exactly(connection, int.from_bytes(head, "big")) if peer(connection) == os.getuid() else b""
+            text = _exactly(connection, int.from_bytes(head, "big")) if same_owner(connection) else b""
         except OSError:
             text = b""
         pid = -1

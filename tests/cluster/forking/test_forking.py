@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -181,12 +182,33 @@ print(1, flush=True)
 input()
 """
     line = [REAL, "-c", listen, client.address(REAL).hex()]
-    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout is not None and other.stdout.readline()
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as listener:
+        assert listener.stdout is not None and listener.stdout.readline()
         done = run(raylet.pid, "-c", SAY, changes={"OWN": "listened for"}, cwd=tmp_path)
-        other.communicate(b"\n")
+        listener.communicate(b"\n")
     assert done.returncode == 0 and not json.loads(done.stdout)["ahead"]
-    assert "no process is forked: another user listens there" in done.stderr
+    assert "no process is forked: a process of another user or container listens" in done.stderr
+
+
+def test_same_owner__is_no_process_that_this_one_cannot_see() -> None:
+    apart = ["unshare", "--fork", "--pid"]  # as a container has its own processes
+    if subprocess.run([*apart, "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("no namespaces can be made here")
+    connect = f"""
+import socket, sys
+sys.path.insert(0, {str(ROOT)!r})
+from cluster.forking.client import same_owner
+server = socket.socket(socket.AF_UNIX)
+server.connect(bytes.fromhex(sys.argv[1]))
+print(same_owner(server))
+"""
+    name = b"\0reid_test_%d" % os.getpid()
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(name)
+        listening.listen()
+        found = [subprocess.run([*prefix, REAL, "-c", connect, name.hex()], capture_output=True, text=True).stdout
+                 for prefix in ([], apart)]  # fmt: skip
+    assert found == ["True\n", "False\n"]
 
 
 @pytest.mark.parametrize("key", ["pip", "conda", "uv", "py_executable", "container", "image_uri"])

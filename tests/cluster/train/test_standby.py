@@ -47,9 +47,14 @@ def test_environment__keeps_what_workers_are_given() -> None:
     config = recipes.load("pass_vits", ["--out", "s3://b/run", "--engine.stepper", "deepspeed"])
     given = {"NCCL_DEBUG": "INFO", SETUP_HOOK: "some.package.install"}
     found = imports_ahead.environment(given, config, kind="cpu", cpus=2.5)
-    assert found == {"NCCL_DEBUG": "INFO", SETUP_HOOK: "cluster.train.imports_ahead.prepare", imports_ahead.CORES: "2",
-                     imports_ahead.NEEDS: "deepspeed s3",
-                     LOAD: "cluster.train.imports_ahead.load_for_ray", imports_ahead.GIVEN: "some.package.install"}  # fmt: skip
+    assert found == {
+        "NCCL_DEBUG": "INFO",
+        SETUP_HOOK: "cluster.train.imports_ahead.prepare",
+        LOAD: "cluster.train.imports_ahead.load_for_ray",
+        imports_ahead.CORES: "2",
+        imports_ahead.NEEDS: "deepspeed s3",
+        imports_ahead.GIVEN: "some.package.install",
+    }
     on_gpus = imports_ahead.environment({}, config, kind="cuda", cpus=0.5)
     assert on_gpus[imports_ahead.NEEDS] == "s3", "DeepSpeed looks for GPUs, and which the worker has is unknown"
     assert on_gpus[imports_ahead.CORES] == "1" and imports_ahead.GIVEN not in on_gpus

@@ -43,8 +43,8 @@ def main(real: str, words: "list[str]") -> None:
 
 
 def address(real: str) -> bytes:
-    """Of the server for processes with this interpreter, environment and folder, of this user and job: a name in
-    Linux's abstract namespace, which vanishes with the server."""
+    """Where the server listens that forks processes with this interpreter, environment and folder, for this user and
+    job: a name in Linux's abstract namespace, which vanishes with the server."""
     given = {name: value for name, value in os.environ.items() if name not in OWN}
     kept = json.dumps([real, __file__, os.getcwd(), os.readlink("/proc/self/ns/pid"), sorted(given.items())])
     return b"\0reid_fork_%d_%s" % (os.getuid(), hashlib.sha256(kept.encode()).hexdigest()[:32].encode())

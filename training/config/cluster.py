@@ -42,8 +42,9 @@ class ClusterConfig:
     environment: tuple[Variable, ...] = ()
     """NAME=VALUE set for workers, such as NCCL_SOCKET_IFNAME=eth0. Never for secrets: machines have their own."""
     standby: bool = True
-    """Have as many processes wait on each machine as it has workers, their imports done, so that a restart need not do
-    them: half a gigabyte of memory each, taken only where it is free. False: each restart imports anew."""
+    """Have one process on each machine import what workers need and fork them, and as many wait as the machine has
+    workers, so that a restart need not import: half a gigabyte a machine, and a tenth for each that waits, taken only
+    where it is free. False: each process imports anew."""
     resize_every_s: float = Field(default=60.0, gt=0)
     """Seconds between looks for room for more workers. Each change of size saves and starts all workers anew."""
     max_failures: int = Field(default=8, ge=0)

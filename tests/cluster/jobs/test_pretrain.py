@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from cluster.forking.server import TITLE as FORKSERVER
 from cluster.train.standby import TITLE
 from datapipe.core import cli as ends
 from tests.end_to_end.pause import PATIENCE_S, Pause
@@ -63,12 +64,14 @@ def test_pretrain_job__a_killed_worker_changes_nothing(tmp_path: Path, write_cro
     process = command("cluster", "pretrain", str(path), *flags, *pause.worker_environment, **pause.environment)
     killed = pause.reached(process)
     standing = standing_by(process.own_pid, 2)
+    (server,) = {psutil.Process(pid).ppid() for pid in (killed, *standing)}
+    assert psutil.Process(server).cmdline()[0].startswith(FORKSERVER), "a process of its machine forked them"
     struck = time.time()
     os.kill(killed, signal.SIGKILL)
     pause.end()
     code, output, errors = finished(process)
     assert code == 0, output + errors
-    assert not any(map(psutil.pid_exists, standing)), "they end with the command"
+    assert not any(map(psutil.pid_exists, (server, *standing))), "they end with the command"
     attempts = [json.loads(log.read_text().splitlines()[0]) for log in sorted((run / "metrics").glob("*.jsonl"))]
     assert attempts[1]["startup"]["process"] < struck < attempts[1]["startup"]["imported"]  # it stood by
     assert re.fullmatch(r"restarted: rank 1 on 127.0.0.1 \(node \w{8}\): its process died", attempts[1]["reason"])

@@ -139,6 +139,7 @@ def test_step__waits_for_the_gpu_once_and_for_copies_once_however_many_micro_bat
 def test_run__under_ray_on_two_gpus_has_the_numbers_of_two_cpus(stage: int, data: str, tmp_path: Path) -> None:
     recipe, flags = CASES[f"zero_{stage}"]
     words = ["cluster", "pretrain", recipe, *TINY, "--stream.manifest", data, *flags, "--cluster.max-workers", "2",
+             "--cluster.standby", "True",
              "--optimisation.micro-batch", "6", "--out"]  # fmt: skip
     ended_well(started([*words, str(tmp_path / "cpu"), *CPU], dict(os.environ)))
     log = tmp_path / "nccl.log"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from datapipe.core.randomness import Floats, Ints
+from datapipe.views.erasing import Erasures
 from datapipe.views.masking import Masks
 from datapipe.views.spec import View
 
@@ -37,7 +38,8 @@ class Batch:
     crop that was really read; -1 where unknown. `waited_s`: seconds the consumer stood still for this batch.
 
     Where the method asks for them: `masks` bool [V, n, rows, columns], True where a patch is hidden (padding: False),
-    and `boxes` int64 [V, n, 5]: top, left, height, width in the source image and flipped (padding: 0).
+    `boxes` int64 [V, n, 5]: top, left, height, width in the source image and flipped (padding: 0), and `erasures`: what
+    the only view loses once it is normalised (padding: nothing).
     """
 
     views: dict[str, View]
@@ -51,6 +53,7 @@ class Batch:
     waited_s: float = 0.0
     masks: Masks | None = None
     boxes: Ints | None = None
+    erasures: Erasures | None = None
 
     def micro_batches(self, rows: int) -> Iterator["Batch"]:
         """The batch in pieces of `rows`, as views of its arrays: nothing is copied."""
@@ -68,4 +71,5 @@ class Batch:
             camera=self.camera[rows],
             masks=None if self.masks is None else self.masks[:, rows],
             boxes=None if self.boxes is None else self.boxes[:, rows],
+            erasures=None if self.erasures is None else self.erasures.rows(rows),
         )

@@ -27,6 +27,7 @@ from datapipe.stream.mixed_stream import MixedStream
 from datapipe.stream.stream import Stream
 from datapipe.views import bicubic
 from datapipe.views.bicubic import Resize
+from datapipe.views.erasing import Erasures, draw_erasures
 from datapipe.views.makers import ViewMaker, ViewProcesses, ViewsHere
 from datapipe.views.masking import draw_masks
 from datapipe.views.spec import View, ViewSpec
@@ -210,7 +211,7 @@ class Loader:
         return share.samples[real], self.order.turns(share.positions[real])
 
     def _without_views(self, share: RankBatch) -> Batch:
-        masks = self.spec.masks
+        masks, erasing = self.spec.masks, self.spec.erasing
         return Batch(
             views={},
             sample=share.samples,
@@ -222,6 +223,7 @@ class Loader:
             after=share.batch.stop,
             masks=np.zeros((len(masks), self.rows, *masks[0].grid), dtype=np.bool_) if masks else None,
             boxes=np.zeros((self.spec.boxed, self.rows, 5), dtype=np.int64) if self.spec.boxed else None,
+            erasures=Erasures.none(erasing, self.rows) if erasing else None,
         )
 
     def _begin(self, batch: Batch, slot: int) -> tuple[Batch, list[Future[None]]]:
@@ -247,6 +249,8 @@ class Loader:
         fetched = perf_counter()
         if part.masks is not None:
             part.masks[:] = draw_masks(self.spec.masks, self.seed, part.position)
+        if part.erasures is not None and self.spec.erasing is not None:
+            draw_erasures(self.spec.erasing, self.seed, part.position, part.erasures)
         made = self._views.make(data, part.position, slot=slot, first=first)
         if part.boxes is not None:
             part.boxes[:] = made.boxes

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datapipe.core.config import JitterConfig, Range, Size, ViewConfig
+from datapipe.views.erasing import ErasingSpec
 from datapipe.views.masking import MaskSpec
 
 View = NDArray[np.uint8]
@@ -79,6 +80,8 @@ class ViewSpec:
     interpolation: Literal["bicubic", "linear"] = "bicubic"
     masks: tuple[MaskSpec, ...] = ()
     """One for each masked view: which of its patches are hidden from the student."""
+    erasing: ErasingSpec | None = None
+    """Rectangles that views lose after they are normalised."""
     version: Literal[1, 2, 3] = 3
     """Rules by which bands become rows, and bicubic resizing rounds: see `ViewConfig`."""
 

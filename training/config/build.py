@@ -12,6 +12,7 @@ import torch
 import training.nn.blocks  # noqa: F401  (loads timm, which does more where a device or a fake mode is set)
 from datapipe.core.randomness import words
 from datapipe.stream.batch import Batch
+from datapipe.views.erasing import Erasures, draw_erasures
 from datapipe.views.masking import draw_masks
 from datapipe.views.spec import ViewSpec
 from training import methods
@@ -99,9 +100,13 @@ def fake_batch(spec: ViewSpec, split: BatchSplit, config: RunConfig) -> Batch:
         noise = words(config.seed, f"rehearsal/{group.name}", np.arange(shape[0] * n), math.ceil(values / 8))
         views[group.name] = np.ascontiguousarray(noise).view(np.uint8)[:, :values].reshape(shape)
     rows = np.arange(n, dtype=np.int64)
+    erasures = Erasures.none(spec.erasing, n) if spec.erasing else None
+    if spec.erasing and erasures:
+        draw_erasures(spec.erasing, config.seed, rows, erasures)
     return Batch(
         views=views, sample=rows, position=rows, weight=np.full(n, 1 / n), label=rows % 2, camera=rows,
         start=0, after=n, waited_s=0.0,
         masks=draw_masks(spec.masks, config.seed, rows) if spec.masks else None,
         boxes=np.broadcast_to([0, 0, *config.backbone.size, 0], (spec.boxed, n, 5)).copy() if spec.boxed else None,
+        erasures=erasures,
     )  # fmt: skip

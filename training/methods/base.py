@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Generic, NamedTuple, TypedDict, TypeVar, get_args
 
+import numpy as np
 from torch import Tensor, nn
 
 from datapipe.core.config import ViewConfig
@@ -47,6 +48,8 @@ Views = TypedDict(
         "mask": Tensor,  # [V, B, rows, columns] bool, True: hidden from the student
         "hidden": Tensor,  # [R] int64: where the mask is True, counted over all of it in order
         "boxes": Tensor,  # [V, B, 5] int64: top, left, height, width in the source image, flipped; 0 for padding
+        "erased": np.ndarray,  # [B, 4] int64: top, left, height, width to be erased, on the host; height 0: nothing
+        "noise": Tensor,  # [R]: what takes the place of these rectangles, one behind the other, where it is noise
         "sample": Tensor,  # [B] int64: row of the data set; -1 marks padding
         "position": Tensor,  # [B] int64: place in the stream, unique even where a sample repeats; stays on the host
         "label": Tensor,  # [B] int64, where known; numbered from 0 for methods that batch by identity

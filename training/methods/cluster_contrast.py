@@ -201,7 +201,8 @@ class ClusterContrast(Method[ClusterContrastConfig]):
 
     @staticmethod
     def views(config: ClusterContrastConfig, views: ViewConfig, backbone: BackboneConfig) -> ViewSpec:
-        return padded(views, size=backbone.size, pad=config.pad)
+        spec = padded(views, size=backbone.size, pad=config.pad)
+        return replace(spec, erasing=CONSTANT.spec(backbone.size, config.erase))
 
     @staticmethod
     def by_cluster(config: ClusterContrastConfig) -> ByCluster:
@@ -253,9 +254,8 @@ class ClusterContrast(Method[ClusterContrastConfig]):
         is the nearest one."""
         weight_B, position_B = views["weight"], views["position"]
         images_BIHW, label_B, real_B, path_masks = identity_batch(
-            views, progress, backbone=self.student.backbone.config, erasing=CONSTANT,
-            probability=self.config.erase,
-        )  # fmt: skip
+            views, progress, backbone=self.student.backbone.config, erasing=CONSTANT
+        )
         output = self.student(images_BIHW, real_B, precision=self.precision, path_masks=path_masks)
         with full_precision(weight_B.device):
             unit_BF = F.normalize(output.feature_BF, dim=1)

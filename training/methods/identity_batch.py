@@ -28,13 +28,15 @@ class IdentityBatch(NamedTuple):
 
 
 def identity_batch(
-    views: Views, progress: TrainingProgress, *, backbone: BackboneConfig, erasing: Erasing, probability: float
+    views: Views, progress: TrainingProgress, *, backbone: BackboneConfig, erasing: Erasing
 ) -> IdentityBatch:
     """The batch of the views "image", a function of the run's seed and the images' positions. `backbone`:
-    whose blocks are dropped; `probability`: share of images that lose a rectangle."""
+    whose blocks are dropped; `erasing`: what takes the place of the rectangles that the loader has drawn, if any."""
     position_B, real_B = views["position"], views["weight"] > 0
     label_B = views["label"].to(real_B.device).masked_fill(~real_B, -1)
-    images_BIHW = erase(views["image"][0], position_B, probability=probability, seed=progress.seed, erasing=erasing)
+    images_BIHW = views["image"][0]
+    if "erased" in views:
+        images_BIHW = erase(images_BIHW, views["erased"], views["noise"], erasing.fill)
     rates, purpose = backbone.drop_rates, "drop_path/image"
     drawn = draw_path_masks(rates, seed=progress.seed, purpose=purpose, position=position_B, views=1)
     (path_masks,) = on_device([drawn], images_BIHW.device, whole=backbone.compile_blocks)

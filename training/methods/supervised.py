@@ -240,7 +240,8 @@ class Supervised(Method[SupervisedConfig]):
 
     @staticmethod
     def views(config: SupervisedConfig, views: ViewConfig, backbone: BackboneConfig) -> ViewSpec:
-        return padded(views, size=backbone.size, pad=config.pad)
+        spec = padded(views, size=backbone.size, pad=config.pad)
+        return replace(spec, erasing=NOISE.spec(backbone.size, config.erase))
 
     @staticmethod
     def by_identity(config: SupervisedConfig) -> ByIdentity:
@@ -291,9 +292,8 @@ class Supervised(Method[SupervisedConfig]):
         """
         weight_B = views["weight"]
         images_BIHW, label_B, real_B, path_masks = identity_batch(
-            views, progress, backbone=self.student.backbone.config, erasing=NOISE,
-            probability=self.config.erase,
-        )  # fmt: skip
+            views, progress, backbone=self.student.backbone.config, erasing=NOISE
+        )
         output = self.student(images_BIHW, real_B, precision=self.precision, path_masks=path_masks)
         with full_precision(weight_B.device):
             identity_B, triplet_B = self._losses(output, label_B)

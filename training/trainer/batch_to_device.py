@@ -44,6 +44,8 @@ class BatchToDevice:
             "sample": torch.from_numpy(batch.sample.copy()),
             "position": torch.from_numpy(batch.position.copy()),
         }
+        if batch.erasures is not None:
+            views["erased"] = batch.erasures.rectangle.copy()
         if self._copies is None:
             return self._filled(views, self._small(batch), _pixels(batch))
         if self._begun is None or self._begun[0] is not batch:
@@ -70,6 +72,8 @@ class BatchToDevice:
             small["hidden"] = torch.from_numpy(np.flatnonzero(batch.masks))
         if batch.boxes is not None:
             small["boxes"] = torch.from_numpy(batch.boxes)
+        if batch.erasures is not None:
+            small["noise"] = torch.from_numpy(batch.erasures.flat()).to(self.dtype)
         return small
 
     def _normalised(self, pixels_VBHWI: Tensor) -> Tensor:

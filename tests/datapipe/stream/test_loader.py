@@ -19,6 +19,7 @@ from datapipe.sampling.epoch_order import Order
 from datapipe.stream.batch import Batch, LoaderCounters
 from datapipe.stream.loader import FEWEST_ROWS, Loader, rows_of_a_piece
 from datapipe.stream.stream import Stream
+from datapipe.views.erasing import ErasingSpec, Erasures, draw_erasures
 from datapipe.views.masking import MaskConfig, MaskSpec, draw_masks
 from datapipe.views.render import make_views
 from datapipe.views.spec import RegionSpec, ViewSpec, multi_crop, regions
@@ -27,6 +28,7 @@ from tests.datapipe.crop_set import CropSet
 
 ROWS = 53
 CONFIG = StreamConfig(block=5, window=3, threads=2, max_bad=1.0)
+ERASING = ErasingSpec((32, 16), 0.6, (0.02, 1 / 3), logarithmic=True, noise=True)
 VIEWS = ViewConfig(interpolation="linear", jitter=JitterConfig(white_balance=0.1), erase=(0.3, 0.3, 0.3))
 SPEC = multi_crop(VIEWS, size=(32, 16), local_size=(16, 8), local_bands=((0.0, 0.5), (0.5, 1.0)))
 
@@ -144,15 +146,18 @@ def test_after__processes_change_nothing(tmp_path: Path, no_images: tuple[int, .
     crops = crop_set.write(tmp_path / "set", ROWS, no_images=no_images)
     law = RegionSpec((0.3, 0.9), (0.375, 0.667), (0.0, 1.0), True)
     masks = (MaskSpec((4, 2), MaskConfig(ratios=(0.5,), spreads=(0.0,)), equal=True),)
-    spec = regions(VIEWS, law, size=(32, 16), pair=True, masks=masks)
+    spec = replace(regions(VIEWS, law, size=(32, 16), pair=True, masks=masks), erasing=ERASING)
     found = []
     for processes in (0, 2):
         config = replace(CONFIG, processes=processes)
         with loader(crops, rank=1, world=2, batch=14, spec=spec, config=config) as running:
-            found.append([(copy(batch), batch.masks, batch.boxes) for batch in running.after(0, 120)])
+            found.append([(copy(batch), batch.masks, batch.boxes, batch.erasures) for batch in running.after(0, 120)])
             assert (running.intake.replaced > 0) == bool(no_images)
-    assert_same(*([batch for batch, _, _ in batches] for batches in found))
-    for (batch, masks_made, boxes), (_, other_masks, other_boxes) in zip(*found, strict=True):
+    assert_same(*([batch for batch, *_ in batches] for batches in found))
+    for (batch, masks_made, boxes, erased), (_, other_masks, other_boxes, others) in zip(*found, strict=True):
+        assert erased is not None and others is not None
+        np.testing.assert_array_equal(erased.rectangle, others.rectangle)
+        np.testing.assert_array_equal(erased.noise, others.noise)
         np.testing.assert_array_equal(masks_made, other_masks)
         np.testing.assert_array_equal(boxes, other_boxes)
         assert boxes is not None and boxes.any() == (batch.position >= 0).any()
@@ -396,10 +401,10 @@ def test_rows_of_a_piece__leave_two_pieces_to_every_thread_and_no_more(rows: int
     assert (pieces - 1) * batches < 2 * threads
 
 
-def test_after__masks_and_boxes_follow_their_images_in_any_world(crops: CropSet) -> None:
+def test_after__masks_boxes_and_erasures_follow_their_images_in_any_world(crops: CropSet) -> None:
     law = MaskSpec((4, 2), MaskConfig(ratios=(0.5,), spreads=(0.0,)), equal=True)
     region = RegionSpec(scale=(0.3, 0.9), ratio=(0.375, 0.667), iou=(0.2, 0.8), share_flip=True)
-    spec = regions(VIEWS, region, size=(32, 16), pair=True, masks=(law,))
+    spec = replace(regions(VIEWS, region, size=(32, 16), pair=True, masks=(law,)), erasing=ERASING)
     found = {}
     for world in (1, 3):
         for rank in range(world):
@@ -408,17 +413,24 @@ def test_after__masks_and_boxes_follow_their_images_in_any_world(crops: CropSet)
                     assert batch.masks is not None and batch.boxes is not None
                     assert not batch.masks[:, batch.position < 0].any() and not batch.boxes[:, batch.position < 0].any()
                     for part in batch.micro_batches(2):
-                        assert part.masks is not None and part.boxes is not None
+                        assert part.masks is not None and part.boxes is not None and part.erasures is not None
+                        assert not part.erasures.rectangle[part.position < 0].any()
                         for row in np.flatnonzero(part.position >= 0):
                             key = (world, int(part.position[row]))
-                            found[key] = part.masks[:, row].copy(), part.boxes[:, row].copy()
+                            found[key] = (part.masks[:, row].copy(), part.boxes[:, row].copy(),
+                                          *(array[row].copy() for array in part.erasures))  # fmt: skip
     assert len(found) == 2 * 24
     for position in range(24):
         for one, other in zip(found[1, position], found[3, position], strict=True):
             np.testing.assert_array_equal(one, other)
-        masks, boxes = found[1, position]
+        masks, boxes, rectangle, noise = found[1, position]
+        expected = Erasures.none(ERASING, 1)
+        draw_erasures(ERASING, 4, np.array([position]), expected)
+        np.testing.assert_array_equal(rectangle, expected.rectangle[0])
+        np.testing.assert_array_equal(noise, expected.noise[0])
         np.testing.assert_array_equal(masks, draw_masks((law,), 4, np.array([position]))[:, 0])
         assert masks.sum() == 4 and (boxes[:, 2:4] > 0).all() and boxes.shape == (2, 5)
+    assert 0 < sum(bool(found[1, position][2].any()) for position in range(24)) < 24
 
 
 def test_ready__says_whether_the_next_batch_can_be_had_without_waiting(crops: CropSet) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datapipe.stream.batch import Batch
+from datapipe.views.erasing import Erasures, draw_erasures
 from tests.support.ranks import run_ranks
 from tests.support.trajectory import FixedBatches, NoFaults, Noting
 from training.config.batch_split import BatchSplit, split_batch
@@ -25,6 +26,7 @@ from training.methods.base import TrainingProgress, Views
 from training.methods.supervised import Supervised, SupervisedConfig, to_transreid
 from training.nn.drop_path import draw_path_masks
 from training.nn.identity.necks import GroupedBatchNorm
+from training.nn.identity.random_erasing import NOISE
 from training.nn.vision_transformer import BackboneConfig
 from training.trainer.loop import Segment, TrainingRun, train
 
@@ -65,17 +67,31 @@ def place(batch: Batch) -> Views:
 
 def fine_tune(world: World, settings: dict[str, Any], rows: int = 0) -> tuple[list[float], dict[str, Tensor]]:
     """Losses and final state; `rows`: images of a rank, padding included, where that is not as few as will do."""
+
+    def placed(batch: Batch) -> Views:
+        return with_erasures(place(batch), batch.position, settings.get("erase", 0.0))
+
     method = method_of(**settings)
     split = BatchSplit(rows, rows) if rows else split_batch(BATCH, BATCH, world.size)
     stepper = PlainStepper(method, group_parameters(method), OPTIMISATION, world)
     losses: list[float] = []
     run = TrainingRun(
-        method=method, stepper=stepper, loader=LabelledBatches(pictures(), BATCH, split, world.rank), place=place,
+        method=method, stepper=stepper, loader=LabelledBatches(pictures(), BATCH, split, world.rank), place=placed,
         clock=CLOCK, optimisation=OPTIMISATION, micro_batch=split.micro_batch, checkpoints=None, host=LocalHost(),
         faults=NoFaults(), exchange=Exchange(world), observers=[Noting(lambda step: losses.append(step.result.loss))],
     )  # fmt: skip
     train(run, Segment(STEPS * BATCH))
     return losses, {name: value.clone() for name, value in method.state_dict().items()}
+
+
+def with_erasures(views: Views, position: np.ndarray, probability: float) -> Views:
+    """With the rectangles of these images, as the loader draws them; padding, which comes last, has none."""
+    spec = NOISE.spec(BACKBONE.size, probability)
+    if spec is None:
+        return views
+    found, real = Erasures.none(spec, len(position)), int((position >= 0).sum())
+    draw_erasures(spec, CLOCK.at(0).seed, position[:real], found.rows(slice(0, real)))
+    return {**views, "erased": found.rectangle, "noise": torch.from_numpy(found.flat()).double()}
 
 
 def steps() -> Iterator[tuple[TrainingProgress, Views]]:

@@ -5,7 +5,7 @@
     student       forward pass of its backbone and decoders
     heads, loss   the rest of the forward pass
     backward      of all of it
-    reduce        what ranks tell each other: nothing, with one
+    reduce        what ranks tell each other; not had here, as there is one
     after         norms, clipping, optimizer, centres, moving average
     idle          between them: the host decides, and gets the next batch
 
@@ -25,6 +25,8 @@ from training.methods.base import Views
 from training.nn.mae_decoder import Decoder
 
 PARTS = ("copy", "teacher", "student", "heads, loss", "backward", "reduce", "after", "idle")
+ABSENT = {"reduce": "one process has no others to add up gradients with"}
+"""Parts that a step on one GPU does not have, and why."""
 OUTER, INNER = ("copy", "forward", "backward", "after"), ("teacher", "student")
 """Parts that follow each other in a step, and those within the forward pass."""
 
@@ -63,9 +65,9 @@ class Timeline:
         part, begin = self._open.pop()
         self._spans.append(Span(len(self._starts), part, begin, self._mark()))
 
-    def milliseconds(self) -> dict[str, float]:
-        """Of every part, on average over all steps but the last, whose end is not known; they add up to a step. After a
-        synchronisation."""
+    def milliseconds(self) -> dict[str, float | None]:
+        """Of every part, on average over all steps but the last, whose end is not known; they add up to a step. None
+        for those in `ABSENT`. After a synchronisation."""
         steps = len(self._starts) - 1
         took = dict.fromkeys((*OUTER, *INNER), 0.0)
         for span in self._spans:
@@ -74,7 +76,7 @@ class Timeline:
         whole = self._starts[0].elapsed_time(self._starts[-1]) / steps
         took["heads, loss"] = took["forward"] - took["teacher"] - took["student"]
         took["idle"] = whole - sum(took[part] for part in OUTER)
-        return {part: took.get(part, 0.0) for part in PARTS}
+        return {part: None if part in ABSENT else took[part] for part in PARTS}
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from tests.bench.gpu.checks import FIRST, GB, LATER, LOWERED, RESUMED_LOSS, RESUMED_WEIGHTS, Check
-from tests.bench.gpu.parts import PARTS
+from tests.bench.gpu.datasheet import GPUS
+from tests.bench.gpu.parts import ABSENT, PARTS
 from tests.bench.gpu.plan import KINDS, Slot
 from tests.bench.gpu.speed import ABOVE, BELOW
 
@@ -24,8 +25,8 @@ RUNS = {"speed": "off", "compiled": "on"}
 """Check -> torch.compile."""
 HEAD = ("recipe", "fp32, off the CPU's", "bf16 off", "fp16 off", "resumed", "all passed")
 SPEED = ("recipe", "compile", "precision", "images", "images/s", "GFLOP an image", "MFU", "of a product", "x published",
-         "ms a step", "calculated", *PARTS, "operations", "kernels", "kernels' ms", "waits", "peak GB", "calculated",
-         "data wait ms", "loader cores")  # fmt: skip
+         "ms a step", "calculated", *PARTS, f"reduce of {GPUS}", "operations", "kernels", "kernels' ms", "waits",
+         "peak GB", "calculated", "data wait", "loader cores")  # fmt: skip
 BOUNDS = (
     f"Bounds, as shares: losses {FIRST:.0e} off the CPU's (first step), {LATER:.0e} (later ones), {LOWERED:g} in "
     f"lowered precision and between ours and the published step; after a resume {RESUMED_LOSS:.0e}, the weights "
@@ -37,6 +38,8 @@ MEANING = (
     "(training/preflight/calculated/gpus.py); of a product: over what a large matrix product reaches here. "
     "x published: how much longer the published step takes, written plainly (tests/bench/published_step.py). "
     "calculated: milliseconds by the datasheet (training/preflight/calculated/step_time.py), memory by the recipe. "
+    f"{'; '.join(f'{part}: {why}' for part, why in ABSENT.items())}. reduce of {GPUS}: what a step would wait for the "
+    f"sum of gradients with {GPUS} such GPUs in one machine, beyond what goes beside the backward pass, calculated. "
     "operations: of torch's dispatcher, without views and allocations. kernels, and how long at least one of them "
     "runs: torch.profiler. waits: those that torch.cuda.set_sync_debug_mode notices. loader cores: that decode and "
     "crop at this rate, calculated."
@@ -71,6 +74,15 @@ class Report:
         return [f"{name}: {kind}: {figure}: {why}" for name, checks in self.recipes.items()
                 for kind, check in checks.items() for figure, why in check.lacks.items()]  # fmt: skip
 
+    def _lacking_by_reason(self) -> list[str]:
+        """check: figure: why it could not be had: of which recipes."""
+        recipes: dict[str, list[str]] = {}
+        for line in self.lacking:
+            recipe, rest = line.split(": ", 1)
+            recipes.setdefault(rest, []).append(recipe)
+        every = len(self.recipes)
+        return [f"{rest} ({'all' if len(names) == every > 1 else ', '.join(names)})" for rest, names in recipes.items()]
+
     def plan(self) -> str:
         """What is going to be asked, in lines."""
         lines = []
@@ -102,7 +114,7 @@ class Report:
         waits = [f"waits of a step: {name}: {line} {count:g}" for name, checks in self.recipes.items()
                  if "speed" in checks for line, count in checks["speed"].figures.get("waits", {}).items()]  # fmt: skip
         told = [f"FAILED {line}" for line in self.failed] + [f"left out: {line}" for line in self.left_out]
-        told += [f"not had: {line}" for line in self.lacking]
+        told += [f"not had: {line}" for line in self._lacking_by_reason()]
         tables = [*_drawn(SPEED, speeds), "", MEANING, *waits, "", *_drawn(HEAD, verdicts), "", BOUNDS]
         return "\n".join([facts, "", *tables, *told])
 
@@ -148,16 +160,17 @@ def _cells(name: str, checks: dict[str, Check]) -> tuple[str, ...]:
 def _speed(name: str, kind: str, checks: dict[str, Check]) -> tuple[str, ...]:
     """A row of SPEED."""
     found = checks[kind].figures
-    operations = sum(found["operations"].values()) if found["operations"] else None
+    operations = sum(count or 0 for count in found["operations"].values()) if found["operations"] else None
     published = checks["transcription"].figures.get("ratio") if "transcription" in checks and kind == "speed" else None
     ones = ("{:,.0f}", "{:,.1f}", "{:.0%}", "{:.0%}", "{:.2f}", "{:.1f}", "{:.1f}")
     values = (found["images_per_s"], found["gflop_per_image"], found["mfu"], found["share_of_product"], published,
               found["ms"], found["calculated_ms"])  # fmt: skip
     return (
         name, RUNS[kind], found["precision"], str(found["images"]), *map(_known, values, ones),
-        *(f"{found['parts_ms'][part]:.1f}" for part in PARTS), _known(operations, "{:,}"),
+        *(_known(found["parts_ms"][part], "{:.1f}") for part in PARTS),
+        _known(found[f"reduce_ms_of_{GPUS}"], "{:.1f}"), _known(operations, "{:,}"),
         _known(found["kernels"], "{:,}"), _known(found["busy_ms"], "{:.1f}"), f"{sum(found['waits'].values()):g}",
-        f"{found['peak'] / GB:.2f}", f"{found['calculated'] / GB:.2f}", f"{found['data_wait_ms']:.1f}",
+        f"{found['peak'] / GB:.2f}", f"{found['calculated'] / GB:.2f}", _known(found["data_wait"], "{:.0%}"),
         f"{found['loader_cores']:.1f}",
     )  # fmt: skip
 

@@ -12,8 +12,8 @@ import torch._dynamo.utils
 from datapipe.core.errors import ConfigError
 from tests.bench.gpu.checks import GB, GPU, LOWERED, Check, Subject, apart, event
 from tests.bench.gpu.counts import OperationsByPart, kernels, waits
-from tests.bench.gpu.datasheet import SIDE, beside_datasheet, product_rate
-from tests.bench.gpu.parts import PARTS, Timeline, watched
+from tests.bench.gpu.datasheet import GPUS, SIDE, beside_datasheet, product_rate
+from tests.bench.gpu.parts import ABSENT, PARTS, Timeline, watched
 from tests.bench.gpu.settings import full
 from tests.bench.gpu.trial import Trial
 from tests.bench.published_inputs import inputs
@@ -37,6 +37,7 @@ WARM_UP, TIMED, BY_PART, COUNTED = 3, 8, 4, 2
 """Steps before anything is measured; those for rate and memory; for times by part; for waits."""
 TINY_SIDE = 256
 BESIDE = "compiled code does not come through the dispatcher"
+NO_WAIT = "batches are noise, made before they are asked for: nothing waits for a loader. --crops FOLDER measures it"
 
 
 def speed(of: Subject, *, compiled: bool = False) -> Check:
@@ -53,9 +54,10 @@ def speed(of: Subject, *, compiled: bool = False) -> Check:
     with tf32_products(allows_tf32(config)):
         figures, lacks = _timed(of, config, trial)
         figures |= {"parts_ms": _by_part(trial), "compiled_graphs": _graphs() - graphs}
+        lacks |= {f"parts_ms: {part}": why for part, why in ABSENT.items()}
         if compiled and not figures["compiled_graphs"]:
             return Check(False, "nothing was compiled")
-        more, why = ({"operations": None}, {"operations": BESIDE}) if compiled else (_operations(trial), {})
+        more, why = ({"operations": None}, {"operations": BESIDE}) if compiled else _operations(trial)
         figures, lacks = figures | more, lacks | why
         more, why = _waits_and_kernels(trial)
         figures, lacks = figures | more, lacks | why
@@ -72,7 +74,7 @@ def _timed(of: Subject, config: RunConfig, trial: Trial) -> tuple[dict[str, Any]
     trial.until(WARM_UP)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    events, waited = [event()], len(trial.waited_s)
+    events = [event()]
     trial.each_step = lambda: events.append(event())
     trial.until(WARM_UP + TIMED)
     torch.cuda.synchronize()
@@ -83,7 +85,7 @@ def _timed(of: Subject, config: RunConfig, trial: Trial) -> tuple[dict[str, Any]
     figures: dict[str, Any] = {
         "precision": config.optimisation.precision, "images": images, "share_of_recipe": images / published,
         "ms": milliseconds, "slowest_ms": max(each), "images_per_s": rate,
-        "data_wait_ms": 1_000 * statistics.median(trial.waited_s[waited:]),
+        "data_wait": None,
         "loader_cores": rate * pixels(config, 1) / VIEW_RATE[config.views.interpolation],
         "peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved(),
     }  # fmt: skip
@@ -93,7 +95,8 @@ def _timed(of: Subject, config: RunConfig, trial: Trial) -> tuple[dict[str, Any]
     figures["product_tflops"] = measured / 1e12
     figures["share_of_product"] = figures["tflops"] * 1e12 / measured
     unknown = f"no datasheet of {name} is known, or none for {backbone_format(config)}"
-    return figures, {key: unknown for key in ("mfu", "calculated_ms") if figures[key] is None}
+    lacks = {key: unknown for key in ("mfu", "calculated_ms", f"reduce_ms_of_{GPUS}") if figures[key] is None}
+    return figures, lacks | {"data_wait": NO_WAIT}
 
 
 def _graphs() -> int:
@@ -101,7 +104,7 @@ def _graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-def _by_part(trial: Trial) -> dict[str, float]:
+def _by_part(trial: Trial) -> dict[str, float | None]:
     trial.each_step = lambda: None
     timeline = Timeline(event)
     with watched(trial, timeline):
@@ -110,14 +113,15 @@ def _by_part(trial: Trial) -> dict[str, float]:
     return timeline.milliseconds()
 
 
-def _operations(trial: Trial) -> dict[str, Any]:
-    """Of a step, by part."""
+def _operations(trial: Trial) -> tuple[dict[str, Any], dict[str, str]]:
+    """Of a step, by part, and why some have none."""
     with Operations() as operations:
         by_part = OperationsByPart(operations)
         with watched(trial, by_part):
             trial.until(_done(trial) + 1)
     named = {("heads, loss" if part == "forward" else part): count for part, count in by_part.of.items()}
-    return {"operations": {part: named.get(part, 0) for part in PARTS}}
+    counts = {part: None if part in ABSENT else named.get(part, 0) for part in PARTS}
+    return {"operations": counts}, {f"operations: {part}": why for part, why in ABSENT.items()}
 
 
 def _waits_and_kernels(trial: Trial) -> tuple[dict[str, Any], dict[str, str]]:

@@ -54,7 +54,7 @@ class Erasures(NamedTuple):
         return Erasures(np.zeros((images, 4), np.int64), np.zeros((images, spec.numbers), np.float32))
 
     def rows(self, rows: slice) -> "Erasures":
-        """Those of some images, in the same memory."""
+        """The rectangles of some images, in the same memory."""
         return Erasures(self.rectangle[rows], self.noise[rows])
 
     def flat(self) -> NDArray[np.float32]:

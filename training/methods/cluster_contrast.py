@@ -254,7 +254,11 @@ class ClusterContrast(Method[ClusterContrastConfig]):
         is the nearest one."""
         weight_B, position_B = views["weight"], views["position"]
         images_BIHW, label_B, real_B, path_masks = identity_batch(
-            views, progress, backbone=self.student.backbone.config, erasing=CONSTANT
+            views,
+            progress,
+            backbone=self.student.backbone.config,
+            erasing=CONSTANT,
+            probability=self.config.erase,
         )
         output = self.student(images_BIHW, real_B, precision=self.precision, path_masks=path_masks)
         with full_precision(weight_B.device):

@@ -28,14 +28,15 @@ class IdentityBatch(NamedTuple):
 
 
 def identity_batch(
-    views: Views, progress: TrainingProgress, *, backbone: BackboneConfig, erasing: Erasing
+    views: Views, progress: TrainingProgress, *, backbone: BackboneConfig, erasing: Erasing, probability: float
 ) -> IdentityBatch:
     """The batch of the views "image", a function of the run's seed and the images' positions. `backbone`:
-    whose blocks are dropped; `erasing`: what takes the place of the rectangles that the loader has drawn, if any."""
+    whose blocks are dropped; `erasing`: what takes the place of the rectangles that the loader has drawn;
+    `probability`: share of images that lose one; 0: none was drawn."""
     position_B, real_B = views["position"], views["weight"] > 0
     label_B = views["label"].to(real_B.device).masked_fill(~real_B, -1)
     images_BIHW = views["image"][0]
-    if "erased" in views:
+    if probability:
         images_BIHW = erase(images_BIHW, views["erased"], views["noise"], erasing.fill)
     rates, purpose = backbone.drop_rates, "drop_path/image"
     drawn = draw_path_masks(rates, seed=progress.seed, purpose=purpose, position=position_B, views=1)

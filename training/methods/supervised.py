@@ -292,7 +292,11 @@ class Supervised(Method[SupervisedConfig]):
         """
         weight_B = views["weight"]
         images_BIHW, label_B, real_B, path_masks = identity_batch(
-            views, progress, backbone=self.student.backbone.config, erasing=NOISE
+            views,
+            progress,
+            backbone=self.student.backbone.config,
+            erasing=NOISE,
+            probability=self.config.erase,
         )
         output = self.student(images_BIHW, real_B, precision=self.precision, path_masks=path_masks)
         with full_precision(weight_B.device):

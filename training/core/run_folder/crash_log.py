@@ -7,6 +7,7 @@ into the rank's log in the run folder:
     last words of process 4711:
     | terminate called after throwing an instance of 'c10::DistBackendError'
     | ...
+    that was all of process 4711
 
 The child (`python -m training.core.run_folder.crash_log`) needs next to nothing until then. It is in a session of its
 own, as Ctrl-C and a scheduler's signals are for the run, and ignores those that reach it; it ends when the process has
@@ -124,13 +125,18 @@ def relevant_lines(lines: Sequence[str]) -> list[str]:
 
 
 def of_process(log: str, pid: int) -> list[str] | None:
-    """The last words of a process in the text of a rank's log; None where they are not there."""
+    """The last words of a process in the text of a rank's log; None where not all of them are there yet."""
     _, head, rest = log.rpartition(f"{HEAD} {pid}:")
-    if not head:
-        return None
     lines = rest.splitlines()[1:]
     ends = next((place for place, line in enumerate(lines) if not line.startswith("|")), len(lines))
+    if not head or not any(line.endswith(_tail(pid)) for line in lines[ends : ends + 1]):
+        return None
     return [line.removeprefix("|").removeprefix(" ") for line in lines[:ends]]
+
+
+def _tail(pid: int) -> str:
+    """What the line after the last words of a process ends with."""
+    return f"that was all of process {pid}"
 
 
 def _flush() -> None:
@@ -179,7 +185,8 @@ def _write(about: dict[str, Any], lines: Sequence[str]) -> None:
 
     now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
     folder = RunFolder(about["url"], StorageConfig(**about["storage"]))
-    for line in (f"{now} ERROR {HEAD} {about['pid']}:", *(f"| {line}" for line in lines)):
+    head, tail = f"{now} ERROR {HEAD} {about['pid']}:", f"{now} ERROR {_tail(about['pid'])}"
+    for line in (head, *(f"| {line}" for line in lines), tail):
         folder.append(f"ranks/rank_{about['rank']:02d}.log", line)
     if about["log"]:
         words = " / ".join(relevant_lines(lines) or lines[-MOST_LINES:]) or "none"

@@ -79,7 +79,9 @@ LOG = """2026-11-29 10:00:00 INFO training.trainer.monitoring.rank_log: rank 0 o
 |
 | Fatal Python error: Aborted
 |   File "x.py", line 3 in error
+2026-11-29 10:00:09 ERROR that was all of process 41
 2026-11-29 10:00:19 ERROR last words of process 42:
+2026-11-29 10:00:19 ERROR that was all of process 42
 2026-11-29 10:00:20 INFO training.trainer.monitoring.rank_log: rank 0 of 2
 """
 
@@ -99,6 +101,12 @@ LOG = """2026-11-29 10:00:00 INFO training.trainer.monitoring.rank_log: rank 0 o
 )
 def test_words__are_found_in_a_ranks_log(pid: int, found: Callable[[list[str] | None], bool]) -> None:
     assert found(of_process(LOG, pid))
+
+
+@pytest.mark.parametrize("lines", range(2, 6))
+def test_words__are_not_there_until_all_of_them_are(lines: int) -> None:
+    """They are written line by line, while somebody may look."""
+    assert of_process("".join(LOG.splitlines(keepends=True)[:lines]), 41) is None
 
 
 def test_telling__what_matters() -> None:

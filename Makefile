@@ -54,9 +54,9 @@ lint: setup
 bench: setup
 	$(BIN)/python -m tests.bench
 
-# such as RECIPE="pass_vits mine.toml" FLAGS="--minutes 5 --kinds speed --out found.json"
+# such as RECIPE="pass_vits mine.toml" CROPS=market1501 FLAGS="--minutes 5 --kinds speed --out found.json"
 bench-gpu:
-	$(AT_HAND) -m tests.bench.gpu $(if $(RECIPE),--recipes $(RECIPE)) $(FLAGS)
+	$(AT_HAND) -m tests.bench.gpu $(if $(RECIPE),--recipes $(RECIPE)) $(if $(CROPS),--crops "$(CROPS)") $(FLAGS)
 
 test-null-gpu: setup
 	NULL_GPU_CASES=all $(BIN)/python -m pytest tests/null_gpu tests/bench/test_gpu.py

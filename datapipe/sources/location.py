@@ -8,13 +8,11 @@ from functools import cached_property
 from itertools import islice
 from typing import NamedTuple
 
-import braceexpand
-
 from datapipe.core.config import StorageConfig
 from datapipe.core.errors import DataError, NotFoundError
 from datapipe.dataset.remarks import Remarks
 from datapipe.storage import Entry, is_remote, open_store, split_url
-from datapipe.storage.url_patterns import find_pattern, nothing_meets
+from datapipe.storage.url_patterns import find_pattern, nothing_meets, without_braces
 
 IMAGES, ARCHIVES, TABLES, VIDEOS = "images", "archives", "parquet files", "videos"
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp",
@@ -211,7 +209,7 @@ def file_urls(url: str, storage: StorageConfig) -> list[str]:
     if (not remote and os.path.isdir(local_path(url))) or find_pattern(url, storage):
         return []
     if "{" in url and (remote or not os.path.exists(local_path(url))):
-        return list(braceexpand.braceexpand(url))
+        return without_braces(url)
     folder, name = split_url(url)
     if "." not in name or (remote and "://" not in folder):
         return []

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-import braceexpand
 from fsspec.utils import glob_translate
 
 from datapipe.core.config import StorageConfig
@@ -70,17 +69,25 @@ def find_pattern(url: str, storage: StorageConfig) -> Pattern | None:
         raise DataError("a pattern begins after the bucket", where=url, hint="write the name of the bucket")
     if _is_there(url, storage):
         return None
-    expanded = list(braceexpand.braceexpand(path)) if "{" in path else [path]
-    parted = [_parted(one, scheme + separator, storage) for one in expanded]
+    parted = [_parted(one, scheme + separator, storage) for one in without_braces(path)]
     common = os.path.commonprefix([fixed for fixed, _ in parted])
     choices = tuple("/".join([*map(glob.escape, fixed[len(common) :]), *rest]) for fixed, rest in parted)
     folder = "/".join(common) or ("/" if path.startswith("/") else ".")
     return Pattern(url, scheme + separator + folder, choices)
 
 
+def without_braces(pattern: str) -> list[str]:
+    """What the braces of a pattern stand for, one after the other: {000..012} counts, {a,b} chooses."""
+    if "{" not in pattern:
+        return [pattern]
+    import braceexpand  # nothing else needs it
+
+    return list(braceexpand.braceexpand(pattern))
+
+
 def would_meet(url: str, path: str) -> bool:
     """Whether the pattern would mean a file of this path; both in full."""
-    return bool(WILDCARD.search(url)) and any(_meeting(one)(path) for one in braceexpand.braceexpand(url))
+    return bool(WILDCARD.search(url)) and any(_meeting(one)(path) for one in without_braces(url))
 
 
 def nothing_meets(pattern: Pattern, storage: StorageConfig) -> DataError:

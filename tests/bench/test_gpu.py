@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +17,7 @@ import torch
 from tests.bench.gpu.__main__ import NEEDED
 from tests.bench.gpu.checks import FIRST, LATER, Check, Subject, _compared
 from tests.bench.gpu.counts import OperationsByPart, covered
+from tests.bench.gpu.crops import NO_CROPS
 from tests.bench.gpu.datasheet import GPUS, beside_datasheet
 from tests.bench.gpu.parts import ABSENT, OUTER, PARTS, Timeline
 from tests.bench.gpu.plan import KINDS, Machine, planned
@@ -57,7 +59,8 @@ def test_bench__passes_on_a_gpu_that_computes_as_the_cpu_does(tmp_path: Path) ->
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["version"] == VERSION and found["about"]["gpu"] == "Null H100" and not found["failed"]
-    assert found["left_out"] == ["supervised: transcription: the published step of supervised is not transcribed"]
+    untranscribed = "supervised: transcription: the published step of supervised is not transcribed"
+    assert found["left_out"] == [f"crops: {NO_CROPS}", untranscribed] and found["crops"]["passed"] is None
     assert sorted(found["recipes"]) == sorted(RECIPES)
     assert {slot["kind"] for slot in found["plan"]} == {"speed", "transcription", "checks"}
     for name, checks in found["recipes"].items():
@@ -86,7 +89,8 @@ def test_bench__counts_launches_waits_and_memory_of_steps_in_full_size(tmp_path:
                timeout=3_600)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "bench_gpu.json").read_text())
-    assert sorted(found["recipes"]) == sorted(recipes() if every else FULL_SIZE) and not found["left_out"]
+    assert sorted(found["recipes"]) == sorted(recipes() if every else FULL_SIZE)
+    assert found["left_out"] == [f"crops: {NO_CROPS}"]
     for name, checks in found["recipes"].items():
         figures, lacks = checks["speed"]["figures"], checks["speed"]["lacks"]
         assert {key for key, value in figures.items() if value is None} == UNKNOWN
@@ -235,9 +239,10 @@ def test_make__sets_nothing_up(given: tuple[str, ...], python: str, tmp_path: Pa
     words = ["make", "--dry-run", "--no-print-directory", "bench-gpu", "FLAGS=--minutes 2", *given]
     done = subprocess.run(words, cwd=tmp_path, env=variables, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [python, *["-m", "tests.bench.gpu", "--minutes", "2"]]
-    words += ["RECIPE=pass_vits mine.toml"]
+    words += ["RECIPE=pass_vits mine.toml", "CROPS=my crops"]
     done = subprocess.run(words, cwd=tmp_path, env=variables, capture_output=True, text=True, check=True)
-    assert done.stdout.split()[1:] == ["-m", "tests.bench.gpu", "--recipes", "pass_vits", "mine.toml", "--minutes", "2"]
+    chosen = ["--recipes", "pass_vits", "mine.toml", "--crops", "my crops"]
+    assert shlex.split(done.stdout)[1:] == ["-m", "tests.bench.gpu", *chosen, "--minutes", "2"]
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from tests.bench.gpu.parts import ABSENT, PARTS
 from tests.bench.gpu.plan import KINDS, Slot
 from tests.bench.gpu.speed import ABOVE, BELOW
 
-VERSION = 2
+VERSION = 3
 """Of the JSON's form."""
 CHECKED = ("fp32", "bf16", "fp16", "resume")
 RUNS = {"speed": "off", "compiled": "on"}
@@ -27,6 +27,10 @@ HEAD = ("recipe", "fp32, off the CPU's", "bf16 off", "fp16 off", "resumed", "all
 SPEED = ("recipe", "compile", "precision", "images", "images/s", "GFLOP an image", "MFU", "of a product", "x published",
          "ms a step", "calculated", *PARTS, f"reduce of {GPUS}", "operations", "kernels", "kernels' ms", "waits",
          "peak GB", "calculated", "data wait", "loader cores")  # fmt: skip
+CROPS = ("recipe", "precision", "images", "steps", "images/s", "ms a step", "data wait", "data wait ms",
+         "loader threads", "decoder", "scored by", "mAP before", "after", "rank-1 before", "after")  # fmt: skip
+ON_CROPS = "crops"
+"""What real crops are called where recipes have their names."""
 BOUNDS = (
     f"Bounds, as shares: losses {FIRST:.0e} off the CPU's (first step), {LATER:.0e} (later ones), {LOWERED:g} in "
     f"lowered precision and between ours and the published step; after a resume {RESUMED_LOSS:.0e}, the weights "
@@ -52,6 +56,8 @@ class Report:
 
     about: dict[str, Any]
     slots: list[Slot]
+    crops: Check
+    """On real crops."""
     recipes: dict[str, dict[str, Check]] = field(default_factory=dict)
 
     @property
@@ -65,14 +71,16 @@ class Report:
         return self._those(None)
 
     def _those(self, verdict: bool | None) -> list[str]:
-        return [f"{name}: {kind}: {check.why}" for name, checks in self.recipes.items()
-                for kind, check in checks.items() if check.passed is verdict]  # fmt: skip
+        own = [f"{ON_CROPS}: {self.crops.why}"] if self.crops.passed is verdict else []
+        return own + [f"{name}: {kind}: {check.why}" for name, checks in self.recipes.items()
+                      for kind, check in checks.items() if check.passed is verdict]  # fmt: skip
 
     @property
     def lacking(self) -> list[str]:
         """recipe: check: figure: why it could not be had."""
-        return [f"{name}: {kind}: {figure}: {why}" for name, checks in self.recipes.items()
-                for kind, check in checks.items() for figure, why in check.lacks.items()]  # fmt: skip
+        own = [f"{ON_CROPS}: {figure}: {why}" for figure, why in self.crops.lacks.items()]
+        return own + [f"{name}: {kind}: {figure}: {why}" for name, checks in self.recipes.items()
+                      for kind, check in checks.items() for figure, why in check.lacks.items()]  # fmt: skip
 
     def _lacking_by_reason(self) -> list[str]:
         """check: figure: why it could not be had: of which recipes."""
@@ -100,7 +108,8 @@ class Report:
         checks = {name: {kind: asdict(check) for kind, check in found.items()} for name, found in self.recipes.items()}
         content = {
             "version": VERSION, "about": self.about, "plan": [slot._asdict() for slot in self.slots],
-            "failed": self.failed, "left_out": self.left_out, "lacking": self.lacking, "recipes": checks,
+            "failed": self.failed, "left_out": self.left_out, "lacking": self.lacking, "crops": asdict(self.crops),
+            "recipes": checks,
         }  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1) + "\n")
@@ -116,6 +125,8 @@ class Report:
         told = [f"FAILED {line}" for line in self.failed] + [f"left out: {line}" for line in self.left_out]
         told += [f"not had: {line}" for line in self._lacking_by_reason()]
         tables = [*_drawn(SPEED, speeds), "", MEANING, *waits, "", *_drawn(HEAD, verdicts), "", BOUNDS]
+        if found := self.crops.figures:
+            tables += ["", *_drawn(CROPS, [_crops(found)]), "", _of_crops(found)]
         return "\n".join([facts, "", *tables, *told])
 
 
@@ -173,6 +184,35 @@ def _speed(name: str, kind: str, checks: dict[str, Check]) -> tuple[str, ...]:
         f"{found['peak'] / GB:.2f}", f"{found['calculated'] / GB:.2f}", _known(found["data_wait"], "{:.0%}"),
         f"{found['loader_cores']:.1f}",
     )  # fmt: skip
+
+
+def _crops(found: dict[str, Any]) -> tuple[str, ...]:
+    """A row of CROPS."""
+    scores = (f"{100 * found[when][score]:.1f}" for score in ("mAP", "rank1") for when in ("before", "after"))
+    return (
+        found["recipe"],
+        found["precision"],
+        str(found["images"]),
+        str(found["steps"]),
+        f"{found['images_per_s']:,.0f}",
+        f"{found['ms']:.1f}",
+        f"{found['data_wait']:.1%}",
+        f"{found['data_wait_ms']:.1f}",
+        str(found["loader_threads"]),
+        found["decoder"],
+        found["headline"],
+        *scores,
+    )
+
+
+def _of_crops(found: dict[str, Any]) -> str:
+    """What the row means."""
+    return (
+        f"Pre-trained on {found['crops']:,} real crops, schedules over {found['planned_steps']} steps, and scored "
+        f"without fine-tuning on {found['queries']} queries and {found['gallery']} gallery images of {found['set']} "
+        "(percent), before with the initial weights. data wait: share of the steps' time in which they stood still for "
+        "the loader, after the first ones; ms: the median step's. So short a run has no bound for what it learns."
+    )
 
 
 def _known(value: float | None, form: str) -> str:

@@ -9,7 +9,7 @@ from time import monotonic
 
 import torch
 
-from tests.bench.gpu import checks, speed
+from tests.bench.gpu import checks, crops, speed
 from tests.bench.gpu.checks import GPU, Check, Finished, Subject
 from tests.bench.gpu.datasheet import SIDE, product_rate
 from tests.bench.gpu.plan import Machine, Slot, planned
@@ -46,15 +46,21 @@ class Session:
             self._rates[kind] = (monotonic() - began) / seconds
 
 
-def tried(names: Sequence[str], kinds: Sequence[str], *, minutes: float, tiny: bool, out: Path) -> Report:
-    """What is planned of all recipes. `out` is written after each recipe."""
+def tried(
+    names: Sequence[str], kinds: Sequence[str], *, minutes: float, tiny: bool, out: Path,
+    request: crops.Request | None = None,
+) -> Report:  # fmt: skip
+    """What is planned of all recipes, after the real crops that are asked for. `out` is written after each recipe.
+    Raises UserError where the crops are not what they should be."""
     session = Session(minutes)
+    on_crops = _on_crops(request, session, tiny=tiny)
     subjects = [Subject(*given, tiny=tiny) for given in smallest_first(names, tiny=tiny)]
     fastest = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     rate = product_rate(fastest, GPU, speed.TINY_SIDE if tiny else SIDE)
     memory, threads = torch.cuda.get_device_properties(GPU).total_memory, torch.get_num_threads()
     slots = planned(subjects, kinds, Machine(rate, memory, threads), seconds=session.left)
-    report = Report(machine(threads), slots)
+    report = Report(machine(threads), slots, on_crops)
+    report.write(out)
     print(report.plan(), flush=True)
     with TemporaryDirectory(prefix="bench_gpu_") as scratch:
         for subject in subjects:
@@ -66,6 +72,21 @@ def tried(names: Sequence[str], kinds: Sequence[str], *, minutes: float, tiny: b
             verdicts = ", ".join(f"{kind} {_word(check)}" for kind, check in found.items())
             print(f"{subject.name}: {verdicts} ({monotonic() - began:.0f} s)", flush=True)
     return report
+
+
+def _on_crops(request: crops.Request | None, session: Session, *, tiny: bool) -> Check:
+    """Comes first: what is wrong with the crops is said at once."""
+    if request is None:
+        return Check(None, crops.NO_CROPS)
+    if not request.recipe:
+        return Check(None, "none of these recipes pre-trains without labels")
+    if lacking := crops.missing():
+        return Check(None, f"not installed: {lacking}")
+    with TemporaryDirectory(prefix="bench_gpu_crops_") as folder:
+        sets = crops.prepare(request, Path(folder))
+        run = Path(folder, "run")
+        return session.ask("crops", crops.LATE * request.seconds,
+                           lambda: crops.pretrained(request, sets, run, GPU, tiny=tiny))  # fmt: skip
 
 
 def _tried_one(of: Subject, slots: dict[str, Slot], folder: Path, session: Session) -> dict[str, Check]:

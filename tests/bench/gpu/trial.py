@@ -1,10 +1,13 @@
-"""A recipe's own loop on one device over batches of noise: stepper, placing, checkpoints and EMA as in training."""
+"""A recipe's own loop on one device, over batches of noise or of a loader: stepper, placing, checkpoints and EMA as in
+training."""
 
 import copy
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from time import monotonic
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +26,7 @@ from training.core.world import World
 from training.engine.stepper import Result
 from training.methods.base import Method, TrainingProgress
 from training.trainer.batch_to_device import BatchToDevice
-from training.trainer.loop import Segment, TrainingRun, train
+from training.trainer.loop import BatchSource, Segment, TrainingRun, train
 from training.trainer.monitoring.observer import Observer, StepDone
 from training.trainer.nonfinite import Faults, describe
 
@@ -77,6 +80,16 @@ class Noise:
         return torch.from_numpy(pixels).pin_memory().numpy() if self._pinned else pixels
 
 
+class Loaded(NamedTuple):
+    """Batches of a data set."""
+
+    loader: BatchSource
+    rows: int
+    """Crops of the data set: an epoch, unless the recipe states another one."""
+    about: dict[str, Any]
+    """What checkpoints repeat."""
+
+
 class Trial(Observer):
     """The run of one recipe, whose batches are one micro-batch each, so far as it has come."""
 
@@ -88,8 +101,9 @@ class Trial(Observer):
         *,
         precision: Precision,
         store: Store | None = None,
+        data: Loaded | None = None,
     ) -> None:
-        """`initial` stays as it is. `store`: where checkpoints go; None: nowhere."""
+        """`initial` stays as it is. `store`: where checkpoints go; None: nowhere. `data`: None for noise."""
         optimisation = replace(config.optimisation, precision=precision)
         config = replace(config, optimisation=optimisation)
         world = World(device=device)
@@ -102,15 +116,15 @@ class Trial(Observer):
         self.method = copy.deepcopy(initial).to(device)
         self.method.precision = precision
         split = split_of(config, 1)
-        checkpoints = None if store is None else Checkpoints(
-            store, config.checkpoints, world, about=_about(config)
-        )  # fmt: skip
+        data = data or Loaded(Noise(config, device), 0, _about(config))
+        checkpoints = None if store is None else Checkpoints(store, config.checkpoints, world, about=data.about)
+        self._host = LocalHost()
         place = BatchToDevice(device, config.views.statistics)
         self.run = TrainingRun(
-            method=self.method, stepper=make_stepper(config, self.method, world, split), loader=Noise(config, device),
+            method=self.method, stepper=make_stepper(config, self.method, world, split), loader=data.loader,
             place=place, copies=place if device.type == "cuda" else None,
-            clock=clock_of(config, 0), optimisation=optimisation,
-            micro_batch=split.micro_batch, checkpoints=checkpoints, host=LocalHost(),
+            clock=clock_of(config, data.rows), optimisation=optimisation,
+            micro_batch=split.micro_batch, checkpoints=checkpoints, host=self._host,
             faults=Refusing(), exchange=Exchange(world), observers=[self],
         )  # fmt: skip
 
@@ -120,6 +134,10 @@ class Trial(Observer):
         self.run.checkpoints = kept if save else None
         self.position, _ = train(self.run, Segment(step * self.batch), position=self.position)
         self.run.checkpoints = kept
+
+    def stop(self) -> None:
+        """Ends `until` after this step, as SIGTERM ends a run: with a save, where one is asked for."""
+        self._host.received = signal.SIGTERM
 
     def resume(self) -> None:
         """Go on from the newest checkpoint in the store, and from nothing that is here."""

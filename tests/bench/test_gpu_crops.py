@@ -131,6 +131,18 @@ def test_pretrained__counts_what_steps_wait_for_the_loader(people: Path, sets: c
 
 
 @pytest.mark.slow
+def test_pretrained__takes_as_many_steps_as_there_is_time_for(
+    people: Path, sets: crops.CropSets, tmp_path: Path
+) -> None:
+    request = Request(str(people), "", seconds=1.0)
+    found = crops.pretrained(request, sets, tmp_path / "run", CPU, tiny=True).figures
+    assert 1 <= found["steps"] <= found["planned_steps"]
+    config = (tmp_path / "run/config.toml").read_text()
+    epochs = float(re.findall(r"(?m)^epochs = (\S+)", config)[0])
+    assert epochs == pytest.approx(found["planned_steps"] * 8 / (3 * IDENTITIES))
+
+
+@pytest.mark.slow
 def test_run__that_is_late_stops_with_a_checkpoint(sets: crops.CropSets, tmp_path: Path) -> None:
     config = crops.configured(Request("", "", steps=50), sets, tmp_path / "run", 1 << 62, tiny=True)
     config = crops.of_steps(config, 50)

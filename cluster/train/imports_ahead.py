@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 MODULES = ("cluster.train.rendezvous", "cluster.train.worker", "cluster.train.worker_host", "datapipe.stream.loader",
            "training.trainer.pretrain")  # fmt: skip
 """What a worker imports before its engine is up; the first brings Ray Train's part."""
+RAYS_OWN = "tr '\\0' '\\n' < /proc/$PPID/cmdline | sed -n 's/^--python_worker_command=//p' | cut -d' ' -f1 | grep ."
+"""Words of a shell that a raylet starts: say with which Python that raylet calls its workers, or fail."""
 OWN_PYTHON = {"py_executable", "conda", "pip", "uv", "container", "image_uri", "nsight", "_nsight", "rocprof_sys"}
 """Keys of a runtime environment that say how workers' Python is called."""
 NEEDS, CORES, GIVEN = "REID_STANDBY_NEEDS", "REID_STANDBY_CORES", "REID_STANDBY_HOOK"
@@ -44,12 +46,12 @@ def environment(given: Mapping[str, str], config: RunConfig, *, kind: Kind, cpus
 
 def interpreter(job: Mapping[str, Any]) -> str:
     """What is to be called in place of Python for workers, as words of a shell: a client of the server that forks them
-    where this machine's Python and this project lie in the same place there, else the Python at hand. Empty where
+    where this machine's Python and this project lie in the same place there, else Ray's own Python. Empty where
     the job's own runtime environment says what Python it wants, or a path has blanks."""
     python, client = sys.executable, str(Path(forking.__file__).with_name("client.py"))
     if not OWN_PYTHON.isdisjoint(job) or shlex.quote(python) != python or shlex.quote(client) != client:
         return ""
-    return f"$(test -x {python} -a -r {client} && echo {python} -ISE {client} {python} || echo python3)"
+    return f"$(test -x {python} -a -r {client} && echo {python} -ISE {client} {python} || {RAYS_OWN} || echo python3)"
 
 
 def prepare() -> None:

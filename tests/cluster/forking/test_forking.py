@@ -227,5 +227,9 @@ def test_interpreter__is_the_one_at_hand_on_machines_where_ours_is_not(monkeypat
     assert re.fullmatch(r"\['-c'\] 0\n", called())
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     assert called() == "['-c'] 0\n"
+    call = "import subprocess, sys; sys.exit(subprocess.run(['bash', '-c', sys.argv[1]]).returncode)"
+    line = f"exec {imports_ahead.interpreter({})} -c 'import sys; print(sys.executable)'"
+    raylet = [sys._base_executable, "-c", call, line, f"--python_worker_command={REAL} setup_worker.py"]  # type: ignore[attr-defined]
+    assert subprocess.run(raylet, text=True, capture_output=True).stdout == f"{REAL}\n"
     monkeypatch.setattr(sys, "executable", "/a folder/python")
     assert imports_ahead.interpreter({}) == ""

@@ -5,18 +5,25 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 import pytest
 
+from cluster.jobs.evaluate import score_all
+from datapipe.core.config import StorageConfig
 from datapipe.core.errors import ConfigError, DataError, UsageError
 from tests.end_to_end import tiny
 from tests.support.forked import call, forkserver
 from tests.training.reid.people import market
 from training.__main__ import main
 from training.checkpoint import MARKER
+from training.evaluation import evaluation, fine_tune
+from training.grid.planning import GridRequest, WeightsList
+from training.grid.request import NamedAddress, read_tasks
 
 BOTH = [
     "--backbone.arch", "custom", "--backbone.size", "32", "16", "--backbone.patch", "8", "--backbone.width", "24",
@@ -155,6 +162,55 @@ def test_grid__follows_a_run_and_scores_every_checkpoint(sets: tuple[str, str], 
         shutil.rmtree(folder)
     assert main(words([f"pass={run}"], sets, "zero-shot", out, "--every-checkpoint")) == 0
     assert rows(out).keys() == table.keys()
+
+
+def pruning(run: Path, name: str, then: Callable[..., Any]) -> Callable[..., Any]:
+    """A function before whose first call the run deletes a checkpoint, as far as it comes: the marker goes first."""
+    marker = run / "checkpoints" / name / MARKER
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        marker.unlink(missing_ok=True)
+        return then(*arguments, **named)
+
+    return call
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("every", "gone", "left"), [(True, 0, [1, 2]), (False, 2, [1])])
+def test_weights__pruned_between_their_listing_and_their_copying(
+    pretrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: bool, gone: int, left: list[int]
+) -> None:
+    """Of every checkpoint the others are taken; in the place of the newest the one that is by then."""
+    run = Path(shutil.copytree(pretrained, tmp_path / "run"))
+    names = sorted(folder.name for folder in run.glob("checkpoints/step_*"))
+    lines: list[str] = []
+    address = NamedAddress("pass", str(run))
+    request = GridRequest((address,), (), read_tasks("zero-shot"), str(tmp_path / "grid"), every_checkpoint=every)
+    monkeypatch.setattr(fine_tune, "as_export", pruning(run, names[gone], fine_tune.as_export))
+    assert [one.checkpoint for one in WeightsList(request, lines.append).all()] == [names[one] for one in left]
+    assert any(f"{names[gone]} of {run} was pruned" in line for line in lines)
+    named = replace(request, weights=(NamedAddress("one", f"{run}/checkpoints/{names[gone]}"),))
+    with pytest.raises(DataError, match="no complete checkpoint"):  # a person's word is not passed over
+        WeightsList(named, lines.append).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["training", "cluster"])
+def test_zero_shot__of_a_checkpoint_that_its_run_prunes_meanwhile(
+    pretrained: str, sets: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, command: str
+) -> None:
+    run = Path(shutil.copytree(pretrained, tmp_path / "run"))
+    first, *others = sorted(folder.name for folder in run.glob("checkpoints/step_*"))
+    if command == "training":
+        monkeypatch.setattr(evaluation, "score", pruning(run, first, evaluation.score))
+        assert main(["evaluate", str(run), "--data", sets[0]]) == 0
+    else:
+        tasks = evaluation.tasks(str(run), sets[0], StorageConfig())
+        (run / "checkpoints" / first / MARKER).unlink()
+        assert [one["weights"] for one in score_all(tasks, device="cpu")] == ["colour_histogram", "random", *others]
+    assert f"{first} is left out: its run has pruned it" in capsys.readouterr().out
+    scored = {path.parent.name for path in run.glob("evaluation/day/*/metrics.json")}
+    assert scored == {"colour_histogram", "random", *others}
 
 
 def test_dry_run__says_what_there_is_to_do_and_writes_nothing(

@@ -18,7 +18,7 @@ compare.py        how two of them differ
 
 from training.checkpoint.lineage import complete
 from training.checkpoint.manager import Checkpoints, Saved, SaveStatus, refuse_other_data
-from training.checkpoint.metadata import MARKER, Marker, name_of, read_marker, step_of
+from training.checkpoint.metadata import MARKER, Marker, name_of, read_marker, step_of, was_pruned
 from training.checkpoint.reader import Reader, load_model, newest_good, verify
 
 __all__ = [
@@ -36,4 +36,5 @@ __all__ = [
     "refuse_other_data",
     "step_of",
     "verify",
+    "was_pruned",
 ]

@@ -140,6 +140,12 @@ def in_steps(names: Iterable[str]) -> list[str]:
     return sorted((name for name in names if step_of(name) is not None), key=lambda name: step_of(name) or 0)
 
 
+def was_pruned(store: Store, name: str) -> bool:
+    """Is a checkpoint that was complete gone? A run that goes on deletes old ones at any time, their markers first, so
+    ask this where reading one failed: it may be neither damaged nor a mistake."""
+    return not store.exists(f"{name}/{MARKER}")
+
+
 def read_marker(store: Store, name: str) -> Marker:
     """Raises DataError for a marker that is damaged, of another format, or of another step than the name says."""
     return parsed_marker(read_bytes(store, name), store, name)

@@ -11,7 +11,7 @@ from datapipe.core.progress import counted
 from datapipe.storage import Store, open_store, split_url
 from training.checkpoint import compare as comparing
 from training.checkpoint.lineage import complete, survey
-from training.checkpoint.metadata import MARKER, Marker, completed, read_marker, step_of
+from training.checkpoint.metadata import MARKER, Marker, completed, read_marker, step_of, was_pruned
 from training.checkpoint.reader import Reader, newest_good
 from training.checkpoint.reader import verify as check
 from training.checkpoint.retention import folder_of, kept, old_files
@@ -36,7 +36,9 @@ def listing(chosen: ListCommand) -> int:
     for name in _names(store):
         try:
             print(f"{name}  {_line(read_marker(store, name))}")
-        except DataError as error:
+        except (DataError, NotFoundError) as error:
+            if was_pruned(store, name):
+                continue
             damaged = True
             print(f"{name}  DAMAGED: {error.what}")
     for name in _partial(store):
@@ -57,6 +59,9 @@ def verify(chosen: VerifyRunCommand) -> int:
     damaged = False
     for name in chosen.names or _names(store):
         fault = _fault(store, name)
+        if fault and not chosen.names and was_pruned(store, name):
+            print(f"{name}  pruned by its run before it was read", flush=True)
+            continue
         damaged = damaged or bool(fault)
         print(f"{name}  {'DAMAGED: ' + fault if fault else 'good'}", flush=True)
     return cli.FAILED if damaged else cli.COMPLETE

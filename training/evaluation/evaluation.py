@@ -106,8 +106,8 @@ def tasks(
 
 
 def weights_at(address: str, storage: StorageConfig) -> tuple[str, list[Weights]]:
-    """(folder of the run or export, weights in it: baselines first, then checkpoints, oldest first). Raises DataError
-    where there are none."""
+    """(folder of the run or export, weights in it: baselines first, then checkpoints, oldest first, but for those that
+    the run prunes in this moment). Raises DataError where there are none."""
     if open_store(address, storage).exists(CARD):
         card = exports.load_card(open_store(address, storage))
         return address, [Weights(EXPORTED, card.get("step"), card.get("samples"))]
@@ -119,9 +119,17 @@ def weights_at(address: str, storage: StorageConfig) -> tuple[str, list[Weights]
         raise DataError("the run has no complete checkpoint", where=store.url, hint="let it reach its first save")
     if name and name not in names:
         raise DataError("this checkpoint is not complete", where=address, hint=f"complete are {first_few(names)}")
-    markers = [(one, checkpoint.read_marker(store, one)) for one in ([name] if name else names)]
+    checkpoints: list[Weights] = []
+    for one in [name] if name else names:
+        try:
+            marker = checkpoint.read_marker(store, one)
+        except NotFoundError:
+            if name or not checkpoint.was_pruned(store, one):
+                raise
+            continue
+        checkpoints.append(Weights(one, marker.step, marker.samples))
     baselines = [] if name else [Weights(COLOUR_HISTOGRAM), Weights(RANDOM, 0, 0)]
-    return run, baselines + [Weights(one, marker.step, marker.samples) for one, marker in markers]
+    return run, baselines + checkpoints
 
 
 def checkpoint_of(address: str) -> tuple[str, str]:
@@ -159,6 +167,13 @@ def _score(task: ScoringTask, threads: int, device: torch.device | str, out: Sto
     evaluation.settings["identity"] = identity
     zero_shot.save(evaluation, reid, out)
     return zero_shot.metrics(evaluation, reid)
+
+
+def was_pruned(task: ScoringTask) -> bool:
+    """Is this a checkpoint that its run has deleted since the task was made? Then scoring it fails for that alone."""
+    if task.weights.name in (EXPORTED, RANDOM, COLOUR_HISTOGRAM):
+        return False
+    return checkpoint.was_pruned(RunFolder(task.run, task.storage).at("checkpoints"), task.weights.name)
 
 
 def subject_of(task: ScoringTask, threads: int) -> Subject:

@@ -140,9 +140,10 @@ class WeightsList:
         names = self._checkpoints(run)
         if not names:
             raise DataError("the run has no complete checkpoint", where=run, hint="let it reach its first save")
+        every = self._request.every_checkpoint
         if of_run:
             wanted = [of_run]
-        elif self._request.every_checkpoint:  # those too that were pruned since they were copied
+        elif every:  # those too that were pruned since they were copied
             wanted = sorted({*names, *(one.checkpoint for one in self._copied(address))})
         else:
             wanted = [self._newest(name, address, names)]
@@ -150,8 +151,12 @@ class WeightsList:
         for one in wanted:
             try:
                 made.append(self._export(f"{name or _short(run)}@{one}", address, f"{run}/checkpoints/{one}", one))
-            except NotFoundError:
+            except (DataError, NotFoundError):
+                if of_run or one in self._checkpoints(run):
+                    raise
                 self._show_line(f"{one} of {run} was pruned before it could be copied")
+        if not (made or every):
+            return self._of(number, given)  # there is a newer one by now
         return made
 
     def _newest(self, name: str, address: str, names: Sequence[str]) -> str:

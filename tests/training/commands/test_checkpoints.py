@@ -9,7 +9,8 @@ from datapipe.core.errors import DataError
 from datapipe.storage import Store, open_store
 from tests.training.checkpoint.toy import make_checkpoints, make_method, make_step, make_stepper, save, saved
 from training.__main__ import main
-from training.checkpoint import complete, read_marker
+from training.checkpoint import MARKER, complete, read_marker
+from training.commands import checkpoints
 
 
 @pytest.fixture
@@ -53,6 +54,21 @@ def test_verify__names_the_damaged(run: str, store: Store, capsys: pytest.Captur
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("step_0000010  DAMAGED: the checksum of a file is wrong")
     assert lines[3] == lines[4] == "step_0000020  good"
+
+
+def test_list_and_verify__pass_over_what_a_run_prunes_beside_them(
+    run: str, store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(store, 10, 20)
+    names = complete(store)
+    store.delete_many([f"step_0000010/{MARKER}"])  # markers go first
+    monkeypatch.setattr(checkpoints, "complete", lambda _: names)  # both were there when they were listed
+    assert main(["checkpoints", run]) == 0
+    assert main(["checkpoints", run, "verify"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["step_0000020", "step_0000010", "step_0000010", "step_0000020"]
+    assert "not complete" in lines[1] and "pruned by its run" in lines[2] and lines[3].endswith("good")
+    assert main(["checkpoints", run, "verify", "step_0000010"]) == 1  # asked for by name, it is missed
 
 
 def test_compare__equal_and_different(

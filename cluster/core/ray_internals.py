@@ -207,6 +207,29 @@ def import_worker() -> None:
     import ray.train.v2.api.data_parallel_trainer  # noqa: F401
 
 
+@contextlib.contextmanager
+def random_ids_for_forks() -> Iterator[None]:
+    """Around imports in a process that will fork: Ray's generator of random ids stays without a seed, so that each
+    forked process draws its own. Once it has one, all of them draw the same ids, which then name tasks of different
+    workers and machines of different clusters. It gets one where an actor's class is made, as modules do; here such ids
+    come from the kernel."""
+    import ray.actor
+
+    module: Any = ray.actor
+    usual = module.ActorClassID
+
+    class FromKernel:
+        @staticmethod
+        def from_random() -> Any:
+            return usual(os.urandom(usual.size()))
+
+    module.ActorClassID = FromKernel
+    try:
+        yield
+    finally:
+        module.ActorClassID = usual
+
+
 def start_ahead(count: int, *, keep_s: int) -> None:
     """In a worker: have this machine's raylet start `count` processes for the worker's own job and runtime environment;
     returns at once. The next actors there are given one each; what nobody wants ends after `keep_s` seconds, or with

@@ -15,7 +15,7 @@ from typing import Any
 
 from cluster import forking
 from cluster.core.devices import Kind
-from cluster.core.ray_internals import SETUP_HOOK, entitle, import_worker, run_hook
+from cluster.core.ray_internals import SETUP_HOOK, entitle, import_worker, random_ids_for_forks, run_hook
 from cluster.forking.server import LOAD
 from cluster.train.standby import title
 from training.config.run_config import RunConfig
@@ -70,8 +70,9 @@ def prepare() -> None:
 def load_for_ray() -> None:
     """In the server that forks workers: what their processes import until they have work, and then by `prepare`."""
     os.environ.setdefault("OMP_NUM_THREADS", os.environ[CORES])
-    import_worker()
-    load(os.environ[NEEDS].split())
+    with random_ids_for_forks():
+        import_worker()
+        load(os.environ[NEEDS].split())
 
 
 def load(needs: Collection[str] = ()) -> None:

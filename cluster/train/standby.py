@@ -11,6 +11,7 @@ They import nothing that looks at a GPU: which one a worker has is not known bef
 import contextlib
 import logging
 import threading
+import time
 
 import psutil
 
@@ -25,11 +26,14 @@ BYTES = 1_000_000_000
 """Memory that has to be free for each: what it has imported takes about half of that."""
 KEEP_S = 7 * 24 * 3_600
 """Seconds that one waits for work at the longest."""
+LOOKS_S = (0.0, 20.0, 40.0)
+"""Seconds before each look whether all stand by. One is not enough: Ray passes over a request without a word while it
+starts as many processes as the machine has cores, and one that is counted may be about to be given work."""
 
 
 def replenish(count: int) -> None:
-    """In a worker: in the background, see to it that `count` processes stand by on this machine, as far as its memory
-    goes. Failing that restarts take longer, and nothing else."""
+    """In a worker: in the background, see to it for a minute that `count` processes stand by on this machine, as far as
+    its memory goes. Failing that restarts take longer, and nothing else."""
     threading.Thread(target=_replenish, args=(count,), name="workers that stand by", daemon=True).start()
 
 
@@ -37,9 +41,10 @@ def _replenish(count: int) -> None:
     import grpc
 
     try:
-        wanted = missing(count, standing_by(title()), _free())
-        if wanted:
-            start_ahead(wanted, keep_s=KEEP_S)
+        for pause_s in LOOKS_S:
+            time.sleep(pause_s)
+            if wanted := missing(count, standing_by(title()), _free()):
+                start_ahead(wanted, keep_s=KEEP_S)
     except (grpc.RpcError, ImportError, AttributeError, ValueError, TypeError, psutil.Error) as error:
         log.warning("no workers stand by on this machine: %s", error)
 

@@ -64,7 +64,10 @@ def _import_ray(notes: str) -> None:
     """Import Ray and what uses it. Writes the names of the variables that this reads."""
     usual = type(os.environ)
     os.environ.__class__ = _Recorded
-    importlib.import_module("tests.support.preloaded_ray")
+    from cluster.core.ray_internals import random_ids_for_forks
+
+    with random_ids_for_forks():
+        importlib.import_module("tests.support.preloaded_ray")
     os.environ.__class__ = usual
     with contextlib.suppress(FileNotFoundError):  # the run has ended before, and its folder is gone
         Path(notes + ".new").write_text(json.dumps(sorted(_Recorded.asked)))

@@ -32,7 +32,13 @@ print(json.dumps({
     "files": resource.getrlimit(resource.RLIMIT_NOFILE), "open": sorted(map(int, os.listdir("/proc/self/fd")))[:-1],
 }), flush=True)
 """
-DRAW = "import numpy, random, uuid; print(numpy.random.random(), random.random(), uuid.uuid4())"
+DRAW = """
+import numpy, random, ray, threading, uuid
+print(numpy.random.random(), random.random(), uuid.uuid4(), ray.NodeID.from_random().hex())
+thread = threading.Thread(target=lambda: print(ray.NodeID.from_random().hex()))
+thread.start()
+thread.join()
+"""
 WAIT = "import os, time; print(os.getpid(), flush=True); time.sleep(1000)"
 
 

@@ -134,6 +134,22 @@ def test_step__waits_for_the_gpu_once_and_for_copies_once_however_many_micro_bat
     assert found["stream_wait", copies] == pytest.approx(2 * micro_batches, abs=0.5)
 
 
+@pytest.mark.skipif(CHOSEN is not CASES, reason="a trial of compiled blocks: with NULL_GPU_CASES=all")
+def test_run__that_would_compile_goes_on_without_where_the_gpu_cannot(data: str, tmp_path: Path) -> None:
+    """A kernel of Triton computes nothing on a GPU that is not there."""
+    recipe, flags = CASES["dino"]
+    words = ["training", "pretrain", recipe, *TINY, "--stream.manifest", data, *flags, "--out"]
+    ended_well(started([*words, str(tmp_path / "cpu"), *CPU], dict(os.environ)))
+    script = (
+        "from training.preflight import compiler; compiler.LEAST_STEPS = 1; import tests.null_gpu.inside as i; i.main()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, *words, str(tmp_path / "gpu")], cwd=ROOT, text=True,
+                               env={**environment(), "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)  # fmt: skip
+    assert "blocks are not compiled: " in ended_well(process)
+    assert np.array(numbers(tmp_path / "gpu")) == pytest.approx(np.array(numbers(tmp_path / "cpu")), rel=LAST_BITS)
+
+
 @pytest.mark.skipif(CHOSEN is not CASES, reason="two GPUs under Ray: with NULL_GPU_CASES=all")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_run__under_ray_on_two_gpus_has_the_numbers_of_two_cpus(stage: int, data: str, tmp_path: Path) -> None:

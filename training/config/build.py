@@ -71,6 +71,22 @@ def allows_tf32(config: RunConfig) -> bool:
     return config.optimisation.precision != "fp32" if tf32 == "auto" else tf32 == "on"
 
 
+def why_uncompiled(config: RunConfig, *, cuda: bool) -> str:
+    """Why blocks are not compiled under this recipe, whatever the machine; empty: they are, or "auto" tries it."""
+    asked, engine = config.backbone.compile_blocks, config.engine
+    if asked is True:
+        return ""
+    if asked is False:
+        return "compile_blocks = false"
+    if not cuda:
+        return "no GPU"
+    if engine.stepper == "deepspeed" and engine.zero_stage == 3:
+        return "zero_stage 3 fetches parameters layer by layer"
+    if engine.deterministic:
+        return "engine.deterministic: their kernels are chosen by timing"
+    return ""
+
+
 def make_stepper(config: RunConfig, method: Method, world: World, split: BatchSplit) -> Stepper:
     """The recipe's stepper around the method."""
     groups = group_parameters(method, layer_decay=config.optimisation.layer_decay)

@@ -256,7 +256,7 @@ class ClusterContrast(Method[ClusterContrastConfig]):
         images_BIHW, label_B, real_B, path_masks = identity_batch(
             views,
             progress,
-            backbone=self.student.backbone.config,
+            backbone=self.student.backbone,
             erasing=CONSTANT,
             probability=self.config.erase,
         )

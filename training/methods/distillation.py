@@ -317,14 +317,18 @@ class Distillation(Method[D]):
         return self.config.targets == "sinkhorn" or self.student.backbone.config.stem == "ics"
 
     def _path_masks(self, views: Views, progress: TrainingProgress) -> PathMasks:
-        given, position = self.student.backbone.config, views["position"]
+        backbone, position = self.student.backbone, views["position"]
         drawn = [
             draw_path_masks(
-                given.drop_rates, seed=progress.seed, purpose=f"drop_path/{kind}", position=position, views=count
+                backbone.config.drop_rates,
+                seed=progress.seed,
+                purpose=f"drop_path/{kind}",
+                position=position,
+                views=count,
             )
             for kind, count in (("global", len(views["global"])), ("local", len(views.get("local", ()))))
         ]
-        global_, local = on_device(drawn, views["global"].device, whole=given.compile_blocks)
+        global_, local = on_device(drawn, views["global"].device, whole=backbone.compiled)
         return global_, local
 
 

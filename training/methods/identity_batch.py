@@ -11,7 +11,7 @@ from torch import Tensor
 from training.methods.base import TrainingProgress, Views
 from training.nn.drop_path import Paths, draw_path_masks, on_device
 from training.nn.identity.random_erasing import Erasing, erase
-from training.nn.vision_transformer import BackboneConfig
+from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 
 
 class IdentityBatch(NamedTuple):
@@ -28,7 +28,7 @@ class IdentityBatch(NamedTuple):
 
 
 def identity_batch(
-    views: Views, progress: TrainingProgress, *, backbone: BackboneConfig, erasing: Erasing, probability: float
+    views: Views, progress: TrainingProgress, *, backbone: VisionTransformer, erasing: Erasing, probability: float
 ) -> IdentityBatch:
     """The batch of the views "image", a function of the run's seed and the images' positions. `backbone`:
     whose blocks are dropped; `erasing`: what takes the place of the rectangles that the loader has drawn;
@@ -38,9 +38,9 @@ def identity_batch(
     images_BIHW = views["image"][0]
     if probability:
         images_BIHW = erase(images_BIHW, views["erased"], views["noise"], erasing.fill)
-    rates, purpose = backbone.drop_rates, "drop_path/image"
+    rates, purpose = backbone.config.drop_rates, "drop_path/image"
     drawn = draw_path_masks(rates, seed=progress.seed, purpose=purpose, position=position_B, views=1)
-    (path_masks,) = on_device([drawn], images_BIHW.device, whole=backbone.compile_blocks)
+    (path_masks,) = on_device([drawn], images_BIHW.device, whole=backbone.compiled)
     return IdentityBatch(images_BIHW, label_B, real_B, path_masks)
 
 

@@ -348,10 +348,12 @@ class PersonMae(Method[PersonMaeConfig]):
         return self.config.feature_weight * grown(progress.epoch, epochs=self.config.feature_growth * epochs)
 
     def _path_masks(self, views: Views, progress: TrainingProgress) -> Paths:
-        given, position = self.student.backbone.config, views["position"]
+        backbone, position = self.student.backbone, views["position"]
         purpose, device = "drop_path/region_a", views["region_a"].device
-        drawn = draw_path_masks(given.drop_rates, seed=progress.seed, purpose=purpose, position=position, views=1)
-        return on_device([drawn], device, whole=given.compile_blocks)[0]
+        drawn = draw_path_masks(
+            backbone.config.drop_rates, seed=progress.seed, purpose=purpose, position=position, views=1
+        )
+        return on_device([drawn], device, whole=backbone.compiled)[0]
 
 
 def _decoder_shapes(config: PersonMaeConfig, backbone: BackboneConfig) -> list[tuple[int, int, int, int]]:

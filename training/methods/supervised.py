@@ -294,7 +294,7 @@ class Supervised(Method[SupervisedConfig]):
         images_BIHW, label_B, real_B, path_masks = identity_batch(
             views,
             progress,
-            backbone=self.student.backbone.config,
+            backbone=self.student.backbone,
             erasing=NOISE,
             probability=self.config.erase,
         )

@@ -80,9 +80,10 @@ class BackboneConfig:
     checkpoint_blocks: bool = False
     """Keep only the inputs of blocks and compute the rest again in the backward pass: less memory, a third more
     time."""
-    compile_blocks: bool = False
+    compile_blocks: Literal["auto", True, False] = "auto"
     """Let torch.compile fuse the operations of a block while training: faster on a GPU after a minute of compiling, the
-    same results up to rounding. Needs a C++ compiler; not with engine.zero_stage 3."""
+    same results up to rounding. Needs a compiler; not with engine.zero_stage 3. "auto": where a block tried before the
+    first step works and is faster so, on GPUs and in runs long enough; not with engine.deterministic."""
 
     @model_validator(mode="after")
     def _fits(self) -> "BackboneConfig":
@@ -133,16 +134,17 @@ class Features(NamedTuple):
 Runner = Callable[[nn.Module, Tensor, BlockPaths], Tensor]
 
 
-def _run(block: nn.Module, tokens: Tensor, paths: BlockPaths) -> Tensor:
+def run_block(block: nn.Module, tokens: Tensor, paths: BlockPaths) -> Tensor:
+    """What comes out of a block."""
     output: Tensor = block(tokens, paths)
     return output
 
 
 @functools.cache
-def _compiled() -> Runner:
-    """`_run`, compiled once for all blocks of one shape, any number of images and tokens. Modules stay as they are, so
-    names in state dicts do too."""
-    return torch.compile(_run, dynamic=True)
+def compiled_run() -> Runner:
+    """`run_block`, compiled once for all blocks of one shape, any number of images and tokens. Modules stay as they
+    are, so names in state dicts do too."""
+    return torch.compile(run_block, dynamic=True)
 
 
 PartChoice = int | Literal["all"] | Sequence[int] | None
@@ -155,12 +157,16 @@ class VisionTransformer(nn.Module):
 
     masked_embed: nn.Parameter | None
     """[1, C]: what stands for a hidden patch in front of its position; zero at the start. iBOT's student has it."""
+    compiled: bool
+    """Are blocks compiled while training? Where the configuration says "auto" it is settled before the first step
+    (`training.preflight.compiler`), and false until then."""
 
     def __init__(self, config: BackboneConfig, parts: int = 0, *, maskable: bool = False) -> None:
         from training.nn.blocks import DroppableBlock, LayerNorm
 
         super().__init__()
         self.config, self.parts = config, parts
+        self.compiled = config.compile_blocks is True
         shape, (rows, columns) = config.shape, config.grid
         self.cls_token = _table(1, shape.width)
         for part in range(1, parts + 1):
@@ -252,8 +258,8 @@ class VisionTransformer(nn.Module):
 
         `path_masks` from `draw_path_masks` or `on_device`; None: drop nothing.
         """
-        fused = tokens.is_cuda if self.config.attention == "auto" else self.config.attention == "fused"
-        run = _compiled() if self.config.compile_blocks and self.training else _run
+        fused = self.fuses_attention(tokens.device)
+        run = compiled_run() if self.compiled and self.training else run_block
         for index, block in enumerate(self.blocks):
             block.attn.fused_attn = fused  # type: ignore[union-attr]
             paths: BlockPaths = None
@@ -265,6 +271,11 @@ class VisionTransformer(nn.Module):
             else:
                 tokens = run(block, tokens, paths)
             yield tokens
+
+    def fuses_attention(self, device: torch.device) -> bool:
+        """Is attention PyTorch's fused kernel on this device?"""
+        chosen = self.config.attention
+        return device.type == "cuda" if chosen == "auto" else chosen == "fused"
 
     def features(self, images: Tensor) -> Features:
         """What evaluation uses: all tokens, nothing dropped."""

@@ -37,7 +37,7 @@ def refuse_unsuited(config: RunConfig, device: torch.device) -> None:
     """Raises ConfigError for settings that this device or this engine cannot carry out; reads nothing."""
     refuse_fp16_on_cpu(config.optimisation.precision, device)
     engine = config.engine
-    if config.backbone.compile_blocks and engine.stepper == "deepspeed" and engine.zero_stage == 3:
+    if config.backbone.compile_blocks is True and engine.stepper == "deepspeed" and engine.zero_stage == 3:
         raise ConfigError(
             "compile_blocks does not go with zero_stage 3: hooks fetch the parameters of every layer, so that a block "
             "falls into dozens of pieces, and compiling them gains nothing",

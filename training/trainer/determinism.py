@@ -59,4 +59,4 @@ def guarantee(config: RunConfig, world: World) -> str:
     if config.engine.deterministic:
         several = "; NCCL adds in the same order while it finds the GPUs connected alike" if world.size > 1 else ""
         return f"bit-identical weights {conditions} on GPUs of the same model{several}"
-    return "the same samples and pixels, weights up to the order of additions; engine.deterministic = true fixes it"
+    return "the same samples and pixels, weights up to rounding; engine.deterministic = true fixes it"

@@ -34,7 +34,7 @@ from training.methods.base import Method
 from training.nn.vision_transformer import parameter_count
 from training.preflight import cpu_forecast
 from training.preflight.checks import check, refuse_split, refuse_unsuited
-from training.preflight.compiler import refuse_without_compiler
+from training.preflight.compiler import refuse_without_compiler, settle_compiled, share_cores
 from training.preflight.memory_advice import training_memory
 from training.trainer.batch_to_device import BatchToDevice
 from training.trainer.determinism import deterministic, guarantee
@@ -73,8 +73,9 @@ def pretrain(
     """
     startup = Startup()
     refuse_unsuited(config, world.device)  # and what `check` refuses: nothing has been written by then
-    if config.backbone.compile_blocks:
+    if config.backbone.compile_blocks is True:
         refuse_without_compiler(world.device)
+        share_cores(world)
     with (
         lines_to(host.show_line) if world.is_leader else contextlib.nullcontext(),
         numbers_in_environment(),
@@ -219,7 +220,9 @@ def _pretrain(plan: RunPlan, folder: RunFolder, world: World, host: Host, reason
             run_lines.info(f"complete: {counted(clock.total_steps, 'step')}, done before; {config.out}")
             run_lines.info(f"next: python -m training {_next(config)}")
             return Ending(clock.total_steps, True)
-        run_lines.info("rehearses one micro-batch" + (", compiles" if config.backbone.compile_blocks else ""))
+        steps = clock.total_steps - position // clock.batch
+        settle_compiled(config, method, world, micro_batch=split.micro_batch, steps=steps)
+        run_lines.info("rehearses one micro-batch" + (", compiles" if config.backbone.compile_blocks is True else ""))
         rehearse(run, fake_batch(plan.spec, split, config))
         for observer in observers:
             observer.begin()

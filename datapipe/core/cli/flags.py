@@ -132,7 +132,7 @@ def read_some(kind: type[T], words: Sequence[str], *, prog: str, default: T | No
 
 def _lex(known: Sequence[Flag], words: Sequence[str], prog: str) -> Parsed:
     by_name = {name: flag for flag in known if not flag.arg.positional for name in (flag.name, *flag.arg.aliases)}
-    off = {f"--no-{name[2:]}": flag for name, flag in by_name.items() if flag.kind is bool}
+    off = {f"--no-{name[2:]}": flag for name, flag in by_name.items() if switches(flag.kind)}
     values: dict[tuple[str, ...], Any] = {}
     loose: Words = []
     rest: Words = []
@@ -185,8 +185,9 @@ def _taken(kind: Any, line: Words, only: bool) -> Words:
     """The words of a value, taken from the front of the line. `only`: the line is that value alone."""
     if only:
         return list(line)
-    if kind is bool:
-        return [line.pop(0)] if line and line[0].lower() in TRUE | FALSE else ["true"]
+    if switches(kind):
+        known = TRUE | FALSE | set(map(str, get_args(kind)))
+        return [line.pop(0)] if line and (line[0] in known or line[0].lower() in known) else ["true"]
     least, most = _counts(kind)
     taken: Words = []
     while line and len(taken) < most and not (line[0].startswith("--") or line[0] in HELP):
@@ -215,6 +216,11 @@ class Unfit(ValueError):
 TRUE, FALSE = {"true", "yes", "on"}, {"false", "no", "off"}
 
 
+def switches(kind: Any) -> bool:
+    """Does the flag alone say "true", and `--no-...` "false"? Those of bool do, and of choices that include both."""
+    return kind is bool or (get_origin(kind) is Literal and any(choice is True for choice in get_args(kind)))
+
+
 def convert(kind: Any, words: Words) -> Any:
     """The value that words stand for. Raises Unfit."""
     members = _members(kind)
@@ -238,6 +244,8 @@ def _one(kind: Any, word: str) -> Any:
         choices = {str(choice): choice for choice in get_args(bare)}
         if word in choices:
             return choices[word]
+        if switches(bare) and word.lower() in TRUE | FALSE:
+            return word.lower() in TRUE
         near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
         raise Unfit(f"{allowed(bare)}, not {word}" + (f"; did you mean {near[0]}?" if near else ""))
     if bare is bool and word.lower() in TRUE | FALSE:

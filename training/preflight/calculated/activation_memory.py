@@ -90,11 +90,12 @@ def embedding_bytes(backbone: BackboneConfig, stack: Stack, how: Numerics) -> in
 
 def blocks_bytes(backbone: BackboneConfig, stack: Stack, how: Numerics) -> int:
     """What stays of all blocks after the forward pass: the inputs of checkpointed ones, else all, on average over
-    what drop path draws: images that are spared a branch keep nothing of it, unless blocks are compiled."""
+    what drop path draws: images that are spared a branch keep nothing of it, unless blocks are compiled for certain
+    (where "auto" compiles them, they keep less for other reasons)."""
     depth = backbone.shape.depth
     if backbone.checkpoint_blocks:
         return depth * stack.rows * stack.tokens * backbone.shape.width * FULL
-    spared = 0.0 if backbone.compile_blocks else sum(backbone.drop_rates)
+    spared = 0.0 if backbone.compile_blocks is True else sum(backbone.drop_rates)
     return round((depth - spared) * block_bytes(backbone, stack, how))
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from training.config.build import view_spec
+from training.config.build import view_spec, why_uncompiled
 from training.config.run_config import RunConfig
 from training.nn.heads import HeadConfig
 from training.nn.vision_transformer import BackboneConfig
@@ -105,6 +105,11 @@ class Computation(NamedTuple):
         return backbone_format(self.config)
 
     @property
+    def compiled(self) -> bool:
+        """Are blocks compiled?"""
+        return not why_uncompiled(self.config, cuda=self.machine.streams)
+
+    @property
     def kind(self) -> str:
         return "fp32" if self.config.optimisation.precision == "fp32" else "lowered"
 
@@ -128,7 +133,7 @@ class Computation(NamedTuple):
     def casts(self, sizes: Census, micros: int) -> Part:
         """The student's weights cast for products, once in a step; in compiled blocks once for each micro-batch."""
         blocks = self.lowered(sizes.lowered_blocks + sizes.lowered_rest)
-        return blocks.times(micros) if self.config.backbone.compile_blocks else blocks
+        return blocks.times(micros) if self.compiled else blocks
 
     def stack(self, stack: Stack, *, learns: bool) -> Part:
         """The forward pass of a backbone over views of one size."""
@@ -160,7 +165,7 @@ class Computation(NamedTuple):
         total += self.attention(stack, heads, width, direction, size)
         traffic: float = (TRAFFIC[self.kind][direction] + (DROP_PATH if drops else 0)) * rows * width
         launches: float = LAUNCHES[self.kind][direction] + (LAUNCHES_OF_DROP_PATH[direction] if drops else 0)
-        if backbone.compile_blocks:
+        if self.compiled:
             traffic *= COMPILED
             launches = launches / 3
         return total + Part(memory=traffic / machine.memory, launch=launches * machine.launch_s)

@@ -16,6 +16,7 @@ class Inner:
     rate: float = Field(default=0.5, gt=0, le=1)
     kind: Literal["exact", "near"] = "near"
     stage: Literal[0, 1, 2] = 1
+    fused: Literal["auto", True, False] = "auto"
 
     @model_validator(mode="after")
     def _fits(self) -> "Inner":
@@ -79,6 +80,14 @@ def test_read__nested_and_inline_fields() -> None:
     assert found.inner.kind == "near" and found.sources == ("a",)
 
 
+@pytest.mark.parametrize(("words", "value"), [
+    ("--inner.fused", True), ("--inner.fused --dry-run", True), ("--inner.fused=True", True),
+    ("--inner.fused off", False), ("--no-inner.fused", False), ("--inner.fused auto", "auto"),
+])  # fmt: skip
+def test_read__a_switch_with_a_third_choice(words: str, value: Any) -> None:
+    assert said(*words.split()).inner.fused is value
+
+
 def test_read__words_between_flags_and_behind_two_hyphens() -> None:
     assert read(Whole, ["a", "--dry-run", "b", "--out", "o", "--", "--c"], prog="").sources == ("a", "b", "--c")
 
@@ -106,6 +115,7 @@ def test_read__the_default_says_which_class_is_meant() -> None:
     ("--step 1.5", "`--step`: an integer, not 1.5"),
     ("--inner.kind nere", "`--inner.kind`: one of exact, near, not nere; did you mean near?"),
     ("--inner.stage 7", "`--inner.stage`: one of 0, 1, 2, not 7"),
+    ("--inner.fused=maybe", "`--inner.fused`: one of auto, True, False, not maybe"),
     ("--dry-run=maybe", "`--dry-run`: true or false, not maybe"),
     ("--inner.rate 2", "`--inner.rate`: input should be less than or equal to 1, not 2.0"),
     ("--kind exact --stage 2", "stage 2 is never exact"),

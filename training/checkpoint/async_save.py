@@ -50,7 +50,8 @@ def part_name(rank: int, save: str) -> str:
 
 
 def write_part(store: Store, folder: str, rank: int, save: str, part: RankSnapshot) -> Announcement:
-    """Write the rank's file; what the marker will say of it."""
+    """Write the rank's file once it has arrived; what the marker will say of it."""
+    part.wait()
     name = part_name(rank, save)
     store.replace(f"{folder}/{name}", part.content)
     return Announcement(part.file(name), part.tensors)

@@ -46,11 +46,18 @@ class FragmentPlace(NamedTuple):
 
 @dataclass(frozen=True)
 class RankSnapshot:
-    """A rank's file, ready to be written, in memory that the next one will overwrite."""
+    """A rank's file in memory that the next one will overwrite; to be read after `wait`."""
 
     content: memoryview
     places: tuple[FragmentPlace, ...]
     tensors: dict[str, Form]
+    arrived: torch.cuda.Event | None = None
+    """Recorded behind the last copy from a GPU."""
+
+    def wait(self) -> None:
+        """Return once all of it is there: the thread that writes it waits, training does not."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
 
     def file(self, name: str) -> RankFile:
         """The snapshot's entry in the marker under this name. Reads all of it twice, for hashes of the fragments and
@@ -66,14 +73,18 @@ class RankSnapshot:
 
 
 class Snapshots:
-    """Copies state from the device into host memory; page-locked for a GPU, allocated once for all saves."""
+    """Copies state from the device into host memory; page-locked for a GPU, allocated once for all saves.
+
+    A GPU copies in the order of its computation, after what made the state and before what changes it, whichever
+    operations those are; the host goes on to launch the next step meanwhile.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def take(self, pieces: Sequence[Piece]) -> RankSnapshot:
-        """The state as it is now. It overwrites the part before."""
+        """The state as it is now, though it may still be arriving. It overwrites the part before."""
         ordered = sorted(pieces, key=lambda piece: -piece.values.element_size())
         head, places = _arrange(ordered)
         total = places[-1].offset + places[-1].bytes if places else len(head)
@@ -82,10 +93,12 @@ class Snapshots:
         for piece, place in zip(ordered, places, strict=True):
             target = memory[place.offset : place.offset + place.bytes].view(piece.values.dtype)
             target.copy_(piece.values, non_blocking=True)
+        arrived = None
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            arrived = torch.cuda.Event(blocking=True)
+            arrived.record(torch.cuda.current_stream(self.device))
         tensors = {piece.key: Form(piece.shape, NAMES[piece.values.dtype]) for piece in ordered}
-        return RankSnapshot(memoryview(memory.numpy().data), tuple(places), tensors)
+        return RankSnapshot(memoryview(memory.numpy().data), tuple(places), tensors, arrived)
 
     def _sized(self, total: int) -> torch.Tensor:
         if self._memory.numel() < total:

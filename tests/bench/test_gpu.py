@@ -35,6 +35,8 @@ ALONE = ("-m", "tests.support.only_packages", ",".join(NEEDED))
 
 
 FULL_SIZE = ("demo", "supervised")
+TOGETHER = [(name,) for name in recipes()] if os.environ.get("NULL_GPU_CASES") == "all" else [FULL_SIZE]
+"""Recipes that one process measures: all of them would leave too little of the host's memory."""
 CLOSE = 0.05
 """How far the peak of the allocator may be from the calculated one."""
 UNKNOWN = {"mfu", "calculated_ms", f"reduce_ms_of_{GPUS}", "busy_ms", "data_wait"}
@@ -81,15 +83,15 @@ def test_bench__passes_on_a_gpu_that_computes_as_the_cpu_does(tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(missing()), reason=f"null GPU absent: {missing()}")
-def test_bench__counts_launches_waits_and_memory_of_steps_in_full_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("chosen", TOGETHER, ids=" ".join)
+def test_bench__counts_launches_waits_and_memory_of_steps_in_full_size(chosen: tuple[str, ...], tmp_path: Path) -> None:
     """On a GPU whose kernels do nothing, which takes no time: allocator, dispatcher and waits are the real ones."""
-    every = os.environ.get("NULL_GPU_CASES") == "all"
-    flags = ("--threads", "1", "--kinds", "speed", "--minutes", "30", *(() if every else ("--recipes", *FULL_SIZE)))
+    flags = ("--threads", "1", "--kinds", "speed", "--minutes", "30", "--recipes", *chosen)
     done = run(("-m", "tests.null_gpu.inside", "--idle", "tests.bench.gpu", *flags), tmp_path, environment(),
                timeout=3_600)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "bench_gpu.json").read_text())
-    assert sorted(found["recipes"]) == sorted(recipes() if every else FULL_SIZE)
+    assert sorted(found["recipes"]) == sorted(chosen)
     assert found["left_out"] == [f"crops: {NO_CROPS}"]
     for name, checks in found["recipes"].items():
         figures, lacks = checks["speed"]["figures"], checks["speed"]["lacks"]

@@ -30,6 +30,8 @@ class Head(NamedTuple):
 
     dashboard: str
     address: str
+    pid: int
+    """Of the process that the others of the machine are below."""
     session: Path
     """Its temporary folder. With RAY_TMPDIR set to the one that this is in, it is the cluster that was started on this
     machine last."""
@@ -37,12 +39,19 @@ class Head(NamedTuple):
 
 @contextlib.contextmanager
 def ray_head(
-    environment: Mapping[str, str], *, cpus: int = 2, port: int = 0, more: Sequence[str] = (), own_python: str = ""
+    environment: Mapping[str, str],
+    *,
+    cpus: int = 2,
+    port: int = 0,
+    dashboard: int = 0,
+    more: Sequence[str] = (),
+    own_python: str = "",
 ) -> Iterator[Head]:
-    """One with dashboard. `environment`: all of it, as the shell has it in which it is started; `port`: of the head,
-    0: a free one; `more`: flags of `ray start`; `own_python`: the machine's interpreter, away from the working tree."""
+    """One with dashboard. `environment`: all of it, as the shell has it in which it is started; `port`, `dashboard`:
+    where the head and its dashboard listen, 0: at a free one; `more`: flags of `ray start`; `own_python`: the machine's
+    interpreter, away from the working tree."""
     prepare()
-    gcs, dashboard = port or free_port(), free_port()
+    gcs, dashboard = port or free_port(), dashboard or free_port()
     with TemporaryDirectory(prefix="ray_") as folder:
         words = [own_python, "-m", "ray.scripts.scripts"] if own_python else ray_words()
         line = [*words, "start", "--head", "--block", "--node-ip-address=127.0.0.1",
@@ -54,7 +63,7 @@ def ray_head(
                                    stdout=nowhere, stderr=nowhere)  # fmt: skip
         try:
             _answers(f"http://127.0.0.1:{dashboard}/api/version", process)
-            yield Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", Path(folder) / "ray")
+            yield Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", process.pid, Path(folder) / "ray")
         finally:
             process.send_signal(signal.SIGTERM)  # ends the processes that it started
             process.wait(PATIENCE_S)

@@ -55,7 +55,7 @@ def head(s3: S3Server) -> Iterator[Authorised]:
         environment = {**os.environ, **authorised, "AWS_SECRET_ACCESS_KEY": secret, "OMP_NUM_THREADS": "1",
                        "RAY_JOB_STOP_WAIT_TIME_S": "120", "AWS_ENDPOINT_URL": s3.endpoint}  # fmt: skip
         with ray_head(environment, more=["--memory=5000000000"]) as started:
-            yield Authorised(*started, (secret, token), authorised)
+            yield Authorised(started.dashboard, started.address, started.session, (secret, token), authorised)
 
 
 @pytest.fixture(scope="module")

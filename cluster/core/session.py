@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -93,7 +94,7 @@ def _own_signals() -> Iterator[None]:
     """Ray does not take SIGTERM from us, and signals for the whole of a process group do not reach its processes, which
     a save still needs."""
     try:
-        with leaving_sigterm(), stop_signals.sheltered():
+        with leaving_sigterm(), stop_signals.sheltered(), stop_signals.keeping(signal.SIGTERM):
             yield
     finally:
         stop_signals.take_again()

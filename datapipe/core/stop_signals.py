@@ -23,6 +23,12 @@ GRACE_S = 10.0
 """Seconds for tidying up after a signal, or for a library to let go of it; then the process ends all the same."""
 FAREWELL_S = 3.0
 """Seconds for what `at_end` names."""
+LOOK_S = 0.002
+"""Seconds between looks whether a handler is still ours."""
+SIGACTION_BYTES = 256
+"""More than the C library's `struct sigaction` has anywhere; it is only compared and put back."""
+HALT_S = 0.5
+"""Seconds for the main thread to come to its next line, and to do nothing from there on."""
 GOES_ON = "; the same command again goes on from here"
 """What the line about the end says where that is so."""
 
@@ -56,7 +62,7 @@ class Listener:
         self.ends: list[Callable[[], object]] = []
         self._before: dict[int, object] = {}
         self._raised = self._unwinding = False
-        self._spoken, self._ending = threading.Lock(), threading.Lock()
+        self._spoken, self._ending, self._halted = threading.Lock(), threading.Lock(), threading.Event()
 
     def open(self) -> None:
         """In the main thread."""
@@ -99,6 +105,7 @@ class Listener:
     def end(self, number: int) -> None:
         """Say so and end at once, with all processes that were started."""
         if not self._ending.acquire(blocking=False):
+            self._halted.set()
             time.sleep(3 * FAREWELL_S)  # another thread is at it, and this one is to do nothing any more
         _call(self.firsts)
         self.speak(number)
@@ -106,8 +113,14 @@ class Listener:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, 1)
             os.dup2(nowhere, 2)
+        signal.alarm(0)  # some handlers in C++ set one that aborts the process, before they hand on to ours
+        if threading.current_thread() is not threading.main_thread():
+            self._halted.wait(HALT_S)  # what it is starting has been started by then
         children = stop_children()
         _call(self.ends)
+        if late := stop_children() - children:  # by foreign code that it did not come out of
+            children |= late
+            _call(self.ends)
         for pid in children:  # at the very last: Ray's library ends this process, too, once its daemons are gone
             _send(pid, signal.SIGKILL)
         os._exit(exit_code(number))
@@ -267,6 +280,33 @@ def sheltered() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def keeping(number: int) -> Iterator[None]:
+    """While foreign code runs that puts a handler of its own in place, in C++ without Python's knowledge: the one that
+    is there now comes back within milliseconds, and not only when that code is done."""
+    import ctypes
+
+    action = ctypes.CDLL(None, use_errno=True).sigaction
+    ours, theirs = (ctypes.create_string_buffer(SIGACTION_BYTES) for _ in range(2))
+    if action(number, None, ours):
+        yield  # a platform that has no such thing
+        return
+    over = threading.Event()
+
+    def keep() -> None:
+        while not over.wait(LOOK_S):
+            if not action(number, None, theirs) and theirs.raw != ours.raw:
+                action(number, ours, None)
+
+    thread = threading.Thread(target=keep, name="keeps a signal", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def write_line(text: str) -> None:

@@ -145,7 +145,8 @@ def test_pretrain_job__ends_at_once_while_it_starts(
         code, output, errors = stop(words, beginning, number, pause, TMPDIR=scratch,
                                     TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"),
                                     **(pause.environment if pause else {}))  # fmt: skip
-        assert not list(Path(scratch).rglob("*"))
+        left = sorted(str(path.relative_to(scratch)) for path in Path(scratch).rglob("*"))
+        assert not left, "\n".join([output, *errors, *left])
     name = "Ctrl-C" if number == signal.SIGINT else number.name
     assert (code, errors) == (CODES[number], [f"stopped by {name} before the first step: nothing needed saving"])
     assert not list((tmp_path / "run" / "checkpoints").glob("step_*")), output

@@ -187,3 +187,67 @@ def test_at_end__is_called_while_children_stand_still_and_before_they_are_killed
     assert state == "T"
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(int(pid)).wait(60)
+
+
+STARTING = """
+import os, shutil, subprocess, sys
+from datapipe.core import cli, stop_signals
+
+def main(words):
+    with stop_signals.at_end(lambda: shutil.rmtree(words[0], ignore_errors=True)):
+        for number in range(1_000):
+            os.makedirs(f"{words[0]}/{number}", exist_ok=True)
+            subprocess.Popen(["sh", "-c", "mkdir -p $0/$$; echo x > $0/$$/x; exec sleep 1000", words[0]])
+            print(number, flush=True)
+
+sys.exit(cli.run(main))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [0, 7, 20, 33])
+def test_at_end__comes_when_nothing_more_is_started(after: int, tmp_path: Path) -> None:
+    """A signal that finds the main thread at starting processes, which make files: all of them go."""
+    folder = tmp_path / "made"
+    process = subprocess.Popen([sys.executable, "-c", STARTING, str(folder)], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    assert process.stdout is not None
+    while process.stdout.readline().strip() != str(after):
+        pass
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == cli.STOPPED and errors == "stopped by SIGTERM\n"
+    assert not folder.exists()
+    own = os.environ["PYTEST_CURRENT_TEST"]
+    found = [
+        one.info for one in psutil.process_iter(["cmdline", "environ"]) if one.info["cmdline"] == ["sleep", "1000"]
+    ]
+    assert own not in [(one["environ"] or {}).get("PYTEST_CURRENT_TEST") for one in found]
+
+
+FOREIGN = """
+import ctypes, signal, sys, time
+from datapipe.core import cli, stop_signals
+
+def main(words):
+    libc = ctypes.CDLL(None)
+    with stop_signals.keeping(signal.SIGTERM):
+        libc.signal(signal.SIGTERM, ctypes.c_void_p(signal.SIG_IGN))  # as C++ would, behind Python's back
+        libc.usleep(int(words[0]))
+        libc.alarm(2)
+        print("ready", flush=True)
+        time.sleep(1000)
+
+sys.exit(cli.run(main))
+"""
+
+
+@pytest.mark.slow
+def test_keeping__puts_back_what_foreign_code_replaces() -> None:
+    """While that code still runs; and an alarm that it has set does not keep the process from tidying up."""
+    process = subprocess.Popen([sys.executable, "-c", FOREIGN, "500000"], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (cli.STOPPED, "stopped by SIGTERM\n")

@@ -98,31 +98,33 @@ def in_words(trials: list[Trial]) -> str:
 def tried(backbone: VisionTransformer, stack: Stack, precision: Precision, world: World) -> Trial:
     """Compile a copy of a block, compare what comes out of it, and time it; nothing of the backbone is changed.
     `stack`: what goes through it; half of the backbone's highest drop path is in force."""
-    device = world.device
-    rate = backbone.config.drop_path / 2
-    drawn = draw_path_masks([rate], seed=0, purpose="drop_path/trial", position=torch.arange(stack.rows), views=1)
-    block = copy.deepcopy(backbone.blocks[0])
+    try:
+        refuse_without_compiler(world.device)
+        share_cores(world)
+        return _compared(backbone, stack, precision, world.device)
+    except Exception as error:  # of any type: compilers, their caches and drivers fail in ways of their own
+        return Trial(f"{type(error).__name__}: {(str(error).strip().splitlines() or ['of no text'])[0]}")
+
+
+def _compared(backbone: VisionTransformer, stack: Stack, precision: Precision, device: torch.device) -> Trial:
+    """`tried`, where nothing fails."""
+    block = copy.deepcopy(backbone.blocks[0]).requires_grad_()
     block.attn.fused_attn = backbone.fuses_attention(device)  # type: ignore[union-attr]
-    generator = torch.Generator().manual_seed(0)
-    tokens, direction = (
-        torch.randn(stack.rows, stack.tokens, backbone.width, generator=generator).to(device) for _ in range(2)
-    )
+    rate, images = backbone.config.drop_path / 2, torch.arange(stack.rows)
+    drawn = draw_path_masks([rate], seed=0, purpose="drop_path/trial", position=images, views=1)
+    few, whole = (on_device([drawn], device, whole=one)[0] for one in (False, True))
+    whole = whole.clone() if isinstance(whole, Tensor) else whole  # as a backbone hands it to its blocks
+    kinds: tuple[tuple[Runner, BlockPaths], ...] = ((run_block, few), (compiled_run(), whole))  # type: ignore[assignment]
+    generator, shape = torch.Generator().manual_seed(0), (stack.rows, stack.tokens, backbone.width)
+    tokens, direction = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
 
     def results(run: Runner, paths: BlockPaths) -> list[Tensor]:
         return _there_and_back(run, block, tokens, direction, paths, precision)
 
-    try:
-        refuse_without_compiler(device)
-        share_cores(world)
-        few, whole = (on_device([drawn], device, whole=one)[0] for one in (False, True))
-        whole = whole.clone() if isinstance(whole, Tensor) else whole  # as a backbone hands it to its blocks
-        kinds: tuple[tuple[Runner, BlockPaths], ...] = ((run_block, few), (compiled_run(), whole))  # type: ignore[assignment]
-        plain, compiled = (results(*one) for one in kinds)
-        if any(_apart(one, other) > APART[precision] for one, other in zip(compiled, plain, strict=True)):
-            return Trial("a compiled block gives other results")
-        seconds = [[_seconds(lambda one=one: results(*one), device) for one in kinds] for _ in range(ROUNDS)]  # type: ignore[misc]
-    except Exception as error:  # of any type: compilers, their caches and drivers fail in ways of their own
-        return Trial(f"{type(error).__name__}: {(str(error).strip().splitlines() or ['of no text'])[0]}")
+    plain, compiled = (results(*one) for one in kinds)
+    if any(_apart(one, other) > APART[precision] for one, other in zip(compiled, plain, strict=True)):
+        return Trial("a compiled block gives other results")
+    seconds = [[_seconds(lambda one=one: results(*one), device) for one in kinds] for _ in range(ROUNDS)]  # type: ignore[misc]
     return Trial("", *(min(times) for times in zip(*seconds, strict=True)))
 
 

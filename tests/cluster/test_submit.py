@@ -3,6 +3,7 @@
 One run on object storage with a secret of its own serves several tests.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -29,7 +30,7 @@ from tests.cluster.ray_head import PATIENCE_S, ray_head, ray_words
 from tests.conftest import S3Server
 from tests.end_to_end.tiny import command, finished, recipe, shards
 from tests.support.golden import ROOT
-from tests.support.warm_python import python
+from tests.support.warm_python import descendants, python
 
 CLUTTER = (".venv/lib/large.bin", "runs/old/large.bin", "data/large.bin", "crops/large.bin", "notes.txt")
 
@@ -39,6 +40,7 @@ class Authorised(NamedTuple):
 
     dashboard: str
     address: str
+    pid: int
     session: Path
     secrets: tuple[str, ...]
     keys: dict[str, str]
@@ -55,7 +57,7 @@ def head(s3: S3Server) -> Iterator[Authorised]:
         environment = {**os.environ, **authorised, "AWS_SECRET_ACCESS_KEY": secret, "OMP_NUM_THREADS": "1",
                        "RAY_JOB_STOP_WAIT_TIME_S": "120", "AWS_ENDPOINT_URL": s3.endpoint}  # fmt: skip
         with ray_head(environment, more=["--memory=5000000000"]) as started:
-            yield Authorised(started.dashboard, started.address, started.session, (secret, token), authorised)
+            yield Authorised(*started, (secret, token), authorised)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +184,7 @@ def test_submit__goes_on_when_what_carries_it_is_killed_and_stops_after_a_save(
     assert code == 0 and "no machine of the cluster" not in output, errors
     second = output.split()[1]
 
-    keeper, driver = _carried_by("cluster.keep_alive"), _carried_by("cluster", "pretrain")
+    keeper, driver = _carried_by(head, "cluster.keep_alive"), _carried_by(head, "cluster", "pretrain")
     driver.kill()
     logs.until(lambda: _words(logs, "the driver was killed by SIGKILL; started again"))
     logs.until(lambda: any(line.startswith("pass goes on from step_") for line in logs.lines))
@@ -215,10 +217,12 @@ def _state(head: Authorised, tree: Path, job: str) -> str:
     return "".join(finished(_ray(head, tree, "status", job), timeout_s=PATIENCE_S)[1:]).upper()
 
 
-def _carried_by(*words: str) -> psutil.Process:
-    """The process of a job that runs `python -m` with these words."""
-    for process in psutil.process_iter(["cmdline"]):
-        line = process.info["cmdline"] or []
+def _carried_by(head: Authorised, *words: str) -> psutil.Process:
+    """The process of a job of this cluster that runs `python -m` with these words."""
+    for process in descendants(head.pid):
+        line: list[str] = []
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            line = process.cmdline()
         if line[1:3] == ["-m", words[0]] and all(word in line for word in words) and RECIPE in line:
             return process
     raise AssertionError(f"no process of {words}")

@@ -72,7 +72,11 @@ def test_prepare__runs_the_runs_own_hook_whatever_became_of_the_imports(monkeypa
         asked.append(needs)
         raise ImportError("no such library")
 
+    def unconnected() -> str:  # Ray's own would start a cluster in this process
+        raise RuntimeError("no worker of Ray's")
+
     monkeypatch.setattr(imports_ahead, "load", fail)
+    monkeypatch.setattr(imports_ahead, "title", unconnected)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for name, value in ((imports_ahead.CORES, "3"), (imports_ahead.NEEDS, "deepspeed s3"),
                         (imports_ahead.GIVEN, f"{__name__}.{own_hook.__name__}")):  # fmt: skip

@@ -105,7 +105,8 @@ class Listener:
     def end(self, number: int) -> None:
         """Say so and end at once, with all processes that were started."""
         if not self._ending.acquire(blocking=False):
-            self._halted.set()
+            if threading.current_thread() is threading.main_thread():
+                self._halted.set()
             time.sleep(3 * FAREWELL_S)  # another thread is at it, and this one is to do nothing any more
         _call(self.firsts)
         self.speak(number)
@@ -114,7 +115,9 @@ class Listener:
             os.dup2(nowhere, 1)
             os.dup2(nowhere, 2)
         signal.alarm(0)  # some handlers in C++ set one that aborts the process, before they hand on to ours
-        if threading.current_thread() is not threading.main_thread():
+        main = threading.main_thread()
+        if threading.current_thread() is not main and main.ident is not None:
+            signal.pthread_kill(main.ident, signal.SIGTERM)  # it is to do nothing more, whoever receives signals
             self._halted.wait(HALT_S)  # what it is starting has been started by then
         children = stop_children()
         _call(self.ends)
@@ -129,7 +132,7 @@ class Listener:
         """In the main thread, sooner or later."""
         if signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False) != self._writer:
             self._receive(number)  # somebody took the descriptor away, and the thread has not heard
-        if not self.receivers:
+        if not self.receivers or self._ending.locked():
             self.end(number)  # before anything else is done here
         if self.raises:
             self.received = self.received or number

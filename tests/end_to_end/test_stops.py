@@ -6,6 +6,7 @@ A run's environment marks all of its processes, so that none is overlooked.
 
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from training.checkpoint import complete
 PATIENCE_S = 240
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGHUP: 75}
 MARK = "STOPS_OF_RUN"
+HEARD_S = 5
+"""Seconds for a process to hear a signal and say so; where others have to hear first it says so at its end."""
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +72,7 @@ def stop(
     words: list[str], beginning: str, number: signal.Signals, pause: Pause | None = None, **environment: str
 ) -> tuple[int, str, list[str]]:
     """(exit code, output, lines of errors) of a command that gets a signal once a line of its output begins so.
-    `pause`: the run waits there until it has been sent."""
+    `pause`: the run waits there until it has been sent, and heard of where that is said at once."""
     mark = uuid4().hex
     process = command(*words, cold=True, **{MARK: mark}, **environment)
     if pause:
@@ -77,6 +80,8 @@ def stop(
     read_until(process, beginning)
     process.send_signal(number)
     if pause:
+        assert process.stderr is not None
+        select.select([process.stderr], [], [], HEARD_S)
         pause.end()
     output, errors = process.communicate(timeout=PATIENCE_S)
     assert "Traceback" not in output + errors, output + errors

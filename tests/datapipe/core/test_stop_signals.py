@@ -251,3 +251,35 @@ def test_keeping__puts_back_what_foreign_code_replaces() -> None:
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (cli.STOPPED, "stopped by SIGTERM\n")
+
+
+RECEIVED = """
+import sys, time
+from pathlib import Path
+from datapipe.core import cli, stop_signals
+
+def main(words):
+    done = 0
+    def note():
+        before = done
+        time.sleep(0.5)
+        Path(words[0]).write_text(f"{done - before}")
+    with stop_signals.at_end(note), stop_signals.receiving(lambda number: stop_signals.current().end(number)):
+        print("ready", flush=True)
+        while True:
+            done += 1
+            time.sleep(0.001)
+
+sys.exit(cli.run(main))
+"""
+
+
+@pytest.mark.slow
+def test_end__stops_the_main_thread_whoever_receives_signals(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", RECEIVED, str(tmp_path / "more")], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (cli.INTERRUPTED, "stopped by Ctrl-C\n")
+    assert (tmp_path / "more").read_text() == "0"

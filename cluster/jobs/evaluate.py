@@ -11,10 +11,9 @@ from cluster.core.devices import Kind, decide, hidden, offered, own_device
 from cluster.core.job_paths import refuse_relative
 from cluster.core.session import LOCAL, chosen_address, prepare, ray_session, result
 from datapipe.core import cli
-from datapipe.core.errors import DataError, NotFoundError
 from datapipe.core.resource_limits import available_cores
 from datapipe.storage import full_url
-from training.commands.evaluate import conclude, fine_tuning, of_features, pruned, show, writing, zero_shot_tasks
+from training.commands.evaluate import conclude, fine_tuning, of_features, show, writing, zero_shot_tasks
 from training.core.devices import Device, choose_device
 from training.evaluation import evaluation
 from training.evaluation.evaluation import ScoringTask
@@ -85,15 +84,10 @@ def score_all(tasks: Sequence[ScoringTask], *, address: str = LOCAL, device: Dev
                 continue
             (done,) = finished
             task = waiting.pop(done)
-            try:
+            with evaluation.passing_over_pruned(task):
                 scores = results[task.weights.name] = result(done)
-            except (DataError, NotFoundError):
-                if not evaluation.was_pruned(task):
-                    raise
-                print(pruned(task), flush=True)
-                continue
-            mean = 100 * evaluation.headline(scores)["mAP"]
-            print(f"scored {task.weights.name}: mAP {mean:.1f}  ({len(results)} of {len(tasks)})", flush=True)
+                mean = 100 * evaluation.headline(scores)["mAP"]
+                print(f"scored {task.weights.name}: mAP {mean:.1f}  ({len(results)} of {len(tasks)})", flush=True)
     return [results[task.weights.name] for task in tasks if task.weights.name in results]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from datapipe.core import cli
-from datapipe.core.errors import ConfigError, DataError, NotFoundError
+from datapipe.core.errors import ConfigError
 from datapipe.core.resource_limits import available_cores
 from training.commands.arguments import EvaluateCommand
 from training.config.run_config import RunConfig
@@ -50,18 +50,9 @@ def run(chosen: EvaluateCommand, flags: Sequence[str]) -> int:
     scores, tasks = [], zero_shot_tasks(chosen)
     for number, task in enumerate(tasks, start=1):
         print(f"scores {task.weights.name} ({number} of {len(tasks)})", flush=True)
-        try:
+        with evaluation.passing_over_pruned(task):
             scores.append(evaluation.score(task, device=device))
-        except (DataError, NotFoundError):
-            if not evaluation.was_pruned(task):
-                raise
-            print(pruned(task), flush=True)
     return show(chosen, scores)
-
-
-def pruned(task: ScoringTask) -> str:
-    """The line about a checkpoint that its run deleted before it was scored."""
-    return f"{task.weights.name} is left out: its run has pruned it before it could be scored"
 
 
 def of_features(chosen: EvaluateCommand) -> dict[str, Any]:

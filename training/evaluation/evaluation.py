@@ -1,7 +1,8 @@
 """Scores of a run's weights: the random ones it began with, every checkpoint it kept, and the colour histogram; and
 of exported or imported ones."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -169,11 +170,17 @@ def _score(task: ScoringTask, threads: int, device: torch.device | str, out: Sto
     return zero_shot.metrics(evaluation, reid)
 
 
-def was_pruned(task: ScoringTask) -> bool:
-    """Is this a checkpoint that its run has deleted since the task was made? Then scoring it fails for that alone."""
-    if task.weights.name in (EXPORTED, RANDOM, COLOUR_HISTOGRAM):
-        return False
-    return checkpoint.was_pruned(RunFolder(task.run, task.storage).at("checkpoints"), task.weights.name)
+@contextlib.contextmanager
+def passing_over_pruned(task: ScoringTask) -> Iterator[None]:
+    """Around scoring: where it fails for a checkpoint that its run has deleted since the task was made, a line says
+    that it is left out, and nothing is raised."""
+    try:
+        yield
+    except (DataError, NotFoundError):
+        checkpoints, name = RunFolder(task.run, task.storage).at("checkpoints"), task.weights.name
+        if name in (EXPORTED, RANDOM, COLOUR_HISTOGRAM) or not checkpoint.was_pruned(checkpoints, name):
+            raise
+        print(f"{name} is left out: its run has pruned it before it could be scored", flush=True)
 
 
 def subject_of(task: ScoringTask, threads: int) -> Subject:

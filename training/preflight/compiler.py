@@ -37,7 +37,7 @@ APART: dict[Precision, float] = {"fp32": 0.01, "fp16": 0.05, "bf16": 0.05}
 places of rounding, no more."""
 
 
-class Trial(NamedTuple):
+class BlockTrial(NamedTuple):
     """A block as it is and compiled."""
 
     fault: str = ""
@@ -73,14 +73,14 @@ def settle_compiled(config: RunConfig, method: Method, world: World, *, micro_ba
         run_lines.info(f"blocks are compiled: {in_words(trials)}")
 
 
-def together(world: World, trial: Callable[[], Trial]) -> list[Trial]:
+def together(world: World, trial: Callable[[], BlockTrial]) -> list[BlockTrial]:
     """The trials of all ranks, on every rank. One rank of each machine compiles; the others find it in the cache."""
     first = trial() if world.local_rank == 0 else None
     world.meet()
     return world.all_gather(first or trial())
 
 
-def verdict(trials: list[Trial]) -> str:
+def verdict(trials: list[BlockTrial]) -> str:
     """Why blocks are better left as they are, of the trials of all ranks; empty: they are better compiled."""
     if faults := [one.fault for one in trials if one.fault]:
         return faults[0]
@@ -89,13 +89,13 @@ def verdict(trials: list[Trial]) -> str:
     return ""
 
 
-def in_words(trials: list[Trial]) -> str:
+def in_words(trials: list[BlockTrial]) -> str:
     """What a block takes, on average over the ranks."""
     plain, compiled = (1e3 * sum(times) / len(trials) for times in zip(*(one[1:] for one in trials), strict=True))
     return f"{compiled:.2f} ms for one instead of {plain:.2f}"
 
 
-def tried(backbone: VisionTransformer, stack: Stack, precision: Precision, world: World) -> Trial:
+def tried(backbone: VisionTransformer, stack: Stack, precision: Precision, world: World) -> BlockTrial:
     """Compile a copy of a block, compare what comes out of it, and time it; nothing of the backbone is changed.
     `stack`: what goes through it; half of the backbone's highest drop path is in force."""
     try:
@@ -103,10 +103,10 @@ def tried(backbone: VisionTransformer, stack: Stack, precision: Precision, world
         share_cores(world)
         return _compared(backbone, stack, precision, world.device)
     except Exception as error:  # of any type: compilers, their caches and drivers fail in ways of their own
-        return Trial(f"{type(error).__name__}: {(str(error).strip().splitlines() or ['of no text'])[0]}")
+        return BlockTrial(f"{type(error).__name__}: {(str(error).strip().splitlines() or ['of no text'])[0]}")
 
 
-def _compared(backbone: VisionTransformer, stack: Stack, precision: Precision, device: torch.device) -> Trial:
+def _compared(backbone: VisionTransformer, stack: Stack, precision: Precision, device: torch.device) -> BlockTrial:
     """`tried`, where nothing fails."""
     block = copy.deepcopy(backbone.blocks[0]).requires_grad_()
     block.attn.fused_attn = backbone.fuses_attention(device)  # type: ignore[union-attr]
@@ -123,9 +123,9 @@ def _compared(backbone: VisionTransformer, stack: Stack, precision: Precision, d
 
     plain, compiled = (results(*one) for one in kinds)
     if any(_apart(one, other) > APART[precision] for one, other in zip(compiled, plain, strict=True)):
-        return Trial("a compiled block gives other results")
+        return BlockTrial("a compiled block gives other results")
     seconds = [[_seconds(lambda one=one: results(*one), device) for one in kinds] for _ in range(ROUNDS)]  # type: ignore[misc]
-    return Trial("", *(min(times) for times in zip(*seconds, strict=True)))
+    return BlockTrial("", *(min(times) for times in zip(*seconds, strict=True)))
 
 
 def _there_and_back(

@@ -19,7 +19,7 @@ from training.nn.drop_path import draw_path_masks, on_device
 from training.nn.vision_transformer import BackboneConfig, VisionTransformer
 from training.nn.workload import Stack
 from training.preflight import compiler
-from training.preflight.compiler import Trial, refuse_without_compiler, settle_compiled, together, tried, verdict
+from training.preflight.compiler import BlockTrial, refuse_without_compiler, settle_compiled, together, tried, verdict
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -78,12 +78,12 @@ def settled(config: RunConfig, *, steps: int = 10_000, device: str = "cuda") -> 
 
 
 @pytest.mark.parametrize(("trial", "compiled", "what"), [
-    (Trial("", 3e-3, 2e-3), True, "blocks are compiled: 2.00 ms for one instead of 3.00"),
-    (Trial("", 2e-3, 3e-3), False, "not compiled: they are no faster so, 3.00 ms for one instead of 2.00"),
-    (Trial("BackendError: no"), False, "not compiled: BackendError: no"),
+    (BlockTrial("", 3e-3, 2e-3), True, "blocks are compiled: 2.00 ms for one instead of 3.00"),
+    (BlockTrial("", 2e-3, 3e-3), False, "not compiled: they are no faster so, 3.00 ms for one instead of 2.00"),
+    (BlockTrial("BackendError: no"), False, "not compiled: BackendError: no"),
 ])  # fmt: skip
 def test_auto__follows_what_the_trial_finds(
-    trial: Trial, compiled: bool, what: str, monkeypatch: pytest.MonkeyPatch
+    trial: BlockTrial, compiled: bool, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiler, "tried", lambda *_: trial)
     found, said = settled(small())
@@ -105,7 +105,7 @@ def test_auto__tries_nothing_where_it_cannot_pay(
     assert found == {False} and len(said) == bool(what) and what in "".join(said)
 
 
-def _on_two_ranks(world: World, folder: str) -> tuple[list[Trial], int]:
+def _on_two_ranks(world: World, folder: str) -> tuple[list[BlockTrial], int]:
     """What the trial of a block finds, the compiler of the second rank broken; graphs that the backbone itself adds
     afterwards."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/{world.rank}"
